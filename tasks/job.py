@@ -1,0 +1,133 @@
+"""The two sheets of paper between the planes: JobSpec goes down, Manifest comes up. Nothing else crosses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Stage = Literal[
+    "plan", "tokenize", "transplant", "pretrain", "align", "distill", "finetune", "evaluate", "needle", "publish"
+]
+
+ExitReason = Literal["done", "preempted", "config", "out-of-memory", "nonfinite", "crash"]
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is the whole story; no traceback is shown for it."""
+
+
+class Sheet(BaseModel):
+    """Base of what crosses a process boundary: frozen, strict, JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputRef(Sheet):
+    """A committed product that a job reads."""
+
+    uri: str
+    """The prefix that holds manifest.json."""
+    digest: str
+
+
+class StoreRef(Sheet):
+    """How to reach the store. Credentials are never part of it: the SDK's own chain finds them on the machine."""
+
+    uri: str
+    """`s3://bucket/prefix`, or a folder."""
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class TrackingRef(Sheet):
+    """The MLflow run that a job continues."""
+
+    uri: str
+    experiment: str
+    run_id: str
+
+
+class JobResources(Sheet):
+    """Resolved by the control plane from the recipe's `resources` and the machine."""
+
+    device: Literal["cpu", "cuda"]
+    processes: int = Field(ge=1)
+    zero_stage: Literal[0, 1, 2] = 1
+    threads: int = Field(ge=1)
+    dollars_per_gpu_hour: float | None = None
+
+
+class JobSpec(Sheet):
+    """What is asked of one process (or one DeepSpeed job)."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: Stage
+    run: str
+    recipe: str
+    digest: str
+    spec: dict[str, Any]
+    """The stage's part of the recipe and whatever else determines its product; what `digest` is made of."""
+    inputs: dict[str, InputRef] = Field(default_factory=dict)
+    output_uri: str
+    """The prefix that the job commits to, e.g. <store>/runs/<run>/align."""
+    store: StoreRef
+    tracking: TrackingRef | None = None
+    resources: JobResources
+    scratch: str
+    """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, what it is about to upload."""
+
+
+class FileEntry(Sheet):
+    """One file of a product."""
+
+    path: str
+    """Relative to the product's prefix, with forward slashes."""
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class CodeVersion(Sheet):
+    """What produced a product."""
+
+    sha: str | None
+    """Git commit of the project's checkout; None when installed from a wheel."""
+    dirty: bool = False
+    versions: dict[str, str]
+
+
+class Manifest(Sheet):
+    """What a job produced. Written last: no manifest, no artifact."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    digest: str
+    inputs: dict[str, InputRef] = Field(default_factory=dict)
+    spec: dict[str, Any]
+    files: tuple[FileEntry, ...]
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    """Numbers worth comparing, and small tables (lists of numbers); strict JSON, no NaN."""
+    mlflow_run_id: str | None = None
+    code: CodeVersion
+    created_at: datetime
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN. Raises ValueError for what JSON cannot hold."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def stage_digest(stage: Stage, spec: dict[str, Any], inputs: dict[str, InputRef]) -> str:
+    """sha256 (hex) of the canonical {stage, spec, input digests, schema version}."""
+    sheet = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "spec": spec,
+        "inputs": {name: ref.digest for name, ref in inputs.items()},
+    }
+    return hashlib.sha256(canonical_json(sheet).encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""What each stage is asked for: the typed form of JobSpec.spec, and the digest that names its product."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from radlads.tasks.job import InputRef, Sheet, Stage, stage_digest
+from radlads.tasks.recipe import Align, Dataset, Distill, Evaluate, Finetune, Needle, Pretrain, Publish, Recipe, Student
+
+
+class TeacherRef(Sheet):
+    """A teacher, pinned by what it holds."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str
+    """Hub: the commit. Folder: sha256 over config, tokenizer and weight headers. Names the teacher in digests."""
+
+
+class FileRef(Sheet):
+    """A corpus file, pinned by its content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class PlanSpec(Sheet):
+    """No inputs. Product: plan.json (a PlanReport)."""
+
+    recipe: Recipe
+
+
+class PlanReport(Sheet):
+    """plan.json: what later specs are pinned to, and the numbers that a user decides by."""
+
+    teacher: TeacherRef | None
+    tokenizer: str
+    """Folder or hub id."""
+    tokenizer_fingerprint: str
+    files: dict[str, tuple[FileRef, ...]]
+    """Dataset name → its corpus files, globs resolved."""
+    teacher_parameters: int
+    student_parameters: int
+    mixer_parameters: int
+    num_layers: int
+    attention_layers: tuple[int, ...]
+    stages: dict[str, dict[str, Any]]
+    """Stage → {tokens, steps, context, batch, memory_bytes_per_gpu: {weights, gradients, optimizer, teacher,
+    activations, total}, ...}."""
+    warnings: tuple[str, ...] = ()
+
+
+class TokenizeSpec(Sheet):
+    """No inputs (shared between runs). Product: shard-00000.bin (uint16 or uint32, little endian), heldout-00000.bin, ...,
+    mask-00000.bin beside each (uint8, chat data only), index.json."""
+
+    name: str
+    dataset: Dataset
+    files: tuple[FileRef, ...]
+    tokenizer: str
+    tokenizer_fingerprint: str
+    teacher: TeacherRef | None
+    """Only where a source samples from the teacher."""
+
+
+class TransplantSpec(Sheet):
+    """No inputs. Product: model/ (the student's Hugging Face folder), transplant.json (the report)."""
+
+    teacher: TeacherRef
+    student: Student
+
+
+class TrainSpec(Sheet):
+    """Inputs: student (a product with model/; not for pretrain), data (a dataset). Product: model/, train.json."""
+
+    objective: Literal["align", "distill", "finetune", "pretrain"]
+    section: Annotated[Align | Distill | Finetune | Pretrain, Field()]
+    teacher: TeacherRef | None
+
+
+class EvaluateSpec(Sheet):
+    """Inputs: student, data, and one entry per earlier stage's model to be compared. Product: evaluate.json."""
+
+    section: Evaluate
+    teacher: TeacherRef
+
+
+class NeedleSpec(Sheet):
+    """Inputs: student. Product: needle.json, needle.png."""
+
+    section: Needle
+    teacher: TeacherRef
+    training_length: int
+
+
+class PublishSpec(Sheet):
+    """Inputs: every earlier product. Product: model/ with its card, report.md, pictures."""
+
+    section: Publish
+    recipe: Recipe
+
+
+StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | EvaluateSpec | NeedleSpec | PublishSpec
+
+# What changes how a product is made, not what it is: moving a folder or checkpointing more often is the same run.
+_OPERATIONAL = {"micro_batch", "checkpoint_every", "keep_checkpoints", "heldout_every", "resources"}
+
+
+def spec_digest(stage: Stage, spec: StageSpec, inputs: dict[str, InputRef]) -> str:
+    """The digest of a stage: of its spec without operational settings and without places, and of its inputs."""
+    return stage_digest(stage, _identity(spec.model_dump(mode="json")), inputs)
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, dict):
+        # A place is dropped only where a fingerprint or a hash beside it names the content.
+        pinned = "fingerprint" in value or "sha256" in value
+        hidden = _OPERATIONAL | ({"path"} if pinned else set())
+        if "tokenizer_fingerprint" in value:
+            hidden |= {"tokenizer"}
+        return {key: _identity(item) for key, item in value.items() if key not in hidden}
+    if isinstance(value, list | tuple):
+        return [_identity(item) for item in value]
+    return value
