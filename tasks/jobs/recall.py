@@ -1,0 +1,192 @@
+"""Recall text: a haystack of ordinary sentences that hides facts, and questions about them at the end.
+
+One format serves both to train recall (the `recall` data source) and to measure it (the needle stage):
+
+    fact      The magic number of the red dog is 48213.
+    question  What is the magic number of the red dog? The magic number of the red dog is
+    answer    48213
+
+It is the single- and multi-key retrieval of RULER (2404.06654) in words that a very small model knows. A fact's
+place is a depth: 0 is the beginning of the haystack, 1 its end, just before the question.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from radlads.tasks.job import UserError
+
+_BUILT_IN_FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+_ADJECTIVES = (
+    "red blue green yellow pink white black brown big small little old new happy sad funny brave shy soft cold warm "
+    "pretty fast slow loud quiet round tiny shiny silly"
+).split()
+_NOUNS = (
+    "dog cat bird fish bear frog duck cow pig hen fox bunny mouse ball car boat train doll hat shoe box tree flower "
+    "house cake apple truck robot kite spoon"
+).split()
+_DIGITS = 5
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to remember."""
+
+    key: str
+    value: str
+
+    @property
+    def sentence(self) -> str:
+        return f"The magic number of the {self.key} is {self.value}."
+
+    @property
+    def question(self) -> str:
+        """Ends where the answer begins, without the space before it."""
+        return f"What is the magic number of the {self.key}? The magic number of the {self.key} is"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of the needle grid and the string that its continuation must hold."""
+
+    prompt: str
+    prompt_ids: list[int]
+    answer: str
+
+
+def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
+    """Sentences of the given text files (plain or .gz), in order; of the built-in filler where no file is given.
+
+    separator: what parts documents; it never appears in a sentence. Raises UserError for a file without sentences.
+    """
+    if not paths:
+        return list(_BUILT_IN_FILLER)
+    sentences: list[str] = []
+    for path in map(Path, paths):
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        documents = text.split(separator) if separator else [text]
+        found = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
+        if not found:
+            raise UserError(f"{path}: no sentences to make a haystack of; give a text file in `haystack`")
+        sentences += found
+    return sentences
+
+
+def draw_facts(rng: random.Random, count: int) -> list[Fact]:
+    """`count` facts with different keys. Raises UserError when there are not that many keys."""
+    total = len(_ADJECTIVES) * len(_NOUNS)
+    if count > total:
+        raise UserError(f"{count} facts asked for, but there are only {total} different keys; ask for fewer")
+    keys = [
+        f"{_ADJECTIVES[i % len(_ADJECTIVES)]} {_NOUNS[i // len(_ADJECTIVES)]}" for i in rng.sample(range(total), count)
+    ]
+    return [Fact(key, "".join(rng.choice("0123456789") for _ in range(_DIGITS))) for key in keys]
+
+
+def build_case(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Sequence[str],
+    *,
+    length: int,
+    depth: float,
+    rng: random.Random,
+    num_facts: int = 1,
+) -> Case:
+    """A prompt of at most `length` tokens, less than a sentence short of it, with the asked fact at `depth` in [0, 1].
+
+    The other num_facts − 1 facts are distractors at random depths. Raises UserError when the length cannot hold
+    facts and question.
+    """
+    facts = draw_facts(rng, num_facts)
+    asked = facts[0]
+    fixed = [fact.sentence for fact in facts] + [asked.question]
+    sentences = _filler_of(tokenizer, filler, _room(tokenizer, fixed, length), rng)
+    while True:
+        places = [(depth, asked.sentence)] + [(rng.random(), fact.sentence) for fact in facts[1:]]
+        prompt = " ".join([*_insert(sentences, places), asked.question])
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if len(ids) <= length:
+            return Case(prompt, ids, asked.value)
+        # Joined text can take a token more than its parts; give up a sentence.
+        if not sentences:
+            raise UserError(_too_short(length, len(ids)))
+        sentences.pop()
+
+
+def build_document(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Sequence[str],
+    *,
+    length: int,
+    rng: random.Random,
+    max_facts: int = 6,
+) -> str:
+    """Training text of about `length` tokens: facts at random depths, then some of them asked and answered."""
+    facts = draw_facts(rng, rng.randint(1, max_facts))
+    asked = rng.sample(facts, rng.randint(1, len(facts)))
+    answers = [f"{fact.question} {fact.value}." for fact in asked]
+    fixed = [fact.sentence for fact in facts] + answers
+    sentences = _filler_of(tokenizer, filler, _room(tokenizer, fixed, length, strict=False), rng)
+    return " ".join([*_insert(sentences, [(rng.random(), fact.sentence) for fact in facts]), *answers])
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _room(tokenizer: PreTrainedTokenizerBase, fixed: Sequence[str], length: int, *, strict: bool = True) -> int:
+    """Tokens left for filler beside the sentences that must be there."""
+    used = _count(tokenizer, " ".join(fixed))
+    if strict and used > length:
+        raise UserError(_too_short(length, used))
+    return length - used
+
+
+def _too_short(length: int, needed: int) -> str:
+    return f"a needle prompt of {length} tokens cannot hold its fact and question, which take {needed}; use longer ones"
+
+
+def _filler_of(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], room: int, rng: random.Random) -> list[str]:
+    """Consecutive filler sentences, from a random start and around the end, that fill `room` tokens."""
+    start = rng.randrange(len(filler))
+    chosen: list[str] = []
+    index = start
+    while room > 0:
+        # Batches keep the tokenizer's call overhead away.
+        batch = [filler[(index + i) % len(filler)] for i in range(16)]
+        for sentence, ids in zip(
+            batch, tokenizer([" " + s for s in batch], add_special_tokens=False)["input_ids"], strict=True
+        ):
+            if len(ids) > room:
+                return chosen
+            chosen.append(sentence)
+            room -= len(ids)
+        index += 16
+    return chosen
+
+
+def _insert(sentences: Sequence[str], places: Sequence[tuple[float, str]]) -> list[str]:
+    """The sentences with each of `places` (depth, sentence) put in at its depth."""
+    slots: dict[int, list[str]] = {}
+    for depth, sentence in places:
+        slots.setdefault(round(depth * len(sentences)), []).append(sentence)
+    result: list[str] = []
+    for index in range(len(sentences) + 1):
+        result += slots.get(index, [])
+        result += sentences[index : index + 1]
+    return result
