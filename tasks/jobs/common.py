@@ -1,0 +1,303 @@
+"""What every job has in common: reading the job, its ranks, its inputs, its product, and how it ended.
+
+A job is one program, `python -m radlads.tasks.jobs.<x> job.json`, or several ranks of it under the DeepSpeed launcher.
+Whatever happens, `exit.json` in the scratch folder says how it ended; the product exists only once its manifest does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError
+from radlads.tasks.jobs.code_version import code_version
+from radlads.tasks.jobs.ending import (
+    EXIT_CODES,
+    NonFiniteError,
+    Preempted,
+    clear_ending,
+    explain,
+    write_ending,
+    write_json,
+)
+from radlads.tasks.jobs.group import join_group, leave_group, set_threads
+from radlads.tasks.specs import (
+    EvaluateSpec,
+    NeedleSpec,
+    PlanSpec,
+    PublishSpec,
+    StageSpec,
+    TokenizeSpec,
+    TrainSpec,
+    TransplantSpec,
+)
+
+if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, starts without them
+    import torch
+
+    from radlads.tasks.store import Store
+    from radlads.tasks.tracking import MetricsRecord
+
+logger = logging.getLogger("radlads")
+
+__all__ = ["Job", "NonFiniteError", "Preempted", "execute", "open_job", "run_job", "write_json"]
+
+_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
+    "plan": PlanSpec,
+    "tokenize": TokenizeSpec,
+    "transplant": TransplantSpec,
+    "pretrain": TrainSpec,
+    "align": TrainSpec,
+    "distill": TrainSpec,
+    "finetune": TrainSpec,
+    "evaluate": EvaluateSpec,
+    "needle": NeedleSpec,
+    "publish": PublishSpec,
+}
+
+_PROGRESS_SECONDS = 1.0
+
+
+class _NoRecord:
+    """Stands in for MetricsRecord on every rank but the first, which alone keeps the record."""
+
+    def _ignore(self, *_: object) -> None:
+        pass
+
+    log = rewind = params = artifact = close = _ignore
+
+
+@dataclass
+class Job:
+    """One rank's view of the job it belongs to. `open_job` makes it."""
+
+    spec: JobSpec
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    stop_requested: bool = False
+    """SIGTERM was seen. A cooperative job saves what it has and raises Preempted."""
+    _inputs: dict[str, Path] = field(default_factory=dict)
+    _record: MetricsRecord | _NoRecord | None = None
+    _store: Store | None = None
+    _progress_at: float = 0.0
+
+    @cached_property
+    def typed(self) -> Any:
+        """The stage's part of the job as its own type (TrainSpec, EvaluateSpec, ...)."""
+        return _SPEC_OF_STAGE[self.spec.stage].model_validate(self.spec.spec)
+
+    @property
+    def scratch(self) -> Path:
+        """The job's own folder on this machine."""
+        return Path(self.spec.scratch)
+
+    @property
+    def output(self) -> Path:
+        """What is put here is committed, whole, when the job ends well."""
+        folder = self.scratch / "output"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        import torch
+
+        if self.spec.resources.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in: the section's precision; by default bf16 on a GPU and fp32 on a CPU."""
+        import torch
+
+        precision = getattr(getattr(self.typed, "section", None), "precision", "auto")
+        if precision == "auto":
+            precision = "fp32" if self.spec.resources.device == "cpu" else "bf16"
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+
+    @property
+    def store(self) -> Store:
+        """Where products live."""
+        if self._store is None:
+            from radlads.tasks.store import open_store
+
+            self._store = open_store(self.spec.store)
+        return self._store
+
+    @property
+    def output_prefix(self) -> str:
+        """The key, in the store, of this job's product."""
+        return self.store.key(self.spec.output_uri)
+
+    @property
+    def record(self) -> MetricsRecord | _NoRecord:
+        """metrics.jsonl and its MLflow mirror; on other ranks than the first it does nothing."""
+        if self._record is None:
+            if self.rank == 0:
+                from radlads.tasks.tracking import MetricsRecord
+
+                self._record = MetricsRecord(self.scratch / "metrics.jsonl", self.spec.tracking)
+            else:
+                self._record = _NoRecord()
+        return self._record
+
+    def input(self, name: str) -> Path:
+        """Folder with the verified files of an input product. Every rank calls it; one rank of a machine fetches."""
+        if name in self._inputs:
+            return self._inputs[name]
+        reference = self._reference(name)
+        marker = self.scratch / "inputs" / f"{name}.json"
+        if self.local_rank == 0:
+            folder = self.scratch / "inputs" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest = self.input_manifest(name)
+            if manifest.digest != reference.digest:
+                raise UserError(
+                    f"input '{name}' at {reference.uri} holds another product than the one this job was planned with "
+                    f"(digest {manifest.digest[:12]}, expected {reference.digest[:12]}); choose a new run name"
+                )
+            found = self.store.fetch(self.store.key(reference.uri), folder)
+            write_json(marker, {"folder": str(found)})
+        self.barrier()
+        self._inputs[name] = Path(json.loads(marker.read_text(encoding="utf-8"))["folder"])
+        return self._inputs[name]
+
+    def input_manifest(self, name: str) -> Manifest:
+        """The manifest of an input product. Raises UserError where the input is not there."""
+        reference = self._reference(name)
+        manifest = self.store.read_manifest(self.store.key(reference.uri))
+        if manifest is None:
+            raise UserError(
+                f"input '{name}' is not there: {reference.uri} has no manifest; run the stage that makes it"
+            )
+        return manifest
+
+    def _reference(self, name: str) -> InputRef:
+        if name not in self.spec.inputs:
+            given = ", ".join(self.spec.inputs) or "none"
+            raise UserError(f"stage {self.spec.stage} needs the input '{name}'; this job was given: {given}")
+        return self.spec.inputs[name]
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        """Tell how far the job is (progress.json, at most about once a second)."""
+        now = time.monotonic()
+        if self.rank == 0 and (done >= total or now - self._progress_at >= _PROGRESS_SECONDS):
+            self._progress_at = now
+            write_json(self.scratch / "progress.json", {"done": done, "total": total, "unit": unit})
+
+    def open_process_group(self) -> None:
+        """Join the other ranks (gloo on a CPU, nccl on a GPU); a no-op once joined."""
+        join_group(self.device, self.rank, self.world_size)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            from torch import distributed
+
+            distributed.barrier()
+
+    def commit(self, metrics: dict[str, Any]) -> Manifest:
+        """Make `output` the stage's product: upload, verify, manifest last. One rank calls it."""
+        manifest = Manifest(
+            stage=self.spec.stage,
+            digest=self.spec.digest,
+            inputs=self.spec.inputs,
+            spec=self.spec.spec,
+            files=(),
+            metrics=metrics,
+            mlflow_run_id=self.spec.tracking.run_id if self.spec.tracking else None,
+            code=code_version(),
+            created_at=datetime.now(UTC),
+        )
+        return self.store.commit(self.output_prefix, self.output, manifest)
+
+
+JobMain = Callable[[Job], dict[str, Any] | None]
+
+
+def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
+    """The whole life of a job's process: read job.json (first argument), call main, commit, write exit.json, exit.
+
+    main fills `job.output` and returns the numbers for the manifest. cooperative: main watches `job.stop_requested`
+    itself; otherwise SIGTERM raises Preempted wherever the program is.
+    """
+    if len(sys.argv) != 2:
+        sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
+        sys.exit(EXIT_CODES["config"])
+    job = open_job(Path(sys.argv[1]))
+    _catch_sigterm(job, cooperative)
+    sys.exit(EXIT_CODES[execute(main, job)])
+
+
+def open_job(path: Path) -> Job:
+    """Read job.json and find out which rank this process is. The one place of a job that reads the environment."""
+    spec = JobSpec.model_validate_json(path.read_text(encoding="utf-8"))
+    rank = int(os.environ.get("RANK", "0"))
+    job = Job(
+        spec=spec,
+        rank=rank,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s %(levelname)s {spec.stage}{f'[{rank}]' if job.world_size > 1 else ''} %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    return job
+
+
+def execute(main: JobMain, job: Job) -> ExitReason:
+    """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
+    clear_ending(job.scratch, job.rank)
+    reason, message = _attempt(main, job)
+    write_ending(job.scratch, job.rank, reason, message)
+    if job._record is not None:
+        job._record.close()
+    leave_group(EXIT_CODES[reason], orderly=reason in ("done", "preempted", "nonfinite"))
+    return reason
+
+
+def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
+    try:
+        set_threads(job.spec.resources.threads)
+        if job.world_size > 1:
+            job.open_process_group()
+        metrics = main(job) or {}
+        if job.rank == 0:
+            job.commit(metrics)
+        job.barrier()  # no rank may leave before the product exists: the launcher would take the others down
+    except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
+        reason, message = explain(error)
+        if reason == "crash":
+            logger.exception("the job failed")
+        elif reason != "preempted":
+            logger.error("%s", message)
+        return reason, message
+    return "done", ""
+
+
+def _catch_sigterm(job: Job, cooperative: bool) -> None:
+    def on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+        first = not job.stop_requested
+        job.stop_requested = True
+        if first and not cooperative:
+            raise Preempted("stopped on request")
+
+    signal.signal(signal.SIGTERM, on_sigterm)

@@ -1,0 +1,86 @@
+"""How a job ends: reasons, exit codes, and exit.json, through which the control plane learns both."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from radlads.tasks.job import ExitReason, UserError
+
+EXIT_CODES: dict[ExitReason, int] = {
+    "done": 0,
+    "crash": 1,
+    "config": 2,
+    "out-of-memory": 3,
+    "nonfinite": 4,
+    "preempted": 75,
+}
+
+
+class NonFiniteError(Exception):
+    """A loss or a gradient stopped being a number; nothing was updated with it."""
+
+
+class Preempted(BaseException):
+    """The job was asked to stop. A BaseException, so that no handler of ordinary errors takes it for one."""
+
+
+def explain(error: BaseException) -> tuple[ExitReason, str]:
+    """The reason and the one line for an exception that ended a job."""
+    text = " ".join(str(error).split())
+    line = f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+    if isinstance(error, UserError):
+        return "config", str(error)
+    if isinstance(error, NonFiniteError):
+        return "nonfinite", str(error)
+    if isinstance(error, Preempted):
+        return "preempted", str(error) or "stopped on request"
+    if isinstance(error, KeyboardInterrupt):
+        return "preempted", "stopped from the keyboard"
+    if _is_out_of_memory(error):
+        return "out-of-memory", f"{line}; use a smaller micro_batch, or gradient_checkpointing"
+    return "crash", line
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def clear_ending(scratch: Path, rank: int) -> None:
+    """Forget how an earlier attempt ended."""
+    _own_file(scratch, rank).unlink(missing_ok=True)
+
+
+def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:
+    """Write how a rank ended. The rank that fails first writes exit.json, whichever it is: it holds the cause."""
+    sheet = {"reason": reason, "message": message, "rank": rank}
+    if rank > 0:
+        write_json(_own_file(scratch, rank), sheet)
+    if rank == 0 or reason not in ("done", "preempted"):
+        write_json(scratch / "exit.json", sheet, keep_existing=True)
+
+
+def _own_file(scratch: Path, rank: int) -> Path:
+    return scratch / ("exit.json" if rank == 0 else f"exit-rank{rank}.json")
+
+
+def write_json(path: Path, value: Any, *, keep_existing: bool = False) -> None:
+    """Write a JSON file whole: a reader sees the old one or the new one. keep_existing: the first writer wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        if not keep_existing or not path.exists():
+            os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""The process group of a job: joining the other ranks, and leaving without hanging them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Longer than any upload by one rank that the others wait for. A dead rank is noticed by the launcher, not by this.
+_TIMEOUT = timedelta(hours=3)
+
+
+def join_group(device: torch.device, rank: int, world_size: int) -> None:
+    """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port."""
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=distributed.HashStore() if world_size == 1 else None,
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
+
+
+def leave_group(exit_code: int, *, orderly: bool) -> None:
+    """Leave the group, if there is one. orderly: every rank leaves now; otherwise the process ends here."""
+    torch = sys.modules.get("torch")  # a job that never needed torch is in no group
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if orderly or torch.distributed.get_world_size() == 1:
+        torch.distributed.destroy_process_group()
+        return
+    # The other ranks may wait in a collective, and leaving in good order would wait for them. Once this process is
+    # gone, the launcher ends them.
+    logging.shutdown()
+    os._exit(exit_code)
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this process, whether torch is here already or comes later."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    else:
+        torch.set_num_threads(threads)
