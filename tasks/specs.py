@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+
 from radlads.tasks.job import InputRef, Sheet, Stage, stage_digest
-from radlads.tasks.recipe import Align, Dataset, Distill, Evaluate, Finetune, Needle, Pretrain, Publish, Recipe, Student
+from radlads.tasks.sections import (
+    Align,
+    Dataset,
+    Distill,
+    Evaluate,
+    Finetune,
+    Needle,
+    Pretrain,
+    Publish,
+    Recipe,
+    Student,
+)
 
 
 class TeacherRef(Sheet):

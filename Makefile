@@ -1,0 +1,44 @@
+# The two commands: `make demo` runs the main job, `make test` passes the tests. Both install what they need into .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck services-down clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'radlads needs Python 3.11 or newer; set PYTHON=python3.x' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(STAMP)
+
+demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and MLflow pages on loopback
+	$(BIN)/radlads demo
+
+test: $(DEV_STAMP)  ## All tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: $(DEV_STAMP)  ## Style, and types of the control plane
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .typecheck && ln -sfn .. .typecheck/radlads
+	MYPYPATH=.typecheck $(BIN)/mypy -p radlads.tasks -p radlads.flows
+
+services-down: $(STAMP)  ## Stop the Prefect server, its worker and the MLflow server
+	$(BIN)/radlads services down
+
+clean:  ## Remove caches; keeps .venv and .radlads (your runs)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typecheck build *.egg-info

@@ -1,0 +1,346 @@
+"""The sections of a recipe: every key a user may write, its type, its default and what it means.
+
+Sizes are in tokens, batches in sequences; optimizer steps are derived. Where a default is a published number, the
+source is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Teacher(Section):
+    """The frozen softmax-attention model."""
+
+    path: str
+    """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Student(Section):
+    """The converted model."""
+
+    variant: str = "rad_rwkv7"
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the variant; validated by the `plan` stage, which knows them."""
+    attention_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that stay softmax attention. Empty: a pure recurrent student."""
+    attention_rope: bool = False
+    """Whether kept softmax layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
+
+    @model_validator(mode="after")
+    def _layers_are_sane(self) -> Self:
+        if any(layer < 0 for layer in self.attention_layers):
+            raise ValueError(
+                "attention_layers are counted from 0 and cannot be negative; leave it empty for a pure student"
+            )
+        if len(set(self.attention_layers)) != len(self.attention_layers):
+            raise ValueError("attention_layers names a layer twice")
+        return self
+
+
+class HubSource(Section):
+    """A dataset of the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    messages_field: str | None = None
+    """Chat data: the field that holds [{role, content}, ...]; rendered with the tokenizer's chat template."""
+    max_documents: int | None = Field(default=None, gt=0)
+
+
+class FilesSource(Section):
+    """Local parquet, jsonl, or text files, plain or gzipped (.gz)."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files or globs; relative to the recipe's folder or the working directory. `demo:NAME` is a file shipped with
+    the demo teacher."""
+    text_field: str = "text"
+    messages_field: str | None = None
+    separator: str | None = None
+    """Text files only: what separates documents. None: every file is one document."""
+    max_documents: int | None = Field(default=None, gt=0)
+
+
+class SampleSource(Section):
+    """Text sampled from the teacher itself, for when no corpus is at hand."""
+
+    kind: Literal["sample"]
+    tokens: int = Field(gt=0)
+    context: int = Field(default=1024, gt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = 1337
+
+
+class RecallSource(Section):
+    """Synthetic needle documents: a haystack with facts to remember, then questions about them."""
+
+    kind: Literal["recall"]
+    documents: int = Field(gt=0)
+    lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
+    """Document lengths in tokens, drawn from evenly."""
+    haystack: tuple[str, ...] = ()
+    """Files (as in `files`) that the filler sentences come from; empty: the built-in filler."""
+    haystack_separator: str | None = None
+    seed: int = 1337
+
+
+Source = Annotated[HubSource | FilesSource | SampleSource | RecallSource, Field(discriminator="kind")]
+
+
+class Dataset(Section):
+    """Documents → one flat stream of tokens with boundaries, cut into shards of equal width."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    """Share of the documents, chosen by a hash of their text, that no training stage sees."""
+    shard_tokens: int = Field(default=1 << 22, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    add_bos: bool = False
+    """Put the tokenizer's BOS token before every document."""
+    seed: int = 1337
+    """Order of the documents."""
+
+
+class Rate(Section):
+    """Learning rate of one parameter group, from `start` to `final` along the stage's schedule."""
+
+    start: float = Field(ge=0)
+    final: float = Field(ge=0)
+
+
+class Optimizer(Section):
+    """AdamW. Defaults are RADLADS's (2505.03005, table 2): betas .9/.95, eps 1e-8, no weight decay, clip 1."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class Schedule(Section):
+    """Learning-rate schedule over a stage's optimizer steps.
+
+    `quarter_cosine` is the one of the RADLADS code: final + (start − final)·cos(π q / 2), flat at first and steepest at
+    the end; `cosine` is the usual half cosine; `stable_cosine_stable` (its step 2a) holds `start`, follows the quarter
+    cosine between `begin` and `end` (shares of the stage's steps; published: .833 and .875), then holds `final`.
+    """
+
+    kind: Literal["quarter_cosine", "cosine", "stable_cosine_stable", "constant"] = "quarter_cosine"
+    warmup_steps: int = Field(default=50, ge=0)
+    """Linear from 1 % to 100 % of the scheduled rate; never more than a tenth of the stage's steps."""
+    begin: float = Field(default=0.0, ge=0, le=1)
+    end: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.begin >= self.end:
+            raise ValueError("schedule.begin must be smaller than schedule.end")
+        return self
+
+
+class Training(Section):
+    """What every training stage has."""
+
+    data: str = "train"
+    """Name of an entry of the recipe's `data`."""
+    tokens: int = Field(gt=0)
+    context: int = Field(gt=1)
+    """Sequence length in tokens."""
+    batch: int = Field(gt=0)
+    """Sequences per optimizer step, over all processes and accumulation steps."""
+    micro_batch: int = Field(default=1, gt=0)
+    """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result."""
+    mixer_rate: Rate
+    rest_rate: Rate
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    freeze: tuple[Literal["embeddings", "head", "norms", "mlp", "attention"], ...] = ()
+    """Parameter groups that do not train. `attention`: the kept softmax layers."""
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
+    seed: int = 1337
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    heldout_every: int = Field(default=0, ge=0)
+    """Optimizer steps between held-out losses; 0: only at the end."""
+    heldout_tokens: int = Field(default=16384, gt=0)
+    reset_at_documents: bool = False
+    """Reset the recurrent state (and mask attention) at document boundaries. Off in the published runs."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return max(1, self.tokens // (self.batch * self.context))
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+
+class Align(Training):
+    """Stage 1: teacher-forced regression of each mixer's output on its attention's output (2505.03005, §3)."""
+
+    mixer_rate: Rate = Rate(start=1e-3, final=1e-5)
+    rest_rate: Rate = Rate(start=0.0, final=0.0)
+    loss: Literal["l2", "mse"] = "l2"
+
+
+class Distill(Training):
+    """Stage 2: KL(teacher ‖ student) of the logits."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+    temperature: float = Field(default=1.0, gt=0)
+    kl_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0)
+
+
+class Finetune(Training):
+    """Stage 3: next-token cross entropy."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    assistant_only: bool = False
+    """Chat data: only the assistant's tokens count."""
+
+
+class Pretrain(Training):
+    """Train a small teacher from nothing with the same loop; the flow `radlads-pretrain`."""
+
+    config: dict[str, Any]
+    """A Hugging Face config (model_type and its fields)."""
+    tokenizer: str
+    """Folder or hub id of the tokenizer."""
+    mixer_rate: Rate = Rate(start=1e-3, final=1e-4)
+    rest_rate: Rate = Rate(start=1e-3, final=1e-4)
+    schedule: Schedule = Schedule(kind="cosine")
+
+
+class EvalTask(Section):
+    """One lm-evaluation-harness task."""
+
+    name: str
+    path: str | None = None
+    """Folder with the task's YAML file, for tasks that the harness does not ship or that must run offline."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+
+
+class Evaluate(Section):
+    """Teacher beside student in one run."""
+
+    data: str = "train"
+    heldout_tokens: int = Field(default=65536, gt=0)
+    context: int = Field(default=512, gt=1)
+    batch: int = Field(default=8, gt=0)
+    tasks: tuple[EvalTask, ...] = ()
+    seed: int = 1234
+
+
+class Needle(Section):
+    """Needle in a haystack: a fact at a depth of a text of a length, asked for at the end, generated, string-matched."""
+
+    lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
+    """Prompt lengths in tokens, the question included."""
+    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    trials: int = Field(default=5, ge=5)
+    batch: int = Field(default=8, gt=0)
+    max_new_tokens: int = Field(default=16, gt=0)
+    training_length: int | None = Field(default=None, gt=0)
+    """Drawn as a dashed line; None: the longest context of the training stages."""
+    haystack: tuple[str, ...] = ()
+    haystack_separator: str | None = None
+    chat_template: bool = False
+    seed: int = 1234
+
+
+class Publish(Section):
+    """The report, the model card and the exported folder."""
+
+    title: str | None = None
+    license: str | None = None
+    max_shard_bytes: int = Field(default=4_000_000_000, gt=0)
+
+
+class Resources(Section):
+    """Where jobs run. Not part of any digest: the same recipe on more GPUs is the same run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int | Literal["auto"] = "auto"
+    """Processes of a DeepSpeed job; auto: one a GPU, one on a CPU."""
+    zero_stage: Literal[0, 1, 2] = 1
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads of one process; None: the machine's cores shared among them."""
+    dollars_per_gpu_hour: float | None = Field(default=None, ge=0)
+    """For the plan's and the report's cost."""
+
+
+class Recipe(Section):
+    """One experiment worth naming."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    sources: tuple[str, ...] = ()
+    """Where the numbers come from: paper, section, model card; and what deviates from it."""
+    teacher: Teacher | None = None
+    student: Student = Student()
+    data: dict[str, Dataset] = Field(min_length=1)
+    pretrain: Pretrain | None = None
+    align: Align | None = None
+    distill: Distill | None = None
+    finetune: Finetune | None = None
+    evaluate: Evaluate | None = None
+    needle: Needle | None = None
+    publish: Publish = Publish()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _datasets_exist(self) -> Self:
+        if (self.teacher is None) == (self.pretrain is None):
+            raise ValueError("give `teacher` (to convert one) or `pretrain` (to make one), not both and not neither")
+        for stage in ("pretrain", "align", "distill", "finetune", "evaluate"):
+            section = getattr(self, stage)
+            if section is not None and section.data not in self.data:
+                raise ValueError(f"{stage}.data is '{section.data}', but `data` has {_or_list(self.data)}")
+        return self
+
+    @property
+    def training_stages(self) -> tuple[Literal["align", "distill", "finetune"], ...]:
+        """The training stages that this recipe has, in order."""
+        return tuple(s for s in ("align", "distill", "finetune") if getattr(self, s) is not None)
+
+    @property
+    def datasets_used(self) -> tuple[str, ...]:
+        """Names of the datasets that some stage reads, in the order of `data`."""
+        sections = (self.pretrain, self.align, self.distill, self.finetune, self.evaluate)
+        used = {section.data for section in sections if section is not None}
+        return tuple(name for name in self.data if name in used)
+
+
+def _or_list(names: Mapping[str, Any]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
