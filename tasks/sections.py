@@ -263,7 +263,7 @@ class Evaluate(Section):
 
 
 class Needle(Section):
-    """Needle in a haystack: a fact at a depth of a text of a length, asked for at the end, generated, string-matched."""
+    """Needle in a haystack: a fact at a depth of a text, asked for at its end; the answer is generated and matched."""
 
     lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
     """Prompt lengths in tokens, the question included."""

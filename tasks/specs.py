@@ -66,8 +66,8 @@ class PlanReport(Sheet):
 
 
 class TokenizeSpec(Sheet):
-    """No inputs (shared between runs). Product: shard-00000.bin (uint16 or uint32, little endian), heldout-00000.bin, ...,
-    mask-00000.bin beside each (uint8, chat data only), index.json."""
+    """No inputs (shared between runs). Product: index.json and the files it names: token shards (uint16 or uint32,
+    little endian), masks beside them (uint8, chat data only), document boundaries (uint64)."""
 
     name: str
     dataset: Dataset
