@@ -1,0 +1,86 @@
+"""`wkv7` and `wkv7_step`: one signature for every backend."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from radlads.kernels.wkv7.check import check_bounds, check_inputs
+from radlads.kernels.wkv7.chunked import wkv7_chunked
+from radlads.kernels.wkv7.reference import wkv7_reference
+from radlads.kernels.wkv7.step import wkv7_step_torch
+
+Backend = Literal["reference", "chunked", "triton"]
+
+
+def wkv7(
+    r_BTHK: Tensor,
+    log_decay_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The RWKV-7 operator over whole sequences. Per head, with the state S [K,V]:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + b_t (a_tᵀ S_{t-1}) + k_t v_tᵀ,        o_t = r_tᵀ S_t
+
+    Returns `(out [B,T,H,V] in v's dtype, final state [B,H,K,V] in fp32 or None)`. No scaling by 1/sqrt(K) inside.
+
+    - `initial_state` [B,H,K,V], default zeros. With `cu_seqlens` (int32 or int64 [N+1], first 0, last T, zero lengths
+      allowed) B is 1, N sequences lie packed along T, and the states are [N,H,K,V].
+    - Inputs may be bf16, fp16, fp32 or fp64, and need not be contiguous. Sums and states are fp32 (for fp64, fp64).
+      Gradients flow to all six inputs and to `initial_state`, from `out` and from the final state.
+    - The fast range of the log decay is [-0.6065, 0], RWKV-7's; outside it the result stays right by shorter chunks.
+    - `backend`: None picks Triton on a GPU where it applies, else "chunked" (plain torch); "reference" is a loop.
+
+    Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
+    """
+    check_inputs(r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, initial_state, cu_seqlens)
+    name = backend or _default_backend(v_BTHV)
+    if name not in _BACKENDS:
+        raise ValueError(f"wkv7: unknown backend {name!r}; choose from {', '.join(_BACKENDS)}")
+    if cu_seqlens is not None and (name != "triton" or not cu_seqlens.is_cuda):
+        check_bounds(cu_seqlens, v_BTHV.shape[1])
+    return _BACKENDS[name](
+        r_BTHK,
+        log_decay_BTHK,
+        k_BTHK,
+        v_BTHV,
+        a_BTHK,
+        b_BTHK,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def wkv7_step(
+    r_BHK: Tensor, log_decay_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, a_BHK: Tensor, b_BHK: Tensor, state_BHKV: Tensor
+) -> Tensor:
+    """One token for every sequence: updates `state_BHKV` (fp32) in place and returns the output [B,H,V] in v's dtype.
+
+    For inference: not differentiable, no host synchronisation. Raises ValueError for shapes that do not fit the state.
+    """
+    B, H, K, V = state_BHKV.shape
+    for name, x in {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK, "a": a_BHK, "b": b_BHK}.items():
+        if x.shape != (B, H, K):
+            raise ValueError(
+                f"wkv7_step: {name} must be {(B, H, K)} to fit the state {(B, H, K, V)}, got {tuple(x.shape)}"
+            )
+    if v_BHV.shape != (B, H, V):
+        raise ValueError(f"wkv7_step: v must be {(B, H, V)} to fit the state {(B, H, K, V)}, got {tuple(v_BHV.shape)}")
+    return wkv7_step_torch(r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK, state_BHKV)
+
+
+def _default_backend(v: Tensor) -> Backend:
+    return "chunked"
+
+
+_BACKENDS = {"reference": wkv7_reference, "chunked": wkv7_chunked}
