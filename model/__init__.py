@@ -1,0 +1,5 @@
+"""Networks and losses: teachers, mixers, the student, transplant, objectives, export."""
+
+from radlads.model.variants import list_variants, validate_options
+
+__all__ = ["list_variants", "validate_options"]

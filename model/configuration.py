@@ -1,0 +1,77 @@
+"""Config of a converted model: the teacher's whole config, plus everything that the mixers need and nothing that can drift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+# Facts of a file rather than of an architecture: they would go stale, or name a place on some machine.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
+# Repeated at the top level, where generic tools look for them.
+_MIRRORED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+)
+
+
+class RadladsConfig(PreTrainedConfig):
+    """Everything that defines a converted model.
+
+    teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts. variant, options,
+    constants: the mixer and all its numbers, ranks written out. attention_layers: layers that stay softmax; attention_rope: whether
+    those use rotary positions.
+    """
+
+    model_type = "radlads"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        teacher: dict[str, Any] | None = None,
+        family: dict[str, Any] | None = None,
+        variant: str = "rad_rwkv7",
+        options: dict[str, Any] | None = None,
+        constants: dict[str, float] | None = None,
+        attention_layers: tuple[int, ...] | list[int] = (),
+        attention_rope: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        teacher = {key: value for key, value in (teacher or {}).items() if key not in _NOT_ARCHITECTURE}
+        self.teacher = teacher
+        self.family = dict(family or {})
+        self.variant = variant
+        self.options = dict(options or {})
+        self.constants = dict(constants or {})
+        self.attention_layers = sorted(attention_layers)
+        self.attention_rope = attention_rope
+        self.use_cache = use_cache
+        for name in _MIRRORED:
+            if teacher.get(name) is not None:
+                setattr(self, name, teacher[name])
+            kwargs.pop(name, None)
+        if teacher:
+            kinds = ("linear_attention", "full_attention")
+            self.layer_types = [kinds[layer in self.attention_layers] for layer in range(teacher["num_hidden_layers"])]
+            kwargs.pop("layer_types", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, teacher.get(name))
+        kwargs.setdefault("tie_word_embeddings", bool(teacher.get("tie_word_embeddings", False)))
+        super().__init__(**kwargs)
+
+    def teacher_config(self) -> PreTrainedConfig:
+        """The teacher's config as its own class."""
+        raw = dict(self.teacher)
+        config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+        if getattr(self, "_attn_implementation", None) is not None:
+            config._attn_implementation = self._attn_implementation
+        return config

@@ -1,0 +1,187 @@
+"""RAD-RWKV7, the mixer of RADLADS (arXiv 2505.03005, appendix A.2) in both of its published forms.
+
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head (also the value dim), A = H·K, R low rank.
+x [B,T,D] is the layer's normed input; no token shift. All maps are per token.
+
+    r = rope(norm(x q_proj))                        [H,K]      norm: the teacher's q/k norms, where it has them (Qwen3)
+    k = repeat(rope(norm(x k_proj)))                [H,K]      repeat: kv head g serves query heads g·H/G ... (g+1)·H/G - 1
+    v = repeat(x v_proj)                            [H,K]
+    v = v + (v_first - v) ⊙ σ(v0 + x v1 v2)                    not in the first recurrent layer, whose v is v_first
+    iclr = σ(a0 + x a1 a2)                          [A]
+    log_decay = -e^(-1/2) σ(w0 + tanh(x w1) w2)     [A]        decay = exp(log_decay) in (0.5452, 1)
+    g = σ(x g1) g2                                  [A]        signed and unbounded: the sigmoid is between the factors
+
+    form            kk (removal key)          key that is written               output
+    balanced        k / ‖k‖                   k ⊙ (1 - decay + iclr)            o · K^(-1/2)
+    groupnorm       k ⊙ k_k / ‖k ⊙ k_k‖       k ⊙ (1 + (iclr - 1) ⊙ k_a)        GroupNorm over H groups (o), eps K·1e-5
+
+    S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ     o_t = r_tᵀ S_t      S [K,V] fp32 per head
+    out = (o ⊙ g) o_proj                            [D]
+
+`balanced` is the paper's formulas; `groupnorm` (stock RWKV-7 keys) is what its code ships as default, and turns unstable from
+about 14B parameters on. No bonus term in either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from radlads.model.mixer import (
+    AttentionShape,
+    FirstValues,
+    Mixer as BaseMixer,
+    MixerOutput,
+    MixerState,
+    head_group_norm,
+    init_low_rank_out,
+    low_rank_size,
+    run_wkv7,
+    unit_keys,
+)
+from radlads.model.options import MixerOptions
+from torch import Tensor, nn
+
+
+class Options(MixerOptions):
+    """Choices of rad_rwkv7. A rank of None is the published formula, e.g. decay: max(1, round(1.8·√D / 32))·32."""
+
+    form: Literal["balanced", "groupnorm"] = "balanced"
+    rope: bool = True
+    """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
+    decay_rank: int | None = Field(default=None, ge=1)
+    iclr_rank: int | None = Field(default=None, ge=1)
+    value_rank: int | None = Field(default=None, ge=1)
+    gate_rank: int | None = Field(default=None, ge=1)
+    value_residual_init: float = 1.0
+    """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
+    gate_init: Literal["published", "identity"] = "published"
+    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
+
+    def resolve(self, hidden_size: int) -> Self:
+        """Write the ranks of the published formulas out. (2505.03005, appendix; the width is D.)"""
+        formulas = {
+            "decay_rank": (0.5, 1.8),
+            "iclr_rank": (0.5, 1.8),
+            "value_rank": (0.5, 1.3),
+            "gate_rank": (0.8, 0.6),
+        }
+        ranks = {
+            name: low_rank_size(hidden_size, *formula)
+            for name, formula in formulas.items()
+            if getattr(self, name) is None
+        }
+        return self.model_copy(update=ranks)
+
+
+class Mixer(BaseMixer):
+    """See the module's docstring. Raises nothing of its own."""
+
+    CONSTANTS: ClassVar[dict[str, float]] = {
+        "decay_scale": math.exp(-0.5),
+        "group_norm_eps_per_channel": 1e-5,
+        "removal_key_scale_init": 0.85,
+    }
+
+    def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
+        """options: resolved, attributes as in `Options`. first: whether this is the model's first recurrent layer."""
+        super().__init__(shape, layer, num_layers)
+        self.options = options
+        D, A = shape.hidden_size, shape.width
+        self.w0, self.w1, self.w2 = _low_rank(D, options.decay_rank, A)
+        self.a0, self.a1, self.a2 = _low_rank(D, options.iclr_rank, A)
+        if first:
+            self.v0 = self.v1 = self.v2 = None
+        else:
+            self.v0, self.v1, self.v2 = _low_rank(D, options.value_rank, A)
+        _, self.g1, self.g2 = _low_rank(D, options.gate_rank, A)
+        self.ln_x: nn.Module | None = None
+        if options.form == "groupnorm":
+            self.k_k = nn.Parameter(torch.empty(1, 1, A))
+            self.k_a = nn.Parameter(torch.empty(1, 1, A))
+            self.ln_x = nn.GroupNorm(
+                shape.num_heads, A, eps=shape.head_dim * self.CONSTANTS["group_norm_eps_per_channel"]
+            )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published start of everything that the teacher does not give (2505.03005 code; see Options for the deviations)."""
+        A = self.shape.width
+        channel = torch.arange(A, dtype=torch.float32, device=self.w0.device) / max(1, A - 1)
+        self.w0.copy_((-6.5 + 5 * channel ** (0.85 + self.depth**0.5)).view(1, 1, A))
+        self.a0.zero_()
+        for first_factor, second_factor in ((self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2)):
+            first_factor.zero_()
+            init_low_rank_out(second_factor)
+        if self.options.gate_init == "identity":
+            # With g1 = 0 the gate is half the column sums of g2; shift every column so that it sums to two.
+            self.g2.add_((2 - self.g2.float().sum(0)) / self.g2.shape[0])
+        if self.v0 is not None:
+            self.v0.fill_(self.options.value_residual_init)
+            self.v1.zero_()
+            init_low_rank_out(self.v2)
+        if self.ln_x is not None:
+            self.k_k.fill_(self.CONSTANTS["removal_key_scale_init"])
+            self.k_a.fill_(1.0)
+            self.ln_x.weight.fill_(1.0)
+            self.ln_x.bias.zero_()
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        first: FirstValues | None = None,
+        state: MixerState | None = None,
+        keep_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = False,
+    ) -> MixerOutput:
+        """See `radlads.model.mixer.Mixer.forward`."""
+        r, k, v = self.project(x_BTD, rope if self.options.rope else None)
+        k, v = self.repeat(k), self.repeat(v)
+        if self.v0 is None:
+            first = FirstValues(v_BTHV=v)
+        else:
+            if first is None or first.v_BTHV is None:
+                raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
+            v = v + (first.v_BTHV - v) * self.heads(torch.sigmoid(self.v0 + x_BTD @ self.v1 @ self.v2))
+
+        iclr = self.heads(torch.sigmoid((self.a0 + x_BTD @ self.a1 @ self.a2).float()))
+        speed = torch.sigmoid(self.w0.float() + (torch.tanh(x_BTD @ self.w1) @ self.w2).float())
+        log_decay = self.heads(-self.CONSTANTS["decay_scale"] * speed)
+        if self.ln_x is None:
+            kk = unit_keys(k)
+            k = k * (iclr - torch.expm1(log_decay)).to(k.dtype)
+        else:
+            kk = unit_keys(k * self.heads(self.k_k))
+            k = k * (1 + (iclr - 1) * self.heads(self.k_a)).to(k.dtype)
+
+        out, wkv = run_wkv7(
+            r,
+            log_decay,
+            k,
+            v,
+            kk,
+            iclr.to(k.dtype),
+            state=state,
+            keep_BT=keep_BT,
+            cu_seqlens=cu_seqlens,
+            output_state=output_state,
+            training=self.training,
+        )
+        if self.ln_x is None:
+            out = out * self.shape.head_dim**-0.5
+        else:
+            out = head_group_norm(out, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        gate = torch.sigmoid(x_BTD @ self.g1) @ self.g2
+        out = self.o_proj(out.flatten(-2) * gate)
+        return MixerOutput(out, first, None if wkv is None else MixerState(wkv))
+
+
+def _low_rank(D: int, R: int, A: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """Offset [1,1,A], first factor [D,R], second factor [R,A]."""
+    return nn.Parameter(torch.empty(1, 1, A)), nn.Parameter(torch.empty(D, R)), nn.Parameter(torch.empty(R, A))

@@ -1,0 +1,103 @@
+"""Build a student from a teacher's config, or load one that was exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.teacher import find_family
+from radlads.model.variants import mixer_class, validate_options
+from radlads.tasks.job import UserError
+from transformers import PreTrainedConfig
+
+__all__ = ["RadladsConfig", "RadladsForCausalLM", "build_student", "load_student", "student_config"]
+
+
+def student_config(
+    teacher_config: PreTrainedConfig,
+    *,
+    variant: str,
+    options: Mapping[str, Any],
+    attention_layers: Sequence[int],
+    attention_rope: bool,
+) -> RadladsConfig:
+    """The config of a student, with every option and rank written out. Raises UserError for what cannot be built."""
+    family = find_family(teacher_config)
+    resolved = validate_options(variant, options, teacher_config)
+    num_layers = teacher_config.num_hidden_layers
+    beyond = [layer for layer in attention_layers if not 0 <= layer < num_layers]
+    if beyond:
+        raise UserError(
+            f"attention_layers names layer {beyond[0]}, but the teacher has the layers 0 to {num_layers - 1}"
+        )
+    kinds = getattr(teacher_config, "layer_types", None) or ["full_attention"] * num_layers
+    windowed = [layer for layer in attention_layers if kinds[layer] != "full_attention"]
+    if windowed:
+        raise UserError(
+            f"attention_layers keeps layer {windowed[0]}, which is {kinds[windowed[0]]}; keep full-attention layers only"
+        )
+    return RadladsConfig(
+        teacher=teacher_config.to_dict(),
+        family=family.names(),
+        variant=variant,
+        options=resolved.model_dump(mode="json"),
+        constants=mixer_class(variant).CONSTANTS,
+        attention_layers=tuple(attention_layers),
+        attention_rope=attention_rope,
+    )
+
+
+def build_student(
+    teacher_config: PreTrainedConfig,
+    *,
+    variant: str,
+    options: Mapping[str, Any],
+    attention_layers: Sequence[int],
+    attention_rope: bool,
+    dtype: torch.dtype | None = None,
+) -> RadladsForCausalLM:
+    """A student with fresh weights (transplant gives it the teacher's). Works under `torch.device("meta")`.
+
+    dtype: of its parameters; None is torch's default. Raises UserError for what cannot be built.
+    """
+    config = student_config(
+        teacher_config,
+        variant=variant,
+        options=options,
+        attention_layers=attention_layers,
+        attention_rope=attention_rope,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        return RadladsForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_student(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> RadladsForCausalLM:
+    """Load an exported folder with this package's own classes (its remote code is not run), in eval mode.
+
+    dtype: None keeps the saved one. Raises UserError when it is no exported student, or a tensor is missing, left over or misshapen.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"no exported student in {folder}: config.json is missing")
+    config = RadladsConfig.from_pretrained(folder)
+    if config.model_type != "radlads" or not config.teacher:
+        raise UserError(f"{folder} holds a '{config.model_type}' model, not an exported student")
+    try:
+        student, report = RadladsForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the student in {folder}: {' '.join(str(error).split())[:300]}") from error
+    faults = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for kind, names in report.items() if names]
+    if faults:
+        raise UserError(f"the student in {folder} does not fit its config: {'; '.join(faults)}")
+    return student.to(device).eval()
