@@ -90,6 +90,9 @@ class FileEntry(Sheet):
     """Relative to the product's prefix, with forward slashes."""
     size: int = Field(ge=0)
     sha256: str
+    stored_as: str | None = None
+    """Where it lies under the prefix, when an unfinished attempt with other content already had `path`. Readers that go
+    through Store never see it."""
 
 
 class CodeVersion(Sheet):

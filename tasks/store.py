@@ -1,0 +1,28 @@
+"""Where products live: a folder or any S3 endpoint, behaving alike. See store_base for the commit protocol."""
+
+from __future__ import annotations
+
+from radlads.tasks.job import StoreRef
+from radlads.tasks.store_base import CorruptArtifact, StageConflict, Store, StoreError, StoreUnusable
+from radlads.tasks.store_local import LocalStore
+from radlads.tasks.store_s3 import S3Store
+
+__all__ = [
+    "CorruptArtifact",
+    "LocalStore",
+    "S3Store",
+    "StageConflict",
+    "Store",
+    "StoreError",
+    "StoreUnusable",
+    "open_store",
+]
+
+
+def open_store(ref: StoreRef) -> Store:
+    """Open a store by its uri: `s3://bucket/prefix`, or a folder. Raises StoreUnusable."""
+    if ref.uri.startswith("s3://"):
+        return S3Store(ref)
+    if "://" in ref.uri and not ref.uri.startswith("file://"):
+        raise StoreUnusable(f"the store {ref.uri} is neither s3://bucket/prefix nor a folder")
+    return LocalStore(ref)

@@ -1,0 +1,348 @@
+"""A store in an S3 bucket, at AWS or any endpoint that speaks the protocol.
+
+Endpoints differ: some ignore conditional writes, and none of those tried rejects a wrong sha256. So what the endpoint
+honours is probed once, what arrived is proven on our side (an ETag that can only be the MD5 of what was sent, or else
+by reading back), and readers hash what they download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.client import BaseClient
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from s3transfer.exceptions import S3UploadFailedError
+from s3transfer.manager import TransferManager
+
+from radlads.tasks.job import FileEntry, StoreRef
+from radlads.tasks.store_base import (
+    CorruptArtifact,
+    Store,
+    StoreError,
+    StoreUnusable,
+    check_key,
+    hash_file,
+    parallel,
+    place_of,
+)
+from radlads.tasks.store_seal import Seal, part_size, seal_file
+
+_log = logging.getLogger(__name__)
+_PART_BYTES = 16 << 20
+_MISSING = {"404", "NoSuchKey", "NotFound"}
+_TAKEN = {"412", "PreconditionFailed"}
+_DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
+_probed: dict[tuple[str | None, str], dict[str, bool | str]] = {}
+
+
+class _KeyTaken(Exception):  # noqa: N818
+    """Another writer completed this key first."""
+
+
+class S3Store(Store):
+    """Keys live under `s3://bucket/prefix`. Credentials come from the SDK's own chain, never from us."""
+
+    def __init__(self, ref: StoreRef, *, part_bytes: int = _PART_BYTES) -> None:
+        parts = urlsplit(ref.uri)
+        if not parts.netloc:
+            raise StoreUnusable(f"the store {ref.uri} names no bucket; it looks like s3://bucket/prefix")
+        self._root = parts.path.strip("/")
+        if self._root:
+            check_key(self._root)
+        super().__init__(ref, f"s3://{parts.netloc}" + (f"/{self._root}" if self._root else ""))
+        self.bucket = parts.netloc
+        self._part_bytes = part_bytes
+        self._client = _make_client(ref)
+        # Product uploads go through a client of their own, whose multipart uploads complete only where nothing is.
+        self._writer = _make_client(ref)
+        self._writer.meta.events.register(
+            "before-parameter-build.s3.CompleteMultipartUpload", self._complete_only_if_absent
+        )
+
+    # Single objects
+
+    def put_file(self, key: str, path: Path) -> FileEntry:
+        """See Store."""
+        size, sha256 = hash_file(path)
+        with self._errors(key):
+            self._client.upload_file(str(path), self.bucket, self._full(key), Config=self._transfer(size))
+        return FileEntry(path=key, size=size, sha256=sha256)
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """See Store."""
+        with self._errors(key):
+            self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=data)
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """See Store."""
+        with self._errors(key):
+            try:
+                body: bytes = self._client.get_object(Bucket=self.bucket, Key=self._full(key))["Body"].read()
+            except ClientError as error:
+                if _code(error) in _MISSING:
+                    return None
+                raise
+        return body
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """See Store."""
+        full = self._full(prefix)
+        cut = len(self._root) + 1 if self._root else 0
+        with self._errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full)
+            objects = [item for page in pages for item in page.get("Contents", [])]
+        return {
+            item["Key"][cut:]: item["Size"]
+            for item in objects
+            if item["Key"] == full or item["Key"].startswith(full + "/")
+        }
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """See Store. Where the endpoint ignores the condition: look, write, look again."""
+        full = self._full(key)
+        if not self.probe()["conditional_put"]:
+            if self.get_bytes(key) is not None:
+                return False
+            self.put_bytes(key, data)
+            return self.get_bytes(key) == data
+        for _ in range(5):
+            with self._errors(key):
+                try:
+                    self._client.put_object(Bucket=self.bucket, Key=full, Body=data, IfNoneMatch="*")
+                except ClientError as error:
+                    if _code(error) in _TAKEN:
+                        # The SDK repeats a put whose answer was lost; then what is there is ours.
+                        return self.get_bytes(key) == data
+                    if _code(error) != "ConditionalRequestConflict":
+                        raise
+                    continue
+            return True
+        raise StoreError(f"{self.join(key)}: other writers kept the endpoint busy; try again")
+
+    def probe(self) -> dict[str, bool | str]:
+        """See Store. Asked once per process and bucket; writes and removes one small object."""
+        place = (self.ref.endpoint_url, self.bucket)
+        if place not in _probed:
+            _probed[place] = self._probe()
+            if not _probed[place]["conditional_put"]:
+                _log.warning(
+                    "%s ignores conditional writes (If-None-Match): commits look before they write instead, so never "
+                    "run the same run name twice at once against this store",
+                    self.ref.endpoint_url or self.uri,
+                )
+        return {"uri": self.uri, **_probed[place]}
+
+    def _probe(self) -> dict[str, bool | str]:
+        key = f".probe/{uuid.uuid4().hex}"
+        place = {"Bucket": self.bucket, "Key": self._full(key)}
+        with self._errors(key):
+            self._client.put_object(**place, Body=b"1")
+            try:
+                put = _refused(lambda: self._client.put_object(**place, Body=b"2", IfNoneMatch="*"))
+                upload = self._client.create_multipart_upload(**place)["UploadId"]
+                part = self._client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"3")["ETag"]
+                parts = {"Parts": [{"PartNumber": 1, "ETag": part}]}
+                multipart = _refused(
+                    lambda: self._client.complete_multipart_upload(
+                        **place, UploadId=upload, MultipartUpload=parts, IfNoneMatch="*"
+                    )
+                )
+                if multipart:
+                    self._abort(place["Key"], upload)
+            finally:
+                self._client.delete_object(**place)
+        return {"conditional_put": put, "conditional_multipart": multipart}
+
+    # Products
+
+    def _upload(self, prefix: str, name: str, path: Path) -> FileEntry:
+        size = path.stat().st_size
+        seal = seal_file(path, part_size(size, self._part_bytes))
+        entry = FileEntry(path=name, size=seal.size, sha256=seal.sha256)
+        # An unfinished attempt may have left other content at the path, and a slow one may still be writing there:
+        # nothing is overwritten, a place named by the content serves instead.
+        for candidate in (entry, entry.model_copy(update={"stored_as": f".objects/{seal.sha256}"})):
+            key = place_of(prefix, candidate)
+            holds = self._holds(key, seal)
+            if holds is None:
+                self._send(key, path, seal)
+                holds = self._holds(key, seal)
+            if holds:
+                return candidate
+        raise CorruptArtifact(f"{self.join(key)}: what arrived is not what was sent ({path.name})")
+
+    def _send(self, key: str, path: Path, seal: Seal) -> None:
+        """Upload unless somebody else's object is there by then; what is there afterwards is for _holds to judge."""
+        full = self._full(key)
+        with self._errors(key):
+            try:
+                if seal.size > self._part_bytes:
+                    with TransferManager(self._writer, self._transfer(seal.size)) as transfers:
+                        transfers.upload(str(path), self.bucket, full).result()
+                else:
+                    condition = {"IfNoneMatch": "*"} if self.probe()["conditional_put"] else {}
+                    with path.open("rb") as body:
+                        self._writer.put_object(
+                            Bucket=self.bucket, Key=full, Body=body, ContentMD5=seal.md5_base64, **condition
+                        )
+            except _KeyTaken:
+                return
+            except ClientError as error:
+                if _code(error) not in _TAKEN:
+                    raise
+
+    def _complete_only_if_absent(self, params: dict[str, Any], **_: Any) -> None:
+        """Botocore event before a multipart upload completes. Raises _KeyTaken."""
+        if self.probe()["conditional_multipart"]:
+            params["IfNoneMatch"] = "*"
+        elif self._head(params["Key"]) is not None:
+            raise _KeyTaken(params["Key"])
+
+    def _holds(self, key: str, seal: Seal) -> bool | None:
+        """Whether the object is what the seal says; None if there is no object."""
+        found = self._head(self._full(key))
+        if found is None:
+            return None
+        if found["ContentLength"] != seal.size:
+            return False
+        return found["ETag"].strip('"') in seal.etags or self._read_back(key) == seal.sha256
+
+    def _read_back(self, key: str) -> str:
+        digest = hashlib.sha256()
+        with self._errors(key):
+            for block in self._client.get_object(Bucket=self.bucket, Key=self._full(key))["Body"].iter_chunks(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _head(self, full: str) -> dict[str, Any] | None:
+        with self._errors(full):
+            try:
+                found: dict[str, Any] = self._client.head_object(Bucket=self.bucket, Key=full)
+            except ClientError as error:
+                if _code(error) in _MISSING:
+                    return None
+                raise
+        return found
+
+    def _open_files(self, prefix: str, entries: list[FileEntry], into: Path) -> Path:
+        parallel(lambda entry: self._download(prefix, entry, into / check_key(entry.path)), entries, workers=4)
+        return into
+
+    def _download(self, prefix: str, entry: FileEntry, path: Path) -> None:
+        if path.is_file() and path.stat().st_size == entry.size and self._verified.sha256(path) == entry.sha256:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = place_of(prefix, entry)
+        with self._errors(key):
+            try:
+                self._client.download_file(self.bucket, self._full(key), str(path), Config=self._transfer(entry.size))
+            except ClientError as error:
+                if _code(error) in _MISSING:
+                    raise self._corrupt(prefix, f"{entry.path} is missing") from None
+                raise
+        self._check_local(prefix, entry, path)
+
+    def _delete_keys(self, keys: list[str]) -> None:
+        for start in range(0, len(keys), 1000):
+            objects = [{"Key": self._full(key)} for key in keys[start : start + 1000]]
+            with self._errors(keys[start]):
+                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+            if answer.get("Errors"):
+                fault = answer["Errors"][0]
+                raise StoreError(f"{self.uri}: cannot delete {fault.get('Key')}: {fault.get('Message')}")
+
+    def _tidy(self, prefix: str) -> None:
+        """Abort multipart uploads that nobody will finish: once a prefix is committed, no other writer can be."""
+        full = self._full(prefix) + "/"
+        try:
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=full)
+            for upload in [item for page in pages for item in page.get("Uploads", [])]:
+                if upload["Key"].startswith(full):
+                    self._abort(upload["Key"], upload["UploadId"])
+        except (ClientError, BotoCoreError) as error:
+            _log.warning("%s: unfinished uploads could not be tidied: %s", self.join(prefix), error)
+
+    def _abort(self, full: str, upload: str) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=full, UploadId=upload)
+        except ClientError as error:
+            if _code(error) not in {"NoSuchUpload", *_MISSING}:
+                raise
+
+    # Plumbing
+
+    def _full(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}" if self._root else check_key(key)
+
+    def _transfer(self, size: int) -> TransferConfig:
+        part = part_size(size, self._part_bytes)
+        return TransferConfig(multipart_threshold=self._part_bytes + 1, multipart_chunksize=part, max_concurrency=4)
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        """Turn the SDK's errors into one line of ours."""
+        where = self.ref.endpoint_url or "AWS"
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError):
+            raise StoreUnusable(f"{self.uri}: no S3 credentials found; set AWS_ACCESS_KEY_ID and friends") from None
+        except ClientError as error:
+            code = _code(error)
+            if code == "NoSuchBucket":
+                raise StoreUnusable(f"bucket '{self.bucket}' does not exist at {where}; create it first") from None
+            if code in _DENIED:
+                raise StoreUnusable(f"{self.uri}: {where} refuses these credentials ({code})") from None
+            raise StoreError(f"{self.uri}/{key}: {where} answers {code}: {_message(error)}") from error
+        except (BotoCoreError, S3UploadFailedError) as error:
+            raise StoreError(f"{self.uri}/{key}: {where}: {' '.join(str(error).split())}") from error
+
+
+def _make_client(ref: StoreRef) -> BaseClient:
+    own = ref.endpoint_url is not None
+    host = urlsplit(ref.endpoint_url).hostname if ref.endpoint_url else None
+    config = Config(
+        s3={"addressing_style": "path" if own else "auto"},
+        retries={"mode": "standard", "max_attempts": 6},
+        connect_timeout=10,
+        read_timeout=60,
+        tcp_keepalive=True,
+        max_pool_connections=32,
+        # Other endpoints choke on AWS's trailing checksums; integrity is ours to prove anyway.
+        request_checksum_calculation="when_required" if own else "when_supported",
+        response_checksum_validation="when_required",
+        proxies={} if host in ("127.0.0.1", "localhost", "::1") else None,
+    )
+    region = ref.region or ("us-east-1" if own else None)
+    return boto3.client("s3", endpoint_url=ref.endpoint_url, region_name=region, config=config)
+
+
+def _refused(write: Any) -> bool:
+    """Whether a conditional write onto an existing object is refused, as it should be."""
+    try:
+        write()
+    except ClientError as error:
+        if _code(error) in _TAKEN:
+            return True
+        if _code(error) in _UNSUPPORTED:
+            return False
+        raise
+    return False
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _message(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Message", error))

