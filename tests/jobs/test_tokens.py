@@ -1,0 +1,310 @@
+"""tokenize: same spec, same bytes; what the index says is what the shards hold; a crash costs only unfinished parts."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs import tokens
+from radlads.tasks.jobs.chat import render_chat
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.documents import Document
+from radlads.tasks.jobs.encode import Encoder
+from radlads.tasks.jobs.sources import (
+    load_tokenizer,
+    pin_teacher,
+    resolve_file,
+    resolve_files,
+    resolve_teacher_path,
+    tokenizer_fingerprint,
+)
+from radlads.tasks.recipe import Dataset
+from radlads.tasks.specs import TokenizeSpec
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, stories: list[str]) -> Path:
+    path = tmp_path / "stories.txt.gz"
+    path.write_bytes(gzip.compress("\n<|endoftext|>\n".join(stories).encode()))
+    return path
+
+
+@pytest.fixture
+def tokenize(make_job: MakeJob, run_main: Any, tokenizer_folder: Path) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """tokenize(sources, **dataset options) → (committed folder, index)."""
+
+    def run(sources: list[dict[str, Any]], *, job: dict[str, Any] | None = None, **options: Any) -> Any:
+        spec = spec_of(sources, tokenizer_folder, **options)
+        made = make_job("tokenize", spec, **(job or {}))
+        run_main(tokens.main, made)
+        folder = Path(made.spec.output_uri)
+        return folder, json.loads((folder / "index.json").read_text())
+
+    return run
+
+
+def spec_of(sources: list[dict[str, Any]], tokenizer: Path, teacher: Any = None, **options: Any) -> TokenizeSpec:
+    dataset = Dataset.model_validate({"sources": sources, **options})
+    return TokenizeSpec(
+        name="train",
+        dataset=dataset,
+        files=resolve_files(dataset.sources),
+        tokenizer=str(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(str(tokenizer)),
+        teacher=teacher,
+    )
+
+
+def text_source(path: Path) -> dict[str, Any]:
+    return {"kind": "files", "paths": [str(path)], "separator": "<|endoftext|>"}
+
+
+def stream(folder: Path, index: dict[str, Any], split: str) -> np.ndarray:
+    shards = index["splits"][split]["shards"]
+    arrays = [np.fromfile(folder / s["file"], index["dtype"]) for s in shards]
+    assert [len(a) for a in arrays] == [s["tokens"] for s in shards]
+    return np.concatenate(arrays)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "manifest.json"}
+
+
+def test_the_stream_holds_every_document_once(tokenize: Any, corpus: Path, stories: list[str], tokenizer_folder: Path):
+    folder, index = tokenize([text_source(corpus)], shard_tokens=1000, heldout_fraction=0.1)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    found = []
+    for split in ("train", "heldout"):
+        sheet = index["splits"][split]
+        flat = stream(folder, index, split)
+        starts = np.fromfile(folder / sheet["boundaries_file"], "<u8")
+        assert len(starts) == sheet["documents"]
+        assert len(flat) == sheet["tokens"]
+        texts = [tokenizer.decode(piece[:-1]) for piece in np.split(flat, starts[1:])]
+        assert all(piece[-1] == index["eos_id"] for piece in np.split(flat, starts[1:]))
+        assert sheet["bytes"] == sum(len(t.encode()) for t in texts)
+        assert all(s["tokens"] == 1000 for s in sheet["shards"][:-1])
+        found += texts
+    assert sorted(found) == sorted(stories)
+    assert found[: len(stories) // 2] != stories[: len(stories) // 2]
+    assert 5 <= index["splits"]["heldout"]["documents"] <= 40
+
+
+def test_bytes_of_heldout_tokens_add_up(tokenize: Any, corpus: Path, tokenizer_folder: Path):
+    folder, index = tokenize([text_source(corpus)], heldout_fraction=0.1, add_bos=True)
+    sheet = index["splits"]["heldout"]
+    sizes = np.concatenate([np.fromfile(folder / f, "<u4") for f in sheet["token_bytes_files"]])
+    flat = stream(folder, index, "heldout")
+    assert len(sizes) == len(flat)
+    assert sizes.sum() == sheet["bytes"]
+    assert set(sizes[(flat == index["eos_id"]) | (flat == index["bos_id"])]) == {0}
+    # Away from characters of several tokens, a token's bytes are the bytes of its text.
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    plain = [(len(tokenizer.decode([t]).encode()), s) for t, s in zip(flat, sizes, strict=True) if s]
+    assert np.mean([a == b for a, b in plain]) > 0.95
+
+
+def test_same_bytes_with_more_processes(tokenize: Any, corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokens, "_PART_BYTES", 4000)
+    one, _ = tokenize([text_source(corpus)], job={"scratch": "one"})
+    before = hashes(one)
+    (one / "manifest.json").unlink()
+    monkeypatch.setattr(tokens, "_POOL_FROM_BYTES", 0)
+    two, _ = tokenize([text_source(corpus)], job={"scratch": "two", "threads": 2})
+    assert hashes(two) == before
+
+
+def test_a_restart_reuses_finished_parts(
+    make_job: MakeJob, run_main: Any, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tokens, "_PART_BYTES", 4000)
+    spec = spec_of([text_source(corpus)], tokenizer_folder)
+    encode = Encoder.encode
+    encoded: list[int] = []
+
+    def failing(self: Encoder, documents: list[Document], state: dict[str, Any]) -> Any:
+        if len(encoded) == 3:
+            raise RuntimeError("power cut")
+        encoded.append(len(documents))
+        return encode(self, documents, state)
+
+    monkeypatch.setattr(Encoder, "encode", failing)
+    broken = make_job("tokenize", spec, scratch="same")
+    with pytest.raises(RuntimeError, match="power cut"):
+        tokens.main(broken)
+    calls: list[int] = []
+    monkeypatch.setattr(Encoder, "encode", lambda self, d, s: calls.append(len(d)) or encode(self, d, s))
+    run_main(tokens.main, make_job("tokenize", spec, scratch="same"))
+    assert sum(calls) + sum(encoded) == 200
+
+    resumed = hashes(Path(broken.spec.output_uri))
+    (Path(broken.spec.output_uri) / "manifest.json").unlink()
+    fresh = make_job("tokenize", spec, scratch="fresh")
+    run_main(tokens.main, fresh)
+    assert hashes(Path(fresh.spec.output_uri)) == resumed
+
+
+def test_max_tokens_takes_from_every_source(tokenize: Any, corpus: Path, tmp_path: Path, tokenizer_folder: Path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"Zebra number {i} runs."}) + "\n" for i in range(500)))
+    folder, index = tokenize(
+        [text_source(corpus), {"kind": "files", "paths": [str(other)]}], max_tokens=6000, heldout_fraction=0.1
+    )
+    total = sum(s["tokens"] for s in index["splits"].values())
+    assert 5500 < total <= 6000
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    text = tokenizer.decode(stream(folder, index, "train")) + tokenizer.decode(stream(folder, index, "heldout"))
+    zebras = sum(len(d.encode()) for d in text.split("<eos>") if d.startswith("Zebra"))
+    assert 0.4 < zebras / len(text.encode()) < 0.6
+
+
+def test_every_kind_of_file_gives_the_same_documents(tokenize: Any, tmp_path: Path, stories: list[str]):
+    rows = [{"body": s} for s in stories]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_text("\n---\n".join(stories), encoding="utf-8")
+    seen = set()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt"):
+        source = {"kind": "files", "paths": [str(tmp_path / name)], "text_field": "body", "separator": "\n---\n"}
+        folder, index = tokenize([source])
+        seen.add(hashlib.sha256(stream(folder, index, "train").tobytes()).hexdigest())
+    assert len(seen) == 1
+
+
+def test_chats_are_masked_to_the_assistant(tokenize: Any, tmp_path: Path, tokenizer_folder: Path):
+    chats = [
+        {
+            "m": [
+                {"role": "user", "content": f"Where is ball {i}?"},
+                {"role": "assistant", "content": f"In park {i}."},
+                {"role": "user", "content": "Thanks"},
+                {"role": "assistant", "content": "Bye!"},
+            ]
+        }
+        for i in range(60)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in chats))
+    folder, index = tokenize([{"kind": "files", "paths": [str(path)], "messages_field": "m"}], heldout_fraction=0.2)
+    assert index["has_mask"]
+    for split in ("train", "heldout"):
+        sheet = index["splits"][split]
+        mask = np.concatenate([np.fromfile(folder / f, "u1") for f in sheet["mask_files"]])
+        flat = stream(folder, index, split)
+        starts = np.fromfile(folder / sheet["boundaries_file"], "<u8")
+        tokenizer = load_tokenizer(str(tokenizer_folder))
+        for ids, kept in zip(np.split(flat, starts[1:]), np.split(mask, starts[1:]), strict=True):
+            number = tokenizer.decode(ids).split("ball ")[1].split("?")[0]
+            assert tokenizer.decode(ids[kept == 1]) == f"In park {number}.<eos>Bye!<eos>"
+
+
+def test_template_with_markers_agrees_with_prefixes(tokenizer_folder: Path):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    plain = render_chat(tokenizer, messages)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}<eos>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert render_chat(tokenizer, messages) == plain
+    assert [plain.text[a:b] for a, b in plain.assistant_spans] == ["Yo<eos>"]
+
+
+def test_a_template_that_rewrites_history_is_refused(tokenizer_folder: Path):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    with pytest.raises(UserError, match="generation"):
+        render_chat(tokenizer, turns)
+
+
+def test_recall_documents_hold_their_answers(tokenize: Any, tokenizer_folder: Path):
+    folder, index = tokenize([{"kind": "recall", "documents": 30, "lengths": [200, 300]}], heldout_fraction=0.2)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    flat = stream(folder, index, "train")
+    starts = np.fromfile(folder / index["splits"]["train"]["boundaries_file"], "<u8")
+    for ids in np.split(flat, starts[1:]):
+        assert "What is the magic number of the" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        ([{"kind": "files", "paths": ["nowhere/*.txt"]}], {}, "no file matches"),
+        ([{"kind": "files", "paths": ["{corpus}"], "max_documents": 1}], {}, "no document is left"),
+        ([{"kind": "files", "paths": ["{corpus}"], "messages_field": "m"}], {}, "no field 'm'"),
+        ([{"kind": "files", "paths": ["{corpus}"], "separator": "<|endoftext|>"}], {"max_tokens": 3}, "first document"),
+        ([{"kind": "sample", "tokens": 100}], {}, "needs a teacher"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    make_job: MakeJob, corpus: Path, tokenizer_folder: Path, sources: Any, options: Any, message: str
+):
+    sources = json.loads(json.dumps(sources).replace("{corpus}", str(corpus)))
+    with pytest.raises(UserError, match=message):
+        tokens.main(make_job("tokenize", spec_of(sources, tokenizer_folder, **options)))
+
+
+def test_a_changed_corpus_is_noticed(make_job: MakeJob, corpus: Path, tokenizer_folder: Path):
+    spec = spec_of([text_source(corpus)], tokenizer_folder)
+    corpus.write_bytes(gzip.compress(b"another text"))
+    with pytest.raises(UserError, match="not the file that the plan saw"):
+        tokens.main(make_job("tokenize", spec))
+
+
+def test_sampling_does_not_depend_on_restarts(make_job: MakeJob, run_main: Any, teacher_folder: Path):
+    sources = [{"kind": "sample", "tokens": 900, "context": 24, "seed": 5}]
+    spec = spec_of(sources, teacher_folder, teacher=pin_teacher(str(teacher_folder)), heldout_fraction=0.3)
+    job = make_job("tokenize", spec, scratch="a")
+    run_main(tokens.main, job)
+    folder = Path(job.spec.output_uri)
+    first = hashes(folder)
+    rows = [json.loads(line) for line in (folder / "samples-0.jsonl").read_text().splitlines()]
+    assert len(rows) > 16
+    assert len({row["text"] for row in rows}) > 16
+    (folder / "manifest.json").unlink()
+    again = make_job("tokenize", spec, scratch="b")
+    run_main(tokens.main, again)
+    assert hashes(folder) == first
+
+
+def test_fingerprints_follow_content_not_place(teacher_folder: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in teacher_folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert pin_teacher(str(copy)).fingerprint == pin_teacher(str(teacher_folder)).fingerprint
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert pin_teacher(str(copy)).fingerprint != pin_teacher(str(teacher_folder)).fingerprint
+
+
+def test_places_are_told_apart(tmp_path: Path):
+    assert resolve_teacher_path(str(tmp_path)) == str(tmp_path.resolve())
+    assert resolve_teacher_path("org/model") == "org/model"
+    with pytest.raises(UserError, match="no teacher folder"):
+        resolve_teacher_path(str(tmp_path / "gone"))
+    assert resolve_file("demo:corpus.txt.gz").name == "corpus.txt.gz"
+
+
+def test_real_stories_are_fast_enough(tokenize: Any, shared_data: Path, make_job: MakeJob, run_main: Any):
+    folder = shared_data / "teachers" / "stories260K"
+    spec = spec_of([text_source(shared_data / "text" / "tinystories_valid.txt.gz")], folder, add_bos=True)
+    job = make_job("tokenize", spec)
+    manifest = run_main(tokens.main, job)
+    assert manifest.metrics["documents"] == 3117
+    assert manifest.metrics["seconds"] < 60
