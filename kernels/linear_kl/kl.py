@@ -126,25 +126,29 @@ def _chunk(
     """
     tau, want = settings.temperature, settings.want_hidden or settings.want_head
     same = logits.argmax(-1) == targets.argmax(-1)
-    ce, grad_ce = None, None
+    total = logits.logsumexp(-1, keepdim=True)
+    ce, label, softmax = None, None, None
     if labels is not None:
-        valid = labels.where(labels != settings.ignore_index, 0)[:, None]
-        log_q = logits - logits.logsumexp(-1, keepdim=True)
-        ce = -log_q.gather(1, valid)[:, 0].where(labels != settings.ignore_index, 0)
-        if want and settings.ce_weight:
-            grad_ce = log_q.exp_().scatter_add_(1, valid, torch.full_like(valid, -1, dtype=log_q.dtype))
-            grad_ce *= ratio[:, None] * settings.ce_weight
-        del log_q
+        label = labels.where(labels != settings.ignore_index, 0)[:, None]
+        ce = (total - logits.gather(1, label))[:, 0].where(labels != settings.ignore_index, 0)
     if tau != 1:
+        if want and settings.ce_weight:
+            softmax = (logits - total).exp_()
         logits, targets = logits.div_(tau), targets.div_(tau)
-    logits -= logits.logsumexp(-1, keepdim=True)
+        total = logits.logsumexp(-1, keepdim=True)
+    logits -= total
     targets -= targets.logsumexp(-1, keepdim=True)
     p = targets.exp()
     kl = targets.sub_(logits).mul_(p).sum(-1).mul_(tau * tau)
     if not want:
         return kl, ce, same, None
-    grad = logits.exp_().sub_(p).mul_(settings.kl_weight * tau)
-    return kl, ce, same, grad if grad_ce is None else grad.add_(grad_ce)
+    q = logits.exp_()
+    if not settings.ce_weight:
+        return kl, ce, same, q.sub_(p).mul_(settings.kl_weight * tau)
+    factor = ratio[:, None] * settings.ce_weight
+    grad_ce = q * factor if softmax is None else softmax.mul_(factor)
+    grad_ce.scatter_add_(1, label, -factor)
+    return kl, ce, same, grad_ce.add_(q.sub_(p), alpha=settings.kl_weight * tau)
 
 
 def _normalised(weight_N: Tensor | None, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}  # of fp32 logits; about four such buffers are alive at a time
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}  # of fp32 logits; about four such buffers are alive at a time
 _LOW = (torch.bfloat16, torch.float16)
 
 
