@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from radlads.model.mixer import MixerState
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from radlads.model.mixer import MixerState
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin):

@@ -1,4 +1,4 @@
-"""Config of a converted model: the teacher's whole config, plus everything that the mixers need and nothing that can drift."""
+"""Config of a converted model: the teacher's whole config, plus everything that the mixers need."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _MIRRORED = (
 class RadladsConfig(PreTrainedConfig):
     """Everything that defines a converted model.
 
-    teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts. variant, options,
-    constants: the mixer and all its numbers, ranks written out. attention_layers: layers that stay softmax; attention_rope: whether
-    those use rotary positions.
+    teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
+    variant, options, constants: the mixer and all its numbers, ranks written out. attention_layers: layers that stay
+    softmax; attention_rope: whether those use rotary positions.
     """
 
     model_type = "radlads"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

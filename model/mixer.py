@@ -1,7 +1,7 @@
 """What mixers share: sizes, low-rank maps, GQA repeat, RoPE, per-head norms, the first-layer residual, the state.
 
-Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head, V value dim per head (= K), A = H·K, R low rank,
-N packed sequences. Needs torch only: an exported model carries this file.
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head, V value dim per head (= K),
+A = H·K, R low rank, N packed sequences. Needs torch only: an exported model carries this file.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from radlads.kernels.wkv7 import wkv7, wkv7_step
 from torch import Tensor, nn
+
+from radlads.kernels.wkv7 import wkv7, wkv7_step
 
 
 @dataclass(frozen=True)
@@ -55,29 +55,33 @@ def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> 
 
 
 class FirstValues(NamedTuple):
-    """What the first recurrent layer hands to the deeper ones: a value, passed on, so that the gradient reaches that layer."""
+    """What the first recurrent layer hands to the deeper ones: values, so that the gradient reaches it."""
 
-    v_BTHV: Tensor | None = None
-    k_BTHK: Tensor | None = None
+    v: Tensor | None = None
+    """[B,T,H,V]"""
+    k: Tensor | None = None
+    """[B,T,H,K]"""
 
 
 class MixerState(NamedTuple):
     """Recurrent memory of one layer between calls."""
 
-    wkv_BHKV: Tensor
-    """fp32."""
-    shift_BD: Tensor | None = None
-    """The last input, for variants with a token shift."""
+    wkv: Tensor
+    """[B,H,K,V], fp32."""
+    shift: Tensor | None = None
+    """[B,D], the last input, for variants with a token shift."""
 
 
 class MixerOutput(NamedTuple):
-    out_BTD: Tensor
+    """What a mixer gives: its output [B,T,D], the values for deeper layers, its memory where asked for."""
+
+    out: Tensor
     first: FirstValues
     state: MixerState | None
 
 
 class Mixer(nn.Module):
-    """Base of the recurrent replacements of attention: q/k/v/o projections under the teacher's names, and q/k norms where it has them."""
+    """Base of the recurrent replacements of attention: the projections under the teacher's names, and its q/k norms."""
 
     CONSTANTS: ClassVar[dict[str, float]] = {}
     """Numbers that define the variant; written into the exported config and compared on load."""
@@ -96,7 +100,7 @@ class Mixer(nn.Module):
         self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, normed where the teacher norms, rotated where `rope` is given."""
+        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, normed where the teacher norms, rotated by `rope`."""
         B, T, _ = x_BTD.shape
         r, k, v = (p(x_BTD).view(B, T, -1, self.shape.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
@@ -125,9 +129,9 @@ class Mixer(nn.Module):
     ) -> MixerOutput:
         """Mix a (normed) sequence.
 
-        rope: cos and sin, [B or 1, T, K or less]. first: what the first recurrent layer gave; None in that layer. state: where the
-        sequence left off. keep_BT: False at padding, which then neither decays nor writes the state. cu_seqlens: int [N+1], document
-        bounds in the flattened [B·T] (row bounds included); no state then.
+        rope: cos and sin, [B or 1, T, K or less]. first: what the first recurrent layer gave; None in that layer.
+        state: where the sequence left off. keep_BT: False at padding, which then neither decays nor writes the state.
+        cu_seqlens: int [N+1], document bounds in the flattened [B·T] (row bounds included); no state then.
         """
         raise NotImplementedError
 
@@ -167,17 +171,17 @@ def apply_rope(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
 
 def head_group_norm(x_BTHV: Tensor, weight_A: Tensor, bias_A: Tensor, eps: float) -> Tensor:
     """GroupNorm with one group a head, over each token alone, in fp32, in x's dtype."""
-    wide = F.layer_norm(x_BTHV.float(), x_BTHV.shape[-1:], eps=eps).flatten(-2)
+    wide = nn.functional.layer_norm(x_BTHV.float(), x_BTHV.shape[-1:], eps=eps).flatten(-2)
     return (wide * weight_A.float() + bias_A.float()).to(x_BTHV.dtype).view_as(x_BTHV)
 
 
 def unit_keys(k_BTHK: Tensor) -> Tensor:
     """Keys of length one per head, computed in fp32."""
-    return F.normalize(k_BTHK.float(), dim=-1).to(k_BTHK.dtype)
+    return nn.functional.normalize(k_BTHK.float(), dim=-1).to(k_BTHK.dtype)
 
 
 def init_low_rank_out(weight_RA: Tensor, scale: float = 0.1) -> None:
-    """Orthogonal with gain scale·√(rows / columns if rows > columns else 1): the second factor of every published low-rank map."""
+    """Orthogonal, gain scale·√(rows / columns if rows > columns else 1): the published start of second factors."""
     if weight_RA.is_meta:
         return
     rows, columns = weight_RA.shape
@@ -217,6 +221,6 @@ def run_wkv7(
         out, _ = wkv7(*(x.reshape(1, B * T, *x.shape[2:]) for x in inputs), cu_seqlens=cu_seqlens)
         return out.view_as(v_BTHV), None
     if T == 1 and state is not None and not training:
-        wkv = state.wkv_BHKV
+        wkv = state.wkv
         return wkv7_step(*(x[:, 0] for x in inputs), wkv).unsqueeze(1), wkv
-    return wkv7(*inputs, initial_state=None if state is None else state.wkv_BHKV, output_final_state=output_state)
+    return wkv7(*inputs, initial_state=None if state is None else state.wkv, output_final_state=output_state)

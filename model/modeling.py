@@ -9,15 +9,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from radlads.model.cache import RadladsCache, RecurrentLayer
-from radlads.model.configuration import RadladsConfig
-from radlads.model.mixer import FirstValues, Mixer, read_attention_shape
-from radlads.model.variants import mixer_class
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from radlads.model.cache import RadladsCache, RecurrentLayer
+from radlads.model.configuration import RadladsConfig
+from radlads.model.mixer import FirstValues, Mixer, read_attention_shape
+from radlads.model.variants import mixer_class
 
 
 class _Context(NamedTuple):
@@ -27,13 +28,13 @@ class _Context(NamedTuple):
     attention_rope: tuple[Tensor, Tensor]
     position_ids: Tensor
     attention_mask: Any
-    keep_BT: Tensor | None
+    keep: Tensor | None
     cu_seqlens: Tensor | None
     cache: RadladsCache | None
 
 
 class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
-    """Causal language model. With no layer converted (and `attention_rope`) its logits are the teacher's, bit for bit."""
+    """Causal language model. With no layer converted (and `attention_rope`) its logits are the teacher's bits."""
 
     config_class = RadladsConfig
     base_model_prefix = "model"
@@ -59,7 +60,8 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         kind = mixer_class(config.variant)
         if dict(config.constants) != kind.CONSTANTS:
             raise ValueError(
-                f"this model was made with {config.variant} constants {config.constants}, this code has {kind.CONSTANTS}"
+                f"this model was made with the {config.variant} constants {config.constants}, "
+                f"but this code has {kind.CONSTANTS}"
             )
         options = SimpleNamespace(**config.options)
         recurrent = [i for i in range(len(layers)) if i not in set(config.attention_layers)]
@@ -83,7 +85,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         return parameter_group(name, self.parts, set(self.mixers()))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute each layer in the backward pass (non-reentrant; the published runs found the reentrant form wrong)."""
+        """Recompute each layer in the backward pass, non-reentrant (the reentrant form gave the authors a bad loss)."""
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -102,8 +104,9 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The last hidden state [B,T,D], after the final norm.
 
-        attention_mask: [B, seen + T], 0 at padding (anywhere; left for generation). cu_seqlens: int [N+1], document bounds in the
-        flattened [B·T], row bounds included: state, attention and positions restart there. collect: receives every layer's input.
+        attention_mask: [B, seen + T], 0 at padding (anywhere; left for generation). cu_seqlens: int [N+1], document
+        bounds in the flattened [B·T], row bounds included: state, attention and positions restart there. collect:
+        receives every layer's input.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -137,7 +140,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
                 rope=context.rope,
                 first=first,
                 state=None if memory is None else memory.state,
-                keep_BT=context.keep_BT,
+                keep_BT=context.keep,
                 cu_seqlens=context.cu_seqlens,
                 output_state=memory is not None,
             )
@@ -204,7 +207,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Hugging Face conventions: `labels` are unshifted, `logits_to_keep` counts from the end. See `hidden` for the rest."""
+        """Hugging Face conventions: `labels` are unshifted, `logits_to_keep` counts from the end. Rest: `hidden`."""
         use_cache = (
             (self.config.use_cache and not self.training and cu_seqlens is None) if use_cache is None else use_cache
         )
@@ -242,7 +245,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         """generate() makes its own cache otherwise, which cannot tell its length without attention layers."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation='{generation_config.cache_implementation}' does not fit a recurrent state; unset it"
+                f"cache_implementation='{generation_config.cache_implementation}' does not fit a recurrent state"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RadladsCache(self.config)
@@ -256,7 +259,7 @@ def document_positions(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
 
 
 def parameter_group(name: str, parts: Any, mixer_layers: set[int]) -> str:
-    """The group of a parameter of a student (or, with no mixer layers, of a teacher). Raises KeyError for an unknown one."""
+    """The group of a parameter of a student (no mixer layers: of a teacher). Raises KeyError for an unknown one."""
     words = name.split(".")
     if words[0] == "lm_head":
         return "head"

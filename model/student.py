@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.teacher import find_family
 from radlads.model.variants import mixer_class, validate_options
 from radlads.tasks.job import UserError
-from transformers import PreTrainedConfig
 
 __all__ = ["RadladsConfig", "RadladsForCausalLM", "build_student", "load_student", "student_config"]
 
@@ -38,7 +39,7 @@ def student_config(
     windowed = [layer for layer in attention_layers if kinds[layer] != "full_attention"]
     if windowed:
         raise UserError(
-            f"attention_layers keeps layer {windowed[0]}, which is {kinds[windowed[0]]}; keep full-attention layers only"
+            f"attention_layers keeps layer {windowed[0]}, a {kinds[windowed[0]]} layer; keep full-attention layers only"
         )
     return RadladsConfig(
         teacher=teacher_config.to_dict(),
@@ -84,7 +85,8 @@ def load_student(
 ) -> RadladsForCausalLM:
     """Load an exported folder with this package's own classes (its remote code is not run), in eval mode.
 
-    dtype: None keeps the saved one. Raises UserError when it is no exported student, or a tensor is missing, left over or misshapen.
+    dtype: None keeps the saved one. Raises UserError when it is no exported student, or a tensor is missing, left over
+    or misshapen.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no exported student in {folder}: config.json is missing")

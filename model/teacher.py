@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from radlads.tasks.job import UserError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-# Words in the model type or the class name of models whose attention was already replaced, and of models that never had one.
+from radlads.tasks.job import UserError
+
+# Words in the model type or class name of models whose attention was replaced already, or that never had one.
 _CONVERTED = ("radlads", "rwkv", "liger", "lolcats", "linear_llama", "mamba", "gla", "gated_deltanet", "kda")
 
 
@@ -66,7 +67,7 @@ class TeacherFamily:
             missing += [f"layer {index}: {self.attention}.{name}" for name in wanted if not hasattr(attention, name)]
         if missing:
             raise UserError(
-                f"this {self.model_type} model lacks what the family '{self.model_type}' expects: {', '.join(missing[:5])}; "
+                f"this model lacks what the family '{self.model_type}' expects: {', '.join(missing[:5])}; "
                 "it is another architecture under this name, or a new transformers release moved the parts"
             )
 
@@ -95,7 +96,7 @@ def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
         raise UserError("the teacher's config.json has no model_type, so its architecture cannot be told")
     if any(word in name.lower() for name in names for word in _CONVERTED):
         raise UserError(
-            f"the teacher ({', '.join(names)}) is already a linear-attention model; give the softmax model it was made from"
+            f"the teacher ({', '.join(names)}) is a linear-attention model already; give the softmax model behind it"
         )
     if model_type not in known:
         nested = raw.get("text_config")

@@ -13,8 +13,9 @@ from radlads.model.options import MixerOptions
 from radlads.tasks.job import UserError
 
 if TYPE_CHECKING:
-    from radlads.model.mixer import Mixer
     from transformers import PreTrainedConfig
+
+    from radlads.model.mixer import Mixer
 
 # Head widths that the kernels are made for.
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 8, 256
@@ -50,7 +51,5 @@ def validate_options(variant: str, options: Mapping[str, Any], config: PreTraine
     kind: type[MixerOptions] = find_variant(variant).Options
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
-        raise UserError(
-            f"the teacher's heads are {head_dim} wide; mixers take {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}: choose another teacher"
-        )
+        raise UserError(f"the teacher's heads are {head_dim} wide, and mixers take {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}")
     return kind.parse(options, variant=variant).resolve(config.hidden_size)

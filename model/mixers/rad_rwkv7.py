@@ -1,10 +1,10 @@
 """RAD-RWKV7, the mixer of RADLADS (arXiv 2505.03005, appendix A.2) in both of its published forms.
 
-Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head (also the value dim), A = H·K, R low rank.
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key (and value) dim per head, A = H·K, R low rank.
 x [B,T,D] is the layer's normed input; no token shift. All maps are per token.
 
     r = rope(norm(x q_proj))                        [H,K]      norm: the teacher's q/k norms, where it has them (Qwen3)
-    k = repeat(rope(norm(x k_proj)))                [H,K]      repeat: kv head g serves query heads g·H/G ... (g+1)·H/G - 1
+    k = repeat(rope(norm(x k_proj)))                [H,K]      repeat: kv head g serves H/G query heads in a row
     v = repeat(x v_proj)                            [H,K]
     v = v + (v_first - v) ⊙ σ(v0 + x v1 v2)                    not in the first recurrent layer, whose v is v_first
     iclr = σ(a0 + x a1 a2)                          [A]
@@ -15,11 +15,11 @@ x [B,T,D] is the layer's normed input; no token shift. All maps are per token.
     balanced        k / ‖k‖                   k ⊙ (1 - decay + iclr)            o · K^(-1/2)
     groupnorm       k ⊙ k_k / ‖k ⊙ k_k‖       k ⊙ (1 + (iclr - 1) ⊙ k_a)        GroupNorm over H groups (o), eps K·1e-5
 
-    S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ     o_t = r_tᵀ S_t      S [K,V] fp32 per head
+    S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ    o_t = r_tᵀ S_t    S [K,V] fp32, per head
     out = (o ⊙ g) o_proj                            [D]
 
-`balanced` is the paper's formulas; `groupnorm` (stock RWKV-7 keys) is what its code ships as default, and turns unstable from
-about 14B parameters on. No bonus term in either.
+`balanced` is the paper's formulas; `groupnorm` (stock RWKV-7 keys) is what its code ships as default; it turns unstable
+from about 14B parameters on. No bonus term in either.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
+from torch import Tensor, nn
+
 from radlads.model.mixer import (
     AttentionShape,
     FirstValues,
-    Mixer as BaseMixer,
     MixerOutput,
     MixerState,
     head_group_norm,
@@ -41,8 +42,10 @@ from radlads.model.mixer import (
     run_wkv7,
     unit_keys,
 )
+from radlads.model.mixer import (
+    Mixer as BaseMixer,
+)
 from radlads.model.options import MixerOptions
-from torch import Tensor, nn
 
 
 class Options(MixerOptions):
@@ -108,7 +111,7 @@ class Mixer(BaseMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published start of everything that the teacher does not give (2505.03005 code; see Options for the deviations)."""
+        """The published start of everything that the teacher does not give; Options has the deviations."""
         A = self.shape.width
         channel = torch.arange(A, dtype=torch.float32, device=self.w0.device) / max(1, A - 1)
         self.w0.copy_((-6.5 + 5 * channel ** (0.85 + self.depth**0.5)).view(1, 1, A))
@@ -144,11 +147,11 @@ class Mixer(BaseMixer):
         r, k, v = self.project(x_BTD, rope if self.options.rope else None)
         k, v = self.repeat(k), self.repeat(v)
         if self.v0 is None:
-            first = FirstValues(v_BTHV=v)
+            first = FirstValues(v=v)
         else:
-            if first is None or first.v_BTHV is None:
+            if first is None or first.v is None:
                 raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
-            v = v + (first.v_BTHV - v) * self.heads(torch.sigmoid(self.v0 + x_BTD @ self.v1 @ self.v2))
+            v = v + (first.v - v) * self.heads(torch.sigmoid(self.v0 + x_BTD @ self.v1 @ self.v2))
 
         iclr = self.heads(torch.sigmoid((self.a0 + x_BTD @ self.a1 @ self.a2).float()))
         speed = torch.sigmoid(self.w0.float() + (torch.tanh(x_BTD @ self.w1) @ self.w2).float())

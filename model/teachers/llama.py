@@ -1,4 +1,4 @@
-"""Llama 1-3, TinyLlama, SmolLM, Reka Flash and whatever else is published as `llama`: no q/k norms, RoPE of any scaling type."""
+"""Llama, and what else is published under its name (TinyLlama, SmolLM, Reka Flash): no q/k norms, any RoPE scaling."""
 
 from __future__ import annotations
 

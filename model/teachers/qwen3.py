@@ -1,4 +1,4 @@
-"""Qwen3 (dense): grouped queries, per-head RMSNorm on q and k before RoPE, head_dim set apart from hidden_size / heads."""
+"""Qwen3 (dense): grouped queries, per-head RMSNorm on q and k before RoPE, head_dim set apart from the width."""
 
 from __future__ import annotations
 

@@ -1,0 +1,190 @@
+"""What each training stage minimises: (batch) -> (loss, metrics), and which parameters it trains.
+
+Dims: B batch, T context, D model width, N = B·T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.model.modeling import RadladsForCausalLM, document_positions, parameter_group
+from radlads.model.probe import AttentionProbe
+from radlads.model.teacher import backbone, find_family
+from radlads.tasks.job import UserError
+
+if TYPE_CHECKING:
+    from radlads.tasks.specs import TrainSpec
+
+Metrics = dict[str, Tensor]
+_IGNORED = -100
+
+
+class Objective(nn.Module):
+    """Base. The student is the submodule `student`, so its parameters are called `student.<name>`; the teacher is none.
+
+    A batch holds `input_ids` [B,T+1] int64, and where they apply `loss_mask` [B,T+1] bool (True where the token counts
+    as a label) and `document_ids` [B,T+1] int. Inputs are [:, :-1] and labels [:, 1:]: the single shift.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__()
+        if self.needs_teacher and teacher is None:
+            raise ValueError(f"{type(self).__name__} needs a teacher")
+        self.section = section
+        self.student = student
+        # In a tuple, so that it is neither saved, moved nor trained with the student.
+        self._teacher = (teacher,)
+        self._frozen = frozenset(section.freeze)
+        tied = student.config.tie_word_embeddings
+        if tied and len(self._frozen & {"embeddings", "head"}) == 1:
+            raise UserError(
+                "this model's head is its embedding matrix (tied): freeze both `embeddings` and `head`, or neither"
+            )
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        teacher = self._teacher[0]
+        assert teacher is not None, "checked on construction"
+        return teacher
+
+    def trainable(self, name: str) -> bool:
+        """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
+        return self.group(name) not in self._frozen
+
+    def group(self, name: str) -> str:
+        """mixer, attention, mlp, norms, embeddings or head."""
+        if isinstance(self.student, RadladsForCausalLM):
+            return self.student.parameter_group(name)
+        parts = SimpleNamespace(**find_family(self.student.config).names())
+        return parameter_group(name, parts, set())
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """`(scalar fp32 loss, detached metrics)`."""
+        raise NotImplementedError
+
+    def bounds(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """cu_seqlens [number of documents + 1] where the section resets at documents."""
+        if not self.section.reset_at_documents:
+            return None
+        if "document_ids" not in batch:
+            raise ValueError("reset_at_documents needs document_ids in the batch")
+        return document_bounds(batch["document_ids"][:, :-1])
+
+    def teacher_hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The teacher's last hidden state [B,T,D], after its final norm, without gradient."""
+        with torch.no_grad():
+            return plain_hidden(self.teacher, input_ids, cu_seqlens)
+
+
+class Align(Objective):
+    """Stage 1: each mixer's output beside its attention's, on the teacher's own inputs; only mixers train."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def trainable(self, name: str) -> bool:
+        return self.group(name) == "mixer"
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        input_ids = batch["input_ids"][:, :-1]
+        cu_seqlens = self.bounds(batch)
+        with AttentionProbe(self.teacher, self.student, loss=self.section.loss, cu_seqlens=cu_seqlens) as probe:
+            self.teacher_hidden(input_ids, cu_seqlens)
+        if not probe.losses:
+            raise UserError("there is nothing to align: every layer stays softmax attention; drop the align stage")
+        loss = torch.stack(list(probe.losses.values())).mean()
+        layers = {f"layer_{layer:02d}": value.detach() for layer, value in sorted(probe.losses.items())}
+        return loss, {"loss": loss.detach(), **layers}
+
+
+class Distill(Objective):
+    """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        tokens = batch["input_ids"]
+        cu_seqlens = self.bounds(batch)
+        wanted = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
+        hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        loss, metrics = linear_kl(
+            hidden.flatten(0, 1),
+            self.student.get_output_embeddings().weight,
+            wanted.flatten(0, 1),
+            self.teacher.get_output_embeddings().weight,
+            temperature=self.section.temperature,
+            labels_N=tokens[:, 1:].flatten(),
+            ce_weight=self.section.ce_weight,
+            kl_weight=self.section.kl_weight,
+        )
+        return loss, {"loss": loss.detach(), **metrics}
+
+
+class NextToken(Objective):
+    """Stage 3 and pretraining: next-token cross entropy, over the assistant's tokens alone where asked for."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        tokens = batch["input_ids"]
+        labels = tokens[:, 1:]
+        if getattr(self.section, "assistant_only", False):
+            if "loss_mask" not in batch:
+                raise UserError(
+                    "assistant_only needs chat data: this dataset has no mask; set `messages_field` of its sources"
+                )
+            labels = labels.masked_fill(~batch["loss_mask"][:, 1:].bool(), _IGNORED)
+        cu_seqlens = self.bounds(batch)
+        if isinstance(self.student, RadladsForCausalLM):
+            hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        else:
+            hidden = plain_hidden(self.student, tokens[:, :-1], cu_seqlens)
+        loss, metrics = linear_ce(
+            hidden.flatten(0, 1),
+            self.student.get_output_embeddings().weight,
+            labels.flatten(),
+            label_smoothing=getattr(self.section, "label_smoothing", 0.0),
+        )
+        return loss, {"loss": loss.detach(), "ce": metrics["ce"], "accuracy": metrics["accuracy"]}
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {
+    "align": Align,
+    "distill": Distill,
+    "finetune": NextToken,
+    "pretrain": NextToken,
+}
+
+
+def build_objective(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
+    """The objective of a training stage. Raises UserError for settings that contradict the model."""
+    return _OBJECTIVES[spec.objective](spec.section, student, teacher)
+
+
+def needs_teacher(objective: str) -> bool:
+    """Whether a stage's objective runs the teacher, before anything is loaded."""
+    return _OBJECTIVES[objective].needs_teacher
+
+
+def document_bounds(document_ids_BT: Tensor) -> Tensor:
+    """cu_seqlens int64 [N+1] over the flattened [B·T]: wherever the id changes, and at every row."""
+    starts = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    end = torch.tensor([document_ids_BT.numel()], device=document_ids_BT.device)
+    return torch.cat([starts.flatten().nonzero().flatten(), end])
+
+
+def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last hidden state of a Hugging Face causal model, documents kept apart where bounds are given.
+
+    transformers itself keeps packed documents apart where positions restart and there is neither mask nor cache.
+    """
+    position_ids = None if cu_seqlens is None else document_positions(cu_seqlens, *input_ids.shape)
+    hidden: Tensor = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return hidden

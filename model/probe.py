@@ -1,0 +1,90 @@
+"""Stage 1 without wrapper modules: watch a frozen teacher's attention and run the student's mixers on the same inputs.
+
+Dims: B batch, T time, D model width, L converted layers.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from radlads.model.mixer import FirstValues, Mixer
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.teacher import find_family
+
+
+class AttentionProbe:
+    """Context manager over a frozen teacher; `losses` fills, one scalar a layer, as the teacher runs.
+
+    Every mixer sees the teacher's own normed input of its layer (teacher forcing), and its output is compared with the
+    attention's after o_proj. Layers are independent but for the first layer's values, which are threaded with their
+    gradient. The teacher's activations are freed as they are used; no output of a layer is kept.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: RadladsForCausalLM,
+        *,
+        loss: Literal["l2", "mse"] = "l2",
+        cu_seqlens: Tensor | None = None,
+    ) -> None:
+        """cu_seqlens: as in `RadladsForCausalLM.hidden`."""
+        self.losses: dict[int, Tensor] = {}
+        self._teacher = teacher
+        self._student = student
+        self._loss = alignment_loss if loss == "l2" else nn.functional.mse_loss
+        self._cu_seqlens = cu_seqlens
+        self._first: FirstValues | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        attentions = find_family(self._teacher.config).attention_modules(self._teacher)
+        for layer, mixer in self._student.mixers().items():
+            hook = _Hook(self, layer, mixer)
+            self._hooks.append(attentions[layer].register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
+        """Run one mixer and keep its loss."""
+
+        def run(x: Tensor, first: FirstValues | None) -> tuple[Tensor, FirstValues]:
+            mixed = mixer(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
+            return self._loss(mixed.out.float(), wanted_BTD.float()), mixed.first
+
+        x_BTD, wanted_BTD = x_BTD.detach(), wanted_BTD.detach()
+        with torch.enable_grad():
+            if self._student.gradient_checkpointing and self._student.training:
+                self.losses[layer], self._first = checkpoint(run, x_BTD, self._first, use_reentrant=False)
+            else:
+                self.losses[layer], self._first = run(x_BTD, self._first)
+
+
+class _Hook:
+    """Forward hook of one attention module."""
+
+    def __init__(self, probe: AttentionProbe, layer: int, mixer: Mixer) -> None:
+        self.probe, self.layer, self.mixer = probe, layer, mixer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        wanted = output[0] if isinstance(output, tuple) else output
+        self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], wanted)
+
+
+def alignment_loss(out_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
+    """Mean over tokens of ‖wanted - out‖₂ · D^(-1/2): not squared, it reads like an RMS error (2505.03005)."""
+    return torch.linalg.vector_norm(wanted_BTD - out_BTD, dim=-1).mean() * out_BTD.shape[-1] ** -0.5
