@@ -1,0 +1,188 @@
+"""MLflow: one experiment per recipe, a parent run per pipeline run, a child run per stage.
+
+Runs are found again by their tags, so a retry continues what it began. MLflow is a mirror of what the store and
+metrics.jsonl hold: when it cannot be reached, everything here says so once and goes on. Weights are never uploaded:
+their uri and sha256 are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from radlads.tasks.job import Manifest, TrackingRef
+from radlads.tasks.metrics_record import MetricsRecord, connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = [
+    "MetricsRecord",
+    "close_run",
+    "flatten",
+    "log_manifest",
+    "log_params",
+    "open_pipeline_run",
+    "open_stage_run",
+    "run_url",
+]
+
+_log = logging.getLogger(__name__)
+_LONGEST_PARAM = 6000
+_PARAMS_PER_BATCH = 100
+_reported: set[str] = set()
+
+
+def open_pipeline_run(
+    uri: str,
+    experiment: str,
+    run: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> TrackingRef | None:
+    """The parent run of a pipeline run, continued if there is one. None when MLflow cannot be reached.
+
+    uri: `sqlite:////path/mlflow.db` or `http://server`. params are written once and never changed.
+    """
+    marks = {"radlads.run": run, "radlads.kind": "pipeline", **(tags or {})}
+    return _open(uri, experiment, run, {"radlads.run": run, "radlads.kind": "pipeline"}, marks, params)
+
+
+def open_stage_run(
+    parent: TrackingRef,
+    run: str,
+    stage: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> TrackingRef | None:
+    """The child run of a stage, continued if there is one. None when MLflow cannot be reached.
+
+    stage: its name within the run, e.g. "align" or "tokenize train".
+    """
+    identity = {"mlflow.parentRunId": parent.run_id, "radlads.stage": stage}
+    marks = {**identity, "radlads.run": run, "radlads.kind": "stage", **(tags or {})}
+    return _open(parent.uri, parent.experiment, stage, identity, marks, params)
+
+
+def close_run(ref: TrackingRef | None, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """End a run. An outage is no error."""
+    if ref is not None:
+        with _outage_is_no_error(ref.uri):
+            connect(ref.uri).set_terminated(ref.run_id, status)
+
+
+def log_params(ref: TrackingRef | None, params: Mapping[str, Any]) -> None:
+    """Write params that the run does not have yet. An outage is no error."""
+    if ref is not None:
+        with _outage_is_no_error(ref.uri):
+            _add_params(connect(ref.uri), ref.run_id, params)
+
+
+def log_manifest(ref: TrackingRef | None, output_uri: str, manifest: Manifest) -> None:
+    """Point a stage's run at its product: uri, digest, and size and sha256 of every file. An outage is no error."""
+    if ref is not None:
+        with _outage_is_no_error(ref.uri):
+            client = connect(ref.uri)
+            client.set_tag(ref.run_id, "radlads.output_uri", output_uri)
+            client.set_tag(ref.run_id, "radlads.digest", manifest.digest)
+            files = [entry.model_dump(mode="json", exclude_none=True) for entry in manifest.files]
+            client.log_dict(ref.run_id, {"uri": output_uri, "digest": manifest.digest, "files": files}, "product.json")
+
+
+def run_url(ref: TrackingRef | None) -> str | None:
+    """Where a person sees the run; None without a server."""
+    if ref is None or not ref.uri.startswith("http"):
+        return None
+    return f"{ref.uri.rstrip('/')}/#/experiments/{_experiment_id(connect(ref.uri), ref)}/runs/{ref.run_id}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _open(
+    uri: str,
+    experiment: str,
+    name: str,
+    identity: Mapping[str, str],
+    tags: Mapping[str, str],
+    params: Mapping[str, Any] | None,
+) -> TrackingRef | None:
+    with _outage_is_no_error(uri):
+        client = connect(uri)
+        experiment_id = _find_experiment(client, uri, experiment)
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        found = client.search_runs(
+            [experiment_id], filter_string=query, max_results=1, order_by=["attributes.start_time"]
+        )
+        if found:
+            run_id = str(found[0].info.run_id)
+            client.update_run(run_id, status="RUNNING")
+        else:
+            run_id = str(client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id)
+        _add_params(client, run_id, params or {})
+        return TrackingRef(uri=uri, experiment=experiment, run_id=run_id)
+    return None
+
+
+def _find_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    place = None
+    if uri.startswith("sqlite:"):
+        # Without a server, MLflow would put pictures and reports into the working directory.
+        place = f"{os.path.dirname(uri.removeprefix('sqlite:///'))}/mlflow-artifacts/{name}"
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another run made it in between
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _experiment_id(client: MlflowClient, ref: TrackingRef) -> str:
+    with _outage_is_no_error(ref.uri):
+        return str(client.get_run(ref.run_id).info.experiment_id)
+    return "0"
+
+
+def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    """MLflow refuses a param that changes, so only new ones are written."""
+    from mlflow.entities import Param
+
+    if not params:
+        return
+    known = client.get_run(run_id).data.params
+    fresh = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in flatten(params).items() if key not in known]
+    for start in range(0, len(fresh), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=fresh[start : start + _PARAMS_PER_BATCH])
+
+
+@contextmanager
+def _outage_is_no_error(uri: str) -> Iterator[None]:
+    """MLflow raises its own errors, requests' and SQLAlchemy's; none of them may stop a training run."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the boundary to a mirror that we can do without
+        if uri not in _reported:
+            _log.warning("MLflow at %s: %s; going on without it", uri, " ".join(str(error).split())[:300])
+        _reported.add(uri)
+    else:
+        _reported.discard(uri)

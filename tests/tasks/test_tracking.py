@@ -1,0 +1,159 @@
+"""MLflow runs are found again, never duplicated; an outage neither slows nor fails anything and is made up for."""
+
+import json
+import threading
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from radlads.tasks import metrics_record
+from radlads.tasks.job import TrackingRef
+from radlads.tasks.metrics_record import catch_up
+from radlads.tasks.tracking import MetricsRecord, close_run, log_params, open_pipeline_run, open_stage_run
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def ref(uri, request):
+    return open_pipeline_run(uri, "recipe", request.node.name)
+
+
+def history(ref, key):
+    found = MlflowClient(ref.uri).get_metric_history(ref.run_id, key)
+    return [(metric.step, metric.value) for metric in sorted(found, key=lambda metric: metric.step)]
+
+
+def test_a_retry_finds_its_runs_again(uri):
+    parent = open_pipeline_run(uri, "recipe", "run-1", params={"recipe": {"align": {"tokens": 5}}})
+    child = open_stage_run(parent, "run-1", "align", params={"tokens": 5})
+    close_run(child, "FAILED")
+    close_run(parent, "FAILED")
+    again = open_pipeline_run(uri, "recipe", "run-1", params={"recipe": {"align": {"tokens": 6}}})
+    assert again == parent
+    assert open_stage_run(again, "run-1", "align", params={"tokens": 6}) == child
+    assert open_stage_run(again, "run-1", "distill") != child
+    assert open_pipeline_run(uri, "recipe", "run-2") != parent
+    client = MlflowClient(uri)
+    run = client.get_run(child.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.data.params == {"tokens": "5"}
+    assert client.get_run(parent.run_id).data.params == {"recipe.align.tokens": "5"}
+    log_params(child, {"tokens": 7, "other": 1})
+    assert client.get_run(child.run_id).data.params == {"tokens": "5", "other": "1"}
+
+
+def test_rows_reach_file_and_mlflow(tmp_path, ref):
+    record = MetricsRecord(tmp_path / "metrics.jsonl", ref)
+    for step in range(1, 601):
+        record.log(step, {"loss": 1 / step, "layer_00": float("nan") if step == 2 else step})
+    record.log(600, {"heldout_loss": 0.5})
+    record.log(600, {"loss": 99.0})
+    record.params({"parameters": 10})
+    record.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 601
+    assert rows[1]["layer_00"] is None
+    assert history(ref, "loss") == [(step, 1 / step) for step in range(1, 601)]
+    assert len(history(ref, "layer_00")) == 599
+    assert history(ref, "heldout_loss") == [(600, 0.5)]
+    assert MlflowClient(ref.uri).get_run(ref.run_id).data.params["parameters"] == "10"
+
+
+def test_resumed_job_logs_no_step_twice(tmp_path, ref):
+    path = tmp_path / "metrics.jsonl"
+    record = MetricsRecord(path, ref)
+    for step in range(1, 8):
+        record.log(step, {"loss": float(step)})
+    record.close()
+    with path.open("a") as stream:
+        stream.write('{"step": 8, "lo')  # kill -9 in the middle of a line
+    record = MetricsRecord(path, ref)
+    record.rewind(5)
+    assert [row["step"] for row in record.rows()] == [1, 2, 3, 4, 5]
+    for step in range(6, 11):
+        record.log(step, {"loss": float(step)})
+    record.close()
+    assert [row["step"] for row in MetricsRecord(path, None).rows()] == list(range(1, 11))
+    assert history(ref, "loss") == [(step, float(step)) for step in range(1, 11)]
+
+
+def test_resume_on_another_machine_with_the_record_lost(tmp_path, ref):
+    for folder, first in (("one", 1), ("two", 4)):
+        record = MetricsRecord(tmp_path / folder / "metrics.jsonl", ref)
+        for step in range(first, 7):
+            record.log(step, {"loss": float(step)})
+        record.close()
+    assert history(ref, "loss") == [(step, float(step)) for step in range(1, 7)]
+
+
+def test_outage_is_neither_slow_nor_fatal(tmp_path):
+    nowhere = TrackingRef(uri=NOWHERE, experiment="x", run_id="0" * 32)
+    record = MetricsRecord(tmp_path / "metrics.jsonl", nowhere)
+    began = time.monotonic()
+    for step in range(200):
+        record.log(step, {"loss": 1.0})
+    assert time.monotonic() - began < 1.0
+    record.close(timeout_seconds=0.1)
+    assert time.monotonic() - began < 2.0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200
+
+
+def test_no_run_without_a_server():
+    assert open_pipeline_run(NOWHERE, "recipe", "run") is None
+    close_run(None, "FAILED")
+
+
+def test_mlflow_is_caught_up_after_an_outage(tmp_path, ref, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_record, "connect", lambda uri: (_ for _ in ()).throw(ConnectionError("down")))
+        record = MetricsRecord(path, ref)
+        for step in range(1, 5):
+            record.log(step, {"loss": float(step)})
+        record.params({"late": True})
+        picture = tmp_path / "needle.png"
+        picture.write_bytes(b"png")
+        record.artifact(picture)
+        record.close(timeout_seconds=5)
+    assert history(ref, "loss") == []
+    for _ in range(2):
+        assert catch_up(path, ref)
+    assert history(ref, "loss") == [(step, float(step)) for step in range(1, 5)]
+    client = MlflowClient(ref.uri)
+    assert client.get_run(ref.run_id).data.params["late"] == "True"
+    assert [item.path for item in client.list_artifacts(ref.run_id)] == ["needle.png"]
+
+
+def test_server_comes_back_while_the_job_runs(tmp_path, ref, monkeypatch):
+    real, calls, back = metrics_record.connect, [], threading.Event()
+
+    def flaky(uri):
+        calls.append(uri)
+        if len(calls) < 3:
+            raise ConnectionError("down")
+        back.set()
+        return real(uri)
+
+    monkeypatch.setattr(metrics_record, "connect", flaky)
+    monkeypatch.setattr(metrics_record, "_FLUSH_SECONDS", 0.01)
+    record = MetricsRecord(tmp_path / "metrics.jsonl", ref)
+    record.log(1, {"loss": 1.0})
+    record.log(2, {"loss": 2.0})
+    assert back.wait(20)
+    record.close()
+    assert history(ref, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_no_mirror(tmp_path):
+    record = MetricsRecord(tmp_path / "a" / "metrics.jsonl", None)
+    record.log(0, {"loss": 1.0})
+    record.close()
+    assert catch_up(tmp_path / "none" / "metrics.jsonl", TrackingRef(uri=NOWHERE, experiment="x", run_id="r"))
