@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from radlads.model.cache import RadladsCache, RecurrentLayer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.mixer import FirstValues, Mixer, read_attention_shape
+from radlads.model.precision import remember_buffers, restore_buffers
 from radlads.model.variants import mixer_class
 
 
@@ -74,6 +75,12 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
     def _layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = getattr(self.model, self.parts.layers)
         return layers
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = remember_buffers(self)
+        super()._apply(fn, recurse)
+        restore_buffers(kept)
+        return self
 
     def mixers(self) -> dict[int, Mixer]:
         """Layer → its mixer, for the converted layers."""

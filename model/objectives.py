@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.model.modeling import RadladsForCausalLM, document_positions, parameter_group
+from radlads.model.precision import remember_buffers, restore_buffers
 from radlads.model.probe import AttentionProbe
 from radlads.model.teacher import backbone, find_family
 from radlads.tasks.job import UserError
@@ -49,6 +50,12 @@ class Objective(nn.Module):
             raise UserError(
                 "this model's head is its embedding matrix (tied): freeze both `embeddings` and `head`, or neither"
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = remember_buffers(self)
+        super()._apply(fn, recurse)
+        restore_buffers(kept)
+        return self
 
     @property
     def teacher(self) -> PreTrainedModel:

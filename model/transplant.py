@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class TransplantReport:
 
 @torch.no_grad()
 def transplant(teacher: PreTrainedModel, student: RadladsForCausalLM) -> TransplantReport:
-    """Copy every tensor that both have, converting to the student's dtype and device.
+    """Copy every tensor that both have, converting to the student's dtype and device, and the generation defaults.
 
     Raises UserError when shapes differ, when a tensor that is not a mixer's own has no source, or when the teacher has
     a tensor that the student has no place for: a bias, a norm.
@@ -59,4 +60,5 @@ def transplant(teacher: PreTrainedModel, student: RadladsForCausalLM) -> Transpl
         raise UserError(
             f"the student ties {untied[0]}, but the teacher's own tensors differ there; untie the teacher's config"
         )
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     return TransplantReport(tuple(sorted(copied)), tuple(fresh), tuple(dropped), tuple(sorted(tied)))
