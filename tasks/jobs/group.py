@@ -22,6 +22,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
 
     if distributed.is_initialized():
         return
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it, also outside its launcher
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)

@@ -1,0 +1,261 @@
+"""One optimizer step over DeepSpeed: forward, backward, finite on all ranks before anything moves, clip, AdamW.
+
+DeepSpeed shares the gradients and the optimizer among the ranks (ZeRO-0/1/2) and keeps fp32 masters of bf16
+parameters. The norm, the clip and the check for finite numbers are ours: one small all-reduce and one transfer to the
+host a step carry the norm, the loss, the metrics and the wish to stop together.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs.ending import NonFiniteError
+from radlads.tasks.recipe import Training
+
+if TYPE_CHECKING:
+    from radlads.tasks.jobs.loader import Batch
+
+logger = logging.getLogger("radlads")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 50_000_000  # elements that travel in one reduction
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw, averaged over its sequences and over all ranks."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    """Of all trainable parameters together, before clipping."""
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+def select_trainable(objective: nn.Module, section: Training) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Freeze what the objective does not train; the rest by group (`mixer`, `rest`), in the student's own order.
+
+    Names are the student's. Raises UserError if nothing is left to train.
+    """
+    student: Any = objective.student
+    chosen: dict[str, list[tuple[str, nn.Parameter]]] = {"mixer": [], "rest": []}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(objective.trainable(name))
+        if parameter.requires_grad:
+            of_mixer = hasattr(student, "parameter_group") and student.parameter_group(name) == "mixer"
+            chosen["mixer" if of_mixer else "rest"].append((name, parameter))
+    if not any(chosen.values()):
+        raise UserError(f"nothing is left to train: every parameter is frozen (freeze: {', '.join(section.freeze)})")
+    return chosen
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device; the copy overlaps with what the device still does."""
+    if device.type == "cpu":
+        return batch
+    return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+
+
+class Engine:
+    """A DeepSpeed engine around an Objective, in the terms of this project."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        section: Training,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        zero_stage: int,
+        micro_batch: int,
+        num_micro: int,
+    ) -> None:
+        """The process group is open. micro_batch: sequences of a forward pass; num_micro: forward passes of a step."""
+        chosen = select_trainable(objective, section)
+        self.parameters = dict(chosen["mixer"] + chosen["rest"])
+        self.device, self.num_micro, self.clip = device, num_micro, section.optimizer.clip
+        self._adam = _adamw(chosen, section)
+        stage = _usable_stage(zero_stage, dtype)
+        self._engine = _initialize(
+            objective.to(device), self._adam, _config(stage, device, dtype, micro_batch, num_micro, self._largest())
+        )
+        self._sharded = stage > 0
+        self.objective = objective
+
+    def step(self, batches: Iterable[Batch], rates: Mapping[str, float], number: int, *, stop: bool) -> StepResult:
+        """Optimizer step `number`. Raises NonFiniteError on every rank before the optimizer moves."""
+        self.objective.train()
+        seen: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            loss, metrics = self._engine(
+                {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+            )
+            for name, value in ({"loss": loss} | metrics).items():
+                seen[name] = seen.get(name, 0) + value.detach().double() / self.num_micro
+            self._engine.backward(loss)
+            if index < self.num_micro - 1:
+                self._engine.step()
+        result = self._agree(seen, stop)
+        if not (math.isfinite(result.grad_norm) and math.isfinite(result.metrics["loss"])):
+            raise NonFiniteError(
+                f"step {number}: loss {result.metrics['loss']}, gradient norm {result.grad_norm}. The optimizer did "
+                "not move, the newest checkpoint is sound; lower the learning rate, or look at the data of this step"
+            )
+        self._clip(result.grad_norm)
+        for group in self._adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        self._engine.step()
+        return result
+
+    def _agree(self, seen: dict[str, Tensor], stop: bool) -> StepResult:
+        """Average over the ranks, and bring everything to the host at once."""
+        world = distributed.get_world_size()
+        square = torch.nn.utils.get_total_norm(self._gradients()).double() ** 2
+        if not self._sharded:
+            square = square / world  # every rank holds the whole gradient
+        means = [value.reshape(()).to(self.device) / world for value in seen.values()]
+        told = torch.stack([square.to(self.device), square.new_tensor(float(stop), device=self.device), *means])
+        if world > 1:
+            distributed.all_reduce(told)
+        total, stops, *values = told.tolist()
+        metrics = dict(zip(seen, values, strict=True))
+        return StepResult(metrics, math.sqrt(total) if total >= 0 else math.nan, stops > 0)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of the reduced gradient (all of it without ZeRO)."""
+        if not self._sharded:
+            for parameter in self.parameters.values():
+                if parameter.grad is None:  # unused in this step; ZeRO counts it as zero, so does this
+                    parameter.grad = torch.zeros_like(parameter)
+            return [parameter.grad for parameter in self.parameters.values()]
+        return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
+
+    def _clip(self, norm: float) -> None:
+        scale = self.clip / (norm + 1e-6)
+        if scale < 1:
+            torch._foreach_mul_(self._gradients(), scale)
+
+    def _largest(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    # State, by parameter name
+
+    def adam_steps(self) -> int:
+        """How often the optimizer moved."""
+        return max((int(state["step"]) for state in self._adam.state.values()), default=0)
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """A parameter's fp32 master (`param`) and its two Adam moments, whole. Every rank calls it, in one order."""
+        parameter = self.parameters[name]
+        if not self._sharded:
+            state = self._adam.state[parameter]
+            return {"param": parameter.detach(), **{key: state[key] for key in MOMENTS}}
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return {"param": safe_get_full_fp32_param(parameter), **moments}
+
+    def make_state(self, adam_steps: int) -> None:
+        """Give the optimizer its state tensors, as after `adam_steps` steps, ready to be written to."""
+        owned = [parameter for group in self._adam.param_groups for parameter in group["params"]]
+        for group in self._adam.param_groups:
+            group["lr"] = 0.0
+        for parameter in owned:
+            parameter.grad = torch.zeros_like(parameter)
+        self._adam.step()  # with a rate of 0 and no gradient: nothing moves, and the state is torch's own
+        for parameter in owned:
+            parameter.grad = None
+            self._adam.state[parameter]["step"].fill_(adam_steps)
+        if self._sharded:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `read` gave; after make_state. Every rank writes every parameter whole."""
+        parameter = self.parameters[name]
+        with torch.no_grad():
+            parameter.copy_(tensors["param"])
+            if not self._sharded:
+                for key in MOMENTS:
+                    self._adam.state[parameter][key].copy_(tensors[key])
+                return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        safe_set_full_fp32_param(parameter, tensors["param"].to(self.device))
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
+
+
+def _adamw(chosen: dict[str, list[tuple[str, nn.Parameter]]], section: Training) -> torch.optim.AdamW:
+    options = section.optimizer
+    groups = []
+    for group, named in chosen.items():
+        matrices = [p for _, p in named if p.ndim > 1]
+        vectors = [p for _, p in named if p.ndim <= 1]  # norms, biases and gains are not decayed
+        for parameters, decay in ((matrices, options.weight_decay), (vectors, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "name": group, "lr": 0.0, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+
+
+def _usable_stage(asked: int, dtype: torch.dtype) -> int:
+    """ZeRO-2 for bf16, whatever was asked: the same training, in the only form that DeepSpeed gets right.
+
+    Its stage 0 starts Adam's counter at 1, so that the first updates are too small. Its stage 1 adds micro-batches up
+    in bf16, or else uses another optimizer class, which checks for finite numbers too late.
+    """
+    if dtype == torch.bfloat16 and asked < 2:
+        logger.info("ZeRO-%d runs as ZeRO-2: with bf16, only it adds gradients up in fp32 and counts from 0", asked)
+        return 2
+    return asked
+
+
+def _config(
+    stage: int, device: torch.device, dtype: torch.dtype, micro_batch: int, num_micro: int, elements: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: nothing that it does by itself, where we do it (clip, overflow, rates, printing)."""
+    several = distributed.get_world_size() > 1
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        zero |= {
+            "contiguous_gradients": True,
+            "overlap_comm": device.type == "cuda" and several,
+            "reduce_bucket_size": max(2, min(_BUCKET, elements)),
+            "allgather_bucket_size": 2 * max(1, min(_BUCKET, elements) // 2),
+            "compute_grad_norm": False,
+        }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": num_micro,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if dtype == torch.bfloat16:
+        config |= {
+            "bf16": {"enabled": True, "check_grad_overflow": False},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+    return config
+
+
+def _initialize(objective: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any]) -> Any:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU, DeepSpeed would compile a shared-memory all-reduce on first use (a minute, and a compiler that may not
+    # be there); gloo does the same work. `deepspeed.comm.torch` as an attribute is another module: look it up by name.
+    importlib.import_module("deepspeed.comm.torch")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    return deepspeed.initialize(model=objective, optimizer=adam, config=config, dist_init_required=False)[0]

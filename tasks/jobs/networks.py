@@ -1,0 +1,88 @@
+"""The networks of a training job: where they come from, and how the trained one is written down."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.model.export import export_student
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.objectives import needs_teacher
+from radlads.model.student import load_student
+from radlads.model.teacher import load_teacher
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.recipe import Pretrain
+from radlads.tasks.specs import TrainSpec
+
+logger = logging.getLogger("radlads")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a training job works with."""
+
+    student: PreTrainedModel
+    """The network that trains: a converted student, or, for pretrain, a plain Hugging Face causal model."""
+    teacher: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_networks(job: Job, spec: TrainSpec) -> Networks:
+    """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
+    if isinstance(spec.section, Pretrain):
+        tokenizer = load_tokenizer(spec.section.tokenizer)
+        student = _fresh_model(spec.section, tokenizer).to(job.device, job.dtype)
+    else:
+        folder = job.input("student") / "model"
+        tokenizer = load_tokenizer(str(folder))
+        student = load_student(folder, dtype=job.dtype, device=job.device)
+    if spec.section.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Networks(student, _teacher(job, spec), tokenizer)
+
+
+def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
+    if not needs_teacher(spec.objective):
+        return None
+    if spec.teacher is None:
+        raise UserError(f"the stage {spec.objective} needs a teacher, and this job names none")
+    return load_teacher(
+        resolve_teacher_path(spec.teacher.path),
+        dtype=job.dtype,
+        device=job.device,
+        revision=spec.teacher.revision,
+        trust_remote_code=spec.teacher.trust_remote_code,
+    )
+
+
+def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with random weights (torch's generator is seeded), sized by the section's config."""
+    given = dict(section.config)
+    kind = given.pop("model_type", None)
+    if kind is None:
+        raise UserError("pretrain.config needs a model_type, e.g. qwen3")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    try:
+        config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **given})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"pretrain.config: {' '.join(str(error).split())[:300]}") from error
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"pretrain.config.vocab_size is {config.vocab_size}, the tokenizer has {len(tokenizer)} tokens")
+    return model
+
+
+def export_model(networks: Networks, folder: Path) -> None:
+    """Write the trained network as a Hugging Face folder."""
+    student = networks.student.eval()
+    if isinstance(student, RadladsForCausalLM):
+        export_student(student, networks.tokenizer, folder)
+        return
+    student.config.use_cache = True
+    student.save_pretrained(folder, max_shard_size=4_000_000_000)
+    networks.tokenizer.save_pretrained(folder)

@@ -1,0 +1,146 @@
+"""The training program: one loop for every stage. What a stage trains, and on what, is its objective's business."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from radlads.model.objectives import build_objective
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs.checkpoint import Checkpoints
+from radlads.tasks.jobs.common import Job, Preempted, run_job
+from radlads.tasks.jobs.engine import Engine, StepResult
+from radlads.tasks.jobs.heldout import heldout_metrics
+from radlads.tasks.jobs.loader import BatchPlan, TokenDataset, open_dataset
+from radlads.tasks.jobs.networks import Networks, export_model, load_networks
+from radlads.tasks.jobs.random_state import seed_everything
+from radlads.tasks.jobs.schedule import learning_rates
+from radlads.tasks.jobs.training_report import memory_bytes, write_report
+from radlads.tasks.recipe import Training
+from radlads.tasks.specs import TrainSpec
+
+logger = logging.getLogger("radlads")
+
+_TELL_SECONDS = 10.0
+
+
+def main(job: Job) -> dict[str, Any]:
+    """Train, export; returns the final numbers for the manifest."""
+    spec: TrainSpec = job.typed
+    section = spec.section
+    job.open_process_group()
+    seed_everything(section.seed)
+    networks = load_networks(job, spec)
+    objective = build_objective(spec, networks.student, networks.teacher)
+    dataset = _open_data(job, networks)
+    plan = BatchPlan(
+        dataset.split("train"),
+        section.context,
+        section.batch,
+        section.micro_batch,
+        section.seed,
+        job.world_size,
+        document_ids=section.reset_at_documents,
+    )
+    engine = Engine(
+        objective,
+        section,
+        device=job.device,
+        dtype=job.dtype,
+        zero_stage=job.spec.resources.zero_stage,
+        micro_batch=plan.sequences,
+        num_micro=plan.num_micro,
+    )
+    heldout = partial(
+        heldout_metrics,
+        objective,
+        dataset.split("heldout"),
+        context=section.context,
+        batch_size=plan.sequences,
+        max_tokens=section.heldout_tokens,
+        device=job.device,
+        rank=job.rank,
+        world_size=job.world_size,
+        document_ids=section.reset_at_documents,
+        masked=getattr(section, "assistant_only", False),
+    )
+    with Checkpoints(job, engine, seed=section.seed, keep=section.keep_checkpoints) as checkpoints:
+        start = checkpoints.restore()
+        job.record.rewind(start)
+        _train(job, section, engine, plan, checkpoints, heldout, start)
+        final = heldout()
+    job.record.log(section.num_steps, final)
+    if job.rank != 0:
+        return {}
+    export_model(networks, job.output / "model")
+    return final | write_report(job, spec, final)
+
+
+def _train(
+    job: Job,
+    section: Training,
+    engine: Engine,
+    plan: BatchPlan,
+    checkpoints: Checkpoints,
+    heldout: Callable[[], dict[str, float]],
+    start: int,
+) -> None:
+    """Optimizer steps start+1 … num_steps. Raises Preempted after a checkpoint when asked to stop, NonFiniteError."""
+    num_steps, told = section.num_steps, time.monotonic()
+    for step in range(start, num_steps):
+        began, done = time.perf_counter(), step + 1
+        batches = (plan.micro(step, job.rank, index) for index in range(plan.num_micro))
+        rates = learning_rates(section, step)
+        seen = engine.step(batches, rates, done, stop=job.stop_requested)
+        numbers = _numbers(section, seen, rates, done, time.perf_counter() - began, job.device)
+        job.record.log(done, numbers)
+        job.progress(done, num_steps, "steps")
+        if time.monotonic() - told >= _TELL_SECONDS or done in (start + 1, num_steps):
+            told = time.monotonic()
+            logger.info(
+                "step %d/%d  loss %.4f  %.0f tokens/s", done, num_steps, numbers["loss"], numbers["tokens_per_second"]
+            )
+        if section.heldout_every and done % section.heldout_every == 0 and done < num_steps:
+            job.record.log(done, heldout())
+        if seen.stop or done % section.checkpoint_every == 0 or done == num_steps > section.checkpoint_every:
+            checkpoints.save(done)
+        if seen.stop:
+            checkpoints.wait()
+            job.barrier()  # the launcher ends every rank as soon as one has left
+            raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt goes on from there")
+
+
+def _numbers(
+    section: Training, seen: StepResult, rates: dict[str, float], done: int, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """One row of the record."""
+    tokens = section.batch * section.context
+    return {
+        **seen.metrics,
+        "grad_norm": seen.grad_norm,
+        **{f"lr/{group}": rate for group, rate in rates.items()},
+        "tokens": done * tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "memory_bytes": memory_bytes(device),
+    }
+
+
+def _open_data(job: Job, networks: Networks) -> TokenDataset:
+    dataset = open_dataset(job.input("data"))
+    rows = networks.student.get_input_embeddings().weight.shape[0]
+    if dataset.vocab_size > rows:
+        raise UserError(
+            f"the dataset was made with a tokenizer of {dataset.vocab_size} tokens, the model knows {rows}; "
+            "tokenize with the teacher's own tokenizer"
+        )
+    return dataset
+
+
+if __name__ == "__main__":
+    run_job(main, cooperative=True)
