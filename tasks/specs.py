@@ -60,8 +60,17 @@ class PlanReport(Sheet):
     num_layers: int
     attention_layers: tuple[int, ...]
     stages: dict[str, dict[str, Any]]
-    """Stage → {tokens, steps, context, batch, memory_bytes_per_gpu: {weights, gradients, optimizer, teacher,
-    activations, total}, ...}."""
+    """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
+    optimizer, teacher, activations, logits, total}, seconds, gpu_hours, dollars}. Memory, seconds and what follows
+    from them are estimates; None where nothing is known."""
+    data: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Dataset name → {bytes, bytes_per_token, tokens}: estimates from its first documents."""
+    gpu_hours: float | None = None
+    """Estimated, of all stages; None on a CPU."""
+    dollars: float | None = None
+    """Estimated; None without `dollars_per_gpu_hour`."""
+    assumptions: dict[str, Any] = Field(default_factory=dict)
+    """What the estimates rest on: peak FLOP/s, utilisation, processes, memory of one device."""
     warnings: tuple[str, ...] = ()
 
 

@@ -1,0 +1,209 @@
+"""What can be wrong with a recipe, found before anything runs: every fault in one line, all of them at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs.chat import render_chat
+from radlads.tasks.jobs.documents import Document, first_documents
+from radlads.tasks.jobs.recall import build_case, load_filler
+from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.sections import (
+    Dataset,
+    FilesSource,
+    HubSource,
+    Needle,
+    RecallSource,
+    Recipe,
+    SampleSource,
+    Training,
+)
+
+_TRAINING = ("pretrain", "align", "distill", "finetune")
+# Documents of each source that are read to see whether they can be, and how long a token is.
+_PROBED = 64
+# How much larger than its file a text is; only used for the epochs that the plan shows.
+_EXPANSION = {".gz": 3.0, ".parquet": 2.5}
+
+
+@dataclass
+class Findings:
+    """Faults stop the run; warnings are shown."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Turn a UserError raised inside into faults of that place of the recipe."""
+        try:
+            yield
+        except UserError as error:
+            self.faults += [f"{place}: {line}" for line in str(error).splitlines() if line.strip()]
+
+
+def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
+    """Batches, contexts and what they need; `positions`: how far the teacher was trained to see."""
+    for stage in _TRAINING:
+        section: Training | None = getattr(recipe, stage)
+        if section is None:
+            continue
+        if section.batch % processes:
+            findings.faults.append(
+                f"{stage}.batch ({section.batch}) must be a multiple of the {processes} processes; change the batch, "
+                f"or resources.processes"
+            )
+        elif (section.batch // processes) % section.micro_batch:
+            findings.warnings.append(
+                f"{stage}.micro_batch ({section.micro_batch}) does not divide a process's {section.batch // processes} "
+                f"sequences; a smaller one is used"
+            )
+        if section.tokens < section.batch * section.context:
+            findings.faults.append(
+                f"{stage}.tokens ({section.tokens}) is less than one step (batch × context = "
+                f"{section.batch * section.context})"
+            )
+        if positions is not None and section.context > positions:
+            _check_context(stage, section.context, positions, findings)
+        if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and stage != "align":
+            findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
+    if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
+        findings.warnings.append(
+            f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
+        )
+
+
+def _check_context(stage: str, context: int, positions: int, findings: Findings) -> None:
+    line = f"{stage}.context ({context}) is beyond the {positions} positions that the teacher was made for"
+    if stage in ("align", "distill"):
+        findings.faults.append(
+            f"{line}, and there it has nothing to teach; shorten it, or extend the context in finetune"
+        )
+    else:
+        findings.warnings.append(line)
+
+
+def check_dataset(
+    name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, findings: Findings
+) -> dict[str, Any]:
+    """Read the first documents of every source; returns {bytes, bytes_per_token, tokens}, None where unknown."""
+    total_bytes: float | None = 0.0
+    total_tokens: float | None = 0.0
+    ratio = None
+    if dataset.add_bos and tokenizer.bos_token_id is None:
+        findings.faults.append(f"data.{name}.add_bos is on, but the tokenizer has no BOS token")
+    for index, source in enumerate(dataset.sources):
+        place = f"data.{name}.sources.{index}"
+        if isinstance(source, SampleSource):
+            total_tokens = _add(total_tokens, source.tokens)
+            continue
+        with findings.at(place):
+            documents = first_documents(source, tokenizer=tokenizer, count=_PROBED)
+            if not documents:
+                raise UserError("no document in it")
+            read, tokens = _measure(documents, tokenizer)
+            ratio = read / max(1, tokens)
+            if isinstance(source, RecallSource):
+                total_tokens = _add(total_tokens, source.documents * sum(source.lengths) / len(source.lengths))
+                continue
+            size = _size_of(source, read, len(documents))
+            total_bytes = _add(total_bytes, size)
+            total_tokens = _add(total_tokens, None if size is None else size / ratio)
+    if total_tokens is not None and dataset.max_tokens is not None:
+        total_tokens = min(total_tokens, dataset.max_tokens)
+    elif total_tokens is None:
+        total_tokens = dataset.max_tokens
+    return {
+        "bytes": None if total_bytes is None else round(total_bytes),
+        "bytes_per_token": ratio,
+        "tokens": None if total_tokens is None else round(total_tokens),
+    }
+
+
+def _measure(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """(bytes, tokens) of some documents; renders the chats among them, which shows whether they can be."""
+    texts = [render_chat(tokenizer, d.messages).text if d.messages is not None else d.text or "" for d in documents]
+    # The beginning is enough to measure, and a document can be a whole book.
+    texts = [text[:20_000] for text in texts]
+    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    return sum(len(text.encode()) for text in texts), tokens
+
+
+def _size_of(source: FilesSource | HubSource, read: int, documents: int) -> float | None:
+    """Bytes of text in a source, roughly; None for the hub."""
+    per_document = read / documents
+    if isinstance(source, HubSource):
+        return None if source.max_documents is None else source.max_documents * per_document
+    paths = [resolve_file(name) for name in expand_paths(source.paths)]
+    size = sum(path.stat().st_size * _EXPANSION.get(path.suffix, 1.0) for path in paths)
+    return size if source.max_documents is None else min(size, source.max_documents * per_document)
+
+
+def _add(total: float | None, more: float | None) -> float | None:
+    return None if total is None or more is None else total + more
+
+
+def check_masks(recipe: Recipe, findings: Findings) -> None:
+    """Assistant-only training needs chats."""
+    if recipe.finetune is None or not recipe.finetune.assistant_only:
+        return
+    sources = recipe.data[recipe.finetune.data].sources
+    if not any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in sources):
+        findings.faults.append(
+            f"finetune.assistant_only is on, but no source of data.{recipe.finetune.data} has messages_field"
+        )
+
+
+def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:
+    """Stage → how often it goes through its data (None: unknown); warns where it is more than twice."""
+    epochs: dict[str, float | None] = {}
+    for stage in _TRAINING:
+        section: Training | None = getattr(recipe, stage)
+        if section is None or section.data not in data:
+            continue
+        tokens = data[section.data]["tokens"]
+        epochs[stage] = section.tokens / tokens if tokens else None
+        if tokens and section.tokens > 2 * tokens:
+            findings.warnings.append(
+                f"{stage} reads {section.tokens} tokens of data.{section.data}, which has about {tokens}: "
+                f"{section.tokens / tokens:.1f} epochs"
+            )
+    return epochs
+
+
+def check_needle(
+    section: Needle, tokenizer: PreTrainedTokenizerBase, positions: int | None, findings: Findings
+) -> None:
+    """Depths, the haystack, and whether the shortest prompt can hold its question."""
+    with findings.at("needle"):
+        outside = [depth for depth in section.depths if not 0 <= depth <= 1]
+        if outside:
+            raise UserError(f"depths are shares from 0 to 1 (given: {outside[0]})")
+        if section.chat_template and not tokenizer.chat_template:
+            raise UserError("chat_template is on, but the tokenizer has no chat template")
+        filler = load_filler(
+            [resolve_file(name) for name in expand_paths(section.haystack)], section.haystack_separator
+        )
+        build_case(tokenizer, filler, length=min(section.lengths), depth=0.5, rng=random.Random(0))
+        beyond = [length for length in section.lengths if positions is not None and length > positions]
+        if beyond:
+            findings.warnings.append(
+                f"needle.lengths {beyond} are beyond the {positions} positions that the teacher was made for; expect "
+                f"it to fail there"
+            )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, findings: Findings) -> None:
+    """Every id must have an embedding."""
+    if len(tokenizer) > config.vocab_size:
+        findings.faults.append(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size} embeddings; "
+            f"they do not belong together"
+        )

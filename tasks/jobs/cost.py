@@ -1,0 +1,76 @@
+"""How long a stage takes and what it costs: an estimate from FLOPs at an assumed utilisation.
+
+FLOPs of a token: 2·N forward, 4·N backward, for the N parameters that a network multiplies with (embeddings looked up
+are not); gradient checkpointing adds another forward. The utilisation is what the published 7B run reached in step 2:
+3,157 tokens a second on an MI300X (2505.03005, table 3) are 15 % of its bf16 peak.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from radlads.tasks.job import JobResources
+from radlads.tasks.jobs.memory import Networks, StageName
+from radlads.tasks.sections import Evaluate, Needle, Training
+
+UTILISATION = 0.15
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets, by what the device calls itself.
+_PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "MI300X": 1307e12,
+    "MI325X": 1307e12,
+    "MI250": 191e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+_UNKNOWN_GPU = 100e12
+# What one core sustains in fp32 matrix products; small models reach less.
+_CPU_CORE = 20e9
+
+
+def device_peak(name: str | None, resources: JobResources) -> float:
+    """Assumed peak FLOP/s of one process's device; `name`: of the GPU, None on a CPU."""
+    if resources.device == "cpu" or name is None:
+        return _CPU_CORE * resources.threads
+    return next((peak for known, peak in _PEAKS.items() if known in name), _UNKNOWN_GPU)
+
+
+def training_flops(stage: StageName, section: Training, networks: Networks) -> float:
+    """FLOPs of a whole training stage."""
+    student = _multiplied(networks.student_parameters, networks)
+    teacher = _multiplied(networks.teacher_parameters, networks)
+    if stage == "align":
+        per_token = 2 * teacher + 6 * networks.mixer_parameters
+    else:
+        per_token = (8 if section.gradient_checkpointing else 6) * student
+        per_token += 2 * teacher if stage == "distill" else 0
+    return per_token * section.num_steps * section.batch * section.context
+
+
+def judging_flops(section: Evaluate | Needle, networks: Networks) -> float:
+    """FLOPs of scoring teacher and student, without the lm-evaluation-harness tasks."""
+    both = _multiplied(networks.student_parameters, networks) + _multiplied(networks.teacher_parameters, networks)
+    if isinstance(section, Evaluate):
+        return 2.0 * both * section.heldout_tokens
+    prompts = len(section.depths) * section.trials
+    return 2.0 * both * prompts * sum(length + section.max_new_tokens for length in section.lengths)
+
+
+def stage_cost(flops: float, peak: float, resources: JobResources) -> dict[str, Any]:
+    """{flops, seconds, gpu_hours, dollars}; the latter two None on a CPU or without a price."""
+    utilisation = UTILISATION if resources.device == "cuda" else 1.0
+    seconds = flops / (peak * utilisation * resources.processes)
+    gpu_hours = seconds * resources.processes / 3600 if resources.device == "cuda" else None
+    price = resources.dollars_per_gpu_hour
+    dollars = gpu_hours * price if gpu_hours is not None and price is not None else None
+    return {"flops": flops, "seconds": seconds, "gpu_hours": gpu_hours, "dollars": dollars}
+
+
+def _multiplied(parameters: int, networks: Networks) -> int:
+    """Parameters without the embeddings that are only looked up (tied ones also make the logits, and count)."""
+    looked_up = networks.groups.get("embeddings", 0) if networks.groups.get("head", 0) else 0
+    return parameters - looked_up

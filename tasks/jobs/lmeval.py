@@ -1,0 +1,142 @@
+"""lm-evaluation-harness tasks through its own API, with a model that is already in memory, split over the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs.ranks import gather
+from radlads.tasks.jobs.sources import first_line
+from radlads.tasks.sections import EvalTask
+
+logger = logging.getLogger("radlads")
+
+# Resampling for metrics without a closed form (perplexities); accuracies have one.
+_BOOTSTRAP = 1000
+
+
+class SharedHFLM(HFLM):  # type: ignore[misc]
+    """The harness's own Hugging Face adapter around a loaded model.
+
+    Every rank builds all requests and answers its share; answers are gathered, so every rank (and any number of
+    ranks) computes the same scores. To the harness each rank is alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch: int,
+        max_length: int,
+        add_bos: bool,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch,
+            max_length=max_length,
+            truncation=True,
+            add_bos_token=add_bos,
+        )
+        self._own_rank = rank
+        self._num_ranks = num_ranks
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._share(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self._share(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self._share(super().generate_until, requests)
+
+    def _share(self, answer: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
+        mine = requests[self._own_rank :: self._num_ranks]
+        answers: list[Any] = [None] * len(requests)
+        for rank, given in enumerate(gather(answer(mine, disable_tqdm=True) if mine else [], self._num_ranks)):
+            answers[rank :: self._num_ranks] = given
+        return answers
+
+
+def check_tasks(tasks: Sequence[EvalTask]) -> list[str]:
+    """What is wrong with the tasks, one line each; offline tasks are built whole, others looked up by name."""
+    faults: list[str] = []
+    shipped = TaskManager() if any(task.path is None for task in tasks) else None
+    for task in tasks:
+        if task.path is None:
+            if shipped is not None and task.name not in shipped.task_index:
+                faults.append(f"evaluate.tasks: the harness has no task '{task.name}'; give `path` for one of your own")
+            continue
+        try:
+            _load_offline(task)
+        except UserError as error:
+            faults.append(f"evaluate.tasks: {error}")
+    return faults
+
+
+def run_task(lm: SharedHFLM, task: EvalTask, *, seed: int) -> dict[str, dict[str, float | None]]:
+    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it."""
+    results = simple_evaluate(
+        model=lm,
+        tasks=[_load_offline(task) if task.path else task.name],
+        num_fewshot=task.num_fewshot,
+        limit=task.limit,
+        bootstrap_iters=_BOOTSTRAP,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    # Away from the first rank of a machine the harness keeps its results to itself.
+    return _flatten(task.name, results["results"]) if results else {}
+
+
+def _load_offline(task: EvalTask) -> Any:
+    """The harness's Task object of a YAML file; relative data files in it are relative to its folder."""
+    folder = Path(task.path or "").expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"task '{task.name}': there is no folder {folder}")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if task.name not in manager.task_index:
+        found = ", ".join(manager.all_tasks) or "none"
+        raise UserError(f"task '{task.name}': no YAML file in {folder} has it; tasks found: {found}")
+    with contextlib.chdir(folder):
+        try:
+            built = manager.load([task.name])["tasks"]
+        except Exception as error:
+            raise UserError(f"task '{task.name}' in {folder} cannot be built: {first_line(error)}") from error
+    if len(built) != 1:
+        raise UserError(f"'{task.name}' in {folder} is a group of {len(built)} tasks; name them one by one")
+    return next(iter(built.values()))
+
+
+def _flatten(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    flat: dict[str, dict[str, float | None]] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not filtered:
+                continue
+            label = metric if filtered == "none" else f"{metric},{filtered}"
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            flat[label if task == name else f"{task}/{label}"] = {
+                "value": float(value),
+                "stderr": float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+            }
+    return flat
