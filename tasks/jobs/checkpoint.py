@@ -164,7 +164,7 @@ class Checkpoints:
         folder = self._fetched(step)
         sheet = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         self._check(sheet, step)
-        self.engine.make_state(sheet["adam_steps"])
+        self.engine.set_adam_steps(sheet["adam_steps"])
         for name, tensors in _read_parameters(folder, sheet["parameters"]):
             self.engine.write(name, tensors)
         with safe_open(folder / "random.safetensors", "pt") as file:

@@ -240,7 +240,9 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
         sys.exit(EXIT_CODES["config"])
     job = open_job(Path(sys.argv[1]))
     _catch_sigterm(job, cooperative)
-    sys.exit(EXIT_CODES[execute(main, job)])
+    reason = execute(main, job)
+    leave_group(EXIT_CODES[reason], orderly=reason in ("done", "preempted", "nonfinite"))
+    sys.exit(EXIT_CODES[reason])
 
 
 def open_job(path: Path) -> Job:
@@ -270,7 +272,6 @@ def execute(main: JobMain, job: Job) -> ExitReason:
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
         job._record.close()
-    leave_group(EXIT_CODES[reason], orderly=reason in ("done", "preempted", "nonfinite"))
     return reason
 
 

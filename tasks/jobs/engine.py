@@ -91,6 +91,7 @@ class Engine:
         )
         self._sharded = stage > 0
         self.objective = objective
+        self._make_state()
 
     def step(self, batches: Iterable[Batch], rates: Mapping[str, float], number: int, *, stop: bool) -> StepResult:
         """Optimizer step `number`. Raises NonFiniteError on every rank before the optimizer moves."""
@@ -165,22 +166,28 @@ class Engine:
         moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         return {"param": safe_get_full_fp32_param(parameter), **moments}
 
-    def make_state(self, adam_steps: int) -> None:
-        """Give the optimizer its state tensors, as after `adam_steps` steps, ready to be written to."""
+    def _make_state(self) -> None:
+        """Give the optimizer its state tensors before its first step, as after 0 steps.
+
+        DeepSpeed links them to parameter names once, after the first group has moved, and so misses the other groups.
+        """
         owned = [parameter for group in self._adam.param_groups for parameter in group["params"]]
-        for group in self._adam.param_groups:
-            group["lr"] = 0.0
         for parameter in owned:
             parameter.grad = torch.zeros_like(parameter)
-        self._adam.step()  # with a rate of 0 and no gradient: nothing moves, and the state is torch's own
+        self._adam.step()  # at a rate of 0 and without a gradient: nothing moves, and the state is torch's own
         for parameter in owned:
             parameter.grad = None
-            self._adam.state[parameter]["step"].fill_(adam_steps)
+        self.set_adam_steps(0)
         if self._sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def set_adam_steps(self, count: int) -> None:
+        """Make the optimizer's counters say that it moved `count` times."""
+        for state in self._adam.state.values():
+            state["step"].fill_(count)
+
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `read` gave; after make_state. Every rank writes every parameter whole."""
+        """Put back what `read` gave. Every rank writes every parameter whole."""
         parameter = self.parameters[name]
         with torch.no_grad():
             parameter.copy_(tensors["param"])
