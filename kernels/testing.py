@@ -1,0 +1,100 @@
+"""What the kernel tests and benchmarks share: inputs like RWKV-7's, the error measure, and poisoned scratch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DECAY_FLOOR = -0.6065306597126334  # -exp(-1/2): RWKV-7's log decay lies in (DECAY_FLOOR, 0)
+INPUT_NAMES = ("r", "log_decay", "k", "v", "a", "b")
+
+
+def wkv7_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    log_decay: float | None = None,
+    period: int | None = None,
+    iclr: float | None = None,
+) -> list[Tensor]:
+    """The six inputs [B,T,H,K] as RWKV-7 makes them, requiring gradients; drawn in fp64, the same for every dtype.
+
+    `log_decay` fixes the decay; `period` repeats that many distinct removal keys over and over, with k along them (what
+    padding or "aaaa" does to a model); `iclr` fixes the learning rate.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(B, T, H, width, generator=generator, dtype=torch.float64, device=device)
+
+    r, w, k, v, kk, rate = normal(K), normal(K), normal(K) * K**-0.5, normal(V or K), normal(K), normal(K)
+    kk = torch.nn.functional.normalize(kk, dim=-1)
+    w = DECAY_FLOOR * torch.sigmoid(2 * w) if log_decay is None else torch.full_like(w, log_decay)
+    rate = torch.sigmoid(rate) if iclr is None else torch.full_like(rate, iclr)
+    if period is not None:
+        kk = kk[:, torch.arange(T, device=device) % period]
+        k = kk * 4 * K**-0.5
+    return [x.to(dtype).requires_grad_() for x in (r, w, k, v, -kk, kk * rate)]
+
+
+def relative_rms(x: Tensor, reference: Tensor) -> float:
+    """|x - reference| / |reference| in the 2-norm, in fp64; the plain norm of x where the reference is zero."""
+    x, reference = x.detach().double(), reference.detach().double()
+    size = reference.norm().item()
+    return (x - reference).norm().item() / (size or 1.0)
+
+
+def outputs_and_gradients(
+    operator: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor],
+    initial_state: Tensor | None = None,
+    *,
+    seed: int = 1,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """`operator` forward and backward, upstream gradients fixed: {"out", "state", "d r", ..., "d initial_state"}."""
+    leaves = inputs if initial_state is None else [*inputs, initial_state]
+    out, state = operator(*inputs, initial_state=initial_state, output_final_state=True, **options)
+    generator = torch.Generator(device=out.device).manual_seed(seed)
+
+    def upstream(x: Tensor) -> Tensor:  # rounded once, so that every dtype sees the same values
+        return torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype)
+
+    grads = torch.autograd.grad((out, state), leaves, (upstream(out), upstream(state)))
+    names = [f"d {name}" for name in INPUT_NAMES] + ["d initial_state"]
+    return {"out": out, "state": state, **dict(zip(names, grads, strict=False))}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, uninitialised floating tensors hold NaN: a kernel that reads what nobody wrote shows it."""
+    names = ("empty", "empty_like", "empty_strided")
+    originals = {name: getattr(torch, name) for name in names}
+    new_empty = Tensor.new_empty
+
+    def poison(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def create_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            x = create(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return create_poisoned
+
+    for name, original in originals.items():
+        setattr(torch, name, poison(original))
+    Tensor.new_empty = poison(new_empty)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+        Tensor.new_empty = new_empty  # type: ignore[method-assign]

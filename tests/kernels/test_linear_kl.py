@@ -1,0 +1,193 @@
+"""linear_kl and linear_ce against the same losses written plainly over whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as functional
+
+from radlads.kernels.linear_kl import linear_ce, linear_kl, products
+from radlads.kernels.testing import relative_rms
+
+N, D, E, V = 37, 16, 24, 50
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """Chunks of sixteen tokens: two whole ones and a ragged tail."""
+    monkeypatch.setattr(products, "_CHUNK_BYTES", {"cpu": 4 * V * 16, "cuda": 4 * V * 16})
+
+
+def operands(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((N, D), (V, D), (N, E), (V, E))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) * shape[1] ** -0.25 for shape in shapes]
+    student, head, teacher, teacher_head = (x.to(dtype) for x in tensors)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::5] = -100
+    weight = torch.rand(N, generator=generator, dtype=torch.float64)
+    weight[3:6] = 0
+    return student.requires_grad_(), head.requires_grad_(), teacher, teacher_head, labels, weight
+
+
+def plain_kl(student, head, teacher, teacher_head, tau, labels, ce_weight, kl_weight, weight):
+    z, y = student @ head.T, teacher @ teacher_head.T
+    weight = torch.ones(N, dtype=z.dtype) if weight is None else weight
+    kl_n = functional.kl_div((z / tau).log_softmax(-1), (y / tau).log_softmax(-1), log_target=True, reduction="none")
+    kl = (kl_n.sum(-1) * weight).sum() / weight.sum() * tau**2
+    counted = (labels != -100) * weight
+    ce = (functional.cross_entropy(z, labels, reduction="none") * counted).sum() / counted.sum()
+    same = ((z.argmax(-1) == y.argmax(-1)) * weight).sum() / weight.sum()
+    return kl_weight * kl + ce_weight * ce, {"kl": kl, "ce": ce, "top1_agreement": same}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("tau", "ce_weight", "kl_weight"), [(1.0, 0.0, 1.0), (2.0, 0.3, 0.7), (0.5, 1.0, 0.0), (1.0, 0.5, 1.0)]
+)
+def test_kl_equals_the_plain_loss(tau, ce_weight, kl_weight, weighted):
+    student, head, teacher, teacher_head, labels, weight = operands()
+    weight = weight if weighted else None
+    loss, metrics = linear_kl(
+        student, head, teacher, teacher_head,
+        temperature=tau, labels_N=labels, ce_weight=ce_weight, kl_weight=kl_weight, weight_N=weight,
+    )  # fmt: skip
+    plain, expected = plain_kl(student, head, teacher, teacher_head, tau, labels, ce_weight, kl_weight, weight)
+    torch.testing.assert_close(loss, plain)
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.detach().to(metrics[name].dtype))
+        assert not metrics[name].requires_grad
+    ours = torch.autograd.grad(loss, (student, head))
+    for grad, reference in zip(ours, torch.autograd.grad(plain, (student, head)), strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
+
+
+def test_identical_models_have_no_divergence_and_no_gradient():
+    student, head, *_ = operands()
+    loss, metrics = linear_kl(student, head, student.detach(), head.detach(), temperature=2.0)
+    assert loss.abs() < 1e-14
+    assert metrics["top1_agreement"] == 1
+    assert metrics["ce"] == 0
+    assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ce_equals_torch(smoothing):
+    student, head, _, _, labels, _ = operands()
+    loss, metrics = linear_ce(student, head, labels, label_smoothing=smoothing)
+    logits = student @ head.T
+    plain = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(metrics["ce"], functional.cross_entropy(logits, labels).detach())
+    counted = labels != -100
+    assert metrics["num_tokens"] == counted.sum()
+    torch.testing.assert_close(metrics["accuracy"], (logits.argmax(-1) == labels)[counted].double().mean())
+    ours = torch.autograd.grad(loss, (student, head))
+    for grad, reference in zip(ours, torch.autograd.grad(plain, (student, head)), strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_plain(dtype):
+    """Against fp64 on the same rounded operands: never worse than twice the plain loss in that dtype."""
+    student, head, teacher, teacher_head, labels, _ = operands(dtype)
+    arguments = (1.0, labels, 0.5, 1.0, None)
+    wide = [x.detach().double().requires_grad_() for x in (student, head)]
+    exact, _ = plain_kl(*wide, teacher.double(), teacher_head.double(), *arguments)
+    exact_grads = torch.autograd.grad(exact, wide)
+    plain, _ = plain_kl(student, head, teacher, teacher_head, *arguments)
+    plain_grads = torch.autograd.grad(plain, (student, head))
+    loss, _ = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.5)
+    grads = torch.autograd.grad(loss, (student, head))
+    assert loss.dtype == torch.float32
+    pairs = [(loss, plain, exact), *zip(grads, plain_grads, exact_grads, strict=True)]
+    for ours, theirs, reference in pairs:
+        assert relative_rms(ours, reference) <= 2 * relative_rms(theirs, reference) + 1e-6
+    assert all(grad.dtype == dtype for grad in grads)
+
+
+def test_small_fp16_gradients_survive_loss_scaling():
+    student, head, teacher, teacher_head, *_ = operands(torch.float16)
+    loss, _ = linear_kl(student, head, teacher, teacher_head)
+    (grad,) = torch.autograd.grad(loss * 1e-3 * 2**16, student, retain_graph=True)
+    (plain,) = torch.autograd.grad(loss * 1e-3 * 2**4, student)
+    torch.testing.assert_close(grad.float(), plain.float() * 2**12, rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_only_where_asked():
+    student, head, teacher, teacher_head, labels, _ = operands()
+    linear_kl(student, head.detach(), teacher, teacher_head)[0].backward()
+    assert student.grad is not None
+    student.grad = None
+    linear_ce(student.detach(), head, labels)[0].backward()
+    assert head.grad is not None
+    assert student.grad is None
+    with torch.no_grad():
+        loss, _ = linear_kl(student, head, teacher, teacher_head)
+        assert not loss.requires_grad
+        assert not linear_ce(student, head, labels)[0].requires_grad
+    assert not linear_kl(student.detach(), head.detach(), teacher, teacher_head)[0].requires_grad
+
+
+def test_upstream_gradient_scales_and_backward_can_be_repeated():
+    student, head, _, _, labels, _ = operands()
+    loss, _ = linear_ce(student, head, labels)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (thrice,) = torch.autograd.grad(loss * 3, student)
+    torch.testing.assert_close(thrice, once * 3)
+
+
+def test_no_tokens_give_zero_not_nan():
+    student, head, teacher, teacher_head, labels, weight = operands()
+    loss, metrics = linear_ce(student, head, torch.full_like(labels, -100))
+    assert loss == 0
+    assert metrics["num_tokens"] == 0
+    (grad,) = torch.autograd.grad(loss, student)
+    assert grad.abs().max() == 0
+    loss, metrics = linear_kl(student, head, teacher, teacher_head, weight_N=weight * 0, labels_N=labels, ce_weight=1.0)
+    assert loss == 0
+    assert torch.autograd.grad(loss, student)[0].abs().max() == 0
+
+
+def test_extreme_logits_stay_finite():
+    student, head, teacher, teacher_head, labels, _ = operands(torch.float32)
+    loss, _ = linear_kl(student * 1e3, head, teacher * 1e3, teacher_head, labels_N=labels, ce_weight=1.0)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+def test_gradient_check():
+    student, head, teacher, teacher_head, labels, weight = operands()
+    student, head = student.detach()[:5, :3].requires_grad_(), head.detach()[:7, :3].requires_grad_()
+    teacher, teacher_head, labels, weight = teacher[:5], teacher_head[:7], labels[:5] % 7, weight[:5]
+
+    def loss(x, y):
+        return linear_kl(x, y, teacher, teacher_head, temperature=1.5, labels_N=labels, ce_weight=0.4, weight_N=weight)[
+            0
+        ]
+
+    assert torch.autograd.gradcheck(loss, (student, head))
+
+
+def test_autocast_casts_as_linear_does():
+    student, head, _, _, labels, _ = operands(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = linear_ce(student, head, labels)
+    rounded, _ = linear_ce(student.bfloat16(), head.bfloat16(), labels)
+    assert loss == rounded
+    assert torch.autograd.grad(loss, student)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_head_VD": torch.zeros(V, D + 1)}, "student hidden"),
+        ({"teacher_head_VE": torch.zeros(V + 1, E)}, "differ in tokens or vocabulary"),
+        ({"labels_N": torch.zeros(3, dtype=torch.long)}, "labels_N must be"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"ce_weight": 1.0}, "ce_weight needs labels_N"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, message):
+    student, head, teacher, teacher_head, *_ = operands(torch.float32)
+    names = ("student_hidden_ND", "student_head_VD", "teacher_hidden_NE", "teacher_head_VE")
+    with pytest.raises(ValueError, match=message):
+        linear_kl(**(dict(zip(names, (student, head, teacher, teacher_head), strict=True)) | change))
