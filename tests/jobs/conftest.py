@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from radlads.model.export import export_student
+from radlads.model.student import build_student
+from radlads.model.transplant import transplant
 from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, StoreRef
+from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.specs import StageSpec, spec_digest
+from radlads.tasks.recipe import Align, Distill, Finetune, Pretrain
+from radlads.tasks.specs import StageSpec, TeacherRef, TrainSpec, spec_digest
+from radlads.tasks.store import open_store
 
 STORY = (
     "Once upon a time there was a little dog named Tim. Tim liked to play in the park with his red ball. "
@@ -142,3 +151,108 @@ def run_main() -> Callable[[Callable[[Job], Any], Job], Manifest]:
 def reference() -> Callable[[Job], InputRef]:
     """The InputRef under which a later job reads a job's product."""
     return lambda job: InputRef(uri=job.spec.output_uri, digest=job.spec.digest)
+
+
+# Training: one store with a tiny teacher, its transplanted student and a dataset, for every training test of a session.
+
+
+@dataclass
+class Training:
+    """Makes training jobs; `teacher` is a folder, `store` holds `student` and `data`."""
+
+    root: Path
+    teacher: Path
+    store: StoreRef
+
+    def job(self, stage: Stage, name: str, *, resources: dict[str, Any] | None = None, **section: Any) -> Job:
+        """A job of 20 steps (4 sequences of 32 tokens, in 2 forward passes) whose output is runs/<name>/<stage>."""
+        settings = {
+            "tokens": 20 * 4 * 32,
+            "context": 32,
+            "batch": 4,
+            "micro_batch": 2,
+            "heldout_tokens": 320,
+            "checkpoint_every": 6,
+            **section,
+        }
+        kind = {"align": Align, "distill": Distill, "finetune": Finetune, "pretrain": Pretrain}[stage]
+        inputs = {"data": self._input("data")}
+        if stage == "pretrain":
+            settings |= {"tokenizer": str(self.teacher), "config": {"model_type": "qwen3", **_sizes(400)}}
+        else:
+            inputs["student"] = self._input("student")
+        teacher = TeacherRef(path=str(self.teacher), fingerprint="tiny")
+        spec = TrainSpec(objective=stage, section=kind(**settings), teacher=teacher)
+        job = JobSpec(
+            stage=stage,
+            run=name,
+            recipe="tiny",
+            digest=spec_digest(stage, spec, inputs),
+            spec=spec.model_dump(mode="json"),
+            inputs=inputs,
+            output_uri=f"{self.store.uri}/runs/{name}/{stage}",
+            store=self.store,
+            resources=JobResources(**{"device": "cpu", "processes": 1, "threads": 1, **(resources or {})}),
+            scratch=str(self.root / "scratch" / name / stage),
+        )
+        Path(job.scratch).mkdir(parents=True, exist_ok=True)
+        (Path(job.scratch) / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
+        return Job(spec=job)
+
+    def _input(self, name: str) -> InputRef:
+        return InputRef(uri=f"{self.store.uri}/{name}", digest=name)
+
+    @staticmethod
+    def curve(job: Job) -> list[tuple[int, float]]:
+        """(step, loss) as recorded."""
+        rows = [json.loads(line) for line in (job.scratch / "metrics.jsonl").read_text().splitlines()]
+        return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+    @staticmethod
+    def ending(job: Job) -> dict[str, Any]:
+        """exit.json."""
+        return json.loads((job.scratch / "exit.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, stories: list[str]) -> Training:
+    """A teacher with large random weights (so that there is something to learn), its student, and the stories."""
+    root = tmp_path_factory.mktemp("training")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    teacher = Qwen3ForCausalLM(Qwen3Config(**_sizes(400), initializer_range=0.15))
+    teacher.save_pretrained(root / "teacher")
+    tokenizer.save_pretrained(root / "teacher")
+    student = build_student(teacher.config, variant="rad_rwkv7", options={}, attention_layers=(), attention_rope=False)
+    transplant(teacher, student)
+    export_student(student, tokenizer, root / "student" / "model")
+    _write_stories(root / "data", tokenizer, stories)
+    ref = StoreRef(uri=str(root / "store"))
+    store = open_store(ref)
+    for name in ("student", "data"):
+        manifest = Manifest(
+            stage=name, digest=name, spec={}, files=(), code=code_version(), created_at=datetime.now(UTC)
+        )
+        store.commit(name, root / name, manifest)
+    return Training(root, root / "teacher", ref)
+
+
+def _write_stories(folder: Path, tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> None:
+    folder.mkdir()
+    splits: dict[str, Any] = {}
+    for split, texts in (("train", stories[20:]), ("heldout", stories[:20])):
+        documents = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+        stream = np.concatenate([np.asarray(document, dtype="<u2") for document in documents])
+        starts = np.cumsum([0, *(len(document) for document in documents[:-1])])
+        stream.tofile(folder / f"{split}-00000.bin")
+        starts.astype("<u8").tofile(folder / f"{split}-boundaries.bin")
+        splits[split] = {
+            "shards": [{"file": f"{split}-00000.bin", "tokens": len(stream)}],
+            "mask_files": [],
+            "tokens": len(stream),
+            "documents": len(documents),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "boundaries_file": f"{split}-boundaries.bin",
+        }
+    index = {"dtype": "uint16", "eos_id": 2, "bos_id": 1, "vocab_size": len(tokenizer), "has_mask": False}
+    (folder / "index.json").write_text(json.dumps({**index, "splits": splits, "tokenizer_fingerprint": "tiny"}))
