@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -224,10 +224,10 @@ class Store(ABC):
         """Bring one file of a product under the prefix and verify what arrived. Raises CorruptArtifact."""
 
     @abstractmethod
-    def _open_files(self, prefix: str, entries: list[FileEntry], into: Path) -> Path: ...
+    def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> Path: ...
 
     @abstractmethod
-    def _delete_keys(self, keys: list[str]) -> None: ...
+    def _delete_keys(self, keys: Sequence[str]) -> None: ...
 
     def _tidy(self, prefix: str) -> None:
         """Remove what abandoned attempts left under the prefix and no reader can see."""
@@ -274,7 +274,7 @@ def place_of(prefix: str, entry: FileEntry) -> str:
     return f"{prefix}/{check_key(entry.stored_as or entry.path)}"
 
 
-def parallel(function: Callable[[_Item], _Out], items: list[_Item], workers: int = _PARALLEL_FILES) -> list[_Out]:
+def parallel(function: Callable[[_Item], _Out], items: Sequence[_Item], workers: int = _PARALLEL_FILES) -> list[_Out]:
     """Apply the function to every item in threads; results in order. The first error is raised, the rest cancelled."""
     with ThreadPoolExecutor(max_workers=max(1, min(workers, len(items)))) as pool:
         futures = [pool.submit(function, item) for item in items]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,12 +129,12 @@ class LocalStore(Store):
             os.fsync(stream.fileno())
         return temporary
 
-    def _open_files(self, prefix: str, entries: list[FileEntry], into: Path) -> Path:
+    def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> Path:
         for entry in entries:
             self._check_local(prefix, entry, self._path(place_of(prefix, entry)))
         return self._path(prefix)
 
-    def _delete_keys(self, keys: list[str]) -> None:
+    def _delete_keys(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._path(key).unlink(missing_ok=True)
 

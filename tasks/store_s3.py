@@ -10,21 +10,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
 from boto3.s3.transfer import TransferConfig
-from botocore.client import BaseClient
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-from s3transfer.exceptions import S3UploadFailedError
+from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.manager import TransferManager
 
 from radlads.tasks.job import FileEntry, StoreRef
+from radlads.tasks.s3_client import MISSING, TAKEN, code_of, is_refused, make_client, plain_errors
 from radlads.tasks.store_base import (
     CorruptArtifact,
     Store,
@@ -39,10 +36,6 @@ from radlads.tasks.store_seal import Seal, part_size, seal_file
 
 _log = logging.getLogger(__name__)
 _PART_BYTES = 16 << 20
-_MISSING = {"404", "NoSuchKey", "NotFound"}
-_TAKEN = {"412", "PreconditionFailed"}
-_DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 _probed: dict[tuple[str | None, str], dict[str, bool | str]] = {}
 
 
@@ -63,9 +56,9 @@ class S3Store(Store):
         super().__init__(ref, f"s3://{parts.netloc}" + (f"/{self._root}" if self._root else ""))
         self.bucket = parts.netloc
         self._part_bytes = part_bytes
-        self._client = _make_client(ref)
+        self._client = make_client(ref)
         # Product uploads go through a client of their own, whose multipart uploads complete only where nothing is.
-        self._writer = _make_client(ref)
+        self._writer = make_client(ref)
         self._writer.meta.events.register(
             "before-parameter-build.s3.CompleteMultipartUpload", self._complete_only_if_absent
         )
@@ -90,7 +83,7 @@ class S3Store(Store):
             try:
                 body: bytes = self._client.get_object(Bucket=self.bucket, Key=self._full(key))["Body"].read()
             except ClientError as error:
-                if _code(error) in _MISSING:
+                if code_of(error) in MISSING:
                     return None
                 raise
         return body
@@ -121,10 +114,10 @@ class S3Store(Store):
                 try:
                     self._client.put_object(Bucket=self.bucket, Key=full, Body=data, IfNoneMatch="*")
                 except ClientError as error:
-                    if _code(error) in _TAKEN:
+                    if code_of(error) in TAKEN:
                         # The SDK repeats a put whose answer was lost; then what is there is ours.
                         return self.get_bytes(key) == data
-                    if _code(error) != "ConditionalRequestConflict":
+                    if code_of(error) != "ConditionalRequestConflict":
                         raise
                     continue
             return True
@@ -149,11 +142,11 @@ class S3Store(Store):
         with self._errors(key):
             self._client.put_object(**place, Body=b"1")
             try:
-                put = _refused(lambda: self._client.put_object(**place, Body=b"2", IfNoneMatch="*"))
+                put = is_refused(lambda: self._client.put_object(**place, Body=b"2", IfNoneMatch="*"))
                 upload = self._client.create_multipart_upload(**place)["UploadId"]
                 part = self._client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"3")["ETag"]
                 parts = {"Parts": [{"PartNumber": 1, "ETag": part}]}
-                multipart = _refused(
+                multipart = is_refused(
                     lambda: self._client.complete_multipart_upload(
                         **place, UploadId=upload, MultipartUpload=parts, IfNoneMatch="*"
                     )
@@ -199,7 +192,7 @@ class S3Store(Store):
             except _KeyTaken:
                 return
             except ClientError as error:
-                if _code(error) not in _TAKEN:
+                if code_of(error) not in TAKEN:
                     raise
 
     def _complete_only_if_absent(self, params: dict[str, Any], **_: Any) -> None:
@@ -230,12 +223,12 @@ class S3Store(Store):
             try:
                 found: dict[str, Any] = self._client.head_object(Bucket=self.bucket, Key=full)
             except ClientError as error:
-                if _code(error) in _MISSING:
+                if code_of(error) in MISSING:
                     return None
                 raise
         return found
 
-    def _open_files(self, prefix: str, entries: list[FileEntry], into: Path) -> Path:
+    def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> Path:
         parallel(lambda entry: self._download(prefix, entry, into / check_key(entry.path)), entries, workers=4)
         return into
 
@@ -248,12 +241,12 @@ class S3Store(Store):
             try:
                 self._client.download_file(self.bucket, self._full(key), str(path), Config=self._transfer(entry.size))
             except ClientError as error:
-                if _code(error) in _MISSING:
+                if code_of(error) in MISSING:
                     raise self._corrupt(prefix, f"{entry.path} is missing") from None
                 raise
         self._check_local(prefix, entry, path)
 
-    def _delete_keys(self, keys: list[str]) -> None:
+    def _delete_keys(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), 1000):
             objects = [{"Key": self._full(key)} for key in keys[start : start + 1000]]
             with self._errors(keys[start]):
@@ -277,7 +270,7 @@ class S3Store(Store):
         try:
             self._client.abort_multipart_upload(Bucket=self.bucket, Key=full, UploadId=upload)
         except ClientError as error:
-            if _code(error) not in {"NoSuchUpload", *_MISSING}:
+            if code_of(error) not in {"NoSuchUpload", *MISSING}:
                 raise
 
     # Plumbing
@@ -289,60 +282,5 @@ class S3Store(Store):
         part = part_size(size, self._part_bytes)
         return TransferConfig(multipart_threshold=self._part_bytes + 1, multipart_chunksize=part, max_concurrency=4)
 
-    @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        """Turn the SDK's errors into one line of ours."""
-        where = self.ref.endpoint_url or "AWS"
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError):
-            raise StoreUnusable(f"{self.uri}: no S3 credentials found; set AWS_ACCESS_KEY_ID and friends") from None
-        except ClientError as error:
-            code = _code(error)
-            if code == "NoSuchBucket":
-                raise StoreUnusable(f"bucket '{self.bucket}' does not exist at {where}; create it first") from None
-            if code in _DENIED:
-                raise StoreUnusable(f"{self.uri}: {where} refuses these credentials ({code})") from None
-            raise StoreError(f"{self.uri}/{key}: {where} answers {code}: {_message(error)}") from error
-        except (BotoCoreError, S3UploadFailedError) as error:
-            raise StoreError(f"{self.uri}/{key}: {where}: {' '.join(str(error).split())}") from error
-
-
-def _make_client(ref: StoreRef) -> BaseClient:
-    own = ref.endpoint_url is not None
-    host = urlsplit(ref.endpoint_url).hostname if ref.endpoint_url else None
-    config = Config(
-        s3={"addressing_style": "path" if own else "auto"},
-        retries={"mode": "standard", "max_attempts": 6},
-        connect_timeout=10,
-        read_timeout=60,
-        tcp_keepalive=True,
-        max_pool_connections=32,
-        # Other endpoints choke on AWS's trailing checksums; integrity is ours to prove anyway.
-        request_checksum_calculation="when_required" if own else "when_supported",
-        response_checksum_validation="when_required",
-        proxies={} if host in ("127.0.0.1", "localhost", "::1") else None,
-    )
-    region = ref.region or ("us-east-1" if own else None)
-    return boto3.client("s3", endpoint_url=ref.endpoint_url, region_name=region, config=config)
-
-
-def _refused(write: Any) -> bool:
-    """Whether a conditional write onto an existing object is refused, as it should be."""
-    try:
-        write()
-    except ClientError as error:
-        if _code(error) in _TAKEN:
-            return True
-        if _code(error) in _UNSUPPORTED:
-            return False
-        raise
-    return False
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _message(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Message", error))
+    def _errors(self, key: str) -> AbstractContextManager[None]:
+        return plain_errors(self.ref, self.bucket, f"{self.uri}/{key}")

@@ -116,7 +116,7 @@ def s3_endpoint(request):
 CEPH_CONF = """
 [global]
 fsid = {fsid}
-mon host = 127.0.0.1:{mon}
+mon host = [v1:127.0.0.1:{mon}]
 mon initial members = a
 auth cluster required = none
 auth service required = none
