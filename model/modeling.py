@@ -65,11 +65,11 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
                 f"but this code has {kind.CONSTANTS}"
             )
         options = SimpleNamespace(**config.options)
-        recurrent = [i for i in range(len(layers)) if i not in set(config.attention_layers)]
-        for i in recurrent:
+        self._recurrent = [i for i in range(len(layers)) if i not in set(config.attention_layers)]
+        for i in self._recurrent:
             attention = getattr(layers[i], self.parts.attention)
             shape = read_attention_shape(attention, self.parts, getattr(self.model.config, "rms_norm_eps", 1e-6))
-            mixer = kind(shape, options, layer=i, num_layers=len(layers), first=i == recurrent[0])
+            mixer = kind(shape, options, layer=i, num_layers=len(layers), first=i == self._recurrent[0])
             setattr(layers[i], self.parts.attention, mixer)
 
     def _layers(self) -> nn.ModuleList:
@@ -179,8 +179,16 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
                     "cu_seqlens is for training on packed documents: no attention_mask and no cache with it"
                 )
             position_ids = document_positions(cu_seqlens, B, T)
-        if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length()
+        seen = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is not None and attention_mask.shape != (B, seen + T):
+            raise ValueError(
+                f"attention_mask must be [batch, tokens] = {(B, seen + T)}, seen tokens included, not "
+                f"{tuple(attention_mask.shape)}: recurrent layers cannot follow an arbitrary pattern"
+            )
+        if position_ids is None and attention_mask is not None and self._recurrent:
+            # Decay makes a mixer feel absolute positions, so padding must not count (attention alone would not care).
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        elif position_ids is None:
             position_ids = (torch.arange(T, device=x.device) + seen).unsqueeze(0)
         rope = getattr(self.model, self.parts.rotary)(x, position_ids)
         causal_mask = None
@@ -193,10 +201,6 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
             )
         kept_rope = rope if self.config.attention_rope else (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                "attention_mask must be [batch, tokens]: recurrent layers cannot follow an arbitrary attention pattern"
-            )
         keep = None if attention_mask is None else attention_mask[:, -T:].bool()
         return _Context(rope, kept_rope, position_ids, causal_mask, keep, cu_seqlens, cache)
 

@@ -1,8 +1,8 @@
 """Keep rotary frequencies exact when a model is cast.
 
 `module.bfloat16()` (which DeepSpeed calls) also rounds non-persistent buffers, and rotary frequencies rounded to 8 bits
-turn the wrong angle by radians a thousand tokens on. `from_pretrained` keeps them in fp32, so training would not see the
-model that is loaded afterwards.
+turn the wrong angle by radians a thousand tokens on. `from_pretrained` keeps them in fp32, so training would not see
+the model that is loaded afterwards.
 """
 
 from __future__ import annotations

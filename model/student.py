@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,16 @@ def load_student(
     dtype: None keeps the saved one. Raises UserError when it is no exported student, or a tensor is missing, left over
     or misshapen.
     """
-    if not (Path(folder) / "config.json").is_file():
+    config_path = Path(folder) / "config.json"
+    if not config_path.is_file():
         raise UserError(f"no exported student in {folder}: config.json is missing")
+    model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    if model_type != RadladsConfig.model_type:
+        raise UserError(f"{folder} holds a '{model_type}' model, not an exported student")
     config = RadladsConfig.from_pretrained(folder)
-    if config.model_type != "radlads" or not config.teacher:
-        raise UserError(f"{folder} holds a '{config.model_type}' model, not an exported student")
     try:
         student, report = RadladsForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", output_loading_info=True
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the student in {folder}: {' '.join(str(error).split())[:300]}") from error

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -131,7 +132,7 @@ def load_teacher(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot load the teacher '{path}': {_one_line(error)}") from error
     family.check(model)
     return model.to(device).eval().requires_grad_(False)
@@ -142,7 +143,7 @@ def load_teacher_config(path: str, *, revision: str | None = None, trust_remote_
     find_family(read_config(path, revision=revision))
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read the config of the teacher '{path}': {_one_line(error)}") from error
 
 
@@ -150,7 +151,7 @@ def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """config.json as it is, so that models that transformers does not know can be refused by name. Raises UserError."""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"no teacher at '{path}': {_one_line(error)}") from error
     if not raw:
         raise UserError(f"no config.json at '{path}'; a teacher is a Hugging Face folder or hub id")

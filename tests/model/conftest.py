@@ -1,0 +1,79 @@
+"""Tiny random teachers and students."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from radlads.model.student import RadladsForCausalLM, build_student
+from radlads.model.transplant import transplant
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+MakeTeacher = Callable[..., PreTrainedModel]
+MakeStudent = Callable[..., RadladsForCausalLM]
+
+
+@torch.no_grad()
+def scramble(module: torch.nn.Module, scale: float = 0.2, seed: int = 1) -> None:
+    """Move every parameter away from its start, so that no term is silently zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
+
+
+@pytest.fixture
+def make_teacher() -> MakeTeacher:
+    def make(model_type: str = "qwen3", **changes: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": False, **SIZES, **changes})
+        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        scramble(teacher)
+        return teacher.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def make_student() -> MakeStudent:
+    """A student with its teacher's weights; `scrambled`: with random values in what the mixers add."""
+
+    def make(teacher: PreTrainedModel, *, scrambled: bool = True, **changes: Any) -> RadladsForCausalLM:
+        torch.manual_seed(0)
+        settings: dict[str, Any] = {
+            "variant": "rad_rwkv7",
+            "options": {},
+            "attention_layers": (),
+            "attention_rope": False,
+            **changes,
+        }
+        student = build_student(teacher.config, **settings)
+        if scrambled:
+            for mixer in student.mixers().values():
+                scramble(mixer)
+        transplant(teacher, student)
+        return student.eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """[2, 21] int64, without special tokens."""
+    return torch.randint(3, SIZES["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(7))

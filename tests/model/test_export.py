@@ -1,0 +1,182 @@
+"""An exported folder gives the same logits, here and in a process that has never heard of this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from radlads.model import list_variants
+from radlads.model.export import export_student, remote_code
+from radlads.model.student import load_student
+from radlads.tasks.job import UserError
+
+# Loads the folder with bare transformers and prints what it sees; the package and pydantic cannot be imported.
+BARE = """
+import json, sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("radlads", "pydantic"):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+sys.meta_path.insert(0, Guard())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
+padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens[1:, :-5]], 1)
+mask = torch.ones_like(tokens)
+mask[1, :5] = 0
+with torch.no_grad():
+    logits = model(tokens).logits
+made = model.generate(tokens, **greedy)
+torch.manual_seed(0)
+print("RESULT" + json.dumps({
+    "module": type(model).__module__,
+    "dtype": str(model.dtype),
+    "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+    "logits": logits.double().flatten().tolist(),
+    "made": made.tolist(),
+    "uncached": model.generate(tokens, **greedy, use_cache=False).tolist(),
+    "padded": model.generate(torch.cat([tokens[:1], padded]), attention_mask=mask, **greedy)[1, -6:].tolist(),
+    "alone": model.generate(tokens[1:, :-5], **greedy)[0, -6:].tolist(),
+    "sampled": list(model.generate(tokens, do_sample=True, max_new_tokens=3, eos_token_id=None).shape),
+    "words": len(AutoTokenizer.from_pretrained(folder)),
+    "leaked": [name for name in sys.modules if name.split(".")[0] in ("radlads", "pydantic")],
+}))
+"""
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0, "a": 1, "b": 2, "<eos>": 3}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "settings", "dtype"),
+    [
+        ("qwen3", True, {"attention_layers": (1,)}, torch.float32),
+        ("llama", False, {"options": {"form": "groupnorm"}}, torch.bfloat16),
+    ],
+    ids=["hybrid", "groupnorm-bf16"],
+)
+def test_a_bare_process_sees_the_same_model(
+    make_teacher, make_student, tokens, tokenizer, tmp_path: Path, model_type, tied, settings, dtype
+) -> None:
+    student = make_student(make_teacher(model_type, tie_word_embeddings=tied), **settings).to(dtype)
+    folder = export_student(student, tokenizer, tmp_path / "model")
+    with torch.no_grad():
+        wanted = student(tokens).logits
+        native = load_student(folder)
+        assert native.dtype == dtype
+        assert not native.training
+        assert torch.equal(native(tokens).logits, wanted)
+
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", BARE, str(folder), json.dumps(tokens.tolist())],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path / "elsewhere",
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.split("RESULT")[1])
+    assert seen["module"].startswith("transformers_modules.")
+    assert seen["leaked"] == []
+    assert seen["dtype"] == str(dtype)
+    assert seen["tied"] == tied
+    assert seen["logits"] == wanted.double().flatten().tolist()
+    assert seen["made"] == seen["uncached"] or dtype == torch.bfloat16
+    assert seen["padded"] == seen["alone"] or dtype == torch.bfloat16
+    assert seen["made"] == student.generate(tokens, do_sample=False, max_new_tokens=6, eos_token_id=None).tolist()
+    assert seen["sampled"] == [2, 24]
+    assert seen["words"] == 4
+
+
+def test_the_config_holds_every_constant(make_teacher, make_student, tmp_path: Path) -> None:
+    student = make_student(make_teacher("qwen3"), attention_layers=(2,))
+    config = json.loads((export_student(student, None, tmp_path) / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "radlads"
+    assert config["architectures"] == ["RadladsForCausalLM"]
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_radlads.RadladsForCausalLM"
+    assert config["dtype"] == "float32"
+    assert config["attention_layers"] == [2]
+    assert config["teacher"]["model_type"] == "qwen3"
+    assert config["options"]["decay_rank"] == 32
+    assert config["constants"]["decay_scale"] == pytest.approx(0.60653066)
+    assert config["layer_types"] == ["linear_attention", "linear_attention", "full_attention"]
+    assert (config["vocab_size"], config["hidden_size"], config["eos_token_id"]) == (64, 32, 2)
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_large_models_are_sharded_and_stale_shards_go(make_teacher, make_student, tokens, tmp_path: Path) -> None:
+    student = make_student(make_teacher("qwen3"))
+    export_student(student, None, tmp_path, max_shard_bytes=50_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert len(set(index["weight_map"].values())) > 2
+    with torch.no_grad():
+        assert torch.equal(load_student(tmp_path)(tokens).logits, student(tokens).logits)
+    export_student(student, None, tmp_path, dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert load_student(tmp_path).dtype == torch.bfloat16
+    assert load_student(tmp_path, dtype=torch.float32).dtype == torch.float32
+    assert student.dtype == torch.float32
+
+
+def test_a_tied_head_is_saved_once(make_teacher, make_student, tmp_path: Path) -> None:
+    student = make_student(make_teacher("llama", tie_word_embeddings=True))
+    export_student(student, None, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - it is no mapping
+        assert file.metadata() == {"format": "pt"}
+    loaded = load_student(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_generation_config_that_transformers_would_not_save(make_teacher, make_student, tmp_path: Path) -> None:
+    student = make_student(make_teacher("llama"))
+    student.generation_config.temperature = 0.6
+    export_student(student, None, tmp_path)
+    assert load_student(tmp_path).generation_config.temperature == 0.6
+
+
+def test_folders_that_are_no_students_are_refused(make_teacher, make_student, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        load_student(tmp_path / "nothing")
+    make_teacher("llama").save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="not an exported student"):
+        load_student(tmp_path / "teacher")
+    student = make_student(make_teacher("llama"))
+    export_student(student, None, tmp_path / "student")
+    config = json.loads((tmp_path / "student/config.json").read_text(encoding="utf-8"))
+    config["options"]["gate_rank"] = 64
+    (tmp_path / "student/config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=r"does not fit its config: mismatched keys.*g1"):
+        load_student(tmp_path / "student")
+    config["options"]["gate_rank"] = 32
+    config["constants"]["decay_scale"] = 0.5
+    (tmp_path / "student/config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="constants"):
+        load_student(tmp_path / "student")
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_remote_code_is_flat_and_free_of_the_package(variant: str) -> None:
+    files = remote_code(variant)
+    assert {"configuration_radlads.py", "modeling_radlads.py", f"{variant}_radlads.py"} <= files.keys()
+    for name, text in files.items():
+        compile(text, name, "exec")
+        code = [line for line in text.splitlines() if "import" in line and not line.startswith("#")]
+        assert not any("radlads." in line or "pydantic" in line for line in code), name

@@ -1,0 +1,252 @@
+"""Every file of model/mixers: equations, causality, chunked = loop = step, split, padding, packing, bf16, starts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from radlads.kernels.wkv7 import wkv7
+from radlads.model import list_variants
+from radlads.model import mixer as shared
+from radlads.model.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model.variants import find_variant
+
+EXTRA = [("rad_rwkv7", {"form": "groupnorm"}), ("rad_rwkv7", {"rope": False})]
+CASES = [(name, {}) for name in list_variants()] + EXTRA
+D, H, G, K, T = 24, 4, 2, 8, 37
+
+
+def build(variant: str, options: dict, *, first: bool = False, layer: int = 1, bias: bool = True) -> Mixer:
+    module = find_variant(variant)
+    torch.manual_seed(0)
+    shape = AttentionShape(D, H, G, K, q_bias=bias, k_bias=bias, v_bias=bias, o_bias=False, qk_norm=True, norm_eps=1e-6)
+    resolved = module.Options.parse(options, variant=variant).resolve(D)
+    mixer = module.Mixer(shape, resolved, layer=layer, num_layers=4, first=first)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return mixer.eval()
+
+
+def inputs(B: int = 2, time: int = T) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    angle = torch.outer(torch.arange(time).float(), 100.0 ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)[None]
+    return {
+        "x_BTD": torch.randn(B, time, D, generator=generator),
+        "rope": (angle.cos(), angle.sin()),
+        "first": FirstValues(
+            torch.randn(B, time, H, K, generator=generator), torch.randn(B, time, H, K, generator=generator)
+        ),
+    }
+
+
+def cut(given: dict, where: slice) -> dict:
+    return {
+        "x_BTD": given["x_BTD"][:, where],
+        "rope": tuple(part[:, where] for part in given["rope"]),
+        "first": FirstValues(*(part[:, where] for part in given["first"])),
+    }
+
+
+@pytest.fixture(params=CASES, ids=str)
+def mixer(request: pytest.FixtureRequest) -> Mixer:
+    return build(*request.param)
+
+
+@torch.no_grad()
+def test_no_output_sees_the_future(mixer: Mixer) -> None:
+    given = inputs()
+    before = mixer(**given).out
+    changed = {**given, "x_BTD": given["x_BTD"].clone()}
+    changed["x_BTD"][:, 20] += 1.0
+    after = mixer(**changed).out
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-6
+
+
+@torch.no_grad()
+def test_chunked_is_the_loop(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs()
+    chunked = mixer(**given, output_state=True)
+    monkeypatch.setattr(shared, "wkv7", lambda *a, **k: wkv7(*a, **k, backend="reference"))
+    loop = mixer(**given, output_state=True)
+    torch.testing.assert_close(chunked.out, loop.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(chunked.state.wkv, loop.state.wkv, atol=1e-5, rtol=1e-5)
+    assert loop.state.wkv.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_one_token_at_a_time_is_the_whole(mixer: Mixer) -> None:
+    given = inputs()
+    whole, state, outs = mixer(**given).out, None, []
+    for t in range(T):
+        mixed = mixer(**cut(given, slice(t, t + 1)), state=state, output_state=True)
+        state = mixed.state
+        outs.append(mixed.out)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(at=st.integers(1, T - 1), case=st.sampled_from(CASES))
+@torch.no_grad()
+def test_a_sequence_can_be_split_anywhere(at: int, case: tuple) -> None:
+    mixer, given = build(*case), inputs()
+    left = mixer(**cut(given, slice(0, at)), output_state=True)
+    right = mixer(**cut(given, slice(at, T)), state=left.state, output_state=True)
+    torch.testing.assert_close(torch.cat([left.out, right.out], 1), mixer(**given).out, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_neither_decays_nor_writes(mixer: Mixer) -> None:
+    given = inputs()
+    pad = 6
+    keep = torch.ones(2, T, dtype=torch.bool)
+    keep[:, :pad] = False
+    padded = mixer(**given, keep_BT=keep, output_state=True)
+    plain = mixer(**cut(given, slice(pad, T)), output_state=True)
+    torch.testing.assert_close(padded.out[:, pad:], plain.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.state.wkv, plain.state.wkv, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_are_strangers(mixer: Mixer) -> None:
+    given = inputs()
+    packed = mixer(**given, cu_seqlens=torch.tensor([0, 10, T, T + 1, 2 * T])).out
+    parts = [slice(0, 10), slice(10, T)]
+    torch.testing.assert_close(
+        packed[0], torch.cat([mixer(**cut(given, part)).out[0] for part in parts]), atol=1e-5, rtol=1e-5
+    )
+    parts = [slice(0, 1), slice(1, T)]
+    torch.testing.assert_close(
+        packed[1], torch.cat([mixer(**cut(given, part)).out[1] for part in parts]), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="exclude"):
+        mixer(**given, cu_seqlens=torch.tensor([0, T, 2 * T]), output_state=True)
+
+
+@torch.no_grad()
+def test_bf16_is_close_to_fp32(mixer: Mixer) -> None:
+    given = inputs()
+    wanted = mixer(**given).out
+    half = mixer.bfloat16()(
+        given["x_BTD"].bfloat16(),
+        rope=tuple(part.bfloat16() for part in given["rope"]),
+        first=FirstValues(*(part.bfloat16() for part in given["first"])),
+    )
+    assert half.out.dtype == torch.bfloat16
+    assert (half.out.float() - wanted).norm() / wanted.norm() < 0.05
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_every_parameter_learns(variant: str) -> None:
+    mixer, given = build(variant, {}).train(), inputs()
+    first = FirstValues(*(part.requires_grad_() for part in given["first"]))
+    mixer(**{**given, "first": first}).out.square().sum().backward()
+    assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert first.v.grad.abs().sum() > 0
+
+
+def rad_rwkv7_by_hand(m: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], first: FirstValues) -> Tensor:
+    """The equations of the file's docstring, one token and one head at a time."""
+    B, time, _ = x_BTD.shape
+    norm = lambda z, weight: z * (z.pow(2).mean(-1, keepdim=True) + 1e-6) ** -0.5 * weight  # noqa: E731
+    r = norm(m.q_proj(x_BTD).view(B, time, H, K), m.q_norm.weight)
+    k = norm(m.k_proj(x_BTD).view(B, time, G, K), m.k_norm.weight)
+    v = m.v_proj(x_BTD).view(B, time, G, K)
+    r, k = apply_rope(r, *rope), apply_rope(k, *rope)
+    sigmoid = torch.sigmoid
+    decay = torch.exp(-math.exp(-0.5) * sigmoid(m.w0 + torch.tanh(x_BTD @ m.w1) @ m.w2)).view(B, time, H, K)
+    iclr = sigmoid(m.a0 + x_BTD @ m.a1 @ m.a2).view(B, time, H, K)
+    mix = sigmoid(m.v0 + x_BTD @ m.v1 @ m.v2).view(B, time, H, K)
+    out = torch.zeros(B, time, H, K, dtype=x_BTD.dtype)
+    for b in range(B):
+        for h in range(H):
+            S = torch.zeros(K, K, dtype=x_BTD.dtype)  # value × key
+            here = slice(h * K, h * K + K)
+            for t in range(time):
+                key, w, a = k[b, t, h * G // H], decay[b, t, h], iclr[b, t, h]
+                value = v[b, t, h * G // H]
+                value = value + (first.v[b, t, h] - value) * mix[b, t, h]
+                if m.options.form == "balanced":
+                    kk, write = key / key.norm(), key * (1 - w + a)
+                else:
+                    scaled = key * m.k_k[0, 0, here]
+                    kk, write = scaled / scaled.norm(), key * (1 + (a - 1) * m.k_a[0, 0, here])
+                S = S @ (torch.diag(w) - torch.outer(kk, a * kk)) + torch.outer(value, write)
+                out[b, t, h] = S @ r[b, t, h]
+    if m.options.form == "balanced":
+        out = out * K**-0.5
+    else:
+        flat = nn.functional.group_norm(out.reshape(B * time, H * K), H, m.ln_x.weight, m.ln_x.bias, eps=K * 1e-5)
+        out = flat.view(B, time, H, K)
+    gate = sigmoid(x_BTD @ m.g1) @ m.g2
+    return m.o_proj(out.reshape(B, time, H * K) * gate)
+
+
+@pytest.mark.parametrize("form", ["balanced", "groupnorm"])
+@torch.no_grad()
+def test_rad_rwkv7_is_its_equations(form: str) -> None:
+    mixer, given = build("rad_rwkv7", {"form": form}), inputs()
+    given = cut(given, slice(0, 12))
+    torch.testing.assert_close(mixer(**given).out, rad_rwkv7_by_hand(mixer, **given), atol=1e-5, rtol=1e-4)
+
+
+def fresh(options: dict, layer: int = 1, first: bool = False) -> Mixer:
+    module = find_variant("rad_rwkv7")
+    shape = AttentionShape(
+        64, 4, 2, 16, q_bias=False, k_bias=False, v_bias=False, o_bias=False, qk_norm=False, norm_eps=1e-6
+    )
+    resolved = module.Options.parse(options, variant="rad_rwkv7").resolve(64)
+    return module.Mixer(shape, resolved, layer=layer, num_layers=4, first=first)
+
+
+def test_rad_rwkv7_starts_as_published() -> None:
+    mixer = fresh({"form": "groupnorm"}, layer=3)
+    assert mixer.w0.shape == (1, 1, 64)
+    torch.testing.assert_close(mixer.w0[0, 0, [0, -1]], torch.tensor([-6.5, -1.5]))
+    torch.testing.assert_close(mixer.w0[0, 0, 21], torch.tensor(-6.5 + 5 * (21 / 63) ** 1.85))
+    decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(mixer.w0.flatten()[[0, -1]]))
+    torch.testing.assert_close(decay, torch.tensor([0.9991, 0.895]), atol=5e-4, rtol=0)
+    for name in ("w1", "a1", "v1", "g1", "a0"):
+        assert not getattr(mixer, name).any(), name
+    torch.testing.assert_close(torch.sigmoid(mixer.v0), torch.full((1, 1, 64), 0.7311), atol=1e-4, rtol=0)
+    for name in ("w2", "a2", "v2", "g2"):
+        factor = getattr(mixer, name)  # [32, 64]: rows are orthogonal, of length 0.1
+        torch.testing.assert_close(factor @ factor.T, 0.01 * torch.eye(32), atol=1e-5, rtol=0)
+    assert (mixer.k_k == 0.85).all()
+    assert (mixer.k_a == 1).all()
+    assert fresh({}, first=True).v0 is None
+
+
+def test_identity_gate_starts_at_one() -> None:
+    mixer = fresh({"gate_init": "identity"})
+    gate = torch.sigmoid(torch.randn(5, 64) @ mixer.g1) @ mixer.g2
+    torch.testing.assert_close(gate, torch.ones(5, 64), atol=1e-5, rtol=0)
+
+
+def test_first_layer_values_are_required_and_given() -> None:
+    given = inputs()
+    with pytest.raises(ValueError, match="first recurrent layer"):
+        build("rad_rwkv7", {})(**{**given, "first": None})
+    mixed = build("rad_rwkv7", {}, first=True)(**{**given, "first": None})
+    assert mixed.first.v.shape == (2, T, H, K)
+
+
+def test_partial_rope_passes_the_rest() -> None:
+    x = torch.randn(1, 3, 2, 8)
+    cos, sin = torch.zeros(1, 3, 4), torch.ones(1, 3, 4)
+    turned = apply_rope(x, cos, sin)
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    assert torch.equal(turned[..., :2], -x[..., 2:4])
+
+
+def test_head_norm_is_the_family_norm() -> None:
+    x, norm = torch.randn(2, 3, 8), shared.HeadNorm(8, 1e-6)
+    nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (8,), norm.weight, 1e-6))

@@ -1,0 +1,66 @@
+"""The registry of mixers, and options that are checked without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import Qwen3Config
+
+from radlads.model import list_variants, validate_options
+from radlads.model.mixer import low_rank_size
+from radlads.model.variants import find_variant
+from radlads.tasks.job import UserError
+
+# Width → ranks of decay (iclr too), value residual, gate (2505.03005, appendix).
+RANKS = {
+    896: (64, 32, 128),
+    1536: (64, 64, 224),
+    2048: (96, 64, 256),
+    3584: (96, 64, 416),
+    4096: (128, 96, 480),
+    5120: (128, 96, 544),
+    8192: (160, 128, 800),
+}
+
+
+def config(width: int = 2048, **changes) -> Qwen3Config:
+    return Qwen3Config(hidden_size=width, num_attention_heads=16, **{"head_dim": 128, **changes})
+
+
+@pytest.mark.parametrize("width", RANKS)
+def test_ranks_are_the_published_ones(width: int) -> None:
+    options = validate_options("rad_rwkv7", {}, config(width))
+    assert (options.decay_rank, options.value_rank, options.gate_rank) == RANKS[width]
+    assert options.iclr_rank == options.decay_rank
+
+
+def test_ranks_have_a_floor_and_can_be_set() -> None:
+    assert low_rank_size(32, 0.5, 1.3) == 32
+    assert validate_options("rad_rwkv7", {"gate_rank": 8}, config()).gate_rank == 8
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_options_refuse_what_they_do_not_know(variant: str) -> None:
+    with pytest.raises(UserError, match="unknown key 'no_such_thing'"):
+        validate_options(variant, {"no_such_thing": 1}, config())
+    for name in find_variant(variant).Options.model_fields:
+        with pytest.raises(UserError, match=f"did you mean '{name}'"):
+            validate_options(variant, {name + "x": 1}, config())
+        break
+
+
+def test_wrong_values_are_told_in_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        validate_options("rad_rwkv7", {"gate_rank": 0}, config())
+    assert "gate_rank" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_variant_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(UserError, match="did you mean 'rad_rwkv7'"):
+        find_variant("rad_rwkv")
+
+
+@pytest.mark.parametrize("head_dim", [4, 320])
+def test_heads_that_no_kernel_takes_are_refused(head_dim: int) -> None:
+    with pytest.raises(UserError, match=f"{head_dim} wide"):
+        validate_options("rad_rwkv7", {}, config(head_dim=head_dim))
