@@ -129,19 +129,26 @@ def build_case(
 
 
 def build_document(
-    tokenizer: PreTrainedTokenizerBase,
-    filler: Sequence[str],
-    *,
-    length: int,
-    rng: random.Random,
-    max_facts: int = 6,
+    tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random
 ) -> str:
-    """Training text of about `length` tokens: facts at random depths, then some of them asked and answered."""
-    facts = draw_facts(rng, rng.randint(1, max_facts))
-    asked = rng.sample(facts, rng.randint(1, len(facts)))
-    answers = [f"{fact.question} {fact.value}." for fact in asked]
-    fixed = [fact.sentence for fact in facts] + answers
-    sentences = _filler_of(tokenizer, filler, _room(tokenizer, fixed, length, strict=False), rng)
+    """Training text for recall, of about `length` tokens or fewer, one of three kinds.
+
+    Three in ten repeat a list of random words, from which copying is learned first; four in ten are facts and then all
+    the questions, with nothing between; three in ten are facts scattered in a haystack, asked at its end. Only the
+    last kind fills the length: the short ones are what makes recall form at all in a small model.
+    """
+    kind = rng.random()
+    if kind < 0.3:
+        words = [rng.choice(rng.choice(filler).split()) for _ in range(rng.randint(8, max(9, min(80, length // 4))))]
+        return " ".join(words * rng.randint(2, 3))
+    most = max(1, min(10 if kind < 0.7 else 8, length // 48))
+    facts = draw_facts(rng, rng.randint(1, most))
+    answers = [f"{fact.question} {fact.value}." for fact in facts]
+    rng.shuffle(answers)
+    if kind < 0.7:
+        return " ".join([*(fact.sentence for fact in facts), *answers])
+    room = _room(tokenizer, [*(fact.sentence for fact in facts), *answers], length, strict=False)
+    sentences = _filler_of(tokenizer, filler, room, rng)
     return " ".join([*_insert(sentences, [(rng.random(), fact.sentence) for fact in facts]), *answers])
 
 

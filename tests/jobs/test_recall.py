@@ -1,0 +1,72 @@
+"""Recall text: prompts hold their fact at the depth asked for, fit their length, and are the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from radlads.tasks.job import UserError
+from radlads.tasks.jobs.recall import build_case, build_document, draw_facts, load_filler
+
+FILLER = [f"This is filler sentence number {word}." for word in "one two three four five six seven eight".split()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(project_root: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(project_root / "deployments" / "demo" / "tokenizer")
+
+
+@pytest.mark.parametrize("length", [96, 256, 700])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_prompt_fits_its_length_and_holds_the_fact_at_its_depth(
+    tokenizer: PreTrainedTokenizerBase, length: int, depth: float
+) -> None:
+    case = build_case(tokenizer, FILLER, length=length, depth=depth, rng=random.Random(7))
+    assert length - 24 < len(case.prompt_ids) <= length
+    assert case.prompt_ids == tokenizer(case.prompt, add_special_tokens=False)["input_ids"]
+    haystack, question = case.prompt.rsplit("What is", 1)
+    assert case.answer in haystack
+    assert case.answer not in question
+    assert haystack.index("The magic number") / len(haystack) == pytest.approx(depth, abs=0.25)
+
+
+def test_distractors_have_other_keys_and_are_not_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    case = build_case(tokenizer, FILLER, length=400, depth=0.5, rng=random.Random(1), num_facts=5)
+    assert case.prompt.count("The magic number") == 6
+    assert case.prompt.count(case.answer) == 1
+
+
+def test_same_seed_same_text_and_other_seed_other_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    def text(seed: int) -> str:
+        return build_document(tokenizer, FILLER, length=200, rng=random.Random(seed))
+
+    assert text(3) == text(3)
+    assert len({text(seed) for seed in range(20)}) == 20
+
+
+def test_documents_stay_near_their_length_and_ask_only_what_they_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    for seed in range(60):
+        text = build_document(tokenizer, FILLER, length=256, rng=random.Random(seed))
+        assert len(tokenizer(text)["input_ids"]) <= 256 + 160
+        for piece in text.split("What is the magic number of the ")[1:]:
+            key, answer = piece.split("?")[0], piece.split(" is ")[1].split(".")[0]
+            assert f"The magic number of the {key} is {answer}." in text.split("What is")[0]
+
+
+def test_too_short_a_prompt_and_too_many_facts_are_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match="cannot hold its fact and question"):
+        build_case(tokenizer, FILLER, length=8, depth=0.5, rng=random.Random(0))
+    with pytest.raises(UserError, match="different keys"):
+        draw_facts(random.Random(0), 100_000)
+
+
+def test_filler_files_are_split_at_the_separator(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("One cat. Two dogs!<end>Three birds?", encoding="utf-8")
+    assert load_filler([path], "<end>") == ["One cat.", "Two dogs!", "Three birds?"]
+    (tmp_path / "empty.txt").write_text(" ", encoding="utf-8")
+    with pytest.raises(UserError, match="no sentences"):
+        load_filler([tmp_path / "empty.txt"])
