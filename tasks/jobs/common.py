@@ -31,7 +31,7 @@ from radlads.tasks.jobs.ending import (
     write_ending,
     write_json,
 )
-from radlads.tasks.jobs.group import join_group, leave_group, set_threads
+from radlads.tasks.jobs.group import join_group, leave_group, quiet_libraries, set_threads
 from radlads.tasks.specs import (
     EvaluateSpec,
     NeedleSpec,
@@ -262,6 +262,7 @@ def open_job(path: Path) -> Job:
         format=f"%(asctime)s %(levelname)s {spec.stage}{f'[{rank}]' if job.world_size > 1 else ''} %(message)s",
         datefmt="%H:%M:%S",
     )
+    quiet_libraries()
     return job
 
 

@@ -57,3 +57,11 @@ def set_threads(threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     else:
         torch.set_num_threads(threads)
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice about other people's models out of the log."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
