@@ -134,7 +134,7 @@ def _open_subject(recipe: Recipe, findings: Findings) -> _Subject | None:
         with findings.at("pretrain.tokenizer"):
             tokenizer = load_tokenizer(recipe.pretrain.tokenizer)
         with findings.at("pretrain.config"):
-            config = pretrain_config(recipe.pretrain.config)
+            config = pretrain_config(recipe.pretrain.config, len(tokenizer) if tokenizer is not None else 1)
             if tokenizer is not None:
                 return _Subject(config, tokenizer, recipe.pretrain.tokenizer, None)
         return None
@@ -148,9 +148,9 @@ def _open_subject(recipe: Recipe, findings: Findings) -> _Subject | None:
     return None
 
 
-def pretrain_config(raw: dict[str, Any]) -> PreTrainedConfig:
-    """The typed config of a teacher to be made. Raises UserError for one that transformers does not take."""
-    values = dict(raw)
+def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
+    """The typed config of a teacher to be made; `vocab_size` where it names none. Raises UserError."""
+    values = {"vocab_size": vocab_size, **raw}
     model_type = values.pop("model_type", None)
     if not model_type:
         raise UserError("it needs a model_type, e.g. qwen3")

@@ -25,6 +25,7 @@ class Layout:
     seed: int
     eos_id: int
     bos_id: int | None
+    add_bos: bool
     vocab_size: int
     tokenizer_fingerprint: str
     with_mask: bool
@@ -108,6 +109,7 @@ def write_dataset(
         "dtype": layout.dtype.name,
         "eos_id": layout.eos_id,
         "bos_id": layout.bos_id,
+        "add_bos": layout.add_bos,
         "vocab_size": layout.vocab_size,
         "has_mask": layout.with_mask,
         "shard_tokens": layout.shard_tokens,

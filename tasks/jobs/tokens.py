@@ -65,6 +65,7 @@ def main(job: Job) -> dict[str, Any] | None:
             seed=spec.dataset.seed,
             eos_id=tokenizer.eos_token_id,
             bos_id=tokenizer.bos_token_id,
+            add_bos=spec.dataset.add_bos,
             vocab_size=len(tokenizer),
             tokenizer_fingerprint=spec.tokenizer_fingerprint,
             with_mask=with_mask,

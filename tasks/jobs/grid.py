@@ -1,0 +1,82 @@
+"""The needle grid added up: cells, means by length, and what was not run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Hits = list[bool | None]
+"""One entry a trial; None: not run."""
+
+
+class Placed(Protocol):
+    """Where a trial stands in the grid."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def depth(self) -> float: ...
+
+
+def make_cells(trials: Sequence[Placed], hits: dict[str, Hits]) -> list[dict[str, Any]]:
+    """[{length, depth, <model>: {mean, stderr, trials}}]; None for a model that was not run on the whole cell."""
+    places = list(dict.fromkeys((trial.length, trial.depth) for trial in trials))
+    members = {place: [i for i, t in enumerate(trials) if (t.length, t.depth) == place] for place in places}
+    return [
+        {"length": length, "depth": depth}
+        | {name: rate([found[i] for i in members[length, depth]]) for name, found in hits.items()}
+        for length, depth in places
+    ]
+
+
+def summarize(trials: Sequence[Placed], hits: dict[str, Hits], training_length: int) -> dict[str, Any]:
+    """Model → {mean, stderr, trials, by_length, not_run, at_training_length}.
+
+    mean: over the trials of the lengths that were run whole. at_training_length: of the longest length that was run
+    and is no longer than the training length; None where there is none.
+    """
+    lengths = sorted({trial.length for trial in trials})
+    models: dict[str, Any] = {}
+    for name, found in hits.items():
+        by_length = {n: rate([h for t, h in zip(trials, found, strict=True) if t.length == n]) for n in lengths}
+        run = [n for n in lengths if by_length[n] is not None]
+        overall = rate([h for t, h in zip(trials, found, strict=True) if t.length in run]) if run else None
+        trained = [n for n in run if n <= training_length]
+        models[name] = {
+            **(overall or {"mean": None, "stderr": None, "trials": 0}),
+            "by_length": {str(n): by_length[n] for n in lengths},
+            "not_run": [n for n in lengths if n not in run],
+            "at_training_length": {"length": trained[-1], **(by_length[trained[-1]] or {})} if trained else None,
+        }
+    return models
+
+
+def rate(hits: Hits) -> dict[str, Any] | None:
+    """{mean, stderr, trials}, None when one of them was not run. stderr: of a proportion, by Agresti and Coull, so that
+    it is not zero where all or none were found."""
+    if not hits or any(hit is None for hit in hits):
+        return None
+    count = len(hits)
+    found = sum(bool(hit) for hit in hits)
+    shifted = (found + 2) / (count + 4)
+    return {"mean": found / count, "stderr": math.sqrt(shifted * (1 - shifted) / (count + 4)), "trials": count}
+
+
+def flatten(sheet: dict[str, Any]) -> dict[str, float]:
+    """The numbers by the names that MLflow shows: `student/needle`, `student/needle/1024`, `needle_ratio`, ..."""
+    flat: dict[str, float] = {}
+    for name, numbers in sheet["models"].items():
+        if numbers["mean"] is None:
+            continue
+        flat[f"{name}/needle"] = numbers["mean"]
+        flat[f"{name}/needle_stderr"] = numbers["stderr"]
+        flat |= {f"{name}/needle/{length}": cell["mean"] for length, cell in numbers["by_length"].items() if cell}
+        if numbers["at_training_length"]:
+            flat[f"{name}/needle_at_training_length"] = numbers["at_training_length"]["mean"]
+    for key in ("needle", "needle_at_training_length"):
+        teacher, student = flat.get(f"teacher/{key}"), flat.get(f"student/{key}")
+        if teacher and student is not None:
+            flat[f"{key}_ratio"] = student / teacher
+    return flat

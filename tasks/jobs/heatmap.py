@@ -1,0 +1,81 @@
+"""The needle grid as a picture: length across, depth down, red to green, one panel a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+
+# Red and green that people with a red-green weakness can still tell apart by lightness; grey is "not run".
+_COLOURS = LinearSegmentedColormap.from_list("needle", ["#b2182b", "#f4a582", "#fee08b", "#a6d96a", "#1a9850"])
+_NOT_RUN = "#d9d9d9"
+
+
+def draw_heatmap(sheet: dict[str, Any], path: Path) -> None:
+    """Write the PNG of a needle.json: teacher beside students, a dashed line at the training length."""
+    names = list(sheet["models"])
+    lengths, depths = sorted(set(sheet["lengths"])), sorted(set(sheet["depths"]))
+    width = max(3.2, 0.75 * len(lengths) + 1.6)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(width * len(names) + 0.8, 0.42 * len(depths) + 2.0), squeeze=False, layout="constrained"
+    )
+    _COLOURS.set_bad(_NOT_RUN)
+    image = None
+    for axis, name in zip(axes[0], names, strict=True):
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for cell in sheet["cells"]:
+            if cell[name] is not None:
+                grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = 100 * cell[name]["mean"]
+        # Columns are the lengths in order; lengths are powers of two by convention, so this is a log2 axis with ticks.
+        edges = _edges(lengths)
+        image = axis.pcolormesh(
+            edges, np.arange(len(depths) + 1), np.ma.masked_invalid(grid), cmap=_COLOURS, vmin=0, vmax=100
+        )
+        _label_cells(axis, grid, lengths, edges)
+        _dress(axis, sheet, name, lengths, depths, edges)
+    axes[0][0].set_ylabel("depth of the fact, %")
+    if image is not None:
+        figure.colorbar(image, ax=axes[0].tolist(), label="found, %", shrink=0.9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _edges(lengths: list[int]) -> np.ndarray:
+    """Bounds of the columns on a log2 axis: half-way between neighbours. [lengths + 1]"""
+    logs = np.log2(np.array(lengths, dtype=float))
+    if len(logs) == 1:
+        return np.array([logs[0] - 0.5, logs[0] + 0.5])
+    middles = (logs[1:] + logs[:-1]) / 2
+    return np.concatenate([[2 * logs[0] - middles[0]], middles, [2 * logs[-1] - middles[-1]]])
+
+
+def _label_cells(axis: Axes, grid: np.ndarray, lengths: list[int], edges: np.ndarray) -> None:
+    for row, column in np.ndindex(grid.shape):
+        value = grid[row, column]
+        text = "–" if np.isnan(value) else f"{value:.0f}"
+        middle = (edges[column] + edges[column + 1]) / 2
+        axis.text(middle, row + 0.5, text, ha="center", va="center", fontsize=7, color="#202020")
+
+
+def _dress(
+    axis: Axes, sheet: dict[str, Any], name: str, lengths: list[int], depths: list[float], edges: np.ndarray
+) -> None:
+    mean = sheet["models"][name]["mean"]
+    axis.set_title(name if mean is None else f"{name}: {100 * mean:.0f} %", fontsize=10)
+    axis.set_xticks([(edges[i] + edges[i + 1]) / 2 for i in range(len(lengths))], [str(n) for n in lengths], fontsize=8)
+    axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * depth:.0f}" for depth in depths], fontsize=8)
+    axis.set_xlabel("context length, tokens (log2)")
+    axis.invert_yaxis()
+    trained = np.log2(sheet["training_length"])
+    low, high = edges[0], edges[-1]
+    # Beyond the last column it would be drawn outside the grid; there everything lies within the training length.
+    if low <= trained <= high:
+        axis.axvline(trained, color="#202020", linestyle="--", linewidth=1.3)

@@ -1,0 +1,57 @@
+"""The models that a judging job was given: the teacher, the student, and those of earlier stages."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from radlads.model.student import load_student
+from radlads.model.teacher import load_teacher
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.sources import resolve_teacher_path
+from radlads.tasks.specs import TeacherRef
+
+STUDENT = "student"
+TEACHER = "teacher"
+
+
+def student_names(job: Job, *, not_models: tuple[str, ...] = ("data",)) -> list[str]:
+    """The student's input first, then every earlier stage's, in the order they were given."""
+    return [STUDENT, *(name for name in job.spec.inputs if name not in (STUDENT, *not_models))]
+
+
+def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
+    """The frozen teacher on this rank's device."""
+    return as_judged(
+        load_teacher(
+            resolve_teacher_path(reference.path),
+            dtype=job.dtype,
+            device=job.device,
+            revision=reference.revision,
+            trust_remote_code=reference.trust_remote_code,
+        )
+    )
+
+
+@contextmanager
+def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
+    """One student on this rank's device, and its memory given back afterwards. All ranks call it."""
+    model = as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=job.device))
+    try:
+        yield model
+    finally:
+        model.to("meta")
+        gc.collect()
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def as_judged(model: PreTrainedModel) -> PreTrainedModel:
+    """Frozen, and without generation defaults of its own: a teacher's repetition penalty would flatter or hurt it."""
+    model.eval().requires_grad_(False)
+    model.generation_config = GenerationConfig()
+    return model
