@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
 # Red and green that people with a red-green weakness can still tell apart by lightness; grey is "not run".
-_COLOURS = LinearSegmentedColormap.from_list("needle", ["#b2182b", "#f4a582", "#fee08b", "#a6d96a", "#1a9850"])
 _NOT_RUN = "#d9d9d9"
+_STOPS = ["#b2182b", "#f4a582", "#fee08b", "#a6d96a", "#1a9850"]
+_COLOURS = LinearSegmentedColormap.from_list("needle", _STOPS).with_extremes(bad=_NOT_RUN)
 
 
 def draw_heatmap(sheet: dict[str, Any], path: Path) -> None:
@@ -27,7 +28,6 @@ def draw_heatmap(sheet: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(names), figsize=(width * len(names) + 0.8, 0.42 * len(depths) + 2.0), squeeze=False, layout="constrained"
     )
-    _COLOURS.set_bad(_NOT_RUN)
     image = None
     for axis, name in zip(axes[0], names, strict=True):
         grid = np.full((len(depths), len(lengths)), np.nan)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lm_eval.api.instance import Instance
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,39 +80,47 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
 def check_tasks(tasks: Sequence[EvalTask]) -> list[str]:
     """What is wrong with the tasks, one line each; offline tasks are built whole, others looked up by name."""
     faults: list[str] = []
-    shipped = TaskManager() if any(task.path is None for task in tasks) else None
     for task in tasks:
-        if task.path is None:
-            if shipped is not None and task.name not in shipped.task_index:
-                faults.append(f"evaluate.tasks: the harness has no task '{task.name}'; give `path` for one of your own")
-            continue
-        try:
-            _load_offline(task)
-        except UserError as error:
-            faults.append(f"evaluate.tasks: {error}")
+        if task.path is not None:
+            try:
+                _load_offline(task)
+            except UserError as error:
+                faults.append(f"evaluate.tasks: {error}")
+        elif task.name not in _shipped().task_index:
+            faults.append(f"evaluate.tasks: the harness has no task '{task.name}'; give `path` for one of your own")
     return faults
 
 
 def run_task(lm: SharedHFLM, task: EvalTask, *, seed: int) -> dict[str, dict[str, float | None]]:
-    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it."""
-    results = simple_evaluate(
-        model=lm,
-        tasks=[_load_offline(task) if task.path else task.name],
-        num_fewshot=task.num_fewshot,
+    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it, all get the answer."""
+    loaded = _load_offline(task) if task.path else _shipped().load([task.name])
+    for built in loaded["tasks"].values():
+        shots = built.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+        built.set_config(key="num_fewshot", value=shots or 0)
+        built.set_fewshot_seed(seed=seed)
+    # Tasks may draw from any of the three.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    # Not simple_evaluate, which indexes thousands of shipped tasks and inspects the machine on every call.
+    results = evaluate(
+        lm=lm,
+        task_dict=loaded,
         limit=task.limit,
         bootstrap_iters=_BOOTSTRAP,
         log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
     )
-    # Away from the first rank of a machine the harness keeps its results to itself.
-    return _flatten(task.name, results["results"]) if results else {}
+    return _flatten(task.name, results["results"])
+
+
+@cache
+def _shipped() -> TaskManager:
+    """The harness's own tasks; finding them takes about ten seconds."""
+    return TaskManager()
 
 
 def _load_offline(task: EvalTask) -> Any:
-    """The harness's Task object of a YAML file; relative data files in it are relative to its folder."""
+    """The harness's TaskDict of one YAML file; relative data files in it are relative to its folder."""
     folder = Path(task.path or "").expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"task '{task.name}': there is no folder {folder}")
@@ -118,12 +130,9 @@ def _load_offline(task: EvalTask) -> Any:
         raise UserError(f"task '{task.name}': no YAML file in {folder} has it; tasks found: {found}")
     with contextlib.chdir(folder):
         try:
-            built = manager.load([task.name])["tasks"]
-        except Exception as error:
+            return manager.load([task.name])
+        except Exception as error:  # a task file can raise anything, from YAML to datasets
             raise UserError(f"task '{task.name}' in {folder} cannot be built: {first_line(error)}") from error
-    if len(built) != 1:
-        raise UserError(f"'{task.name}' in {folder} is a group of {len(built)} tasks; name them one by one")
-    return next(iter(built.values()))
 
 
 def _flatten(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -141,7 +141,7 @@ def test_one_window_has_no_error():
     assert bits.mean_of(np.array([2.0])) == {"value": 2.0, "stderr": None}
 
 
-def test_a_broken_student_is_named(judge: Any, data: Any, student: Any, make_job: Any, teacher_folder: Path):
+def test_a_broken_student_is_named():
     broken = {"kl": {"value": math.nan, "stderr": None}}
     with pytest.raises(UserError, match="'distill' gives kl that is no number"):
         bits.check_finite("distill", broken)
