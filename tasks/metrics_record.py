@@ -33,12 +33,17 @@ _NOT_METRICS = {"step", "time"}
 
 def connect(uri: str) -> MlflowClient:
     """An MLflow client that gives up in seconds instead of minutes, and does not phone home."""
-    # MLflow has no other way to be told, and reads the first of these when it is imported.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, environment_variables
+    from mlflow.telemetry.client import set_telemetry_client
 
+    for setting, value in (
+        (environment_variables.MLFLOW_DISABLE_TELEMETRY, True),
+        (environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT, 10),
+        (environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1),
+    ):
+        if not setting.is_set():
+            setting.set(value)
+    set_telemetry_client()  # again: the first time, at import, it did not know
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
 

@@ -1,0 +1,53 @@
+"""What this machine has, found out without torch, and what a recipe's `resources` come to on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from radlads.tasks.job import JobResources, UserError
+from radlads.tasks.recipe import Resources
+
+
+def count_gpus(visible: str | None) -> int:
+    """Number of GPUs. visible: CUDA_VISIBLE_DEVICES, which wins over what is built in; None if it is not set."""
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return len(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    else:
+        if listing.returncode == 0:
+            return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    nvidia = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    if nvidia:
+        return len(nvidia)
+    if Path("/dev/kfd").exists():  # AMD
+        return len(list(Path("/dev/dri").glob("renderD*")))
+    return 0
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> JobResources:
+    """A recipe's resources on a machine. Raises UserError for more than the machine has."""
+    device = wanted.device if wanted.device != "auto" else ("cuda" if num_gpus else "cpu")
+    if device == "cuda" and num_gpus == 0:
+        raise UserError("resources.device is 'cuda', but this machine shows no GPU; use 'auto' or 'cpu'")
+    processes = wanted.processes if wanted.processes != "auto" else (num_gpus if device == "cuda" else 1)
+    if device == "cuda" and processes > num_gpus:
+        raise UserError(f"resources.processes is {processes}, but this machine shows {num_gpus} GPU(s)")
+    return JobResources(
+        device=device,
+        processes=processes,
+        zero_stage=wanted.zero_stage,
+        threads=wanted.threads or max(1, num_cores // processes),
+        dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
+    )

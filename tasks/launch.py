@@ -1,0 +1,244 @@
+"""Starts a job's process, watches it, stops it, and says how it ended. The one place that reads the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from radlads.tasks.devices import count_cores, count_gpus, resolve_resources
+from radlads.tasks.job import JobResources, JobSpec, UserError
+from radlads.tasks.recipe import Resources
+
+_MODULES = {
+    "plan": "plan",
+    "tokenize": "tokens",
+    "transplant": "transplant",
+    "pretrain": "train",
+    "align": "train",
+    "distill": "train",
+    "finetune": "train",
+    "evaluate": "evaluate",
+    "needle": "needle",
+    "publish": "publish",
+}
+_DISTRIBUTED = {"train", "evaluate", "needle"}
+_FINAL = {"config", "out-of-memory", "nonfinite"}
+_LOG_LINES = 15
+_LONGEST_LINE = 300
+
+
+class JobFailed(UserError):  # noqa: N818 - named after how the job ended, as its siblings
+    """The job ended for a reason that trying again cannot mend."""
+
+
+class JobCrashed(Exception):  # noqa: N818
+    """The job died; its work up to the last checkpoint is safe, and trying again may help."""
+
+
+class JobPreempted(JobCrashed):
+    """The job was asked to stop and did so in order."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a running job is, and its last numbers."""
+
+    done: float
+    total: float
+    unit: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def launch(
+    spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
+) -> None:
+    """Run a job to its end in its scratch folder. Whether there is a product is for the caller to check.
+
+    on_progress: called about once a second while there is something new. grace_seconds: what a job that is stopped
+    gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again).
+    """
+    scratch = Path(spec.scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    for stale in ("exit.json", "progress.json"):
+        (scratch / stale).unlink(missing_ok=True)
+    job_json = scratch / "job.json"
+    job_json.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    log = scratch / "log.txt"
+    begin = log.stat().st_size if log.exists() else 0
+    watcher = _Watcher(scratch, on_progress)
+    code = run_process(
+        render_command(spec, job_json, port=_free_port()),
+        env=job_environment(os.environ, spec.resources),
+        cwd=scratch,
+        log=log,
+        on_tick=watcher.look,
+        grace_seconds=grace_seconds,
+    )
+    watcher.look()
+    check_ending(spec.stage, code, _read_json(scratch / "exit.json"), log, begin)
+
+
+def render_command(spec: JobSpec, job_json: Path, *, port: int) -> list[str]:
+    """The command line of a job. port: free on this machine, for the ranks to meet."""
+    program = _MODULES[spec.stage]
+    module = f"radlads.tasks.jobs.{program}"
+    sources = spec.spec.get("dataset", {}).get("sources", ()) if spec.stage == "tokenize" else ()
+    samples = any(source.get("kind") == "sample" for source in sources)
+    if program not in _DISTRIBUTED and not samples:
+        return [sys.executable, "-m", module, str(job_json)]
+    processes = ["--num_gpus", str(spec.resources.processes), "--master_port", str(port)]
+    return ["deepspeed", "--no_local_rank", *processes, "--module", module, str(job_json)]
+
+
+def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[str, str]:
+    """The environment of a job: ours without the orchestrator's, and nothing that changes what is computed."""
+    dropped = ("PREFECT_", "RADLADS_")
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
+    env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
+    # DeepSpeed calls ninja and itself by name; a virtual environment that is not activated has them only here.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
+    env |= {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(resources.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+    }
+    if resources.device == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+    return env
+
+
+def run_process(
+    command: list[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    log: Path,
+    on_tick: Callable[[], None],
+    grace_seconds: float,
+) -> int:
+    """Run a command under the supervisor until it ends; its exit code. The seam that tests replace.
+
+    on_tick is called about once a second. Whatever is raised in here, by a cancelled flow for one, stops the command
+    and everything below it first.
+    """
+    supervisor = [sys.executable, "-m", "radlads.tasks.supervise", "--parent", str(os.getpid())]
+    options = ["--grace", str(grace_seconds), "--log", str(log), "--"]
+    # A session of its own: Ctrl-C and whoever stops the flow's process group reach the job through us, in order.
+    process = subprocess.Popen(
+        [*supervisor, *options, *command], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while True:
+            try:
+                return process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                on_tick()
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path, begin: int) -> None:
+    """Turn an exit code and exit.json into silence or the right error. begin: where this attempt's log starts."""
+    reason = (ending or {}).get("reason")
+    message = str((ending or {}).get("message", ""))
+    if code == 0 and reason == "done":
+        return
+    if reason in _FINAL:
+        raise JobFailed(f"{stage}: {message}")
+    if reason == "preempted":
+        raise JobPreempted(f"{stage} was stopped before its end; a retry continues from its newest checkpoint")
+    what = message if reason == "crash" else f"ended with {_describe(code)} and did not say why"
+    tail = "\n".join(_tail(log, begin))
+    raise JobCrashed(f"{stage} crashed: {what}\nThe end of {log}:\n{tail}")
+
+
+def machine_resources(wanted: Resources) -> JobResources:
+    """A recipe's resources on this machine. Raises UserError for more than it has."""
+    return resolve_resources(
+        wanted, num_gpus=count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")), num_cores=count_cores()
+    )
+
+
+class _Watcher:
+    """Reads progress.json and the end of metrics.jsonl, and passes on what is new."""
+
+    def __init__(self, scratch: Path, report: Callable[[Progress], None] | None) -> None:
+        self._scratch, self._report = scratch, report
+        self._last: Progress | None = None
+
+    def look(self) -> None:
+        told = _read_json(self._scratch / "progress.json")
+        if self._report is None or told is None:
+            return
+        progress = Progress(
+            done=float(told["done"]),
+            total=float(told["total"]),
+            unit=str(told["unit"]),
+            metrics=_last_metrics(self._scratch / "metrics.jsonl"),
+        )
+        if progress != self._last:
+            self._last = progress
+            self._report(progress)
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    lines = _last_lines(path, 0, 4096)
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        return {key: value for key, value in row.items() if key != "time" and isinstance(value, int | float)}
+    return {}
+
+
+def _tail(log: Path, begin: int) -> list[str]:
+    lines = [line[:_LONGEST_LINE] for line in _last_lines(log, begin, 32768) if line.strip()]
+    return [f"  {line}" for line in lines[-_LOG_LINES:]] or ["  (it is empty)"]
+
+
+def _last_lines(path: Path, begin: int, size: int) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open("rb") as stream:
+        stream.seek(max(begin, path.stat().st_size - size))
+        return stream.read().decode(errors="replace").splitlines()
+
+
+def _describe(code: int) -> str:
+    # DeepSpeed's launcher passes a rank's negative code on as one byte; a shell-like one adds 128 to the signal.
+    number = 256 - code if code > 192 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit code {code}"
+    hint = ", as when the machine runs out of memory" if name == "SIGKILL" else ""
+    return f"exit code {code} ({name}{hint})"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
