@@ -75,8 +75,17 @@ def flatten(sheet: dict[str, Any]) -> dict[str, float]:
         flat |= {f"{name}/needle/{length}": cell["mean"] for length, cell in numbers["by_length"].items() if cell}
         if numbers["at_training_length"]:
             flat[f"{name}/needle_at_training_length"] = numbers["at_training_length"]["mean"]
-    for key in ("needle", "needle_at_training_length"):
-        teacher, student = flat.get(f"teacher/{key}"), flat.get(f"student/{key}")
-        if teacher and student is not None:
-            flat[f"{key}_ratio"] = student / teacher
+    teacher, student = (sheet["models"].get(name) for name in ("teacher", "student"))
+    if teacher and student:
+        both = [n for n, cell in teacher["by_length"].items() if cell and student["by_length"][n]]
+        _put_ratio(flat, "needle_ratio", teacher, student, both)
+        trained = [n for n in both if int(n) <= sheet["training_length"]]
+        _put_ratio(flat, "needle_at_training_length_ratio", teacher, student, trained[-1:])
     return flat
+
+
+def _put_ratio(flat: dict[str, float], key: str, teacher: Any, student: Any, lengths: list[str]) -> None:
+    """Student over teacher, over lengths that both were run at; nothing where the teacher found nothing."""
+    theirs, ours = (sum(numbers["by_length"][n]["mean"] for n in lengths) for numbers in (teacher, student))
+    if theirs:
+        flat[key] = ours / theirs

@@ -68,14 +68,14 @@ def _label_cells(axis: Axes, grid: np.ndarray, lengths: list[int], edges: np.nda
 def _dress(
     axis: Axes, sheet: dict[str, Any], name: str, lengths: list[int], depths: list[float], edges: np.ndarray
 ) -> None:
-    mean = sheet["models"][name]["mean"]
-    axis.set_title(name if mean is None else f"{name}: {100 * mean:.0f} %", fontsize=10)
+    numbers = sheet["models"][name]
+    title = name if numbers["mean"] is None else f"{name}: {100 * numbers['mean']:.0f} %"
+    not_run = ", ".join(map(str, numbers["not_run"]))
+    axis.set_title(f"{title} (not run: {not_run})" if not_run else title, fontsize=10)
     axis.set_xticks([(edges[i] + edges[i + 1]) / 2 for i in range(len(lengths))], [str(n) for n in lengths], fontsize=8)
     axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * depth:.0f}" for depth in depths], fontsize=8)
     axis.set_xlabel("context length, tokens (log2)")
     axis.invert_yaxis()
-    trained = np.log2(sheet["training_length"])
-    low, high = edges[0], edges[-1]
-    # Beyond the last column it would be drawn outside the grid; there everything lies within the training length.
-    if low <= trained <= high:
-        axis.axvline(trained, color="#202020", linestyle="--", linewidth=1.3)
+    within = [index for index, length in enumerate(lengths) if length <= sheet["training_length"]]
+    if within:  # between the last column that training reached and the first that it did not
+        axis.axvline(edges[within[-1] + 1], color="#202020", linestyle="--", linewidth=2.0, clip_on=False)

@@ -97,7 +97,7 @@ def test_lengths_that_were_not_run_count_nowhere():
     assert models["teacher"]["at_training_length"]["length"] == 512
     cells = make_cells(trials, hits)
     assert [cell["student"] and cell["student"]["mean"] for cell in cells] == [1, 0, 1, None]
-    flat = flatten({"models": models})
+    flat = flatten({"models": models, "training_length": 512})
     assert "student/needle/512" not in flat
     assert flat["needle_ratio"] == 0.5
     assert flat["teacher/needle_stderr"] > 0
@@ -106,7 +106,7 @@ def test_lengths_that_were_not_run_count_nowhere():
 def test_nothing_run_is_no_zero():
     models = summarize(placed((256, 0.0)), {"teacher": [None] * 5}, 512)
     assert models["teacher"]["mean"] is None
-    assert flatten({"models": models}) == {}
+    assert flatten({"models": models, "training_length": 512}) == {}
 
 
 def test_batched_generation_is_that_of_each_prompt_alone(teacher_folder: Path):
