@@ -1,0 +1,113 @@
+"""Device functions that the Triton kernels share: where a chunk lies, its gates, and the inverse of its triangle.
+
+A chunk slot is one chunk of one sequence. Dense: slot = sequence * num_chunks + chunk. Packed: sequences own the slots
+`offsets[n] .. offsets[n + 1]`, found on the device by bisection, so that nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(pointer, offsets, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + offsets, mask=mask, other=0.0)
+    else:
+        return tl.load(pointer + offsets)
+
+
+@triton.jit
+def store_tile(pointer, offsets, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointer + offsets, value.to(pointer.dtype.element_ty))
+
+
+@triton.jit
+def find_sequence(slot, offsets, num_sequences):
+    """The last n with offsets[n] <= slot: empty sequences own no slot and are passed over."""
+    low = slot * 0
+    high = low + num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(offsets + middle).to(tl.int64) <= slot:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def locate(slot, cu_seqlens, offsets, num_sequences, T, num_chunks, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of the slot (in the flattened batch) and its number of tokens."""
+    if PACKED:
+        n = find_sequence(slot, offsets, num_sequences)
+        first = tl.load(cu_seqlens + n).to(tl.int64) + (slot - tl.load(offsets + n).to(tl.int64)) * C
+        return first, tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int64) - first, C)
+    else:
+        n = slot // num_chunks
+        chunk = slot - n * num_chunks
+        return n * T + chunk * C, tl.minimum(T - chunk * C, C)
+
+
+@triton.jit
+def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: tl.constexpr):
+    """First token, number of tokens, first slot and number of slots of sequence n."""
+    if PACKED:
+        first = tl.load(cu_seqlens + n).to(tl.int64)
+        slot = tl.load(offsets + n).to(tl.int64)
+        length = tl.load(cu_seqlens + n + 1).to(tl.int64) - first
+        return first, length, slot, (tl.load(offsets + n + 1).to(tl.int64) - slot).to(tl.int32)
+    else:
+        return n * T, n * 0 + T, n * num_chunks, (n * 0 + num_chunks).to(tl.int32)
+
+
+@triton.jit
+def gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
+    """In log2: inclusive and exclusive cumulative decay [C,K], its value in the middle row and in the last row [K].
+
+    A bf16 decay times the ones of a triangle is exact, so the tensor cores may sum it; other dtypes are scanned in fp32.
+    """
+    i = tl.arange(0, C)
+    own = w.to(tl.float32) * LOG2E
+    if CUMULATE_BY_DOT:
+        g = tl.dot((i[:, None] >= i[None, :]).to(tl.bfloat16), w) * LOG2E
+    else:
+        g = tl.cumsum(own, 0)
+    middle = tl.sum(tl.where((i <= C // 2)[:, None], own, 0.0), 0)
+    return g, g - own, middle, tl.sum(own, 0)
+
+
+@triton.jit
+def unit_lower_inverse(blocks, A, C: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr):
+    """(I - A)⁻¹ for strictly lower A [C,C] with `blocks` [C/16,16,16] on its diagonal; LEVELS = log2 C.
+
+    T <- T + T (A on the odd blocks of size s, left of the diagonal) T for s = 1, 2, ..., C/2: recursive substitution, every
+    intermediate an entry of a true inverse. The first four levels work on all diagonal blocks at once.
+    """
+    NB: tl.constexpr = C // 16
+    j = tl.arange(0, 16)
+    T = (j[:, None] == j[None, :]).to(tl.float32)[None, :, :] + tl.zeros([NB, 16, 16], tl.float32)
+    for level in tl.static_range(4):
+        row = j[:, None] // (1 << level)
+        column = j[None, :] // (1 << level)
+        mask = (row == column + 1) & (row % 2 == 1)
+        X = tl.dot(T.to(DT), tl.where(mask[None, :, :], blocks, 0.0).to(DT), input_precision=IP)
+        T += tl.dot(X.to(DT), T.to(DT), input_precision=IP)
+    n = tl.arange(0, NB)
+    diagonal = (n[:, None] == n[None, :])[:, None, :, None]
+    spread = tl.where(diagonal, tl.broadcast_to(T[:, :, None, :], [NB, 16, NB, 16]), 0.0)
+    inverse = tl.reshape(spread, [C, C])
+    i = tl.arange(0, C)
+    for level in tl.static_range(4, LEVELS):
+        row = i[:, None] // (1 << level)
+        column = i[None, :] // (1 << level)
+        mask = (row == column + 1) & (row % 2 == 1)
+        X = tl.dot(inverse.to(DT), tl.where(mask, A, 0.0).to(DT), input_precision=IP)
+        inverse += tl.dot(X.to(DT), inverse.to(DT), input_precision=IP)
+    return inverse
