@@ -106,6 +106,8 @@ def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
             f"no teacher family for model_type '{model_type}'{hint}; known: {', '.join(known)}. "
             "A family is one file in model/teachers"
         )
+    if raw.get("quantization_config"):
+        raise UserError("the teacher's weights are quantised; give the full-precision model that they were made from")
     family = importlib.import_module(f"radlads.model.teachers.{model_type}").FAMILY
     if not isinstance(family, TeacherFamily) or family.model_type != model_type:
         raise TypeError(

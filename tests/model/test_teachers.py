@@ -75,6 +75,8 @@ def test_unknown_and_converted_models_are_refused_with_the_reason() -> None:
         find_family({"model_type": "gpt2"})
     with pytest.raises(UserError, match="text part is 'qwen3'"):
         find_family({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3"}})
+    with pytest.raises(UserError, match="quantised"):
+        find_family({"model_type": "llama", "quantization_config": {"bits": 4}})
     with pytest.raises(UserError, match="no model_type"):
         find_family({})
     for model_type in ("radlads", "rwkv7", "rwkv_hybrid", "liger_qwen2_gla", "lolcats"):
