@@ -31,7 +31,7 @@ from radlads.tasks.jobs.ending import (
     write_ending,
     write_json,
 )
-from radlads.tasks.jobs.group import join_group, leave_group, quiet_libraries, set_threads
+from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
 from radlads.tasks.specs import (
     EvaluateSpec,
     NeedleSpec,
@@ -241,8 +241,8 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
     job = open_job(Path(sys.argv[1]))
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)
-    leave_group(EXIT_CODES[reason], orderly=reason in ("done", "preempted", "nonfinite"))
-    sys.exit(EXIT_CODES[reason])
+    leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
+    end_process(EXIT_CODES[reason])
 
 
 def open_job(path: Path) -> Job:

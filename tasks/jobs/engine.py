@@ -7,10 +7,8 @@ host a step carry the norm, the loss, the metrics and the wish to stop together.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from radlads.tasks.job import UserError
+from radlads.tasks.jobs.deepspeed_import import import_deepspeed
 from radlads.tasks.jobs.ending import NonFiniteError
 from radlads.tasks.recipe import Training
 
@@ -258,11 +257,5 @@ def _config(
 
 
 def _initialize(objective: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any]) -> Any:
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On a CPU, DeepSpeed would compile a shared-memory all-reduce on first use (a minute, and a compiler that may not
-    # be there); gloo does the same work. `deepspeed.comm.torch` as an attribute is another module: look it up by name.
-    importlib.import_module("deepspeed.comm.torch")
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed = import_deepspeed()
     return deepspeed.initialize(model=objective, optimizer=adam, config=config, dist_init_required=False)[0]

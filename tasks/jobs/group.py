@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +36,24 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
     )
 
 
-def leave_group(exit_code: int, *, orderly: bool) -> None:
-    """Leave the group, if there is one. orderly: every rank leaves now; otherwise the process ends here."""
+def leave_group(*, orderly: bool) -> None:
+    """Leave the group, if there is one. orderly: every rank leaves now; otherwise it is left as it is.
+
+    Others may wait in a collective then, and leaving in good order would wait for them; once this process is gone, the
+    launcher ends them.
+    """
     torch = sys.modules.get("torch")  # a job that never needed torch is in no group
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     if orderly or torch.distributed.get_world_size() == 1:
         torch.distributed.destroy_process_group()
-        return
-    # The other ranks may wait in a collective, and leaving in good order would wait for them. Once this process is
-    # gone, the launcher ends them.
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this process now: everything is written, and taking torch apart object by object takes over a second."""
     logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(exit_code)
 
 
