@@ -41,9 +41,9 @@ def connect(uri: str) -> MlflowClient:
         (environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT, 10),
         (environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1),
     ):
-        if not setting.is_set():
-            setting.set(value)
-    set_telemetry_client()  # again: the first time, at import, it did not know
+        if not setting.is_set():  # type: ignore[no-untyped-call]
+            setting.set(value)  # type: ignore[no-untyped-call]
+    set_telemetry_client()  # type: ignore[no-untyped-call] # again: the first time, at import, it did not know
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
 

@@ -8,9 +8,11 @@ their uri and sha256 are.
 from __future__ import annotations
 
 import logging
-import os
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from radlads.tasks.job import Manifest, TrackingRef
@@ -23,8 +25,9 @@ __all__ = [
     "MetricsRecord",
     "close_run",
     "flatten",
-    "log_manifest",
+    "log_file",
     "log_params",
+    "mirror_product",
     "open_pipeline_run",
     "open_stage_run",
     "run_url",
@@ -83,15 +86,36 @@ def log_params(ref: TrackingRef | None, params: Mapping[str, Any]) -> None:
             _add_params(connect(ref.uri), ref.run_id, params)
 
 
-def log_manifest(ref: TrackingRef | None, output_uri: str, manifest: Manifest) -> None:
-    """Point a stage's run at its product: uri, digest, and size and sha256 of every file. An outage is no error."""
+def mirror_product(
+    parent: TrackingRef | None, stage: TrackingRef | None, label: str, uri: str, manifest: Manifest
+) -> None:
+    """Show a product in MLflow: its numbers in the pipeline's run, a pointer to its files in its own; weights stay
+    where they are. Doing it again changes nothing; an outage is no error."""
+    if parent is None:
+        return
+    with _outage_is_no_error(parent.uri):
+        from mlflow.entities import Metric
+
+        client = connect(parent.uri)
+        at = int(manifest.created_at.timestamp() * 1000)
+        numbers = {key: value for key, value in flatten(manifest.metrics).items() if _is_number(value)}
+        metrics = [Metric(f"{_metric_name(label)}/{_metric_name(key)}", value, at, 0) for key, value in numbers.items()]
+        for start in range(0, len(metrics), 1000):
+            client.log_batch(parent.run_id, metrics=metrics[start : start + 1000])
+        if stage is None:
+            return
+        client.set_tag(stage.run_id, "radlads.output_uri", uri)
+        files = [entry.model_dump(mode="json", exclude_none=True) for entry in manifest.files]
+        client.log_dict(stage.run_id, {"uri": uri, "digest": manifest.digest, "files": files}, "product.json")
+
+
+def log_file(ref: TrackingRef | None, name: str, data: bytes) -> None:
+    """Add a small file (a picture, a report) to a run. An outage is no error."""
     if ref is not None:
-        with _outage_is_no_error(ref.uri):
-            client = connect(ref.uri)
-            client.set_tag(ref.run_id, "radlads.output_uri", output_uri)
-            client.set_tag(ref.run_id, "radlads.digest", manifest.digest)
-            files = [entry.model_dump(mode="json", exclude_none=True) for entry in manifest.files]
-            client.log_dict(ref.run_id, {"uri": output_uri, "digest": manifest.digest, "files": files}, "product.json")
+        with _outage_is_no_error(ref.uri), tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_bytes(data)
+            connect(ref.uri).log_artifact(ref.run_id, str(path))
 
 
 def run_url(ref: TrackingRef | None) -> str | None:
@@ -143,7 +167,7 @@ def _find_experiment(client: MlflowClient, uri: str, name: str) -> str:
     place = None
     if uri.startswith("sqlite:"):
         # Without a server, MLflow would put pictures and reports into the working directory.
-        place = f"{os.path.dirname(uri.removeprefix('sqlite:///'))}/mlflow-artifacts/{name}"
+        place = f"{Path(uri.removeprefix('sqlite:///')).parent}/mlflow-artifacts/{name}"
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
@@ -173,6 +197,14 @@ def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
     fresh = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in flatten(params).items() if key not in known]
     for start in range(0, len(fresh), _PARAMS_PER_BATCH):
         client.log_batch(run_id, params=fresh[start : start + _PARAMS_PER_BATCH])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metric_name(text: str) -> str:
+    return re.sub(r"[^\w./ -]", "_", text)
 
 
 @contextmanager

@@ -1,0 +1,44 @@
+"""The flow `radlads-evaluate`: judge a finished model again, with other tasks, lengths or data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from radlads.flows.common import explain_errors, run_identity
+from radlads.tasks.assess import evaluate, needle
+from radlads.tasks.pipeline import finished_students, open_pipeline
+from radlads.tasks.prepare import plan, tokenize
+
+
+@flow(name="radlads-evaluate", persist_result=False)
+@explain_errors
+def radlads_evaluate(
+    judged_run: str,
+    recipe: str = "smoke",
+    run: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    store: str | None = None,
+    tracking: str | None = None,
+    work: str | None = None,
+) -> dict[str, str]:
+    """Judge the models that `judged_run` made by the sections `evaluate` and `needle` of a recipe.
+
+    run: a name for this judgement, which has its own place; nothing of the judged run is changed. The other parameters
+    are those of the flow `radlads`.
+    """
+    places = {"store": store, "tracking": tracking, "work": work}
+    with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
+        wanted = pipeline.recipe
+        students = finished_students(pipeline, judged_run)
+
+        planned = plan(pipeline)
+        judging = {}
+        if wanted.evaluate:
+            data = {wanted.evaluate.data: tokenize(pipeline, planned, name=wanted.evaluate.data)}
+            judging["evaluate"] = evaluate.submit(pipeline, planned, data, students)
+        if wanted.needle:
+            judging["needle"] = needle.submit(pipeline, planned, students)
+        judged = {stage: future.result() for stage, future in judging.items()}
+        return {"run": pipeline.run, **{stage: product.uri for stage, product in judged.items()}}

@@ -1,0 +1,111 @@
+"""What a person sees of a run in Prefect: progress, tables, pictures, links. Never worth failing a run for."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import PrefectException
+
+from radlads.tasks.launch import Progress
+
+_log = logging.getLogger("prefect.radlads")
+_UPDATE_SECONDS = 2.0
+
+
+class ProgressView:
+    """A progress bar in Prefect's page, and a line in the log now and then."""
+
+    def __init__(self, run: str, label: str) -> None:
+        self._key, self._label = artifact_key(run, label, "progress"), label
+        self._artifact: UUID | None = None
+        self._shown_at = 0.0
+        self._logged_tenth = -1
+
+    def show(self, progress: Progress) -> None:
+        """Called about once a second by the launcher."""
+        share = min(1.0, progress.done / progress.total) if progress.total else 0.0
+        now = time.monotonic()
+        if now - self._shown_at < _UPDATE_SECONDS and share < 1.0:
+            return
+        self._shown_at = now
+        told = describe(progress)
+        if int(share * 10) != self._logged_tenth:
+            self._logged_tenth = int(share * 10)
+            _log.info("%s: %s", self._label, told)
+        with _best_effort():
+            if self._artifact is None:
+                made = create_progress_artifact(progress=100 * share, key=self._key, description=told)
+                self._artifact = UUID(str(made))
+            else:
+                update_progress_artifact(artifact_id=self._artifact, progress=100 * share, description=told)
+
+
+def describe(progress: Progress) -> str:
+    """ "120 of 500 steps · loss 1.234" """
+    text = f"{progress.done:,.0f} of {progress.total:,.0f} {progress.unit}"
+    loss = progress.metrics.get("loss")
+    return text if loss is None else f"{text} · loss {loss:.4g}"
+
+
+def show_table(run: str, label: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+    """A table in Prefect's page."""
+    with _best_effort():
+        create_table_artifact(table=[dict(row) for row in rows], key=artifact_key(run, label), description=description)
+
+
+def show_markdown(run: str, label: str, text: str, description: str) -> None:
+    """A page of text in Prefect's page."""
+    with _best_effort():
+        create_markdown_artifact(markdown=text, key=artifact_key(run, label), description=description)
+
+
+def show_picture(run: str, label: str, png: bytes, description: str) -> None:
+    """A picture in Prefect's page; it travels inside the link, so that no server has to offer it."""
+    with _best_effort():
+        link = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        create_image_artifact(image_url=link, key=artifact_key(run, label), description=description)
+
+
+def show_link(run: str, label: str, url: str | None, text: str) -> None:
+    """A link in Prefect's page; nothing without an address."""
+    if url is not None:
+        with _best_effort():
+            create_link_artifact(link=url, link_text=text, key=artifact_key(run, label), description=text)
+
+
+def gpu_slot(limit: str, device: str) -> AbstractContextManager[object]:
+    """Wait for the machine's GPUs, which one job at a time has to itself; nothing to wait for on a CPU.
+
+    The slot is leased: it comes back by itself when its holder dies. A limit that does not exist limits nothing.
+    """
+    return concurrency(limit, occupy=1, strict=False) if device == "cuda" else nullcontext()
+
+
+def artifact_key(*parts: str) -> str:
+    """A key as Prefect wants it: lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    try:
+        yield
+    except (PrefectException, httpx.HTTPError, OSError, ValueError) as error:
+        _log.warning("Prefect did not take an artifact: %s", error)

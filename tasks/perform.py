@@ -1,0 +1,110 @@
+"""A stage as a Prefect task: run_stage with what a person sees around it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Failed
+from prefect.tasks import Task
+
+from radlads.tasks.job import Stage, TrackingRef, UserError
+from radlads.tasks.launch import JobCrashed
+from radlads.tasks.observe import ProgressView, gpu_slot, show_link
+from radlads.tasks.pipeline import Pipeline
+from radlads.tasks.specs import StageSpec, TokenizeSpec
+from radlads.tasks.stage import Product, run_stage
+from radlads.tasks.store import StoreError
+from radlads.tasks.tracking import close_run, mirror_product, open_stage_run, run_url
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_MOST_RETRIES = 20
+_RETRY_SECONDS = 10
+_RETRIES_NOTE = "retries allowed: "
+
+
+def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[_P, _R]], Task[_P, _R]]:
+    """Make a function, whose first argument is the Pipeline, a Prefect task.
+
+    The store is the single truth: Prefect caches and persists nothing. What we know how to explain ends the task with
+    that explanation instead of a traceback; a crash is tried again, as often as the settings say.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Task[_P, _R]:
+        @functools.wraps(function)
+        def explained(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except (UserError, StoreError, JobCrashed) as error:
+                pipeline: Pipeline = args[0] if args else kwargs["pipeline"]
+                may_help = not isinstance(error, UserError)
+                error.add_note(f"{_RETRIES_NOTE}{pipeline.settings.retries if may_help else 0}")
+                return Failed(message=str(error), data=error)
+
+        made: Task[_P, _R] = task(
+            name=name,
+            task_run_name=run_name or name,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=_MOST_RETRIES,
+            retry_delay_seconds=_RETRY_SECONDS,
+            retry_condition_fn=may_retry,
+        )(explained)
+        return made
+
+    return decorate
+
+
+def may_retry(_: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Prefect's question after a failure: another attempt? Only for what an attempt can mend."""
+    notes = getattr(state.data, "__notes__", ())
+    allowed = [int(note.removeprefix(_RETRIES_NOTE)) for note in notes if note.startswith(_RETRIES_NOTE)]
+    return bool(allowed) and task_run.run_count <= allowed[-1]
+
+
+def perform(
+    pipeline: Pipeline, stage: Stage, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None
+) -> Product:
+    """Run a stage of the pipeline inside a Prefect task. label: what people call it, where the stage runs more often.
+
+    Raises what run_stage raises.
+    """
+    label = label or stage
+    request = pipeline.request(stage, spec, inputs)
+    opened: list[TrackingRef] = []
+
+    def open_tracking(digest: str) -> TrackingRef | None:
+        if pipeline.parent is None:
+            return None
+        params = request.spec.model_dump(mode="json", exclude_none=True)
+        ref = open_stage_run(pipeline.parent, pipeline.run, label, params=params, tags={"radlads.digest": digest})
+        if ref is not None:
+            opened.append(ref)
+            show_link(pipeline.run, f"{label}-mlflow", run_url(ref), f"{label} in MLflow")
+        return ref
+
+    ended = False
+    try:
+        product = run_stage(
+            request,
+            open_tracking=open_tracking,
+            on_progress=ProgressView(pipeline.run, label).show,
+            slot=gpu_slot(pipeline.settings.gpu_limit, _device(pipeline, stage, spec)),
+        )
+        ended = True
+    finally:
+        for ref in opened:
+            close_run(ref, "FINISHED" if ended else "FAILED")
+    mirror_product(pipeline.parent, opened[0] if opened else None, label, product.uri, product.manifest)
+    return product
+
+
+def _device(pipeline: Pipeline, stage: Stage, spec: StageSpec) -> str:
+    """What the stage's job computes on. Only tokenizing that samples from a teacher needs more than the CPU."""
+    samples = isinstance(spec, TokenizeSpec) and spec.teacher is not None
+    return pipeline.resources.device if samples or stage not in ("plan", "tokenize", "publish") else "cpu"

@@ -1,0 +1,90 @@
+"""plan, tokenize, transplant: what comes before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from radlads.tasks.job import UserError
+from radlads.tasks.observe import show_link, show_table
+from radlads.tasks.perform import perform, stage_task
+from radlads.tasks.pipeline import Pipeline, Plan
+from radlads.tasks.recipe import SampleSource
+from radlads.tasks.specs import PlanReport, PlanSpec, TeacherRef, TokenizeSpec, TransplantSpec
+from radlads.tasks.stage import Product
+from radlads.tasks.tracking import run_url
+
+
+@stage_task("plan")
+def plan(pipeline: Pipeline) -> Plan:
+    """Check every option and every size before anything runs, and pin the teacher and the corpus files."""
+    product = perform(pipeline, "plan", PlanSpec(recipe=pipeline.recipe), {})
+    report = read_plan(pipeline, product)
+    show_table(pipeline.run, "plan", plan_rows(report), f"Plan of {pipeline.run}")
+    show_link(pipeline.run, "mlflow", run_url(pipeline.parent), f"{pipeline.run} in MLflow")
+    return Plan(product=product, report=report)
+
+
+@stage_task("tokenize", run_name="tokenize {name}")
+def tokenize(pipeline: Pipeline, plan: Plan, name: str) -> Product:
+    """Make one of the recipe's datasets, or find it made by another run."""
+    dataset, report = pipeline.recipe.data[name], plan.report
+    samples = any(isinstance(source, SampleSource) for source in dataset.sources)
+    spec = TokenizeSpec(
+        name=name,
+        dataset=dataset,
+        files=report.files.get(name, ()),
+        tokenizer=report.tokenizer,
+        tokenizer_fingerprint=report.tokenizer_fingerprint,
+        teacher=planned_teacher(plan) if samples else None,
+    )
+    return perform(pipeline, "tokenize", spec, {}, label=f"tokenize {name}")
+
+
+@stage_task("transplant")
+def transplant(pipeline: Pipeline, plan: Plan) -> Product:
+    """Build the student from the teacher's weights."""
+    spec = TransplantSpec(teacher=planned_teacher(plan), student=pipeline.recipe.student)
+    return perform(pipeline, "transplant", spec, {})
+
+
+def planned_teacher(plan: Plan) -> TeacherRef:
+    """The teacher as the plan pinned it. Raises UserError for a recipe that makes one instead."""
+    if plan.report.teacher is None:
+        raise UserError("this recipe makes a teacher (`pretrain`) and converts none; run it with radlads-pretrain")
+    return plan.report.teacher
+
+
+def read_plan(pipeline: Pipeline, product: Product) -> PlanReport:
+    """The report in a plan's product."""
+    key = pipeline.store.key(product.uri)
+    return PlanReport.model_validate_json(pipeline.store.read_file(key, "plan.json"))
+
+
+def plan_rows(report: PlanReport) -> list[dict[str, Any]]:
+    """The plan as a table, a stage a row; sizes for people to read."""
+    rows = []
+    for stage, numbers in report.stages.items():
+        memory = (numbers.get("memory_bytes_per_gpu") or {}).get("total")
+        row = {
+            "stage": stage,
+            "tokens": _count(numbers.get("tokens")),
+            "steps": _count(numbers.get("steps")),
+            "context": _count(numbers.get("context")),
+            "batch": _count(numbers.get("batch")),
+            "memory per process": f"{memory / 2**30:.2f} GiB" if memory else "",
+            "time": _duration(numbers.get("seconds")),
+        }
+        rows.append(row)
+    return rows
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,23 @@
+"""publish: the report, the model card, and the exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from radlads.tasks.observe import show_markdown
+from radlads.tasks.perform import perform, stage_task
+from radlads.tasks.pipeline import Pipeline
+from radlads.tasks.specs import PublishSpec
+from radlads.tasks.stage import Product
+from radlads.tasks.tracking import log_file
+
+
+@stage_task("publish")
+def publish(pipeline: Pipeline, products: Mapping[str, Product]) -> Product:
+    """Make what is handed over. products: input name → product; "student" is the finished model."""
+    spec = PublishSpec(section=pipeline.recipe.publish, recipe=pipeline.recipe)
+    product = perform(pipeline, "publish", spec, products)
+    text = pipeline.store.read_file(pipeline.store.key(product.uri), "report.md")
+    show_markdown(pipeline.run, "report", text.decode(), f"Report of {pipeline.run}")
+    log_file(pipeline.parent, "report.md", text)
+    return product

@@ -1,0 +1,146 @@
+"""run_stage: committed? return it. Else launch, verify, return. Knows nothing of the orchestrator."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.launch import JobCrashed, Progress, launch
+from radlads.tasks.metrics_record import catch_up
+from radlads.tasks.specs import StageSpec, spec_digest
+from radlads.tasks.store_base import Store, StoreError, conflict
+
+_log = logging.getLogger(__name__)
+# What a job leaves beside its product, for people: uploaded however the job ended.
+_PAPERS = ("job.json", "log.txt", "metrics.jsonl", "metrics-notes.json", "exit.json")
+_CONTINUED = ("metrics.jsonl", "metrics-notes.json")
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """One stage of one run.
+
+    inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
+    machine, kept until it is committed so that a retry can go on from it.
+    """
+
+    stage: Stage
+    run: str
+    recipe: str
+    spec: StageSpec
+    inputs: Mapping[str, InputRef]
+    output_key: str
+    store: Store
+    resources: JobResources
+    scratch: Path
+    grace_seconds: float = 60.0
+
+    @property
+    def digest(self) -> str:
+        """Names what is asked for."""
+        return spec_digest(self.stage, self.spec, dict(self.inputs))
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a stage made. reused: it was there already, and no job ran."""
+
+    uri: str
+    manifest: Manifest
+    reused: bool
+
+    @property
+    def ref(self) -> InputRef:
+        """As an input of a later stage."""
+        return InputRef(uri=self.uri, digest=self.manifest.digest)
+
+
+def run_stage(
+    request: StageRequest,
+    *,
+    open_tracking: Callable[[str], TrackingRef | None] = lambda digest: None,
+    on_progress: Callable[[Progress], None] | None = None,
+    slot: AbstractContextManager[object] | None = None,
+) -> Product:
+    """The stage's product, made by a job unless it is committed already.
+
+    open_tracking: digest → the MLflow run that the job writes to; called only if a job is launched. slot: held while
+    the job runs. Raises StageConflict where another result is committed, CorruptArtifact where this one is damaged,
+    JobFailed (final), JobCrashed or JobPreempted (may be tried again).
+    """
+    store, key, digest = request.store, request.output_key, request.digest
+    committed = find_committed(store, key, digest)
+    if committed is not None:
+        return Product(uri=store.join(key), manifest=committed, reused=True)
+    tracking = open_tracking(digest)
+    spec = JobSpec(
+        stage=request.stage,
+        run=request.run,
+        recipe=request.recipe,
+        digest=digest,
+        spec=request.spec.model_dump(mode="json"),
+        inputs=dict(request.inputs),
+        output_uri=store.join(key),
+        store=store.ref,
+        tracking=tracking,
+        resources=request.resources,
+        scratch=str(request.scratch),
+    )
+    _restore_record(store, key, request.scratch)
+    try:
+        with slot or nullcontext():
+            launch(spec, on_progress=on_progress, grace_seconds=request.grace_seconds)
+    finally:
+        _keep_papers(store, key, request.scratch)
+        if tracking is not None:
+            catch_up(request.scratch / "metrics.jsonl", tracking)
+    made = find_committed(store, key, digest)
+    if made is None:
+        raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
+    _clear_scratch(request.scratch)
+    return Product(uri=store.join(key), manifest=made, reused=False)
+
+
+def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
+    """The manifest at a place if it is the one asked for and all its files are there; None if there is none.
+
+    Raises StageConflict, CorruptArtifact.
+    """
+    manifest = store.read_manifest(key)
+    if manifest is None:
+        return None
+    if manifest.digest != digest:
+        raise conflict(store.join(key), manifest.digest, digest)
+    store.verify(key, manifest)
+    return manifest
+
+
+def _restore_record(store: Store, key: str, scratch: Path) -> None:
+    """On a machine that has not seen this stage yet, the record of earlier attempts comes from the store."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name in _CONTINUED:
+        if not (scratch / name).exists():
+            data = store.get_bytes(f"{key}/{name}")
+            if data is not None:
+                (scratch / name).write_bytes(data)
+
+
+def _keep_papers(store: Store, key: str, scratch: Path) -> None:
+    try:
+        for name in _PAPERS:
+            if (scratch / name).is_file():
+                store.put_file(f"{key}/{name}", scratch / name)
+    except StoreError as error:  # must not hide why the job ended
+        _log.warning("the papers of %s stay in %s: %s", key, scratch, error)
+
+
+def _clear_scratch(scratch: Path) -> None:
+    """The product is in the store: free the disk, keep the papers."""
+    for path in scratch.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
