@@ -70,7 +70,9 @@ def main(job: Job) -> dict[str, Any] | None:
         "processes": job.world_size,
     }
     write_json(job.output / "evaluate.json", sheet)
-    return flatten(models, tasks) | {"seconds": sheet["seconds"]}
+    numbers = flatten(models, tasks)
+    job.record.log(0, numbers)
+    return numbers | {"seconds": sheet["seconds"], "processes": job.world_size}
 
 
 def _score(

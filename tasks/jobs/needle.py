@@ -92,7 +92,10 @@ def main(job: Job) -> dict[str, Any] | None:
     }
     write_json(job.output / "needle.json", sheet)
     draw_heatmap(sheet, job.output / "needle.png")
-    return flatten(sheet) | {"seconds": time.monotonic() - started}
+    numbers = flatten(sheet)
+    job.record.log(0, numbers)
+    job.record.artifact(job.output / "needle.png")
+    return numbers | {"seconds": time.monotonic() - started, "processes": job.world_size}
 
 
 def make_trials(section: Needle, tokenizer: PreTrainedTokenizerBase) -> list[Trial]:

@@ -1,0 +1,77 @@
+"""Loss curves of the training stages, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+_LOSS_NAMES = {
+    "align": "distance of attention outputs",
+    "distill": "distillation loss, nats a token",
+    "finetune": "cross entropy, nats a token",
+    "pretrain": "cross entropy, nats a token",
+}
+
+
+def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """One panel a stage: the loss of every step, faint, its running mean, the held-out losses. sheets: train.json."""
+    figure, axes = plt.subplots(1, len(sheets), figsize=(4.6 * len(sheets), 3.4), squeeze=False, layout="constrained")
+    for axis, (stage, sheet) in zip(axes[0], sheets.items(), strict=True):
+        steps, losses = np.array(sheet["losses"], dtype=float).T
+        axis.plot(steps, losses, color="#2a62b8", alpha=0.3, linewidth=0.8)
+        axis.plot(steps, _smooth(losses), color="#2a62b8", linewidth=1.8, label="training")
+        heldout = sheet.get("heldout_losses") or []
+        if heldout:
+            at, values = np.array(heldout, dtype=float).T
+            axis.plot(at, values, color="#c2571a", marker="o", markersize=4, linewidth=1.2, label="held out")
+        axis.set_title(stage)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(_LOSS_NAMES.get(stage, "loss"))
+        if stage in ("align", "distill"):
+            axis.set_yscale("log")
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """The align loss of every layer over the steps, early layers dark; False, and no file, where none was logged."""
+    names = sorted({key for row in rows for key in row if key.startswith("layer_")})
+    if not names:
+        return False
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(names)))
+    for name, shade in zip(names, shades, strict=True):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        steps, losses = np.array(points, dtype=float).T
+        axis.plot(steps, _smooth(losses), color=shade, linewidth=1.4, label=name.replace("_", " "))
+    axis.set_yscale("log")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel(_LOSS_NAMES["align"])
+    axis.grid(alpha=0.25, which="both")
+    if len(names) <= 16:
+        axis.legend(frameon=False, fontsize=8, ncols=2)
+    else:
+        bounds = mpl.colors.Normalize(0, len(names) - 1)
+        figure.colorbar(mpl.cm.ScalarMappable(bounds, "viridis"), ax=axis, label="layer")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a fiftieth of the curve, with shorter windows at its beginning."""
+    width = max(1, len(values) // 50)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)

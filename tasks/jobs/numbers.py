@@ -1,0 +1,56 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+NONE = "–"
+
+
+def plain(value: float | None, digits: int = 4) -> str:
+    """1.2346, or a dash."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def measured(estimate: Mapping[str, float | None] | None, digits: int = 4) -> str:
+    """1.2346 ± 0.0012."""
+    if estimate is None or estimate["value"] is None:
+        return NONE
+    error = estimate.get("stderr")
+    return plain(estimate["value"], digits) if error is None else f"{estimate['value']:.{digits}f} ± {error:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """97.3 %."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def rate_of(cell: Mapping[str, float] | None) -> str:
+    """80 % ± 7 of a needle cell, or "not run"."""
+    if not cell:
+        return "not run"
+    return f"{100 * cell['mean']:.0f} % ± {100 * cell['stderr']:.0f}"
+
+
+def count(value: float | None) -> str:
+    """12,345."""
+    return NONE if value is None else f"{round(value):,}"
+
+
+def duration(seconds: float | None) -> str:
+    """42 s, 3.5 min, 2.1 h."""
+    if seconds is None:
+        return NONE
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def gibibytes(size: float | None) -> str:
+    """1.25 GiB."""
+    return NONE if size is None else f"{size / 1024**3:.2f} GiB"
+
+
+def dollars(value: float | None) -> str:
+    """$12.30."""
+    return NONE if value is None else f"${value:,.2f}"

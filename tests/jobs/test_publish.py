@@ -1,0 +1,249 @@
+"""publish: a report that can be checked, a card that does not flatter, a model that loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from radlads.model.student import load_student
+from radlads.tasks.job import InputRef
+from radlads.tasks.jobs import evaluate, needle, plan, publish, tokens, transplant
+from radlads.tasks.jobs.blocks import Code, Heading, Table, Text, Verdict, render_markdown
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.html_page import render_html
+from radlads.tasks.jobs.verdicts import judge
+from radlads.tasks.recipe import Recipe, load_recipe, parse_recipe
+from radlads.tasks.specs import (
+    EvaluateSpec,
+    NeedleSpec,
+    PlanReport,
+    PlanSpec,
+    PublishSpec,
+    TokenizeSpec,
+    TrainSpec,
+    TransplantSpec,
+)
+
+
+@pytest.fixture
+def recipe(teacher_folder: Path, tmp_path: Path, stories: list[str]) -> Recipe:
+    (tmp_path / "stories.txt").write_text("\n---\n".join(stories), encoding="utf-8")
+    source = {"kind": "files", "paths": [str(tmp_path / "stories.txt")], "separator": "\n---\n"}
+    training = {"tokens": 2048, "context": 64, "batch": 4}
+    return parse_recipe(
+        {
+            "name": "tiny",
+            "description": "A tiny random teacher.",
+            "teacher": {"path": str(teacher_folder)},
+            "student": {"attention_layers": [1]},
+            "data": {"train": {"sources": [source], "heldout_fraction": 0.1}},
+            "align": training,
+            "distill": training,
+            "evaluate": {"context": 32, "heldout_tokens": 512},
+            "needle": {"lengths": [160], "depths": [0.0, 1.0], "max_new_tokens": 4},
+            "publish": {"license": "mit"},
+        }
+    )
+
+
+def train_like(job: Job) -> dict[str, Any]:
+    """What a training job leaves behind, without the training."""
+    shutil.copytree(job.input("student") / "model", job.output / "model")
+    losses = [[step, 2.0 / step] for step in range(1, 9)]
+    sheet = {"losses": losses, "heldout_losses": [[8, 0.3]], "objective": job.typed.objective}
+    (job.output / "train.json").write_text(json.dumps(sheet))
+    rows = [{"step": s, "loss": value, "layer_00": value, "layer_01": value / 2} for s, value in losses]
+    (job.output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"seconds": 12.5, "tokens": 2048, "memory_bytes": 1 << 28, "gpu_hours": 0.0}
+
+
+@pytest.fixture
+def run_all(
+    make_job: Any, run_main: Any, reference: Any, recipe: Recipe
+) -> Callable[..., tuple[Path, Any, dict[str, Any]]]:
+    """Every stage of the recipe but real training; returns (report folder, its manifest, inputs)."""
+
+    def run(**publish_options: Any) -> tuple[Path, Any, dict[str, InputRef]]:
+        inputs: dict[str, InputRef] = {}
+
+        def stage(name: str, main: Any, spec: Any, given: dict[str, InputRef], key: str | None = None) -> Job:
+            job: Job = make_job(name, spec, given)
+            run_main(main, job)
+            inputs[key or name] = reference(job)
+            return job
+
+        job = stage("plan", plan.main, PlanSpec(recipe=recipe), {})
+        planned = PlanReport.model_validate_json((Path(job.spec.output_uri) / "plan.json").read_text())
+        teacher = planned.teacher
+        assert teacher is not None
+        stage(
+            "tokenize",
+            tokens.main,
+            TokenizeSpec(
+                name="train",
+                dataset=recipe.data["train"],
+                files=planned.files["train"],
+                tokenizer=planned.tokenizer,
+                tokenizer_fingerprint=planned.tokenizer_fingerprint,
+                teacher=None,
+            ),
+            {},
+            "data-train",
+        )
+        stage("transplant", transplant.main, TransplantSpec(teacher=teacher, student=recipe.student), {})
+        data = inputs["data-train"]
+        for name, before in (("align", "transplant"), ("distill", "align")):
+            spec = TrainSpec(objective=name, section=getattr(recipe, name), teacher=teacher)
+            stage(name, train_like, spec, {"student": inputs[before], "data": data})
+        given = {"student": inputs["distill"], "transplant": inputs["transplant"], "align": inputs["align"]}
+        stage("evaluate", evaluate.main, EvaluateSpec(section=recipe.evaluate, teacher=teacher), given | {"data": data})
+        spec = NeedleSpec(section=recipe.needle, teacher=teacher, training_length=200)
+        stage("needle", needle.main, spec, {"student": inputs["distill"]})
+        section = recipe.publish.model_copy(update=publish_options)
+        made = make_job("publish", PublishSpec(section=section, recipe=recipe), dict(inputs))
+        return Path(made.spec.output_uri), run_main(publish.main, made), inputs
+
+    return run
+
+
+def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe, tmp_path: Path):
+    folder, manifest, inputs = run_all()
+    markdown, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    for reference in inputs.values():
+        assert reference.digest in markdown
+        assert reference.digest in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count("<img") == 3
+    assert page.count("<h2") == len(re.findall(r'<a href="#', page)) >= 7
+    judged = json.loads((Path(inputs["evaluate"].uri) / "evaluate.json").read_text())
+    for text in (markdown, page):
+        assert f"{judged['models']['student']['kl']['value']:.4f}" in text
+        assert f"{judged['models']['align']['kl']['value']:.4f}" in text
+        assert "12 s" in text
+    assert {"losses.png", "layers.png", "needle.png", "recipe.yaml"} <= {p.name for p in folder.iterdir()}
+    assert manifest.metrics["kl"] == judged["models"]["student"]["kl"]["value"]
+    assert load_recipe(str(folder / "recipe.yaml")) == recipe
+
+
+def test_a_random_student_is_not_celebrated(run_all: Any):
+    folder, manifest, _ = run_all()
+    markdown = (folder / "report.md").read_text()
+    assert "The teacher itself finds 0 % of the needles" in markdown
+    assert "No harness task was run" in markdown
+    ratio = manifest.metrics["bits_per_byte_ratio"]
+    assert ("predicts text worse" in markdown) == (ratio > 1.03)
+
+
+def test_the_model_is_the_last_stages_with_a_card(run_all: Any, teacher_folder: Path):
+    folder, _, inputs = run_all()
+    model = folder / "model"
+    assert (model / "model.safetensors").read_bytes() == (
+        Path(inputs["distill"].uri) / "model" / "model.safetensors"
+    ).read_bytes()
+    card = (model / "README.md").read_text()
+    _, metadata, body = card.split("---\n", 2)
+    values = yaml.safe_load(metadata)
+    assert values["license"] == "mit"
+    assert values["pipeline_tag"] == "text-generation"
+    assert "base_model" not in values
+    for word in ("trust_remote_code=True", "arXiv 2505.03005", inputs["evaluate"].digest[:12], "Limits", "```yaml"):
+        assert word in body
+    # The recipe is the user's own and holds their paths; the rest of the card must not.
+    assert str(teacher_folder) not in body.split("## Recipe")[0]
+    assert AutoTokenizer.from_pretrained(model).eos_token_id == 2
+
+
+def test_large_shards_are_cut_anew(run_all: Any):
+    folder, _, _ = run_all(max_shard_bytes=40_000)
+    shards = list((folder / "model").glob("*.safetensors"))
+    assert len(shards) > 1
+    # No tensor is cut, so a shard is at most as large as the largest tensor or the limit.
+    assert max(shard.stat().st_size for shard in shards) < 60_000
+    assert load_student(folder / "model").config.attention_layers in ((1,), [1])
+    assert (folder / "model" / "README.md").is_file()
+
+
+def estimate(value: float, stderr: float = 0.001) -> dict[str, float]:
+    return {"value": value, "stderr": stderr}
+
+
+def evaluation(ratio: float = 1.01, tasks: dict[str, Any] | None = None, **kl: float) -> dict[str, Any]:
+    models = {name: {"kl": estimate(value), "bits_per_byte_ratio": estimate(ratio)} for name, value in kl.items()}
+    return {"models": {"teacher": {}} | models, "tasks": tasks or {}}
+
+
+def found(mean: float, stderr: float = 0.02, not_run: tuple[int, ...] = ()) -> dict[str, Any]:
+    cell = {"length": 1024, "mean": mean, "stderr": stderr}
+    return {"mean": mean, "stderr": stderr, "not_run": list(not_run), "at_training_length": cell}
+
+
+def say(evaluated: Any, needles: Any = None, stage: str = "distill", **metrics: float) -> dict[str, str]:
+    """Text → level."""
+    return {v.text: v.level for v in judge(evaluated, needles, needle_metrics=metrics, final_stage=stage)}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "level", "words"),
+    [
+        (None, "warning", "was not evaluated"),
+        (evaluation(1.02, student=0.1), "good", "2.0 % above the teacher's"),
+        (evaluation(0.99, student=0.1), "good", "1.0 % below the teacher's"),
+        (evaluation(1.08, student=0.1), "warning", "8.0 % above the teacher's"),
+        (evaluation(1.01, transplant=3.0, align=4.0, student=0.1), "warning", "align took the student away"),
+        (evaluation(1.01, align=0.2, student=0.3), "warning", "distill took the student away"),
+    ],
+)
+def test_text_verdicts(evaluated: Any, level: str, words: str):
+    said = say(evaluated)
+    assert [found for text, found in said.items() if words in text] == [level], said
+
+
+def test_leaving_the_teacher_in_finetune_is_a_note():
+    said = say(evaluation(1.0, align=0.5, distill=0.1, student=0.2), stage="finetune")
+    assert any("Finetuning follows the data" in text and level == "note" for text, level in said.items())
+
+
+def test_a_task_that_dropped_is_told():
+    task = {"teacher": {"acc": estimate(0.8, 0.01)}, "student": {"acc": estimate(0.6, 0.01)}}
+    said = say(evaluation(1.0, {"lambada": task}, student=0.1))
+    assert any("On lambada (acc) the student is 20.0 % behind" in text for text in said)
+    close = {"teacher": {"acc": estimate(0.8, 0.02)}, "student": {"acc": estimate(0.77, 0.02)}}
+    assert not any("behind" in text for text in say(evaluation(1.0, {"lambada": close}, student=0.1)))
+
+
+def test_needle_verdicts():
+    good = say(None, {"models": {"teacher": found(1.0), "student": found(0.95)}}, needle_at_training_length_ratio=0.95)
+    assert any("95 % of what its teacher finds" in text and level == "good" for text, level in good.items())
+    bad = say(None, {"models": {"teacher": found(1.0), "student": found(0.2)}}, needle_at_training_length_ratio=0.2)
+    assert any("does not retrieve" in text and level == "warning" for text, level in bad.items())
+    blind = say(None, {"models": {"teacher": found(0.1), "student": found(0.1)}}, needle_at_training_length_ratio=1.0)
+    assert any("no retrieval to keep" in text and level == "note" for text, level in blind.items())
+    lost = {"teacher": found(1.0), "student": found(0.94), "distill": found(1.0, 0.01)}
+    said = say(None, {"models": lost}, "finetune", needle_at_training_length_ratio=0.94)
+    assert any("Retrieval was lost after distill" in text and level == "warning" for text, level in said.items())
+    partly = {"teacher": found(1.0), "student": found(1.0, not_run=(4096,))}
+    said = say(None, {"models": partly}, needle_at_training_length_ratio=1.0)
+    assert any("was not run at 4096 tokens" in text for text in said)
+
+
+def test_both_renderings_escape_what_they_must(tmp_path: Path):
+    blocks = [
+        Heading("A & B"),
+        Text("x < y and `code <b>`"),
+        Verdict("warning", "<script>"),
+        Table(("", "a|b"), [("one", "2|3")], "cap"),
+        Code("<tag>", folded="open"),
+    ]
+    page = render_html("T <1>", blocks, tmp_path)
+    assert "<script>" not in page
+    assert "<code>code &lt;b&gt;</code>" in page
+    assert '<h2 id="a-b">A &amp; B</h2>' in page
+    assert "2\\|3" in render_markdown("T", blocks)
