@@ -69,7 +69,7 @@ _SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
 _PROGRESS_SECONDS = 1.0
 
 
-class _NoRecord:
+class NoRecord:
     """Stands in for MetricsRecord on every rank but the first, which alone keeps the record."""
 
     def _ignore(self, *_: object) -> None:
@@ -89,7 +89,7 @@ class Job:
     stop_requested: bool = False
     """SIGTERM was seen. A cooperative job saves what it has and raises Preempted."""
     _inputs: dict[str, Path] = field(default_factory=dict)
-    _record: MetricsRecord | _NoRecord | None = None
+    _record: MetricsRecord | NoRecord | None = None
     _store: Store | None = None
     _progress_at: float = 0.0
 
@@ -144,7 +144,7 @@ class Job:
         return self.store.key(self.spec.output_uri)
 
     @property
-    def record(self) -> MetricsRecord | _NoRecord:
+    def record(self) -> MetricsRecord | NoRecord:
         """metrics.jsonl and its MLflow mirror; on other ranks than the first it does nothing."""
         if self._record is None:
             if self.rank == 0:
@@ -152,7 +152,7 @@ class Job:
 
                 self._record = MetricsRecord(self.scratch / "metrics.jsonl", self.spec.tracking)
             else:
-                self._record = _NoRecord()
+                self._record = NoRecord()
         return self._record
 
     def input(self, name: str) -> Path:

@@ -51,4 +51,4 @@ def _without_compilation() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.compile = original  # type: ignore[assignment]
+        torch.compile = original

@@ -41,7 +41,7 @@ class StepResult:
     """Some rank was asked to stop."""
 
 
-def select_trainable(objective: nn.Module, section: Training) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def select_trainable(objective: Any, section: Training) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Freeze what the objective does not train; the rest by group (`mixer`, `rest`), in the student's own order.
 
     Names are the student's. Raises UserError if nothing is left to train.
@@ -134,10 +134,11 @@ class Engine:
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the reduced gradient (all of it without ZeRO)."""
         if not self._sharded:
-            for parameter in self.parameters.values():
-                if parameter.grad is None:  # unused in this step; ZeRO counts it as zero, so does this
-                    parameter.grad = torch.zeros_like(parameter)
-            return [parameter.grad for parameter in self.parameters.values()]
+            # Unused in this step: ZeRO takes the gradient for zero, and so does this.
+            missing = [parameter for parameter in self.parameters.values() if parameter.grad is None]
+            for parameter in missing:
+                parameter.grad = torch.zeros_like(parameter)
+            return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _clip(self, norm: float) -> None:

@@ -19,6 +19,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
     """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port."""
     import torch
     from torch import distributed
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     if distributed.is_initialized():
         return
@@ -28,7 +29,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=distributed.HashStore() if world_size == 1 else None,
+        store=HashStore() if world_size == 1 else None,
         rank=rank,
         world_size=world_size,
         timeout=_TIMEOUT,

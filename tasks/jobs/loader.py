@@ -21,7 +21,7 @@ import torch
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.permutation import permute
 
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Batch = dict[str, torch.Tensor]
 """input_ids [B, context + 1] int64; loss_mask [B, context + 1] bool, where the dataset has masks; document_ids [B,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +37,8 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
     """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
     if isinstance(spec.section, Pretrain):
         tokenizer = load_tokenizer(spec.section.tokenizer)
-        student = _fresh_model(spec.section, tokenizer).to(job.device, job.dtype)
+        student: Any = _fresh_model(spec.section, tokenizer)
+        student = student.to(job.device, job.dtype)
     else:
         folder = job.input("student") / "model"
         tokenizer = load_tokenizer(str(folder))
@@ -69,7 +71,8 @@ def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTr
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     try:
         config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **given})
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        causal_models: Any = AutoModelForCausalLM
+        model: PreTrainedModel = causal_models.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"pretrain.config: {' '.join(str(error).split())[:300]}") from error
     if config.vocab_size < len(tokenizer):
@@ -79,7 +82,8 @@ def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 def export_model(networks: Networks, folder: Path) -> None:
     """Write the trained network as a Hugging Face folder."""
-    student = networks.student.eval()
+    student: Any = networks.student
+    student.eval()
     if isinstance(student, RadladsForCausalLM):
         export_student(student, networks.tokenizer, folder)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ def seed_everything(seed: int) -> None:
 def read_random_state() -> Tensor:
     """The states of this process's generators [bytes] uint8; the length depends on the kind of device only."""
     _, words, spare = random.getstate()
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    twister: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, gauss = twister
     integers = np.concatenate([np.asarray(words, dtype="<u8"), keys.astype("<u8"), [position, has_gauss]]).astype("<u8")
     floats = np.asarray([np.nan if spare is None else spare, gauss], dtype="<f8")
     parts = [torch.from_numpy(np.frombuffer(integers.tobytes() + floats.tobytes(), dtype=np.uint8).copy())]

@@ -133,7 +133,8 @@ def _numbers(
 
 def _open_data(job: Job, networks: Networks) -> TokenDataset:
     dataset = open_dataset(job.input("data"))
-    rows = networks.student.get_input_embeddings().weight.shape[0]
+    embeddings: Any = networks.student.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if dataset.vocab_size > rows:
         raise UserError(
             f"the dataset was made with a tokenizer of {dataset.vocab_size} tokens, the model knows {rows}; "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from radlads.tasks.jobs.common import Job, write_json
+from radlads.tasks.jobs.common import Job, NoRecord, write_json
 from radlads.tasks.specs import TrainSpec
 
 
@@ -18,7 +18,9 @@ def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[s
     Seconds are the training steps' own, over every attempt of the job; start-up and saving are not in them.
     """
     section, resources = spec.section, job.spec.resources
-    rows = job.record.rows()
+    record = job.record
+    assert not isinstance(record, NoRecord), "the first rank keeps the record"
+    rows = record.rows()
     steps = [row for row in rows if "loss" in row and "seconds" in row]
     seconds = sum(row["seconds"] for row in steps)
     tokens = section.num_steps * section.batch * section.context
@@ -46,7 +48,7 @@ def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[s
         "dtype": str(job.dtype).removeprefix("torch."),
     }
     write_json(job.output / "train.json", sheet)
-    shutil.copyfile(job.record.path, job.output / "metrics.jsonl")
+    shutil.copyfile(record.path, job.output / "metrics.jsonl")
     return numbers
 
 

@@ -122,7 +122,7 @@ def test_retention_keeps_what_the_recipe_says(training):
 
 
 def test_a_request_to_stop_saves_and_says_so(training, whole, monkeypatch):
-    job = training.job("distill", "sigterm", checkpoint_every=1000, **RATES)
+    job = training.job("distill", "asked-to-stop", checkpoint_every=1000, **RATES)
     original = Engine.step
 
     def stepping(self, batches, rates, number, *, stop):

@@ -97,7 +97,7 @@ def whole(training) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def attempts(training) -> dict[str, tuple[Job, int]]:
     """Scenario → a job whose first attempt ended that way, and the exit code of its process."""
-    jobs = {scenario: training.job("distill", scenario, **SETTINGS) for scenario in SCENARIOS}
+    jobs = {scenario: training.job("distill", f"killed-{scenario}", **SETTINGS) for scenario in SCENARIOS}
     paths = json.dumps({scenario: str(job.scratch / "job.json") for scenario, job in jobs.items()})
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, paths], capture_output=True, text=True, timeout=500, check=False
