@@ -34,22 +34,18 @@ class Product:
 
 
 class Products:
-    """All inputs of a publish job."""
+    """All inputs of a publish job, and the datasets behind them (`datasets`)."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self.all = [
             Product(name, job.store.key(ref.uri), job.input_manifest(name)) for name, ref in job.spec.inputs.items()
         ]
+        self.datasets = self._find_datasets()
 
     def of_stage(self, stage: str) -> Product | None:
         """The product of a stage; None where the run does not have it."""
         return next((product for product in self.all if product.manifest.stage == stage), None)
-
-    @property
-    def datasets(self) -> list[Product]:
-        """The datasets."""
-        return [product for product in self.all if product.manifest.stage == "tokenize"]
 
     @property
     def stages(self) -> list[Product]:
@@ -64,6 +60,19 @@ class Products:
         if not models:
             raise UserError("publish needs a model: none of its inputs comes from a stage that makes one")
         return models[-1]
+
+    def _find_datasets(self) -> list[Product]:
+        """The datasets that were given, and those that the given products were made from."""
+        found = {p.manifest.digest: p for p in self.all if p.manifest.stage == "tokenize"}
+        for product in self.all:
+            for name, ref in product.manifest.inputs.items():
+                if name != "data" or ref.digest in found:
+                    continue
+                prefix = self._job.store.key(ref.uri)
+                manifest = self._job.store.read_manifest(prefix)
+                if manifest is not None:
+                    found[ref.digest] = Product(name, prefix, manifest)
+        return list(found.values())
 
     def sheet(self, stage: str, file: str) -> dict[str, Any] | None:
         """A JSON file of a stage's product; None where the run does not have the stage. Verified."""

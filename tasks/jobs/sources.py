@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.tasks.job import UserError
-from radlads.tasks.recipe import FilesSource, HubSource, RecallSource, Source
+from radlads.tasks.sections import FilesSource, RecallSource, Source
 from radlads.tasks.specs import FileRef, TeacherRef
 
 DEMO = "demo"
@@ -151,8 +151,10 @@ def pin_teacher(path: str, *, revision: str | None = None, trust_remote_code: bo
     """The teacher pinned by what it holds. Raises UserError when it cannot be reached or has no safetensors."""
     resolved = resolve_teacher_path(path)
     fingerprint = teacher_fingerprint(resolved, revision)
-    commit = fingerprint.rpartition("@")[2] if not Path(resolved).is_dir() else revision
-    return TeacherRef(path=path, revision=commit, trust_remote_code=trust_remote_code, fingerprint=fingerprint)
+    commit = pinned_commit(fingerprint)
+    return TeacherRef(
+        path=path, revision=commit or revision, trust_remote_code=trust_remote_code, fingerprint=fingerprint
+    )
 
 
 def teacher_fingerprint(resolved: str, revision: str | None = None) -> str:
@@ -184,9 +186,9 @@ def tokenizer_fingerprint(path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def has_hub_source(sources: Sequence[Source]) -> bool:
-    """Whether some source needs the network."""
-    return any(isinstance(source, HubSource) for source in sources)
+def pinned_commit(fingerprint: str) -> str | None:
+    """The commit that a hub fingerprint names; None of a folder's."""
+    return fingerprint.rpartition("@")[2] if fingerprint.startswith("hub:") else None
 
 
 def first_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from radlads.tasks.jobs.encode import Encoder, Part
 from radlads.tasks.jobs.reader import Reader
 from radlads.tasks.jobs.sampling import sample_sources
 from radlads.tasks.jobs.shards import Layout, write_dataset
-from radlads.tasks.jobs.sources import check_files, load_tokenizer, tokenizer_fingerprint
+from radlads.tasks.jobs.sources import check_files, load_tokenizer, pinned_commit, tokenizer_fingerprint
 from radlads.tasks.recipe import FilesSource, HubSource, SampleSource
 from radlads.tasks.specs import TokenizeSpec
 
@@ -78,7 +78,7 @@ def main(job: Job) -> dict[str, Any] | None:
 
 def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
     """The tokenizer that the plan pinned. Raises UserError when it is another one by now."""
-    revision = spec.teacher.revision if spec.teacher else None
+    revision = pinned_commit(spec.tokenizer_fingerprint)
     if tokenizer_fingerprint(spec.tokenizer, revision) != spec.tokenizer_fingerprint:
         raise UserError(f"the tokenizer at {spec.tokenizer} is not the one the plan saw; start a new run")
     trusted = spec.teacher.trust_remote_code if spec.teacher else False

@@ -151,10 +151,12 @@ def test_the_job_judges_every_model_on_the_same_prompts(judge: Any):
     assert picture.shape[1] > picture.shape[0] > 100
 
 
-def test_a_model_that_finds_everything_is_all_green(judge: Any, monkeypatch: pytest.MonkeyPatch):
-    def oracle(_model: Any, tokenizer: Any, prompts: Sequence[list[int]], _new: int) -> list[str]:
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
-        return [text.split("The magic number of the ")[1].split(" is ")[1].split(".")[0] for text in texts]
+def test_a_model_that_finds_everything_is_all_green(judge: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    trials = needle.make_trials(SECTION, load_tokenizer(str(teacher_folder)))
+    answers = {tuple(trial.case.prompt_ids): f" {trial.case.answer}." for trial in trials}
+
+    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], _new: int) -> list[str]:
+        return [answers[tuple(prompt)] for prompt in prompts]
 
     monkeypatch.setattr(needle, "generate", oracle)
     _, metrics = judge({"student": {}})

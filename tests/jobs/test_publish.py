@@ -108,7 +108,9 @@ def run_all(
         spec = NeedleSpec(section=recipe.needle, teacher=teacher, training_length=200)
         stage("needle", needle.main, spec, {"student": inputs["distill"]})
         section = recipe.publish.model_copy(update=publish_options)
-        made = make_job("publish", PublishSpec(section=section, recipe=recipe), dict(inputs))
+        # As the flow does: no dataset among the inputs, and the finished model once more under its own name.
+        handed = {name: ref for name, ref in inputs.items() if name != "data-train"} | {"student": inputs["distill"]}
+        made = make_job("publish", PublishSpec(section=section, recipe=recipe), handed)
         return Path(made.spec.output_uri), run_main(publish.main, made), inputs
 
     return run

@@ -18,7 +18,7 @@ from radlads.tasks.job import UserError
 from radlads.tasks.jobs import tokens
 from radlads.tasks.jobs.chat import render_chat
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.documents import Document
+from radlads.tasks.jobs.documents import Document, iterate_documents
 from radlads.tasks.jobs.encode import Encoder
 from radlads.tasks.jobs.sources import (
     load_tokenizer,
@@ -28,7 +28,7 @@ from radlads.tasks.jobs.sources import (
     resolve_teacher_path,
     tokenizer_fingerprint,
 )
-from radlads.tasks.recipe import Dataset
+from radlads.tasks.sections import Dataset, RecallSource
 from radlads.tasks.specs import TokenizeSpec
 
 MakeJob = Callable[..., Job]
@@ -231,13 +231,19 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer_folder: Path):
         render_chat(tokenizer, turns)
 
 
-def test_recall_documents_hold_their_answers(tokenize: Any, tokenizer_folder: Path):
-    folder, index = tokenize([{"kind": "recall", "documents": 30, "lengths": [200, 300]}], heldout_fraction=0.2)
+def test_recall_documents_are_made_one_by_one(tokenize: Any, tokenizer_folder: Path):
+    raw = {"kind": "recall", "documents": 30, "lengths": [200, 300]}
+    folder, index = tokenize([raw], heldout_fraction=0.2)
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    flat = stream(folder, index, "train")
-    starts = np.fromfile(folder / index["splits"]["train"]["boundaries_file"], "<u8")
-    for ids in np.split(flat, starts[1:]):
-        assert "What is the magic number of the" in tokenizer.decode(ids)
+    found = []
+    for split in ("train", "heldout"):
+        starts = np.fromfile(folder / index["splits"][split]["boundaries_file"], "<u8")
+        found += [tokenizer.decode(ids[:-1]) for ids in np.split(stream(folder, index, split), starts[1:])]
+    source = RecallSource.model_validate(raw)
+    texts = [document.text for document in iterate_documents(source, tokenizer=tokenizer)]
+    assert sorted(found) == sorted(texts)
+    skipped = [document.text for document in iterate_documents(source, tokenizer=tokenizer, skip=20)]
+    assert skipped == texts[20:]
 
 
 @pytest.mark.parametrize(
