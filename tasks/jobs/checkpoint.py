@@ -32,7 +32,7 @@ from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.ending import write_json
 from radlads.tasks.jobs.engine import Engine
 from radlads.tasks.jobs.random_state import gather_random_states, seed_everything, write_random_state
-from radlads.tasks.store import CorruptArtifact, StoreError
+from radlads.tasks.store import CorruptArtifact
 
 logger = logging.getLogger("radlads")
 
@@ -174,6 +174,9 @@ class Checkpoints:
         else:
             seed_everything(self.seed + self.job.rank + (step << 20))  # more ranks than before
         self._restore_record(folder, step)
+        self.job.barrier()
+        if self.job.local_rank == 0:
+            shutil.rmtree(self._marker.parent, ignore_errors=True)
         logger.info("continuing from the checkpoint of step %d", step)
         return step
 
@@ -195,7 +198,7 @@ class Checkpoints:
                     "or put the recipe back as it was"
                 )
             self._fetch(step)
-        except (CorruptArtifact, StoreError) as error:
+        except CorruptArtifact as error:  # anything else, an outage above all, must not cost the work done
             logger.warning("passing over the checkpoint of step %d: %s", step, error)
             return False
         return True

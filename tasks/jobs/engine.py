@@ -86,7 +86,7 @@ class Engine:
         self._adam = _adamw(chosen, section)
         stage = _usable_stage(zero_stage, dtype)
         self._engine = _initialize(
-            objective.to(device), self._adam, _config(stage, device, dtype, micro_batch, num_micro, self._largest())
+            objective.to(device), self._adam, _config(stage, dtype, micro_batch, num_micro, self._elements())
         )
         self._sharded = stage > 0
         self.objective = objective
@@ -124,12 +124,13 @@ class Engine:
         if not self._sharded:
             square = square / world  # every rank holds the whole gradient
         means = [value.reshape(()).to(self.device) / world for value in seen.values()]
-        told = torch.stack([square.to(self.device), square.new_tensor(float(stop), device=self.device), *means])
+        stops = torch.full((), float(stop), dtype=torch.float64, device=self.device)
+        told = torch.stack([square.to(self.device), stops, *means])
         if world > 1:
             distributed.all_reduce(told)
-        total, stops, *values = told.tolist()
+        total, stopping, *values = told.tolist()
         metrics = dict(zip(seen, values, strict=True))
-        return StepResult(metrics, math.sqrt(total) if total >= 0 else math.nan, stops > 0)
+        return StepResult(metrics, math.sqrt(total) if total >= 0 else math.nan, stopping > 0)
 
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the reduced gradient (all of it without ZeRO)."""
@@ -146,7 +147,7 @@ class Engine:
         if scale < 1:
             torch._foreach_mul_(self._gradients(), scale)
 
-    def _largest(self) -> int:
+    def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     # State, by parameter name
@@ -226,16 +227,13 @@ def _usable_stage(asked: int, dtype: torch.dtype) -> int:
     return asked
 
 
-def _config(
-    stage: int, device: torch.device, dtype: torch.dtype, micro_batch: int, num_micro: int, elements: int
-) -> dict[str, Any]:
+def _config(stage: int, dtype: torch.dtype, micro_batch: int, num_micro: int, elements: int) -> dict[str, Any]:
     """DeepSpeed's configuration: nothing that it does by itself, where we do it (clip, overflow, rates, printing)."""
-    several = distributed.get_world_size() > 1
     zero: dict[str, Any] = {"stage": stage}
     if stage > 0:
         zero |= {
             "contiguous_gradients": True,
-            "overlap_comm": device.type == "cuda" and several,
+            "overlap_comm": False,  # it waits for the device after every backward pass
             "reduce_bucket_size": max(2, min(_BUCKET, elements)),
             "allgather_bucket_size": 2 * max(1, min(_BUCKET, elements) // 2),
             "compute_grad_norm": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def export_model(networks: Networks, folder: Path) -> None:
     """Write the trained network as a Hugging Face folder."""
     student: Any = networks.student
     student.eval()
+    shutil.rmtree(folder, ignore_errors=True)  # what an attempt that died here left
     if isinstance(student, RadladsForCausalLM):
         export_student(student, networks.tokenizer, folder)
         return

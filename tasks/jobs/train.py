@@ -72,6 +72,8 @@ def main(job: Job) -> dict[str, Any]:
     with Checkpoints(job, engine, seed=section.seed, keep=section.keep_checkpoints) as checkpoints:
         start = checkpoints.restore()
         job.record.rewind(start)
+        if start == 0 and section.heldout_every:
+            job.record.log(0, heldout())
         _train(job, section, engine, plan, checkpoints, heldout, start)
         final = heldout()
     job.record.log(section.num_steps, final)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from radlads.tasks.job import UserError
+from radlads.tasks.jobs import engine as engine_module
 from radlads.tasks.jobs.engine import Engine, select_trainable
 from radlads.tasks.jobs.group import join_group
 from radlads.tasks.recipe import Finetune, Optimizer
@@ -91,6 +92,18 @@ def test_bf16_parameters_have_masters_that_hold_more():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(master.bfloat16(), parameter)
     assert not torch.equal(engine.read("0.weight")["param"], engine.parameters["0.weight"].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("bucket", [100, 300])
+def test_the_size_of_a_reduction_changes_nothing(zero_stage, dtype, bucket, monkeypatch):
+    rates = {"mixer": 0.0, "rest": 1e-2}
+    whole = make_engine(Toy(), zero_stage, dtype)
+    monkeypatch.setattr(engine_module, "_BUCKET", bucket)  # smaller than the largest parameters
+    pieces = make_engine(Toy(), zero_stage, dtype)
+    for step in range(3):
+        assert whole.step(batches(step), rates, step, stop=False) == pieces.step(batches(step), rates, step, stop=False)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])

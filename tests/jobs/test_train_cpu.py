@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,42 @@ def test_twenty_steps_follow_the_golden_curve(training, trained, golden, stage):
         assert curve[step] == pytest.approx(loss, rel=2e-3), f"step {step}"
 
 
+@pytest.mark.parametrize("stage", ["distill", "pretrain"])
+def test_recomputed_activations_give_the_same_curve(training, stage):
+    curves = []
+    for recompute in (False, True):
+        job = training.job(stage, f"recompute-{recompute}", gradient_checkpointing=recompute, tokens=5 * 128, **RATES)
+        assert execute(train.main, job) == "done", training.ending(job)
+        curves.append([loss for _, loss in training.curve(job)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_documents_can_be_kept_apart(training, stage):
+    job = training.job(stage, "apart", reset_at_documents=True, tokens=2 * 128, **RATES)
+    assert execute(train.main, job) == "done", training.ending(job)
+    assert len(training.curve(job)) == 2
+
+
+def test_assistant_only_without_masks_is_refused(training):
+    job = training.job("finetune", "unmasked", assistant_only=True)
+    assert execute(train.main, job) == "config"
+    assert "messages_field" in training.ending(job)["message"]
+
+
+def test_a_dataset_of_a_larger_vocabulary_is_refused(training, monkeypatch):
+    job = training.job("finetune", "vocabulary")
+    opened = train.open_dataset
+    monkeypatch.setattr(train, "open_dataset", lambda folder: replace(opened(folder), vocab_size=401))
+    assert execute(train.main, job) == "config"
+    assert "tokenizer of 401 tokens, the model knows 400" in training.ending(job)["message"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_lowers_the_heldout_loss(trained, stage):
     report = json.loads((trained[stage].output / "train.json").read_text())
     losses = dict(report["heldout_losses"])
-    assert losses[20] < losses[10] < report["first_loss"]
+    assert losses[20] < losses[10] < losses[0]
     assert report["heldout/loss"] == losses[20]
 
 
