@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from radlads.kernels.wkv7.check import check_bounds, check_inputs
-from radlads.kernels.wkv7.chunked import wkv7_chunked
-from radlads.kernels.wkv7.reference import wkv7_reference
+from radlads.kernels.wkv7.dispatch import choose_operator, why_not_triton
 from radlads.kernels.wkv7.step import wkv7_step_torch
 
 Backend = Literal["reference", "chunked", "triton"]
@@ -43,12 +43,10 @@ def wkv7(
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
     """
     check_inputs(r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, initial_state, cu_seqlens)
-    name = backend or _default_backend(v_BTHV)
-    if name not in _BACKENDS:
-        raise ValueError(f"wkv7: unknown backend {name!r}; choose from {', '.join(_BACKENDS)}")
-    if cu_seqlens is not None and (name != "triton" or not cu_seqlens.is_cuda):
+    operator = choose_operator(backend, v_BTHV, k_BTHK.shape[-1])
+    if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
         check_bounds(cu_seqlens, v_BTHV.shape[1])
-    return _BACKENDS[name](
+    return operator(
         r_BTHK,
         log_decay_BTHK,
         k_BTHK,
@@ -76,11 +74,10 @@ def wkv7_step(
             )
     if v_BHV.shape != (B, H, V):
         raise ValueError(f"wkv7_step: v must be {(B, H, V)} to fit the state {(B, H, K, V)}, got {tuple(v_BHV.shape)}")
-    return wkv7_step_torch(r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK, state_BHKV)
+    inputs = (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK)
+    fits = state_BHKV.is_cuda and state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
+    if fits and why_not_triton(v_BHV, K) is None:
+        from radlads.kernels.wkv7.triton_step import wkv7_step_triton
 
-
-def _default_backend(v: Tensor) -> Backend:
-    return "chunked"
-
-
-_BACKENDS = {"reference": wkv7_reference, "chunked": wkv7_chunked}
+        return wkv7_step_triton(*inputs, state_BHKV)
+    return wkv7_step_torch(*inputs, state_BHKV)

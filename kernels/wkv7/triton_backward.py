@@ -5,15 +5,16 @@ log decay for a tile of key columns. Never transposes the result of a dot: trans
 operands (transposing a dot's result into another dot is miscompiled by several Triton releases on Hopper).
 """
 
+# ruff: noqa: SIM102 -- a compile-time condition must stay apart from a run-time one
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from radlads.kernels.wkv7.triton_common import gates, load_tile, locate, locate_sequence, store_tile
+from radlads.kernels.wkv7.triton_common import LENGTHS, gates, load_tile, locate, locate_sequence, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scan_back_kernel(
     L, Q, decay, enter, dout, dstates, dhT, dh0, cu_seqlens, offsets, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -35,9 +36,7 @@ def scan_back_kernel(
         chunk = (slot + step) * H + head
         token = first + step * C + i
         rows = step * C + i < length
-        Lx = load_tile(
-            L, chunk * (K * K) + x[:, None] * K + x[None, :], (x < K)[:, None] & (x < K)[None, :], MASK_K
-        )
+        Lx = load_tile(L, chunk * (K * K) + x[:, None] * K + x[None, :], (x < K)[:, None] & (x < K)[None, :], MASK_K)
         Qx = load_tile(
             Q, token[:, None] * (H * K) + head * K + x[None, :], rows[:, None] & (x < K)[None, :], TAIL or MASK_K
         )
@@ -54,13 +53,13 @@ def scan_back_kernel(
     store_tile(dh0, at_state, dh, in_state, MASK_K or MASK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def values_kernel(
     r, w, k, v, a, b, dout, states, dstates, inverse, U, X, dv, cu_seqlens, offsets, num_sequences, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     TAIL: tl.constexpr, PACKED: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """BV value columns of one chunk: U = T (Aak v + ac h), X = dX = Tᵀ (Aqbᵀ do + bc l), dv. Loops over tiles of BK keys."""
+    """BV value columns of one chunk: U = T (Aak v + ac h), X = dX = Tᵀ (Aqbᵀ do + bc l), dv. Loops over BK keys."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0).to(tl.int64)
     tile, chunk = program % TILES, program // TILES
@@ -82,11 +81,11 @@ def values_kernel(
     u = tl.zeros([C, BV], tl.float32)
     du = tl.zeros([C, BV], tl.float32)
     acc = tl.zeros([C, BV], tl.float32)
-    for start in tl.static_range(0, K, BK):
+    for start in tl.range(0, K, BK):
         x = start + tl.arange(0, BK)
         at_k = token[:, None] * (H * K) + head * K + x[None, :]
         in_k = rows[:, None] & (x < K)[None, :]
-        g, ge, m, last = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
+        g, ge, m, _ = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
         write = tl.exp2(m[None, :] - g)
         ac = (load_tile(a, at_k, in_k, MASK_K) * tl.exp2(ge - m[None, :])).to(DT)
         kc = (load_tile(k, at_k, in_k, MASK_K) * write).to(DT)
@@ -123,7 +122,7 @@ def values_kernel(
     store_tile(dv, at_v, acc, in_v, MASK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def keys_kernel(
     r, w, k, v, a, b, dout, states, dstates, U, X, dr, dw, dk, da, db,
     cu_seqlens, offsets, num_sequences, T, num_chunks, H,
@@ -149,62 +148,47 @@ def keys_kernel(
     MASK_KV: tl.constexpr = (K % BK != 0) or (V % BV != 0)
     token = first + i
     rows = i < length
+    at_k = token[:, None] * (H * K) + head * K + x[None, :]
+    in_k = rows[:, None] & (x < K)[None, :]
+    strict = i[:, None] > i[None, :]
+    later = i[:, None] < i[None, :]
+
+    # reads: what r and a took from the writes before them and from the state
     dqk = tl.zeros([C, C], tl.float32)
     dqb = tl.zeros([C, C], tl.float32)
     dak = tl.zeros([C, C], tl.float32)
     dab = tl.zeros([C, C], tl.float32)
-    dqkT = tl.zeros([C, C], tl.float32)
-    dqbT = tl.zeros([C, C], tl.float32)
-    dakT = tl.zeros([C, C], tl.float32)
-    dabT = tl.zeros([C, C], tl.float32)
     same_k = tl.zeros([C], tl.float32)
     same_b = tl.zeros([C], tl.float32)
-    passed = tl.zeros([BK], tl.float32)
     zq = tl.zeros([C, BK], tl.float32)
     za = tl.zeros([C, BK], tl.float32)
-    yk = tl.zeros([C, BK], tl.float32)
-    yb = tl.zeros([C, BK], tl.float32)
-    for start in tl.static_range(0, V, BV):
+    for start in tl.range(0, V, BV):
         y = start + tl.arange(0, BV)
         at_v = token[:, None] * (H * V) + head * V + y[None, :]
         in_v = rows[:, None] & (y < V)[None, :]
-        xv = load_tile(v, at_v, in_v, MASK_V).to(RT)
         do = load_tile(dout, at_v, in_v, MASK_V).to(RT)
-        u = load_tile(U, at_v, in_v, MASK_V).to(RT)
         dx = load_tile(X, at_v, in_v, MASK_V).to(RT)
-        at_kv = chunk * (K * V) + x[:, None] * V + y[None, :]
-        in_kv = (x < K)[:, None] & (y < V)[None, :]
-        h = load_tile(states, at_kv, in_kv, MASK_KV).to(RT)
-        dh = load_tile(dstates, at_kv, in_kv, MASK_KV).to(RT)
+        xv = load_tile(v, at_v, in_v, MASK_V).to(RT)
+        u = load_tile(U, at_v, in_v, MASK_V).to(RT)
+        h = load_tile(
+            states, chunk * (K * V) + x[:, None] * V + y[None, :], (x < K)[:, None] & (y < V)[None, :], MASK_KV
+        ).to(RT)
         same_k += tl.sum(do.to(tl.float32) * xv.to(tl.float32), 1)
         same_b += tl.sum(do.to(tl.float32) * u.to(tl.float32), 1)
-        passed += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1)
         dqk = tl.dot(do, tl.trans(xv), dqk, input_precision=IP)
         dqb = tl.dot(do, tl.trans(u), dqb, input_precision=IP)
         dak = tl.dot(dx, tl.trans(xv), dak, input_precision=IP)
         dab = tl.dot(dx, tl.trans(u), dab, input_precision=IP)
-        dqkT = tl.dot(xv, tl.trans(do), dqkT, input_precision=IP)
-        dqbT = tl.dot(u, tl.trans(do), dqbT, input_precision=IP)
-        dakT = tl.dot(xv, tl.trans(dx), dakT, input_precision=IP)
-        dabT = tl.dot(u, tl.trans(dx), dabT, input_precision=IP)
         zq = tl.dot(do, tl.trans(h), zq, input_precision=IP)
         za = tl.dot(dx, tl.trans(h), za, input_precision=IP)
-        yk = tl.dot(xv, tl.trans(dh), yk, input_precision=IP)
-        yb = tl.dot(u, tl.trans(dh), yb, input_precision=IP)
-
-    at_k = token[:, None] * (H * K) + head * K + x[None, :]
-    in_k = rows[:, None] & (x < K)[None, :]
-    g, ge, m, last = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
+    g, ge, m, _ = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
     write = tl.exp2(m[None, :] - g)
     read = tl.exp2(g - m[None, :])
-    qc = load_tile(r, at_k, in_k, MASK_K) * read
+    read_a = tl.exp2(ge - m[None, :])
     kc = load_tile(k, at_k, in_k, MASK_K) * write
     bc = load_tile(b, at_k, in_k, MASK_K) * write
-    read_a = tl.exp2(ge - m[None, :])
+    qc = load_tile(r, at_k, in_k, MASK_K) * read
     ac = load_tile(a, at_k, in_k, MASK_K) * read_a
-    strict = i[:, None] > i[None, :]
-    later = i[:, None] < i[None, :]
-
     zq = tl.dot(tl.where(strict, dqk, 0.0).to(DT), kc.to(DT), zq, input_precision=IP)
     zq = tl.dot(tl.where(strict, dqb, 0.0).to(DT), bc.to(DT), zq, input_precision=IP)
     pairs = qc * zq
@@ -214,15 +198,43 @@ def keys_kernel(
     za = tl.dot(tl.where(strict, dab, 0.0).to(DT), bc.to(DT), za, input_precision=IP)
     store_tile(da, at_k, za * read_a, in_k, MASK_K)
     reading = ac * za
-    pairs += reading
+    grad = tl.cumsum(pairs + reading, 0, reverse=True) - reading
+
+    # writes: what k and b gave to the reads after them and to the state
+    dqkT = tl.zeros([C, C], tl.float32)
+    dqbT = tl.zeros([C, C], tl.float32)
+    dakT = tl.zeros([C, C], tl.float32)
+    dabT = tl.zeros([C, C], tl.float32)
+    passed = tl.zeros([BK], tl.float32)
+    yk = tl.zeros([C, BK], tl.float32)
+    yb = tl.zeros([C, BK], tl.float32)
+    for start in tl.range(0, V, BV):
+        y = start + tl.arange(0, BV)
+        at_v = token[:, None] * (H * V) + head * V + y[None, :]
+        in_v = rows[:, None] & (y < V)[None, :]
+        do = load_tile(dout, at_v, in_v, MASK_V).to(RT)
+        dx = load_tile(X, at_v, in_v, MASK_V).to(RT)
+        xv = load_tile(v, at_v, in_v, MASK_V).to(RT)
+        u = load_tile(U, at_v, in_v, MASK_V).to(RT)
+        at_kv = chunk * (K * V) + x[:, None] * V + y[None, :]
+        in_kv = (x < K)[:, None] & (y < V)[None, :]
+        h = load_tile(states, at_kv, in_kv, MASK_KV)
+        dh = load_tile(dstates, at_kv, in_kv, MASK_KV).to(RT)
+        passed += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1)
+        dqkT = tl.dot(xv, tl.trans(do), dqkT, input_precision=IP)
+        dakT = tl.dot(xv, tl.trans(dx), dakT, input_precision=IP)
+        dqbT = tl.dot(u, tl.trans(do), dqbT, input_precision=IP)
+        dabT = tl.dot(u, tl.trans(dx), dabT, input_precision=IP)
+        yk = tl.dot(xv, tl.trans(dh), yk, input_precision=IP)
+        yb = tl.dot(u, tl.trans(dh), yb, input_precision=IP)
     leaving = kc * yk + bc * yb
     inside = tl.dot(tl.where(later, dqkT, 0.0).to(DT), qc.to(DT), input_precision=IP)
     inside = tl.dot(tl.where(later, dakT, 0.0).to(DT), ac.to(DT), inside, input_precision=IP)
-    pairs -= kc * inside
+    pairs = kc * inside
     store_tile(dk, at_k, (inside + yk + same_k[:, None] * qc) * write, in_k, MASK_K)
     inside = tl.dot(tl.where(later, dqbT, 0.0).to(DT), qc.to(DT), input_precision=IP)
     inside = tl.dot(tl.where(later, dabT, 0.0).to(DT), ac.to(DT), inside, input_precision=IP)
-    pairs -= bc * inside
+    pairs += bc * inside
     store_tile(db, at_k, (inside + yb + same_b[:, None] * qc) * write, in_k, MASK_K)
-    grad = tl.cumsum(pairs, 0, reverse=True) - reading + tl.cumsum(leaving, 0) - leaving + passed[None, :]
+    grad += tl.cumsum(leaving, 0) - leaving - tl.cumsum(pairs, 0, reverse=True) + passed[None, :]
     store_tile(dw, at_k, grad, in_k, MASK_K)

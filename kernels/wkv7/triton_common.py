@@ -4,12 +4,15 @@ A chunk slot is one chunk of one sequence. Dense: slot = sequence * num_chunks +
 `offsets[n] .. offsets[n + 1]`, found on the device by bisection, so that nothing waits for the host.
 """
 
+# ruff: noqa: RET505 -- of two compile-time branches only the taken one may exist
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Sizes that differ from call to call: one compiled kernel serves them all.
+LENGTHS = ("num_sequences", "T", "num_chunks", "H")
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: tl.constexpr)
 def gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
     """In log2: inclusive and exclusive cumulative decay [C,K], its value in the middle row and in the last row [K].
 
-    A bf16 decay times the ones of a triangle is exact, so the tensor cores may sum it; other dtypes are scanned in fp32.
+    A bf16 decay times the ones of a triangle is exact, so the tensor cores may sum it; others are scanned in fp32.
     """
     i = tl.arange(0, C)
     own = w.to(tl.float32) * LOG2E
@@ -87,8 +90,8 @@ def gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
 def unit_lower_inverse(blocks, A, C: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr):
     """(I - A)⁻¹ for strictly lower A [C,C] with `blocks` [C/16,16,16] on its diagonal; LEVELS = log2 C.
 
-    T <- T + T (A on the odd blocks of size s, left of the diagonal) T for s = 1, 2, ..., C/2: recursive substitution, every
-    intermediate an entry of a true inverse. The first four levels work on all diagonal blocks at once.
+    T <- T + T (A on the odd blocks of size s, left of the diagonal) T for s = 1, 2, ..., C/2: substitution by blocks,
+    every intermediate an entry of a true inverse. The first four levels work on all diagonal blocks at once.
     """
     NB: tl.constexpr = C // 16
     j = tl.arange(0, 16)

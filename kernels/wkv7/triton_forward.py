@@ -3,12 +3,14 @@
 Dims: C chunk, K and V head dims, BK and BV the powers of two that hold them (or tiles of them). Notation: README.md.
 """
 
+# ruff: noqa: SIM102 -- a compile-time condition must stay apart from a run-time one
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from radlads.kernels.wkv7.triton_common import (
+    LENGTHS,
     gates,
     load_tile,
     locate,
@@ -18,14 +20,14 @@ from radlads.kernels.wkv7.triton_common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def terms_kernel(
-    r, w, k, v, a, b, L, N, Q, O, decay, enter, inverse, cu_seqlens, offsets, num_sequences, T, num_chunks, H,
+    r, w, k, v, a, b, L, N, Q, partial, decay, enter, inverse, cu_seqlens, offsets, num_sequences, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     TAIL: tl.constexpr, PACKED: tl.constexpr, STORE: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr,
     DT: tl.constexpr, TT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: L [K,K], N [K,V], Q [C,K], O [C,V], log2 decay and entry [K], T [C,C] (if STORE)."""
+    """One chunk of one head: L [K,K], N [K,V], Q [C,K], partial [C,V], log2 decay and entry [K], T [C,C] (if STORE)."""
     program = tl.program_id(0).to(tl.int64)
     slot, head = program // H, program % H
     if PACKED:
@@ -82,17 +84,17 @@ def terms_kernel(
     Aqk = tl.where(lower, tl.dot(qc.to(DT), tl.trans(kc), input_precision=IP), 0.0).to(DT)
     store_tile(Q, at_k, tl.dot(Aqb, W, qc.to(tl.float32), input_precision=IP) * come, in_k, MASK_K)
     out = tl.dot(Aqb, U, tl.dot(Aqk, xv, input_precision=IP), input_precision=IP)
-    store_tile(O, at_v, out, in_v, MASK_V)
+    store_tile(partial, at_v, out, in_v, MASK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scan_kernel(
-    L, N, Q, O, decay, enter, out, states, h0, hT, cu_seqlens, offsets, T, num_chunks, H,
+    L, N, Q, partial, decay, enter, out, states, h0, hT, cu_seqlens, offsets, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     TAIL: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
     RT: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of the state of one head: o = O + Q h, h <- decay h + L h + N. Keeps e^m h before every chunk (if STORE)."""
+    """BV columns of one head: o = partial + Q h, h <- decay h + L h + N. Keeps e^m h before every chunk (if STORE)."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0).to(tl.int64)
     tile, n, head = program % TILES, program // TILES // H, program // TILES % H
@@ -110,9 +112,7 @@ def scan_kernel(
         chunk = (slot + step) * H + head
         token = first + step * C + i
         rows = step * C + i < length
-        Lx = load_tile(
-            L, chunk * (K * K) + x[:, None] * K + x[None, :], (x < K)[:, None] & (x < K)[None, :], MASK_K
-        )
+        Lx = load_tile(L, chunk * (K * K) + x[:, None] * K + x[None, :], (x < K)[:, None] & (x < K)[None, :], MASK_K)
         Qx = load_tile(
             Q, token[:, None] * (H * K) + head * K + x[None, :], rows[:, None] & (x < K)[None, :], TAIL or MASK_K
         )
@@ -120,12 +120,12 @@ def scan_kernel(
         Nx = load_tile(N, at_kv, in_state, MASK_K or MASK_V).to(tl.float32)
         at_o = token[:, None] * (H * V) + head * V + y[None, :]
         in_o = rows[:, None] & (y < V)[None, :]
-        Ox = load_tile(O, at_o, in_o, TAIL or MASK_V).to(tl.float32)
+        px = load_tile(partial, at_o, in_o, TAIL or MASK_V).to(tl.float32)
         through = tl.exp2(load_tile(decay, chunk * K + x, x < K, MASK_K))
         if STORE:
             come = tl.exp2(load_tile(enter, chunk * K + x, x < K, MASK_K))
             store_tile(states, at_kv, h * come[:, None], in_state, MASK_K or MASK_V)
         hx = h.to(RT)
-        store_tile(out, at_o, tl.dot(Qx.to(RT), hx, Ox, input_precision=IP), in_o, TAIL or MASK_V)
+        store_tile(out, at_o, tl.dot(Qx.to(RT), hx, px, input_precision=IP), in_o, TAIL or MASK_V)
         h = tl.dot(Lx.to(RT), hx, h * through[:, None] + Nx, input_precision=IP)
     store_tile(hT, at_state, h, in_state, MASK_K or MASK_V)

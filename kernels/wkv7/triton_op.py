@@ -15,7 +15,7 @@ from radlads.kernels.wkv7.triton_backward import keys_kernel, scan_back_kernel, 
 from radlads.kernels.wkv7.triton_forward import scan_kernel, terms_kernel
 from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, choose_numerics, current_backend, default_tuning
 
-_TRITON_TYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
+TRITON_TYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def wkv7_triton(
     return out, (final_state if output_final_state else None)
 
 
-def applicable(v: Tensor, K: int) -> str | None:
+def why_not_applicable(v: Tensor, K: int) -> str | None:
     """Why these tensors cannot go through the Triton kernels; None if they can."""
     if current_backend() != "interpreter" and not v.is_cuda:
         return f"the tensors are on {v.device}, not on a GPU"
@@ -126,7 +126,7 @@ def _forward(
     L = torch.empty(tiles, K, K, dtype=kind.store, device=v.device)
     N = torch.empty(tiles, K, V, dtype=kind.store, device=v.device)
     Q = torch.empty(r.shape, dtype=kind.store, device=v.device)
-    O = torch.empty(v.shape, dtype=kind.store, device=v.device)  # noqa: E741
+    partial = torch.empty(v.shape, dtype=kind.store, device=v.device)
     decay = torch.empty(tiles, K, dtype=torch.float32, device=v.device)
     enter = torch.empty_like(decay) if store else None
     inverse = torch.empty(tiles, C, C, dtype=kind.triangle, device=v.device) if store else None
@@ -134,14 +134,14 @@ def _forward(
     out = torch.empty_like(v)
     final = torch.empty(plan.num_sequences, H, K, V, dtype=torch.float32, device=v.device)
     terms_kernel[(tiles,)](
-        *inputs, L, N, Q, O, decay, enter, inverse, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, H,
+        *inputs, L, N, Q, partial, decay, enter, inverse, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, H,
         K=K, V=V, BK=_power(K), BV=_power(V), C=C, LEVELS=C.bit_length() - 1, TAIL=plan.tail,
         PACKED=plan.packed is not None, STORE=store, CUMULATE_BY_DOT=_by_dot(inputs[1]),
-        DT=kind.dot, TT=_TRITON_TYPES[kind.triangle], IP=kind.precision, num_warps=plan.tuning.terms_warps,
+        DT=kind.dot, TT=TRITON_TYPES[kind.triangle], IP=kind.precision, num_warps=plan.tuning.terms_warps,
     )  # fmt: skip
     scan = plan.tuning.scan
     scan_kernel[(plan.num_sequences * H * triton.cdiv(V, scan.values),)](
-        L, N, Q, O, decay, enter, out, states, h0, final, *plan.where, plan.T, plan.num_chunks, H,
+        L, N, Q, partial, decay, enter, out, states, h0, final, *plan.where, plan.T, plan.num_chunks, H,
         K=K, V=V, BK=_power(K), BV=scan.values, C=C, TAIL=plan.tail, PACKED=plan.packed is not None,
         INITIAL=h0 is not None, STORE=store, RT=kind.raw, IP=kind.precision, STAGES=scan.stages, num_warps=scan.warps,
     )  # fmt: skip

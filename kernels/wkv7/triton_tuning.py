@@ -53,39 +53,35 @@ class Numerics:
     precision: str
 
 
-def _small(K: int, V: int) -> Tuning:
-    size = max(16, min(64, triton.next_power_of_2(max(K, V))))
-    tile = Tile(size, size, 4)
-    return Tuning(32, 4, Scan(size, 4, 1), Scan(size, 4, 1), tile, tile)
+def default_tuning(K: int, V: int, backend: str) -> Tuning:
+    """The settings in use for these head sizes."""
+    wide = max(K, V)
+    if wide < 64 or backend == "interpreter":
+        size = max(16, min(64, triton.next_power_of_2(wide)))
+        return Tuning(32, 4, Scan(size, 4, 1), Scan(size, 4, 1), Tile(size, size, 4), Tile(size, size, 4))
+    if wide > 128:
+        return Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
+    if wide > 64:
+        return Tuning(32, 8, Scan(32, 8, 1), Scan(32, 8, 1), Tile(32, 64, 8), Tile(32, 64, 8))
+    warps = 4 if backend == "hip" else 8
+    return Tuning(32, 4, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, warps), Tile(64, 64, warps))
 
 
 def candidates(K: int, V: int, backend: str) -> list[Tuning]:
-    """Settings worth measuring for these head sizes, the default first."""
-    wide = max(K, V)
-    if wide < 64 or backend == "interpreter":
-        return [_small(K, V)]
-    if wide > 128:
-        tile = Tile(32, 32, 4)
-        return [Tuning(16, 8, Scan(32, 8, 1), Scan(32, 8, 1), tile, tile)]
-    warps = 4 if wide == 64 or backend == "hip" else 8
-    tile = Tile(32 if wide == 96 else 64, 32 if wide == 96 else 64, warps)
-    narrow = Tile(32, 32, 4)
-    scan = Scan(32, 4, 2)
-    found = [Tuning(32, warps, scan, scan, tile, tile)]
-    for chunk in (32, 64):
-        for terms_warps in (2, 4, 8):
-            for one in (tile, narrow, Tile(tile.keys, tile.values, 8)):
-                scan = Scan(32 if terms_warps == 4 else 64 if terms_warps == 8 else 16, 4, {2: 1, 4: 2, 8: 3}[terms_warps])
-                found.append(Tuning(chunk, terms_warps, scan, scan, one, one))
-    return list(dict.fromkeys(found))
-
-
-def default_tuning(K: int, V: int, backend: str) -> Tuning:
-    return candidates(K, V, backend)[0]
+    """Settings worth measuring, the default first. The i-th of them tries the i-th setting of every kernel."""
+    default = default_tuning(K, V, backend)
+    if not 64 <= max(K, V) <= 128 or backend == "interpreter":
+        return [default]
+    warps = (4, 8, 2, 4, 8, 4)
+    scans = (Scan(32, 4, 2), Scan(64, 4, 2), Scan(16, 4, 2), Scan(32, 4, 3), Scan(32, 2, 2), Scan(64, 8, 2))
+    tiles = (Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 32, 4), Tile(32, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8))
+    rows = zip(warps, scans, tiles, strict=True)
+    found = [Tuning(chunk, w, scan, scan, tile, tile) for w, scan, tile in rows for chunk in (32, 64)]
+    return list(dict.fromkeys([default, *found]))
 
 
 def choose_numerics(dtype: torch.dtype, backend: str) -> Numerics:
-    """bf16 goes through memory as bf16 and is multiplied as loaded; what a kernel makes of it keeps ten bits of mantissa."""
+    """bf16 goes through memory as bf16 and is multiplied as loaded; what kernels make of it keeps ten bits (tf32)."""
     if backend == "interpreter":
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         return Numerics(tl.float32, tl.float32, store, torch.float32, "ieee")
@@ -96,7 +92,7 @@ def choose_numerics(dtype: torch.dtype, backend: str) -> Numerics:
 
 
 def current_backend() -> str:
-    """"interpreter", "cuda" or "hip"."""
+    """ "interpreter", "cuda" or "hip"."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"

@@ -1,0 +1,122 @@
+"""Compile the Triton kernels for a GPU that this machine need not have: what CI can know about them.
+
+Swaps Triton's driver for one that only answers questions about the target, so use it in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from radlads.kernels.wkv7 import triton_backward, triton_forward, triton_step
+from radlads.kernels.wkv7.triton_op import TRITON_TYPES
+from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, choose_numerics, default_tuning
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+
+
+class _Utilities:
+    def __init__(self, shared_bytes: int) -> None:
+        self.shared_bytes = shared_bytes
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self.shared_bytes, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32
+        }  # fmt: skip
+
+
+class _Driver:
+    """Answers as a machine with one such GPU would; launches nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.utils = _Utilities(232448 if target.backend == "cuda" else 65536)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+
+def compile_wkv7(
+    name: str,
+    K: int,
+    V: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    ragged: bool = True,
+    tuning: Tuning | None = None,
+    numerics: Numerics | None = None,
+) -> dict[str, Any]:
+    """Compile every wkv7 kernel for `name`, a key of TARGETS: {kernel: what Triton made}. Raises what Triton raises."""
+    target = TARGETS[name]
+    driver.set_active(_Driver(target))
+    tuning = tuning or default_tuning(K, V, target.backend)
+    numerics = numerics or choose_numerics(dtype, target.backend)
+    return {
+        kernel.fn.__name__: kernel.warmup(*arguments, grid=(1,), **options)
+        for kernel, arguments, options in _launches(K, V, dtype, ragged, tuning, numerics)
+    }
+
+
+def _launches(
+    K: int, V: int, dtype: torch.dtype, ragged: bool, tuning: Tuning, kind: Numerics
+) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    x, f = torch.empty(64, dtype=dtype), torch.empty(64)
+    s, t = torch.empty(64, dtype=kind.store), torch.empty(64, dtype=kind.triangle)
+    where = (torch.empty(64, dtype=torch.int64),) * 2 if ragged else (None, None)
+    C, sizes = tuning.chunk, (4096, 128, 64)
+    shared = {"K": K, "V": V, "C": C, "TAIL": ragged, "PACKED": ragged, "IP": kind.precision}
+    by_dot = {"CUMULATE_BY_DOT": dtype == torch.bfloat16, "DT": kind.dot}
+    power = {"BK": max(16, triton.next_power_of_2(K)), "BV": max(16, triton.next_power_of_2(V))}
+    inputs = (x,) * 6
+    yield (
+        triton_forward.terms_kernel,
+        (*inputs, s, s, s, s, f, f, t, *where, 4, *sizes),
+        {**shared, **by_dot, **power, "LEVELS": C.bit_length() - 1, "STORE": True}
+        | {"TT": TRITON_TYPES[kind.triangle], "num_warps": tuning.terms_warps},
+    )
+    scan, back = tuning.scan, tuning.back
+    yield (
+        triton_forward.scan_kernel,
+        (s, s, s, s, f, f, x, s, f, f, *where, *sizes),
+        {**shared, "BK": power["BK"], "BV": scan.values, "INITIAL": True, "STORE": True, "RT": kind.raw}
+        | {"STAGES": scan.stages, "num_warps": scan.warps},
+    )
+    yield (
+        triton_backward.scan_back_kernel,
+        (s, s, f, f, x, s, f, f, *where, *sizes),
+        {**shared, "BK": power["BK"], "BV": back.values, "RT": kind.raw}
+        | {"STAGES": back.stages, "num_warps": back.warps},
+    )
+    yield (
+        triton_backward.values_kernel,
+        (*inputs, x, s, s, t, s, s, x, *where, 4, *sizes),
+        {**shared, **by_dot, "BK": tuning.values.keys, "BV": tuning.values.values, "num_warps": tuning.values.warps},
+    )
+    yield (
+        triton_backward.keys_kernel,
+        (*inputs, x, s, s, s, s, x, x, x, x, x, *where, 4, *sizes),
+        {**shared, **by_dot, "BK": tuning.keys.keys, "BV": tuning.keys.values, "RT": kind.raw}
+        | {"num_warps": tuning.keys.warps},
+    )
+    yield (
+        triton_step.step_kernel,
+        (*inputs, f, x),
+        {"K": K, "V": V, "BK": triton.next_power_of_2(K), "BV": min(64, power["BV"]), "num_warps": 4},
+    )

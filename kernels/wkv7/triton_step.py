@@ -1,0 +1,62 @@
+"""One token in Triton: the state [K,V] of a head is read and written once, in place. Bound by memory traffic."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from radlads.kernels.wkv7.triton_common import load_tile, store_tile
+
+
+@triton.jit
+def step_kernel(
+    r, w, k, v, a, b, state, out,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the state of one head of one sequence."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0).to(tl.int64)
+    head, tile = program // TILES, program % TILES
+    x, y = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    MASK_K: tl.constexpr = K != BK
+    MASK_V: tl.constexpr = V % BV != 0
+    at = head * (K * V) + x[:, None] * V + y[None, :]
+    inside = (x < K)[:, None] & (y < V)[None, :]
+    h = load_tile(state, at, inside, MASK_K or MASK_V)
+    reads = load_tile(a, head * K + x, x < K, MASK_K).to(tl.float32)
+    read = tl.sum(h * reads[:, None], 0)
+    decay = tl.exp(load_tile(w, head * K + x, x < K, MASK_K).to(tl.float32))
+    removal = load_tile(b, head * K + x, x < K, MASK_K).to(tl.float32)
+    key = load_tile(k, head * K + x, x < K, MASK_K).to(tl.float32)
+    value = load_tile(v, head * V + y, y < V, MASK_V).to(tl.float32)
+    h = h * decay[:, None] + removal[:, None] * read[None, :] + key[:, None] * value[None, :]
+    store_tile(state, at, h, inside, MASK_K or MASK_V)
+    query = load_tile(r, head * K + x, x < K, MASK_K).to(tl.float32)
+    store_tile(out, head * V + y, tl.sum(h * query[:, None], 0), y < V, MASK_V)
+
+
+@torch.no_grad()
+def wkv7_step_triton(
+    r_BHK: Tensor,
+    log_decay_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    a_BHK: Tensor,
+    b_BHK: Tensor,
+    state_BHKV: Tensor,
+    *,
+    values: int | None = None,
+    warps: int = 4,
+) -> Tensor:
+    """As `wkv7_step`, for a contiguous fp32 state. `values` (columns per program) and `warps` tune the launch."""
+    B, H, K, V = state_BHKV.shape
+    power = max(16, triton.next_power_of_2(V))
+    tile = min(power, values or 64)
+    out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
+    inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
+    step_kernel[(B * H * triton.cdiv(V, tile),)](
+        *inputs, state_BHKV, out, K=K, V=V, BK=triton.next_power_of_2(K), BV=tile, num_warps=warps
+    )
+    return out

@@ -1,0 +1,109 @@
+"""The Triton kernels of wkv7 in Triton's interpreter, on the CPU. Run by test_wkv7_triton.py in a process of its own:
+Triton decides when a kernel is defined whether it will be interpreted.
+
+The interpreter rounds to bf16 by cutting off, so bf16 has an allowance of its own.
+"""
+
+import pytest
+import torch
+import triton
+
+from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv7_inputs
+from radlads.kernels.wkv7 import wkv7
+from radlads.kernels.wkv7.triton_op import wkv7_triton
+from radlads.kernels.wkv7.triton_step import wkv7_step_triton
+from radlads.kernels.wkv7.triton_tuning import Scan, Tile, Tuning
+
+assert triton.knobs.runtime.interpret, "run through test_wkv7_triton.py"
+TINY = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-3}
+
+
+def assert_right(inputs, initial_state=None, *, slack=1.0, cu_seqlens=None, **options):
+    exact_state = None if initial_state is None else initial_state.detach().double().requires_grad_()
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = outputs_and_gradients(wkv7, exact_inputs, exact_state, backend="reference", cu_seqlens=cu_seqlens)
+    loop = outputs_and_gradients(wkv7, inputs, initial_state, backend="reference", cu_seqlens=cu_seqlens)
+    with poisoned_memory():
+        ours = outputs_and_gradients(wkv7_triton, inputs, initial_state, cu_seqlens=cu_seqlens, **options)
+    for name, reference in exact.items():
+        assert ours[name].dtype == loop[name].dtype, name
+        allowed = 2 * relative_rms(loop[name], reference) + slack * TINY[inputs[3].dtype]
+        error = relative_rms(ours[name], reference)
+        assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+def state_like(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).mul(0.3).requires_grad_()
+
+
+@pytest.mark.parametrize("T", [1, 2, 32, 63, 65])
+def test_lengths(T):
+    assert_right(wkv7_inputs(2, T, 2, 16), state_like(2, 2, 16, 16))
+
+
+@pytest.mark.parametrize(("K", "V"), [(8, 8), (16, 24), (64, 64), (96, 40), (128, 128)])
+def test_head_sizes(K, V):
+    assert_right(wkv7_inputs(1, 40, 1, K, V), state_like(1, 1, K, V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype):
+    assert_right(wkv7_inputs(1, 70, 2, 16, dtype=dtype))
+
+
+def test_mixed_dtypes():
+    inputs = wkv7_inputs(1, 40, 1, 16, dtype=torch.bfloat16)
+    inputs[1] = inputs[1].detach().float().requires_grad_()
+    assert_right(inputs)
+
+
+@pytest.mark.parametrize("bounds", [[0, 90], [0, 0, 33, 33, 33, 64, 90, 90], [0, 1, 2, 3, 35, 67, 90]])
+def test_packed_sequences(bounds):
+    assert_right(wkv7_inputs(1, 90, 2, 8, 12), state_like(len(bounds) - 1, 2, 8, 12), cu_seqlens=torch.tensor(bounds))
+
+
+@pytest.mark.parametrize("period", [1, 4])
+def test_repeated_keys(period):
+    assert_right(wkv7_inputs(1, 128, 1, 16, period=period, iclr=0.98, log_decay=-1e-3), slack=10)
+
+
+@pytest.mark.parametrize("log_decay", [0.0, DECAY_FLOOR, -2.0])
+def test_decays(log_decay):
+    assert_right(wkv7_inputs(1, 64, 1, 16, log_decay=log_decay), state_like(1, 1, 16, 16), slack=10)
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_other_chunks_and_tiles(chunk):
+    tuning = Tuning(chunk, 4, Scan(16, 4, 2), Scan(32, 4, 1), Tile(16, 32, 4), Tile(32, 16, 4))
+    assert_right(wkv7_inputs(1, 100, 1, 40, 48), state_like(1, 1, 40, 48), tuning=tuning)
+
+
+def test_inputs_need_not_be_contiguous():
+    inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in wkv7_inputs(2, 40, 2, 8)]
+    assert_right([x.requires_grad_() for x in inputs])
+
+
+def test_forward_alone_keeps_nothing_for_backward():
+    inputs = wkv7_inputs(1, 40, 1, 8)
+    expected, _ = wkv7(*inputs)
+    with torch.no_grad(), poisoned_memory():
+        out, state = wkv7_triton(*inputs)
+    assert state is None
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("K", "V"), [(8, 12), (64, 64), (96, 80)])
+def test_step(K, V):
+    inputs = [x.detach() for x in wkv7_inputs(2, 3, 2, K, V)]
+    expected, last = wkv7(*inputs, output_final_state=True)
+    state = torch.zeros(2, 2, K, V)
+    out = torch.stack([wkv7_step_triton(*(x[:, t] for x in inputs), state) for t in range(3)], 1)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_through_the_front_door():
+    inputs = wkv7_inputs(1, 20, 1, 8)
+    torch.testing.assert_close(wkv7(*inputs, backend="triton")[0], wkv7(*inputs)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="float64 is not supported"):
+        wkv7(*(x.double() for x in inputs), backend="triton")
