@@ -53,11 +53,9 @@ def radlads(
             judging["needle"] = needle.submit(pipeline, planned, students)
         judged = {stage: future.result() for stage, future in judging.items()}
 
-        earlier = {"plan": planned.product, **students, **judged}
-        published = publish(pipeline, {**earlier, "student": last(students)})
-
-        datasets = {f"tokenize {name}": product for name, product in data.items()}
-        made = {**earlier, **datasets, "publish": published}
+        datasets = {f"{name} data": product for name, product in data.items()}
+        made = {"plan": planned.product, **datasets, **students, **judged}
+        made["publish"] = publish(pipeline, made)
         return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}
 
 

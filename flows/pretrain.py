@@ -10,6 +10,7 @@ from radlads.flows.common import explain_errors, run_identity
 from radlads.tasks.job import UserError
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.prepare import plan, tokenize
+from radlads.tasks.report import publish
 from radlads.tasks.training import pretrain
 
 
@@ -34,4 +35,6 @@ def radlads_pretrain(
         planned = plan(pipeline)
         data = {section.data: tokenize(pipeline, planned, name=section.data)}
         teacher = pretrain(pipeline, planned, data)
-        return {"run": pipeline.run, "plan": planned.product.uri, "pretrain": teacher.uri}
+        made = {"plan": planned.product, f"{section.data} data": data[section.data], "pretrain": teacher}
+        made["publish"] = publish(pipeline, made)
+        return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture
 from prefect.states import Failed
 from prefect.tasks import Task
 
@@ -28,14 +29,36 @@ _RETRY_SECONDS = 10
 _RETRIES_NOTE = "retries allowed: "
 
 
-def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[_P, _R]], Task[_P, _R]]:
-    """Make a function, whose first argument is the Pipeline, a Prefect task.
+class StageTask(Generic[_P, _R]):
+    """A Prefect task that ends with an explanation instead of a traceback where we have one.
 
-    The store is the single truth: Prefect caches and persists nothing. What we know how to explain ends the task with
-    that explanation instead of a traceback; a crash is tried again, as often as the settings say.
+    Prefect logs the traceback of what a task raises; a task that returns a failed state shows only its message. So the
+    task returns one, and whoever calls it gets the error raised as usual.
     """
 
-    def decorate(function: Callable[_P, _R]) -> Task[_P, _R]:
+    def __init__(self, task: Task[..., Any]) -> None:
+        self.task = task
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Run it here and now."""
+        state: State[_R] = self.task(*args, **kwargs, return_state=True)  # type: ignore[assignment]
+        result: _R = state.result()
+        return result
+
+    def submit(self, *args: _P.args, **kwargs: _P.kwargs) -> PrefectFuture[_R]:
+        """Run it in a thread."""
+        future: PrefectFuture[_R] = self.task.submit(*args, **kwargs)
+        return future
+
+
+def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[_P, _R]], StageTask[_P, _R]]:
+    """Make a function, whose first argument is the Pipeline, a Prefect task.
+
+    The store is the single truth: Prefect caches and persists nothing. A crash is tried again, as often as the settings
+    say; what an attempt cannot mend is not.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> StageTask[_P, _R]:
         @functools.wraps(function)
         def explained(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -46,16 +69,14 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
                 error.add_note(f"{_RETRIES_NOTE}{pipeline.settings.retries if may_help else 0}")
                 return Failed(message=str(error), data=error)
 
-        made: Task[_P, _R] = task(
-            name=name,
-            task_run_name=run_name or name,
-            cache_policy=NO_CACHE,
-            persist_result=False,
-            retries=_MOST_RETRIES,
-            retry_delay_seconds=_RETRY_SECONDS,
-            retry_condition_fn=may_retry,
-        )(explained)
-        return made
+        settings: dict[str, Any] = {
+            "cache_policy": NO_CACHE,
+            "persist_result": False,
+            "retries": _MOST_RETRIES,
+            "retry_delay_seconds": _RETRY_SECONDS,
+            "retry_condition_fn": may_retry,
+        }
+        return StageTask(task(name=name, task_run_name=run_name or name, **settings)(explained))
 
     return decorate
 

@@ -92,7 +92,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     overrides: dotted key → value, e.g. {"distill.tokens": 1_000_000, "student.attention_layers": [3]}; None removes an
     optional section. Raises RecipeError, one line per fault.
     """
-    raw = _read_yaml(name_or_path)
+    raw = _unshared(_read_yaml(name_or_path))
     for key, value in (overrides or {}).items():
         _override(raw, key, value)
     return parse_recipe(raw, where=name_or_path)
@@ -132,6 +132,15 @@ def _read_yaml(name_or_path: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name_or_path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which nothing is there twice: an override of one use of a YAML anchor must not change the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
+    return value
 
 
 def _override(raw: Any, dotted: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from radlads.tasks.tracking import log_file
 
 @stage_task("publish")
 def publish(pipeline: Pipeline, products: Mapping[str, Product]) -> Product:
-    """Make what is handed over. products: input name → product; "student" is the finished model."""
+    """Make what is handed over. products: stage or dataset → product; the job tells them apart by their manifests."""
     spec = PublishSpec(section=pipeline.recipe.publish, recipe=pipeline.recipe)
     product = perform(pipeline, "publish", spec, products)
     text = pipeline.store.read_file(pipeline.store.key(product.uri), "report.md")

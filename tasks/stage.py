@@ -16,7 +16,7 @@ from radlads.tasks.specs import StageSpec, spec_digest
 from radlads.tasks.store_base import Store, StoreError, conflict
 
 _log = logging.getLogger(__name__)
-# What a job leaves beside its product, for people: uploaded however the job ended.
+# What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
 _PAPERS = ("job.json", "log.txt", "metrics.jsonl", "metrics-notes.json", "exit.json")
 _CONTINUED = ("metrics.jsonl", "metrics-notes.json")
 
@@ -125,7 +125,7 @@ def _restore_record(store: Store, key: str, scratch: Path) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     for name in _CONTINUED:
         if not (scratch / name).exists():
-            data = store.get_bytes(f"{key}/{name}")
+            data = store.get_bytes(f"{key}/job/{name}")
             if data is not None:
                 (scratch / name).write_bytes(data)
 
@@ -134,7 +134,7 @@ def _keep_papers(store: Store, key: str, scratch: Path) -> None:
     try:
         for name in _PAPERS:
             if (scratch / name).is_file():
-                store.put_file(f"{key}/{name}", scratch / name)
+                store.put_file(f"{key}/job/{name}", scratch / name)
     except StoreError as error:  # must not hide why the job ended
         _log.warning("the papers of %s stay in %s: %s", key, scratch, error)
 

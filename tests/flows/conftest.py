@@ -1,0 +1,125 @@
+"""Prefect without a deployment, and jobs without work: the one seam that is faked is run_process."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.settings import PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from radlads.tasks import launch
+from radlads.tasks.job import CodeVersion, JobSpec, Manifest
+from radlads.tasks.specs import PlanReport, TeacherRef
+from radlads.tasks.store import open_store
+
+TRAINING = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
+RECIPE = {
+    "name": "tiny",
+    "teacher": {"path": "demo"},
+    "student": {"attention_layers": [1]},
+    "data": {
+        "train": {"sources": [{"kind": "files", "paths": ["corpus.txt"]}]},
+        "unused": {"sources": [{"kind": "files", "paths": ["corpus.txt"]}]},
+    },
+    "align": TRAINING,
+    "distill": TRAINING,
+    "finetune": TRAINING,
+    "evaluate": {},
+    "needle": {"lengths": [64]},
+}
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    with temporary_settings({PREFECT_SERVER_ANALYTICS_ENABLED: False}), prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+@dataclass
+class FakeJobs:
+    """Stands in for run_process: commits a small product for any stage, and counts what was launched.
+
+    failures: stage → how its next attempts end, e.g. {"distill": ["config", "crash"]}.
+    """
+
+    launched: Counter = field(default_factory=Counter)
+    order: list[str] = field(default_factory=list)
+    specs: dict[str, JobSpec] = field(default_factory=dict)
+    failures: dict[str, list[str]] = field(default_factory=dict)
+
+    def __call__(self, command, *, env, cwd, log, on_tick, grace_seconds):
+        spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
+        self.launched[spec.stage] += 1
+        self.order.append(spec.stage)
+        self.specs[spec.stage] = spec
+        scratch = Path(spec.scratch)
+        log.write_text(f"{spec.stage} is working\n")
+        (scratch / "progress.json").write_text('{"done": 1, "total": 2, "unit": "steps"}')
+        (scratch / "metrics.jsonl").write_text('{"step": 1, "time": 1, "loss": 0.5}\n')
+        on_tick()
+        if self.failures.get(spec.stage):
+            reason = self.failures[spec.stage].pop(0)
+            (scratch / "exit.json").write_text(json.dumps({"reason": reason, "message": f"no luck with {spec.stage}"}))
+            return 1
+        output = scratch / "output"
+        for name, data in product_files(spec).items():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).write_bytes(data)
+        store = open_store(spec.store)
+        manifest = Manifest(
+            stage=spec.stage, digest=spec.digest, inputs=spec.inputs, spec=spec.spec, files=(),
+            metrics={"loss": 0.25}, code=CodeVersion(sha=None, versions={}), created_at=datetime.now(UTC),
+            mlflow_run_id=spec.tracking.run_id if spec.tracking else None,
+        )  # fmt: skip
+        store.commit(store.key(spec.output_uri), output, manifest)
+        (scratch / "exit.json").write_text('{"reason": "done", "message": ""}')
+        return 0
+
+
+def product_files(spec):
+    if spec.stage == "plan":
+        teacher = TeacherRef(path="demo", fingerprint="f")
+        report = PlanReport(
+            teacher=None if spec.spec["recipe"].get("pretrain") else teacher,
+            tokenizer="demo", tokenizer_fingerprint="t", files={}, teacher_parameters=10, student_parameters=12,
+            mixer_parameters=3, num_layers=2, attention_layers=(1,),
+            stages={"align": {"tokens": 4096, "steps": 16, "context": 64, "batch": 4}},
+        )  # fmt: skip
+        return {"plan.json": report.model_dump_json().encode()}
+    if spec.stage == "needle":
+        return {"needle.json": b"{}", "needle.png": b"\x89PNG"}
+    if spec.stage == "publish":
+        return {"report.md": b"# Report", "model/config.json": b"{}"}
+    if spec.stage == "tokenize":
+        return {"index.json": b"{}"}
+    return {"model/config.json": b"{}", f"{spec.stage}.json": b"{}"}
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    fake = FakeJobs()
+    monkeypatch.setattr(launch, "run_process", fake)
+    return fake
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Path of a recipe that has every stage, and a corpus beside it."""
+    path = tmp_path / "recipe" / "tiny.yaml"
+    path.parent.mkdir()
+    (path.parent / "corpus.txt").write_text("once upon a time")
+    path.write_text(yaml.safe_dump(RECIPE))
+    return str(path)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Arguments that keep everything in the test's folder."""
+    monkeypatch.setenv("RADLADS_HOME", str(tmp_path / "home"))
+    return {"store": str(tmp_path / "store"), "tracking": "none", "work": str(tmp_path / "work")}

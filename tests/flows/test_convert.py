@@ -1,0 +1,177 @@
+"""The flow over fake jobs: order, inputs, what is reused, what a user is told."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+from radlads.flows.convert import radlads
+from radlads.flows.evaluate import radlads_evaluate
+from radlads.flows.pretrain import radlads_pretrain
+from radlads.tasks.job import StoreRef
+from radlads.tasks.recipe import load_recipe
+from radlads.tasks.store import StageConflict, open_store
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+STAGES = ["plan", "tokenize", "transplant", "align", "distill", "finetune", "evaluate", "needle", "publish"]
+
+
+def messages(state):
+    return state.message.splitlines()
+
+
+def test_a_whole_run(recipe, places, jobs, tmp_path):
+    made = radlads(recipe, run="r1", **places)
+    assert sorted(jobs.launched.elements()) == sorted(STAGES)
+    assert jobs.order[:6] == STAGES[:6]
+    assert jobs.order[-1] == "publish"
+    inputs = {stage: set(spec.inputs) for stage, spec in jobs.specs.items()}
+    assert inputs == {
+        "plan": set(), "tokenize": set(), "transplant": set(),
+        "align": {"data", "student"}, "distill": {"data", "student"}, "finetune": {"data", "student"},
+        "evaluate": {"data", "student", "transplant", "align", "distill"}, "needle": {"student"},
+        "publish": {"plan", "train data", "transplant", "align", "distill", "finetune", "evaluate", "needle"},
+    }  # fmt: skip
+    assert jobs.specs["distill"].inputs["student"].uri == made["align"]
+    assert jobs.specs["needle"].inputs["student"].uri == made["finetune"]
+    assert made["run"] == "r1"
+    assert made["publish"] == f"{tmp_path}/store/runs/r1/publish"
+    assert made["train data"].startswith(f"{tmp_path}/store/datasets/")
+    assert load_recipe(f"{tmp_path}/store/runs/r1/recipe.yaml").name == "tiny"
+    corpus = jobs.specs["tokenize"].spec["dataset"]["sources"][0]["paths"]
+    assert corpus == [f"{tmp_path}/recipe/corpus.txt"]
+    papers = open_store(StoreRef(uri=places["store"])).list("runs/r1/align/job")
+    assert [key.rsplit("/", 1)[-1] for key in papers] == ["exit.json", "job.json", "log.txt", "metrics.jsonl"]
+    assert not (tmp_path / "work/r1/align/output").exists()
+
+
+def test_the_same_run_again_launches_nothing(recipe, places, jobs):
+    first = radlads(recipe, run="r1", **places)
+    jobs.launched.clear()
+    assert radlads(recipe, run="r1", **places) == first
+    assert not jobs.launched
+
+
+def test_another_run_shares_the_dataset(recipe, places, jobs):
+    radlads(recipe, run="r1", **places)
+    radlads(recipe, run="r2", overrides={"distill.tokens": 8192}, **places)
+    assert jobs.launched["tokenize"] == 1
+    assert jobs.launched["align"] == 2
+
+
+def test_operational_settings_are_the_same_run(recipe, places, jobs, tmp_path):
+    radlads(recipe, run="r1", **places)
+    radlads(recipe, run="r1", overrides={"align.micro_batch": 1, "resources.threads": 1}, **places)
+    assert jobs.launched["align"] == 1
+    assert len(list((tmp_path / "store/runs/r1").glob("recipe-*.yaml"))) == 1
+
+
+def test_another_recipe_under_the_same_name_is_a_conflict(recipe, places, jobs):
+    radlads(recipe, run="r1", **places)
+    jobs.launched.clear()
+    state = radlads(recipe, run="r1", overrides={"align.tokens": 8192}, **places, return_state=True)
+    assert state.is_failed()
+    assert "choose a new run name" in state.message
+    assert not jobs.launched
+    with pytest.raises(StageConflict):
+        radlads(recipe, run="r1", overrides={"align.tokens": 8192}, **places)
+
+
+def test_absent_stages_are_left_out(recipe, places, jobs):
+    missing = ["finetune", "evaluate", "needle"]
+    made = radlads(recipe, run="r1", overrides=dict.fromkeys(missing), **places)
+    assert not set(missing) & set(jobs.launched)
+    assert jobs.specs["publish"].inputs["distill"].uri == made["distill"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"recipe": "nonsense"}, "no recipe named 'nonsense'"),
+        ({"overrides": {"distil.tokens": 1}}, "did you mean 'distill'"),
+        ({"overrides": {"align.tokens": -1}}, "align.tokens"),
+        ({"run": "a/b"}, "cannot be a run's name"),
+        ({"store": "gs://x"}, "neither s3://"),
+        ({"tracking": "mlruns"}, "not an MLflow server"),
+    ],
+)
+def test_bad_requests_end_at_once_in_one_line(recipe, places, jobs, change, words):
+    arguments = {"recipe": recipe, "run": "r1", **places, **change}
+    state = radlads(**arguments, return_state=True)
+    assert state.is_failed()
+    assert words in state.message
+    assert len(messages(state)) == 1
+    assert not jobs.launched
+
+
+def test_a_default_name_comes_from_the_flow_run(recipe, places, jobs):
+    state = radlads(recipe, **places, return_state=True)
+    assert state.result()["run"] == f"tiny-{str(state.state_details.flow_run_id)[:8]}"
+
+
+async def artifacts(key):
+    async with get_client() as client:
+        return await client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+
+
+def test_what_a_person_sees(recipe, places, jobs):
+    radlads(recipe, run="Seen_1", **places)
+    found = {key: asyncio.run(artifacts(f"seen-1-{key}")) for key in ("plan", "report", "needle-heatmap")}
+    assert '"stage": "align"' in found["plan"][0].data
+    assert found["report"][0].data == "# Report"
+    assert found["needle-heatmap"][0].data.startswith("data:image/png;base64,")
+    assert asyncio.run(artifacts("seen-1-align-progress"))[0].data == 50.0
+
+
+def test_mlflow_has_a_parent_and_a_child_for_every_stage(recipe, places, jobs, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for _ in range(2):
+        radlads(recipe, run="r1", **{**places, "tracking": uri})
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert sorted(children) == sorted(stage if stage != "tokenize" else "tokenize train" for stage in STAGES)
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert parent.data.params["align.tokens"] == "4096"
+    assert parent.data.metrics["distill/loss"] == 0.25
+    assert children["align"].data.metrics["loss"] == 0.5
+    assert children["align"].data.tags["radlads.output_uri"] == f"{tmp_path}/store/runs/r1/align"
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {"needle.png", "report.md"}
+
+
+def test_a_dead_tracking_server_does_not_matter(recipe, places, jobs):
+    assert radlads(recipe, run="r1", **{**places, "tracking": "http://127.0.0.1:9"})["run"] == "r1"
+    assert jobs.specs["align"].tracking is None
+
+
+def test_judging_a_finished_run_again(recipe, places, jobs):
+    radlads(recipe, run="r1", **places)
+    jobs.launched.clear()
+    made = radlads_evaluate("r1", recipe, run="again", overrides={"needle.lengths": [128]}, **places)
+    assert dict(jobs.launched) == {"plan": 1, "evaluate": 1, "needle": 1}
+    assert jobs.specs["needle"].inputs["student"].uri.endswith("runs/r1/finetune")
+    assert made["needle"].endswith("runs/again/needle")
+    state = radlads_evaluate("nobody", recipe, run="x", **places, return_state=True)
+    assert "no finished model of a run 'nobody'" in state.message
+
+
+def test_pretraining(tmp_path, recipe, places, jobs):
+    raw = yaml.safe_load(Path(recipe).read_text())
+    section = {**raw["align"], "config": {"model_type": "qwen3"}, "tokenizer": "demo:tokenizer"}
+    raw = {"name": "teacher", "data": raw["data"], "pretrain": section}
+    path = tmp_path / "recipe" / "teacher.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    made = radlads_pretrain(str(path), run="t1", **places)
+    assert jobs.order == ["plan", "tokenize", "pretrain", "publish"]
+    assert set(jobs.specs["pretrain"].inputs) == {"data"}
+    assert made["pretrain"].endswith("runs/t1/pretrain")
+    state = radlads_pretrain(recipe, run="t2", **places, return_state=True)
+    assert "no section `pretrain`" in state.message
+    state = radlads(str(path), run="t3", **places, return_state=True)
+    assert "run it with radlads-pretrain" in state.message
