@@ -61,7 +61,10 @@ class Options(MixerOptions):
     value_residual_init: float = 1.0
     """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
     gate_init: Literal["published", "identity"] = "published"
-    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
+    """published: a small random signed gate, so that mixers start near silence. identity: the same parameters, started
+    so that the gate is 1; without GroupNorm that starts many times too loud, and short alignments end worse."""
+    decay_shift: float = 0.0
+    """Added to w0, whose published start forgets slowly (decays 0.895 to 0.999). Positive: forget faster at first."""
 
     def resolve(self, hidden_size: int) -> Self:
         """Write the ranks of the published formulas out. (2505.03005, appendix; the width is D.)"""
@@ -114,7 +117,8 @@ class Mixer(BaseMixer):
         """The published start of everything that the teacher does not give; Options has the deviations."""
         A = self.shape.width
         channel = torch.arange(A, dtype=torch.float32, device=self.w0.device) / max(1, A - 1)
-        self.w0.copy_((-6.5 + 5 * channel ** (0.85 + self.depth**0.5)).view(1, 1, A))
+        spread = -6.5 + 5 * channel ** (0.85 + self.depth**0.5)
+        self.w0.copy_((spread + self.options.decay_shift).view(1, 1, A))
         self.a0.zero_()
         for first_factor, second_factor in ((self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2)):
             first_factor.zero_()

@@ -219,6 +219,7 @@ def test_rad_rwkv7_starts_as_published() -> None:
     for name in ("w2", "a2", "v2", "g2"):
         factor = getattr(mixer, name)  # [32, 64]: rows are orthogonal, of length 0.1
         torch.testing.assert_close(factor @ factor.T, 0.01 * torch.eye(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fresh({"decay_shift": 1.5}, layer=3).w0, mixer.w0 + 1.5)
     assert (mixer.k_k == 0.85).all()
     assert (mixer.k_a == 1).all()
     assert fresh({}, first=True).v0 is None
