@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from radlads.tasks.job import UserError
 from radlads.tasks.observe import show_link, show_table
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
+from radlads.tasks.plan_table import plan_rows
 from radlads.tasks.recipe import SampleSource
 from radlads.tasks.specs import PlanReport, PlanSpec, TeacherRef, TokenizeSpec, TransplantSpec
 from radlads.tasks.stage import Product
@@ -58,33 +57,3 @@ def read_plan(pipeline: Pipeline, product: Product) -> PlanReport:
     """The report in a plan's product."""
     key = pipeline.store.key(product.uri)
     return PlanReport.model_validate_json(pipeline.store.read_file(key, "plan.json"))
-
-
-def plan_rows(report: PlanReport) -> list[dict[str, Any]]:
-    """The plan as a table, a stage a row; sizes for people to read."""
-    rows = []
-    for stage, numbers in report.stages.items():
-        memory = (numbers.get("memory_bytes_per_gpu") or {}).get("total")
-        row = {
-            "stage": stage,
-            "tokens": _count(numbers.get("tokens")),
-            "steps": _count(numbers.get("steps")),
-            "context": _count(numbers.get("context")),
-            "batch": _count(numbers.get("batch")),
-            "memory per process": f"{memory / 2**30:.2f} GiB" if memory else "",
-            "time": _duration(numbers.get("seconds")),
-        }
-        rows.append(row)
-    return rows
-
-
-def _count(value: Any) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

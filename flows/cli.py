@@ -1,0 +1,174 @@
+"""`radlads`, the command. Imports are kept inside the commands: Prefect reads its settings as it is imported."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from radlads.flows import services
+from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.tasks.anchor import anchor_recipe
+from radlads.tasks.job import UserError
+from radlads.tasks.recipe import list_recipes, load_recipe
+from radlads.tasks.settings import resolve_settings
+
+app = typer.Typer(
+    name="radlads",
+    help="Convert softmax-attention language models into linear-attention models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+services_app = typer.Typer(
+    help="The Prefect server, its worker and the MLflow server, on loopback.", no_args_is_help=True
+)
+app.add_typer(services_app, name="services")
+
+_out = Console()
+_err = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. --set distill.tokens=1e6."),
+]
+StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
+TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db, or none.")]
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend end in one line each, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table("recipe", "what it is", box=None, header_style="bold")
+    for name in list_recipes():
+        table.add_row(name, " ".join(load_recipe(name).description.split()))
+    _out.print(table)
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Check a recipe and show what it would take: sizes, memory, steps. Runs nothing else and keeps nothing."""
+    asked = anchor_recipe(load_recipe(recipe, parse_overrides(overrides)), recipe, Path.cwd())
+    with _out.status("planning"):
+        report = plan_offline(asked)
+    print_plan(_out, asked, report)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; the same name continues it.")] = None,
+    overrides: Overrides = None,
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+    work: Annotated[str | None, typer.Option(help="Folder for running jobs.")] = None,
+) -> None:
+    """Run the pipeline in this process, with the services if they are up. Run it again to go on after a failure."""
+    changes = parse_overrides(overrides)
+    asked = load_recipe(recipe, changes)  # said at once when it is wrong, before Prefect is started
+    services.use_services(services.read_services(resolve_settings().home))
+    from radlads.flows.convert import radlads
+    from radlads.flows.pretrain import radlads_pretrain
+
+    flow = radlads_pretrain if asked.pretrain else radlads
+    name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
+    if not state.is_completed():
+        raise UserError(f"{state.message}\nto go on where it stopped: radlads run {recipe} --run {name}")
+    for stage, uri in state.result().items():
+        _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    recipe: Annotated[str, typer.Option(help="Recipe to run instead of the smoke recipe.")] = "smoke",
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start the services, convert the shipped teacher through them, and say where everything is."""
+    changes = parse_overrides(overrides)
+    load_recipe(recipe, changes)
+    home = resolve_settings().home
+    with _out.status("starting Prefect and MLflow"):
+        running = services.services_up(home)
+    from radlads.flows.demo import run_demo
+
+    name = name or f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    sys.exit(0 if run_demo(_out, running, resolve_settings(), recipe, name, changes) else 1)
+
+
+@services_app.command("up")
+def up() -> None:
+    """Start what does not run yet and wait until it answers."""
+    with _out.status("starting Prefect and MLflow"):
+        running = services.services_up(resolve_settings().home)
+    _show(running)
+
+
+@services_app.command("down")
+def down() -> None:
+    """Stop them. Runs, results and the MLflow history stay."""
+    stopped = services.services_down(resolve_settings().home)
+    _out.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@services_app.command("status")
+def status() -> None:
+    """Say what runs; the exit code is 0 when all of it answers."""
+    running = services.read_services(resolve_settings().home)
+    _show(running)
+    healthy = len(running) == 3 and all(services.is_healthy(service) for service in running.values())
+    sys.exit(0 if healthy else 1)
+
+
+def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """["a.b=1"] → {"a.b": 1}; values are YAML, and 1e6 is a number. Raises UserError."""
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {pair}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
+        try:
+            changes[key] = _value(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {pair}: '{text}' is not a YAML value") from None
+    return changes
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:  # YAML 1.1 takes 1e6 for a word
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else number
+    return value
+
+
+def _show(running: dict[str, services.Service]) -> None:
+    table = Table("service", "where", "process", "log", box=None, header_style="bold")
+    for name in ("prefect", "mlflow", "worker"):
+        service = running.get(name)
+        if service is None:
+            table.add_row(name, "[red]not running", "", "")
+        else:
+            table.add_row(name, service.url or "", str(service.pid), service.log)
+    _out.print(table)

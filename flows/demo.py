@@ -1,0 +1,144 @@
+"""`radlads demo`: deploy, start the deployment through the API, show what happens, and say where everything is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import TaskRunSort
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+import radlads.flows.convert
+from radlads.flows.services import Service
+from radlads.tasks.job import UserError
+from radlads.tasks.settings import Settings
+
+_DEPLOYMENT = "radlads/smoke"
+_LOOK_SECONDS = 1.0
+
+
+def run_demo(
+    out: Console,
+    running: Mapping[str, Service],
+    settings: Settings,
+    recipe: str,
+    name: str,
+    overrides: Mapping[str, Any],
+) -> bool:
+    """Run the deployment radlads/smoke to its end; whether it went well."""
+    deploy()
+    parameters = {"recipe": recipe, "run": name, "overrides": dict(overrides) or None, "store": settings.store.uri}
+    began = time.monotonic()
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(_DEPLOYMENT)
+        flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, name=name)
+        page = f"{running['prefect'].url}/runs/flow-run/{flow_run.id}"
+        out.print(f"run [bold]{name}[/]: {page}", soft_wrap=True)
+        state = _watch(out, client, flow_run.id, settings.work / name)
+    minutes, seconds = divmod(int(time.monotonic() - began), 60)
+    if not state.is_completed():
+        out.print(f"[red]{state.name}[/] after {minutes}:{seconds:02}: ", end="")
+        out.print(state.message or "", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"Prefect   {page} (Retry continues where it stopped)", soft_wrap=True)
+        return False
+    product = Path(settings.store.uri) / "runs" / name
+    out.print(f"[green]done[/] in {minutes}:{seconds:02}")
+    for what, place in (
+        ("report", product / "publish" / "report.md"),
+        ("student", product / "publish" / "model"),
+        ("Prefect", page),
+        ("MLflow", running["mlflow"].url),
+    ):
+        out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
+    out.print("The services keep running for you to look around; `radlads services down` stops them.")
+    return True
+
+
+def deploy() -> None:
+    """Apply prefect.yaml. Raises UserError."""
+    project = Path(radlads.flows.convert.__file__).resolve().parent.parent
+    if not (project / "prefect.yaml").is_file():
+        raise UserError(f"there is no prefect.yaml in {project}: the demo runs from a checkout of the project")
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"prefect deploy failed:\n{(done.stderr or done.stdout).strip()[-800:]}")
+
+
+def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path) -> Any:
+    """Show the run until it ends; its final state."""
+    view = _View(out)
+    with view.shown():
+        while True:
+            flow_run = client.read_flow_run(flow_run_id)
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+            for task_run in client.read_task_runs(flow_run_filter=wanted, sort=TaskRunSort.EXPECTED_START_TIME_ASC):
+                state = task_run.state.name if task_run.state else None
+                view.show(task_run.name, state or "Pending", work)
+            if flow_run.state is not None and flow_run.state.is_final():
+                return flow_run.state
+            time.sleep(_LOOK_SECONDS)
+
+
+class _View:
+    """A line a stage: a bar on a terminal, a line of text on every change elsewhere."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._bars = Progress(
+            TextColumn("{task.description:16}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            console=out,
+        )
+        self._rows: dict[str, TaskID] = {}
+        self._states: dict[str, str] = {}
+
+    def shown(self) -> Live:
+        """The block during which the terminal is ours."""
+        return Live(Group(self._bars), console=self._out, refresh_per_second=4, transient=not self._out.is_terminal)
+
+    def show(self, stage: str, state: str, work: Path) -> None:
+        """Bring one stage's line up to date."""
+        done, total, told = read_progress(work / stage)
+        if stage not in self._rows:
+            self._rows[stage] = self._bars.add_task(stage, total=1.0, told="")
+        if state == "Completed":
+            self._bars.update(self._rows[stage], completed=1.0, told=told or "done")
+            self._bars.stop_task(self._rows[stage])
+        else:
+            share = done / total if total else 0.0
+            self._bars.update(self._rows[stage], completed=share, told=told or state.lower())
+        if not self._out.is_terminal and self._states.get(stage) != state:
+            self._out.print(f"{stage}: {state.lower()}{f' ({told})' if told else ''}", highlight=False)
+        self._states[stage] = state
+
+
+def read_progress(scratch: Path) -> tuple[float, float, str]:
+    """Done, total, and both in words with the last loss, from what a job writes beside its work."""
+    try:
+        told = json.loads((scratch / "progress.json").read_bytes())
+        done, total, unit = float(told["done"]), float(told["total"]), str(told["unit"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0, 0.0, ""
+    return done, total, f"{done:,.0f}/{total:,.0f} {unit}{_last_loss(scratch / 'metrics.jsonl')}"
+
+
+def _last_loss(path: Path) -> str:
+    try:
+        row = json.loads(path.read_bytes()[-4096:].splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    loss = row.get("loss")
+    return f", loss {loss:.4g}" if isinstance(loss, int | float) else ""
