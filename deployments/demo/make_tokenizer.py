@@ -13,7 +13,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from radlads.tasks.jobs.recall import Fact
+from radlads.tasks.jobs.recall import vocabulary
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -33,9 +33,8 @@ def make_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words of the recall text are as common in training as the stories' own.
-    fact = Fact("red dog", "01234")
-    recall = [f"{fact.sentence} {fact.question} {fact.value}."] * (len(documents) // 4)
+    # The words of the recall text are as common in training as the stories' own: each becomes one token.
+    recall = ["".join(f" {word}" for word in vocabulary())] * 2000
     tokenizer.train_from_iterator(documents + recall, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False

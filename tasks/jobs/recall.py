@@ -2,9 +2,9 @@
 
 One format serves both to train recall (the `recall` data source) and to measure it (the needle stage):
 
-    fact      The magic number of the red dog is 48213.
-    question  What is the magic number of the red dog? The magic number of the red dog is
-    answer    48213
+    fact      The red dog says castle drum.
+    question  What does the red dog say? The red dog says
+    answer    castle drum
 
 It is the single- and multi-key retrieval of RULER (2404.06654) in words that a very small model knows. A fact's
 place is a depth: 0 is the beginning of the haystack, 1 its end, just before the question.
@@ -38,7 +38,13 @@ _NOUNS = (
     "dog cat bird fish bear frog duck cow pig hen fox bunny mouse ball car boat train doll hat shoe box tree flower "
     "house cake apple truck robot kite spoon"
 ).split()
-_DIGITS = 5
+_VALUES = (
+    "river moon star stone bridge garden castle window pencil button candle ladder rocket pumpkin cookie "
+    "pillow blanket ribbon ticket rainbow forest island mountain ocean desert village kitchen basket "
+    "bucket hammer trumpet guitar drum piano violin mirror carpet lemon banana carrot potato pepper onion "
+    "peach cherry melon cloud thunder lantern wagon tunnel harbor meadow canyon feather marble puzzle "
+    "crayon whistle anchor"
+).split()
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+")
 
 
@@ -51,12 +57,12 @@ class Fact:
 
     @property
     def sentence(self) -> str:
-        return f"The magic number of the {self.key} is {self.value}."
+        return f"The {self.key} says {self.value}."
 
     @property
     def question(self) -> str:
         """Ends where the answer begins, without the space before it."""
-        return f"What is the magic number of the {self.key}? The magic number of the {self.key} is"
+        return f"What does the {self.key} say? The {self.key} says"
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ def draw_facts(rng: random.Random, count: int) -> list[Fact]:
     keys = [
         f"{_ADJECTIVES[i % len(_ADJECTIVES)]} {_NOUNS[i // len(_ADJECTIVES)]}" for i in rng.sample(range(total), count)
     ]
-    return [Fact(key, "".join(rng.choice("0123456789") for _ in range(_DIGITS))) for key in keys]
+    # Two words: chance is one in thousands, and no word of a value is a word of a key.
+    return [Fact(key, " ".join(rng.sample(_VALUES, 2))) for key in keys]
 
 
 def build_case(
@@ -141,7 +148,7 @@ def build_document(
     if kind < 0.3:
         words = [rng.choice(rng.choice(filler).split()) for _ in range(rng.randint(8, max(9, min(80, length // 4))))]
         return " ".join(words * rng.randint(2, 3))
-    most = max(1, min(10 if kind < 0.7 else 8, length // 48))
+    most = max(1, min(10 if kind < 0.7 else 8, length // 28))
     facts = draw_facts(rng, rng.randint(1, most))
     answers = [f"{fact.question} {fact.value}." for fact in facts]
     rng.shuffle(answers)
@@ -150,6 +157,11 @@ def build_document(
     room = _room(tokenizer, [*(fact.sentence for fact in facts), *answers], length, strict=False)
     sentences = _filler_of(tokenizer, filler, room, rng)
     return " ".join([*_insert(sentences, [(rng.random(), fact.sentence) for fact in facts]), *answers])
+
+
+def vocabulary() -> list[str]:
+    """Every word that facts are made of."""
+    return sorted({*_ADJECTIVES, *_NOUNS, *_VALUES})
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -27,15 +27,15 @@ def test_prompt_fits_its_length_and_holds_the_fact_at_its_depth(
     case = build_case(tokenizer, FILLER, length=length, depth=depth, rng=random.Random(7))
     assert length - 24 < len(case.prompt_ids) <= length
     assert case.prompt_ids == tokenizer(case.prompt, add_special_tokens=False)["input_ids"]
-    haystack, question = case.prompt.rsplit("What is", 1)
+    haystack, question = case.prompt.rsplit("What does", 1)
     assert case.answer in haystack
     assert case.answer not in question
-    assert haystack.index("The magic number") / len(haystack) == pytest.approx(depth, abs=0.25)
+    assert haystack.index(" says ") / len(haystack) == pytest.approx(depth, abs=0.25)
 
 
 def test_distractors_have_other_keys_and_are_not_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     case = build_case(tokenizer, FILLER, length=400, depth=0.5, rng=random.Random(1), num_facts=5)
-    assert case.prompt.count("The magic number") == 6
+    assert case.prompt.count(" says ") == 5
     assert case.prompt.count(case.answer) == 1
 
 
@@ -51,9 +51,9 @@ def test_documents_stay_near_their_length_and_ask_only_what_they_told(tokenizer:
     for seed in range(60):
         text = build_document(tokenizer, FILLER, length=256, rng=random.Random(seed))
         assert len(tokenizer(text)["input_ids"]) <= 256 + 160
-        for piece in text.split("What is the magic number of the ")[1:]:
-            key, answer = piece.split("?")[0], piece.split(" is ")[1].split(".")[0]
-            assert f"The magic number of the {key} is {answer}." in text.split("What is")[0]
+        for piece in text.split("What does the ")[1:]:
+            key, answer = piece.split(" say?")[0], piece.split(" says ")[1].split(".")[0]
+            assert f"The {key} says {answer}." in text.split("What does")[0]
 
 
 def test_too_short_a_prompt_and_too_many_facts_are_told(tokenizer: PreTrainedTokenizerBase) -> None:
