@@ -25,6 +25,9 @@ logger = logging.getLogger("radlads")
 # Positions whose logits are held in fp32 at a time.
 _ROWS = 512
 
+SUMS = ("teacher nll", "student nll", "KL", "top-1 agreement", "teacher nll of text", "student nll of text")
+"""What is summed over a window's tokens; `of text`: without the tokens that mark documents."""
+
 Estimate = dict[str, float | None]
 """{"value", "stderr"}; stderr None where one window cannot tell."""
 
@@ -40,6 +43,8 @@ class Windows:
     context: int
     add_bos: bool
     """Whether the dataset put BOS before its documents."""
+    markers: tuple[int, ...]
+    """Ids of the tokens that begin and end documents, which stand for no text."""
 
     def __len__(self) -> int:
         return len(self.num_bytes)
@@ -64,8 +69,13 @@ def open_windows(folder: Path, context: int, max_tokens: int) -> Windows:
     sizes = np.concatenate([np.fromfile(folder / name, "<u4") for name in sheet["token_bytes_files"]])
     # The label of position t is token t + 1, so a window's first token is never scored in it.
     labels = sizes[1 : 1 + count * context].reshape(count, context)
+    markers = tuple({index["eos_id"], *((index["bos_id"],) if index["add_bos"] else ())})
     return Windows(
-        lambda rows: split.batch(list(rows), context)["input_ids"], labels.sum(axis=1), context, index["add_bos"]
+        lambda rows: split.batch(list(rows), context)["input_ids"],
+        labels.sum(axis=1),
+        context,
+        index["add_bos"],
+        markers,
     )
 
 
@@ -78,51 +88,58 @@ def score_windows(
     batch: int,
     mine: Sequence[int],
     progress: Callable[[int], None] = lambda _done: None,
-) -> dict[int, tuple[float, float, float, float]]:
-    """Window number → sums over its tokens of (teacher's nll, student's nll, KL(teacher‖student), top-1 agreement)."""
-    scores: dict[int, tuple[float, float, float, float]] = {}
+) -> dict[int, list[float]]:
+    """Window number → sums over its tokens, in the order of SUMS."""
+    scores: dict[int, list[float]] = {}
+    markers = torch.tensor(windows.markers, device=teacher.device)
     for start in range(0, len(mine), batch):
         rows = mine[start : start + batch]
         ids = windows.input_ids(rows).to(teacher.device)
         theirs = teacher(ids[:, :-1], use_cache=False).logits
         ours = student(ids[:, :-1], use_cache=False).logits
         for row, labels, teacher_TV, student_TV in zip(rows, ids[:, 1:], theirs, ours, strict=True):
-            sums = torch.zeros(4, dtype=torch.float64)
+            sums = torch.zeros(len(SUMS), dtype=torch.float64)
             for at in range(0, len(labels), _ROWS):
                 part = slice(at, at + _ROWS)
-                sums += _compare(labels[part], teacher_TV[part], student_TV[part]).double().cpu()
-            scores[row] = tuple(sums.tolist())  # type: ignore[assignment]
+                text_T = ~torch.isin(labels[part], markers)
+                sums += _compare(labels[part], text_T, teacher_TV[part], student_TV[part]).double().cpu()
+            scores[row] = sums.tolist()
         progress(min(start + batch, len(mine)))
     return scores
 
 
-def _compare(labels_T: torch.Tensor, teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Tensor:
-    """[4] sums over T, in fp32."""
+def _compare(
+    labels_T: torch.Tensor, text_T: torch.Tensor, teacher_TV: torch.Tensor, student_TV: torch.Tensor
+) -> torch.Tensor:
+    """SUMS over T, in fp32."""
     p = teacher_TV.float().log_softmax(-1)
     q = student_TV.float().log_softmax(-1)
-    index = labels_T[:, None]
+    teacher_nll, student_nll = (-x.gather(1, labels_T[:, None]).squeeze(1) for x in (p, q))
     # Identical logits must give exactly nothing, so KL is summed as one difference.
     kl = (p.exp() * (p - q)).sum(-1)
     agree = (p.argmax(-1) == q.argmax(-1)).float()
-    return torch.stack([-p.gather(1, index).sum(), -q.gather(1, index).sum(), kl.sum(), agree.sum()])
+    columns = (teacher_nll, student_nll, kl, agree, teacher_nll * text_T, student_nll * text_T)
+    return torch.stack([column.sum() for column in columns])
 
 
 def summarize(scores: np.ndarray, num_bytes: np.ndarray, context: int) -> dict[str, dict[str, Estimate]]:
-    """Teacher and student numbers from [windows, 4] sums; errors over the windows.
+    """Teacher and student numbers from [windows, SUMS]; errors over the windows.
 
     loss, kl: nats a token. loss_gap: student minus teacher, paired, so its error is far smaller than theirs.
+    bits_per_byte: of the text alone, so that it does not depend on how documents are marked.
     """
-    teacher, student, kl, agreement = (scores / context).T
+    teacher, student, kl, agreement, teacher_text, student_text = scores.T
+    teacher, student, kl, agreement = (column / context for column in (teacher, student, kl, agreement))
     return {
         "teacher": {
             "loss": mean_of(teacher),
-            "bits_per_byte": ratio_of(scores[:, 0] / math.log(2), num_bytes),
+            "bits_per_byte": ratio_of(teacher_text / math.log(2), num_bytes),
         },
         "student": {
             "loss": mean_of(student),
-            "bits_per_byte": ratio_of(scores[:, 1] / math.log(2), num_bytes),
+            "bits_per_byte": ratio_of(student_text / math.log(2), num_bytes),
             "loss_gap": mean_of(student - teacher),
-            "bits_per_byte_ratio": ratio_of(scores[:, 1], scores[:, 0]),
+            "bits_per_byte_ratio": ratio_of(student_text, teacher_text),
             "kl": mean_of(kl),
             "top1_agreement": mean_of(agreement),
         },

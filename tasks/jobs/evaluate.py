@@ -85,9 +85,9 @@ def _score(
     done: int,
     total: int,
 ) -> np.ndarray:
-    """[windows, 4], the same on every rank."""
+    """[windows, SUMS], the same on every rank."""
     mine = range(job.rank, len(windows), job.world_size)
-    scores: dict[int, tuple[float, float, float, float]] = {}
+    scores: dict[int, list[float]] = {}
     own = score_windows(
         teacher,
         student,
