@@ -85,6 +85,8 @@ class SampleSource(Section):
     context: int = Field(default=1024, gt=1)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    batch: int = Field(default=64, gt=0)
+    """Documents that are written at once. The text depends on it, so it is not taken from the machine."""
     seed: int = 1337
 
 

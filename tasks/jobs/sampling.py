@@ -18,9 +18,6 @@ from radlads.tasks.specs import TeacherRef
 
 logger = logging.getLogger("radlads")
 
-# Fixed: the text must not depend on how many processes write it, and a batch is what a process writes.
-_BATCH = 16
-
 
 def sample_sources(
     job: Job, sources: dict[int, SampleSource], teacher: TeacherRef, tokenizer: PreTrainedTokenizerBase
@@ -82,9 +79,9 @@ def sample_batch(
     generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        first_B1 = torch.randint(model.config.vocab_size, (_BATCH, 1), generator=generator)
+        first_B1 = torch.randint(model.config.vocab_size, (source.batch, 1), generator=generator)
     else:
-        first_B1 = torch.full((_BATCH, 1), start)
+        first_B1 = torch.full((source.batch, 1), start)
     first_B1 = first_B1.to(model.device)
     # The teacher's own defaults (top_k, repetition penalty) would change what is sampled.
     model.generation_config = GenerationConfig()
