@@ -104,13 +104,15 @@ def demo(
 ) -> None:
     """Start the services, convert the shipped teacher through them, and say where everything is."""
     changes = parse_overrides(overrides)
-    load_recipe(recipe, changes)
+    asked = load_recipe(recipe, changes)
+    if recipe.endswith((".yaml", ".yml")):
+        recipe = str(Path(recipe).absolute())  # the worker has a working directory of its own
     home = resolve_settings().home
     with _out.status("starting Prefect and MLflow"):
         running = services.services_up(home)
     from radlads.flows.demo import run_demo
 
-    name = name or f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     sys.exit(0 if run_demo(_out, running, resolve_settings(), recipe, name, changes) else 1)
 
 

@@ -44,7 +44,7 @@ def run_demo(
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, name=name)
         page = f"{running['prefect'].url}/runs/flow-run/{flow_run.id}"
         out.print(f"run [bold]{name}[/]: {page}", soft_wrap=True)
-        state = _watch(out, client, flow_run.id, settings.work / name)
+        state = _watch(out, client, flow_run.id, settings.work, name)
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     if not state.is_completed():
         out.print(f"[red]{state.name}[/] after {minutes}:{seconds:02}: ", end="")
@@ -75,7 +75,7 @@ def deploy() -> None:
         raise UserError(f"prefect deploy failed:\n{(done.stderr or done.stdout).strip()[-800:]}")
 
 
-def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path) -> Any:
+def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path, name: str) -> Any:
     """Show the run until it ends; its final state."""
     view = _View(out)
     with view.shown():
@@ -83,8 +83,8 @@ def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Pat
             flow_run = client.read_flow_run(flow_run_id)
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             for task_run in client.read_task_runs(flow_run_filter=wanted, sort=TaskRunSort.EXPECTED_START_TIME_ASC):
-                state = task_run.state.name if task_run.state else None
-                view.show(task_run.name, state or "Pending", work)
+                if task_run.state is not None and not task_run.state.is_pending():  # it has no name of its own yet
+                    view.show(task_run.name, task_run.state.name or "", scratch_of(work, name, task_run.name))
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
             time.sleep(_LOOK_SECONDS)
@@ -109,9 +109,9 @@ class _View:
         """The block during which the terminal is ours."""
         return Live(Group(self._bars), console=self._out, refresh_per_second=4, transient=not self._out.is_terminal)
 
-    def show(self, stage: str, state: str, work: Path) -> None:
+    def show(self, stage: str, state: str, scratch: Path) -> None:
         """Bring one stage's line up to date."""
-        done, total, told = read_progress(work / stage)
+        done, total, told = read_progress(scratch)
         if stage not in self._rows:
             self._rows[stage] = self._bars.add_task(stage, total=1.0, told="")
         if state == "Completed":
@@ -123,6 +123,13 @@ class _View:
         if not self._out.is_terminal and self._states.get(stage) != state:
             self._out.print(f"{stage}: {state.lower()}{f' ({told})' if told else ''}", highlight=False)
         self._states[stage] = state
+
+
+def scratch_of(work: Path, run: str, stage: str) -> Path:
+    """Where a stage's job works. A dataset, which many runs share, is the one that was worked on last."""
+    if not stage.startswith("tokenize"):
+        return work / run / stage
+    return max((work / "datasets").glob("*"), key=lambda path: path.stat().st_mtime, default=work / "datasets")
 
 
 def read_progress(scratch: Path) -> tuple[float, float, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _MODULES = {
 }
 _DISTRIBUTED = {"train", "evaluate", "needle"}
 _FINAL = {"config", "out-of-memory", "nonfinite"}
+ATTEMPT = "=== attempt"
+"""How the log of every attempt at a stage begins."""
 _LOG_LINES = 15
 _LONGEST_LINE = 300
 
@@ -72,10 +75,13 @@ def launch(
     job_json = scratch / "job.json"
     job_json.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     log = scratch / "log.txt"
-    begin = log.stat().st_size if log.exists() else 0
+    command = render_command(spec, job_json, port=_free_port())
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"{ATTEMPT} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(command)}\n")
+    begin = log.stat().st_size
     watcher = _Watcher(scratch, on_progress)
     code = run_process(
-        render_command(spec, job_json, port=_free_port()),
+        command,
         env=job_environment(os.environ, spec.resources),
         cwd=scratch,
         log=log,

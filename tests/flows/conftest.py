@@ -37,7 +37,10 @@ RECIPE = {
 
 @pytest.fixture(scope="session")
 def prefect_server():
-    with temporary_settings({PREFECT_SERVER_ANALYTICS_ENABLED: False}), prefect_test_harness(server_startup_timeout=180):
+    with (
+        temporary_settings({PREFECT_SERVER_ANALYTICS_ENABLED: False}),
+        prefect_test_harness(server_startup_timeout=180),
+    ):
         yield
 
 
@@ -59,7 +62,8 @@ class FakeJobs:
         self.order.append(spec.stage)
         self.specs[spec.stage] = spec
         scratch = Path(spec.scratch)
-        log.write_text(f"{spec.stage} is working\n")
+        with log.open("a") as stream:
+            stream.write(f"{spec.stage} is working\n")
         (scratch / "progress.json").write_text('{"done": 1, "total": 2, "unit": "steps"}')
         (scratch / "metrics.jsonl").write_text('{"step": 1, "time": 1, "loss": 0.5}\n')
         on_tick()
