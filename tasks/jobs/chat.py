@@ -42,15 +42,17 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
 
 
 def _render_marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> Rendered:
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             chat_template=tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+            **names,
         )
     except (TemplateError, TypeError) as error:
         raise UserError(f"the chat template refuses a chat: {first_line(error)}") from error
+    texts, spans = rendered
     return Rendered(texts[0], tuple((start, end) for start, end in spans[0]))
 
 

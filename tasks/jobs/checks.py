@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +127,7 @@ def check_dataset(
     }
 
 
-def _measure(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+def _measure(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """(bytes, tokens) of some documents; renders the chats among them, which shows whether they can be."""
     texts = [render_chat(tokenizer, d.messages).text if d.messages is not None else d.text or "" for d in documents]
     # The beginning is enough to measure, and a document can be a whole book.

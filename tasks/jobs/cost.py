@@ -28,8 +28,9 @@ _PEAKS = {
     "RTX 3090": 71e12,
 }
 _UNKNOWN_GPU = 100e12
-# What one core sustains in fp32 matrix products; small models reach less.
-_CPU_CORE = 20e9
+# What one core sustains with models small enough to be trained on one (a few hundred thousand to a few million
+# parameters); larger matrix products reach several times as much.
+_CPU_CORE = 5e9
 
 
 def device_peak(name: str | None, resources: JobResources) -> float:

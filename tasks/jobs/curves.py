@@ -12,6 +12,8 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 _LOSS_NAMES = {
     "align": "distance of attention outputs",
@@ -36,7 +38,7 @@ def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(_LOSS_NAMES.get(stage, "loss"))
         if stage in ("align", "distill"):
-            axis.set_yscale("log")
+            _use_log_scale(axis)
         axis.grid(alpha=0.25, which="both")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
@@ -54,7 +56,7 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         steps, losses = np.array(points, dtype=float).T
         axis.plot(steps, _smooth(losses), color=shade, linewidth=1.4, label=name.replace("_", " "))
-    axis.set_yscale("log")
+    _use_log_scale(axis)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel(_LOSS_NAMES["align"])
     axis.grid(alpha=0.25, which="both")
@@ -68,10 +70,20 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
+def _use_log_scale(axis: Axes) -> None:
+    """Logarithmic, with plain numbers at its ticks."""
+    axis.set_yscale("log")
+    plain = FuncFormatter(lambda value, _position: f"{value:g}")
+    axis.yaxis.set_major_formatter(plain)
+    low, high = axis.get_ylim()
+    axis.yaxis.set_minor_formatter(plain if high / low < 20 else NullFormatter())
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Running mean over a fiftieth of the curve, with shorter windows at its beginning."""
     width = max(1, len(values) // 50)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    smoothed: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    return smoothed

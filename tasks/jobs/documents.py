@@ -88,7 +88,7 @@ def read_file(
 
 def _open_text(path: Path) -> AbstractContextManager[IO[str]]:
     if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")  # type: ignore[arg-type]
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")
     return path.open(encoding="utf-8")
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.jobs.bits import Estimate, Windows, check_finite, open_windows, score_windows, summarize
 from radlads.tasks.jobs.common import Job, run_job, write_json
-from radlads.tasks.jobs.judged import STUDENT, TEACHER, open_teacher, opened_student, student_names
+from radlads.tasks.jobs.judged import STUDENT, TEACHER, continue_ids, open_teacher, opened_student, student_names
 from radlads.tasks.jobs.ranks import gather
 from radlads.tasks.jobs.sources import load_tokenizer
 from radlads.tasks.sections import EvalTask, Evaluate
@@ -143,15 +143,12 @@ def sample_texts(
 ) -> list[dict[str, str]]:
     """[{prompt, teacher, student}]: greedy continuations of held-out beginnings, to be looked at. All ranks call it."""
     prompts = windows.input_ids(range(min(_SAMPLES, len(windows))))[:, :_SAMPLE_PROMPT].to(teacher.device)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=_SAMPLE_TOKENS,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    eos = tokenizer.eos_token_id
     texts = {}
     for name, model in ((TEACHER, teacher), (STUDENT, student)):
-        rows = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+        rows = continue_ids(
+            model, prompts, do_sample=False, max_new_tokens=_SAMPLE_TOKENS, eos_token_id=eos, pad_token_id=eos
+        )
         texts[name] = tokenizer.batch_decode(rows[:, prompts.shape[1] :], skip_special_tokens=True)
     starts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [

@@ -28,6 +28,7 @@ code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; backgrou
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1rem;
   overflow-x: auto; }
 pre code { padding: 0; background: none; overflow-wrap: normal; }
+pre.wrap { white-space: pre-wrap; }
 .verdict { border-left: 4px solid var(--note); background: var(--soft); padding: .55rem .9rem; margin: .5rem 0;
   border-radius: 0 6px 6px 0; }
 .verdict b { color: var(--note); margin-right: .4rem; }
@@ -76,7 +77,7 @@ def _html(block: Block, folder: Path) -> str:
             image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt, quote=True)}">'
             return f"<figure>{image}<figcaption>{_inline(caption)}</figcaption></figure>"
         case Code(text, _, folded):
-            listing = f"<pre><code>{html.escape(text.rstrip())}</code></pre>"
+            listing = f"<pre{'' if folded else _class('wrap')}><code>{html.escape(text.rstrip())}</code></pre>"
             return f"<details><summary>{_inline(folded)}</summary>{listing}</details>" if folded else listing
 
 

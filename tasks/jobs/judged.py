@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -44,10 +45,23 @@ def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
     try:
         yield model
     finally:
-        model.to("meta")
+        torch.nn.Module.to(model, "meta")
         gc.collect()
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def continue_ids(
+    model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """The prompts with what `generate` adds to them; options: those of a GenerationConfig, nothing else counts."""
+    generate: Any = model.generate
+    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+    config = GenerationConfig(use_cache=True, **options)
+    rows: torch.Tensor = generate(
+        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+    )
+    return rows
 
 
 def as_judged(model: PreTrainedModel) -> PreTrainedModel:

@@ -18,8 +18,8 @@ _OPTIMIZER_BYTES = 12
 _STATE_EVERY = 16
 # Rows of logits that the fused losses hold at a time (kernels/linear_kl), in fp32, of teacher and student.
 _LOGIT_ROWS = 1024
-# CUDA context, NCCL buffers, fragmentation.
-_OVERHEAD_BYTES = 2 * 1024**3
+# GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
+_OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
 
 Memory = dict[str, int]
 StageName = Literal["pretrain", "align", "distill", "finetune", "evaluate", "needle"]
@@ -69,12 +69,12 @@ def training_memory(stage: StageName, section: Training, networks: Networks, res
         "teacher": networks.teacher_parameters * word if stage in ("align", "distill") else 0,
         "activations": tokens * _kept_per_token(stage, section, networks, word),
         "logits": 0 if stage == "align" else 2 * min(tokens, _LOGIT_ROWS) * networks.vocab * 4,
-        "overhead": _OVERHEAD_BYTES if resources.device == "cuda" else 0,
+        "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values())}
 
 
-def judging_memory(stage: StageName, section: Evaluate | Needle, networks: Networks, resources: JobResources) -> Memory:
+def judging_memory(section: Evaluate | Needle, networks: Networks, resources: JobResources) -> Memory:
     """Bytes on one device while teacher and one student are scored beside each other."""
     word = word_bytes("auto", resources)
     length = section.context if isinstance(section, Evaluate) else max(section.lengths)
@@ -90,7 +90,7 @@ def judging_memory(stage: StageName, section: Evaluate | Needle, networks: Netwo
         "teacher": networks.teacher_parameters * word,
         "activations": tokens * layer + cache,
         "logits": logits,
-        "overhead": _OVERHEAD_BYTES if resources.device == "cuda" else 0,
+        "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values())}
 
@@ -118,14 +118,15 @@ def _kept_per_token(stage: StageName, section: Training, networks: Networks, wor
 def what_would_help(stage: StageName, section: Training, memory: Memory, resources: JobResources) -> str:
     """Recipe changes that shrink what is biggest, the surest first."""
     helpers: list[str] = []
-    if memory["activations"] > memory["total"] // 4:
+    own = memory["total"] - memory["overhead"]
+    if memory["activations"] > own // 4:
         if section.micro_batch > 1:
             helpers.append(f"{stage}.micro_batch: {max(1, section.micro_batch // 2)}")
         if not section.gradient_checkpointing and stage != "align":
             helpers.append(f"{stage}.gradient_checkpointing: true")
         if not helpers:
             helpers.append(f"a smaller {stage}.context")
-    if memory["optimizer"] + memory["gradients"] > memory["total"] // 4:
+    if memory["optimizer"] + memory["gradients"] > own // 4:
         if resources.zero_stage < 2 and resources.processes > 1:
             helpers.append("resources.zero_stage: 2")
         if "mlp" not in section.freeze and stage != "align":

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.grid import flatten, make_cells, summarize
 from radlads.tasks.jobs.heatmap import draw_heatmap
-from radlads.tasks.jobs.judged import TEACHER, open_teacher, opened_student, student_names
+from radlads.tasks.jobs.judged import TEACHER, continue_ids, open_teacher, opened_student, student_names
 from radlads.tasks.jobs.ranks import gather
 from radlads.tasks.jobs.recall import Case, build_case, load_filler
 from radlads.tasks.jobs.sources import expand_paths, load_tokenizer, resolve_file
@@ -116,9 +116,8 @@ def make_trials(section: Needle, tokenizer: PreTrainedTokenizerBase) -> list[Tri
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
     """The prompt as a user's message; the template's own tokens come on top of the length."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": case.prompt}], tokenize=False, add_generation_prompt=True
-    )
+    message = {"role": "user", "content": case.prompt}
+    text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
     return Case(text, tokenizer(text, add_special_tokens=False)["input_ids"], case.answer)
 
 
@@ -170,16 +169,10 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-    )
+    eos = tokenizer.eos_token_id
     try:
-        rows = model.generate(
-            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+        rows = continue_ids(
+            model, ids_BT, mask_BT, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
         )
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
@@ -189,8 +182,7 @@ def generate(
         half = len(prompts) // 2
         first = generate(model, tokenizer, prompts[:half], max_new_tokens)
         return first + generate(model, tokenizer, prompts[half:], max_new_tokens)
-    texts: list[str | None] = tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)
-    return texts
+    return list(tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True))
 
 
 def _examples(trials: Sequence[Trial], answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:

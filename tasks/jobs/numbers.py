@@ -7,17 +7,24 @@ from collections.abc import Mapping
 NONE = "–"
 
 
-def plain(value: float | None, digits: int = 4) -> str:
-    """1.2346, or a dash."""
-    return NONE if value is None else f"{value:.{digits}f}"
+def plain(value: float | None, digits: int | None = None) -> str:
+    """1.2346, 123.46, 1,234,568, or a dash; `digits` after the point where they are given."""
+    if value is None:
+        return NONE
+    return f"{value:,.{_digits(value) if digits is None else digits}f}"
 
 
-def measured(estimate: Mapping[str, float | None] | None, digits: int = 4) -> str:
-    """1.2346 ± 0.0012."""
+def measured(estimate: Mapping[str, float | None] | None) -> str:
+    """1.2346 ± 0.0012, both to the same place."""
     if estimate is None or estimate["value"] is None:
         return NONE
-    error = estimate.get("stderr")
-    return plain(estimate["value"], digits) if error is None else f"{estimate['value']:.{digits}f} ± {error:.{digits}f}"
+    value, error = estimate["value"], estimate.get("stderr")
+    digits = _digits(value)
+    return plain(value, digits) if error is None else f"{plain(value, digits)} ± {plain(error, digits)}"
+
+
+def _digits(value: float) -> int:
+    return 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
 
 
 def percent(value: float | None, digits: int = 1) -> str:

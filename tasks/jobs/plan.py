@@ -242,11 +242,10 @@ def _plan_stages(
             "epochs": epochs.get(stage),
             "memory_bytes_per_gpu": memory,
         } | stage_cost(training_flops(stage, section, networks), device["peak_flops"], resources)
-    for stage in ("evaluate", "needle"):
-        section = getattr(recipe, stage)
+    for stage, section in (("evaluate", recipe.evaluate), ("needle", recipe.needle)):
         if section is None or recipe.pretrain is not None:
             continue
-        memory = judging_memory(stage, section, networks, resources)
+        memory = judging_memory(section, networks, resources)
         if memory["total"] > _USABLE * device["memory_bytes"]:
             findings.faults.append(
                 f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "

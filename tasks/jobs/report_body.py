@@ -207,7 +207,7 @@ def _student(products: Products, recipe: Recipe) -> list[Block]:
     if sheet is None or product is None:
         return []
     kept = ", ".join(map(str, recipe.student.attention_layers)) or "none"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (place, count(numbers["copied"]), count(numbers["fresh"]), count(numbers["dropped"]))
         for place, numbers in sheet["layers"].items()
     ]

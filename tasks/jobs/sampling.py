@@ -8,11 +8,10 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from radlads.model.teacher import load_teacher
 from radlads.tasks.jobs.common import Job, write_json
-from radlads.tasks.jobs.sources import resolve_teacher_path
+from radlads.tasks.jobs.judged import continue_ids, open_teacher
 from radlads.tasks.recipe import SampleSource
 from radlads.tasks.specs import TeacherRef
 
@@ -28,13 +27,7 @@ def sample_sources(
     """
     if not sources:
         return {}
-    model: PreTrainedModel = load_teacher(
-        resolve_teacher_path(teacher.path),
-        dtype=job.dtype,
-        device=job.device,
-        revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-    )
+    model = open_teacher(job, teacher)
     return {index: _sample_source(job, index, source, model, tokenizer) for index, source in sources.items()}
 
 
@@ -82,28 +75,25 @@ def sample_batch(
         first_B1 = torch.randint(model.config.vocab_size, (source.batch, 1), generator=generator)
     else:
         first_B1 = torch.full((source.batch, 1), start)
-    first_B1 = first_B1.to(model.device)
-    # The teacher's own defaults (top_k, repetition penalty) would change what is sampled.
-    model.generation_config = GenerationConfig()
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=source.temperature,
-        top_p=source.top_p,
-        top_k=0,
-        max_new_tokens=source.context - 1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-    )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int.from_bytes(seed[7:14], "big"))
-        rows_BT = model.generate(first_B1, attention_mask=torch.ones_like(first_B1), generation_config=config)
+        rows_BT = continue_ids(
+            model,
+            first_B1,
+            do_sample=True,
+            temperature=source.temperature,
+            top_p=source.top_p,
+            top_k=0,
+            max_new_tokens=source.context - 1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     sampled: list[dict[str, str | int]] = []
     for row in rows_BT[:, 1 if start is not None else 0 :].tolist():
         ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
         # A row cut at the context can end in the middle of a character.
-        text = tokenizer.decode(ids, skip_special_tokens=True).rstrip("�").strip()
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("�").strip()
         if text:
             sampled.append({"text": text, "tokens": len(ids) + 1})
     return sampled

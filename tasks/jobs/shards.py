@@ -174,7 +174,8 @@ class _Documents:
         """Held-out flags [documents]; of a corpus so small that the hash chose none, the one with the smallest hash."""
         if self.heldout.any() or self.count < 2:
             return self.heldout
-        return self.hashes == self.hashes.min()
+        smallest: np.ndarray = self.hashes == self.hashes.min()
+        return smallest
 
     def ids(self, document: int) -> np.ndarray:
         return self._slice(self.parts[self.part_of[document]].ids, self.starts[document], document)
@@ -193,4 +194,5 @@ class _Documents:
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    return np.cumsum(lengths) - lengths
+    starts: np.ndarray = np.cumsum(lengths) - lengths
+    return starts
