@@ -39,6 +39,7 @@ table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabu
 caption { caption-side: bottom; text-align: left; color: var(--dim); padding-top: .5rem; font-size: .88rem; }
 th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; } thead th { border-bottom: 2px solid var(--line); color: var(--dim); }
+td { white-space: nowrap; } td.words { white-space: normal; }
 td.words, th.words, tbody th { text-align: left; } tbody th { font-weight: 500; padding-right: 1.6rem; }
 figure { margin: 1.25rem 0; }
 figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px;

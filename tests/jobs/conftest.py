@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,6 +147,32 @@ def run_main() -> Callable[[Callable[[Job], Any], Job], Manifest]:
         manifest = job.store.read_manifest(job.output_prefix)
         assert manifest is not None
         return manifest
+
+    return run
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., None]:
+    """run_ranks(module, job, count): a job's program in `count` processes that form a group."""
+
+    def run(module: str, job: Job, count: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, str(job.scratch / "job.json")],
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=job.scratch,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * count, said
 
     return run
 

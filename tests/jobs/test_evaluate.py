@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +190,7 @@ def test_a_broken_task_file_is_one_line(tmp_path: Path):
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(
-    judge: Any, data: Any, student: Any, make_job: Any, teacher_folder: Path, tmp_path: Path
+    judge: Any, data: Any, student: Any, make_job: Any, run_ranks: Any, teacher_folder: Path, tmp_path: Path
 ):
     write_tasks(tmp_path / "mine")
     inputs = {"student": student(), "data": data}
@@ -204,24 +200,7 @@ def test_two_ranks_give_what_one_gives(
     spec = EvaluateSpec(section=section, teacher=pin_teacher(str(teacher_folder)))
     job: Job = make_job("evaluate", spec, inputs, scratch="two")
     (Path(job.spec.output_uri) / "manifest.json").unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "radlads.tasks.jobs.evaluate", str(job.scratch / "job.json")]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            cwd=job.scratch,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    run_ranks("radlads.tasks.jobs.evaluate", job, 2)
     two = json.loads((Path(job.spec.output_uri) / "evaluate.json").read_text())
     assert two["processes"] == 2
     assert two["tasks"] == one["tasks"]

@@ -61,6 +61,15 @@ def test_the_grid_is_complete_and_seeded(teacher_folder: Path):
         assert abs(place - trial.depth) < 0.45
 
 
+def test_a_chat_template_goes_around_the_prompt(teacher_folder: Path):
+    tokenizer = load_tokenizer(str(teacher_folder))
+    trials = needle.make_trials(SECTION.model_copy(update={"chat_template": True}), tokenizer)
+    prompt = trials[0].case.prompt
+    assert prompt.startswith("<|user|>")
+    assert prompt.endswith("<|assistant|>")
+    assert tokenizer.decode(trials[0].case.prompt_ids) == prompt
+
+
 def test_prompts_too_short_are_refused(teacher_folder: Path):
     with pytest.raises(UserError, match="cannot hold"):
         needle.make_trials(Needle(lengths=(8,)), load_tokenizer(str(teacher_folder)))

@@ -116,6 +116,7 @@ def test_bytes_of_heldout_tokens_add_up(tokenize: Any, corpus: Path, tokenizer_f
     assert np.mean([a == b for a, b in plain]) > 0.95
 
 
+@pytest.mark.slow
 def test_same_bytes_with_more_processes(tokenize: Any, corpus: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokens, "_PART_BYTES", 4000)
     one, _ = tokenize([text_source(corpus)], job={"scratch": "one"})
@@ -285,6 +286,51 @@ def test_sampling_does_not_depend_on_restarts(make_job: MakeJob, run_main: Any, 
     again = make_job("tokenize", spec, scratch="b")
     run_main(tokens.main, again)
     assert hashes(folder) == first
+
+
+@pytest.mark.slow
+def test_sampling_does_not_depend_on_the_number_of_ranks(
+    make_job: MakeJob, run_main: Any, run_ranks: Any, teacher_folder: Path
+):
+    sources = [{"kind": "sample", "tokens": 600, "context": 24, "seed": 5}]
+    spec = spec_of(sources, teacher_folder, teacher=pin_teacher(str(teacher_folder)), heldout_fraction=0.3)
+    one = make_job("tokenize", spec, scratch="one")
+    run_main(tokens.main, one)
+    folder = Path(one.spec.output_uri)
+    alone = hashes(folder)
+    (folder / "manifest.json").unlink()
+    run_ranks("radlads.tasks.jobs.tokens", make_job("tokenize", spec, scratch="two"), 2)
+    assert hashes(folder) == alone
+
+
+def test_hub_datasets_are_streamed(tokenize: Any, stories: list[str], monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def load_dataset(path: str, subset: str | None, **options: Any) -> list[dict[str, str]]:
+        asked.append((path, subset, options))
+        return [{"content": story} for story in stories]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = {"kind": "hub", "path": "org/stories", "revision": "abc", "text_field": "content", "max_documents": 50}
+    _, index = tokenize([source], heldout_fraction=0.2)
+    assert asked == [("org/stories", None, {"split": "train", "revision": "abc", "streaming": True})]
+    assert sum(split["documents"] for split in index["splits"].values()) == 50
+
+
+def test_a_real_chat_template_is_masked(shared_data: Path):
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "qwen2"))
+    turns = [
+        {"role": "user", "content": "Où est Léo ?"},
+        {"role": "assistant", "content": "Au parc 🙂."},
+        {"role": "user", "content": "Merci"},
+        {"role": "assistant", "content": "De rien."},
+    ]
+    chat = Document(messages=tuple(turns))
+    part = Encoder(tokenizer, add_bos=False, heldout_fraction=1.0, with_mask=True).encode([chat], {})
+    assert "system" in tokenizer.decode(part.ids)
+    kept = tokenizer.decode(part.ids[part.mask == 1])
+    assert kept.replace("\n", "") == "Au parc 🙂.<|im_end|>De rien.<|im_end|>"
+    assert part.token_bytes.sum() == part.num_bytes[0]
 
 
 def test_fingerprints_follow_content_not_place(teacher_folder: Path, tmp_path: Path):
