@@ -41,7 +41,10 @@ def _make_gpu_limit(client: SyncPrefectClient, slots: int) -> list[str]:
     try:
         client.read_global_concurrency_limit_by_name(GPU_LIMIT)
     except ObjectNotFound:
-        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=slots))
+        try:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=slots))
+        except ObjectAlreadyExists:  # made by somebody else since, or by a request that was sent twice
+            return []
         return [f"concurrency limit {GPU_LIMIT}"]
     return []
 
