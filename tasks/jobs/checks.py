@@ -178,6 +178,18 @@ def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Find
     return epochs
 
 
+def check_heldout(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
+    """Warn where less text is held out than evaluate wants to score."""
+    if recipe.evaluate is None or not data[recipe.evaluate.data]["tokens"]:
+        return
+    held = round(data[recipe.evaluate.data]["tokens"] * recipe.data[recipe.evaluate.data].heldout_fraction)
+    if held < recipe.evaluate.heldout_tokens:
+        findings.warnings.append(
+            f"evaluate.heldout_tokens is {recipe.evaluate.heldout_tokens}, but about {held} tokens of "
+            f"data.{recipe.evaluate.data} are held out; all of them are scored"
+        )
+
+
 def check_needle(
     section: Needle, tokenizer: PreTrainedTokenizerBase, positions: int | None, findings: Findings
 ) -> None:

@@ -30,7 +30,7 @@ _PEAKS = {
 _UNKNOWN_GPU = 100e12
 # What one core sustains with models small enough to be trained on one (a few hundred thousand to a few million
 # parameters); larger matrix products reach several times as much.
-_CPU_CORE = 5e9
+_CPU_CORE = 8e9
 
 
 def device_peak(name: str | None, resources: JobResources) -> float:

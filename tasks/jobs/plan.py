@@ -22,6 +22,7 @@ from radlads.tasks.jobs.checks import (
     Findings,
     check_dataset,
     check_epochs,
+    check_heldout,
     check_masks,
     check_needle,
     check_tokenizer,
@@ -75,6 +76,7 @@ def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
     check_tokenizer(subject.tokenizer, subject.config, findings)
     check_training(recipe, positions, resources.processes, findings)
     check_masks(recipe, findings)
+    check_heldout(recipe, data, findings)
     if recipe.needle is not None:
         check_needle(recipe.needle, subject.tokenizer, positions, findings)
     if recipe.evaluate is not None and recipe.evaluate.tasks:

@@ -131,6 +131,7 @@ def test_epochs_and_long_contexts_are_warned_about(recipe: Callable[..., Recipe]
     report = plan.make_plan(recipe(finetune__tokens=500_000, needle__lengths=[600]), CPU)
     assert any("finetune reads 500000 tokens" in w and "epochs" in w for w in report.warnings)
     assert any("needle.lengths [600]" in w for w in report.warnings)
+    assert any("evaluate.heldout_tokens is 65536" in w for w in report.warnings)
     assert report.stages["finetune"]["epochs"] > 10
 
 
