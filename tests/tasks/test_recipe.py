@@ -1,0 +1,147 @@
+"""Recipes: shipped ones validate, faults are told in one line each, overrides are typed, digests name what matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radlads.tasks.job import InputRef, canonical_json
+from radlads.tasks.recipe import RecipeError, dump_recipe, list_recipes, load_recipe, parse_recipe
+from radlads.tasks.specs import FileRef, TeacherRef, TokenizeSpec, TrainSpec, spec_digest
+
+
+def minimal(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "teacher": {"path": "demo"},
+        "data": {"train": {"sources": [{"kind": "files", "paths": ["a.txt"]}]}},
+        **more,
+    }
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_validates_and_survives_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert recipe.sources, "a shipped recipe says where its numbers come from"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"distil": {"tokens": 1, "context": 2, "batch": 1}}, "unknown key 'distil'; did you mean 'distill'?"),
+        ({"align": {"tokens": 9, "context": 4, "batch": 1, "loss": "l1"}}, "align.loss"),
+        ({"align": {"tokens": 9, "context": 4, "batch": 3, "micro_batch": 2}}, "must be a multiple of micro_batch"),
+        (
+            {"align": {"tokens": 9, "context": 4, "batch": 1, "data": "web"}},
+            "align.data is 'web', but `data` has 'train'",
+        ),
+        ({"student": {"attention_layers": [-1]}}, "cannot be negative"),
+        ({"student": {"attention_layers": [2, 2]}}, "names a layer twice"),
+        ({"teacher": None}, "give `teacher` (to convert one) or `pretrain`"),
+        ({"needle": {"trials": 3}}, "needle.trials"),
+        ({"name": "No Spaces"}, "name"),
+    ],
+)
+def test_a_fault_is_told_in_one_line_that_names_its_place(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(minimal(**change), where="mine.yaml")
+    lines = str(caught.value).splitlines()
+    assert any(told in line for line in lines)
+    assert all(line.startswith("mine.yaml: ") for line in lines)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(minimal(evalute={}, align={"tokens": 0, "context": 4, "batch": 1}))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_typo_in_a_nested_section_is_matched_with_that_sections_keys() -> None:
+    raw = minimal()
+    raw["data"]["train"]["sources"][0]["sepparator"] = "x"
+    with pytest.raises(RecipeError, match="did you mean 'separator'"):
+        parse_recipe(raw)
+
+
+def test_unknown_recipe_suggests_a_shipped_one_and_a_missing_file_is_told() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'smoke'"):
+        load_recipe("smok")
+    with pytest.raises(RecipeError, match="no recipe file"):
+        load_recipe("nowhere.yaml")
+
+
+def test_overrides_are_typed_reach_into_sections_and_remove_optional_ones(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(minimal(align={"tokens": 64, "context": 4, "batch": 2})))
+    recipe = load_recipe(str(path), {"align.tokens": 128, "student.attention_layers": [1], "resources.zero_stage": 2})
+    assert recipe.align is not None
+    assert (recipe.align.tokens, recipe.align.num_steps) == (128, 16)
+    assert recipe.student.attention_layers == (1,)
+    assert recipe.resources.zero_stage == 2
+    assert load_recipe(str(path), {"align": None}).align is None
+    with pytest.raises(RecipeError, match=r"align\.tokens"):
+        load_recipe(str(path), {"align.tokens": "many"})
+    with pytest.raises(RecipeError, match="not a section"):
+        load_recipe(str(path), {"align.tokens.more": 1})
+
+
+def train_spec(**section: Any) -> TrainSpec:
+    recipe = parse_recipe(minimal(align={"tokens": 64, "context": 4, "batch": 4} | section))
+    assert recipe.align is not None
+    return TrainSpec(objective="align", section=recipe.align, teacher=TeacherRef(path="a", fingerprint="f"))
+
+
+def test_a_digest_names_what_is_made_and_not_how_or_where() -> None:
+    inputs = {"student": InputRef(uri="a", digest="1")}
+    plain = spec_digest("align", train_spec(), inputs)
+    assert spec_digest("align", train_spec(micro_batch=2, checkpoint_every=7, keep_checkpoints=5), inputs) == plain
+    moved = train_spec().model_copy(update={"teacher": TeacherRef(path="elsewhere", fingerprint="f")})
+    assert spec_digest("align", moved, {"student": InputRef(uri="moved", digest="1")}) == plain
+    other = train_spec().model_copy(update={"teacher": TeacherRef(path="a", fingerprint="g")})
+    assert spec_digest("align", other, inputs) != plain
+    assert spec_digest("align", train_spec(), {"student": InputRef(uri="a", digest="2")}) != plain
+
+
+@pytest.mark.parametrize(
+    "section", [{"tokens": 65}, {"context": 8}, {"batch": 2}, {"seed": 1}, {"loss": "mse"}, {"freeze": ["mlp"]}]
+)
+def test_a_digest_is_sensitive_to_every_setting_of_the_product(section: dict[str, Any]) -> None:
+    assert spec_digest("align", train_spec(**section), {}) != spec_digest("align", train_spec(), {})
+
+
+def test_a_dataset_is_named_by_what_its_files_hold() -> None:
+    recipe = parse_recipe(minimal())
+
+    def digest(path: str, sha256: str) -> str:
+        spec = TokenizeSpec(
+            name="train",
+            dataset=recipe.data["train"],
+            files=(FileRef(path=path, size=3, sha256=sha256),),
+            tokenizer="here",
+            tokenizer_fingerprint="t",
+            teacher=None,
+        )
+        return spec_digest("tokenize", spec, {})
+
+    assert digest("a.txt", "1") == digest("/moved/a.txt", "1")
+    assert digest("a.txt", "1") != digest("a.txt", "2")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=5))
+def test_canonical_json_does_not_see_the_order_of_keys(value: dict[str, Any]) -> None:
+    assert canonical_json(dict(reversed(list(value.items())))) == canonical_json(value)
