@@ -174,3 +174,7 @@ def _show(running: dict[str, services.Service]) -> None:
         else:
             table.add_row(name, service.url or "", str(service.pid), service.log)
     _out.print(table)
+
+
+if __name__ == "__main__":
+    main()

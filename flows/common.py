@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import uuid
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +17,19 @@ from radlads.tasks.store import StoreError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_EXPLAINED = (UserError, StoreError, JobCrashed)
+
+
+class _NoTraceback(logging.Filter):
+    """Keeps Prefect's engine from adding a traceback to an error that explains itself: the state's message has it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged."""
+        return not (record.exc_info and isinstance(record.exc_info[1], _EXPLAINED))
+
+
+for _name in ("prefect.flow_runs", "prefect.engine"):
+    logging.getLogger(_name).addFilter(_NoTraceback())
 
 
 def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -26,7 +40,7 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> Any:
         try:
             return flow_function(*args, **kwargs)
-        except (UserError, StoreError, JobCrashed) as error:
+        except _EXPLAINED as error:
             return Failed(message=str(error), data=error)
 
     return explained

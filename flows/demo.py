@@ -69,7 +69,7 @@ def deploy() -> None:
     project = Path(radlads.flows.convert.__file__).resolve().parent.parent
     if not (project / "prefect.yaml").is_file():
         raise UserError(f"there is no prefect.yaml in {project}: the demo runs from a checkout of the project")
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"prefect deploy failed:\n{(done.stderr or done.stdout).strip()[-800:]}")

@@ -129,21 +129,25 @@ def use_services(running: Mapping[str, Service]) -> None:
 
 def _start_server(home: Path, name: str) -> Service:
     port = _free_port(_PORTS[name])
+    url = f"http://{_HOST}:{port}"
+    env = _environment(home)
     address = ["--host", _HOST, "--port", str(port)]
     if name == "prefect":
         command = [sys.executable, "-m", "prefect", "server", "start", *address]
+        env["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # the page asks port 4200 otherwise, whatever the server's is
     else:
         data = ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
         files = ["--artifacts-destination", str(home / "mlflow-artifacts"), "--serve-artifacts"]
         command = [sys.executable, "-m", "mlflow", "server", *data, *files, *address, "--workers", "1"]
-    return _start(home, name, command, f"http://{_HOST}:{port}", _environment(home))
+    return _start(home, name, command, url, env)
 
 
 def _environment(home: Path) -> dict[str, str]:
     """What every service gets: the user's environment, a Prefect database of our own, places that do not depend on
     the working directory."""
     env = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
-    env |= {**_QUIET, "PREFECT_HOME": str(home / "prefect"), "RADLADS_HOME": str(home)}
+    # Safe path: whatever lies in the working directory must not shadow a module.
+    env |= {**_QUIET, "PREFECT_HOME": str(home / "prefect"), "RADLADS_HOME": str(home), "PYTHONSAFEPATH": "1"}
     _bypass_proxies(env)
     return env
 
@@ -179,9 +183,12 @@ def _hear_interrupts() -> None:
 
 def _wait_until_healthy(service: Service, seconds: float) -> None:
     end = time.monotonic() + seconds
-    while not is_healthy(service):
-        if not service.is_alive():
+    while True:
+        healthy = is_healthy(service)
+        if not service.is_alive():  # asked second: another server may answer at a port that ours did not get
             raise UserError(f"{service.name} did not start; its log is {service.log}:\n{_log_end(service)}")
+        if healthy:
+            return
         if time.monotonic() >= end:
             raise UserError(f"{service.name} does not answer at {service.url} after {seconds:.0f} s; see {service.log}")
         time.sleep(0.5)
