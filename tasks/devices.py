@@ -42,6 +42,8 @@ def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> Jo
     if device == "cuda" and num_gpus == 0:
         raise UserError("resources.device is 'cuda', but this machine shows no GPU; use 'auto' or 'cpu'")
     processes = wanted.processes if wanted.processes != "auto" else (num_gpus if device == "cuda" else 1)
+    if processes < 1:
+        raise UserError(f"resources.processes is {processes}; at least one process does the work")
     if device == "cuda" and processes > num_gpus:
         raise UserError(f"resources.processes is {processes}, but this machine shows {num_gpus} GPU(s)")
     return JobResources(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -129,6 +130,8 @@ StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | EvaluateSpec 
 # What changes how a product is made, not what it is: moving a folder or checkpointing more often is the same run.
 _OPERATIONAL = {"micro_batch", "checkpoint_every", "keep_checkpoints", "heldout_every", "resources"}
 
+_PLACES = {"path", "paths", "haystack", "tokenizer"}
+
 
 def spec_digest(stage: Stage, spec: StageSpec, inputs: dict[str, InputRef]) -> str:
     """The digest of a stage: of its spec without operational settings and without places, and of its inputs."""
@@ -142,7 +145,16 @@ def _identity(value: Any) -> Any:
         hidden = _OPERATIONAL | ({"path"} if pinned else set())
         if "tokenizer_fingerprint" in value:
             hidden |= {"tokenizer"}
-        return {key: _identity(item) for key, item in value.items() if key not in hidden}
+        kept = {key: item for key, item in value.items() if key not in hidden}
+        return {key: _placeless(item) if key in _PLACES else _identity(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
         return [_identity(item) for item in value]
     return value
+
+
+def _placeless(value: Any) -> Any:
+    """An absolute place by its last name: the same recipe beside the same files in another folder is the same run.
+    What the files hold is pinned by the plan."""
+    if isinstance(value, list | tuple):
+        return [_placeless(item) for item in value]
+    return PurePosixPath(value).name if isinstance(value, str) and value.startswith("/") else value

@@ -1,0 +1,40 @@
+"""Arguments win over variables, which win over the working directory."""
+
+import pytest
+
+from radlads.tasks.job import UserError
+from radlads.tasks.settings import resolve_settings
+
+
+def test_defaults_lie_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = resolve_settings(environment={})
+    assert found.store.uri == f"{tmp_path}/.radlads/store"
+    assert found.tracking == f"sqlite:///{tmp_path}/.radlads/mlflow.db"
+    assert found.work == tmp_path / ".radlads" / "work"
+    assert found.grace_seconds == 60
+
+
+def test_variables_and_arguments(tmp_path):
+    env = {
+        "RADLADS_HOME": f"{tmp_path}/h", "RADLADS_STORE": "s3://bucket/p/", "RADLADS_S3_ENDPOINT": "http://s3:9000",
+        "RADLADS_TRACKING": "http://mlflow", "RADLADS_GRACE_SECONDS": "5", "RADLADS_RETRIES": "0",
+    }  # fmt: skip
+    found = resolve_settings(environment=env)
+    assert found.store.model_dump() == {"uri": "s3://bucket/p", "endpoint_url": "http://s3:9000", "region": None}
+    assert (found.tracking, found.grace_seconds, found.retries) == ("http://mlflow", 5, 0)
+    found = resolve_settings(store=f"{tmp_path}/s", tracking="none", work=f"{tmp_path}/w", environment=env)
+    assert (found.store.uri, found.tracking, found.work) == (f"{tmp_path}/s", "", tmp_path / "w")
+    assert found.store.endpoint_url is None
+
+
+@pytest.mark.parametrize("tracking", ["mlruns", "file:///x"])
+def test_no_folder_of_runs(tracking):
+    with pytest.raises(UserError, match="not an MLflow server"):
+        resolve_settings(tracking=tracking, environment={})
+
+
+@pytest.mark.parametrize("text", ["many", "-1"])
+def test_numbers(text):
+    with pytest.raises(UserError, match="RADLADS_RETRIES"):
+        resolve_settings(environment={"RADLADS_RETRIES": text})

@@ -1,0 +1,140 @@
+"""run_stage: what is committed is returned, what is not is launched, what is wrong is said."""
+
+import contextlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from radlads.tasks import launch
+from radlads.tasks.job import CodeVersion, JobResources, JobSpec, Manifest, StoreRef
+from radlads.tasks.launch import JobCrashed
+from radlads.tasks.recipe import parse_recipe
+from radlads.tasks.specs import PlanSpec
+from radlads.tasks.stage import StageRequest, run_stage
+from radlads.tasks.store import CorruptArtifact, LocalStore, StageConflict
+
+RECIPE = {
+    "name": "tiny", "teacher": {"path": "demo"},
+    "data": {"train": {"sources": [{"kind": "files", "paths": ["a.txt"]}]}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Makes the request for a plan of a recipe."""
+    store = LocalStore(StoreRef(uri=str(tmp_path / "store")))
+
+    def make(**changes):
+        return StageRequest(
+            stage="plan", run="r", recipe="tiny", spec=PlanSpec(recipe=parse_recipe(RECIPE | changes)), inputs={},
+            output_key="runs/r/plan", store=store, scratch=tmp_path / "work",
+            resources=JobResources(device="cpu", processes=1, threads=1),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Replaces the job's process; its attributes say what the job does."""
+
+    class Fake:
+        runs, code, ending, commits = 0, 0, {"reason": "done", "message": ""}, True
+        digest: str | None = None
+
+        def __call__(self, command, *, env, cwd, log, on_tick, grace_seconds):
+            self.runs += 1
+            spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
+            scratch = Path(spec.scratch)
+            with log.open("a") as stream:
+                stream.write("working\n")
+            (scratch / "output").mkdir(exist_ok=True)
+            (scratch / "output" / "plan.json").write_text("{}")
+            if self.commits:
+                store = LocalStore(spec.store)
+                manifest = Manifest(
+                    stage=spec.stage, digest=self.digest or spec.digest, spec=spec.spec, files=(),
+                    code=CodeVersion(sha=None, versions={}), created_at=datetime.now(UTC),
+                )  # fmt: skip
+                store.commit(store.key(spec.output_uri), scratch / "output", manifest)
+            if self.ending:
+                (scratch / "exit.json").write_text(json.dumps(self.ending))
+            return self.code
+
+    fake = Fake()
+    monkeypatch.setattr(launch, "run_process", fake)
+    return fake
+
+
+def test_a_stage_is_made_once(ask, job):
+    first = run_stage(ask())
+    again = run_stage(ask())
+    assert (first.reused, again.reused, job.runs) == (False, True, 1)
+    assert again.manifest == first.manifest
+    assert again.ref.digest == ask().digest
+
+
+def test_no_tracking_and_no_slot_for_what_is_committed(ask, job):
+    run_stage(ask())
+
+    @contextlib.contextmanager
+    def slot():
+        pytest.fail("waited for a slot")
+        yield
+
+    run_stage(ask(), open_tracking=lambda digest: pytest.fail("opened a run"), slot=slot())
+
+
+def test_a_conflict_is_said_before_anything_runs(ask, job):
+    run_stage(ask())
+    with pytest.raises(StageConflict, match="choose a new run name"):
+        run_stage(ask(student={"attention_layers": [1]}))
+    assert job.runs == 1
+
+
+def test_exit_zero_without_a_manifest_is_a_failure(ask, job):
+    job.commits = False
+    with pytest.raises(JobCrashed, match="committed nothing"):
+        run_stage(ask())
+
+
+def test_a_manifest_of_something_else_is_a_failure(ask, job):
+    job.digest = "other"
+    with pytest.raises(StageConflict):
+        run_stage(ask())
+
+
+def test_a_manifest_without_a_good_end_is_found_by_the_next_attempt(ask, job):
+    job.code, job.ending = 247, None
+    with pytest.raises(JobCrashed, match="SIGKILL"):
+        run_stage(ask())
+    assert run_stage(ask()).reused
+
+
+def test_a_committed_product_that_lost_a_file(ask, job):
+    product = run_stage(ask())
+    Path(product.uri, "plan.json").unlink()
+    with pytest.raises(CorruptArtifact, match=r"plan\.json is missing"):
+        run_stage(ask())
+
+
+def test_papers_are_kept_and_the_scratch_is_cleared(ask, job, tmp_path):
+    job.code, job.ending, job.commits = 1, {"reason": "crash", "message": "boom"}, False
+    with pytest.raises(JobCrashed):
+        run_stage(ask())
+    store = ask().store
+    assert store.get_bytes("runs/r/plan/job/exit.json") == b'{"reason": "crash", "message": "boom"}'
+    assert (tmp_path / "work" / "output").is_dir(), "a retry goes on from what is there"
+    job.code, job.ending, job.commits = 0, {"reason": "done", "message": ""}, True
+    run_stage(ask())
+    assert store.get_bytes("runs/r/plan/job/log.txt").count(b"=== attempt") == 2
+    assert not (tmp_path / "work" / "output").exists()
+
+
+def test_the_record_follows_to_another_machine(ask, job, tmp_path):
+    store = ask().store
+    store.put_bytes("runs/r/plan/job/metrics.jsonl", b'{"step": 1, "time": 1, "loss": 1.0}\n')
+    run_stage(ask())
+    assert b'"step": 1' in (tmp_path / "work" / "metrics.jsonl").read_bytes()
