@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,7 @@ from radlads.tasks.store_base import (
 
 _TEMPORARY = ".tmp-"
 _LOCKS = ".locks"
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 class LocalStore(Store):
@@ -62,8 +64,15 @@ class LocalStore(Store):
             os.link(temporary, target)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            with self._exclusive(f"{key} itself"):
+                if target.exists():
+                    return False
+                os.replace(temporary, target)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
         return True
 
