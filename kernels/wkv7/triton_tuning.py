@@ -72,7 +72,7 @@ def candidates(K: int, V: int, backend: str) -> list[Tuning]:
     default = default_tuning(K, V, backend)
     if not 64 <= max(K, V) <= 128 or backend == "interpreter":
         return [default]
-    warps = (4, 8, 2, 4, 8, 4)
+    warps = (4, 8, 2 if max(K, V) == 64 else 8, 4, 8, 4)
     scans = (Scan(32, 4, 2), Scan(64, 4, 2), Scan(16, 4, 2), Scan(32, 4, 3), Scan(32, 2, 2), Scan(64, 8, 2))
     tiles = (Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 32, 4), Tile(32, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8))
     rows = zip(warps, scans, tiles, strict=True)

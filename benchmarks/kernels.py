@@ -1,0 +1,531 @@
+"""Everything about our kernels on one GPU: every setting checked and timed, peers beside them, in a few minutes.
+
+    python3 benchmarks/kernels.py [--out DIR] [--sections sweep,table,...] [--budget SECONDS]
+
+Writes `kernels_<gpu>.md` and the raw rows as JSONL. Sections: `sweep` (every candidate of triton_tuning.py: errors
+against fp64 and the time of each kernel), `table` (the operator at the shapes that matter), `errors` (dtypes, ragged
+and packed sequences, repeated keys), `step` (decoding), `kl` (linear_kl and linear_ce), `torch` (the chunked form),
+`sdpa`, `fla` (flash-linear-attention, if it can be imported).
+
+Needs the package importable as `radlads`. Settings compile in parallel processes first; the sections run in a child
+process that may die (a bad setting can take the CUDA context with it) and is then started again after the fatal row.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.kernels.testing import INPUT_NAMES, outputs_and_gradients, relative_rms, wkv7_inputs
+from radlads.kernels.wkv7.chunked import wkv7_chunked
+from radlads.kernels.wkv7.triton_op import wkv7_triton
+from radlads.kernels.wkv7.triton_step import wkv7_step_triton
+from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, candidates, choose_numerics
+
+SHAPES = {"S1": (8, 4096, 64, 64), "S2": (1, 32768, 64, 64), "S3": (4, 4096, 64, 96), "S4": (4, 4096, 40, 128)}
+SECTIONS = ("table", "errors", "sweep", "step", "kl", "sdpa", "torch", "fla")
+BF16 = torch.bfloat16
+DEVICE = "cuda"
+START = time.time()
+
+
+def say(*words: object) -> None:
+    sys.stdout.write(f"[{time.time() - START:6.1f}s] " + " ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def numerics(name: str) -> Numerics:
+    accurate = choose_numerics(BF16, "hip" if torch.version.hip else "cuda")
+    return replace(accurate, dot=tl.bfloat16) if name == "bf16" else accurate
+
+
+def sweep_rows() -> Iterator[tuple[str, str, int, Tuning]]:
+    """(shape, numerics, row, setting): the most telling first, in case time runs out."""
+    backend = "hip" if torch.version.hip else "cuda"
+    for shape, kind in (("S1", "tf32"), ("S4", "tf32"), ("S1", "bf16"), ("S4", "bf16"), ("S3", "tf32")):
+        D = SHAPES[shape][3]
+        for row, tuning in enumerate(candidates(D, D, backend)):
+            yield shape, kind, row, tuning
+
+
+def compile_jobs() -> list[Callable[[], None]]:
+    """One job per setting and variant: run on a tiny input, it leaves the compiled kernels in Triton's cache."""
+
+    def run(
+        D: int, T: int, tuning: Tuning | None, kind: str, bounds: list[int] | None = None, dtype=BF16, h0=False
+    ) -> None:
+        inputs = wkv7_inputs(1, T, 2, D, dtype=dtype, device=DEVICE)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+        state = torch.zeros(1 if bounds is None else len(bounds) - 1, 2, D, D, device=DEVICE) if h0 else None
+        kinds = {"numerics": numerics(kind)} if dtype == BF16 else {}
+        options = {"cu_seqlens": cu_seqlens, "tuning": tuning, **kinds}
+        out, _ = wkv7_triton(*inputs, initial_state=state, **options)
+        out.sum().backward()
+        if tuning is None:
+            with torch.no_grad():
+                wkv7_triton(*inputs, initial_state=state, **options)
+
+    jobs = []
+    for D in (64, 128, 96):
+        jobs += [lambda D=D: run(D, 128, None, "tf32"), lambda D=D: run(D, 100, None, "tf32", h0=True)]
+        jobs += [
+            lambda D=D: run(D, 100, None, "tf32", [0, 30, 100]),
+            lambda D=D: run(D, 100, None, "tf32", [0, 9, 100], h0=True),
+        ]
+    jobs += [lambda: run(16, 100, None, "tf32", h0=True)]
+    jobs += [lambda d=d: run(64, 100, None, "", dtype=d, h0=True) for d in (torch.float16, torch.float32)]
+    seen = set()
+    for shape, kind, _, tuning in sweep_rows():
+        D = SHAPES[shape][3]
+        if (D, kind, tuning) not in seen:
+            seen.add((D, kind, tuning))
+            jobs.append(lambda D=D, kind=kind, tuning=tuning: run(D, 128, tuning, kind))
+    return jobs
+
+
+def worker(index: int, count: int) -> None:
+    for job in compile_jobs()[index::count]:
+        try:
+            job()
+        except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
+            say("compile:", type(error).__name__, str(error)[:160].replace("\n", " "))
+
+
+def milliseconds(run: Callable[[], object], rep: int = 60) -> float:
+    return triton.testing.do_bench(run, warmup=10, rep=rep, return_mode="median")
+
+
+def kernel_times(run: Callable[[], object], steps: int = 4) -> dict[str, float]:
+    """Milliseconds of each of our kernels in one call of `run`."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    found = {event.key: event.self_device_time_total / steps / 1e3 for event in profile.key_averages()}
+    return {name.removesuffix("_kernel"): ms for name, ms in found.items() if name.endswith("_kernel") and ms}
+
+
+def forward_backward(
+    operator: Callable[..., tuple[Tensor, object]], inputs: list[Tensor], **options
+) -> Callable[[], object]:
+    dout = torch.randn_like(inputs[3])
+
+    def run() -> object:
+        return torch.autograd.grad(operator(*inputs, **options)[0], inputs, dout)
+
+    return run
+
+
+def timing_inputs(shape: tuple[int, int, int, int]) -> list[Tensor]:
+    """Inputs of this shape made of one random piece repeated: the time does not depend on the values."""
+    B, T, H, D = shape
+    piece = min(T, 4096)
+    inputs = wkv7_inputs(1, piece, H, D, dtype=BF16, device=DEVICE)
+    return [x.detach().repeat(B, T // piece, 1, 1).requires_grad_() for x in inputs]
+
+
+def errors_against(exact: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, float]:
+    return {name: relative_rms(ours[name], reference) for name, reference in exact.items()}
+
+
+def exactly(inputs: list[Tensor], state: Tensor | None = None, **options) -> dict[str, Tensor]:
+    wide = None if state is None else state.detach().double().requires_grad_()
+    return outputs_and_gradients(wkv7_chunked, [x.detach().double().requires_grad_() for x in inputs], wide, **options)
+
+
+def sweep(emit: Callable[..., None], done: set[str]) -> None:
+    exact = {}
+    for shape, kind, row, tuning in sweep_rows():
+        name = f"{shape} {kind} {row}"
+        if name in done:
+            continue
+        B, T, H, D = SHAPES[shape]
+        emit(begin=name)
+        worst = {}
+        for case, special in (("random", {}), ("repeat1", {"period": 1, "iclr": 0.98, "log_decay": -1e-3})):
+            inputs = wkv7_inputs(1, 320, 2, D, dtype=BF16, device=DEVICE, **special)
+            if (D, case) not in exact:
+                exact[D, case] = exactly(inputs)
+            try:
+                ours = outputs_and_gradients(wkv7_triton, inputs, tuning=tuning, numerics=numerics(kind))
+            except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
+                emit(
+                    row=name,
+                    shape=shape,
+                    numerics=kind,
+                    tuning=asdict(tuning),
+                    failed=f"{type(error).__name__}: {error}"[:200],
+                )
+                break
+            found = errors_against(exact[D, case], ours)
+            worst[case] = {"out": found["out"], "grad": max(found[f"d {x}"] for x in INPUT_NAMES if x != "log_decay")}
+            worst[case]["d log_decay"] = found["d log_decay"]
+        if "repeat1" not in worst:
+            continue
+        inputs = timing_inputs((B, T, H, D))
+        times = kernel_times(forward_backward(wkv7_triton, inputs, tuning=tuning, numerics=numerics(kind)))
+        emit(row=name, shape=shape, numerics=kind, tuning=asdict(tuning), errors=worst, ms=times)
+
+
+def table(emit: Callable[..., None], done: set[str]) -> None:
+    bounds = [0]
+    generator = torch.Generator().manual_seed(3)
+    while len(bounds) < 24:
+        bounds.append(min(32768 - 24, bounds[-1] + int(torch.randint(200, 2600, (1,), generator=generator))))
+    bounds.append(32768)
+    cases = [(name, shape, None) for name, shape in SHAPES.items()]
+    cases += [("24 ragged", (1, 32768, 64, 64), bounds), ("T = 131072", (1, 131072, 64, 64), None)]
+    for name, (B, T, H, D), packed in cases:
+        if name in done:
+            continue
+        emit(begin=name)
+        torch.cuda.empty_cache()
+        cu_seqlens = None if packed is None else torch.tensor(packed, device=DEVICE)
+        inputs = timing_inputs((B, T, H, D))
+        both = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens)
+        both()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+
+        def forward(inputs=inputs, cu_seqlens=cu_seqlens) -> None:
+            with torch.no_grad():
+                wkv7_triton(*inputs, cu_seqlens=cu_seqlens)
+
+        emit(
+            case=name,
+            shape=[B, T, H, D],
+            fwd=milliseconds(forward),
+            both=milliseconds(both),
+            gib=peak,
+            ms=kernel_times(both),
+        )
+        for kind in ("bf16",):
+            other = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens, numerics=numerics(kind))
+            emit(case=f"{name}, {kind} products", shape=[B, T, H, D], both=milliseconds(other), ms=kernel_times(other))
+
+
+def errors(emit: Callable[..., None], done: set[str]) -> None:
+    repeated = {"iclr": 0.98, "log_decay": -1e-3}
+    cases = [(f"D={D} {note}", D, 333, BF16, special, None) for D in (64, 96, 128, 16) for note, special in (
+        ("random", {}), ("one key", {"period": 1, **repeated}), ("four keys", {"period": 4, **repeated}),
+        ("decay floor", {"log_decay": -0.6065}))]  # fmt: skip
+    cases += [(f"D={D} packed", D, 333, BF16, {}, [0, 0, 1, 65, 65, 200, 333]) for D in (64, 96, 128)]
+    cases += [(f"D=64 {dtype}", 64, 333, dtype, {}, None) for dtype in (torch.float16, torch.float32)]
+    for name, D, T, dtype, special, bounds in cases:
+        if name in done:
+            continue
+        emit(begin=name)
+        inputs = wkv7_inputs(1, T, 2, D, dtype=dtype, device=DEVICE, **special)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+        state = torch.randn(1 if bounds is None else len(bounds) - 1, 2, D, D, device=DEVICE).requires_grad_()
+        exact = exactly(inputs, state, cu_seqlens=cu_seqlens)
+        emit(
+            case=name,
+            errors=errors_against(exact, outputs_and_gradients(wkv7_triton, inputs, state, cu_seqlens=cu_seqlens)),
+        )
+
+
+def step(emit: Callable[..., None], done: set[str]) -> None:
+    for B, H, D in ((1, 64, 64), (64, 64, 64), (256, 64, 64), (1, 40, 128), (64, 40, 128), (64, 64, 96)):
+        inputs = [x.detach()[:, 0].contiguous() for x in wkv7_inputs(B, 1, H, D, dtype=BF16, device=DEVICE)]
+        state = torch.randn(B, H, D, D, device=DEVICE)
+        floor = 2 * state.numel() * 4 / 3.0e12 * 1e6
+        for values, warps in ((64, 4), (64, 2), (32, 1), (32, 2), (32, 4), (16, 1), (16, 2), (128, 8), (128, 4)):
+            name = f"B={B} H={H} D={D} tile {values} warps {warps}"
+            if name in done or values > max(64, D):
+                continue
+            emit(begin=name)
+
+            def run(values=values, warps=warps, inputs=inputs, state=state) -> Tensor:
+                return wkv7_step_triton(*inputs, state, values=values, warps=warps)
+
+            emit(case=name, key=[B, H, D], us=triton.testing.do_bench_cudagraph(run, rep=20) * 1e3, floor=floor)
+
+
+def products(hidden: Tensor, head: Tensor, rows: int = 4096) -> tuple[float, float, float]:
+    """Milliseconds of the matrix products that a loss over all tokens cannot avoid."""
+    scale = hidden.shape[0] / rows
+    grad = torch.randn(rows, head.shape[0], device=DEVICE, dtype=BF16)
+    runs = (lambda: hidden[:rows] @ head.t(), lambda: grad @ head, lambda: grad.t() @ hidden[:rows])
+    product, back, outer = (milliseconds(run) * scale for run in runs)
+    return product, back, outer
+
+
+def kl(emit: Callable[..., None], done: set[str]) -> None:
+    N, D, V = 16384, 4096, 152064
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    student, teacher = (torch.randn(N, D, device=DEVICE, dtype=BF16, generator=generator) for _ in range(2))
+    head = (torch.randn(V, D, device=DEVICE, dtype=BF16, generator=generator) * D**-0.5).requires_grad_()
+    labels = torch.randint(0, V, (N,), device=DEVICE, generator=generator)
+    student.requires_grad_()
+    product, back, outer = products(student.detach(), head.detach())
+    emit(case="products", ms={"hidden @ head.T": product, "grad @ head": back, "grad.T @ hidden": outer})
+    small = slice(0, 256)
+    wide = [x.detach().float().requires_grad_() for x in (student[small], head)]
+    logits = wide[0] @ wide[1].t()
+    target = (teacher[small].float() @ wide[1].detach().t()).log_softmax(-1)
+    plain = torch.nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
+    plain = plain + 0.5 * torch.nn.functional.cross_entropy(logits, labels[small])
+    expected = torch.autograd.grad(plain, wide)
+    del logits, target
+    ours, _ = linear_kl(student[small], head, teacher[small], head.detach(), labels_N=labels[small], ce_weight=0.5)
+    found = torch.autograd.grad(ours, (student, head))
+    pairs = {"loss": (ours, plain), "d hidden": (found[0][small], expected[0]), "d head": (found[1], expected[1])}
+    emit(case="errors against fp32", errors={name: relative_rms(x, y) for name, (x, y) in pairs.items()})
+    del wide, expected, found, plain, ours, pairs
+    torch.cuda.empty_cache()
+    frozen = head.detach()
+    for name, floor, loss in (
+        ("linear_kl, frozen head", 2 * product + back, lambda: linear_kl(student, frozen, teacher, frozen)),
+        ("linear_kl, trained head", 2 * product + back + outer, lambda: linear_kl(student, head, teacher, frozen)),
+        ("linear_kl + ce, trained head", 2 * product + back + outer,
+         lambda: linear_kl(student, head, teacher, frozen, labels_N=labels, ce_weight=0.5)),
+        ("linear_ce, trained head", product + back + outer, lambda: linear_ce(student, head, labels)),
+    ):  # fmt: skip
+        emit(begin=name)
+        leaves = (student, head) if "trained" in name else (student,)
+
+        def run(loss=loss, leaves=leaves) -> object:
+            return torch.autograd.grad(loss()[0], leaves)
+
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        emit(case=name, both=milliseconds(run, rep=400), floor=floor, gib=peak)
+
+
+def sdpa(emit: Callable[..., None], done: set[str]) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for shape, (B, T, H, D) in SHAPES.items():
+        if shape == "S2":
+            continue
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            name = f"{shape} {backend.name}"
+            if name in done:
+                continue
+            emit(begin=name)
+            inputs = [torch.randn(B, H, T, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3)]
+            dout = torch.randn_like(inputs[0])
+
+            def run(inputs=inputs, dout=dout) -> object:
+                out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+                return torch.autograd.grad(out, inputs, dout)
+
+            with sdpa_kernel(backend):
+                emit(case=name, both=milliseconds(run))
+
+
+def torch_form(emit: Callable[..., None], done: set[str]) -> None:
+    inputs = wkv7_inputs(1, 4096, 64, 64, dtype=BF16, device=DEVICE)
+    for chunk in (32, 64):
+        emit(
+            case=f"chunked torch, B1 T4096 H64 D64, chunk {chunk}",
+            both=milliseconds(forward_backward(wkv7_chunked, inputs, chunk=chunk)),
+        )
+    both = milliseconds(forward_backward(wkv7_triton, inputs))
+    emit(case="triton, the same", both=both)
+
+
+def fla(emit: Callable[..., None], done: set[str]) -> None:
+    try:
+        from fla.ops.rwkv7 import chunk_rwkv7
+    except ImportError as error:
+        emit(case="fla is not importable", note=str(error)[:100])
+        return
+    for shape in ("S1", "S4"):
+        if shape in done:
+            continue
+        emit(begin=shape)
+        B, T, H, D = SHAPES[shape]
+        inputs = timing_inputs((B, T, H, D))
+        options = {"scale": 1.0, "safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
+        both = milliseconds(forward_backward(chunk_rwkv7, inputs, disable_recompute=True, **options))
+        emit(case=f"{shape} fla chunk_rwkv7 cs64 norecompute", both=both)
+
+
+RUN = {
+    "sweep": sweep,
+    "table": table,
+    "errors": errors,
+    "step": step,
+    "kl": kl,
+    "sdpa": sdpa,
+    "torch": torch_form,
+    "fla": fla,
+}
+
+
+def child(sections: list[str], log: Path) -> None:
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    torch.manual_seed(0)
+    for section in sections:
+        done = {row["begin"] for row in rows if row["section"] == section and "begin" in row}
+        if any(row["section"] == section and row.get("finished") for row in rows):
+            continue
+
+        def emit(section=section, **row: object) -> None:
+            with log.open("a") as file:
+                file.write(json.dumps({"section": section, **row}) + "\n")
+            if "begin" not in row:
+                say(section, json.dumps(short(row)))
+
+        try:
+            RUN[section](emit, done)
+        except (RuntimeError, triton.CompilationError, triton.OutOfResources, TypeError) as error:
+            emit(failed=f"{type(error).__name__}: {error}"[:400])
+            if "CUDA" in str(error) or "illegal" in str(error):
+                raise
+        emit(finished=True)
+        torch.cuda.empty_cache()
+
+
+def short(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.3g}")
+    if isinstance(value, dict):
+        return {key: short(x) for key, x in value.items()}
+    return value
+
+
+def describe(tuning: dict) -> str:
+    parts = [f"C{tuning['chunk']} terms w{tuning['terms_warps']}"]
+    parts += [
+        f"{name} v{tuning[name]['values']} w{tuning[name]['warps']} s{tuning[name]['stages']}"
+        for name in ("scan", "back")
+    ]
+    parts += [
+        f"{name} {tuning[name]['keys']}x{tuning[name]['values']} w{tuning[name]['warps']}"
+        for name in ("values", "keys")
+    ]
+    return ", ".join(parts)
+
+
+def best_settings(rows: list[dict]) -> list[str]:
+    """For every shape, numerics and chunk: the fastest setting of each kernel and their sum."""
+    lines = ["| shape | products | chunk | " + " | ".join(KERNELS) + " | sum ms |", "|---" * (4 + len(KERNELS)) + "|"]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "ms" in row:
+            groups.setdefault((row["shape"], row["numerics"], row["tuning"]["chunk"]), []).append(row)
+    for key, group in groups.items():
+        cells, total = [], 0.0
+        for kernel in KERNELS:
+            ms, row = min(((row["ms"].get(kernel, math.inf), i, row) for i, row in enumerate(group)))[::2]
+            part = row["tuning"]["terms_warps" if kernel == "terms" else {"scan_back": "back"}.get(kernel, kernel)]
+            cells.append(f"{ms:.2f} ({part if kernel == 'terms' else '/'.join(map(str, part.values()))})")
+            total += ms
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} | **{total:.2f}** |")
+    return lines
+
+
+KERNELS = ("terms", "scan", "scan_back", "values", "keys")
+
+
+def report(log: Path, out: Path, command: str) -> None:
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in rows if "begin" not in row and not row.get("finished")]
+    gpu = torch.cuda.get_device_name()
+    lines = [f"# Kernels on {gpu}", "", f"torch {torch.__version__}, triton {triton.__version__}; `{command}`", ""]
+    lines += ["Times in ms, medians; errors are relative rms against fp64 on the same inputs.", ""]
+    sweep_found = [row for row in rows if row["section"] == "sweep" and "row" in row]
+    if sweep_found:
+        lines += ["## Fastest setting of each kernel", "", *best_settings(sweep_found), "", "## All settings", ""]
+        lines += [
+            "| row | setting | "
+            + " | ".join(KERNELS)
+            + " | sum | random: out / grad / d decay | one key: out / grad / d decay |"
+        ]
+        lines += ["|---" * (5 + len(KERNELS)) + "|"]
+        for row in sweep_found:
+            if "failed" in row:
+                lines.append(
+                    f"| {row['row']} | {describe(row['tuning'])} | {row['failed'][:80]}" + " |" * (3 + len(KERNELS))
+                )
+                continue
+            ms = [row["ms"].get(kernel, math.nan) for kernel in KERNELS]
+            cells = [" / ".join(f"{x:.1e}" for x in row["errors"][case].values()) for case in ("random", "repeat1")]
+            times = " | ".join(f"{x:.2f}" for x in ms)
+            lines.append(
+                f"| {row['row']} | {describe(row['tuning'])} | {times} | {sum(ms):.2f} | {' | '.join(cells)} |"
+            )
+        lines.append("")
+    for section in SECTIONS:
+        others = [row for row in rows if row["section"] == section and "row" not in row]
+        if others:
+            lines += [f"## {section}", ""]
+            lines += [
+                f"- {row.get('case', 'failed')}: `"
+                + json.dumps(short({k: v for k, v in row.items() if k not in ("section", "case")}))
+                + "`"
+                for row in others
+            ]
+            lines.append("")
+    out.write_text("\n".join(lines))
+    say("wrote", out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--budget", type=float, default=230.0)
+    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(*map(int, options.worker.split("/")))
+        return
+    sections = options.sections.split(",")
+    if options.child:
+        child(sections, Path(options.child))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name().lower().replace(" ", "_").replace("nvidia_", "")
+    log = options.out / f"kernels_{gpu}.jsonl"
+    log.unlink(missing_ok=True)
+    me = [sys.executable, str(Path(__file__).resolve())]
+    if not {"sweep", "table", "errors"}.isdisjoint(sections):
+        workers = [subprocess.Popen([*me, "--worker", f"{i}/{options.workers}"]) for i in range(options.workers)]
+        for process in workers:
+            try:
+                process.wait(max(1.0, options.budget * 0.6 - (time.time() - START)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        say("compiled")
+    while (left := options.budget - (time.time() - START)) > 5:
+        process = subprocess.Popen([*me, "--child", str(log), "--sections", options.sections])
+        try:
+            if process.wait(left) == 0:
+                break
+            say("a section died; going on after it")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            say("out of time")
+    report(log, options.out / f"kernels_{gpu}.md", "python3 " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()
