@@ -28,7 +28,8 @@ def evaluate(pipeline: Pipeline, plan: Plan, data: Mapping[str, Product], studen
 
 @stage_task("needle")
 def needle(pipeline: Pipeline, plan: Plan, students: Mapping[str, Product]) -> Product:
-    """Retrieval over depth and length, by generation. The last of `students` is judged."""
+    """Retrieval over depth and length, by generation. The last of `students` is judged; beside a finetuned one, what it
+    was before, since finetuning can lose recall that every other number keeps."""
     section = pipeline.recipe.needle
     if section is None:
         raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `needle`")
@@ -37,7 +38,10 @@ def needle(pipeline: Pipeline, plan: Plan, students: Mapping[str, Product]) -> P
         teacher=planned_teacher(plan),
         training_length=section.training_length or longest_context(pipeline),
     )
-    product = perform(pipeline, "needle", spec, {"student": list(students.values())[-1]})
+    inputs = {"student": list(students.values())[-1]}
+    if "finetune" in students and "distill" in students:
+        inputs["distill"] = students["distill"]
+    product = perform(pipeline, "needle", spec, inputs)
     picture = pipeline.store.read_file(pipeline.store.key(product.uri), "needle.png")
     show_picture(pipeline.run, "needle-heatmap", picture, f"Needle in a haystack, teacher and student: {pipeline.run}")
     log_file(pipeline.parent, "needle.png", picture)
