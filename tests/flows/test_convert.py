@@ -3,9 +3,11 @@
 import asyncio
 from pathlib import Path
 
+import boto3
 import pytest
 import yaml
 from mlflow import MlflowClient
+from moto.server import ThreadedMotoServer
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
@@ -175,3 +177,33 @@ def test_pretraining(tmp_path, recipe, places, jobs):
     assert "no section `pretrain`" in state.message
     state = radlads(str(path), run="t3", **places, return_state=True)
     assert "run it with radlads-pretrain" in state.message
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 endpoint on loopback, with a bucket."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("RADLADS_S3_ENDPOINT", endpoint)
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
+    yield "s3://models/radlads"
+    server.stop()
+
+
+def test_products_in_s3(recipe, places, jobs, bucket):
+    places = {**places, "store": bucket}
+    made = radlads(recipe, run="r1", **places)
+    assert made["publish"] == "s3://models/radlads/runs/r1/publish"
+    assert radlads(recipe, run="r1", **places) == made
+    assert set(jobs.launched.values()) == {1}
+    store = open_store(jobs.specs["align"].store)
+    assert store.read_file("runs/r1/publish", "report.md") == b"# Report"
+
+
+def test_a_missing_bucket_is_said_in_one_line(recipe, places, jobs, bucket):
+    state = radlads(recipe, run="r1", **{**places, "store": "s3://nowhere/x"}, return_state=True)
+    assert state.message.startswith("bucket 'nowhere' does not exist")
+    assert not jobs.launched
