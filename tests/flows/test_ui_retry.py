@@ -18,9 +18,9 @@ import psutil
 import pytest
 import yaml
 
+JOBS = "radlads.tasks.jobs"
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-RUN = "rescue"
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,9 +83,10 @@ class Rescue:
     def stop(self):
         self.radlads("services", "down")
 
-    def run(self, recipe):
+    def run(self, recipe, name):
+        self.name = name
         deployment = self.api.get("/deployments/name/radlads/full").json()["id"]
-        asked = {"parameters": {"recipe": str(recipe), "run": RUN}}
+        asked = {"parameters": {"recipe": str(recipe), "run": name}}
         self.flow_run = self.api.post(f"/deployments/{deployment}/create_flow_run", json=asked).json()["id"]
 
     def state(self):
@@ -99,20 +100,19 @@ class Rescue:
             time.sleep(0.2)
 
     def product(self, stage):
-        return self.home / "store" / "runs" / RUN / stage
+        return self.home / "store" / "runs" / self.name / stage
+
+    def processes(self, stage):
+        """Every process of a stage's job: supervisor, launchers, ranks."""
+        marker = str(self.home / "work" / self.name / stage)
+        found = [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or ())]
+        return {process.pid: process.info["cmdline"] for process in found}
 
     def kill_a_rank(self, stage):
         """kill -9, as the kernel does it when memory runs out."""
-        marker = str(self.home / "work" / RUN / stage / "job.json")
-        ranks = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if process.info["cmdline"] and process.info["cmdline"][-1] == marker and "launcher" not in
-            " ".join(process.info["cmdline"]) and "supervise" not in " ".join(process.info["cmdline"])
-            and "--num_gpus" not in process.info["cmdline"]
-        ]  # fmt: skip
-        assert len(ranks) == 1, ranks
-        ranks[0].send_signal(signal.SIGKILL)
+        ranks = [pid for pid, line in self.processes(stage).items() if line[1:4] == ["-u", "-m", f"{JOBS}.train"]]
+        assert len(ranks) == 1, self.processes(stage)
+        os.kill(ranks[0], signal.SIGKILL)
 
     def press_retry(self, picture=None):
         from playwright.sync_api import sync_playwright
@@ -130,25 +130,25 @@ class Rescue:
 
     def attempts(self):
         """Stage → how often a job was started for it."""
-        logs = {path.parent.name: path for path in (self.home / "work" / RUN).glob("*/log.txt")}
+        logs = {path.parent.name: path for path in (self.home / "work" / self.name).glob("*/log.txt")}
         (logs["tokenize"],) = (self.home / "work" / "datasets").glob("*/log.txt")
         return {stage: path.read_text().count("=== attempt") for stage, path in logs.items()}
 
     def steps(self, stage):
-        rows = (self.home / "work" / RUN / stage / "metrics.jsonl").read_text().splitlines()
+        rows = (self.home / "work" / self.name / stage / "metrics.jsonl").read_text().splitlines()
         return [row["step"] for row in map(json.loads, rows) if "loss" in row]
 
 
-@pytest.fixture
-def rescue(tmp_path):
-    made = Rescue(tmp_path / "home")
+@pytest.fixture(scope="module")
+def rescue(tmp_path_factory):
+    made = Rescue(tmp_path_factory.mktemp("services") / "home")
     made.start()
     yield made
     made.stop()
 
 
 def rescue_a_run(rescue, folder, say=lambda text: None):
-    rescue.run(write_recipe(folder))
+    rescue.run(write_recipe(folder), "rescue")
     say(f"started {rescue.page}/runs/flow-run/{rescue.flow_run}")
     rescue.wait_for((rescue.product("align") / "checkpoints" / "latest").exists, "a checkpoint of align")
     rescue.kill_a_rank("align")
@@ -168,12 +168,23 @@ def rescue_a_run(rescue, folder, say=lambda text: None):
     say(f"completed; jobs started for each stage: {rescue.attempts()}")
     assert rescue.attempts() == {"plan": 1, "tokenize": 1, "transplant": 1, "align": 2, "publish": 1}
     assert rescue.steps("align") == list(range(1, 61))
-    log = (rescue.home / "work" / RUN / "align" / "log.txt").read_text().split("=== attempt")[-1]
+    log = (rescue.home / "work" / "rescue" / "align" / "log.txt").read_text().split("=== attempt")[-1]
     assert "step 1/60" not in log, "it started over instead of going on from its checkpoint"
 
 
 def test_a_killed_run_is_rescued_in_the_page(rescue, tmp_path):
     rescue_a_run(rescue, tmp_path)
+
+
+def test_a_cancelled_run_leaves_no_process(rescue, tmp_path):
+    rescue.run(write_recipe(tmp_path), "cancelled")
+    rescue.wait_for((rescue.product("align") / "checkpoints" / "latest").exists, "a checkpoint of align")
+    assert len(rescue.processes("align")) >= 4, "supervisor, two launchers, a rank"
+    rescue.api.post(f"/flow_runs/{rescue.flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
+    rescue.wait_for(lambda: rescue.state()[0] == "CANCELLED", "the cancellation")
+    rescue.wait_for(lambda: not rescue.processes("align"), "the end of the job", seconds=90)
+    ending = json.loads((rescue.home / "work" / "cancelled" / "align" / "exit.json").read_text())
+    assert ending["reason"] == "preempted", "the ranks were asked before anybody was killed, and saved a checkpoint"
 
 
 if __name__ == "__main__":
