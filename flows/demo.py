@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import TaskRunSort
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 import radlads.flows.convert
 from radlads.flows.services import Service
 from radlads.tasks.job import UserError
+from radlads.tasks.recipe import load_recipe
 from radlads.tasks.settings import Settings
 
 _DEPLOYMENT = "radlads/smoke"
@@ -57,11 +59,22 @@ def run_demo(
         ("report", product / "publish" / "report.md"),
         ("student", product / "publish" / "model"),
         ("Prefect", page),
-        ("MLflow", running["mlflow"].url),
+        ("MLflow", mlflow_page(str(running["mlflow"].url), load_recipe(recipe).name)),
     ):
         out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
     out.print("The services keep running for you to look around; `radlads services down` stops them.")
     return True
+
+
+def mlflow_page(server: str, experiment: str) -> str:
+    """Where the experiment's runs are compared; MLflow's first page shows something else. The server if it is unsure."""
+    try:
+        with httpx.Client(base_url=server, trust_env=False, timeout=10) as client:
+            asked = {"experiment_name": experiment}
+            answer = client.get("/api/2.0/mlflow/experiments/get-by-name", params=asked).raise_for_status().json()
+    except httpx.HTTPError:
+        return server
+    return f"{server}/#/experiments/{answer['experiment']['experiment_id']}/runs"
 
 
 def deploy() -> None:
