@@ -67,7 +67,7 @@ def run_demo(
 
 
 def mlflow_page(server: str, experiment: str) -> str:
-    """Where the experiment's runs are compared; MLflow's first page shows something else. The server if it is unsure."""
+    """Where the experiment's runs are compared; MLflow's first page is another. The server alone if unsure."""
     try:
         with httpx.Client(base_url=server, trust_env=False, timeout=10) as client:
             asked = {"experiment_name": experiment}

@@ -35,7 +35,7 @@ def test_a_whole_run(recipe, places, jobs, tmp_path):
     assert inputs == {
         "plan": set(), "tokenize": set(), "transplant": set(),
         "align": {"data", "student"}, "distill": {"data", "student"}, "finetune": {"data", "student"},
-        "evaluate": {"data", "student", "transplant", "align", "distill"}, "needle": {"student"},
+        "evaluate": {"data", "student", "transplant", "align", "distill"}, "needle": {"distill", "student"},
         "publish": {"plan", "train data", "transplant", "align", "distill", "finetune", "evaluate", "needle"},
     }  # fmt: skip
     assert jobs.specs["distill"].inputs["student"].uri == made["align"]
