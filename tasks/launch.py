@@ -122,6 +122,9 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     }
     if resources.device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
+        # glibc gives large tensors back to the kernel at every free and faults them in again at every use: training
+        # on a CPU takes half as long again. Keep the pages; the peak is the same.
+        env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     return env
 
 
