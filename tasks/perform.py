@@ -18,7 +18,7 @@ from radlads.tasks.launch import JobCrashed
 from radlads.tasks.observe import ProgressView, gpu_slot, show_link
 from radlads.tasks.pipeline import Pipeline
 from radlads.tasks.specs import StageSpec, TokenizeSpec
-from radlads.tasks.stage import Product, run_stage
+from radlads.tasks.stage import Product, replay_record, run_stage
 from radlads.tasks.store import StoreError
 from radlads.tasks.tracking import close_run, mirror_product, open_stage_run, run_url
 
@@ -117,6 +117,8 @@ def perform(
             on_progress=ProgressView(pipeline.run, label).show,
             slot=gpu_slot(pipeline.settings.gpu_limit, _device(pipeline, stage, spec)),
         )
+        if product.reused and product.manifest.mlflow_run_id is None:  # made while MLflow was out of reach
+            replay_record(pipeline.store, request.output_key, open_tracking(request.digest))
         ended = True
     finally:
         for ref in opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -118,6 +119,14 @@ def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
         raise conflict(store.join(key), manifest.digest, digest)
     store.verify(key, manifest)
     return manifest
+
+
+def replay_record(store: Store, key: str, tracking: TrackingRef | None) -> None:
+    """Send the record of a committed stage to an MLflow run that does not have it."""
+    if tracking is not None:
+        with tempfile.TemporaryDirectory(prefix="radlads-record-") as folder:
+            _restore_record(store, key, Path(folder))
+            catch_up(Path(folder, "metrics.jsonl"), tracking)
 
 
 def _restore_record(store: Store, key: str, scratch: Path) -> None:

@@ -152,6 +152,20 @@ def test_a_dead_tracking_server_does_not_matter(recipe, places, jobs):
     assert jobs.specs["align"].tracking is None
 
 
+def test_mlflow_is_caught_up_by_the_next_attempt(recipe, places, jobs, tmp_path):
+    radlads(recipe, run="r1", **{**places, "tracking": "http://127.0.0.1:9"})
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for _ in range(2):
+        radlads(recipe, run="r1", **{**places, "tracking": uri})
+    assert set(jobs.launched.values()) == {1}
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    align = [run for run in runs if run.info.run_name == "align"]
+    assert len(align) == 1
+    assert [metric.value for metric in client.get_metric_history(align[0].info.run_id, "loss")] == [0.5]
+    assert "product.json" in {item.path for item in client.list_artifacts(align[0].info.run_id)}
+
+
 def test_judging_a_finished_run_again(recipe, places, jobs):
     radlads(recipe, run="r1", **places)
     jobs.launched.clear()
