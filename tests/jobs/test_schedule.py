@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from radlads.tasks.jobs.schedule import learning_rate, learning_rates, warmup_steps
 from radlads.tasks.recipe import Align, Rate, Schedule
 
