@@ -104,6 +104,7 @@ def run_stage(
     if made is None:
         raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
     _clear_scratch(request.scratch)
+    _drop_checkpoints(store, key)
     return Product(uri=store.join(key), manifest=made, reused=False)
 
 
@@ -146,6 +147,14 @@ def _keep_papers(store: Store, key: str, scratch: Path) -> None:
                 store.put_file(f"{key}/job/{name}", scratch / name)
     except StoreError as error:  # must not hide why the job ended
         _log.warning("the papers of %s stay in %s: %s", key, scratch, error)
+
+
+def _drop_checkpoints(store: Store, key: str) -> None:
+    """With the product committed there is nothing to resume, and optimizer states are several times the model."""
+    try:
+        store.delete(f"{key}/checkpoints")
+    except StoreError as error:
+        _log.warning("the checkpoints of %s stay there: %s", key, error)
 
 
 def _clear_scratch(scratch: Path) -> None:

@@ -138,3 +138,16 @@ def test_the_record_follows_to_another_machine(ask, job, tmp_path):
     store.put_bytes("runs/r/plan/job/metrics.jsonl", b'{"step": 1, "time": 1, "loss": 1.0}\n')
     run_stage(ask())
     assert b'"step": 1' in (tmp_path / "work" / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_go_once_the_product_is_committed_and_stay_while_it_is_not(ask, job):
+    store, kept = ask().store, "runs/r/plan/checkpoints/step-000005/state.safetensors"
+    store.put_bytes(kept, b"moments")
+    job.commits = False
+    with pytest.raises(JobCrashed):
+        run_stage(ask())
+    assert store.get_bytes(kept) == b"moments"
+    job.commits = True
+    product = run_stage(ask())
+    assert store.list("runs/r/plan/checkpoints") == []
+    assert store.read_manifest("runs/r/plan") == product.manifest
