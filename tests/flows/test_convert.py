@@ -202,7 +202,8 @@ def bucket(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("RADLADS_S3_ENDPOINT", endpoint)
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
+    # Not the default session, which would keep these credentials for every later test.
+    boto3.session.Session().client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
     yield "s3://models/radlads"
     server.stop()
 

@@ -43,7 +43,7 @@ def wait_for_port(port, process, log, seconds=60):
 
 
 def make_bucket(endpoint, bucket="art"):
-    client = boto3.client(
+    client = boto3.session.Session().client(  # the default session keeps the first credentials it sees
         "s3", endpoint_url=endpoint, region_name="us-east-1",
         config=Config(s3={"addressing_style": "path"}, proxies={}),
     )  # fmt: skip
