@@ -139,7 +139,7 @@ def test_sigterm_ends_an_ordinary_job_at_once(job):
     while not (job.scratch / "ready").exists():
         assert process.poll() is None, process.stderr.read()
         os.sched_yield()
-    time.sleep(1)  # the file is there before the job has returned from making it: let it reach its sleep
+    time.sleep(1)  # a signal just before its sleep enters the kernel would wait for the end of the sleep
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75
     assert ending(job)["reason"] == "preempted"
