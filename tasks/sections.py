@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from radlads.tasks.section_base import Section
+from radlads.tasks.section_transplant import TransplantScale
 
 
 class Teacher(Section):
@@ -37,6 +34,7 @@ class Student(Section):
     """Layers, counted from 0, that stay softmax attention. Empty: a pure recurrent student."""
     attention_rope: bool = False
     """Whether kept softmax layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
+    transplant: TransplantScale = TransplantScale()
 
     @model_validator(mode="after")
     def _layers_are_sane(self) -> Self:

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTRACTS = {
     "recipe",
     "sections",
+    "section_base",
+    "section_transplant",
     "job",
     "specs",
     "store",
