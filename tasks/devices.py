@@ -51,5 +51,7 @@ def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> Jo
         processes=processes,
         zero_stage=wanted.zero_stage,
         threads=wanted.threads or max(1, num_cores // processes),
+        offload_optimizer=wanted.offload_optimizer,
+        gpu_memory_gib=wanted.gpu_memory_gib,
         dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
     )

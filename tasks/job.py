@@ -60,6 +60,8 @@ class JobResources(Sheet):
     processes: int = Field(ge=1)
     zero_stage: Literal[0, 1, 2] = 1
     threads: int = Field(ge=1)
+    offload_optimizer: bool = False
+    gpu_memory_gib: float | None = None
     dollars_per_gpu_hour: float | None = None
 
 

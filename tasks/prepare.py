@@ -42,7 +42,9 @@ def tokenize(pipeline: Pipeline, plan: Plan, name: str) -> Product:
 @stage_task("transplant")
 def transplant(pipeline: Pipeline, plan: Plan) -> Product:
     """Build the student from the teacher's weights."""
-    spec = TransplantSpec(teacher=planned_teacher(plan), student=pipeline.recipe.student)
+    # How the MLPs are held while other things train is no matter of the transplant, so it is kept out of its digest.
+    student = pipeline.recipe.student.model_copy(update={"mlp_bits": 16})
+    spec = TransplantSpec(teacher=planned_teacher(plan), student=student)
     return perform(pipeline, "transplant", spec, {})
 
 

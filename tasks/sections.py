@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from radlads.tasks.section_base import Section
+from radlads.tasks.section_memory import FrozenBits
 from radlads.tasks.section_transplant import TransplantScale
 
 
@@ -22,6 +23,8 @@ class Teacher(Section):
     """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
     revision: str | None = None
     trust_remote_code: bool = False
+    bits: FrozenBits = 16
+    """8: the matrices of its layers are held in 8 bit while it teaches. Judged is always the teacher as it is."""
 
 
 class Student(Section):
@@ -34,6 +37,8 @@ class Student(Section):
     """Layers, counted from 0, that stay softmax attention. Empty: a pure recurrent student."""
     attention_rope: bool = False
     """Whether kept softmax layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
+    mlp_bits: FrozenBits = 16
+    """8: stages that freeze the MLPs (experts included) hold them in 8 bit. The export stays the teacher's own."""
     transplant: TransplantScale = TransplantScale()
 
     @model_validator(mode="after")
@@ -296,6 +301,10 @@ class Resources(Section):
     zero_stage: Literal[0, 1, 2] = 1
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of one process; None: the machine's cores shared among them."""
+    offload_optimizer: bool = False
+    """Keep fp32 masters and Adam's moments in host memory, and step there. Slower; frees 12 bytes a trained number."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one GPU, for a plan that is made where there is none; None: asked of the GPU."""
     dollars_per_gpu_hour: float | None = Field(default=None, ge=0)
     """For the plan's and the report's cost."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from radlads.tasks.job import InputRef, Sheet, Stage, stage_digest
+from radlads.tasks.section_memory import FrozenBits
 from radlads.tasks.sections import (
     Align,
     Dataset,
@@ -101,6 +102,9 @@ class TrainSpec(Sheet):
     objective: Literal["align", "distill", "finetune", "pretrain"]
     section: Annotated[Align | Distill | Finetune | Pretrain, Field()]
     teacher: TeacherRef | None
+    teacher_bits: FrozenBits = 16
+    mlp_bits: FrozenBits = 16
+    """Of the student's frozen MLPs."""
 
 
 class EvaluateSpec(Sheet):

@@ -10,6 +10,7 @@ from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
 from radlads.tasks.prepare import planned_teacher
 from radlads.tasks.recipe import Training
+from radlads.tasks.section_memory import mlp_bits, teacher_bits
 from radlads.tasks.specs import TrainSpec
 from radlads.tasks.stage import Product
 
@@ -50,7 +51,8 @@ def _train(
         raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `{stage}`")
     # The finetune stage needs no teacher; naming one in its digest would tie it to what it does not use.
     teacher = planned_teacher(plan) if stage in ("align", "distill") else None
-    spec = TrainSpec.model_validate({"objective": stage, "section": section, "teacher": teacher})
+    bits = {"teacher_bits": teacher_bits(pipeline.recipe, stage), "mlp_bits": mlp_bits(pipeline.recipe, stage)}
+    spec = TrainSpec.model_validate({"objective": stage, "section": section, "teacher": teacher, **bits})
     inputs = {"data": data[section.data]}
     if student is not None:
         inputs["student"] = student

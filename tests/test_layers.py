@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTRACTS = {
     "recipe",
     "sections",
+    "section_memory",
     "section_base",
     "section_transplant",
     "job",
