@@ -11,6 +11,8 @@ from torch import Tensor
 
 DECAY_FLOOR = -0.6065306597126334  # -exp(-1/2): RWKV-7's log decay lies in (DECAY_FLOOR, 0)
 INPUT_NAMES = ("r", "log_decay", "k", "v", "a", "b")
+WKV6_NAMES = INPUT_NAMES[:4]
+WKV6_FLOOR = -5.0  # RAD-RWKV6's log decay lies in [WKV6_FLOOR, 0)
 
 
 def wkv7_inputs(
@@ -47,6 +49,32 @@ def wkv7_inputs(
     return [x.to(dtype).requires_grad_() for x in (r, w, k, v, -kk, kk * rate)]
 
 
+def wkv6_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    log_decay: float | None = None,
+) -> list[Tensor]:
+    """The four inputs [B,T,H,K] as RAD-RWKV6 makes them, requiring gradients; drawn in fp64, the same for every dtype.
+
+    Log decays spread from the floor, where a fifth of them lies, to nearly none; `log_decay` fixes them.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(B, T, H, width, generator=generator, dtype=torch.float64, device=device)
+
+    r, w, k, v = normal(K) * K**-0.5, normal(K), normal(K), normal(V or K)
+    w = (-(2.5 * w - 0.5).exp()).clamp(min=WKV6_FLOOR) if log_decay is None else torch.full_like(w, log_decay)
+    return [x.to(dtype).requires_grad_() for x in (r, w, k * -w.expm1(), v)]
+
+
 def relative_rms(x: Tensor, reference: Tensor) -> float:
     """|x - reference| / |reference| in the 2-norm, in fp64; the plain norm of x where the reference is zero."""
     x, reference = x.detach().double(), reference.detach().double()
@@ -62,7 +90,10 @@ def outputs_and_gradients(
     seed: int = 1,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """`operator` forward and backward, upstream gradients fixed: {"out", "state", "d r", ..., "d initial_state"}."""
+    """`operator` (wkv7 or, with four inputs, wkv6) forward and backward, upstream gradients fixed.
+
+    Returns {"out", "state", "d r", ..., "d initial_state"}.
+    """
     leaves = inputs if initial_state is None else [*inputs, initial_state]
     out, state = operator(*inputs, initial_state=initial_state, output_final_state=True, **options)
     generator = torch.Generator(device=out.device).manual_seed(seed)
@@ -71,7 +102,7 @@ def outputs_and_gradients(
         return torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype)
 
     grads = torch.autograd.grad((out, state), leaves, (upstream(out), upstream(state)))
-    names = [f"d {name}" for name in INPUT_NAMES] + ["d initial_state"]
+    names = [f"d {name}" for name in INPUT_NAMES[: len(inputs)]] + ["d initial_state"]
     return {"out": out, "state": state, **dict(zip(names, grads, strict=False))}
 
 

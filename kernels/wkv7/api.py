@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from radlads.kernels.wkv7.check import check_bounds, check_inputs
+from radlads.kernels.check import check_bounds, check_inputs, check_step
 from radlads.kernels.wkv7.dispatch import choose_operator, why_not_triton
 from radlads.kernels.wkv7.step import wkv7_step_torch
 
@@ -42,10 +42,11 @@ def wkv7(
 
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
     """
-    check_inputs(r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, initial_state, cu_seqlens)
+    keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK}
+    check_inputs("wkv7", keys, v_BTHV, initial_state, cu_seqlens)
     operator = choose_operator(backend, v_BTHV, k_BTHK.shape[-1])
     if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
-        check_bounds(cu_seqlens, v_BTHV.shape[1])
+        check_bounds("wkv7", cu_seqlens, v_BTHV.shape[1])
     return operator(
         r_BTHK,
         log_decay_BTHK,
@@ -66,17 +67,11 @@ def wkv7_step(
 
     For inference: not differentiable, no host synchronisation. Raises ValueError for shapes that do not fit the state.
     """
-    B, H, K, V = state_BHKV.shape
-    for name, x in {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK, "a": a_BHK, "b": b_BHK}.items():
-        if x.shape != (B, H, K):
-            raise ValueError(
-                f"wkv7_step: {name} must be {(B, H, K)} to fit the state {(B, H, K, V)}, got {tuple(x.shape)}"
-            )
-    if v_BHV.shape != (B, H, V):
-        raise ValueError(f"wkv7_step: v must be {(B, H, V)} to fit the state {(B, H, K, V)}, got {tuple(v_BHV.shape)}")
+    keys = {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK, "a": a_BHK, "b": b_BHK}
+    check_step("wkv7_step", keys, v_BHV, state_BHKV)
     inputs = (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK)
     fits = state_BHKV.is_cuda and state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
-    if fits and why_not_triton(v_BHV, K) is None:
+    if fits and why_not_triton(v_BHV, state_BHKV.shape[2]) is None:
         from radlads.kernels.wkv7.triton_step import wkv7_step_triton
 
         return wkv7_step_triton(*inputs, state_BHKV)

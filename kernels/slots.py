@@ -1,0 +1,89 @@
+"""Where the chunks of dense and packed sequences lie, for the operators in plain torch.
+
+Dims: B batch, T time, H heads, D, K, V dims of a head, N packed sequences, C chunk, G tiles (chunk slots x heads).
+
+Needs torch only and imports nothing else, so that an exported model can carry this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DenseSlots:
+    """Chunk slots of B sequences of one length: step t of all of them, then step t + 1. Tails are filled with zeros."""
+
+    def __init__(self, B: int, T: int, H: int, C: int) -> None:
+        self.B, self.T, self.H, self.C = B, T, H, C
+        self.num_steps = -(-T // C)
+        self.counts = [B * H] * self.num_steps  # tiles in each step of the scan
+        self.starts = [B * H * step for step in range(self.num_steps)]
+
+    def pack(self, x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B,T,H,D] -> [G,C,D] in `dtype`, always a copy: callers work in place."""
+        padding = self.num_steps * self.C - self.T
+        x = torch.nn.functional.pad(x_BTHD, (0, 0, 0, 0, 0, padding)) if padding else x_BTHD
+        x = x.reshape(self.B, self.num_steps, self.C, self.H, -1).permute(1, 0, 3, 2, 4)
+        packed = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        return packed.reshape(-1, self.C, x.shape[-1])
+
+    def unpack(self, y_GCD: Tensor, dtype: torch.dtype) -> Tensor:
+        y = y_GCD.reshape(self.num_steps, self.B, self.H, self.C, -1).permute(1, 0, 3, 2, 4)
+        return y.reshape(self.B, self.num_steps * self.C, self.H, -1)[:, : self.T].to(dtype)
+
+    def pack_state(self, state_BHKV: Tensor, dtype: torch.dtype) -> Tensor:
+        return state_BHKV.to(dtype).flatten(0, 1)
+
+    def unpack_state(self, state: Tensor) -> Tensor:
+        return state.unflatten(0, (self.B, self.H))
+
+
+class PackedSlots:
+    """Chunk slots of N sequences packed in one row, longest first, so that every step of the scan is a prefix."""
+
+    def __init__(self, cu_seqlens: Tensor, H: int, C: int) -> None:
+        bounds = cu_seqlens.detach().cpu().long()
+        start, length = bounds[:-1], bounds[1:] - bounds[:-1]
+        steps = (length + C - 1) // C
+        order = torch.argsort(steps, descending=True, stable=True)
+        num_steps = int(steps.max()) if steps.numel() else 0
+        counts = [int((steps > step).sum()) for step in range(num_steps)]
+        sequence = torch.cat([order[:count] for count in counts]) if counts else order[:0]
+        step = torch.repeat_interleave(torch.arange(num_steps), torch.tensor(counts, dtype=torch.long))
+        position = step[:, None] * C + torch.arange(C)
+        live = position < length[sequence][:, None]
+        token = (start[sequence][:, None] + position).where(live, 0).flatten()
+        live = live.flatten()
+        place = torch.empty(int(bounds[-1]), dtype=torch.long)
+        place[token[live]] = torch.arange(token.numel())[live]
+        device = cu_seqlens.device
+        self.H, self.C, self.num_steps = H, C, num_steps
+        self.counts = [count * H for count in counts]
+        self.starts = [sum(self.counts[:step]) for step in range(num_steps)]
+        self.token, self.place = token.to(device), place.to(device)
+        self.filler = ~live.to(device)[:, None, None]
+        self.order = order.to(device)
+        self.rank = torch.argsort(order).to(device)
+
+    def pack(self, x_1THD: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x_1THD[0].index_select(0, self.token).to(dtype).masked_fill_(self.filler, 0)
+        return x.reshape(-1, self.C, self.H, x.shape[-1]).transpose(1, 2).reshape(-1, self.C, x.shape[-1])
+
+    def unpack(self, y_GCD: Tensor, dtype: torch.dtype) -> Tensor:
+        y = y_GCD.reshape(-1, self.H, self.C, y_GCD.shape[-1]).transpose(1, 2).flatten(0, 1)
+        return y.index_select(0, self.place).to(dtype)[None]
+
+    def pack_state(self, state_NHKV: Tensor, dtype: torch.dtype) -> Tensor:
+        return state_NHKV.index_select(0, self.order).to(dtype).flatten(0, 1)
+
+    def unpack_state(self, state: Tensor) -> Tensor:
+        return state.unflatten(0, (-1, self.H)).index_select(0, self.rank)
+
+
+Slots = DenseSlots | PackedSlots
+
+
+def chunk_slots(B: int, T: int, H: int, C: int, cu_seqlens: Tensor | None) -> Slots:
+    """The slots of B sequences of T tokens, or of the sequences between `cu_seqlens` [N+1] in one row (a host sync)."""
+    return DenseSlots(B, T, H, C) if cu_seqlens is None else PackedSlots(cu_seqlens, H, C)

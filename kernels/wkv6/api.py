@@ -1,0 +1,65 @@
+"""`wkv6` and `wkv6_step`: one signature for every backend."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from radlads.kernels.check import check_bounds, check_inputs, check_step
+from radlads.kernels.wkv6.dispatch import choose_operator
+from radlads.kernels.wkv6.step import wkv6_step_torch
+
+Backend = Literal["reference", "chunked", "triton"]
+
+
+def wkv6(
+    r_BTHK: Tensor,
+    log_decay_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The RAD-RWKV6 operator over whole sequences. Per head, with the state S [K,V]:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_tᵀ,        o_t = r_tᵀ S_t
+
+    Returns `(out [B,T,H,V] in v's dtype, final state [B,H,K,V] in fp32 or None)`. The current token counts, there is no
+    bonus, and no scaling by 1/sqrt(K) inside.
+
+    - `initial_state` [B,H,K,V], default zeros. With `cu_seqlens` (int32 or int64 [N+1], first 0, last T, zero lengths
+      allowed) B is 1, N sequences lie packed along T, and the states are [N,H,K,V].
+    - Inputs may be bf16, fp16, fp32 or fp64, and need not be contiguous. Sums and states are fp32 (for fp64, fp64).
+      Gradients flow to all four inputs and to `initial_state`, from `out` and from the final state.
+    - The log decay of RAD-RWKV6 lies in [-5, 0]; outside it the result stays right.
+    - `backend`: None picks Triton on a GPU where it applies, else "chunked" (plain torch); "reference" is a loop.
+
+    Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
+    """
+    keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK}
+    check_inputs("wkv6", keys, v_BTHV, initial_state, cu_seqlens)
+    operator = choose_operator(backend, v_BTHV, k_BTHK.shape[-1])
+    if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
+        check_bounds("wkv6", cu_seqlens, v_BTHV.shape[1])
+    return operator(
+        r_BTHK,
+        log_decay_BTHK,
+        k_BTHK,
+        v_BTHV,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def wkv6_step(r_BHK: Tensor, log_decay_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, state_BHKV: Tensor) -> Tensor:
+    """One token for every sequence: updates `state_BHKV` (fp32) in place and returns the output [B,H,V] in v's dtype.
+
+    For inference: not differentiable, no host synchronisation. Raises ValueError for shapes that do not fit the state.
+    """
+    check_step("wkv6_step", {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK}, v_BHV, state_BHKV)
+    return wkv6_step_torch(r_BHK, log_decay_BHK, k_BHK, v_BHV, state_BHKV)
