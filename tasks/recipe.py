@@ -20,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 from radlads.tasks.job import UserError
 from radlads.tasks.sections import (
     Align,
+    CeSpikes,
+    Comprehensive,
     Dataset,
     Distill,
     EvalTask,
@@ -27,8 +29,10 @@ from radlads.tasks.sections import (
     FilesSource,
     Finetune,
     HubSource,
+    Lora,
     Needle,
     Optimizer,
+    Phase,
     Pretrain,
     Publish,
     Rate,
@@ -42,10 +46,13 @@ from radlads.tasks.sections import (
     Student,
     Teacher,
     Training,
+    TransplantScale,
 )
 
 __all__ = [
     "Align",
+    "CeSpikes",
+    "Comprehensive",
     "Dataset",
     "Distill",
     "EvalTask",
@@ -53,8 +60,10 @@ __all__ = [
     "FilesSource",
     "Finetune",
     "HubSource",
+    "Lora",
     "Needle",
     "Optimizer",
+    "Phase",
     "Pretrain",
     "Publish",
     "Rate",
@@ -69,6 +78,7 @@ __all__ = [
     "Student",
     "Teacher",
     "Training",
+    "TransplantScale",
     "dump_recipe",
     "list_recipes",
     "load_recipe",

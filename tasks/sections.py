@@ -12,8 +12,50 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from radlads.tasks.section_base import Section
+from radlads.tasks.section_losses import (
+    Align,
+    CeSpikes,
+    Comprehensive,
+    Distill,
+    Finetune,
+    Lora,
+    Phase,
+    Pretrain,
+)
 from radlads.tasks.section_memory import FrozenBits
+from radlads.tasks.section_training import Optimizer, Rate, Schedule, Training
 from radlads.tasks.section_transplant import TransplantScale
+
+__all__ = [
+    "Align",
+    "CeSpikes",
+    "Comprehensive",
+    "Dataset",
+    "Distill",
+    "EvalTask",
+    "Evaluate",
+    "FilesSource",
+    "Finetune",
+    "HubSource",
+    "Lora",
+    "Needle",
+    "Optimizer",
+    "Phase",
+    "Pretrain",
+    "Publish",
+    "Rate",
+    "RecallSource",
+    "Recipe",
+    "Resources",
+    "SampleSource",
+    "Schedule",
+    "Section",
+    "Source",
+    "Student",
+    "Teacher",
+    "Training",
+    "TransplantScale",
+]
 
 
 class Teacher(Section):
@@ -121,129 +163,6 @@ class Dataset(Section):
     """Put the tokenizer's BOS token before every document."""
     seed: int = 1337
     """Order of the documents."""
-
-
-class Rate(Section):
-    """Learning rate of one parameter group, from `start` to `final` along the stage's schedule."""
-
-    start: float = Field(ge=0)
-    final: float = Field(ge=0)
-
-
-class Optimizer(Section):
-    """AdamW. Defaults are RADLADS's (2505.03005, table 2): betas .9/.95, eps 1e-8, no weight decay, clip 1."""
-
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-
-
-class Schedule(Section):
-    """Learning-rate schedule over a stage's optimizer steps.
-
-    `quarter_cosine` is the one of the RADLADS code: final + (start − final)·cos(π q / 2), flat at first and steepest at
-    the end; `cosine` is the usual half cosine; `stable_cosine_stable` (its step 2a) holds `start`, follows the quarter
-    cosine between `begin` and `end` (shares of the stage's steps; published: .833 and .875), then holds `final`.
-    """
-
-    kind: Literal["quarter_cosine", "cosine", "stable_cosine_stable", "constant"] = "quarter_cosine"
-    warmup_steps: int = Field(default=50, ge=0)
-    """Linear from 1 % to 100 % of the scheduled rate; never more than a tenth of the stage's steps."""
-    begin: float = Field(default=0.0, ge=0, le=1)
-    end: float = Field(default=1.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.begin >= self.end:
-            raise ValueError("schedule.begin must be smaller than schedule.end")
-        return self
-
-
-class Training(Section):
-    """What every training stage has."""
-
-    data: str = "train"
-    """Name of an entry of the recipe's `data`."""
-    tokens: int = Field(gt=0)
-    context: int = Field(gt=1)
-    """Sequence length in tokens."""
-    batch: int = Field(gt=0)
-    """Sequences per optimizer step, over all processes and accumulation steps."""
-    micro_batch: int = Field(default=1, gt=0)
-    """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result."""
-    mixer_rate: Rate
-    rest_rate: Rate
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    freeze: tuple[Literal["embeddings", "head", "norms", "mlp", "attention"], ...] = ()
-    """Parameter groups that do not train. `attention`: the kept softmax layers."""
-    gradient_checkpointing: bool = False
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
-    seed: int = 1337
-    checkpoint_every: int = Field(default=500, gt=0)
-    """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    heldout_every: int = Field(default=0, ge=0)
-    """Optimizer steps between held-out losses; 0: only at the end."""
-    heldout_tokens: int = Field(default=16384, gt=0)
-    reset_at_documents: bool = False
-    """Reset the recurrent state (and mask attention) at document boundaries. Off in the published runs."""
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps."""
-        return max(1, self.tokens // (self.batch * self.context))
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
-        if self.batch % self.micro_batch:
-            raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
-        return self
-
-
-class Align(Training):
-    """Stage 1: teacher-forced regression of each mixer's output on its attention's output (2505.03005, §3)."""
-
-    mixer_rate: Rate = Rate(start=1e-3, final=1e-5)
-    rest_rate: Rate = Rate(start=0.0, final=0.0)
-    loss: Literal["l2", "mse"] = "l2"
-
-
-class Distill(Training):
-    """Stage 2: KL(teacher ‖ student) of the logits."""
-
-    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
-    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
-    schedule: Schedule = Schedule(kind="constant")
-    temperature: float = Field(default=1.0, gt=0)
-    kl_weight: float = Field(default=1.0, ge=0)
-    ce_weight: float = Field(default=0.0, ge=0)
-
-
-class Finetune(Training):
-    """Stage 3: next-token cross entropy."""
-
-    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
-    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
-    schedule: Schedule = Schedule(kind="constant")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    assistant_only: bool = False
-    """Chat data: only the assistant's tokens count."""
-
-
-class Pretrain(Training):
-    """Train a small teacher from nothing with the same loop; the flow `radlads-pretrain`."""
-
-    config: dict[str, Any]
-    """A Hugging Face config (model_type and its fields)."""
-    tokenizer: str
-    """Folder or hub id of the tokenizer."""
-    mixer_rate: Rate = Rate(start=1e-3, final=1e-4)
-    rest_rate: Rate = Rate(start=1e-3, final=1e-4)
-    schedule: Schedule = Schedule(kind="cosine")
 
 
 class EvalTask(Section):

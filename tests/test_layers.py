@@ -15,6 +15,8 @@ CONTRACTS = {
     "sections",
     "section_memory",
     "section_base",
+    "section_losses",
+    "section_training",
     "section_transplant",
     "job",
     "specs",
