@@ -16,6 +16,8 @@ from radlads.kernels.linear_kl.products import Operand, accumulate_dtype, chunk_
 
 class _Settings(NamedTuple):
     temperature: float
+    teacher_temperature: float
+    l2wrap: float
     ce_weight: float
     kl_weight: float
     ignore_index: int
@@ -30,6 +32,8 @@ def linear_kl(
     teacher_head_VE: Tensor,
     *,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    l2wrap: float = 0.0,
     labels_N: Tensor | None = None,
     ce_weight: float = 0.0,
     kl_weight: float = 1.0,
@@ -38,7 +42,9 @@ def linear_kl(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """kl_weight · τ² KL(teacher ‖ student) + ce_weight · CE, means over tokens; the logits [N,V] never exist whole.
 
-    KL compares softmax(logits / τ) of both sides. CE is at temperature 1, over the tokens whose label is not
+    KL compares softmax(logits / τ) of both sides; with `teacher_temperature` only the teacher's logits are divided and
+    nothing is multiplied. `l2wrap` adds l2wrap·z to the gradient of every token's largest logit z, as a mean over
+    tokens, and leaves the loss as it is (RWKV's L2Wrap). CE is at temperature 1, over the tokens whose label is not
     `ignore_index` (`labels_N[n]` is the token that `hidden[n]` predicts: shift before calling). `weight_N` (≥ 0) weighs
     tokens in every mean; a mean over no tokens is 0. Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`, the
     metrics detached and `kl` with its τ²; without labels `ce` is 0. Gradients go to the student's hidden states and
@@ -46,15 +52,24 @@ def linear_kl(
     Raises ValueError if shapes do not fit.
     """
     _check(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, labels_N, weight_N)
-    if temperature <= 0:
-        raise ValueError(f"linear_kl: temperature must be positive, got {temperature}")
+    if temperature <= 0 or (teacher_temperature is not None and teacher_temperature <= 0):
+        raise ValueError(f"linear_kl: temperatures must be positive, got {temperature} and {teacher_temperature}")
+    if teacher_temperature is not None and temperature != 1:
+        raise ValueError("linear_kl: temperature (both sides) and teacher_temperature exclude each other")
     if ce_weight != 0 and labels_N is None:
         raise ValueError("linear_kl: ce_weight needs labels_N")
     student, head = under_autocast(student_hidden_ND, student_head_VD)
     teacher, teacher_head = under_autocast(teacher_hidden_NE.detach(), teacher_head_VE.detach())
     grad = torch.is_grad_enabled()
     settings = _Settings(
-        temperature, ce_weight, kl_weight, ignore_index, grad and student.requires_grad, grad and head.requires_grad
+        temperature,
+        teacher_temperature or 1.0,
+        l2wrap,
+        ce_weight,
+        kl_weight,
+        ignore_index,
+        grad and student.requires_grad,
+        grad and head.requires_grad,
     )
     loss, kl, ce, agreement = _LinearKl.apply(student, head, teacher, teacher_head, labels_N, weight_N, settings)
     return loss, {"kl": kl, "ce": ce, "top1_agreement": agreement}
@@ -125,7 +140,8 @@ def _chunk(
     Works in place: both arguments [n,V] are spent.
     """
     tau, want = settings.temperature, settings.want_hidden or settings.want_head
-    same = logits.argmax(-1) == targets.argmax(-1)
+    top, place = logits.max(-1, keepdim=True)
+    same = place[:, 0] == targets.argmax(-1)
     total = logits.logsumexp(-1, keepdim=True)
     ce, label, softmax = None, None, None
     if labels is not None:
@@ -136,6 +152,8 @@ def _chunk(
             softmax = (logits - total).exp_()
         logits, targets = logits.div_(tau), targets.div_(tau)
         total = logits.logsumexp(-1, keepdim=True)
+    if settings.teacher_temperature != 1:
+        targets = targets.div_(settings.teacher_temperature)
     logits -= total
     targets -= targets.logsumexp(-1, keepdim=True)
     p = targets.exp()
@@ -143,12 +161,16 @@ def _chunk(
     if not want:
         return kl, ce, same, None
     q = logits.exp_()
-    if not settings.ce_weight:
-        return kl, ce, same, q.sub_(p).mul_(settings.kl_weight * tau)
-    factor = ratio[:, None] * settings.ce_weight
-    grad_ce = q * factor if softmax is None else softmax.mul_(factor)
-    grad_ce.scatter_add_(1, label, -factor)
-    return kl, ce, same, grad_ce.add_(q.sub_(p), alpha=settings.kl_weight * tau)
+    if settings.ce_weight:
+        factor = ratio[:, None] * settings.ce_weight
+        grad = q * factor if softmax is None else softmax.mul_(factor)
+        grad.scatter_add_(1, label, -factor)
+        grad.add_(q.sub_(p), alpha=settings.kl_weight * tau)
+    else:
+        grad = q.sub_(p).mul_(settings.kl_weight * tau)
+    if settings.l2wrap:
+        grad.scatter_add_(1, place, top * settings.l2wrap)
+    return kl, ce, same, grad
 
 
 def _normalised(weight_N: Tensor | None, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -191,3 +191,34 @@ def test_wrong_arguments_are_refused(change, message):
     names = ("student_hidden_ND", "student_head_VD", "teacher_hidden_NE", "teacher_head_VE")
     with pytest.raises(ValueError, match=message):
         linear_kl(**(dict(zip(names, (student, head, teacher, teacher_head), strict=True)) | change))
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+def test_a_temperature_of_the_teacher_alone_is_another_target(ce_weight):
+    student, head, teacher, teacher_head, labels, weight = operands(seed=3)
+    options = {"labels_N": labels, "ce_weight": ce_weight, "weight_N": weight}
+    loss, metrics = linear_kl(student, head, teacher, teacher_head, teacher_temperature=1.7, **options)
+    plain, expected = plain_kl(student, head, teacher / 1.7, teacher_head, 1.0, labels, ce_weight, 1.0, weight)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(metrics["kl"], expected["kl"].detach())
+    for grad, reference in zip(
+        torch.autograd.grad(loss, (student, head)), torch.autograd.grad(plain, (student, head)), strict=True
+    ):
+        torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match="exclude each other"):
+        linear_kl(student, head, teacher, teacher_head, temperature=2.0, teacher_temperature=1.7)
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("tau", [1.0, 1.5])
+def test_l2wrap_adds_to_the_gradient_of_the_largest_logits_and_not_to_the_loss(tau, ce_weight):
+    student, head, teacher, teacher_head, labels, _ = operands(seed=4)
+    options = {"temperature": tau, "labels_N": labels, "ce_weight": ce_weight}
+    loss, _ = linear_kl(student, head, teacher, teacher_head, l2wrap=0.1, **options)
+    plain, _ = plain_kl(student, head, teacher, teacher_head, tau, labels, ce_weight, 1.0, None)
+    torch.testing.assert_close(loss, plain)
+    wrapped = plain + 0.1 * (student @ head.T).max(-1).values.square().mean() / 2
+    for grad, reference in zip(
+        torch.autograd.grad(loss, (student, head)), torch.autograd.grad(wrapped, (student, head)), strict=True
+    ):
+        torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
