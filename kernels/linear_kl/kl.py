@@ -53,7 +53,7 @@ def linear_kl(
     """
     _check(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, labels_N, weight_N)
     if temperature <= 0 or (teacher_temperature is not None and teacher_temperature <= 0):
-        raise ValueError(f"linear_kl: temperatures must be positive, got {temperature} and {teacher_temperature}")
+        raise ValueError(f"linear_kl: temperature must be positive, got {temperature}, {teacher_temperature}")
     if teacher_temperature is not None and temperature != 1:
         raise ValueError("linear_kl: temperature (both sides) and teacher_temperature exclude each other")
     if ce_weight != 0 and labels_N is None:
