@@ -12,8 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from radlads.kernels.wkv7 import wkv7, wkv7_step
-
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -37,13 +35,20 @@ class AttentionShape:
 
 
 def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> AttentionShape:
-    """Sizes of a softmax attention module; `family` names its projections."""
-    q, k, v, o = (getattr(attention, name) for name in (family.q, family.k, family.v, family.o))
-    head_dim = int(attention.head_dim)
+    """Sizes of a softmax attention module; `family` names its projections, or the one that holds q, k and v in a row."""
+    head_dim, o = int(attention.head_dim), getattr(attention, family.o)
+    fused = getattr(family, "qkv", None)
+    if fused:
+        q = k = v = getattr(attention, fused)
+        q_width = o.in_features
+        kv_width = (q.out_features - q_width) // 2
+    else:
+        q, k, v = (getattr(attention, name) for name in (family.q, family.k, family.v))
+        q_width, kv_width = q.out_features, k.out_features
     return AttentionShape(
         hidden_size=q.in_features,
-        num_heads=q.out_features // head_dim,
-        num_kv_heads=k.out_features // head_dim,
+        num_heads=q_width // head_dim,
+        num_kv_heads=kv_width // head_dim,
         head_dim=head_dim,
         q_bias=q.bias is not None,
         k_bias=k.bias is not None,
@@ -55,12 +60,13 @@ def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> 
 
 
 class FirstValues(NamedTuple):
-    """What the first recurrent layer hands to the deeper ones: values, so that the gradient reaches it."""
+    """What the first recurrent layer hands to the deeper ones: values, so that the gradient reaches it.
+
+    [B,T,H,V] and [B,T,H,K] where a variant mixes them after the repeat, [B,T,G,V] and [B,T,G,K] where before.
+    """
 
     v: Tensor | None = None
-    """[B,T,H,V]"""
     k: Tensor | None = None
-    """[B,T,H,K]"""
 
 
 class MixerState(NamedTuple):
@@ -83,13 +89,14 @@ class MixerOutput(NamedTuple):
 class Mixer(nn.Module):
     """Base of the recurrent replacements of attention: the projections under the teacher's names, and its q/k norms."""
 
-    CONSTANTS: ClassVar[dict[str, float]] = {}
-    """Numbers that define the variant; written into the exported config and compared on load."""
+    CONSTANTS: ClassVar[dict[str, float | str]] = {}
+    """What defines the variant and is not an option; written into the exported config and compared on load."""
 
     def __init__(self, shape: AttentionShape, layer: int, num_layers: int) -> None:
         super().__init__()
         self.shape = shape
         self.layer = layer
+        self.num_layers = num_layers
         self.depth = layer / max(1, num_layers - 1)
         D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(D, A, bias=shape.q_bias)
@@ -99,10 +106,21 @@ class Mixer(nn.Module):
         self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
         self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
 
-    def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, normed where the teacher norms, rotated by `rope`."""
-        B, T, _ = x_BTD.shape
-        r, k, v = (p(x_BTD).view(B, T, -1, self.shape.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def project(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        x_k_BTD: Tensor | None = None,
+        x_v_BTD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, normed where the teacher norms, rotated by `rope`.
+
+        x_k_BTD, x_v_BTD: inputs of keys and values, where a token shift makes them differ from those of r.
+        """
+        sources = (x_BTD, x_BTD if x_k_BTD is None else x_k_BTD, x_BTD if x_v_BTD is None else x_v_BTD)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        r, k, v = (p(x).unflatten(-1, (-1, self.shape.head_dim)) for p, x in zip(projections, sources, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             r, k = self.q_norm(r), self.k_norm(k)
         if rope is not None:
@@ -180,6 +198,15 @@ def unit_keys(k_BTHK: Tensor) -> Tensor:
     return nn.functional.normalize(k_BTHK.float(), dim=-1).to(k_BTHK.dtype)
 
 
+def low_rank(width_in: int, rank: int, width_out: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """Offset [1,1,out], first factor [in,R], second factor [R,out], all uninitialised."""
+    return (
+        nn.Parameter(torch.empty(1, 1, width_out)),
+        nn.Parameter(torch.empty(width_in, rank)),
+        nn.Parameter(torch.empty(rank, width_out)),
+    )
+
+
 def init_low_rank_out(weight_RA: Tensor, scale: float = 0.1) -> None:
     """Orthogonal, gain scale·√(rows / columns if rows > columns else 1): the published start of second factors."""
     if weight_RA.is_meta:
@@ -192,35 +219,13 @@ def init_low_rank_out(weight_RA: Tensor, scale: float = 0.1) -> None:
         weight_RA.copy_(wide)
 
 
-def run_wkv7(
-    r_BTHK: Tensor,
-    log_decay_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    kk_BTHK: Tensor,
-    iclr_BTHK: Tensor,
-    *,
-    state: MixerState | None,
-    keep_BT: Tensor | None,
-    cu_seqlens: Tensor | None,
-    output_state: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The RWKV-7 recurrence with its removal key: `(out [B,T,H,V], state [B,H,K,V] fp32 or None)`.
+def start_gate_at_one(g2_RA: Tensor) -> None:
+    """Shift every column so that it sums to two: with g1 = 0 the gate σ(x g1) g2 is half of those sums."""
+    with torch.no_grad():
+        g2_RA.add_((2 - g2_RA.float().sum(0)) / g2_RA.shape[0])
 
-    One token on a kept state is a decode step (the state is updated in place); everything else is one parallel pass.
-    """
-    if keep_BT is not None:
-        keep = keep_BT[..., None, None].to(k_BTHK.dtype)
-        log_decay_BTHK, k_BTHK, kk_BTHK = log_decay_BTHK * keep, k_BTHK * keep, kk_BTHK * keep
-    inputs = (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, -kk_BTHK, kk_BTHK * iclr_BTHK)
-    B, T = r_BTHK.shape[:2]
-    if cu_seqlens is not None:
-        if state is not None or output_state:
-            raise ValueError("packed documents (cu_seqlens) and a recurrent state exclude each other")
-        out, _ = wkv7(*(x.reshape(1, B * T, *x.shape[2:]) for x in inputs), cu_seqlens=cu_seqlens)
-        return out.view_as(v_BTHV), None
-    if T == 1 and state is not None and not training:
-        wkv = state.wkv
-        return wkv7_step(*(x[:, 0] for x in inputs), wkv).unsqueeze(1), wkv
-    return wkv7(*inputs, initial_state=None if state is None else state.wkv, output_final_state=output_state)
+
+def rising_decay(width: int, depth: float, device: torch.device | None = None) -> Tensor:
+    """w0 [A] as RWKV-7 starts it: -6.5 + 5·(n/(A-1))^(0.85 + √depth), slow channels first, fast ones last."""
+    channel = torch.arange(width, dtype=torch.float32, device=device) / max(1, width - 1)
+    return -6.5 + 5 * channel ** (0.85 + depth**0.5)

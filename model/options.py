@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from radlads.model.mixer import low_rank_size
 from radlads.tasks.job import UserError
+
+
+class Rank(NamedTuple):
+    """A published rank: max(floor, max(1, round(width^exponent · scale / 32)) · 32), rounding half to even."""
+
+    exponent: float
+    scale: float
+    floor: int = 32
 
 
 class MixerOptions(BaseModel):
     """What a user may choose about a variant. Every field has a default and a line that says what it does."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    RANKS: ClassVar[Mapping[str, Rank]] = {}
+    """Formula of every field that is a rank, used where the field is None."""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, variant: str) -> Self:
@@ -25,9 +37,21 @@ class MixerOptions(BaseModel):
             lines = [f"student.options of {variant}: {cls._explain(fault)}" for fault in error.errors()]
             raise UserError("\n".join(lines)) from None
 
-    def resolve(self, hidden_size: int) -> Self:
-        """The same options with everything that depends on the teacher's width written out."""
-        return self
+    def resolve(self, hidden_size: int, width: int) -> Self:
+        """The same options with everything that depends on the teacher's sizes written out.
+
+        hidden_size: D. width: A, that of all query heads together, from which ranks follow unless a variant says D.
+        """
+        return self.with_ranks(width)
+
+    def with_ranks(self, width: int) -> Self:
+        """Write out every rank that was left to its formula."""
+        ranks = {
+            name: max(rank.floor, low_rank_size(width, rank.exponent, rank.scale))
+            for name, rank in self.RANKS.items()
+            if getattr(self, name) is None
+        }
+        return self.model_copy(update=ranks)
 
     @classmethod
     def _explain(cls, fault: Any) -> str:
@@ -38,3 +62,12 @@ class MixerOptions(BaseModel):
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             return f"unknown key '{place}'{hint}"
         return f"{place}: {fault['msg'].removeprefix('Value error, ')} (given: {fault.get('input')!r})"
+
+
+class Rwkv7Options(MixerOptions):
+    """What every variant of the RWKV-7 family lets a user choose. A rank of None is the published formula."""
+
+    decay_rank: int | None = Field(default=None, ge=1)
+    iclr_rank: int | None = Field(default=None, ge=1)
+    decay_shift: float = 0.0
+    """Added to w0, whose published start forgets slowly. Positive: forget faster at first."""

@@ -52,4 +52,4 @@ def validate_options(variant: str, options: Mapping[str, Any], config: PreTraine
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
         raise UserError(f"the teacher's heads are {head_dim} wide, and mixers take {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}")
-    return kind.parse(options, variant=variant).resolve(config.hidden_size)
+    return kind.parse(options, variant=variant).resolve(config.hidden_size, config.num_attention_heads * head_dim)

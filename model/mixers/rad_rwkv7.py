@@ -38,24 +38,31 @@ from radlads.model.mixer import (
     MixerState,
     head_group_norm,
     init_low_rank_out,
-    low_rank_size,
-    run_wkv7,
+    low_rank,
+    rising_decay,
+    start_gate_at_one,
     unit_keys,
 )
 from radlads.model.mixer import (
     Mixer as BaseMixer,
 )
-from radlads.model.options import MixerOptions
+from radlads.model.options import Rank, Rwkv7Options
+from radlads.model.recurrence import run_wkv7
 
 
-class Options(MixerOptions):
-    """Choices of rad_rwkv7. A rank of None is the published formula, e.g. decay: max(1, round(1.8·√D / 32))·32."""
+class Options(Rwkv7Options):
+    """Choices of rad_rwkv7; its ranks follow from D (2505.03005, appendix)."""
+
+    RANKS: ClassVar[dict[str, Rank]] = {
+        "decay_rank": Rank(0.5, 1.8),
+        "iclr_rank": Rank(0.5, 1.8),
+        "value_rank": Rank(0.5, 1.3),
+        "gate_rank": Rank(0.8, 0.6),
+    }
 
     form: Literal["balanced", "groupnorm"] = "balanced"
     rope: bool = True
     """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
-    decay_rank: int | None = Field(default=None, ge=1)
-    iclr_rank: int | None = Field(default=None, ge=1)
     value_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
     value_residual_init: float = 1.0
@@ -63,29 +70,16 @@ class Options(MixerOptions):
     gate_init: Literal["published", "identity"] = "published"
     """published: a small random signed gate, so that mixers start near silence. identity: the same parameters, started
     so that the gate is 1; without GroupNorm that starts many times too loud, and short alignments end worse."""
-    decay_shift: float = 0.0
-    """Added to w0, whose published start forgets slowly (decays 0.895 to 0.999). Positive: forget faster at first."""
 
-    def resolve(self, hidden_size: int) -> Self:
-        """Write the ranks of the published formulas out. (2505.03005, appendix; the width is D.)"""
-        formulas = {
-            "decay_rank": (0.5, 1.8),
-            "iclr_rank": (0.5, 1.8),
-            "value_rank": (0.5, 1.3),
-            "gate_rank": (0.8, 0.6),
-        }
-        ranks = {
-            name: low_rank_size(hidden_size, *formula)
-            for name, formula in formulas.items()
-            if getattr(self, name) is None
-        }
-        return self.model_copy(update=ranks)
+    def resolve(self, hidden_size: int, width: int) -> Self:
+        """Ranks by D, as published, and not by A."""
+        return self.with_ranks(hidden_size)
 
 
 class Mixer(BaseMixer):
     """See the module's docstring. Raises nothing of its own."""
 
-    CONSTANTS: ClassVar[dict[str, float]] = {
+    CONSTANTS: ClassVar[dict[str, float | str]] = {
         "decay_scale": math.exp(-0.5),
         "group_norm_eps_per_channel": 1e-5,
         "removal_key_scale_init": 0.85,
@@ -96,13 +90,13 @@ class Mixer(BaseMixer):
         super().__init__(shape, layer, num_layers)
         self.options = options
         D, A = shape.hidden_size, shape.width
-        self.w0, self.w1, self.w2 = _low_rank(D, options.decay_rank, A)
-        self.a0, self.a1, self.a2 = _low_rank(D, options.iclr_rank, A)
+        self.w0, self.w1, self.w2 = low_rank(D, options.decay_rank, A)
+        self.a0, self.a1, self.a2 = low_rank(D, options.iclr_rank, A)
         if first:
             self.v0 = self.v1 = self.v2 = None
         else:
-            self.v0, self.v1, self.v2 = _low_rank(D, options.value_rank, A)
-        _, self.g1, self.g2 = _low_rank(D, options.gate_rank, A)
+            self.v0, self.v1, self.v2 = low_rank(D, options.value_rank, A)
+        _, self.g1, self.g2 = low_rank(D, options.gate_rank, A)
         self.ln_x: nn.Module | None = None
         if options.form == "groupnorm":
             self.k_k = nn.Parameter(torch.empty(1, 1, A))
@@ -116,16 +110,13 @@ class Mixer(BaseMixer):
     def reset_parameters(self) -> None:
         """The published start of everything that the teacher does not give; Options has the deviations."""
         A = self.shape.width
-        channel = torch.arange(A, dtype=torch.float32, device=self.w0.device) / max(1, A - 1)
-        spread = -6.5 + 5 * channel ** (0.85 + self.depth**0.5)
-        self.w0.copy_((spread + self.options.decay_shift).view(1, 1, A))
+        self.w0.copy_((rising_decay(A, self.depth, self.w0.device) + self.options.decay_shift).view(1, 1, A))
         self.a0.zero_()
         for first_factor, second_factor in ((self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2)):
             first_factor.zero_()
             init_low_rank_out(second_factor)
         if self.options.gate_init == "identity":
-            # With g1 = 0 the gate is half the column sums of g2; shift every column so that it sums to two.
-            self.g2.add_((2 - self.g2.float().sum(0)) / self.g2.shape[0])
+            start_gate_at_one(self.g2)
         if self.v0 is not None:
             self.v0.fill_(self.options.value_residual_init)
             self.v1.zero_()
@@ -187,8 +178,3 @@ class Mixer(BaseMixer):
         gate = torch.sigmoid(x_BTD @ self.g1) @ self.g2
         out = self.o_proj(out.flatten(-2) * gate)
         return MixerOutput(out, first, None if wkv is None else MixerState(wkv))
-
-
-def _low_rank(D: int, R: int, A: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """Offset [1,1,A], first factor [D,R], second factor [R,A]."""
-    return nn.Parameter(torch.empty(1, 1, A)), nn.Parameter(torch.empty(D, R)), nn.Parameter(torch.empty(R, A))

@@ -1,0 +1,83 @@
+"""hxa07b (OpenMOSE, RWKVInside, 2025): hxa07a with low-rank values added.
+
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key (and value) dim per head, A = H·K, R low rank.
+x [B,T,D] is the layer's normed input; no token shift, no first-layer values. All maps are per token.
+
+    r = rope(norm(x q_proj))                        [H,K]      norm: the teacher's q/k norms, where it has them (Qwen3)
+    k = repeat(rope(norm(x k_proj)))                [H,K]      repeat: kv head g serves H/G query heads in a row
+    v = repeat(x v_proj) + 0.2 · x v1 v2            [H,K]
+    w_raw = -softplus(-(w0 + tanh(x w1) w2)) - 1/2  [A]        log_decay = -e^w_raw, decay in (0.5452, 1)
+    iclr = σ(a0 + x a1 a2)                          [A]
+    kk = k / ‖k‖                                               removal key, in fp32
+    k = k ⊙ (1 - decay + iclr)                                 key_scaling: decay
+    k = k ⊙ (1 - w_raw + iclr)                                 key_scaling: log_log_decay, as published
+    S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ     y_t = r_tᵀ S_t      S [K,V] fp32
+    out = (y · K^(-1/2) ⊙ σ(x g1) g2) o_proj        [D]        no GroupNorm, no bonus
+
+The published key scaling takes the log-log decay, which multiplies slow channels by 8 to 9 instead of about iclr:
+weights made with it load with `key_scaling: log_log_decay`. The default is the corrected form, which makes it hxa07c.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from radlads.model.mixer import init_low_rank_out, start_gate_at_one
+from radlads.model.mixer_rwkv7 import Design, Rwkv7Mixer, head_ramps
+from radlads.model.options import Rank, Rwkv7Options
+
+
+class Options(Rwkv7Options):
+    """Choices of hxa07b; its ranks follow from A."""
+
+    RANKS: ClassVar[dict[str, Rank]] = {
+        "decay_rank": Rank(0.6, 1.7, 256),
+        "iclr_rank": Rank(0.5, 1.8, 128),
+        "value_rank": Rank(0.5, 1.3),
+        "gate_rank": Rank(0.6, 1.7, 256),
+    }
+
+    rope: bool = True
+    """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
+    key_scaling: Literal["decay", "log_log_decay"] = "decay"
+    """log_log_decay: as published; needed for published weights, not for new conversions."""
+    gate_init: Literal["published", "identity"] = "published"
+    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
+    value_rank: int | None = Field(default=None, ge=1)
+    gate_rank: int | None = Field(default=None, ge=1)
+
+
+class Mixer(Rwkv7Mixer):
+    """See the module's docstring."""
+
+    CONSTANTS: ClassVar[dict[str, float | str]] = {
+        "decay_offset": 0.5,
+        "value_lora_scale": 0.2,
+        "output_scale": "head_dim^-0.5",
+    }
+
+    @classmethod
+    def design_of(cls, options: Any) -> Design:
+        return Design(
+            decay_offset=cls.CONSTANTS["decay_offset"],
+            key_scaling=options.key_scaling,
+            value_lora_scale=cls.CONSTANTS["value_lora_scale"],
+            output_scale=True,
+            gate="product",
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published start; Options has the deviations."""
+        super().reset_parameters()
+        shape, options = self.shape, self.options
+        ramps = head_ramps(shape.num_heads, shape.head_dim, self.depth, self.w0.device)
+        self.w0.copy_((ramps.slow + options.decay_shift).view(1, 1, -1))
+        self.a0.copy_((-0.19 + 0.3 * ramps.zigzag + 0.4 * ramps.line).view(1, 1, -1))
+        for first_factor in (self.w1, self.a1, self.v1):
+            init_low_rank_out(first_factor)
+        if options.gate_init == "identity":
+            start_gate_at_one(self.g2)

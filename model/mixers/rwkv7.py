@@ -1,0 +1,115 @@
+"""rwkv7: the official RWKV-7 time mixer (x070, BlinkDL), in attention's place as ARWKV has it (arXiv 2501.15570).
+
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key (and value) dim per head, A = H·K, R low rank.
+x [B,T,D] is the layer's normed input, d_t = x_{t-1} - x_t (x before the first token: 0). Per token:
+
+    x_r = x + d ⊙ μ_r,  likewise x_w, x_k, x_v, x_a, x_g       [D]   μ: x_r, x_w, ..., x_g among the parameters
+    r = norm(x_r q_proj)                            [H,K]      norm: the teacher's q/k norms, where it has them (Qwen3)
+    k = repeat(norm(x_k k_proj))                    [H,K]      repeat: kv head g serves H/G query heads in a row
+    v = repeat(x_v v_proj)                          [H,K]
+    v = v + (v_first - v) ⊙ σ(v0 + x_v v1 v2)       [A]        not in the first recurrent layer, whose v is v_first
+    w_raw = -softplus(-(w0 + tanh(x_w w1) w2)) - 1/2  [A]      log_decay = -e^w_raw, decay in (0.5452, 1)
+    iclr = σ(a0 + x_a a1 a2)                        [A]
+    kk = k ⊙ k_k / ‖k ⊙ k_k‖                                   removal key
+    k = k ⊙ (1 + (iclr - 1) ⊙ k_a)
+    S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ     y_t = r_tᵀ S_t      S [K,V] fp32
+    y = GroupNorm over H groups (y), eps 64e-5, + (Σ_K r ⊙ k ⊙ r_k) v           bonus with the scaled k
+    out = (y ⊙ σ(x_g g1) g2) o_proj                 [D]
+
+ARWKV: `token_shift`, `gate` and `group_norm` switch their term off. The state holds the last input beside S. The
+official model repeats nothing (G = H) and has neither RoPE nor q/k norms.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from radlads.model.mixer import rising_decay, start_gate_at_one
+from radlads.model.mixer_rwkv7 import Design, Rwkv7Mixer
+from radlads.model.options import Rank, Rwkv7Options
+
+
+class Options(Rwkv7Options):
+    """Choices of rwkv7; its ranks follow from A."""
+
+    RANKS: ClassVar[dict[str, Rank]] = {
+        "decay_rank": Rank(0.5, 1.8),
+        "iclr_rank": Rank(0.5, 1.8),
+        "value_rank": Rank(0.5, 1.3),
+        "gate_rank": Rank(0.8, 0.6),
+    }
+
+    token_shift: bool = True
+    gate: bool = True
+    """False: ARWKV's form without gate."""
+    group_norm: bool = True
+    """False: ARWKV's form without GroupNorm; nothing scales the output then."""
+    rope: bool = False
+    """Official: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
+    first_values_gradient: bool = True
+    """False: deeper layers do not train the first one through v_first."""
+    token_shift_init: Literal["none", "official"] = "none"
+    """none: every branch starts on the token itself, as the teacher does. official: what pretraining starts from."""
+    value_residual_init: float = 1.0
+    """v0. Official: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
+    gate_init: Literal["published", "identity"] = "published"
+    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
+    value_rank: int | None = Field(default=None, ge=1)
+    gate_rank: int | None = Field(default=None, ge=1)
+
+
+class Mixer(Rwkv7Mixer):
+    """See the module's docstring."""
+
+    CONSTANTS: ClassVar[dict[str, float | str]] = {
+        "decay_offset": 0.5,
+        "key_scaling": "k_a",
+        "group_norm_eps": 64e-5,
+        "output_scale": "none",
+    }
+
+    @classmethod
+    def design_of(cls, options: Any) -> Design:
+        return Design(
+            decay_offset=cls.CONSTANTS["decay_offset"],
+            key_scaling="k_a",
+            first_values="heads",
+            group_norm_eps=cls.CONSTANTS["group_norm_eps"] if options.group_norm else None,
+            bonus=True,
+            gate="product" if options.gate else "none",
+            token_shift=options.token_shift,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The official start, but for the token shift; Options has the deviations."""
+        super().reset_parameters()
+        rising = rising_decay(self.shape.width, self.depth, self.w0.device)
+        self.w0.copy_((rising + self.options.decay_shift).view(1, 1, -1))
+        self.a0.zero_()
+        self.k_k.fill_(0.85)
+        self.k_a.fill_(1.0)
+        self.r_k.zero_()
+        if self.options.gate and self.options.gate_init == "identity":
+            start_gate_at_one(self.g2)
+        if self.v0 is not None:
+            self.v0.fill_(self.options.value_residual_init)
+        if self.options.token_shift:
+            self._start_shift()
+
+    def _start_shift(self) -> None:
+        """Official: 1 - (n/D)^(e·u) - s·depth, with u = 1 - layer/layers."""
+        powers = {"r": (0.2, 0.0), "w": (0.9, 0.0), "k": (0.9, 0.4), "v": (0.4, 0.6), "a": (0.9, 0.0), "g": (0.2, 0.0)}
+        D = self.shape.hidden_size
+        part = torch.arange(D, dtype=torch.float32, device=self.w0.device).view(1, 1, D) / D
+        for name, (exponent, slope) in powers.items():
+            shift = getattr(self, f"x_{name}", None)
+            if shift is None:
+                continue
+            shift.zero_()
+            if self.options.token_shift_init == "official":
+                u = 1 - self.layer / self.num_layers
+                shift.copy_(1 - part ** (exponent * u) - slope * self.depth)
