@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.model.align_losses import ScaledMse, build_align_loss
 from radlads.model.modeling import RadladsForCausalLM, document_positions, parameter_group
 from radlads.model.precision import remember_buffers, restore_buffers
 from radlads.model.probe import AttentionProbe
@@ -97,18 +98,25 @@ class Align(Objective):
 
     needs_teacher: ClassVar[bool] = True
 
+    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__(section, student, teacher)
+        self.layer_loss = build_align_loss(section, student.config.num_hidden_layers)
+
     def trainable(self, name: str) -> bool:
         return self.group(name) == "mixer"
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         input_ids = batch["input_ids"][:, :-1]
         cu_seqlens = self.bounds(batch)
-        with AttentionProbe(self.teacher, self.student, loss=self.section.loss, cu_seqlens=cu_seqlens) as probe:
+        with AttentionProbe(self.teacher, self.student, loss=self.layer_loss, cu_seqlens=cu_seqlens) as probe:
             self.teacher_hidden(input_ids, cu_seqlens)
-        if not probe.losses:
+        losses = probe.losses
+        if not losses:
             raise UserError("there is nothing to align: every layer stays softmax attention; drop the align stage")
-        loss = torch.stack(list(probe.losses.values())).mean()
-        layers = {f"layer_{layer:02d}": value.detach() for layer, value in sorted(probe.losses.items())}
+        if isinstance(self.layer_loss, ScaledMse):
+            losses = self.layer_loss.finish(losses)
+        loss = torch.stack(list(losses.values())).mean()
+        layers = {f"layer_{layer:02d}": value.detach() for layer, value in sorted(losses.items())}
         return loss, {"loss": loss.detach(), **layers}
 
 

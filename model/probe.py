@@ -6,7 +6,7 @@ Dims: B batch, T time, D model width, L converted layers.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from radlads.model.align_losses import LayerLoss, l2_loss
 from radlads.model.mixer import FirstValues, Mixer
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.teacher import find_family
@@ -32,14 +33,14 @@ class AttentionProbe:
         teacher: PreTrainedModel,
         student: RadladsForCausalLM,
         *,
-        loss: Literal["l2", "mse"] = "l2",
+        loss: LayerLoss = l2_loss,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         """cu_seqlens: as in `RadladsForCausalLM.hidden`."""
         self.losses: dict[int, Tensor] = {}
         self._teacher = teacher
         self._student = student
-        self._loss = alignment_loss if loss == "l2" else nn.functional.mse_loss
+        self._loss = loss
         self._cu_seqlens = cu_seqlens
         self._first: FirstValues | None = None
         self._hooks: list[RemovableHandle] = []
@@ -63,7 +64,7 @@ class AttentionProbe:
 
         def run(x: Tensor, first: FirstValues | None) -> tuple[Tensor, FirstValues]:
             mixed = mixer(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
-            return self._loss(mixed.out.float(), wanted_BTD.float()), mixed.first
+            return self._loss(mixed.out.float(), wanted_BTD.float(), layer), mixed.first
 
         x_BTD, wanted_BTD = x_BTD.detach(), wanted_BTD.detach()
         with torch.enable_grad():
@@ -83,8 +84,3 @@ class _Hook:
         x = args[0] if args else kwargs["hidden_states"]
         wanted = output[0] if isinstance(output, tuple) else output
         self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], wanted)
-
-
-def alignment_loss(out_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
-    """Mean over tokens of ‖wanted - out‖₂ · D^(-1/2): not squared, it reads like an RMS error (2505.03005)."""
-    return torch.linalg.vector_norm(wanted_BTD - out_BTD, dim=-1).mean() * out_BTD.shape[-1] ** -0.5

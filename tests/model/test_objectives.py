@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from radlads.model.align_losses import l2_loss
 from radlads.model.objectives import Objective, build_objective, document_bounds, needs_teacher
-from radlads.model.probe import AttentionProbe, alignment_loss
+from radlads.model.probe import AttentionProbe
 from radlads.tasks.job import UserError
 from radlads.tasks.recipe import Align, Distill, Finetune, Pretrain
 from radlads.tasks.specs import TeacherRef, TrainSpec
@@ -68,7 +69,7 @@ def test_align_is_the_mean_over_layers_of_what_each_mixer_misses(make_teacher, m
 def test_a_perfect_mixer_has_no_loss_and_a_finite_gradient() -> None:
     wanted = torch.randn(2, 5, 8)
     out = wanted.clone().requires_grad_()
-    loss = alignment_loss(out, wanted)
+    loss = l2_loss(out, wanted)
     loss.backward()
     assert loss == 0
     assert torch.isfinite(out.grad).all()
