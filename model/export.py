@@ -35,16 +35,26 @@ _FLAT = {
     "radlads.model.mixer": "mixer_radlads",
     "radlads.model.mixer_rwkv7": "mixer_rwkv7_radlads",
     "radlads.model.recurrence": "recurrence_radlads",
+    "radlads.model.recurrence_wkv7": "recurrence_wkv7_radlads",
     "radlads.model.token_shift": "token_shift_radlads",
     "radlads.model.precision": "precision_radlads",
     "radlads.model.variants": "variants_radlads",
     "radlads.kernels.slots": "slots_radlads",
+    "radlads.kernels.wkv6": "wkv6_radlads",
+    "radlads.kernels.wkv6.chunked": "wkv6_chunked_radlads",
+    "radlads.kernels.wkv6.step": "wkv6_step_radlads",
     "radlads.kernels.wkv7": "wkv7_radlads",
     "radlads.kernels.wkv7.chunked": "wkv7_chunked_radlads",
     "radlads.kernels.wkv7.step": "wkv7_step_radlads",
 }
 # Written instead of copied: the package's own versions choose among variants and backends, the folder has one of each.
 _WRITTEN = {
+    "radlads.kernels.wkv6": (
+        '"""The RAD-RWKV6 operator: the chunked torch form for sequences, one step for decoding."""\n\n'
+        "from radlads.kernels.wkv6.chunked import wkv6_chunked as wkv6\n"
+        "from radlads.kernels.wkv6.step import wkv6_step_torch as wkv6_step\n\n"
+        '__all__ = ["wkv6", "wkv6_step"]\n'
+    ),
     "radlads.kernels.wkv7": (
         '"""The RWKV-7 operator: the chunked torch form for sequences, one step for decoding."""\n\n'
         "from radlads.kernels.wkv7.chunked import wkv7_chunked as wkv7\n"

@@ -41,7 +41,7 @@ from radlads.model.mixer import (
     low_rank,
     unit_keys,
 )
-from radlads.model.recurrence import run_wkv7
+from radlads.model.recurrence_wkv7 import run_wkv7
 from radlads.model.token_shift import previous_tokens
 
 

@@ -47,7 +47,7 @@ from radlads.model.mixer import (
     Mixer as BaseMixer,
 )
 from radlads.model.options import Rank, Rwkv7Options
-from radlads.model.recurrence import run_wkv7
+from radlads.model.recurrence_wkv7 import run_wkv7
 
 
 class Options(Rwkv7Options):

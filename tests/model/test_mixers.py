@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7
-from radlads.model import list_variants, recurrence
+from radlads.model import list_variants, recurrence_wkv7
 from radlads.model import mixer as shared
 from radlads.model.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model.mixers import rad_rwkv6
 from radlads.model.variants import find_variant
 
 EXTRA = [
@@ -22,6 +24,8 @@ EXTRA = [
     ("hxa079", {"key_scaling": "log_log_decay", "rope": False}),
     ("rwkv7", {"token_shift": False, "gate": False, "group_norm": False}),
     ("cxa073", {"rope": True}),
+    ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank"}),
+    ("rad_rwkv6", {"token_shift": False, "gate": "none", "rope": True}),
 ]
 CASES = [(name, {}) for name in list_variants()] + EXTRA
 D, H, G, K, T = 24, 4, 2, 8, 37
@@ -77,15 +81,16 @@ def test_no_output_sees_the_future(mixer: Mixer) -> None:
     changed = {**given, "x_BTD": given["x_BTD"].clone()}
     changed["x_BTD"][:, 20] += 1.0
     after = mixer(**changed).out
-    assert torch.equal(before[:, :20], after[:, :20])
-    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-6
+    close(after[:, :20], before[:, :20], 2e-6)  # rounding: the chunks that a pass is cut into depend on the decays
+    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 2e-5
 
 
 @torch.no_grad()
 def test_chunked_is_the_loop(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(mixer)
     chunked = mixer(**given, output_state=True)
-    monkeypatch.setattr(recurrence, "wkv7", lambda *a, **k: wkv7(*a, **k, backend="reference"))
+    monkeypatch.setattr(recurrence_wkv7, "wkv7", lambda *a, **k: wkv7(*a, **k, backend="reference"))
+    monkeypatch.setattr(rad_rwkv6, "wkv6", lambda *a, **k: wkv6(*a, **k, backend="reference"))
     loop = mixer(**given, output_state=True)
     close(chunked.out, loop.out, 1e-5)
     close(chunked.state.wkv, loop.state.wkv, 1e-5)

@@ -22,8 +22,43 @@ RANKS = {
 }
 
 
+# Width → ranks of decay, iclr, value residual, gate by RWKVInside's formulas, of all query heads together.
+STOCK = {
+    1024: (64, 64, 32, 160),
+    2048: (96, 96, 64, 256),
+    4096: (128, 128, 96, 480),
+    5120: (128, 128, 96, 544),
+    6144: (128, 128, 96, 640),
+    8192: (160, 160, 128, 800),
+}
+HXA079 = {
+    1024: (96, 64, 32, 96),
+    2048: (160, 96, 64, 160),
+    4096: (256, 128, 96, 256),
+    5120: (288, 128, 96, 320),
+    6144: (320, 128, 96, 384),
+    8192: (384, 160, 128, 480),
+}
+HXA07A = {
+    1024: (96, 32, 96),
+    2048: (160, 64, 160),
+    4096: (256, 96, 256),
+    5120: (288, 96, 288),
+    6144: (320, 96, 320),
+    8192: (384, 128, 384),
+}
+HXA07BC = {
+    1024: (256, 128, 32, 256),
+    2048: (256, 128, 64, 256),
+    4096: (256, 128, 96, 256),
+    5120: (288, 128, 96, 288),
+    6144: (320, 128, 96, 320),
+    8192: (384, 160, 128, 384),
+}
+
+
 def config(width: int = 2048, **changes) -> Qwen3Config:
-    return Qwen3Config(hidden_size=width, num_attention_heads=16, **{"head_dim": 128, **changes})
+    return Qwen3Config(hidden_size=width, **{"num_attention_heads": 16, "head_dim": 128, **changes})
 
 
 @pytest.mark.parametrize("width", RANKS)
@@ -31,6 +66,35 @@ def test_ranks_are_the_published_ones(width: int) -> None:
     options = validate_options("rad_rwkv7", {}, config(width))
     assert (options.decay_rank, options.value_rank, options.gate_rank) == RANKS[width]
     assert options.iclr_rank == options.decay_rank
+
+
+@pytest.mark.parametrize("width", STOCK)
+def test_ranks_of_openmose_are_the_published_ones(width: int) -> None:
+    """Of the width of the heads, which need not be the model's."""
+    model = config(width=640, num_attention_heads=width // 128)
+
+    def ranks(variant: str, *names: str, **options) -> tuple[int, ...]:
+        resolved = validate_options(variant, options, model)
+        return tuple(getattr(resolved, f"{name}_rank") for name in names)
+
+    all_four = ("decay", "iclr", "value", "gate")
+    assert ranks("rwkv7", *all_four) == STOCK[width]
+    assert ranks("cxa075", *all_four) == STOCK[width]
+    assert ranks("cxa073", *all_four[:3]) == STOCK[width][:3]
+    assert ranks("hxa079", *all_four) == HXA079[width]
+    assert ranks("hxa079", "key") == ranks("hxa079", "value")
+    decay, iclr, value, gate = HXA079[width]
+    assert ranks("hxa079", *all_four, rank_floor=256) == (max(256, decay), iclr, value, max(256, gate))
+    assert ranks("hxa079", "decay", "gate", rank_floor=256, gate_rank=8) == (max(256, decay), 8)
+    assert ranks("hxa07a", "decay", "iclr", "gate") == HXA07A[width]
+    assert ranks("hxa07b", *all_four) == ranks("hxa07c", *all_four) == HXA07BC[width]
+
+
+@pytest.mark.parametrize("width", RANKS)
+def test_ranks_of_rad_rwkv6_are_the_published_ones(width: int) -> None:
+    options = validate_options("rad_rwkv6", {}, config(width))
+    assert (options.decay_rank, options.gate_rank) == (RANKS[width][0], RANKS[width][2])
+    assert options.shift_rank == options.decay_rank
 
 
 def test_ranks_have_a_floor_and_can_be_set() -> None:
