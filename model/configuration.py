@@ -40,7 +40,7 @@ class RadladsConfig(PreTrainedConfig):
         family: dict[str, Any] | None = None,
         variant: str = "rad_rwkv7",
         options: dict[str, Any] | None = None,
-        constants: dict[str, float] | None = None,
+        constants: dict[str, float | str] | None = None,
         attention_layers: tuple[int, ...] | list[int] = (),
         attention_rope: bool = False,
         use_cache: bool = True,
@@ -68,6 +68,10 @@ class RadladsConfig(PreTrainedConfig):
         kwargs.setdefault("tie_word_embeddings", bool(teacher.get("tie_word_embeddings", False)))
         super().__init__(**kwargs)
 
+    def windowed_layers(self) -> set[int]:
+        """Layers whose attention the teacher confined to a sliding window; where kept, they stay so."""
+        return windowed_layers(self.teacher_config(), self.family.get("window", "none"))
+
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's config as its own class."""
         raw = dict(self.teacher)
@@ -75,3 +79,15 @@ class RadladsConfig(PreTrainedConfig):
         if getattr(self, "_attn_implementation", None) is not None:
             config._attn_implementation = self._attn_implementation
         return config
+
+
+def windowed_layers(config: PreTrainedConfig, rule: str) -> set[int]:
+    """Layers with a sliding window: `none`; `all`, where the config gives a window; or by its `layer_types`.
+
+    A family's code decides which of the three it is, and may ignore what its config says.
+    """
+    layers = range(config.num_hidden_layers)
+    if rule == "none" or getattr(config, "sliding_window", None) is None:
+        return set()
+    kinds = getattr(config, "layer_types", None) if rule == "layer_types" else None
+    return {i for i in layers if kinds is None or kinds[i] == "sliding_attention"}

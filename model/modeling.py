@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from radlads.model.cache import RadladsCache, RecurrentLayer
 from radlads.model.configuration import RadladsConfig
-from radlads.model.mixer import FirstValues, Mixer, read_attention_shape
+from radlads.model.mixer import AttentionShape, FirstValues, Mixer, read_attention_shape
 from radlads.model.precision import remember_buffers, restore_buffers
 from radlads.model.variants import mixer_class
 
@@ -28,7 +28,7 @@ class _Context(NamedTuple):
     rope: tuple[Tensor, Tensor]
     attention_rope: tuple[Tensor, Tensor]
     position_ids: Tensor
-    attention_mask: Any
+    attention_masks: dict[bool, Any]
     keep: Tensor | None
     cu_seqlens: Tensor | None
     cache: RadladsCache | None
@@ -64,13 +64,22 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
                 f"this model was made with the {config.variant} constants {config.constants}, "
                 f"but this code has {kind.CONSTANTS}"
             )
-        options = SimpleNamespace(**config.options)
+        self._windowed = config.windowed_layers()
         self._recurrent = [i for i in range(len(layers)) if i not in set(config.attention_layers)]
         for i in self._recurrent:
             attention = getattr(layers[i], self.parts.attention)
             shape = read_attention_shape(attention, self.parts, getattr(self.model.config, "rms_norm_eps", 1e-6))
-            mixer = kind(shape, options, layer=i, num_layers=len(layers), first=i == self._recurrent[0])
-            setattr(layers[i], self.parts.attention, mixer)
+            setattr(layers[i], self.parts.attention, self.build_mixer(i, shape))
+
+    def build_mixer(self, layer: int, shape: AttentionShape) -> Mixer:
+        """A fresh mixer for a layer, on torch's default device and in its default dtype."""
+        return mixer_class(self.config.variant)(
+            shape,
+            SimpleNamespace(**self.config.options),
+            layer=layer,
+            num_layers=len(self._layers()),
+            first=layer == self._recurrent[0],
+        )
 
     def _layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = getattr(self.model, self.parts.layers)
@@ -157,7 +166,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
             mixed, _ = mixer(
                 hidden_states=normed,
                 position_embeddings=context.attention_rope,
-                attention_mask=context.attention_mask,
+                attention_mask=context.attention_masks[index in self._windowed],
                 past_key_values=context.cache,
                 position_ids=context.position_ids,
             )
@@ -191,18 +200,21 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         elif position_ids is None:
             position_ids = (torch.arange(T, device=x.device) + seen).unsqueeze(0)
         rope = getattr(self.model, self.parts.rotary)(x, position_ids)
-        causal_mask = None
-        if self.config.attention_layers:
-            causal_mask = create_causal_mask(
-                config=self.model.config,
-                inputs_embeds=x,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
+        masks = {}
+        for layer in self.config.attention_layers:
+            if (layer in self._windowed) not in masks:
+                build = create_sliding_window_causal_mask if layer in self._windowed else create_causal_mask
+                masks[layer in self._windowed] = build(
+                    config=self.model.config,
+                    inputs_embeds=x,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                    layer_idx=layer,
+                )
         kept_rope = rope if self.config.attention_rope else (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))
         keep = None if attention_mask is None else attention_mask[:, -T:].bool()
-        return _Context(rope, kept_rope, position_ids, causal_mask, keep, cu_seqlens, cache)
+        return _Context(rope, kept_rope, position_ids, masks, keep, cu_seqlens, cache)
 
     def forward(
         self,

@@ -26,8 +26,12 @@ def student_config(
     options: Mapping[str, Any],
     attention_layers: Sequence[int],
     attention_rope: bool,
+    untie_embeddings: bool = False,
 ) -> RadladsConfig:
-    """The config of a student, with every option and rank written out. Raises UserError for what cannot be built."""
+    """The config of a student, with every option and rank written out. Raises UserError for what cannot be built.
+
+    untie_embeddings: give the student a head of its own where the teacher's is its embeddings.
+    """
     family = find_family(teacher_config)
     resolved = validate_options(variant, options, teacher_config)
     num_layers = teacher_config.num_hidden_layers
@@ -35,12 +39,6 @@ def student_config(
     if beyond:
         raise UserError(
             f"attention_layers names layer {beyond[0]}, but the teacher has the layers 0 to {num_layers - 1}"
-        )
-    kinds = getattr(teacher_config, "layer_types", None) or ["full_attention"] * num_layers
-    windowed = [layer for layer in attention_layers if kinds[layer] != "full_attention"]
-    if windowed:
-        raise UserError(
-            f"attention_layers keeps layer {windowed[0]}, a {kinds[windowed[0]]} layer; keep full-attention layers only"
         )
     return RadladsConfig(
         teacher=teacher_config.to_dict(),
@@ -50,6 +48,7 @@ def student_config(
         constants=mixer_class(variant).CONSTANTS,
         attention_layers=tuple(attention_layers),
         attention_rope=attention_rope,
+        tie_word_embeddings=bool(teacher_config.tie_word_embeddings) and not untie_embeddings,
     )
 
 
@@ -60,6 +59,7 @@ def build_student(
     options: Mapping[str, Any],
     attention_layers: Sequence[int],
     attention_rope: bool,
+    untie_embeddings: bool = False,
     dtype: torch.dtype | None = None,
 ) -> RadladsForCausalLM:
     """A student with fresh weights (transplant gives it the teacher's). Works under `torch.device("meta")`.
@@ -72,6 +72,7 @@ def build_student(
         options=options,
         attention_layers=attention_layers,
         attention_rope=attention_rope,
+        untie_embeddings=untie_embeddings,
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)

@@ -9,17 +9,17 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from radlads.model.refusals import refusal
+from radlads.model.teacher_weights import load_text_part
+from radlads.model.vision_language import text_config
 from radlads.tasks.job import UserError
-
-# Words in the model type or class name of models whose attention was replaced already, or that never had one.
-_CONVERTED = ("radlads", "rwkv", "liger", "lolcats", "linear_llama", "mamba", "gla", "gated_deltanet", "kda")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,18 @@ class TeacherFamily:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    qkv: str | None = None
+    """One projection with the rows of q, k and v, in this order; then q, k and v name those of the student alone."""
     q_norm: str | None = None
     k_norm: str | None = None
+    window: Literal["none", "all", "layer_types"] = "none"
+    """Which layers obey the config's `sliding_window`."""
+    text_of: tuple[str, ...] = ()
+    """Model types of vision-language text parts that compute the same when there is no picture."""
 
     def names(self) -> dict[str, str | None]:
         """The part names as a plain mapping, as the student's config stores them."""
-        return {key: value for key, value in asdict(self).items() if key != "model_type"}
+        return {key: value for key, value in asdict(self).items() if key not in ("model_type", "text_of")}
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The softmax attention module of every layer of a loaded teacher."""
@@ -64,7 +70,8 @@ class TeacherFamily:
             parts = (self.attention, self.input_norm, self.mlp_norm, self.mlp)
             missing += [f"layer {index}: {name}" for name in parts if not hasattr(layer, name)]
             attention = getattr(layer, self.attention, None)
-            wanted = [self.q, self.k, self.v, self.o, *filter(None, (self.q_norm, self.k_norm))]
+            projections = (self.qkv, self.o) if self.qkv else (self.q, self.k, self.v, self.o)
+            wanted = [*projections, *filter(None, (self.q_norm, self.k_norm))]
             missing += [f"layer {index}: {self.attention}.{name}" for name in wanted if not hasattr(attention, name)]
         if missing:
             raise UserError(
@@ -88,26 +95,34 @@ def list_families() -> list[str]:
 
 
 def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
-    """The family of a config (or of a parsed config.json). Raises UserError with the reason why there is none."""
+    """The family of a config (or of a parsed config.json). Raises UserError with the reason why there is none.
+
+    A vision-language config gets the family of its text part.
+    """
     raw = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
-    model_type = str(raw.get("model_type") or "")
-    names = [model_type, *(raw.get("architectures") or ())]
-    known = list_families()
-    if not model_type:
-        raise UserError("the teacher's config.json has no model_type, so its architecture cannot be told")
-    if any(word in name.lower() for name in names for word in _CONVERTED):
-        raise UserError(
-            f"the teacher ({', '.join(names)}) is a linear-attention model already; give the softmax model behind it"
-        )
-    if model_type not in known:
-        nested = raw.get("text_config")
-        hint = f" (its text part is '{nested.get('model_type')}')" if isinstance(nested, Mapping) else ""
-        raise UserError(
-            f"no teacher family for model_type '{model_type}'{hint}; known: {', '.join(known)}. "
-            "A family is one file in model/teachers"
-        )
-    if raw.get("quantization_config"):
-        raise UserError("the teacher's weights are quantised; give the full-precision model that they were made from")
+    text = raw.get("text_config")
+    for part in (raw, text):
+        if isinstance(part, Mapping) and (reason := refusal(part)):
+            raise UserError(reason)
+    model_type, known = raw["model_type"], list_families()
+    if model_type in known:
+        return _load_family(model_type)
+    text_type = text.get("model_type") if isinstance(text, Mapping) else None
+    for name in known if text_type else ():
+        family = _load_family(name)
+        if text_type in (name, *family.text_of):
+            return family
+    hint = f" (its text part is '{text_type}')" if text_type else ""
+    remote = "; its code comes with its weights, and mixers cannot be fitted to unknown code" * bool(
+        raw.get("auto_map")
+    )
+    raise UserError(
+        f"no teacher family for model_type '{model_type}'{hint}{remote}; known: {', '.join(known)}. "
+        "A family is one file in model/teachers"
+    )
+
+
+def _load_family(model_type: str) -> TeacherFamily:
     family = importlib.import_module(f"radlads.model.teachers.{model_type}").FAMILY
     if not isinstance(family, TeacherFamily) or family.model_type != model_type:
         raise TypeError(
@@ -124,16 +139,19 @@ def load_teacher(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a folder or hub id, frozen and in eval mode.
+    """Load a folder or hub id, frozen and in eval mode; of a vision-language model its text part.
 
-    dtype: None keeps the checkpoint's. Raises UserError when there is nothing to load, no family, or parts are missing.
+    dtype: None keeps the checkpoint's. trust_remote_code: has no effect on the model, whose code is transformers' own
+    even where the folder brings another. Raises UserError when there is nothing to load, no family, or parts are
+    missing.
     """
     raw = read_config(path, revision=revision)
     family = find_family(raw)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", revision=revision, trust_remote_code=trust_remote_code
-        )
+        if "text_config" in raw:
+            model = load_text_part(path, raw, parse_teacher_config(raw), dtype=dtype, revision=revision)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", revision=revision)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot load the teacher '{path}': {_one_line(error)}") from error
     family.check(model)
@@ -141,12 +159,23 @@ def load_teacher(
 
 
 def load_teacher_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The typed config of a convertible teacher, without its weights. Raises UserError."""
-    find_family(read_config(path, revision=revision))
+    """The typed config of a convertible teacher, without its weights; of a vision-language model its text part's.
+
+    trust_remote_code: has no effect, see `load_teacher`. Raises UserError.
+    """
+    raw = read_config(path, revision=revision)
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        return parse_teacher_config(raw)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"cannot read the config of the teacher '{path}': {_one_line(error)}") from error
+
+
+def parse_teacher_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """The typed config of a parsed config.json. Raises UserError without a family, and what transformers raises."""
+    family = find_family(raw)
+    if "text_config" in raw:
+        return text_config(raw, family.model_type)
+    return CONFIG_MAPPING[family.model_type].from_dict({key: value for key, value in raw.items() if key != "auto_map"})
 
 
 def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:

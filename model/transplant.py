@@ -1,15 +1,30 @@
-"""Give a student its teacher's weights: total, by name, and with the reason where it cannot be done."""
+"""Give a student its teacher's weights: total, by name, and with the reason where it cannot be done.
+
+Between two loaded models (`transplant`), or from a checkpoint's files into the student's, tensor by tensor
+(`stream_transplant`); both follow the origins that `trace_origins` finds.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from radlads.model.mixer import Mixer
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.teacher_weights import TeacherWeights
+from radlads.model.weight_files import WeightWriter
 from radlads.tasks.job import UserError
+
+# Rows that are compared at once where two tensors have to be equal.
+_BLOCK = 4096
+# What a variant may leave out of the attention that it replaces.
+_OPTIONAL = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -20,45 +35,227 @@ class TransplantReport:
     fresh: tuple[str, ...]
     """Of the student alone: the mixers' own parameters, as initialised."""
     dropped: tuple[str, ...]
-    """Of the teacher alone."""
+    """Of the teacher alone: q/k norms of converted layers whose variant has none, vision parts, stored frequencies."""
     tied: tuple[str, ...] = ()
     """Names that share another tensor (a tied head), which was copied under its own name."""
 
 
-@torch.no_grad()
-def transplant(teacher: PreTrainedModel, student: RadladsForCausalLM) -> TransplantReport:
-    """Copy every tensor that both have, converting to the student's dtype and device, and the generation defaults.
+@dataclass(frozen=True)
+class Origin:
+    """Where one tensor of the student comes from."""
 
-    Raises UserError when shapes differ, when a tensor that is not a mixer's own has no source, or when the teacher has
-    a tensor that the student has no place for: a bias, a norm.
+    source: str | None
+    """Name in the teacher; None: initialised by its mixer."""
+    rows: tuple[int, int] | None = None
+    """The part of the source's first axis, where the teacher has several projections in one."""
+    factor: float = 1.0
+    tied_to: str | None = None
+    """The student's tensor that it is; then `source`, where given, must hold the same numbers."""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Of all tensors of a student, and the tensors of the teacher that are left over."""
+
+    of: dict[str, Origin]
+    dropped: tuple[str, ...]
+
+    def report(self, left_out: Sequence[str] = ()) -> TransplantReport:
+        """left_out: what the checkpoint holds besides the language model."""
+        kinds: dict[str, list[str]] = {"copied": [], "fresh": [], "tied": []}
+        for name, origin in self.of.items():
+            kinds["tied" if origin.tied_to else "fresh" if origin.source is None else "copied"].append(name)
+        return TransplantReport(
+            **{kind: tuple(sorted(names)) for kind, names in kinds.items()},
+            dropped=tuple(sorted((*self.dropped, *left_out))),
+        )
+
+
+def trace_origins(
+    student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]], *, scale: Mapping[str, float] | None = None
+) -> Origins:
+    """Find the source of every tensor of a student (on the meta device or not). shapes: of the teacher's tensors.
+
+    scale: multipliers {q, k, v, o} of the projections (weight and bias) of converted layers. Raises UserError when
+    shapes differ, when a tensor that is not a mixer's own has no source, or when the teacher has a tensor that the
+    student has no place for: a bias, a norm.
     """
-    source, target = teacher.state_dict(), student.state_dict()
-    misshapen = [
-        f"{name} is {tuple(source[name].shape)} in the teacher and {tuple(target[name].shape)} in the student"
-        for name in source.keys() & target.keys()
-        if source[name].shape != target[name].shape
-    ]
+    mixers, parts, target = student.mixers(), student.parts, student.state_dict()
+    tied = dict(student.all_tied_weights_keys)
+    origins: dict[str, Origin] = {}
+    for name in target:
+        if name in tied:
+            origins[name] = Origin(name if name in shapes else None, tied_to=tied[name])
+            continue
+        origin = _own_origin(name, student, shapes)
+        if origin.source is not None and (projection := _projection(name, mixers, parts)):
+            origin = Origin(origin.source, origin.rows, float((scale or {}).get(projection, 1.0)))
+        origins[name] = origin
+    misshapen = []
+    for name, origin in origins.items():
+        if origin.source is not None:
+            found = tuple(shapes[origin.source])
+            found = (origin.rows[1] - origin.rows[0], *found[1:]) if origin.rows else found
+            if found != tuple(target[name].shape):
+                misshapen.append(f"{name} is {found} in the teacher and {tuple(target[name].shape)} in the student")
     if misshapen:
         raise UserError(f"the student does not fit this teacher: {'; '.join(sorted(misshapen)[:3])}")
-    fresh = sorted(target.keys() - source.keys())
-    orphans = [name for name in fresh if student.parameter_group(name) != "mixer"]
-    dropped = sorted(source.keys() - target.keys())
-    if orphans or dropped:
+    own = [name for name, origin in origins.items() if origin.source is None and origin.tied_to is None]
+    orphans = sorted(name for name in own if student.parameter_group(name) != "mixer")
+    dropped = sorted(shapes.keys() - {origin.source for origin in origins.values()})
+    homeless = [name for name in dropped if not _may_drop(name, mixers, parts)]
+    if orphans or homeless:
         raise UserError(
             "the student does not fit this teacher: "
-            f"without a source: {orphans[:3] or 'none'}; without a place: {dropped[:3] or 'none'}"
+            f"without a source: {orphans[:3] or 'none'}; without a place: {homeless[:3] or 'none'}"
         )
-    owner: dict[int, str] = {}
-    copied, tied = [], []
-    for name, tensor in target.items():
-        if name in source:
-            shared = owner.setdefault(tensor.data_ptr(), name) != name and tensor.numel() > 0
-            (tied if shared else copied).append(name)
-            tensor.copy_(source[name])
-    untied = [name for name in tied if not torch.equal(source[name], source[owner[target[name].data_ptr()]])]
-    if untied:
-        raise UserError(
-            f"the student ties {untied[0]}, but the teacher's own tensors differ there; untie the teacher's config"
-        )
+    return Origins(origins, tuple(dropped))
+
+
+@torch.no_grad()
+def transplant(
+    teacher: PreTrainedModel, student: RadladsForCausalLM, *, scale: Mapping[str, float] | None = None
+) -> TransplantReport:
+    """Copy every tensor that both have, converting to the student's dtype and device, and the generation defaults.
+
+    scale and what is raised: see `trace_origins`.
+    """
+    source, target = teacher.state_dict(), student.state_dict()
+    origins = trace_origins(student, {name: tensor.shape for name, tensor in source.items()}, scale=scale)
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return source[name][start:stop]
+
+    _check_ties(origins, {name: tensor.shape for name, tensor in source.items()}, read)
+    for name, origin in origins.of.items():
+        if origin.source is not None and origin.tied_to is None:
+            target[name].copy_(_take(origin, read))
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    return TransplantReport(tuple(sorted(copied)), tuple(fresh), tuple(dropped), tuple(sorted(tied)))
+    return origins.report()
+
+
+@torch.no_grad()
+def stream_transplant(
+    weights: TeacherWeights,
+    student: RadladsForCausalLM,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    scale: Mapping[str, float] | None = None,
+    max_shard_bytes: int = 4_000_000_000,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TransplantReport:
+    """Write the weights of `student` (on the meta device) into `folder` as safetensors, each tensor as it is read.
+
+    In memory at a time: one tensor of the teacher (the experts of a layer are one) and one fresh mixer. A mixer starts
+    from `seed` and its layer's number, so that nothing depends on the order or on how the files are cut. on_progress:
+    tensors done and in all. What is raised: see `trace_origins`.
+    """
+    origins = trace_origins(student, weights.shapes, scale=scale)
+    _check_ties(origins, weights.shapes, weights.read)
+    own = {name: tensor for name, tensor in student.state_dict().items() if origins.of[name].tied_to is None}
+    layout = {name: (dtype if t.is_floating_point() else t.dtype, t.shape) for name, t in own.items()}
+    writer = WeightWriter(folder, layout, max_shard_bytes=max_shard_bytes)
+    fresh = {_split(name, student.parts)[1] for name in own if origins.of[name].source is None}
+    nursery = _Nursery(student, fresh, dtype, seed)
+    try:
+        for done, name in enumerate(own):
+            origin = origins.of[name]
+            writer.write(name, nursery.take(name) if origin.source is None else _take(origin, weights.read))
+            on_progress(done + 1, len(own))
+        writer.close()
+    finally:
+        writer.abandon()
+    return origins.report(tuple(weights.left_out))
+
+
+class _Nursery:
+    """Fresh mixers, one at a time, for the tensors that the teacher does not give."""
+
+    def __init__(self, student: RadladsForCausalLM, fresh: set[str], dtype: torch.dtype, seed: int) -> None:
+        """fresh: names within a mixer of what is kept of it; the teacher gives the rest."""
+        self._student, self._fresh, self._dtype, self._seed = student, fresh, dtype, seed
+        self._shapes = {layer: mixer.shape for layer, mixer in student.mixers().items()}
+        self._layer, self._tensors = -1, dict[str, Tensor]()
+
+    def take(self, name: str) -> Tensor:
+        layer, rest = _split(name, self._student.parts)
+        if layer != self._layer:
+            self._tensors = {}
+            self._layer, self._tensors = layer, self._make(layer)
+        return self._tensors[rest]
+
+    def _make(self, layer: int) -> dict[str, Tensor]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed + layer)
+                mixer = self._student.build_mixer(layer, self._shapes[layer])
+        finally:
+            torch.set_default_dtype(before)
+        return {name: tensor for name, tensor in mixer.state_dict().items() if name in self._fresh}
+
+
+def _own_origin(name: str, student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]]) -> Origin:
+    """By its name; of an untied head the embeddings; of a mixer's q, k or v the rows of a fused projection."""
+    if name in shapes:
+        return Origin(name)
+    embeddings = f"model.{student.parts.embeddings}.weight"
+    if name == "lm_head.weight" and student.config.teacher.get("tie_word_embeddings") and embeddings in shapes:
+        return Origin(embeddings)
+    fused = getattr(student.parts, "qkv", None)
+    mixers = student.mixers()
+    if fused and (projection := _projection(name, mixers, student.parts)) in ("q", "k", "v"):
+        layer, rest = _split(name, student.parts)
+        source = name.removesuffix(rest) + f"{fused}.{rest.rpartition('.')[2]}"
+        if source in shapes:
+            shape = mixers[layer].shape
+            q, kv = shape.width, shape.num_kv_heads * shape.head_dim
+            return Origin(source, rows={"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[projection])
+    return Origin(None)
+
+
+def _projection(name: str, mixers: Mapping[int, Mixer], parts: object) -> str | None:
+    """q, k, v or o, for a tensor of a converted layer's projections."""
+    layer, rest = _split(name, parts)
+    letter, _, kind = rest.partition(".")[0].partition("_")
+    return letter if layer in mixers and kind == "proj" and letter in ("q", "k", "v", "o") else None
+
+
+def _may_drop(name: str, mixers: Mapping[int, Mixer], parts: object) -> bool:
+    layer, rest = _split(name, parts)
+    norm = rest.partition(".")[0]
+    return layer in mixers and norm in _OPTIONAL and getattr(mixers[layer], norm, None) is None
+
+
+def _split(name: str, parts: object) -> tuple[int, str]:
+    """`model.layers.3.self_attn.q_proj.weight` → (3, "q_proj.weight"); (-1, "") outside attention and mixers."""
+    words = name.split(".")
+    if parts.layers not in words[:2]:
+        return -1, ""
+    place = words.index(parts.layers)
+    if len(words) < place + 4 or words[place + 2] != parts.attention:
+        return -1, ""
+    return int(words[place + 1]), ".".join(words[place + 3 :])
+
+
+def _take(origin: Origin, read: Callable[..., Tensor]) -> Tensor:
+    tensor = read(origin.source, *(origin.rows or ()))
+    return tensor if origin.factor == 1.0 else (tensor.float() * origin.factor).to(tensor.dtype)
+
+
+def _check_ties(origins: Origins, shapes: Mapping[str, Sequence[int]], read: Callable[..., Tensor]) -> None:
+    """Raise UserError where the student ties what the teacher's own tensors have different numbers for."""
+    for name, origin in origins.of.items():
+        if origin.tied_to is None or origin.source is None:
+            continue
+        owner = origins.of[origin.tied_to].source
+        for start in range(0, shapes[origin.source][0], _BLOCK):
+            stop = min(start + _BLOCK, shapes[origin.source][0])
+            if not torch.equal(read(origin.source, start, stop), read(owner, start, stop)):
+                raise UserError(
+                    f"the student ties {name}, but the teacher's own tensors differ there; "
+                    "untie the teacher's config (tie_word_embeddings: false)"
+                )

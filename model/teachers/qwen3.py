@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from radlads.model.teacher import TeacherFamily
 
-FAMILY = TeacherFamily(model_type="qwen3", q_norm="q_norm", k_norm="k_norm")
+FAMILY = TeacherFamily(
+    model_type="qwen3", q_norm="q_norm", k_norm="k_norm", window="layer_types", text_of=("qwen3_vl_text",)
+)

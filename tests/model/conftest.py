@@ -26,6 +26,11 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+# What a family needs besides.
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+}
+
 MakeTeacher = Callable[..., PreTrainedModel]
 MakeStudent = Callable[..., RadladsForCausalLM]
 
@@ -42,7 +47,9 @@ def scramble(module: torch.nn.Module, scale: float = 0.2, seed: int = 1) -> None
 def make_teacher() -> MakeTeacher:
     def make(model_type: str = "qwen3", **changes: Any) -> PreTrainedModel:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": False, **SIZES, **changes})
+        config = AutoConfig.for_model(
+            model_type, **{"tie_word_embeddings": False, **SIZES, **OF_FAMILY.get(model_type, {}), **changes}
+        )
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         scramble(teacher)
         return teacher.eval().requires_grad_(False)

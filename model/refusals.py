@@ -1,0 +1,55 @@
+"""Teachers that cannot be converted, each with its reason; read from a parsed config.json before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Words in the model type or class name of models whose attention was replaced already, or that never had one.
+_CONVERTED = re.compile(
+    r"radlads|rwkv|liger|lolcats|hedgehog|linear_llama|mamba|retnet|gated_?delta|delta_?net|(?<![a-z])(gla|gsa|kda)(?![a-z])"
+)
+# Architectures whose attention or block is not the one that mixers and the student's layer loop stand in for.
+_OTHER_BLOCKS = {
+    ("glm", "glm4", "glm4v", "chatglm", "helium", "cohere", "cohere2", "ernie4_5"): (
+        "its rotary positions turn neighbouring channels (interleaved), and mixers turn halves of a head"
+    ),
+    ("deepseek_v2", "deepseek_v3", "minicpm3", "kimi_k2", "longcat_flash"): (
+        "its keys and values come from one latent (MLA), so there are no k and v projections to transplant"
+    ),
+    ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "olmo2", "olmo3"): (
+        "its blocks place or scale norms and embeddings otherwise"
+    ),
+    ("gpt2", "gpt_neox", "gptj", "phi", "falcon", "bloom", "opt", "mpt"): (
+        "its blocks have no RMSNorm, gated MLP and separate residuals as Llama's have"
+    ),
+    ("gpt_oss",): "its attention has learned sinks, which no mixer has a place for",
+}
+
+
+def refusal(raw: Mapping[str, Any]) -> str | None:
+    """Why the model of this config cannot teach, in one line; None where nothing speaks against it."""
+    model_type = str(raw.get("model_type") or "")
+    names = [model_type, *(raw.get("architectures") or ())]
+    if not model_type:
+        return "the teacher's config.json has no model_type, so its architecture cannot be told"
+    if any(_CONVERTED.search(_spaced(name)) for name in names):
+        return f"the teacher ({', '.join(names)}) is a linear-attention model already; give the softmax model behind it"
+    if any(kind not in ("full_attention", "sliding_attention") for kind in raw.get("layer_types") or ()):
+        kinds = ", ".join(sorted(set(raw["layer_types"])))
+        return (
+            f"the teacher mixes kinds of layers ({kinds}); only softmax attention, full or windowed, can be converted"
+        )
+    for types, reason in _OTHER_BLOCKS.items():
+        if model_type in types:
+            return f"no teacher family for model_type '{model_type}': {reason}"
+    if raw.get("quantization_config"):
+        return "the teacher's weights are quantised; give the full-precision model that they were made from"
+    return None
+
+
+def _spaced(name: str) -> str:
+    """LigerQwen2GLAForCausalLM → liger_qwen2_gla_for_causal_lm, so that short words are found as words only."""
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return parted.lower()
