@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
-from radlads.tasks.job import UserError
 from radlads.tasks.jobs.deepspeed_import import import_deepspeed
 from radlads.tasks.jobs.ending import NonFiniteError
+from radlads.tasks.jobs.parameter_groups import Named, optimizer_groups, select_trainable
 from radlads.tasks.recipe import Training
 
 if TYPE_CHECKING:
@@ -39,23 +39,6 @@ class StepResult:
     """Of all trainable parameters together, before clipping."""
     stop: bool
     """Some rank was asked to stop."""
-
-
-def select_trainable(objective: Any, section: Training) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Freeze what the objective does not train; the rest by group (`mixer`, `rest`), in the student's own order.
-
-    Names are the student's. Raises UserError if nothing is left to train.
-    """
-    student: Any = objective.student
-    chosen: dict[str, list[tuple[str, nn.Parameter]]] = {"mixer": [], "rest": []}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(objective.trainable(name))
-        if parameter.requires_grad:
-            of_mixer = hasattr(student, "parameter_group") and student.parameter_group(name) == "mixer"
-            chosen["mixer" if of_mixer else "rest"].append((name, parameter))
-    if not any(chosen.values()):
-        raise UserError(f"nothing is left to train: every parameter is frozen (freeze: {', '.join(section.freeze)})")
-    return chosen
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -113,7 +96,7 @@ class Engine:
             )
         self._clip(result.grad_norm)
         for group in self._adam.param_groups:
-            group["lr"] = rates[group["name"]]
+            group["lr"] = rates[group["name"]] * group["multiplier"]
         self._engine.step()
         return result
 
@@ -182,6 +165,22 @@ class Engine:
         if self._sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def accumulate(self, micro_batch: int, num_micro: int) -> None:
+        """Take this many sequences in this many forward passes a step from now on. Between steps only."""
+        self.num_micro = num_micro
+        self._engine.set_train_micro_batch_size(micro_batch)
+        self._engine.set_train_batch_size(micro_batch * num_micro * distributed.get_world_size())
+        self._engine.micro_steps = 0  # DeepSpeed tells a step's last pass by the remainder of this count
+        if self._sharded:
+            self._engine.optimizer.gradient_accumulation_steps = num_micro
+
+    def forget(self) -> None:
+        """Make the optimizer as new: its moments zero, its counters 0; the parameters stay."""
+        for name in self.parameters:
+            tensors = self.read(name)
+            self.write(name, tensors | {key: torch.zeros_like(tensors[key]) for key in MOMENTS})
+        self.set_adam_steps(0)
+
     def set_adam_steps(self, count: int) -> None:
         """Make the optimizer's counters say that it moved `count` times."""
         for state in self._adam.state.values():
@@ -203,15 +202,9 @@ class Engine:
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
 
 
-def _adamw(chosen: dict[str, list[tuple[str, nn.Parameter]]], section: Training) -> torch.optim.AdamW:
+def _adamw(chosen: dict[str, Named], section: Training) -> torch.optim.AdamW:
     options = section.optimizer
-    groups = []
-    for group, named in chosen.items():
-        matrices = [p for _, p in named if p.ndim > 1]
-        vectors = [p for _, p in named if p.ndim <= 1]  # norms, biases and gains are not decayed
-        for parameters, decay in ((matrices, options.weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "name": group, "lr": 0.0, "weight_decay": decay})
+    groups = optimizer_groups(chosen, options)
     return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs import engine as engine_module
-from radlads.tasks.jobs.engine import Engine, select_trainable
+from radlads.tasks.jobs.engine import Engine
 from radlads.tasks.jobs.group import join_group
+from radlads.tasks.jobs.parameter_groups import select_trainable
 from radlads.tasks.recipe import Finetune, Optimizer
 
 SECTION = Finetune(tokens=1000, context=8, batch=4, micro_batch=2, optimizer=Optimizer(clip=0.1, weight_decay=0.1))

@@ -15,7 +15,8 @@ from radlads.model.objectives import Objective, build_objective
 from radlads.model.student import load_student
 from radlads.tasks.jobs import train
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.engine import Engine, select_trainable
+from radlads.tasks.jobs.engine import Engine
+from radlads.tasks.jobs.parameter_groups import select_trainable
 from radlads.tasks.recipe import Rate
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train_curves.json"
