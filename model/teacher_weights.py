@@ -119,6 +119,7 @@ def load_text_part(
     weights = open_teacher_weights(path, raw, config, revision=revision)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or weights.dtype)
+    model.tie_weights()
     tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():
         if name in tied:
