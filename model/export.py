@@ -84,6 +84,20 @@ def export_student(
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         stale.unlink()
+    export_papers(student, tokenizer, folder, dtype=dtype)
+    _save_weights(student, folder, max_shard_bytes=max_shard_bytes, dtype=dtype or student.dtype)
+    return folder
+
+
+def export_papers(
+    student: RadladsForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """All of an exported folder but its weights: config, generation config, code and tokenizer. The student may be on
+    the meta device. dtype: of the weights, None: the student's."""
     config = copy.deepcopy(student.config)
     config.dtype = dtype or student.dtype
     config.architectures = [RadladsForCausalLM.__name__]
@@ -94,8 +108,6 @@ def export_student(
         (folder / name).write_text(text, encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _save_weights(student, folder, max_shard_bytes=max_shard_bytes, dtype=config.dtype)
-    return folder
 
 
 def remote_code(variant: str) -> dict[str, str]:

@@ -81,6 +81,8 @@ class Student(Section):
     """Whether kept softmax layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
     mlp_bits: FrozenBits = 16
     """8: stages that freeze the MLPs (experts included) hold them in 8 bit. The export stays the teacher's own."""
+    untie_embeddings: bool = False
+    """Give the student a head of its own where the teacher's is its embeddings; RADLADS found tied ones to end badly."""
     transplant: TransplantScale = TransplantScale()
 
     @model_validator(mode="after")

@@ -178,6 +178,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
                 options=recipe.student.options,
                 attention_layers=recipe.student.attention_layers,
                 attention_rope=recipe.student.attention_rope,
+                untie_embeddings=recipe.student.untie_embeddings,
             )
             mixers = set(student.mixers())
     groups: dict[str, int] = {}
