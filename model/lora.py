@@ -56,7 +56,7 @@ def add_lora(student: nn.Module, section: Any) -> list[str]:
     if missing:
         known = sorted({n.rpartition(".")[2] for n, m in student.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"lora.targets: no layer has a linear module '{missing[0]}'; there are {', '.join(known)}")
-    if any(not module.weight.is_floating_point() for module in linear.values()):
+    if any(not isinstance(module.weight, nn.Parameter) for module in linear.values()):
         raise UserError("lora.targets: weights that are held in 8 bit cannot be merged with an update")
     for name, module in linear.items():
         _replace(student, name, LoraLinear(module, section.rank, section.scale))

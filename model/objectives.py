@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.model.align_losses import ScaledMse, build_align_loss
+from radlads.model.lora import lora_trains
 from radlads.model.modeling import RadladsForCausalLM, document_positions, parameter_group
 from radlads.model.precision import remember_buffers, restore_buffers
 from radlads.model.probe import AttentionProbe
 from radlads.model.teacher import backbone, find_family
+from radlads.model.trainable import mixer_parts
 from radlads.tasks.job import UserError
 
 if TYPE_CHECKING:
@@ -64,16 +66,34 @@ class Objective(nn.Module):
         assert teacher is not None, "checked on construction"
         return teacher
 
+    def begin_step(self, step: int) -> None:
+        """Told before every optimizer step (counted from 0), for objectives that change on the way."""
+
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
-        return self.group(name) not in self._frozen
+        group = self.group(name)
+        if getattr(self.section, "lora", None) is not None:
+            adapted = lora_trains(self.student, name)
+            return group == "mixer" if adapted is None else adapted
+        only = set(getattr(self.section, "train_only", ()))
+        if only:
+            return group == "mixer" and bool(only & mixer_parts(name))
+        return group not in self._frozen and not ("final_norm" in self._frozen and self._of_final_norm(name))
 
     def group(self, name: str) -> str:
         """mixer, attention, mlp, norms, embeddings or head."""
         if isinstance(self.student, RadladsForCausalLM):
             return self.student.parameter_group(name)
-        parts = SimpleNamespace(**find_family(self.student.config).names())
-        return parameter_group(name, parts, set())
+        return parameter_group(name, self._parts(), set())
+
+    def _parts(self) -> Any:
+        if isinstance(self.student, RadladsForCausalLM):
+            return self.student.parts
+        return SimpleNamespace(**find_family(self.student.config).names())
+
+    def _of_final_norm(self, name: str) -> bool:
+        parts, words = self._parts(), name.split(".")
+        return parts.final_norm in words and parts.layers not in words
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """`(scalar fp32 loss, detached metrics)`."""
@@ -121,9 +141,38 @@ class Align(Objective):
 
 
 class Distill(Objective):
-    """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy."""
+    """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy.
+
+    What it computes is set by the step's phase while it trains; judged (in eval mode), it is at temperature 1 and has
+    the last phase's weights.
+    """
 
     needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__(section, student, teacher)
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        index, own = self.section.place(step)
+        self._phase = self.section.parts[index]
+        spikes = self._phase.ce_spikes
+        spiked = spikes is not None and (own + 1) % spikes.every == 0
+        self._ce_weight = spikes.weight if spiked else self._phase.ce_weight
+
+    def _settings(self) -> dict[str, Any]:
+        """How the loss is taken now, as linear_kl wants it."""
+        if not self.training:
+            last = self.section.parts[-1]
+            return {"kl_weight": last.kl_weight, "ce_weight": last.ce_weight}
+        phase = self._phase
+        return {
+            "temperature": phase.temperature,
+            "teacher_temperature": phase.teacher_temperature,
+            "l2wrap": phase.l2wrap,
+            "kl_weight": phase.kl_weight,
+            "ce_weight": self._ce_weight,
+        }
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens = batch["input_ids"]
@@ -135,10 +184,8 @@ class Distill(Objective):
             self.student.get_output_embeddings().weight,
             wanted.flatten(0, 1),
             self.teacher.get_output_embeddings().weight,
-            temperature=self.section.temperature,
             labels_N=tokens[:, 1:].flatten(),
-            ce_weight=self.section.ce_weight,
-            kl_weight=self.section.kl_weight,
+            **self._settings(),
         )
         return loss, {"loss": loss.detach(), **metrics}
 

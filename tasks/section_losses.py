@@ -99,7 +99,7 @@ class Distill(Training):
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
     schedule: Schedule = Schedule(kind="constant")
     temperature: float = Field(default=1.0, gt=0)
-    """τ of both sides; the KL is multiplied by τ²."""
+    """τ of both sides; the KL is multiplied by τ². Held-out losses are at 1."""
     teacher_temperature: float | None = Field(default=None, gt=0)
     """τ of the teacher alone, the student's being 1 and nothing multiplied: another target, not classical KD."""
     kl_weight: float = Field(default=1.0, ge=0)
@@ -110,8 +110,8 @@ class Distill(Training):
     Published: 1e-4."""
     lora: Lora | None = None
     phases: tuple[Phase, ...] = ()
-    """Parts with settings of their own, one after the other; their tokens add up to `tokens`. Held-out losses are at
-    temperature 1 and in the last one's context throughout."""
+    """Parts with settings of their own, one after the other; their tokens add up to `tokens`. Held-out losses are in
+    the last one's context throughout."""
 
     @property
     def parts(self) -> tuple[Training, ...]:
@@ -119,6 +119,9 @@ class Distill(Training):
         if not self.phases:
             return (self,)
         return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
+
+    def begins_anew(self, index: int) -> bool:
+        return super().begins_anew(index) or self.phases[index].fresh_optimizer
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Self:

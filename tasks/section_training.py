@@ -106,6 +106,18 @@ class Training(Section):
         """Tokens that the steps see: `tokens` without the remainder of a step."""
         return sum(part.own_steps * part.batch * part.context for part in self.parts)
 
+    def place(self, step: int) -> tuple[int, int]:
+        """(index of the part, step within it) of an optimizer step; all counted from 0."""
+        for index, part in enumerate(self.parts):
+            if step < part.own_steps:
+                return index, step
+            step -= part.own_steps
+        raise ValueError("this step is beyond the stage's last one")
+
+    def begins_anew(self, index: int) -> bool:
+        """Whether a part begins with the optimizer as new; the first one does anyway."""
+        return index == 0
+
     @property
     def longest_context(self) -> int:
         """The longest context of all parts, in tokens."""
@@ -115,4 +127,11 @@ class Training(Section):
     def _batch_divides(self) -> Self:
         if self.batch % self.micro_batch:
             raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_fit_the_schedule(self) -> Self:
+        rates = (self.mixer_rate, self.rest_rate)
+        if self.schedule.kind == "exponential" and any((rate.start == 0) != (rate.final == 0) for rate in rates):
+            raise ValueError("an exponential schedule neither reaches a rate of 0 nor leaves it")
         return self

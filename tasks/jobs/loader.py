@@ -20,6 +20,7 @@ import torch
 
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.permutation import permute
+from radlads.tasks.recipe import Training
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -141,6 +142,8 @@ class BatchPlan:
     seed: int
     world_size: int = 1
     document_ids: bool = False
+    skip: int = 0
+    """Sequences of the order that were read before step 0."""
 
     def __post_init__(self) -> None:
         if self.split.rows(self.context) == 0:
@@ -168,7 +171,8 @@ class BatchPlan:
     def rows(self, step: int) -> np.ndarray[Any, Any]:
         """Row numbers of optimizer step `step` (counted from 0), [batch]."""
         count = self.split.rows(self.context)
-        epochs, places = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch, dtype=np.int64), count)
+        start = self.skip + step * self.batch
+        epochs, places = np.divmod(np.arange(start, start + self.batch, dtype=np.int64), count)
         rows = np.empty(self.batch, dtype=np.int64)
         for epoch in np.unique(epochs):
             rows[epochs == epoch] = permute(places[epochs == epoch], count, self.seed, int(epoch))
@@ -179,6 +183,27 @@ class BatchPlan:
         start = (index * self.world_size + rank) * self.sequences
         rows = self.rows(step)[start : start + self.sequences]
         return self.split.batch(rows, self.context, document_ids=self.document_ids)
+
+
+def plan_batches(section: Training, split: TokenSplit, world_size: int) -> list[BatchPlan]:
+    """The batches of each part of a stage. A part goes on in the order of the earlier ones of its context, so that no
+    row comes twice before all have come once; of another context, the rows are others. Raises UserError."""
+    plans: list[BatchPlan] = []
+    read: dict[int, int] = {}
+    for part in section.parts:
+        plan = BatchPlan(
+            split,
+            part.context,
+            part.batch,
+            part.micro_batch,
+            section.seed,
+            world_size,
+            document_ids=section.reset_at_documents,
+            skip=read.get(part.context, 0),
+        )
+        plans.append(plan)
+        read[part.context] = plan.skip + part.own_steps * part.batch
+    return plans
 
 
 def open_dataset(folder: Path) -> TokenDataset:

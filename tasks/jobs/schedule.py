@@ -17,6 +17,8 @@ def learning_rate(schedule: Schedule, rate: Rate, step: int, num_steps: int) -> 
         quarter_cosine        final + (start − final)·cos(π q / 2)
         cosine                final + (start − final)·(1 + cos(π q)) / 2
         stable_cosine_stable  the quarter cosine, which holds `start` up to `begin` and `final` from `end` on
+        linear                start + (final − start)·q
+        exponential           start·(final / start)^q
         constant              start
     Warm-up multiplies this by a line from 1 % to 100 %, over warmup_steps but never more than a tenth of the steps.
     """
@@ -27,6 +29,10 @@ def learning_rate(schedule: Schedule, rate: Rate, step: int, num_steps: int) -> 
         scheduled = rate.start
     elif schedule.kind == "cosine":
         scheduled = rate.final + (rate.start - rate.final) * (1 + math.cos(math.pi * stretched)) / 2
+    elif schedule.kind == "linear":
+        scheduled = rate.start + (rate.final - rate.start) * stretched
+    elif schedule.kind == "exponential":
+        scheduled = rate.start * (rate.final / rate.start) ** stretched if rate.start else 0.0
     else:
         scheduled = rate.final + (rate.start - rate.final) * math.cos(math.pi * stretched / 2)
     if step < warmup:
@@ -35,10 +41,13 @@ def learning_rate(schedule: Schedule, rate: Rate, step: int, num_steps: int) -> 
 
 
 def learning_rates(section: Training, step: int) -> dict[str, float]:
-    """The rates of both parameter groups, `mixer` and `rest`, at an optimizer step of a training section."""
+    """The rates of both parameter groups, `mixer` and `rest`, at an optimizer step of a training section; a phase has a
+    schedule of its own, over its own steps."""
+    index, own = section.place(step)
+    part = section.parts[index]
     return {
-        "mixer": learning_rate(section.schedule, section.mixer_rate, step, section.num_steps),
-        "rest": learning_rate(section.schedule, section.rest_rate, step, section.num_steps),
+        "mixer": learning_rate(part.schedule, part.mixer_rate, own, part.own_steps),
+        "rest": learning_rate(part.schedule, part.rest_rate, own, part.own_steps),
     }
 
 

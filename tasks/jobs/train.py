@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from radlads.model.lora import add_lora, merge_lora
 from radlads.model.objectives import build_objective
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.checkpoint import Checkpoints
 from radlads.tasks.jobs.common import Job, Preempted, run_job
 from radlads.tasks.jobs.engine import Engine, StepResult
 from radlads.tasks.jobs.heldout import heldout_metrics
-from radlads.tasks.jobs.loader import BatchPlan, TokenDataset, open_dataset
+from radlads.tasks.jobs.loader import BatchPlan, TokenDataset, open_dataset, plan_batches
 from radlads.tasks.jobs.networks import Networks, export_model, load_networks
 from radlads.tasks.jobs.random_state import seed_everything
 from radlads.tasks.jobs.schedule import learning_rates
@@ -36,32 +37,27 @@ def main(job: Job) -> dict[str, Any]:
     job.open_process_group()
     seed_everything(section.seed)
     networks = load_networks(job, spec)
+    lora = getattr(section, "lora", None)
+    if lora is not None:
+        add_lora(networks.student, lora)
     objective = build_objective(spec, networks.student, networks.teacher)
     dataset = _open_data(job, networks)
-    plan = BatchPlan(
-        dataset.split("train"),
-        section.context,
-        section.batch,
-        section.micro_batch,
-        section.seed,
-        job.world_size,
-        document_ids=section.reset_at_documents,
-    )
+    plans = plan_batches(section, dataset.split("train"), job.world_size)
     engine = Engine(
         objective,
         section,
         device=job.device,
         dtype=job.dtype,
         zero_stage=job.spec.resources.zero_stage,
-        micro_batch=plan.sequences,
-        num_micro=plan.num_micro,
+        micro_batch=plans[0].sequences,
+        num_micro=plans[0].num_micro,
     )
     heldout = partial(
         heldout_metrics,
         objective,
         dataset.split("heldout"),
-        context=section.context,
-        batch_size=plan.sequences,
+        context=plans[-1].context,
+        batch_size=plans[-1].sequences,
         max_tokens=section.heldout_tokens,
         device=job.device,
         rank=job.rank,
@@ -74,11 +70,12 @@ def main(job: Job) -> dict[str, Any]:
         job.record.rewind(start)
         if start == 0 and section.heldout_every:
             job.record.log(0, heldout())
-        _train(job, section, engine, plan, checkpoints, heldout, start)
+        _train(job, section, engine, plans, checkpoints, heldout, start)
         final = heldout()
     job.record.log(section.num_steps, final)
     if job.rank != 0:
         return {}
+    merge_lora(networks.student)
     export_model(networks, job.output / "model")
     return final | write_report(job, spec, final)
 
@@ -87,7 +84,7 @@ def _train(
     job: Job,
     section: Training,
     engine: Engine,
-    plan: BatchPlan,
+    plans: list[BatchPlan],
     checkpoints: Checkpoints,
     heldout: Callable[[], dict[str, float]],
     start: int,
@@ -96,7 +93,12 @@ def _train(
     num_steps, told = section.num_steps, time.monotonic()
     for step in range(start, num_steps):
         began, done = time.perf_counter(), step + 1
-        batches = (plan.micro(step, job.rank, index) for index in range(plan.num_micro))
+        part, own = section.place(step)
+        plan = plans[part]
+        if step == start or own == 0:
+            _enter(section, engine, plan, part, own)
+        engine.objective.begin_step(step)
+        batches = (plan.micro(own, job.rank, index) for index in range(plan.num_micro))
         rates = learning_rates(section, step)
         seen = engine.step(batches, rates, done, stop=job.stop_requested)
         numbers = _numbers(section, seen, rates, done, time.perf_counter() - began, job.device)
@@ -117,16 +119,31 @@ def _train(
             raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt goes on from there")
 
 
+def _enter(section: Training, engine: Engine, plan: BatchPlan, part: int, own: int) -> None:
+    """Make the engine ready for a part of the stage that begins, or goes on after a restore."""
+    if plan.num_micro != engine.num_micro or part > 0:
+        engine.accumulate(plan.sequences, plan.num_micro)
+    if part > 0 and own == 0:
+        logger.info("phase %d begins: context %d, batch %d", part + 1, plan.context, plan.batch)
+        if section.begins_anew(part):
+            engine.forget()
+
+
 def _numbers(
     section: Training, seen: StepResult, rates: dict[str, float], done: int, seconds: float, device: torch.device
 ) -> dict[str, float]:
     """One row of the record."""
-    tokens = section.batch * section.context
+    index, own = section.place(done - 1)
+    *before, part = section.parts[: index + 1]
+    tokens = part.batch * part.context
+    earlier = sum(one.seen_tokens for one in before)
+    phase = {"phase": index + 1} if len(section.parts) > 1 else {}
     return {
         **seen.metrics,
+        **phase,
         "grad_norm": seen.grad_norm,
         **{f"lr/{group}": rate for group, rate in rates.items()},
-        "tokens": done * tokens,
+        "tokens": earlier + (own + 1) * tokens,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "memory_bytes": memory_bytes(device),

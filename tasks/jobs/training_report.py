@@ -23,7 +23,7 @@ def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[s
     rows = record.rows()
     steps = [row for row in rows if "loss" in row and "seconds" in row]
     seconds = sum(row["seconds"] for row in steps)
-    tokens = section.num_steps * section.batch * section.context
+    tokens = section.seen_tokens
     gpu_hours = seconds * job.world_size / 3600 if resources.device == "cuda" else 0.0
     numbers: dict[str, Any] = {
         "steps": section.num_steps,
