@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.quantized import quantized_names
+from radlads.model.weight_files import WeightFiles
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_radlads.RadladsConfig",
@@ -75,17 +77,20 @@ def export_student(
     *,
     max_shard_bytes: int = 4_000_000_000,
     dtype: torch.dtype | None = None,
+    originals: WeightFiles | None = None,
 ) -> Path:
     """Write weights (safetensors, sharded above `max_shard_bytes`), config, generation config, code and tokenizer.
 
-    dtype: of the weights written; None keeps the student's. Weights left in the folder by an earlier try are replaced.
+    dtype: of the weights written; None keeps the student's. originals: the files that the student was loaded from;
+    weights that it holds in 8 bit are written as they are there. Weights left in the folder by an earlier try are
+    replaced.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         stale.unlink()
     export_papers(student, tokenizer, folder, dtype=dtype)
-    _save_weights(student, folder, max_shard_bytes=max_shard_bytes, dtype=dtype or student.dtype)
+    _save_weights(student, folder, max_shard_bytes=max_shard_bytes, dtype=dtype or student.dtype, originals=originals)
     return folder
 
 
@@ -170,18 +175,33 @@ def _savable(generation_config: GenerationConfig) -> GenerationConfig:
     return generation_config
 
 
-def _save_weights(student: RadladsForCausalLM, folder: Path, *, max_shard_bytes: int, dtype: torch.dtype) -> None:
+def _save_weights(
+    student: RadladsForCausalLM,
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    dtype: torch.dtype,
+    originals: WeightFiles | None,
+) -> None:
     tied = set(student.all_tied_weights_keys)
     state = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         for name, tensor in student.state_dict().items()
         if name not in tied
     }
+    rounded = quantized_names(student)
+    if rounded and originals is None:
+        raise ValueError(f"{rounded[0]} is held in 8 bit: `originals` must say where it is as it was")
+    for name in rounded:
+        state[name] = torch.empty(originals.shape(name), dtype=dtype, device="meta")
     plan = split_torch_state_dict_into_shards(
         state, max_shard_size=max_shard_bytes, filename_pattern="model{suffix}.safetensors"
     )
     for name, keys in plan.filename_to_tensors.items():
-        shard: dict[str, Tensor] = {key: state[key].cpu().contiguous() for key in keys}
+        shard: dict[str, Tensor] = {
+            key: (originals.read(key).to(dtype) if state[key].is_meta else state[key].cpu()).contiguous()
+            for key in keys
+        }
         save_file(shard, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from radlads.tasks.section_training import Training
     from radlads.tasks.sections import Recipe
 
 FrozenBits = Literal[8, 16]
 """Bits of a frozen weight matrix: 16 is the precision of the stage, 8 is int8 with one scale for 128 numbers."""
+MLP_PROJECTIONS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 
 def teacher_bits(recipe: Recipe, stage: str) -> FrozenBits:
@@ -20,5 +22,13 @@ def teacher_bits(recipe: Recipe, stage: str) -> FrozenBits:
 def mlp_bits(recipe: Recipe, stage: str) -> FrozenBits:
     """Bits of the student's MLPs in a training stage; 16 where it trains them, and in align, which never runs them."""
     section = getattr(recipe, stage)
-    frozen = stage != "align" and section is not None and "mlp" in section.freeze
-    return recipe.student.mlp_bits if frozen else 16
+    holds = stage != "align" and section is not None and freezes_mlp(stage, section)
+    return recipe.student.mlp_bits if holds else 16
+
+
+def freezes_mlp(stage: str, section: Training) -> bool:
+    """Whether the MLPs stay as they are in a training stage."""
+    lora = getattr(section, "lora", None)
+    if lora is not None:
+        return not MLP_PROJECTIONS & set(lora.targets)
+    return stage == "align" or "mlp" in section.freeze or bool(getattr(section, "train_only", ()))

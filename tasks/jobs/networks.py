@@ -15,8 +15,10 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.objectives import needs_teacher
 from radlads.model.student import load_student
 from radlads.model.teacher import load_teacher
+from radlads.model.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.frozen import hold_student, hold_teacher
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.recipe import Pretrain
 from radlads.tasks.specs import TrainSpec
@@ -32,10 +34,13 @@ class Networks:
     """The network that trains: a converted student, or, for pretrain, a plain Hugging Face causal model."""
     teacher: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
+    originals: WeightFiles | None = None
+    """What the student was loaded from: weights that are held in 8 bit are exported as they are there."""
 
 
 def load_networks(job: Job, spec: TrainSpec) -> Networks:
     """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
+    teacher, originals = _teacher(job, spec), None
     if isinstance(spec.section, Pretrain):
         tokenizer = load_tokenizer(spec.section.tokenizer)
         student: Any = _fresh_model(spec.section, tokenizer)
@@ -43,10 +48,11 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
     else:
         folder = job.input("student") / "model"
         tokenizer = load_tokenizer(str(folder))
-        student = load_student(folder, dtype=job.dtype, device=job.device)
+        student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, job.device)
+        originals = open_weight_files(str(folder))
     if spec.section.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Networks(student, _teacher(job, spec), tokenizer)
+    return Networks(student, teacher, tokenizer, originals)
 
 
 def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
@@ -54,13 +60,13 @@ def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
         return None
     if spec.teacher is None:
         raise UserError(f"the stage {spec.objective} needs a teacher, and this job names none")
-    return load_teacher(
+    teacher = load_teacher(
         resolve_teacher_path(spec.teacher.path),
         dtype=job.dtype,
-        device=job.device,
         revision=spec.teacher.revision,
         trust_remote_code=spec.teacher.trust_remote_code,
     )
+    return hold_teacher(teacher, spec, job.device)
 
 
 def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -87,7 +93,7 @@ def export_model(networks: Networks, folder: Path) -> None:
     student.eval()
     shutil.rmtree(folder, ignore_errors=True)  # what an attempt that died here left
     if isinstance(student, RadladsForCausalLM):
-        export_student(student, networks.tokenizer, folder)
+        export_student(student, networks.tokenizer, folder, originals=networks.originals)
         return
     student.config.use_cache = True
     student.save_pretrained(folder, max_shard_size=4_000_000_000)
