@@ -11,7 +11,8 @@ from radlads.tasks.assess import evaluate, needle
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.prepare import plan, tokenize, transplant
 from radlads.tasks.report import publish
-from radlads.tasks.training import align, distill, finetune
+from radlads.tasks.section_choice import late_choice
+from radlads.tasks.training import align, choose, distill, finetune
 
 
 @flow(name="radlads", persist_result=False)
@@ -41,6 +42,8 @@ def radlads(
         students = {"transplant": transplant(pipeline, planned)}
         if wanted.align:
             students["align"] = align(pipeline, planned, data, students["transplant"])
+        if late_choice(wanted):
+            students["choose"] = choose(pipeline, planned, data, students["align"])
         if wanted.distill:
             students["distill"] = distill(pipeline, planned, data, last(students))
         if wanted.finetune:

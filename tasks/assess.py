@@ -8,9 +8,9 @@ from radlads.tasks.job import UserError
 from radlads.tasks.observe import show_picture
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
-from radlads.tasks.prepare import planned_teacher
 from radlads.tasks.specs import EvaluateSpec, NeedleSpec
 from radlads.tasks.stage import Product
+from radlads.tasks.stage_specs import planned_teacher
 from radlads.tasks.tracking import log_file
 
 
@@ -23,7 +23,7 @@ def evaluate(pipeline: Pipeline, plan: Plan, data: Mapping[str, Product], studen
         raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `evaluate`")
     *earlier, last = students
     inputs = {"student": students[last], "data": data[section.data], **{stage: students[stage] for stage in earlier}}
-    return perform(pipeline, "evaluate", EvaluateSpec(section=section, teacher=planned_teacher(plan)), inputs)
+    return perform(pipeline, "evaluate", EvaluateSpec(section=section, teacher=planned_teacher(plan.report)), inputs)
 
 
 @stage_task("needle")
@@ -35,7 +35,7 @@ def needle(pipeline: Pipeline, plan: Plan, students: Mapping[str, Product]) -> P
         raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `needle`")
     spec = NeedleSpec(
         section=section,
-        teacher=planned_teacher(plan),
+        teacher=planned_teacher(plan.report),
         training_length=section.training_length or longest_context(pipeline),
     )
     inputs = {"student": list(students.values())[-1]}

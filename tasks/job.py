@@ -12,7 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION = 1
 
 Stage = Literal[
-    "plan", "tokenize", "transplant", "pretrain", "align", "distill", "finetune", "evaluate", "needle", "publish"
+    "plan",
+    "tokenize",
+    "transplant",
+    "pretrain",
+    "align",
+    "choose",
+    "distill",
+    "finetune",
+    "evaluate",
+    "needle",
+    "publish",
 ]
 
 ExitReason = Literal["done", "preempted", "config", "out-of-memory", "nonfinite", "crash"]

@@ -24,13 +24,14 @@ _MODULES = {
     "transplant": "transplant",
     "pretrain": "train",
     "align": "train",
+    "choose": "choose",
     "distill": "train",
     "finetune": "train",
     "evaluate": "evaluate",
     "needle": "needle",
     "publish": "publish",
 }
-_DISTRIBUTED = {"train", "evaluate", "needle"}
+_DISTRIBUTED = {"train", "choose", "evaluate", "needle"}
 _FINAL = {"config", "out-of-memory", "nonfinite"}
 ATTEMPT = "=== attempt"
 """How the log of every attempt at a stage begins."""

@@ -126,7 +126,7 @@ def _keep_recipe(pipeline: Pipeline) -> None:
 def finished_students(pipeline: Pipeline, run: str) -> dict[str, Product]:
     """Stage → model of another run in the same store, in the stages' order. Raises UserError where it has none."""
     found = {}
-    for stage in ("transplant", "align", "distill", "finetune"):
+    for stage in ("transplant", "align", "choose", "distill", "finetune"):
         key = f"runs/{run}/{stage}"
         manifest = pipeline.store.read_manifest(key) if _RUN_NAME.fullmatch(run) else None
         if manifest is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from radlads.tasks.job import UserError
 from radlads.tasks.observe import show_link, show_table
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
 from radlads.tasks.plan_table import plan_rows
 from radlads.tasks.recipe import SampleSource
-from radlads.tasks.specs import PlanReport, PlanSpec, TeacherRef, TokenizeSpec, TransplantSpec
+from radlads.tasks.specs import PlanReport, PlanSpec, TokenizeSpec
 from radlads.tasks.stage import Product
+from radlads.tasks.stage_specs import planned_teacher, transplant_spec
 from radlads.tasks.tracking import run_url
 
 
@@ -34,7 +34,7 @@ def tokenize(pipeline: Pipeline, plan: Plan, name: str) -> Product:
         files=report.files.get(name, ()),
         tokenizer=report.tokenizer,
         tokenizer_fingerprint=report.tokenizer_fingerprint,
-        teacher=planned_teacher(plan) if samples else None,
+        teacher=planned_teacher(plan.report) if samples else None,
     )
     return perform(pipeline, "tokenize", spec, {}, label=f"tokenize {name}")
 
@@ -42,17 +42,8 @@ def tokenize(pipeline: Pipeline, plan: Plan, name: str) -> Product:
 @stage_task("transplant")
 def transplant(pipeline: Pipeline, plan: Plan) -> Product:
     """Build the student from the teacher's weights."""
-    # How the MLPs are held while other things train is no matter of the transplant, so it is kept out of its digest.
-    student = pipeline.recipe.student.model_copy(update={"mlp_bits": 16})
-    spec = TransplantSpec(teacher=planned_teacher(plan), student=student)
+    spec = transplant_spec(pipeline.recipe, plan.report)
     return perform(pipeline, "transplant", spec, {})
-
-
-def planned_teacher(plan: Plan) -> TeacherRef:
-    """The teacher as the plan pinned it. Raises UserError for a recipe that makes one instead."""
-    if plan.report.teacher is None:
-        raise UserError("this recipe makes a teacher (`pretrain`) and converts none; run it with radlads-pretrain")
-    return plan.report.teacher
 
 
 def read_plan(pipeline: Pipeline, product: Product) -> PlanReport:

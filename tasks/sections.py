@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from radlads.tasks.section_base import Section
+from radlads.tasks.section_choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.section_losses import (
     Align,
     CeSpikes,
@@ -75,8 +76,9 @@ class Student(Section):
     variant: str = "rad_rwkv7"
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the variant; validated by the `plan` stage, which knows them."""
-    attention_layers: tuple[int, ...] = ()
-    """Layers, counted from 0, that stay softmax attention. Empty: a pure recurrent student."""
+    attention_layers: AttentionLayers = ()
+    """Layers, counted from 0, that stay softmax attention; or how many, and how to choose them. Empty: a pure recurrent
+    student."""
     attention_rope: bool = False
     """Whether kept softmax layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
     mlp_bits: FrozenBits = 16
@@ -84,14 +86,16 @@ class Student(Section):
     untie_embeddings: bool = False
     """Give the student a head of its own where the teacher's is its embeddings; RADLADS found tied ones to end badly."""
     transplant: TransplantScale = TransplantScale()
+    calibrate: Calibration | None = None
 
     @model_validator(mode="after")
     def _layers_are_sane(self) -> Self:
-        if any(layer < 0 for layer in self.attention_layers):
+        layers = listed_layers(self)
+        if any(layer < 0 for layer in layers):
             raise ValueError(
                 "attention_layers are counted from 0 and cannot be negative; leave it empty for a pure student"
             )
-        if len(set(self.attention_layers)) != len(self.attention_layers):
+        if len(set(layers)) != len(layers):
             raise ValueError("attention_layers names a layer twice")
         return self
 
@@ -257,6 +261,7 @@ class Recipe(Section):
             section = getattr(self, stage)
             if section is not None and section.data not in self.data:
                 raise ValueError(f"{stage}.data is '{section.data}', but `data` has {_or_list(self.data)}")
+        check_choice(self)
         return self
 
     @property
@@ -268,7 +273,7 @@ class Recipe(Section):
     def datasets_used(self) -> tuple[str, ...]:
         """Names of the datasets that some stage reads, in the order of `data`."""
         sections = (self.pretrain, self.align, self.distill, self.finetune, self.evaluate)
-        used = {section.data for section in sections if section is not None}
+        used = {section.data for section in sections if section is not None} | {choice_data(self)}
         return tuple(name for name in self.data if name in used)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from radlads.tasks.job import InputRef, Sheet, Stage, stage_digest
+from radlads.tasks.section_choice import AttentionChoice, Calibration
 from radlads.tasks.section_memory import FrozenBits
 from radlads.tasks.sections import (
     Align,
@@ -61,10 +62,13 @@ class PlanReport(Sheet):
     mixer_parameters: int
     num_layers: int
     attention_layers: tuple[int, ...]
+    """Empty where they are chosen after align."""
     stages: dict[str, dict[str, Any]]
     """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
     optimizer, teacher, activations, logits, total}, seconds, gpu_hours, dollars}. Memory, seconds and what follows
     from them are estimates; None where nothing is known."""
+    choice: AttentionChoice | None = None
+    """A choice after align, its probe made to fit its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Dataset name → {bytes, bytes_per_token, tokens}: estimates from its first documents."""
     gpu_hours: float | None = None
@@ -105,6 +109,20 @@ class TrainSpec(Sheet):
     teacher_bits: FrozenBits = 16
     mlp_bits: FrozenBits = 16
     """Of the student's frozen MLPs."""
+    calibrate: Calibration | None = None
+    """Align only."""
+
+
+class ChooseSpec(Sheet):
+    """Inputs: student (aligned, every layer converted), data (a dataset; recall only). Product: model/ (the student
+    with the chosen layers restored), choose.json, choose.png."""
+
+    section: AttentionChoice
+    teacher: TeacherRef
+    attention_rope: bool
+    """Of the product; while it is scored, a restored layer has the teacher's rotary positions."""
+    run_tokens: int
+    """What the cost is a share of."""
 
 
 class EvaluateSpec(Sheet):
@@ -129,10 +147,17 @@ class PublishSpec(Sheet):
     recipe: Recipe
 
 
-StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | EvaluateSpec | NeedleSpec | PublishSpec
+StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | ChooseSpec | EvaluateSpec | NeedleSpec | PublishSpec
 
 # What changes how a product is made, not what it is: moving a folder or checkpointing more often is the same run.
-_OPERATIONAL = {"micro_batch", "checkpoint_every", "keep_checkpoints", "heldout_every", "resources"}
+_OPERATIONAL = {
+    "micro_batch",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "heldout_every",
+    "resources",
+    "run_tokens",
+}
 
 _PLACES = {"path", "paths", "haystack", "tokenizer"}
 

@@ -1,24 +1,36 @@
-"""align, distill, finetune, and pretrain: the same job with four objectives."""
+"""align, distill, finetune, and pretrain: the same job with four objectives; and the choice of layers between two."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from radlads.tasks.job import UserError
+from radlads.tasks.observe import show_picture
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
-from radlads.tasks.prepare import planned_teacher
-from radlads.tasks.recipe import Training
-from radlads.tasks.section_memory import mlp_bits, teacher_bits
-from radlads.tasks.specs import TrainSpec
+from radlads.tasks.section_choice import choice_data
 from radlads.tasks.stage import Product
+from radlads.tasks.stage_specs import TrainingStage, choose_spec, train_spec
 
 
 @stage_task("align")
 def align(pipeline: Pipeline, plan: Plan, data: Mapping[str, Product], student: Product) -> Product:
     """Stage 1: every mixer learns what the attention that it replaces puts out."""
     return _train(pipeline, "align", plan, data, student)
+
+
+@stage_task("choose")
+def choose(pipeline: Pipeline, plan: Plan, data: Mapping[str, Product], student: Product) -> Product:
+    """Find the layers that are to be softmax attention again, and give them back. student: the aligned one."""
+    spec = choose_spec(pipeline.recipe, plan.report)
+    if spec is None:
+        raise UserError(f"the recipe '{pipeline.recipe.name}' leaves no attention layers to be chosen after align")
+    name = choice_data(pipeline.recipe)
+    inputs = {"student": student} if name is None else {"student": student, "data": data[name]}
+    product = perform(pipeline, "choose", spec, inputs)
+    picture = pipeline.store.read_file(pipeline.store.key(product.uri), "choose.png")
+    show_picture(pipeline.run, "attention-layers", picture, f"Layers scored and chosen: {pipeline.run}")
+    return product
 
 
 @stage_task("distill")
@@ -41,19 +53,13 @@ def pretrain(pipeline: Pipeline, plan: Plan, data: Mapping[str, Product]) -> Pro
 
 def _train(
     pipeline: Pipeline,
-    stage: Literal["align", "distill", "finetune", "pretrain"],
+    stage: TrainingStage,
     plan: Plan,
     data: Mapping[str, Product],
     student: Product | None,
 ) -> Product:
-    section: Training | None = getattr(pipeline.recipe, stage)
-    if section is None:
-        raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `{stage}`")
-    # The finetune stage needs no teacher; naming one in its digest would tie it to what it does not use.
-    teacher = planned_teacher(plan) if stage in ("align", "distill") else None
-    bits = {"teacher_bits": teacher_bits(pipeline.recipe, stage), "mlp_bits": mlp_bits(pipeline.recipe, stage)}
-    spec = TrainSpec.model_validate({"objective": stage, "section": section, "teacher": teacher, **bits})
-    inputs = {"data": data[section.data]}
+    spec = train_spec(pipeline.recipe, plan.report, stage)
+    inputs = {"data": data[spec.section.data]}
     if student is not None:
         inputs["student"] = student
     return perform(pipeline, stage, spec, inputs)

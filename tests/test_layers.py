@@ -15,6 +15,7 @@ CONTRACTS = {
     "sections",
     "section_memory",
     "section_base",
+    "section_choice",
     "section_losses",
     "section_training",
     "section_transplant",

@@ -76,7 +76,7 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
 def _introduction(products: Products, recipe: Recipe) -> str:
     if recipe.teacher is None:
         return "A small causal language model, trained from random weights to be a teacher for conversions."
-    kept = len(recipe.student.attention_layers)
+    kept = len(products.attention_layers(recipe))
     layers = products.plan.num_layers if products.plan is not None else None
     if not kept:
         shape = "In every layer, softmax attention was replaced by a recurrent mixer of constant memory"
@@ -114,7 +114,7 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
 def _limits(products: Products, recipe: Recipe) -> list[Block]:
     """What a user must not expect. Only what is known of this model."""
     limits = []
-    if recipe.teacher is not None and not recipe.student.attention_layers:
+    if recipe.teacher is not None and not products.attention_layers(recipe):
         limits.append(
             "It has no softmax attention: its memory is a state of fixed size, and it cannot look up arbitrary details "
             "of a long text. Converted models of this kind lose most retrieval beyond the length they were trained at."

@@ -33,6 +33,7 @@ from radlads.tasks.jobs.ending import (
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
 from radlads.tasks.specs import (
+    ChooseSpec,
     EvaluateSpec,
     NeedleSpec,
     PlanSpec,
@@ -59,6 +60,7 @@ _SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
     "transplant": TransplantSpec,
     "pretrain": TrainSpec,
     "align": TrainSpec,
+    "choose": ChooseSpec,
     "distill": TrainSpec,
     "finetune": TrainSpec,
     "evaluate": EvaluateSpec,

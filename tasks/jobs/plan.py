@@ -28,6 +28,7 @@ from radlads.tasks.jobs.checks import (
     check_tokenizer,
     check_training,
 )
+from radlads.tasks.jobs.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.cost import UTILISATION, device_peak, judging_flops, stage_cost, training_flops
 from radlads.tasks.jobs.memory import Networks, judging_memory, training_memory, what_would_help
@@ -83,14 +84,17 @@ def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
         from radlads.tasks.jobs.lmeval import check_tasks  # the harness takes seconds to import
 
         findings.faults += check_tasks(recipe.evaluate.tasks)
-    networks = None
+    networks = choice = None
     with findings.at("student"):
+        choice = plan_choice(recipe, subject.config, subject.tokenizer)
         networks = count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
+    if choice is not None:
+        stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
     files = {}
     for name in recipe.datasets_used:
         with findings.at(f"data.{name}"):
@@ -106,7 +110,8 @@ def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
         student_parameters=networks.student_parameters,
         mixer_parameters=networks.mixer_parameters,
         num_layers=networks.num_layers,
-        attention_layers=tuple(sorted(recipe.student.attention_layers)),
+        attention_layers=planned_layers(recipe.student, networks.num_layers),
+        choice=choice,
         stages=stages,
         data=data,
         gpu_hours=_sum(stage["gpu_hours"] for stage in stages.values()),
@@ -176,7 +181,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
                 config,
                 variant=recipe.student.variant,
                 options=recipe.student.options,
-                attention_layers=recipe.student.attention_layers,
+                attention_layers=planned_layers(recipe.student, config.num_hidden_layers),
                 attention_rope=recipe.student.attention_rope,
                 untie_embeddings=recipe.student.untie_embeddings,
             )

@@ -10,10 +10,12 @@ from typing import Any
 
 from radlads.tasks.job import Manifest, UserError
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.section_choice import listed_layers
+from radlads.tasks.sections import Recipe
 from radlads.tasks.specs import PlanReport
 
 # The stages that make a model, in the order in which a run goes through them.
-MODEL_STAGES = ("pretrain", "transplant", "align", "distill", "finetune")
+MODEL_STAGES = ("pretrain", "transplant", "align", "choose", "distill", "finetune")
 TRAINING_STAGES = ("pretrain", "align", "distill", "finetune")
 
 
@@ -100,6 +102,17 @@ class Products:
         """plan.json."""
         sheet = self.sheet("plan", "plan.json")
         return None if sheet is None else PlanReport.model_validate(sheet)
+
+    @cached_property
+    def choice(self) -> dict[str, Any] | None:
+        """choose.json."""
+        return self.sheet("choose", "choose.json")
+
+    def attention_layers(self, recipe: Recipe) -> tuple[int, ...]:
+        """The layers that are softmax attention in the final model: as chosen, as planned, as the recipe names them."""
+        if self.choice is not None:
+            return tuple(self.choice["attention_layers"])
+        return self.plan.attention_layers if self.plan is not None else tuple(sorted(listed_layers(recipe.student)))
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def main(job: Job) -> dict[str, Any]:
             needle_metrics=searched.manifest.metrics if searched else {},
             final_stage=products.final.manifest.stage,
         )
-    title = spec.section.title or _title(recipe, job.spec.run)
+    title = spec.section.title or _title(products, recipe, job.spec.run)
     blocks = build_report(products, recipe, verdicts, pictures)
     (job.output / "report.md").write_text(render_markdown(title, blocks), encoding="utf-8")
     (job.output / "report.html").write_text(render_html(title, blocks, job.output), encoding="utf-8")
@@ -85,10 +85,10 @@ def draw_pictures(products: Products, folder: Path) -> list[str]:
     return pictures
 
 
-def _title(recipe: Recipe, run: str) -> str:
+def _title(products: Products, recipe: Recipe, run: str) -> str:
     if recipe.teacher is None:
         return f"{recipe.name}: a teacher"
-    kind = "hybrid" if recipe.student.attention_layers else "pure"
+    kind = "hybrid" if products.attention_layers(recipe) else "pure"
     return f"{teacher_name(recipe)} → {recipe.student.variant} ({kind}), run {run}"
 
 

@@ -74,6 +74,16 @@ class Case:
     answer: str
 
 
+@dataclass(frozen=True)
+class Quiz:
+    """A document that asks for its facts and answers itself."""
+
+    text: str
+    ids: list[int]
+    answers: list[int]
+    """Of every token: the number of the answer that it belongs to, from 1 on; 0 elsewhere."""
+
+
 def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
     """Sentences of the given text files (plain or .gz), in order; of the built-in filler where no file is given.
 
@@ -157,6 +167,45 @@ def build_document(
     room = _room(tokenizer, [*(fact.sentence for fact in facts), *answers], length, strict=False)
     sentences = _filler_of(tokenizer, filler, room, rng)
     return " ".join([*_insert(sentences, [(rng.random(), fact.sentence) for fact in facts]), *answers])
+
+
+def build_quiz(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random) -> Quiz:
+    """Facts scattered in a haystack, then every question with its answer, in at most `length` tokens.
+
+    For models that are asked without generating: an answer's tokens are judged where they stand. Up to eight facts,
+    one for every 32 tokens. Raises UserError when the length cannot hold one.
+    """
+    num_facts = max(1, min(8, length // 32))
+    while True:
+        facts = draw_facts(rng, num_facts)
+        asked = rng.sample(facts, num_facts)
+        fixed = [*(fact.sentence for fact in facts), *(f"{fact.question} {fact.value}." for fact in asked)]
+        room = _room(tokenizer, fixed, length, strict=num_facts == 1)
+        if room >= 0:
+            break
+        num_facts -= 1
+    sentences = _filler_of(tokenizer, filler, room, rng)
+    places = [(rng.random(), fact.sentence) for fact in facts]
+    while True:
+        text = " ".join(_insert(sentences, places))
+        bounds = [0]
+        for fact in asked:
+            text += f" {fact.question}"
+            bounds.append(_count(tokenizer, text))
+            text += f" {fact.value}"
+            bounds.append(_count(tokenizer, text))
+            text += "."
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) <= length:
+            break
+        if not sentences:
+            raise UserError(_too_short(length, len(ids)))
+        sentences.pop()
+    answers = [0] * len(ids)
+    for number in range(1, num_facts + 1):
+        for place in range(bounds[2 * number - 1], bounds[2 * number]):
+            answers[place] = number
+    return Quiz(text, ids, answers)
 
 
 def vocabulary() -> list[str]:

@@ -206,7 +206,7 @@ def _student(products: Products, recipe: Recipe) -> list[Block]:
     sheet, product = products.sheet("transplant", "transplant.json"), products.of_stage("transplant")
     if sheet is None or product is None:
         return []
-    kept = ", ".join(map(str, recipe.student.attention_layers)) or "none"
+    kept = ", ".join(map(str, products.attention_layers(recipe))) or "none"
     rows: list[tuple[str, ...]] = [
         (place, count(numbers["copied"]), count(numbers["fresh"]), count(numbers["dropped"]))
         for place, numbers in sheet["layers"].items()

@@ -19,6 +19,7 @@ from radlads.model.teacher import load_teacher
 from radlads.model.transplant import TransplantReport, transplant
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.section_choice import listed_layers
 from radlads.tasks.specs import TransplantSpec
 
 logger = logging.getLogger("radlads")
@@ -49,7 +50,7 @@ def main(job: Job) -> dict[str, Any]:
         teacher.config,
         variant=student_spec.variant,
         options=student_spec.options,
-        attention_layers=student_spec.attention_layers,
+        attention_layers=listed_layers(student_spec),
         attention_rope=student_spec.attention_rope,
         dtype=teacher.dtype,
     )
