@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from radlads.model.configuration import windowed_layers
 from radlads.model.refusals import refusal
 from radlads.model.teacher_weights import load_text_part
-from radlads.model.vision_language import text_config
+from radlads.model.vision_language import is_nested, text_config
 from radlads.tasks.job import UserError
 
 
@@ -148,8 +149,8 @@ def load_teacher(
     raw = read_config(path, revision=revision)
     family = find_family(raw)
     try:
-        if "text_config" in raw:
-            model = load_text_part(path, raw, parse_teacher_config(raw), dtype=dtype, revision=revision)
+        if is_nested(raw):
+            model = load_text_part(path, parse_teacher_config(raw), dtype=dtype, revision=revision)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", revision=revision)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -173,9 +174,49 @@ def load_teacher_config(path: str, *, revision: str | None = None, trust_remote_
 def parse_teacher_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The typed config of a parsed config.json. Raises UserError without a family, and what transformers raises."""
     family = find_family(raw)
-    if "text_config" in raw:
+    if is_nested(raw):
         return text_config(raw, family.model_type)
     return CONFIG_MAPPING[family.model_type].from_dict({key: value for key, value in raw.items() if key != "auto_map"})
+
+
+def load_generation_config(path: str, config: PreTrainedConfig, *, revision: str | None = None) -> GenerationConfig:
+    """The teacher's generation defaults, or what its config says where it has no generation_config.json."""
+    try:
+        return GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def teacher_warnings(
+    config: PreTrainedConfig, *, attention_layers: Sequence[int] = (), untie_embeddings: bool = False
+) -> list[str]:
+    """What a user should know before converting this teacher, one line each; for the plan.
+
+    attention_layers: those that stay softmax. untie_embeddings: the student gets a head of its own.
+    """
+    lines = []
+    if config.tie_word_embeddings and not untie_embeddings:
+        lines.append(
+            "the teacher's head is its embeddings (tied); RADLADS found that to end badly, for distillation then moves "
+            "the embeddings too. student.untie_embeddings: true gives the student a head of its own "
+            f"({config.vocab_size * config.hidden_size / 1e6:,.1f}M parameters more)"
+        )
+    confined = sorted(windowed_layers(config, find_family(config).window) & set(attention_layers))
+    if confined and config.sliding_window < config.max_position_embeddings:
+        lines.append(
+            f"the kept attention layers {confined} see the last {config.sliding_window} tokens only, as in the "
+            "teacher: such a window recalls nothing from further back"
+        )
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        border = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        lines.append(
+            f"the teacher's rotary positions turn otherwise in contexts beyond {border} tokens ({rope['rope_type']}); "
+            "a student that is trained below that never saw those"
+        )
+    if source := getattr(config, "text_part_of", None):
+        lines.append(f"only the text part of this {source} model is converted; the student sees no pictures")
+    return lines
 
 
 def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,19 +103,18 @@ class TeacherWeights:
         return stacked
 
 
-def open_teacher_weights(
-    path: str, raw: Mapping[str, Any], config: PreTrainedConfig, *, revision: str | None = None
-) -> TeacherWeights:
-    """The weights of a folder or hub id. raw: its config.json; config: of its language model. Raises UserError."""
-    return TeacherWeights(open_weight_files(path, revision=revision), config, nested="text_config" in raw)
+def open_teacher_weights(path: str, config: PreTrainedConfig, *, revision: str | None = None) -> TeacherWeights:
+    """The weights of a folder or hub id. config: as `load_teacher_config` gives it. Raises UserError."""
+    nested = getattr(config, "text_part_of", None) is not None
+    return TeacherWeights(open_weight_files(path, revision=revision), config, nested=nested)
 
 
 @torch.no_grad()
 def load_text_part(
-    path: str, raw: Mapping[str, Any], config: PreTrainedConfig, *, dtype: torch.dtype | None, revision: str | None
+    path: str, config: PreTrainedConfig, *, dtype: torch.dtype | None, revision: str | None
 ) -> PreTrainedModel:
     """The language model within a vision-language checkpoint. Raises UserError when tensors are missing or misfit."""
-    weights = open_teacher_weights(path, raw, config, revision=revision)
+    weights = open_teacher_weights(path, config, revision=revision)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or weights.dtype)
     model.tie_weights()

@@ -17,8 +17,16 @@ _MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved")
 _IMPLIED = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 
 
+def is_nested(raw: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is a vision-language model's."""
+    return isinstance(raw.get("text_config"), Mapping)
+
+
 def text_config(raw: Mapping[str, Any], model_type: str) -> PreTrainedConfig:
-    """The config of the text part as one of the family `model_type`. Raises what transformers raises for a bad one."""
+    """The config of the text part as one of the family `model_type`; its `text_part_of` is the whole's model type.
+
+    Raises what transformers raises for a bad one.
+    """
     whole = CONFIG_MAPPING[raw["model_type"]].from_dict({k: v for k, v in raw.items() if k != "auto_map"})
     text = whole.get_text_config()
     given = text.to_dict() | _IMPLIED.get(text.model_type, {})
@@ -33,4 +41,5 @@ def text_config(raw: Mapping[str, Any], model_type: str) -> PreTrainedConfig:
     kept -= {"model_type", "architectures", "transformers_version"}
     given = {key: value for key, value in given.items() if key in kept}
     given |= {"rope_parameters": rope, "tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    given["text_part_of"] = raw["model_type"]
     return CONFIG_MAPPING[model_type](**given)

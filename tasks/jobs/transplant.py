@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 from collections import defaultdict
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from radlads.model.export import export_student
+from radlads.model.export import export_papers
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.student import build_student
-from radlads.model.teacher import load_teacher
-from radlads.model.transplant import TransplantReport, transplant
+from radlads.model.student import build_student, load_student
+from radlads.model.teacher import load_generation_config, load_teacher, load_teacher_config
+from radlads.model.teacher_weights import TeacherWeights, open_teacher_weights
+from radlads.model.transplant import TransplantReport, stream_transplant
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.section_choice import listed_layers
@@ -24,42 +26,56 @@ from radlads.tasks.specs import TransplantSpec
 
 logger = logging.getLogger("radlads")
 
-# Of the mixers' fresh parameters; the published runs used this seed throughout.
+# Of the mixers' fresh parameters, with the layer's number added; the published runs used this one throughout.
 _SEED = 1337
 _MAX_SHARD_BYTES = 4_000_000_000
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def main(job: Job) -> dict[str, Any]:
-    """Write model/ (the student's Hugging Face folder) and transplant.json. Runs on the CPU, in the teacher's dtype."""
+    """Write model/ (the student's Hugging Face folder) and transplant.json, tensor by tensor from the teacher's files:
+    no model is ever whole in memory, but where nothing is converted, to see that the student is its teacher. Runs on
+    the CPU, in the teacher's dtype.
+    """
     spec: TransplantSpec = job.typed
     started = time.monotonic()
     reference, student_spec = spec.teacher, spec.student
-    teacher = load_teacher(
-        resolve_teacher_path(reference.path),
-        dtype=None,
-        device="cpu",
-        revision=reference.revision,
-        trust_remote_code=reference.trust_remote_code,
-    )
+    path, folder = resolve_teacher_path(reference.path), job.output / "model"
     tokenizer = load_tokenizer(
         reference.path, revision=reference.revision, trust_remote_code=reference.trust_remote_code
     )
-    torch.manual_seed(_SEED)
-    student = build_student(
-        teacher.config,
-        variant=student_spec.variant,
-        options=student_spec.options,
-        attention_layers=listed_layers(student_spec),
-        attention_rope=student_spec.attention_rope,
-        dtype=teacher.dtype,
+    config = load_teacher_config(path, revision=reference.revision)
+    weights = open_teacher_weights(path, config, revision=reference.revision)
+    dtype = config.dtype or weights.dtype
+    with torch.device("meta"):
+        student = build_student(
+            config,
+            variant=student_spec.variant,
+            options=student_spec.options,
+            attention_layers=listed_layers(student_spec),
+            attention_rope=student_spec.attention_rope,
+            untie_embeddings=student_spec.untie_embeddings,
+            dtype=dtype,
+        )
+    student.generation_config = load_generation_config(path, config, revision=reference.revision)
+    scale = student_spec.transplant.model_dump()
+    report = stream_transplant(
+        weights,
+        student,
+        folder,
+        dtype=dtype,
+        seed=_SEED,
+        scale=scale,
+        max_shard_bytes=_MAX_SHARD_BYTES,
+        on_progress=lambda done, total: job.progress(done, total, "tensors"),
     )
-    report = transplant(teacher, student)
-    sheet = describe(report, teacher, student) | {"seed": _SEED, "teacher": reference.model_dump(mode="json")}
+    export_papers(student, tokenizer, folder)
+    sheet = describe(report, weights, student)
+    sheet |= {"seed": _SEED, "multipliers": scale, "teacher": reference.model_dump(mode="json")}
     if not student.mixers():
-        sheet["logits"] = compare_logits(teacher, student, required=student_spec.attention_rope)
+        teacher = load_teacher(path, revision=reference.revision)
+        sheet["logits"] = compare_logits(teacher, load_student(folder), required=student_spec.attention_rope)
         logger.info("no layer is converted; %s", sheet["logits"]["verdict"])
-    export_student(student, tokenizer, job.output / "model", max_shard_bytes=_MAX_SHARD_BYTES)
     (job.output / "transplant.json").write_text(json.dumps(sheet, indent=1), encoding="utf-8")
     totals = sheet["parameters"]
     logger.info("%d parameters copied, %d fresh, %d dropped", *(totals[k] for k in ("copied", "fresh", "dropped")))
@@ -69,18 +85,19 @@ def main(job: Job) -> dict[str, Any]:
     }
 
 
-def describe(report: TransplantReport, teacher: PreTrainedModel, student: RadladsForCausalLM) -> dict[str, Any]:
+def describe(report: TransplantReport, weights: TeacherWeights, student: RadladsForCausalLM) -> dict[str, Any]:
     """Parameters copied, fresh and dropped, in all and for every layer, and every tensor's name."""
-    ours, theirs = student.state_dict(), teacher.state_dict()
+    ours = {name: tensor.numel() for name, tensor in student.state_dict().items()}
+    theirs = {name: math.prod(shape) for name, shape in weights.shapes.items()} | weights.left_out
     kinds = {"copied": (report.copied, ours), "fresh": (report.fresh, ours), "dropped": (report.dropped, theirs)}
     layers: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(kinds, 0))
     totals = dict.fromkeys(kinds, 0)
-    for kind, (names, tensors) in kinds.items():
+    for kind, (names, sizes) in kinds.items():
         for name in names:
-            found = _LAYER.search(f".{name}")
+            found = None if name in weights.left_out else _LAYER.search(f".{name}")
             place = f"layer {int(found[1])}" if found else "outside the layers"
-            layers[place][kind] += tensors[name].numel()
-            totals[kind] += tensors[name].numel()
+            layers[place][kind] += sizes[name]
+            totals[kind] += sizes[name]
     return {
         "parameters": totals,
         "layers": dict(layers),
