@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from radlads.model.modeling import parameter_group
 from radlads.model.student import build_student
-from radlads.model.teacher import find_family, load_teacher_config
+from radlads.model.teacher import find_family, load_teacher_config, teacher_warnings
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs.checks import (
     Findings,
@@ -90,6 +90,10 @@ def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
         networks = count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
+    if recipe.teacher is not None:
+        layers = planned_layers(recipe.student, networks.num_layers)
+        untied = recipe.student.untie_embeddings
+        findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
