@@ -10,7 +10,7 @@ from radlads.tasks.job import UserError
 from radlads.tasks.jobs import engine as engine_module
 from radlads.tasks.jobs.engine import Engine
 from radlads.tasks.jobs.group import join_group
-from radlads.tasks.jobs.parameter_groups import select_trainable
+from radlads.tasks.jobs.parameter_groups import optimizer_groups, select_trainable
 from radlads.tasks.recipe import Finetune, Optimizer
 
 SECTION = Finetune(tokens=1000, context=8, batch=4, micro_batch=2, optimizer=Optimizer(clip=0.1, weight_decay=0.1))
@@ -134,3 +134,27 @@ def test_nothing_to_train_is_told():
     toy.trainable = lambda name: False
     with pytest.raises(UserError, match="nothing is left to train"):
         select_trainable(toy, SECTION)
+
+
+def test_what_is_decayed_and_at_which_rate_it_learns():
+    shapes = {"q.weight": (4, 4), "w0": (1, 1, 4), "w1": (4, 2), "r_k": (2, 2), "norm.weight": (4,), "x_r": (1, 1, 4)}
+    chosen = {"mixer": [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()], "rest": []}
+    groups = optimizer_groups(chosen, Optimizer(weight_decay=0.1, decay_base_rate=2.0))
+    names = {id(parameter): name for name, parameter in chosen["mixer"]}
+    found = {names[id(p)]: (group["weight_decay"], group["multiplier"]) for group in groups for p in group["params"]}
+    assert {name for name, (decay, _) in found.items() if decay == 0.1} == {"q.weight", "w1", "r_k"}
+    assert {name: multiplier for name, (_, multiplier) in found.items() if multiplier != 1} == {"w0": 2.0}
+
+
+def test_a_multiplied_rate_moves_further():
+    toy = Toy()
+    toy.student.register_parameter("w0", nn.Parameter(torch.ones(3)))
+    toy.student.register_parameter("w9", nn.Parameter(torch.ones(3)))
+    plain = toy.forward
+    toy.forward = lambda batch: (plain(batch)[0] + toy.student.w0.sum() + toy.student.w9.sum(), {})
+    join_group(CPU, 0, 1)
+    section = SECTION.model_copy(update={"optimizer": Optimizer(clip=10.0, decay_base_rate=2.0)})
+    engine = Engine(toy, section, device=CPU, dtype=torch.float32, zero_stage=1, micro_batch=2, num_micro=2)
+    engine.step(batches(0), {"mixer": 0.0, "rest": 1e-2}, 0, stop=False)
+    moved = {name: 1 - engine.read(name)["param"] for name in ("w0", "w9")}
+    torch.testing.assert_close(moved["w0"], 2 * moved["w9"])

@@ -61,3 +61,13 @@ def test_each_group_has_its_own_rate():
     rates = learning_rates(section, 40)
     assert rates["mixer"] == learning_rate(section.schedule, RATE, 40, 100)
     assert rates["rest"] == pytest.approx(2e-4)
+
+
+def test_linear_and_exponential_go_evenly():
+    assert at("linear", 250) == pytest.approx(1e-3 - 99e-5 / 4)
+    assert at("linear", 1000) == pytest.approx(1e-5)
+    assert at("exponential", 500) == pytest.approx(1e-4)
+    assert at("exponential", 1000) == pytest.approx(1e-5)
+    assert at("exponential", 500, begin=0.5) == 1e-3
+    still = Schedule(kind="exponential", warmup_steps=0)
+    assert learning_rate(still, Rate(start=0.0, final=0.0), 5, 10) == 0

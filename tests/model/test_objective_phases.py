@@ -1,0 +1,131 @@
+"""Objectives that change on the way, and what each of them trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from radlads.model.lora import add_lora
+from radlads.model.objectives import build_objective
+from radlads.tasks.recipe import Distill, Finetune, Lora, Phase
+from radlads.tasks.specs import TeacherRef, TrainSpec
+
+SIZES = {"context": 20, "batch": 2}
+
+
+def objective(name: str, student, teacher=None, **changes: Any):
+    kind = {"distill": Distill, "finetune": Finetune}[name]
+    section = kind(**{"tokens": 400, **SIZES, **changes})
+    reference = TeacherRef(path="x", fingerprint="y")
+    return build_objective(TrainSpec(objective=name, section=section, teacher=reference), student, teacher)
+
+
+def trained(built) -> set[str]:
+    return {name for name, _ in built.student.named_parameters() if built.trainable(name)}
+
+
+def kl(student, teacher, ids, ours: float, theirs: float) -> torch.Tensor:
+    p = (teacher(ids).logits.flatten(0, 1) / theirs).log_softmax(-1)
+    q = (student(ids).logits.flatten(0, 1) / ours).log_softmax(-1)
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+
+
+def test_each_phase_has_its_temperature_and_judging_has_none(make_teacher, make_student, tokens) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher)
+    phases = (
+        Phase(tokens=80, temperature=1.5),
+        Phase(tokens=120, temperature=1.2, ce_weight=0.25),
+        Phase(tokens=200, temperature=1.0, teacher_temperature=2.0),
+    )
+    built = objective("distill", student, teacher, phases=phases, ce_weight=0.5)
+    ids, labels = tokens[:, :-1], tokens[:, 1:].flatten()
+    ce = torch.nn.functional.cross_entropy(student(ids).logits.flatten(0, 1), labels)
+    expected = [
+        (0, 1.5**2 * kl(student, teacher, ids, 1.5, 1.5) + 0.5 * ce),
+        (2, 1.2**2 * kl(student, teacher, ids, 1.2, 1.2) + 0.25 * ce),
+        (9, kl(student, teacher, ids, 1.0, 2.0) + 0.5 * ce),
+    ]
+    for step, loss in expected:
+        built.begin_step(step)
+        torch.testing.assert_close(built({"input_ids": tokens})[0], loss, atol=1e-5, rtol=1e-4)
+    built.begin_step(0)
+    built.eval()
+    judged = kl(student, teacher, ids, 1.0, 1.0) + 0.5 * ce
+    torch.testing.assert_close(built({"input_ids": tokens})[0], judged, atol=1e-5, rtol=1e-4)
+
+
+def test_cross_entropy_comes_in_spikes(make_teacher, make_student, tokens) -> None:
+    teacher = make_teacher("llama")
+    built = objective("distill", make_student(teacher), teacher, ce_spikes={"every": 3, "weight": 2.0})
+    seen = []
+    for step in range(7):
+        built.begin_step(step)
+        loss, metrics = built({"input_ids": tokens})
+        seen.append(round(float((loss.detach() - metrics["kl"]) / metrics["ce"]), 4))
+    assert seen == [0, 0, 2, 0, 0, 2, 0]
+
+
+def test_l2wrap_moves_gradients_and_not_the_loss(make_teacher, make_student, tokens) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher).requires_grad_(True)
+    found = []
+    for l2wrap in (0.0, 0.01):
+        student.zero_grad()
+        loss, _ = objective("distill", student, teacher, l2wrap=l2wrap)({"input_ids": tokens})
+        loss.backward()
+        found.append((float(loss.detach()), student.lm_head.weight.grad.clone()))
+    assert found[0][0] == found[1][0]
+    assert not torch.allclose(found[0][1], found[1][1])
+
+
+def test_step_3a_trains_decay_and_token_shift(make_teacher, make_student) -> None:
+    teacher = make_teacher("qwen3")
+    student = make_student(teacher, variant="rwkv7")
+    names = {name.rpartition(".")[2] for name in trained(objective("finetune", student, train_only=["decay"]))}
+    assert names == {"w0", "w1", "w2"}
+    both = trained(objective("finetune", student, train_only=["decay", "token_shift"]))
+    assert {name.rpartition(".")[2] for name in both} == names | {f"x_{branch}" for branch in "rwkvag"}
+    whole = trained(objective("finetune", student, train_only=["mixer"]))
+    assert {student.parameter_group(name) for name in whole} == {"mixer"}
+    six = make_student(teacher, variant="rad_rwkv6")
+    shifts = {n.rpartition(".")[2] for n in trained(objective("finetune", six, train_only=["decay", "token_shift"]))}
+    assert {"time_decay", "time_decay_w1", "time_decay_w2", "time_maa_x", "time_maa_w", "time_maa_w1"} <= shifts
+    assert all(name.startswith(("time_decay", "time_maa")) for name in shifts)
+
+
+def test_lora_trains_pairs_and_what_the_mixers_add(make_teacher, make_student) -> None:
+    teacher = make_teacher("qwen3")
+    student = make_student(teacher, attention_layers=(1,))
+    built = objective("distill", student, teacher, lora=Lora(rank=2, targets=("q_proj", "up_proj")))
+    add_lora(student, built.section.lora)
+    names = trained(built)
+    assert {"model.layers.1.self_attn.q_proj.lora_a", "model.layers.0.mlp.up_proj.lora_b"} <= names
+    assert "model.layers.0.self_attn.q_proj.weight" not in names
+    rest = {name for name in names if "lora_" not in name}
+    assert {student.parameter_group(name) for name in rest} == {"mixer"}
+    assert "model.layers.0.self_attn.v_proj.weight" in rest
+
+
+def test_the_final_norm_can_stay_while_the_others_train(make_teacher, make_student) -> None:
+    built = objective("finetune", make_student(make_teacher("llama")), freeze=["final_norm", "mlp"])
+    names = trained(built)
+    assert "model.norm.weight" not in names
+    assert {"model.layers.0.input_layernorm.weight", "lm_head.weight"} <= names
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"phases": [{"tokens": 1}]}, "phases' tokens add up to 1"),
+        ({"phases": [{"tokens": 400, "micro_batch": 3}]}, "phase 1: batch .2. must be a multiple"),
+        ({"temperature": 2.0, "teacher_temperature": 2.0}, "not both"),
+        ({"lora": {"targets": ["up_proj"]}, "freeze": ["mlp"]}, "freeze has mlp"),
+        ({"mixer_rate": {"start": 1e-4, "final": 0.0}, "schedule": {"kind": "exponential"}}, "rate of 0"),
+    ],
+)
+def test_settings_that_contradict_are_told(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Distill(**{"tokens": 400, **SIZES, **change})
