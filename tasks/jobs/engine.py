@@ -61,17 +61,22 @@ class Engine:
         zero_stage: int,
         micro_batch: int,
         num_micro: int,
+        offload: bool = False,
     ) -> None:
-        """The process group is open. micro_batch: sequences of a forward pass; num_micro: forward passes of a step."""
+        """The process group is open. micro_batch: sequences of a forward pass; num_micro: forward passes of a step.
+
+        offload: the optimizer, its masters and its moments live in host memory; ZeRO-2 whatever was asked.
+        """
         chosen = select_trainable(objective, section)
         self.parameters = dict(chosen["mixer"] + chosen["rest"])
         self.device, self.num_micro, self.clip = device, num_micro, section.optimizer.clip
         self._adam = _adamw(chosen, section)
-        stage = _usable_stage(zero_stage, dtype)
-        self._engine = _initialize(
-            objective.to(device), self._adam, _config(stage, dtype, micro_batch, num_micro, self._elements())
-        )
-        self._sharded = stage > 0
+        stage = 2 if offload else _usable_stage(zero_stage, dtype)
+        config = _config(stage, dtype, micro_batch, num_micro, self._elements())
+        if offload:
+            config = _offloaded(config, pin_memory=device.type == "cuda")
+        self._engine = _initialize(objective.to(device), self._adam, config)
+        self._sharded, self._offloaded = stage > 0, offload
         self.objective = objective
         self._make_state()
 
@@ -98,6 +103,9 @@ class Engine:
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]] * group["multiplier"]
         self._engine.step()
+        if self._offloaded:
+            for gradient in self._gradients():
+                gradient.zero_()  # a parameter that the next step does not use must not find this step's
         return result
 
     def _agree(self, seen: dict[str, Tensor], stop: bool) -> StepResult:
@@ -123,6 +131,9 @@ class Engine:
             for parameter in missing:
                 parameter.grad = torch.zeros_like(parameter)
             return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        if self._offloaded:
+            self._engine.optimizer._wait_for_offload_copies()
+            return [master.grad for master in self._engine.optimizer.single_partition_of_fp32_groups]
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _clip(self, norm: float) -> None:
@@ -156,11 +167,12 @@ class Engine:
         DeepSpeed links them to parameter names once, after the first group has moved, and so misses the other groups.
         """
         owned = [parameter for group in self._adam.param_groups for parameter in group["params"]]
+        before = [parameter.grad for parameter in owned]  # with offload: where gradients arrive
         for parameter in owned:
             parameter.grad = torch.zeros_like(parameter)
         self._adam.step()  # at a rate of 0 and without a gradient: nothing moves, and the state is torch's own
-        for parameter in owned:
-            parameter.grad = None
+        for parameter, gradient in zip(owned, before, strict=True):
+            parameter.grad = gradient if self._offloaded else None
         self.set_adam_steps(0)
         if self._sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -246,6 +258,19 @@ def _config(stage: int, dtype: torch.dtype, micro_batch: int, num_micro: int, el
             "data_types": {"grad_accum_dtype": "fp32"},
         }
     return config
+
+
+def _offloaded(config: dict[str, Any], *, pin_memory: bool) -> dict[str, Any]:
+    """The configuration with the optimizer in host memory, stepped by torch's fused AdamW on the CPU.
+
+    DeepSpeed's own CPU Adam wants a compiler on every machine and is slower than torch's fused one (tried on x86 with
+    10 M parameters: 259 against 57 ms a step).
+    """
+    zero = config["zero_optimization"] | {
+        "offload_optimizer": {"device": "cpu", "pin_memory": pin_memory},
+        "compute_grad_norm": True,  # DeepSpeed insists; the norm that clips is ours
+    }
+    return config | {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
 
 
 def _initialize(objective: nn.Module, adam: torch.optim.AdamW, config: dict[str, Any]) -> Any:

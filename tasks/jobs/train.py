@@ -49,6 +49,7 @@ def main(job: Job) -> dict[str, Any]:
         device=job.device,
         dtype=job.dtype,
         zero_stage=job.spec.resources.zero_stage,
+        offload=job.spec.resources.offload_optimizer,
         micro_batch=plans[0].sequences,
         num_micro=plans[0].num_micro,
     )

@@ -41,9 +41,12 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(0, 50, (2, 9), generator=generator)} for _ in range(2)]
 
 
-def make_engine(toy: Toy, zero_stage: int, dtype: torch.dtype = torch.float32) -> Engine:
+def make_engine(toy: Toy, zero_stage: int | str, dtype: torch.dtype = torch.float32) -> Engine:
+    """zero_stage: or "offload"."""
     join_group(CPU, 0, 1)
-    return Engine(toy, SECTION, device=CPU, dtype=dtype, zero_stage=zero_stage, micro_batch=2, num_micro=2)
+    offload = zero_stage == "offload"
+    stage = 1 if offload else zero_stage
+    return Engine(toy, SECTION, device=CPU, dtype=dtype, zero_stage=stage, micro_batch=2, num_micro=2, offload=offload)
 
 
 def plain_training(num_steps: int) -> tuple[Toy, list[tuple[float, float]]]:
@@ -65,7 +68,7 @@ def plain_training(num_steps: int) -> tuple[Toy, list[tuple[float, float]]]:
     return toy, seen
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_engine_trains_as_plain_torch_does(zero_stage, dtype):
     plain, expected = plain_training(6)
@@ -107,7 +110,7 @@ def test_the_size_of_a_reduction_changes_nothing(zero_stage, dtype, bucket, monk
         assert whole.step(batches(step), rates, step, stop=False) == pieces.step(batches(step), rates, step, stop=False)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, 1, "offload"])
 def test_a_parameter_without_gradient_is_only_decayed(zero_stage):
     engine = make_engine(Toy(unused=True), zero_stage)
     engine.step(batches(0), {"mixer": 0.0, "rest": 1e-2}, 0, stop=False)
@@ -115,7 +118,7 @@ def test_a_parameter_without_gradient_is_only_decayed(zero_stage):
     assert torch.allclose(engine.read("unused")["param"], decayed)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload"])
 def test_state_goes_to_another_engine_and_training_continues_bit_for_bit(zero_stage):
     rates = {"mixer": 0.0, "rest": 1e-2}
     first = make_engine(Toy(), zero_stage)
