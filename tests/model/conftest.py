@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from radlads.model.student import RadladsForCausalLM, build_student
 from radlads.model.transplant import transplant
@@ -84,3 +90,35 @@ def make_student() -> MakeStudent:
 def tokens() -> torch.Tensor:
     """[2, 21] int64, without special tokens."""
     return torch.randint(3, SIZES["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def make_vision_language() -> Callable[..., Any]:
+    def make(model_type: str, tied: bool) -> Any:
+        torch.manual_seed(0)
+        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+        vision |= {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [0], "num_position_embeddings": 16}
+        text = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": 64,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]},
+        }
+        if model_type == "qwen3_vl_moe":
+            # Heads wider than width / heads; experts that the checkpoint keeps transposed.
+            text |= {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+            text["rope_parameters"]["mrope_section"] = [4, 2, 2]
+        ids = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+        config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        return model.eval()
+
+    return make

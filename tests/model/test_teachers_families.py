@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from radlads.model.export import export_student
 from radlads.model.student import build_student, load_student
@@ -167,38 +167,6 @@ def test_the_text_part_of_a_vision_language_model_is_a_language_model(
         wanted = whole(input_ids=tokens).logits
         torch.testing.assert_close(teacher(tokens).logits, wanted, atol=1e-5, rtol=1e-5)
         assert torch.equal(student.eval()(tokens).logits, teacher(tokens).logits)
-
-
-@pytest.fixture
-def make_vision_language() -> Callable[..., Any]:
-    def make(model_type: str, tied: bool) -> Any:
-        torch.manual_seed(0)
-        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
-        vision |= {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [0], "num_position_embeddings": 16}
-        text = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 48,
-            "vocab_size": 64,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": tied,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]},
-        }
-        if model_type == "qwen3_vl_moe":
-            # Heads wider than width / heads, and square experts, whose orientation shapes do not tell.
-            text |= {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-            text["rope_parameters"]["mrope_section"] = [4, 2, 2]
-        ids = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-        config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        return model.eval()
-
-    return make
 
 
 def as_qwen2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
