@@ -191,9 +191,12 @@ def fit_probe(probe: RecallProbe, *, count: int, num_candidates: int, tokens: in
     reading = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
     if allowed >= reading + probe.heldout_tokens:
         return probe
-    share = allowed / (reading + probe.heldout_tokens)
-    documents = _documents_within(probe.lengths, int(share * reading))
-    windows = int(share * probe.heldout_tokens) // probe.context
+    # Half for each kind, and what one does not need for the other.
+    documents = min(
+        probe.documents, _documents_within(probe.lengths, max(allowed // 2, allowed - probe.heldout_tokens))
+    )
+    reading = sum(probe.lengths[i % len(probe.lengths)] for i in range(documents))
+    windows = min(probe.heldout_tokens, allowed - reading) // probe.context
     if windows < 1 or documents < _LEAST_DOCUMENTS:
         raise ValueError(
             f"choosing {count} of {num_candidates} layers by recall takes {passes} passes, and {probe.budget:.0%} of "

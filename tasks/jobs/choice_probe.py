@@ -10,24 +10,24 @@ from transformers import PreTrainedTokenizerBase
 
 from radlads.model.layer_scores import ProbeBatch
 from radlads.tasks.job import UserError
-from radlads.tasks.jobs.bits import Windows
+from radlads.tasks.jobs.loader import TokenSplit
 from radlads.tasks.jobs.recall import Quiz, build_quiz, load_filler
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
 from radlads.tasks.section_choice import RecallProbe
 
 
-def make_quizzes(section: RecallProbe, tokenizer: PreTrainedTokenizerBase) -> list[Quiz]:
-    """`section.documents` of them, lengths in turn; a pure function of the section. Raises UserError."""
+def make_quizzes(section: RecallProbe, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Quiz]]:
+    """Length → documents, `section.documents` in all, lengths in turn; a pure function of the section.
+
+    Raises UserError.
+    """
     filler = load_filler([resolve_file(name) for name in expand_paths(section.haystack)], section.haystack_separator)
-    return [
-        build_quiz(
-            tokenizer,
-            filler,
-            length=section.lengths[number % len(section.lengths)],
-            rng=random.Random(f"{section.seed}:{number}"),
-        )
-        for number in range(section.documents)
-    ]
+    quizzes: dict[int, list[Quiz]] = {}
+    for number in range(section.documents):
+        length = section.lengths[number % len(section.lengths)]
+        quiz = build_quiz(tokenizer, filler, length=length, rng=random.Random(f"{section.seed}:{number}"))
+        quizzes.setdefault(length, []).append(quiz)
+    return quizzes
 
 
 def check_probe(section: RecallProbe, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
@@ -41,24 +41,26 @@ def check_probe(section: RecallProbe, tokenizer: PreTrainedTokenizerBase, positi
     make_quizzes(section.model_copy(update={"documents": 1, "lengths": (min(section.lengths),)}), tokenizer)
 
 
-def quiz_batches(quizzes: Sequence[Quiz], size: int, *, bos_id: int | None) -> list[ProbeBatch]:
-    """Batches of documents of like length, padded on the right. bos_id: put before each, where the data has it."""
-    ordered = sorted(quizzes, key=lambda quiz: len(quiz.ids))
-    batches = []
-    for start in range(0, len(ordered), size):
-        part = ordered[start : start + size]
-        before = [] if bos_id is None else [bos_id]
-        ids_BT = torch.zeros(len(part), len(before) + max(len(quiz.ids) for quiz in part), dtype=torch.int64)
-        answers_BT = torch.zeros_like(ids_BT)
-        for row, quiz in enumerate(part):
-            end = len(before) + len(quiz.ids)
-            ids_BT[row, :end] = torch.tensor([*before, *quiz.ids])
-            answers_BT[row, len(before) : end] = torch.tensor(quiz.answers)
-        batches.append(ProbeBatch(ids_BT, answers_BT))
-    return batches
+def quiz_batches(quizzes: dict[int, list[Quiz]], size: int, *, bos_id: int | None) -> list[ProbeBatch]:
+    """Batches of documents of one length, padded on the right. bos_id: put before each, where the data has it."""
+    parts = [part[start : start + size] for part in quizzes.values() for start in range(0, len(part), size)]
+    return [_batch(part, [] if bos_id is None else [bos_id]) for part in parts]
 
 
-def text_batches(windows: Windows, size: int) -> Iterator[ProbeBatch]:
-    """Batches of held-out windows."""
-    for start in range(0, len(windows), size):
-        yield ProbeBatch(windows.input_ids(range(start, min(start + size, len(windows)))))
+def _batch(quizzes: Sequence[Quiz], before: list[int]) -> ProbeBatch:
+    ids_BT = torch.zeros(len(quizzes), len(before) + max(len(quiz.ids) for quiz in quizzes), dtype=torch.int64)
+    answers_BT = torch.zeros_like(ids_BT)
+    for row, quiz in enumerate(quizzes):
+        end = len(before) + len(quiz.ids)
+        ids_BT[row, :end] = torch.tensor([*before, *quiz.ids])
+        answers_BT[row, len(before) : end] = torch.tensor(quiz.answers)
+    return ProbeBatch(ids_BT, answers_BT)
+
+
+def text_batches(split: TokenSplit, section: RecallProbe) -> Iterator[ProbeBatch]:
+    """Batches of windows of held-out text. Raises UserError where there is none."""
+    if split.tokens < 2:
+        raise UserError(f"{split.folder} has {split.tokens} held-out tokens to measure KL on; raise heldout_fraction")
+    context = min(section.context, split.tokens - 1)
+    for batch in split.heldout(context, section.micro_batch, section.heldout_tokens):
+        yield ProbeBatch(batch["input_ids"])

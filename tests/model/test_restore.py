@@ -1,0 +1,180 @@
+"""Giving layers their softmax back: exact, reversible, saved and loaded again; and what it scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from radlads.model.export import export_student
+from radlads.model.layer_choice import recall_layers
+from radlads.model.layer_scores import ProbeBatch, TokenCount, score_layers, sum_layers, teacher_recall
+from radlads.model.restore import restore_attention, restored
+from radlads.model.student import load_student
+from radlads.model.variants import list_variants
+from radlads.tasks.job import UserError
+
+
+@pytest.fixture
+def teacher(make_teacher):
+    return make_teacher("qwen3")
+
+
+def test_inside_it_is_the_student_built_with_these_layers(teacher, make_student, tokens):
+    student = make_student(teacher)
+    plain = student(tokens).logits
+    with restored(student, teacher, [1]):
+        inside = student(tokens, use_cache=False).logits
+    assert torch.equal(student(tokens).logits, plain)
+    assert student.config.attention_layers == []
+    wanted = make_student(teacher, attention_layers=(1,), attention_rope=True)
+    for layer in (0, 2):
+        wanted.model.layers[layer].self_attn.load_state_dict(student.model.layers[layer].self_attn.state_dict())
+    assert torch.equal(inside, wanted(tokens).logits)
+    assert not torch.equal(inside, plain)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "phi3", "mistral"])
+def test_restored_for_good_survives_export(make_teacher, make_student, tokens, tmp_path, family):
+    teacher = make_teacher(family)
+    student = make_student(teacher)
+    with restored(student, teacher, [0, 2]):
+        wanted = student(tokens, use_cache=False).logits
+    report = restore_attention(student, teacher, [0, 2], attention_rope=True)
+    assert torch.equal(student(tokens, use_cache=False).logits, wanted)
+    assert any("layers.0" in name for name in report["restored"])
+    # Layer 1 is the first recurrent one now, and loses what took values from layer 0.
+    assert {name.split(".")[2] for name in report["dropped"]} == {"0", "1", "2"}
+    export_student(student, None, tmp_path)
+    again = load_student(tmp_path)
+    assert again.config.attention_layers == [0, 2]
+    assert again.config.attention_rope
+    assert list(again.mixers()) == [1]
+    assert torch.equal(again(tokens, use_cache=False).logits, wanted)
+    theirs = teacher.model.layers[2].self_attn.state_dict()
+    assert all(
+        torch.equal(tensor, theirs[name]) for name, tensor in again.model.layers[2].self_attn.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_the_next_layer_plays_the_first_ones_part(teacher, make_student, tokens, variant):
+    """With layer 0 softmax again, layer 1 hands its values on; it loses what took them from layer 0."""
+    student = make_student(teacher, variant=variant)
+    built = make_student(teacher, variant=variant, attention_layers=(0,))
+    with restored(student, teacher, [0]):
+        assert set(student.state_dict()) == set(built.state_dict())
+        assert torch.isfinite(student(tokens, use_cache=False).logits).all()
+    assert torch.isfinite(student(tokens, use_cache=False).logits).all()
+
+
+def test_generation_goes_on_as_the_whole_text_says(teacher, make_student, tokens):
+    student = make_student(teacher)
+    restore_attention(student, teacher, [1], attention_rope=False)
+    made = student.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for t in range(tokens.shape[1], made.shape[1]):
+        assert torch.equal(student(made[:, :t], use_cache=False).logits[:, -1].argmax(-1), made[:, t])
+
+
+def test_it_is_a_copy_that_trains_alone(teacher, make_student, tokens):
+    student = make_student(teacher)
+    restore_attention(student, teacher, [1], attention_rope=True)
+    student(tokens, use_cache=False).logits.sum().backward()
+    own = student.model.layers[1].self_attn.q_proj.weight
+    assert own.grad is not None
+    assert own.data_ptr() != teacher.model.layers[1].self_attn.q_proj.weight.data_ptr()
+    assert not teacher.model.layers[1].self_attn.q_proj.weight.requires_grad
+
+
+def test_one_layer_stays_converted(teacher, make_student):
+    student = make_student(teacher)
+    with pytest.raises(UserError, match="at least one stays converted"):
+        restore_attention(student, teacher, [0, 1, 2], attention_rope=True)
+    with pytest.raises(UserError, match="3 layers"), restored(student, teacher, [3]):
+        pass
+
+
+def probe(num_answers=3, T=24, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (2, T), generator=generator)
+    answers = torch.zeros_like(ids)
+    for number in range(num_answers):
+        answers[:, 6 + 5 * number : 8 + 5 * number] = number + 1
+    return [ProbeBatch(ids, answers), ProbeBatch(torch.randint(3, 64, (3, T), generator=generator))]
+
+
+def test_scores_are_those_of_plain_forward_passes(teacher, make_student):
+    student = make_student(teacher)
+    recall, text = batches = probe()
+    before, scores = score_layers(student, teacher, batches, kept=(2,))
+    assert set(scores) == {0, 1}
+    for layers, found in (((2,), before), ((1, 2), scores[1])):
+        with restored(student, teacher, layers), torch.no_grad():
+            ours = student(recall.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+            told = student(text.input_ids[:, :-1], use_cache=False).logits.log_softmax(-1)
+        at = recall.answers[:, 1:] > 0
+        labels = recall.input_ids[:, 1:]
+        assert found.recall == pytest.approx(ours.gather(2, labels[..., None])[..., 0][at].mean().item(), abs=1e-5)
+        theirs = teacher(text.input_ids[:, :-1]).logits.log_softmax(-1)
+        kl = (theirs.exp() * (theirs - told)).sum(-1).mean().item()
+        assert found.kl == pytest.approx(kl, abs=1e-5)
+        right = ours.argmax(-1) == labels
+        whole = [bool(right[row][recall.answers[row, 1:] == number].all()) for row in range(2) for number in (1, 2, 3)]
+        assert found.accuracy == pytest.approx(sum(whole) / 6)
+
+
+def test_parts_of_the_probe_add_up(teacher, make_student):
+    student = make_student(teacher)
+    batches = probe()
+    whole = sum_layers(student, teacher, batches, kept=(), candidates=[-1, 1])
+    parts = [sum_layers(student, teacher, [batch], kept=(), candidates=[-1, 1]) for batch in batches]
+    for layer in (-1, 1):
+        assert vars(parts[0][layer] + parts[1][layer]) == pytest.approx(vars(whole[layer]))
+    assert (whole[1].answers, whole[1].answer_tokens, whole[1].text_tokens) == (6, 12, 69)
+
+
+def test_every_token_is_counted(teacher, make_student):
+    count = TokenCount()
+    sum_layers(make_student(teacher), teacher, probe(), kept=(), candidates=[-1, 0, 1, 2], count=count)
+    teacher_recall(teacher, probe(), count=count)
+    assert count.student == 4 * (2 * 23 + 3 * 23)
+    assert count.teacher == 3 * 23 + 2 * 23
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_the_only_layer_that_matters_is_chosen(teacher, make_student, needed):
+    """Where every other attention says nothing, restoring this one gives the teacher back."""
+    with torch.no_grad():
+        for layer in {0, 1, 2} - {needed}:
+            teacher.model.layers[layer].self_attn.o_proj.weight.zero_()
+    student = make_student(teacher)
+    batches = [sharpened(teacher), *probe()[1:]]
+    chosen, rounds = recall_layers(
+        lambda kept, left: score_layers(student, teacher, batches, kept=kept, candidates=left), 1, range(3)
+    )
+    assert chosen == (needed,)
+    assert rounds[0].scores[needed].kl == pytest.approx(0.0, abs=1e-5)
+    assert rounds[0].scores[needed].accuracy == 1.0
+    assert rounds[0].before.kl > 1e-3
+
+
+def sharpened(teacher):
+    """Recall that the teacher has: its own most likely tokens as answers."""
+    ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids = teacher.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    answers = torch.zeros_like(ids)
+    answers[:, 12:] = 1
+    return ProbeBatch(ids, answers)
+
+
+def test_choices_are_the_same_again(teacher, make_student):
+    student = make_student(teacher)
+    batches = probe()
+
+    def run():
+        return recall_layers(
+            lambda kept, left: score_layers(student, teacher, batches, kept=kept, candidates=left), 2, range(3)
+        )
+
+    first, second = run(), run()
+    assert first == second
+    assert len(first[0]) == 2

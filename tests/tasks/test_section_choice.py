@@ -1,0 +1,115 @@
+"""A recipe that names a way to choose its attention layers: what it may say, and how large a probe it gets."""
+
+import pytest
+import yaml
+
+from radlads.tasks.recipe import RecipeError, dump_recipe, parse_recipe
+from radlads.tasks.section_choice import AttentionChoice, RecallProbe, fit_probe, late_choice, probe_passes, run_tokens
+from radlads.tasks.specs import ChooseSpec, TeacherRef, spec_digest
+
+TRAINING = {"tokens": 40960, "context": 64, "batch": 4}
+
+
+def recipe(layers, **changes):
+    raw = {
+        "name": "tiny",
+        "teacher": {"path": "demo"},
+        "student": {"attention_layers": layers, **changes.pop("student", {})},
+        "data": {name: {"sources": [{"kind": "files", "paths": ["a.txt"]}]} for name in ("train", "other")},
+        "align": TRAINING,
+        "distill": TRAINING,
+    }
+    return parse_recipe({key: value for key, value in (raw | changes).items() if value is not None})
+
+
+@pytest.mark.parametrize("way", ["even", "last", "difficulty", "recall"])
+def test_a_choice_survives_yaml(way):
+    made = recipe({"count": 2, "choose": way})
+    assert isinstance(made.student.attention_layers, AttentionChoice)
+    assert parse_recipe(yaml.safe_load(dump_recipe(made))) == made
+    assert (late_choice(made) is None) == (way in ("even", "last"))
+
+
+def test_a_list_is_what_it_was():
+    made = recipe([3, 1])
+    assert made.student.attention_layers == (3, 1)
+    assert late_choice(made) is None
+    assert "attention_layers:\n  - 3\n  - 1" in dump_recipe(made)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"count": 0, "choose": "even"}, "count: Input should be greater than 0"),
+        ({"count": 1, "choose": "best"}, "'even', 'last', 'difficulty' or 'recall'"),
+        ({"cuont": 1, "count": 1, "choose": "even"}, "did you mean 'count'"),
+        ({"count": 1, "choose": "recall", "recall": {"lenghts": [64]}}, "did you mean 'lengths'"),
+        ({"count": 1, "choose": "even", "recall": {"seed": 1}}, "settings of `recall` are given, but `choose` is even"),
+        ({"count": 1, "choose": "recall", "recall": {"data": "no"}}, "recall.data is 'no'"),
+        ({"count": 1, "choose": "recall", "recall": {"budget": 0.5}}, "less than or equal to 0.05"),
+        ({"count": 1, "choose": "recall", "recall": {"heldout_tokens": 64}}, "less than one window of 512"),
+        ({"count": 1, "choose": "difficulty", "difficulty": {"min_gap": 9}}, "min_gap must not be larger"),
+        ("even", "give a list of layers, or {count: N, choose:"),
+        ([-1], "counted from 0"),
+        ([1, 1], "names a layer twice"),
+    ],
+)
+def test_bad_choices_are_one_line(layers, words):
+    with pytest.raises(RecipeError) as caught:
+        recipe(layers)
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("way", ["difficulty", "recall"])
+def test_a_choice_after_align_needs_align(way):
+    with pytest.raises(RecipeError, match="the recipe has none; choose even or last"):
+        recipe({"count": 1, "choose": way}, align=None)
+    assert recipe({"count": 1, "choose": "even"}, align=None)
+
+
+def test_calibration_needs_align():
+    with pytest.raises(RecipeError, match="calibrate works at the start of align"):
+        recipe([1], align=None, student={"calibrate": {}})
+
+
+def test_a_dataset_for_the_probe_alone_is_made():
+    assert recipe({"count": 1, "choose": "recall"}).datasets_used == ("train",)
+    made = recipe({"count": 1, "choose": "recall", "recall": {"data": "other"}})
+    assert made.datasets_used == ("train", "other")
+    assert run_tokens(made) == 2 * 40960
+
+
+@pytest.mark.parametrize("tokens", [500_000, 1_000_000, 500_000_000])
+@pytest.mark.parametrize(("count", "layers"), [(1, 4), (6, 44), (7, 28)])
+def test_the_probe_keeps_within_its_budget(tokens, count, layers):
+    probe = RecallProbe(lengths=(32, 64), context=32, documents=1000, heldout_tokens=1 << 20)
+    fitted = fit_probe(probe, count=count, num_candidates=layers, tokens=tokens * count)
+    reading = sum(fitted.lengths[i % 2] for i in range(fitted.documents)) + fitted.heldout_tokens
+    cost = probe_passes(count, layers) * reading
+    assert cost <= 0.05 * tokens * count
+    assert fitted.documents >= 4
+    assert fitted.heldout_tokens >= fitted.context
+    if fitted != probe:  # all of the budget is used, but for what the parts do not divide
+        assert cost > 0.05 * tokens * count - probe_passes(count, layers) * (32 + 2)
+
+
+def test_a_probe_within_its_budget_is_left_alone():
+    probe = RecallProbe()
+    assert fit_probe(probe, count=4, num_candidates=28, tokens=500_000_000) == probe
+
+
+def test_too_few_tokens_are_refused_with_what_would_help():
+    with pytest.raises(ValueError, match=r"train on more tokens, shorten recall.lengths"):
+        fit_probe(RecallProbe(), count=7, num_candidates=28, tokens=100_000)
+
+
+def test_the_digest_is_of_what_the_choice_is():
+    def digest(run=1000, **probe):
+        choice = AttentionChoice(count=1, choose="recall", recall=RecallProbe(**probe))
+        teacher = TeacherRef(path="demo", fingerprint="f")
+        spec = ChooseSpec(section=choice, teacher=teacher, attention_rope=False, run_tokens=run)
+        return spec_digest("choose", spec, {})
+
+    assert digest() == digest(run=2000) == digest(micro_batch=1)
+    assert len({digest(), digest(seed=1), digest(documents=64), digest(lengths=(64,))}) == 4
