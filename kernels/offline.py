@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from radlads.kernels.linear_kl import triton_rows
 from radlads.kernels.wkv7 import triton_backward, triton_forward, triton_step
 from radlads.kernels.wkv7.triton_op import TRITON_TYPES
 from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, choose_numerics, default_tuning
@@ -71,6 +72,27 @@ def compile_wkv7(
     return {
         kernel.fn.__name__: kernel.warmup(*arguments, grid=(1,), **options)
         for kernel, arguments, options in _launches(K, V, dtype, ragged, tuning, numerics)
+    }
+
+
+def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
+    """Compile the kernel of linear_kl and linear_ce for a vocabulary of V: {kernel: what Triton made}."""
+    driver.set_active(_Driver(TARGETS[name]))
+    block = min(triton_rows.MAX_PART, triton.next_power_of_2(V))
+    parts = triton.cdiv(V, block)
+    f, x = torch.empty(64), torch.empty(64, dtype=torch.bfloat16)
+    i, long = torch.empty(64, dtype=torch.int32), torch.empty(64, dtype=torch.int64)
+    shared = {"PARTS": parts, "POWER": triton.next_power_of_2(parts), "BLOCK": block, "GRAD": True, "LABELS": True}
+    shared |= {"FACTORS": True, "TEMPERED": tempered, "num_warps": 8}
+    numbers = (V, V, V, V, 0.5, 0.5, 1.0, 0.1, 0.1, -100)
+    kernel = triton_rows.rows_kernel
+    return {
+        "kl": kernel.warmup(
+            f, f, long, f, x, f, f, f, f, f, i, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, **shared
+        ),
+        "ce": kernel.warmup(
+            x, None, long, f, x, f, f, f, f, f, i, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, **shared
+        ),
     }
 
 

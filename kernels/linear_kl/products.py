@@ -1,23 +1,20 @@
-"""Matrix products with fp32 sums for low-precision operands, and the size of a chunk of tokens."""
+"""Matrix products with fp32 sums for low-precision operands, and the gradient of a head gathered from them.
+
+Dims: V vocabulary, E width, n tokens of a tile or block.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}  # of fp32 logits; about four such buffers are alive at a time
 _LOW = (torch.bfloat16, torch.float16)
+_SLABS = 8  # pieces of a head's gradient, so that its last cast needs an eighth more memory and not half more
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def chunk_rows(num_tokens: int, vocab: int, device: torch.device) -> int:
-    """How many tokens' logits are held at a time."""
-    rows = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocab)
-    return max(1, min(num_tokens, max(rows, 16) if rows < 128 else rows // 128 * 128))
 
 
 class Operand:
@@ -27,27 +24,51 @@ class Operand:
         self.narrow = head_VE.is_cuda and head_VE.dtype == hidden_dtype and hidden_dtype in _LOW
         self.dtype = dtype
         self.head_VE = head_VE if self.narrow else head_VE.to(dtype)
+        self.grad_dtype = head_VE.dtype if self.narrow else dtype  # of gradients of logits that enter products
 
-    def logits(self, hidden_nE: Tensor) -> Tensor:
-        """[n,E] -> [n,V] in the accumulation dtype."""
+    def logits(self, hidden_nE: Tensor, out_nV: Tensor) -> None:
+        """[n,E] -> [n,V], rounded once to the dtype of `out_nV`."""
         if self.narrow:
-            return torch.mm(hidden_nE, self.head_VE.t(), out_dtype=self.dtype)
-        return hidden_nE.to(self.dtype) @ self.head_VE.t()
+            torch.mm(hidden_nE, self.head_VE.t(), out_dtype=out_nV.dtype, out=out_nV)
+        elif out_nV.dtype == self.dtype:
+            torch.mm(hidden_nE.to(self.dtype), self.head_VE.t(), out=out_nV)
+        else:
+            out_nV.copy_(hidden_nE.to(self.dtype) @ self.head_VE.t())
 
     def pull_back(self, grad_nV: Tensor) -> Tensor:
-        """[n,V] -> [n,E]: the gradient of the logits taken to the hidden states."""
+        """[n,V] -> [n,E] in the accumulation dtype: the gradient of the logits taken to the hidden states."""
         if self.narrow:
-            return torch.mm(grad_nV.to(self.head_VE.dtype), self.head_VE, out_dtype=self.dtype)
+            return torch.mm(grad_nV, self.head_VE, out_dtype=self.dtype)
         return grad_nV @ self.head_VE
 
-    def add_outer(self, total_VE: Tensor, grad_nV: Tensor, hidden_nE: Tensor) -> None:
-        """total += gradᵀ hidden, in place: the gradient of the logits taken to the head."""
-        if self.narrow:
-            left = grad_nV.to(self.head_VE.dtype).t()
-            right = hidden_nE.to(self.head_VE.dtype)
-            torch.addmm(total_VE, left, right, out_dtype=self.dtype, out=total_VE)
-        else:
-            total_VE.addmm_(grad_nV.t(), hidden_nE.to(self.dtype))
+
+class HeadGradient:
+    """Sum of gradᵀ hidden over the blocks of a batch, in the accumulation dtype."""
+
+    def __init__(self, operand: Operand) -> None:
+        V, E = operand.head_VE.shape
+        self.operand = operand
+        self.bounds = [V * i // _SLABS for i in range(_SLABS + 1)]
+        self.slabs: list[Tensor] = [
+            torch.zeros(stop - start, E, dtype=operand.dtype, device=operand.head_VE.device)
+            for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)
+        ]
+
+    def add(self, grad_nV: Tensor, hidden_nE: Tensor) -> None:
+        right = hidden_nE.to(self.operand.grad_dtype)
+        for i, total in enumerate(self.slabs):
+            left = grad_nV[:, self.bounds[i] : self.bounds[i + 1]].t()
+            if self.operand.narrow:
+                torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+            else:
+                total.addmm_(left, right)
+
+    def finish(self, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """The whole gradient [V,E] times `scale` in `dtype`; spends the sum, piece by piece."""
+        pieces = []
+        while self.slabs:
+            pieces.append(self.slabs.pop(0).mul_(scale).to(dtype))
+        return torch.cat(pieces)
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -59,6 +80,6 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def kept(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient as it waits for backward: fp16 could not hold values below 6e-8, so those stay fp32 until scaled."""
-    return grad if like.dtype == torch.float16 else grad.to(like.dtype)
+def waiting_dtype(like: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that waits for backward: fp16 could not hold values below 6e-8, so those stay wide until scaled."""
+    return dtype if like.dtype == torch.float16 else like.dtype

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from radlads.kernels.linear_kl import linear_ce, linear_kl, products
+from radlads.kernels.linear_kl import driver, linear_ce, linear_kl
 from radlads.kernels.testing import relative_rms
 
 N, D, E, V = 37, 16, 24, 50
@@ -13,7 +13,7 @@ N, D, E, V = 37, 16, 24, 50
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Chunks of sixteen tokens: two whole ones and a ragged tail."""
-    monkeypatch.setattr(products, "_CHUNK_BYTES", {"cpu": 4 * V * 16, "cuda": 4 * V * 16})
+    monkeypatch.setattr(driver, "ARENA_BYTES", {"cpu": 8 * V * 16, "cuda": 8 * V * 16})
 
 
 def operands(dtype=torch.float64, seed=0):
@@ -205,8 +205,74 @@ def test_a_temperature_of_the_teacher_alone_is_another_target(ce_weight):
         torch.autograd.grad(loss, (student, head)), torch.autograd.grad(plain, (student, head)), strict=True
     ):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
-    with pytest.raises(ValueError, match="exclude each other"):
-        linear_kl(student, head, teacher, teacher_head, temperature=2.0, teacher_temperature=1.7)
+
+
+def test_a_temperature_for_each_side():
+    """KL(softmax(y / τ_t) ‖ softmax(z / τ_s)) times the square of the student's."""
+    student, head, teacher, teacher_head, labels, _ = operands(seed=3)
+    both = {"student_temperature": 2.0, "teacher_temperature": 0.7}
+    loss, metrics = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.3, **both)
+    plain, expected = plain_kl(student, head, teacher * (2 / 0.7), teacher_head, 2.0, labels, 0.3, 1.0, None)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(metrics["kl"], expected["kl"].detach())
+    ours = torch.autograd.grad(loss, (student, head))
+    for grad, reference in zip(ours, torch.autograd.grad(plain, (student, head)), strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
+    same, _ = linear_kl(student, head, teacher, teacher_head, student_temperature=1.5, teacher_temperature=1.5)
+    torch.testing.assert_close(same, linear_kl(student, head, teacher, teacher_head, temperature=1.5)[0])
+
+
+@pytest.mark.parametrize("budget", [2 * V * 16, 8 * V * 50, 8 * V * 700])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_cut_into_tiles_and_blocks_does_not_matter(monkeypatch, budget, dtype):
+    student, head, teacher, teacher_head, labels, _ = operands(dtype)
+    expected = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.3)
+    grads = torch.autograd.grad(expected[0], (student, head))
+    monkeypatch.setattr(driver, "ARENA_BYTES", {"cpu": budget})
+    found = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.3)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found[0], (student, head)), grads)
+
+
+@pytest.mark.parametrize("logits", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("grad", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 300, 5000])
+def test_tiles_fit_the_memory_and_do_not_overlap(monkeypatch, num_tokens, alone, grad, logits):
+    vocabulary = 48
+    budget = 1500 * 4 * vocabulary
+    monkeypatch.setattr(driver, "ARENA_BYTES", {"cpu": budget})
+    tiles = driver._Tiles(num_tokens, vocabulary, torch.device("cpu"), logits, grad, alone)
+    assert sum(map(sum, tiles.blocks)) == num_tokens
+    assert tiles.arena.numel() <= budget
+    for block in tiles.blocks:
+        done = 0
+        for count in block:
+            z, y, gradients = tiles.views(done, count)
+            if done:
+                tiles.gradients(done).fill_(7)
+            for value, x in enumerate((z, y)):
+                if x is not None:
+                    x.fill_(value)
+            assert (z == 0).all()
+            if gradients is not None and gradients.dtype != z.dtype:
+                gradients.fill_(5)
+                assert (z == 0).all()
+            assert y is None or (y == 1).all()
+            if done:
+                assert (tiles.gradients(done) == 7).all()
+            done += count
+
+
+def test_bf16_logits_are_those_of_a_plain_head():
+    student, head, teacher, teacher_head, labels, _ = operands(torch.bfloat16)
+    loss, _ = linear_kl(
+        student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.5, logits_dtype=torch.bfloat16
+    )
+    z, y = (student @ head.T).float(), (teacher @ teacher_head.T).float()
+    plain = functional.kl_div(z.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="batchmean")
+    plain = plain + 0.5 * functional.cross_entropy(z, labels)
+    torch.testing.assert_close(loss, plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])

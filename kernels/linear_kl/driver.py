@@ -1,0 +1,169 @@
+"""The pass over the tokens that both losses share: logits of a tile, its losses, the products of a block.
+
+Dims: N tokens, D student width, E teacher width, V vocabulary. A tile is as many tokens as have logits at a time; a
+block is as many as have gradients of logits at a time: several tiles, so that the products of the backward are large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from radlads.kernels.linear_kl.products import HeadGradient, Operand, accumulate_dtype, waiting_dtype
+from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
+
+# Memory for logits and their gradients. On a GPU it leaves, of one GiB, room for the gradient of the hidden states.
+ARENA_BYTES = {"cpu": 64 << 20, "cuda": 870 << 20}
+MAX_BLOCK = 2048  # tokens: from here on the products are as fast as they get
+_ROUND = 128  # tokens of a tile are a multiple of this, where there are that many
+_LEAST = 16  # tokens of a tile, however large the vocabulary
+_PAD = 64  # entries of a row: keeps every row aligned for the matrix units
+
+Rows = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What both losses are made of; the teacher's part is None for cross entropy alone."""
+
+    hidden: Tensor  # [N,D]
+    head: Tensor  # [V,D]
+    scale: Tensor  # [N]: of each token's gradient, its normalised weight
+    teacher: Tensor | None = None  # [N,E]
+    teacher_head: Tensor | None = None  # [V,E]
+    labels: Tensor | None = None  # [N]
+    ce_factor: Tensor | None = None  # [N]
+    want_hidden: bool = False
+    want_head: bool = False
+    logits_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Losses of all tokens, and the gradients as they wait for the incoming scalar."""
+
+    losses: RowLosses
+    grad_hidden: Tensor | None
+    grad_head: Tensor | None
+
+
+def run_batch(batch: Batch, settings: RowSettings) -> Found:
+    """Losses of every token [N], gradients of hidden states and head where wanted: one pass, four products at most."""
+    hidden, teacher = batch.hidden, batch.teacher
+    N, V = hidden.shape[0], batch.head.shape[0]
+    dtype = accumulate_dtype(hidden) if teacher is None else accumulate_dtype(hidden, teacher)
+    ours = Operand(batch.head, hidden.dtype, dtype)
+    theirs = None if teacher is None else Operand(batch.teacher_head, teacher.dtype, dtype)
+    losses = RowLosses(*(torch.zeros(N, dtype=dtype, device=hidden.device) for _ in RowLosses._fields))
+    grad_dtype = ours.grad_dtype if batch.want_hidden or batch.want_head else None
+    tiles = _Tiles(N, V, hidden.device, batch.logits_dtype or dtype, grad_dtype, alone=theirs is None)
+    grad_hidden = None
+    if batch.want_hidden:
+        grad_hidden = torch.empty_like(hidden, dtype=waiting_dtype(hidden, dtype))
+    grad_head = HeadGradient(ours) if batch.want_head else None
+    rows = choose_rows(hidden.device, dtype)
+
+    def fill(start: int, tiles_of_block: list[int]) -> Tensor | None:
+        """Losses of a block's tokens and the gradient of its logits: two products and one kernel a tile."""
+        offset = 0
+        for count in tiles_of_block:
+            here = slice(start + offset, start + offset + count)
+            z, y, grad = tiles.views(offset, count)
+            ours.logits(hidden[here], z)
+            if theirs is not None:
+                theirs.logits(teacher[here], y)
+            labels, factor = (None if x is None else x[here] for x in (batch.labels, batch.ce_factor))
+            rows(z, y, labels, factor, grad, settings, RowLosses(*(x[here] for x in losses)))
+            offset += count
+        return None if grad_dtype is None else tiles.gradients(offset)
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        start = 0
+        for block in tiles.blocks:
+            here = slice(start, start + sum(block))
+            grad, scale = fill(start, block), batch.scale[here, None]
+            if grad_hidden is not None:
+                grad_hidden[here] = ours.pull_back(grad).mul_(scale)
+            if grad_head is not None:  # scaled by N on the way: fp16 could not hold hidden / N
+                grad_head.add(grad, hidden[here] * (scale * N))
+            start = here.stop
+        grad = tiles.arena = None  # gone before the head's gradient is cast
+        head = None if grad_head is None else grad_head.finish(1 / N, waiting_dtype(batch.head, dtype))
+    return Found(losses, grad_hidden, head)
+
+
+def choose_rows(device: torch.device, dtype: torch.dtype) -> Rows:
+    """The fused kernel on a GPU with Triton, else (and for fp64) plain torch."""
+    if device.type != "cuda" or dtype == torch.float64 or find_spec("triton") is None:
+        return torch_rows
+    from radlads.kernels.linear_kl.triton_rows import triton_rows
+
+    return triton_rows
+
+
+class _Tiles:
+    """One piece of memory for a block: gradients of logits grow from its front, logits of a tile lie behind them.
+
+    Logits of the student and their gradient share memory where they have one dtype.
+    """
+
+    def __init__(
+        self, N: int, V: int, device: torch.device, logits: torch.dtype, grad: torch.dtype | None, alone: bool
+    ) -> None:
+        self.V, self.width = V, V if device.type == "cpu" else -(-V // _PAD) * _PAD
+        self.logits_dtype, self.grad_dtype, self.alone = logits, grad, alone
+        self.kept = 0 if grad is None else grad.itemsize
+        self.shared = grad == logits
+        self.passing = logits.itemsize * ((0 if self.shared else 1) + (0 if alone else 1))
+        budget = ARENA_BYTES["cpu" if device.type == "cpu" else "cuda"] // self.width
+        self.blocks = self._plan(N, budget)
+        rows = max((self._bytes(block) for block in self.blocks), default=0)
+        self.arena = torch.empty(rows * self.width, dtype=torch.uint8, device=device)
+
+    def _plan(self, N: int, budget: int) -> list[list[int]]:
+        """Tiles of every block: each as long as the memory that is left allows."""
+        first = self._round(budget // (self.kept + self.passing))
+        blocks: list[list[int]] = []
+        while N > 0:
+            block: list[int] = []
+            room = min(N, MAX_BLOCK) if self.kept else min(N, first)
+            while room > 0:
+                left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
+                if block and left < max(_LEAST, first // 2):
+                    break
+                block.append(min(self._round(left), room))
+                room -= block[-1]
+            blocks.append(block)
+            N -= sum(block)
+        return blocks
+
+    def _round(self, tile: int) -> int:
+        return max(_LEAST, tile) if tile < _ROUND else tile // _ROUND * _ROUND
+
+    def _bytes(self, block: list[int]) -> int:
+        """Bytes of a block per entry of a row."""
+        ends = [sum(block[: i + 1]) for i in range(len(block))]
+        return max(end * self.kept + tile * self.passing for end, tile in zip(ends, block, strict=True))
+
+    def views(self, offset: int, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of the student, of the teacher, and the gradient [count,V] of the tile after `offset` tokens."""
+        grad = None if self.grad_dtype is None else self._rows(offset * self.kept, count, self.grad_dtype)
+        place = (offset + count) * self.kept
+        z = grad
+        if not self.shared:
+            z = self._rows(place, count, self.logits_dtype)
+            place += count * self.logits_dtype.itemsize
+        return z, None if self.alone else self._rows(place, count, self.logits_dtype), grad
+
+    def gradients(self, count: int) -> Tensor:
+        """Of the first `count` tokens of the block, [count,V]."""
+        return self._rows(0, count, self.grad_dtype)
+
+    def _rows(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
+        start = place * self.width
+        rows = self.arena[start : start + count * self.width * dtype.itemsize].view(dtype)
+        return rows.view(count, self.width)[:, : self.V]

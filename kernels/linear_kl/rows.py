@@ -1,0 +1,85 @@
+"""Losses and gradients of rows of logits, in plain torch; `triton_rows.py` does the same in one kernel.
+
+Dims: n rows (tokens), V vocabulary. Mathematics: README.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowSettings(NamedTuple):
+    """What every row has in common. The gradient of a row is
+
+    kl_factor (q - p) + ce_factor_n (softmax(z) - (1 - smoothing) onehot - smoothing / V) + l2wrap · z_top onehot(top)
+    """
+
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    kl_factor: float = 0.0
+    smoothing: float = 0.0
+    l2wrap: float = 0.0
+    ignore_index: int = -100
+
+
+class RowLosses(NamedTuple):
+    """Per row [n] in the accumulation dtype, without any weight: KL, negative log likelihood, its smoothed part
+    (mean over the vocabulary of -log softmax), and whether the top token is the teacher's (without one: the label)."""
+
+    kl: Tensor
+    nll: Tensor
+    smooth: Tensor
+    same: Tensor
+
+
+def torch_rows(
+    z_nV: Tensor,
+    y_nV: Tensor | None,
+    labels_n: Tensor | None,
+    ce_factor_n: Tensor | None,
+    grad_nV: Tensor | None,
+    settings: RowSettings,
+    losses: RowLosses,
+) -> None:
+    """Fill `losses` and, if given, `grad_nV` (which may be the memory of z). The logits z and y are spent."""
+    dtype = losses.kl.dtype
+    z, tau = z_nV.to(dtype), settings.student_temperature
+    top = z.argmax(-1, keepdim=True)
+    top_value = z.gather(1, top) if settings.l2wrap and grad_nV is not None else None
+    pull = None  # gradient of the part at temperature 1
+    if labels_n is not None:
+        valid = labels_n != settings.ignore_index
+        label = labels_n.where(valid, 0)[:, None]
+        total = z.logsumexp(-1, keepdim=True)
+        losses.nll.copy_((total - z.gather(1, label))[:, 0].where(valid, 0))
+        if settings.smoothing:
+            losses.smooth.copy_((total[:, 0] - z.mean(-1)).where(valid, 0))
+        if y_nV is None:
+            losses.same.copy_((top == label)[:, 0] & valid)
+        if grad_nV is not None and ce_factor_n is not None:
+            factor = ce_factor_n[:, None]
+            pull = (z - total).exp_().mul_(factor)
+            pull.scatter_add_(1, label, factor * (settings.smoothing - 1))
+            if settings.smoothing:
+                pull -= factor * (settings.smoothing / z.shape[1])
+    if y_nV is not None:
+        y = y_nV.to(dtype)
+        losses.same.copy_((top == y.argmax(-1, keepdim=True))[:, 0])
+        z, y = z.div_(tau), y.div_(settings.teacher_temperature)
+        z -= z.logsumexp(-1, keepdim=True)
+        y -= y.logsumexp(-1, keepdim=True)
+        p = y.exp()
+        losses.kl.copy_(y.sub_(z).mul_(p).sum(-1))
+        if grad_nV is not None and settings.kl_factor:
+            difference = z.exp_().sub_(p).mul_(settings.kl_factor)
+            pull = difference if pull is None else pull.add_(difference)
+    if grad_nV is None:
+        return
+    if pull is None:
+        pull = torch.zeros_like(z)
+    if top_value is not None:
+        pull.scatter_add_(1, top, top_value * settings.l2wrap)
+    grad_nV.copy_(pull)

@@ -1,0 +1,67 @@
+"""The fused kernel of linear_kl and linear_ce: interpreted on the CPU, compiled for GPUs that are not here, run on one
+that is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as functional
+
+from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.kernels.testing import relative_rms
+
+pytest.importorskip("triton")
+
+
+def run_python(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.slow
+def test_interpreted():
+    cases = Path(__file__).with_name("interpreter_rows.py")
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("V", [100, 152064])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiles(target, V, tmp_path):
+    code = f"from radlads.kernels.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 2"
+    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("V", [1000, 50257, 152064])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_on_the_gpu(V, tau):
+    """Rows shared by up to nineteen programs, an odd vocabulary, several tiles."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    N, D = 1500, 64
+    hidden, teacher = (torch.randn(N, D, device="cuda", generator=generator).bfloat16() for _ in range(2))
+    head, other = (torch.randn(V, D, device="cuda", generator=generator).mul(0.3).bfloat16() for _ in range(2))
+    labels = torch.randint(0, V, (N,), device="cuda", generator=generator)
+    labels[::7] = -100
+    leaves = [hidden.requires_grad_(), head.requires_grad_()]
+    kl, metrics = linear_kl(hidden, head, teacher, other, temperature=tau, labels_N=labels, ce_weight=0.5)
+    ce, _ = linear_ce(hidden, head, labels, label_smoothing=0.1)
+    ours = torch.autograd.grad(kl + ce, leaves)
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    z, y = wide[0] @ wide[1].t(), teacher.float() @ other.float().t()
+    divergence = functional.kl_div(
+        (z / tau).log_softmax(-1), (y / tau).log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    plain = divergence * tau**2 + 0.5 * functional.cross_entropy(z, labels)
+    plain = plain + functional.cross_entropy(z, labels, label_smoothing=0.1)
+    torch.testing.assert_close(metrics["kl"], divergence.detach() * tau**2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((kl + ce).detach(), plain.detach(), rtol=1e-4, atol=1e-5)
+    agreement = (z.argmax(-1) == y.argmax(-1)).float().mean()
+    assert (metrics["top1_agreement"] - agreement).abs() < 0.01
+    for x, y in zip(ours, torch.autograd.grad(plain, wide), strict=True):
+        assert relative_rms(x, y) < 5e-3
