@@ -53,9 +53,7 @@ def test_only_pairs_and_what_mixers_add_train(student) -> None:
 
 
 def test_an_unknown_target_is_told_with_those_that_exist(student) -> None:
-    with pytest.raises(
-        UserError, match="no layer has a linear module 'query'; there are down_proj"
-    ):
+    with pytest.raises(UserError, match="no layer has a linear module 'query'; there are down_proj"):
         add_lora(student, Lora(targets=("query",)))
 
 
