@@ -7,7 +7,7 @@ Between two loaded models (`transplant`), or from a checkpoint's files into the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from radlads.tasks.job import UserError
 
 # Rows that are compared at once where two tensors have to be equal.
 _BLOCK = 4096
-# What a variant may leave out of the attention that it replaces.
-_OPTIONAL = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class TransplantReport:
     fresh: tuple[str, ...]
     """Of the student alone: the mixers' own parameters, as initialised."""
     dropped: tuple[str, ...]
-    """Of the teacher alone: q/k norms of converted layers whose variant has none, vision parts, stored frequencies."""
+    """Of the checkpoint alone, and no part of the language model: vision parts, stored frequencies."""
     tied: tuple[str, ...] = ()
     """Names that share another tensor (a tied head), which was copied under its own name."""
 
@@ -53,27 +51,9 @@ class Origin:
     """The student's tensor that it is; then `source`, where given, must hold the same numbers."""
 
 
-@dataclass(frozen=True)
-class Origins:
-    """Of all tensors of a student, and the tensors of the teacher that are left over."""
-
-    of: dict[str, Origin]
-    dropped: tuple[str, ...]
-
-    def report(self, left_out: Sequence[str] = ()) -> TransplantReport:
-        """left_out: what the checkpoint holds besides the language model."""
-        kinds: dict[str, list[str]] = {"copied": [], "fresh": [], "tied": []}
-        for name, origin in self.of.items():
-            kinds["tied" if origin.tied_to else "fresh" if origin.source is None else "copied"].append(name)
-        return TransplantReport(
-            **{kind: tuple(sorted(names)) for kind, names in kinds.items()},
-            dropped=tuple(sorted((*self.dropped, *left_out))),
-        )
-
-
 def trace_origins(
     student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]], *, scale: Mapping[str, float] | None = None
-) -> Origins:
+) -> dict[str, Origin]:
     """Find the source of every tensor of a student (on the meta device or not). shapes: of the teacher's tensors.
 
     scale: multipliers {q, k, v, o} of the projections (weight and bias) of converted layers. Raises UserError when
@@ -102,14 +82,13 @@ def trace_origins(
         raise UserError(f"the student does not fit this teacher: {'; '.join(sorted(misshapen)[:3])}")
     own = [name for name, origin in origins.items() if origin.source is None and origin.tied_to is None]
     orphans = sorted(name for name in own if student.parameter_group(name) != "mixer")
-    dropped = sorted(shapes.keys() - {origin.source for origin in origins.values()})
-    homeless = [name for name in dropped if not _may_drop(name, mixers, parts)]
+    homeless = sorted(shapes.keys() - {origin.source for origin in origins.values()})
     if orphans or homeless:
         raise UserError(
             "the student does not fit this teacher: "
             f"without a source: {orphans[:3] or 'none'}; without a place: {homeless[:3] or 'none'}"
         )
-    return Origins(origins, tuple(dropped))
+    return origins
 
 
 @torch.no_grad()
@@ -127,11 +106,11 @@ def transplant(
         return source[name][start:stop]
 
     _check_ties(origins, {name: tensor.shape for name, tensor in source.items()}, read)
-    for name, origin in origins.of.items():
+    for name, origin in origins.items():
         if origin.source is not None and origin.tied_to is None:
             target[name].copy_(_take(origin, read))
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    return origins.report()
+    return _report(origins)
 
 
 @torch.no_grad()
@@ -154,20 +133,30 @@ def stream_transplant(
     """
     origins = trace_origins(student, weights.shapes, scale=scale)
     _check_ties(origins, weights.shapes, weights.read)
-    own = {name: tensor for name, tensor in student.state_dict().items() if origins.of[name].tied_to is None}
+    own = {name: tensor for name, tensor in student.state_dict().items() if origins[name].tied_to is None}
     layout = {name: (dtype if t.is_floating_point() else t.dtype, t.shape) for name, t in own.items()}
     writer = WeightWriter(folder, layout, max_shard_bytes=max_shard_bytes)
-    fresh = {_split(name, student.parts)[1] for name in own if origins.of[name].source is None}
+    fresh = {_split(name, student.parts)[1] for name in own if origins[name].source is None}
     nursery = _Nursery(student, fresh, dtype, seed)
     try:
         for done, name in enumerate(own):
-            origin = origins.of[name]
+            origin = origins[name]
             writer.write(name, nursery.take(name) if origin.source is None else _take(origin, weights.read))
             on_progress(done + 1, len(own))
         writer.close()
     finally:
         writer.abandon()
-    return origins.report(tuple(weights.left_out))
+    return _report(origins, weights.left_out)
+
+
+def _report(origins: Mapping[str, Origin], left_out: Iterable[str] = ()) -> TransplantReport:
+    """left_out: what the checkpoint holds besides the language model."""
+    kinds: dict[str, list[str]] = {"copied": [], "fresh": [], "tied": []}
+    for name, origin in origins.items():
+        kinds["tied" if origin.tied_to else "fresh" if origin.source is None else "copied"].append(name)
+    return TransplantReport(
+        **{kind: tuple(sorted(names)) for kind, names in kinds.items()}, dropped=tuple(sorted(left_out))
+    )
 
 
 class _Nursery:
@@ -224,12 +213,6 @@ def _projection(name: str, mixers: Mapping[int, Mixer], parts: object) -> str | 
     return letter if layer in mixers and kind == "proj" and letter in ("q", "k", "v", "o") else None
 
 
-def _may_drop(name: str, mixers: Mapping[int, Mixer], parts: object) -> bool:
-    layer, rest = _split(name, parts)
-    norm = rest.partition(".")[0]
-    return layer in mixers and norm in _OPTIONAL and getattr(mixers[layer], norm, None) is None
-
-
 def _split(name: str, parts: object) -> tuple[int, str]:
     """`model.layers.3.self_attn.q_proj.weight` → (3, "q_proj.weight"); (-1, "") outside attention and mixers."""
     words = name.split(".")
@@ -246,12 +229,14 @@ def _take(origin: Origin, read: Callable[..., Tensor]) -> Tensor:
     return tensor if origin.factor == 1.0 else (tensor.float() * origin.factor).to(tensor.dtype)
 
 
-def _check_ties(origins: Origins, shapes: Mapping[str, Sequence[int]], read: Callable[..., Tensor]) -> None:
+def _check_ties(
+    origins: Mapping[str, Origin], shapes: Mapping[str, Sequence[int]], read: Callable[..., Tensor]
+) -> None:
     """Raise UserError where the student ties what the teacher's own tensors have different numbers for."""
-    for name, origin in origins.of.items():
+    for name, origin in origins.items():
         if origin.tied_to is None or origin.source is None:
             continue
-        owner = origins.of[origin.tied_to].source
+        owner = origins[origin.tied_to].source
         for start in range(0, shapes[origin.source][0], _BLOCK):
             stop = min(start + _BLOCK, shapes[origin.source][0])
             if not torch.equal(read(origin.source, start, stop), read(owner, start, stop)):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from radlads.model.student import load_student
+from radlads.tasks.job import UserError
 from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import pin_teacher
+from radlads.tasks.section_transplant import TransplantScale
 from radlads.tasks.sections import Student
 from radlads.tasks.specs import TransplantSpec
 
@@ -67,3 +70,52 @@ def test_fresh_parameters_are_seeded(run_transplant: Any):
     (folder / "manifest.json").unlink()
     _, second = run_transplant()
     assert {f.path: f.sha256 for f in first.files} == {f.path: f.sha256 for f in second.files}
+
+
+@pytest.fixture(scope="module")
+def fused_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A tiny Phi-3 whose head is its embeddings, in several files, in bf16."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Phi3Config(
+        **sizes, num_key_value_heads=2, vocab_size=405, tie_word_embeddings=True, eos_token_id=2, pad_token_id=0
+    )
+    folder = tmp_path_factory.mktemp("phi3")
+    teacher = Phi3ForCausalLM(config).to(torch.bfloat16)
+    teacher.generation_config.eos_token_id = [2, 9]
+    teacher.save_pretrained(folder, max_shard_size=20_000)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def test_fused_and_tied_teachers_with_multipliers(make_job: Any, run_main: Any, fused_folder: Path):
+    student = Student(
+        attention_layers=(1,), untie_embeddings=True, transplant=TransplantScale(q=0.5, k=0.5, v=0.25, o=0.5)
+    )
+    job = make_job("transplant", TransplantSpec(teacher=pin_teacher(str(fused_folder)), student=student))
+    manifest = run_main(transplant.main, job)
+    folder = Path(job.spec.output_uri)
+    sheet = json.loads((folder / "transplant.json").read_text())
+    assert sheet["multipliers"] == manifest.spec["student"]["transplant"] == {"q": 0.5, "k": 0.5, "v": 0.25, "o": 0.5}
+    assert sheet["tensors"]["tied"] == []
+    ours, theirs = load_student(folder / "model"), AutoModelForCausalLM.from_pretrained(fused_folder)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert ours.generation_config.eos_token_id == [2, 9]
+    assert sheet["parameters"]["copied"] == theirs.num_parameters() + theirs.lm_head.weight.numel()
+    assert sheet["parameters"]["copied"] + sheet["parameters"]["fresh"] == ours.num_parameters()
+    qkv = theirs.model.layers[2].self_attn.qkv_proj.weight
+    assert torch.equal(ours.model.layers[2].self_attn.v_proj.weight, qkv[48:] * 0.25)
+    assert torch.equal(ours.model.layers[1].self_attn.qkv_proj.weight, theirs.model.layers[1].self_attn.qkv_proj.weight)
+    progress = json.loads((job.scratch / "progress.json").read_text())
+    assert progress["unit"] == "tensors"
+
+
+def test_a_missing_file_is_named_before_anything_is_written(make_job: Any, fused_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(fused_folder, tmp_path / "phi3"))
+    lost = sorted(folder.glob("*.safetensors"))[-1]
+    teacher = pin_teacher(str(folder))
+    lost.unlink()
+    job = make_job("transplant", TransplantSpec(teacher=teacher, student=Student()))
+    with pytest.raises(UserError, match=f"lacks {lost.name}"):
+        transplant.main(job)
+    assert not list(job.output.glob("**/*.safetensors"))

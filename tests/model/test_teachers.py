@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from radlads.model.student import build_student
-from radlads.model.teacher import find_family, list_families, load_teacher, load_teacher_config
+from radlads.model.teacher import find_family, list_families, load_teacher, load_teacher_config, teacher_warnings
 from radlads.model.transplant import transplant
+from radlads.model.variants import list_variants
 from radlads.tasks.job import UserError
 
 FAMILIES = list_families()
@@ -145,6 +147,49 @@ def test_load_teacher_is_frozen_and_says_what_is_missing(make_teacher, tmp_path:
     with pytest.raises(UserError, match=r"no config\.json|no teacher") as caught:
         load_teacher(str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variant", list_variants())
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_variant_converts_every_family(make_teacher, make_student, tokens, model_type: str, variant: str) -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+    changes = {"head_dim": 8, "rope_parameters": rope} if model_type == "phi3" else {}
+    teacher = make_teacher(model_type, **changes)
+    student = make_student(teacher, variant=variant, attention_layers=(1,))
+    with torch.no_grad():
+        logits = student(tokens).logits
+    assert sorted(student.mixers()) == [0, 2]
+    assert torch.isfinite(logits).all()
+    assert not torch.allclose(logits, teacher(tokens).logits)
+
+
+def test_the_code_that_comes_with_the_weights_is_not_run(make_teacher, tmp_path: Path) -> None:
+    make_teacher("phi3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise RuntimeError('run')\n")
+    teacher = load_teacher(str(tmp_path), trust_remote_code=True)
+    assert type(teacher).__module__.startswith("transformers.")
+    assert load_teacher_config(str(tmp_path), trust_remote_code=True).model_type == "phi3"
+
+
+def test_what_a_user_should_know_before_converting(make_teacher) -> None:
+    tied = make_teacher("llama", tie_word_embeddings=True).config
+    assert len(teacher_warnings(tied)) == 1
+    assert "student.untie_embeddings: true" in teacher_warnings(tied)[0]
+    assert teacher_warnings(tied, untie_embeddings=True) == []
+    assert teacher_warnings(make_teacher("qwen3").config, attention_layers=(0, 1)) == []
+    windowed = make_teacher("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1).config
+    assert teacher_warnings(windowed, attention_layers=(0,)) == []
+    (line,) = teacher_warnings(windowed, attention_layers=(0, 2))
+    assert "layers [2] see the last 6 tokens only" in line
+    assert teacher_warnings(make_teacher("mistral", sliding_window=4096).config, attention_layers=(0,)) == []
+    factors = {"short_factor": [1.5] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+    sizes = {"head_dim": 8, "original_max_position_embeddings": 16}
+    (line,) = teacher_warnings(make_teacher("phi3", **sizes, rope_parameters=rope).config)
+    assert "beyond 16 tokens (longrope)" in line
 
 
 def test_bad_layers_are_refused(make_teacher) -> None:

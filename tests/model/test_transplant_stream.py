@@ -185,6 +185,17 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+def test_live_bytes_are_counted_once_and_until_the_last_view_goes() -> None:
+    with LiveBytes() as memory:
+        whole = torch.empty(1000)
+        part = whole.view(torch.uint8)[:10]
+        assert memory.live == 4000
+        del whole
+        assert memory.live == 4000
+        del part
+        assert (memory.live, memory.peak) == (0, 4000)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "phi3"])
 def test_memory_is_a_tensor_and_a_mixer_whatever_the_depth(
     make_teacher, stream, tmp_path: Path, model_type: str
