@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from radlads.kernels.meta import wkv6_meta
 from radlads.kernels.wkv6.chunked import wkv6_chunked
 from radlads.kernels.wkv6.reference import wkv6_reference
 
@@ -14,6 +15,8 @@ BACKENDS = ("reference", "chunked")
 
 def choose_operator(backend: str | None, v: Tensor, K: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function behind `backend`; None: the fastest that applies. Raises ValueError."""
+    if v.is_meta:
+        return wkv6_meta
     if backend is None:
         backend = "chunked"
     if backend == "reference":

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from radlads.kernels.meta import wkv7_meta
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.reference import wkv7_reference
 
@@ -16,6 +17,8 @@ BACKENDS = ("reference", "chunked", "triton")
 
 def choose_operator(backend: str | None, v: Tensor, K: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function behind `backend`; None: Triton on a GPU where it applies, else chunked. Raises ValueError."""
+    if v.is_meta:
+        return wkv7_meta
     if backend is None:
         backend = "triton" if v.is_cuda and why_not_triton(v, K) is None else "chunked"
     if backend == "reference":

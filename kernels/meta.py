@@ -1,0 +1,47 @@
+"""The recurrences on the meta device: shapes alone, and what a kernel keeps for its backward pass.
+
+Where nothing can be computed, bytes still can be counted: a plan runs a layer on the meta device and adds up what
+autograd keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+_CHUNK = 32
+
+
+def wkv7_meta(
+    r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, a: Tensor, b: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """As `wkv7`. Keeps what the Triton kernels do: inputs, reads, and for every chunk L, the state and the inverse."""
+    B, T, H, K = r_BTHK.shape
+    V, tiles = v_BTHV.shape[-1], B * -(-T // _CHUNK) * H
+    sizes = ((tiles, K, K), (tiles, K, V), (tiles, _CHUNK, _CHUNK), r_BTHK.shape)
+    kept = [v_BTHV.new_empty(size) for size in sizes]
+    return _finish(_Kept.apply(kept, v_BTHV, r_BTHK, log_decay, k, a, b), K, options)
+
+
+def wkv6_meta(r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, **options: Any) -> Any:
+    """As `wkv6`. Keeps what the chunked form does: inputs, and the fp32 state before every chunk."""
+    B, T, H, K = r_BTHK.shape
+    states = v_BTHV.new_empty(B * -(-T // _CHUNK) * H, K, v_BTHV.shape[-1], dtype=torch.float32)
+    return _finish(_Kept.apply([states], v_BTHV, r_BTHK, log_decay, k), K, options)
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, kept: list[Tensor], v: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept, v, *inputs)
+        return torch.empty_like(v)
+
+
+def _finish(out_BTHV: Tensor, K: int, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    if not options.get("output_final_state"):
+        return out_BTHV, None
+    B, _, H, V = out_BTHV.shape
+    return out_BTHV, out_BTHV.new_empty(B, H, K, V, dtype=torch.float32)
