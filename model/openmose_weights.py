@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +32,24 @@ def load_openmose(
     *,
     architecture: str | None = None,
     rope: bool | None = None,
-    attention_rope: bool = False,
+    attention_rope: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> RadladsForCausalLM:
     """A student with the weights of a checkpoint's safetensors, in eval mode.
 
     teacher_config: of the model that it was made from, which its folder does not hold. architecture: see
-    `inspect_openmose`. rope: whether its mixers rotate r and k; None is how the variant was published. attention_rope:
-    of the kept attention layers; published hybrids have none. dtype: None keeps the checkpoint's. Raises UserError for
-    a variant that cannot be told, and for tensors that are missing, left over or misshapen.
+    `inspect_openmose`. rope, attention_rope: whether its mixers and its kept attention layers rotate. What is None is
+    as the folder's config.json says (rwkv_architecture, nope_in_rwkv, nope_in_transformer), or as the variant was
+    published, without rotary positions in attention. dtype: None keeps the checkpoint's. Raises UserError for a variant
+    that cannot be told, and for tensors that are missing, left over or misshapen.
     """
     files = open_weight_files(str(folder))
+    said = _read_config(Path(folder))
+    architecture = said.get("rwkv_architecture") if architecture is None else architecture
+    if rope is None and "nope_in_rwkv" in said:
+        rope = not said["nope_in_rwkv"]
+    if attention_rope is None:
+        attention_rope = not said.get("nope_in_transformer", True)
     held = inspect_openmose({name: files.shape(name) for name in files.names()}, architecture=architecture)
     family = find_family(teacher_config)
     if held.num_layers != teacher_config.num_hidden_layers:
@@ -111,6 +120,15 @@ def export_openmose(
     for name, tensor in openmose_tensors(student, marker=marker):
         writer.write(name, tensor)
     writer.close()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; empty without one."""
+    path = folder / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON object: {error}") from error
 
 
 def _read(

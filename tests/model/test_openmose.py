@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,28 @@ def test_hybrid_with_what_a_real_file_has_too_much(make_teacher, make_student, t
     assert not untied.config.tie_word_embeddings
     assert not untied.config.options["rope"]
     assert torch.equal(untied.lm_head.weight, held["lm_head.weight"].bfloat16())
+
+
+def test_what_the_folder_says_of_itself_counts(make_teacher, make_student, tmp_path: Path) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher, variant="hxa07c", attention_layers=(1,))
+    folder = save(dict(openmose_tensors(student)), tmp_path / "theirs")
+    with pytest.raises(UserError, match="say which"):
+        load_openmose(folder, teacher.config)
+    config = {"rwkv_architecture": "hxa07c", "nope_in_rwkv": True, "nope_in_transformer": False}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_openmose(folder, teacher.config)
+    assert (loaded.config.variant, loaded.config.options["rope"], loaded.config.attention_rope) == (
+        "hxa07c",
+        False,
+        True,
+    )
+    said = load_openmose(folder, teacher.config, architecture="hxa07b", rope=True, attention_rope=False)
+    assert (said.config.variant, said.config.options["rope"], said.config.attention_rope) == ("hxa07b", True, False)
+    assert said.config.options["key_scaling"] == "log_log_decay"
+    (folder / "config.json").write_text("[", encoding="utf-8")
+    with pytest.raises(UserError, match="no JSON object"):
+        load_openmose(folder, teacher.config)
 
 
 def test_the_layout_of_pth_files(make_teacher, make_student, tokens, tmp_path: Path) -> None:
