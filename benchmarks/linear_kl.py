@@ -1,0 +1,232 @@
+"""linear_kl and linear_ce on one GPU: right, how much memory, and how long beside the matrix products alone.
+
+    python3 benchmarks/linear_kl.py [--out FILE.json] [--tokens 16384] [--width 4096] [--vocabulary 152064]
+
+Under a minute. "products" is the time of the products that a case must do, each whole and in bf16: logits of student
+and (for KL) teacher, gradient of the hidden states, gradient of the head if it trains. Peak memory is what a case needs
+beyond its operands; the head's gradient (fp32 while it is summed) is told apart. liger-kernel and fla, where they can
+be imported, are measured on what they have in common with linear_kl: temperature 1, no cross entropy.
+
+Needs the package importable as `radlads`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+import triton
+from torch import Tensor
+
+from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.kernels.linear_kl.rows import RowLosses, RowSettings
+from radlads.kernels.linear_kl.triton_rows import triton_rows
+from radlads.kernels.testing import relative_rms
+
+BF16 = torch.bfloat16
+GIB = 2**30
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def milliseconds(run: Callable[[], object], repeat: int = 3) -> float:
+    """Median of `repeat` runs after one to warm up: every run here takes tens of milliseconds or more."""
+    run()
+    times = []
+    for _ in range(repeat):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return sorted(times)[len(times) // 2]
+
+
+def draw(N: int, D: int, V: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states and heads of student and teacher (bf16), labels; logits spread like a language model's."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator, dtype=torch.float32).mul_(scale).to(BF16)
+
+    student = normal(N, D)
+    teacher = (student.float() + 0.3 * normal(N, D).float()).to(BF16)
+    head = normal(V, D, scale=2.5 * D**-0.5)
+    other = (head.float() + 0.1 * D**-0.5 * normal(V, D).float()).to(BF16)
+    labels = torch.randint(0, V, (N,), device="cuda", generator=generator)
+    labels[::11] = -100
+    return student, head, teacher, other, labels
+
+
+def errors() -> Iterator[dict]:
+    """Against fp64 on the same bf16 operands: loss and gradients, vocabularies that need one program a row and many."""
+    for V in (4000, 50257):
+        for tau, teacher_tau, weight in ((1.0, 1.0, 0.0), (2.0, 0.7, 0.5)):
+            student, head, teacher, other, labels = draw(700, 128, V)
+            leaves = [student.requires_grad_(), head.requires_grad_()]
+            wide = [x.detach().double().requires_grad_() for x in leaves]
+            z, y = wide[0] @ wide[1].t(), teacher.double() @ other.double().t()
+            p, q = (y / teacher_tau).log_softmax(-1), (z / tau).log_softmax(-1)
+            plain = functional.kl_div(q, p, log_target=True, reduction="batchmean") * tau**2
+            plain = plain + weight * functional.cross_entropy(z, labels)
+            exact = torch.autograd.grad(plain, wide)
+            for logits in (torch.float32, BF16):
+                loss, _ = linear_kl(
+                    student, head, teacher, other, student_temperature=tau, teacher_temperature=teacher_tau,
+                    labels_N=labels, ce_weight=weight, logits_dtype=logits,
+                )  # fmt: skip
+                found = torch.autograd.grad(loss, leaves)
+                yield {
+                    "case": f"V={V} temperatures {tau}/{teacher_tau} ce {weight} logits {str(logits)[6:]}",
+                    "loss": relative_rms(loss, plain),
+                    "d_hidden": relative_rms(found[0], exact[0]),
+                    "d_head": relative_rms(found[1], exact[1]),
+                }
+
+
+def products(N: int, D: int, V: int) -> dict[str, float]:
+    """Milliseconds of the three kinds of product, whole and in bf16."""
+    hidden, head, *_ = draw(N, D, V)
+    grad = torch.randn(N, V, device="cuda", dtype=BF16)
+    logits = torch.empty_like(grad)
+    runs = {
+        "logits": lambda: torch.mm(hidden, head.t(), out=logits),
+        "d_hidden": lambda: grad @ head,
+        "d_head": lambda: grad.t() @ hidden,
+    }
+    return {name: milliseconds(run) for name, run in runs.items()}
+
+
+def row_kernel(V: int) -> Iterator[dict]:
+    """The fused kernel alone: milliseconds and bytes per second on 512 rows."""
+    rows = 512
+    for dtype in (torch.float32, BF16):
+        z, y = (torch.randn(rows, V, device="cuda").to(dtype) for _ in range(2))
+        grad = torch.empty(rows, V, device="cuda", dtype=BF16)
+        losses = RowLosses(*(torch.zeros(rows, device="cuda") for _ in RowLosses._fields))
+
+        def run(z: Tensor = z, y: Tensor = y, grad: Tensor = grad, losses: RowLosses = losses) -> None:
+            for _ in range(8):
+                triton_rows(z, y, None, None, grad, RowSettings(kl_factor=1.0), losses)
+
+        ms = milliseconds(run) / 8
+        moved = rows * V * (2 * dtype.itemsize + 2)
+        yield {"case": f"row kernel, logits {str(dtype)[6:]}", "ms": ms, "tb_per_s": moved / ms / 1e9}
+
+
+def peers(student: Tensor, head: Tensor, teacher: Tensor, other: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Other libraries' forward KL from hidden states, those that can be imported."""
+    try:
+        from fla.modules.fused_kl_div import fused_kl_div_loss
+
+        yield "fla fused_kl_div_loss", lambda: fused_kl_div_loss(student, teacher, head, other)
+    except ImportError as error:
+        say(f"fla left out: {error}")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=1.0)
+        yield "liger FusedLinearJSD(beta=0)", lambda: loss(student, head, teacher, other)
+    except ImportError as error:
+        say(f"liger-kernel left out: {error}")
+
+
+def measure(run: Callable[[], object]) -> tuple[float, float]:
+    """(milliseconds, GiB allocated beyond what was there)."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / GIB
+    return milliseconds(run), peak
+
+
+def losses(N: int, D: int, V: int, alone: dict[str, float]) -> Iterator[dict]:
+    student, head, teacher, other, labels = draw(N, D, V)
+    student.requires_grad_()
+    trained = head.clone().requires_grad_()
+    cases: list[tuple[str, Callable, bool, int]] = []
+    for logits in (torch.float32, BF16):
+        kl = partial(linear_kl, teacher_hidden_NE=teacher, teacher_head_VE=other, logits_dtype=logits)
+        both = partial(kl, temperature=2.0, labels_N=labels, ce_weight=0.5)
+        ce = partial(linear_ce, labels_N=labels, logits_dtype=logits)
+        kinds = (
+            ("kl, frozen head", partial(kl, student, head), False, 2),
+            ("kl, trained head", partial(kl, student, trained), True, 2),
+            ("kl + ce at temperature 2, trained head", partial(both, student, trained), True, 2),
+            ("ce, trained head", partial(ce, student, trained), True, 1),
+        )
+        cases += [(f"{name}, {str(logits)[6:]} logits", loss, trains, n) for name, loss, trains, n in kinds]
+    cases += [(name, loss, True, 2) for name, loss in peers(student, trained, teacher, other)]
+    for name, loss, trains, count in cases:
+        leaves = (student, trained) if trains else (student,)
+
+        def run(loss: Callable = loss, leaves: tuple[Tensor, ...] = leaves) -> object:
+            found = loss()
+            return torch.autograd.grad(found[0] if isinstance(found, tuple) else found, leaves)
+
+        try:
+            ms, gib = measure(run)
+        except (RuntimeError, torch.OutOfMemoryError, triton.CompilationError) as error:
+            yield {"case": name, "failed": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        finally:
+            torch.cuda.empty_cache()
+        floor = count * alone["logits"] + alone["d_hidden"] + (alone["d_head"] if trains else 0.0)
+        head_gib = 4 * V * D / GIB if trains else 0.0
+        yield {
+            "case": name,
+            "ms": ms,
+            "products_ms": floor,
+            "ratio": ms / floor,
+            "gib": gib,
+            "head_gradient_gib": head_gib,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=152064)
+    options = parser.parse_args()
+    shape = (options.tokens, options.width, options.vocabulary)
+    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    found: dict = {**versions, "shape": shape, "errors": [], "times": []}
+    say(" ".join(versions.values()) + f"   N={shape[0]} D={shape[1]} V={shape[2]}")
+    for row in errors():
+        found["errors"].append(row)
+        say(f"{row['case']:56s} " + "  ".join(f"{k} {row[k]:.1e}" for k in ("loss", "d_hidden", "d_head")))
+    found["products"] = products(*shape)
+    torch.cuda.empty_cache()
+    say("products, ms: " + "  ".join(f"{name} {ms:.1f}" for name, ms in found["products"].items()))
+    for row in row_kernel(shape[2]):
+        found["times"].append(row)
+        say(f"{row['case']:56s} {row['ms']:6.2f} ms  {row['tb_per_s']:.2f} TB/s")
+    for row in losses(*shape, found["products"]):
+        found["times"].append(row)
+        if "failed" in row:
+            say(f"{row['case']:56s} {row['failed']}")
+            continue
+        say(
+            f"{row['case']:56s} {row['ms']:6.1f} ms  {row['ratio']:.3f} x products {row['products_ms']:.1f}"
+            f"  peak {row['gib']:.2f} GiB, of it head gradient {row['head_gradient_gib']:.2f}"
+        )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
