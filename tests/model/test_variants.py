@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import Qwen3Config
 
 from radlads.model import list_variants, validate_options
-from radlads.model.mixer import low_rank_size
+from radlads.model.mixer import AttentionShape, low_rank_size
 from radlads.model.variants import find_variant
 from radlads.tasks.job import UserError
 
@@ -128,3 +129,23 @@ def test_unknown_variant_is_refused_with_a_suggestion() -> None:
 def test_heads_that_no_kernel_takes_are_refused(head_dim: int) -> None:
     with pytest.raises(UserError, match=f"{head_dim} wide"):
         validate_options("rad_rwkv7", {}, config(head_dim=head_dim))
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "millions"),
+    [
+        ("hxa079", (6144, 64, 8, 96), 11.5),
+        ("cxa073", (6144, 64, 8, 96), 4.4),
+        ("rad_rwkv7", (3584, 28, 4, 128), 4.8),
+        ("rad_rwkv6", (3584, 28, 4, 128), 17.0),
+    ],
+)
+def test_new_parameters_of_a_layer_are_as_many_as_published(variant: str, sizes: tuple, millions: float) -> None:
+    hidden, heads, kv_heads, head_dim = sizes
+    biases = dict.fromkeys(("q_bias", "k_bias", "v_bias", "o_bias", "qk_norm"), False)
+    shape = AttentionShape(hidden, heads, kv_heads, head_dim, norm_eps=1e-6, **biases)
+    options = find_variant(variant).Options().resolve(hidden, heads * head_dim)
+    with torch.device("meta"):
+        mixer = find_variant(variant).Mixer(shape, options, layer=1, num_layers=4, first=False)
+    new = sum(p.numel() for name, p in mixer.named_parameters() if not name.endswith(("_proj.weight", "_proj.bias")))
+    assert new / 1e6 == pytest.approx(millions, abs=0.1)
