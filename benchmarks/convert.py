@@ -24,6 +24,7 @@ from typing import Any
 
 from radlads.tasks.job import Manifest
 from radlads.tasks.pipeline import Pipeline, open_pipeline
+from radlads.tasks.section_choice import choice_data
 from radlads.tasks.specs import (
     EvaluateSpec,
     NeedleSpec,
@@ -31,10 +32,9 @@ from radlads.tasks.specs import (
     PlanSpec,
     StageSpec,
     TokenizeSpec,
-    TrainSpec,
-    TransplantSpec,
 )
 from radlads.tasks.stage import Product, run_stage
+from radlads.tasks.stage_specs import choose_spec, train_spec, transplant_spec
 
 logger = logging.getLogger("convert")
 COLUMNS = (
@@ -84,13 +84,18 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
             teacher=teacher if any(s.kind == "sample" for s in wanted.data[name].sources) else None,
         )
         data[name] = run("tokenize", spec, {}, f"tokenize {name}")
-    students = {"transplant": run("transplant", TransplantSpec(teacher=teacher, student=wanted.student), {})}
+    students = {"transplant": run("transplant", transplant_spec(wanted, report), {})}
     for stage in wanted.training_stages:
-        section = getattr(wanted, stage)
-        spec = TrainSpec(objective=stage, section=section, teacher=None if stage == "finetune" else teacher)
+        spec = train_spec(wanted, report, stage)
         student = students[list(students)[-1]]
-        students[stage] = run(stage, spec, {"data": data[section.data], "student": student})
+        students[stage] = run(stage, spec, {"data": data[spec.section.data], "student": student})
         numbers["stage speed"][stage] = _metric(students[stage].manifest, "tokens_per_second")
+        choice = choose_spec(wanted, report) if stage == "align" else None
+        if choice is not None:
+            name = choice_data(wanted)
+            given = {"student": students["align"]} | ({"data": data[name]} if name else {})
+            students["choose"] = run("choose", choice, given)
+            numbers["choice"] = students["choose"].manifest.metrics
     *earlier, last = students
     if wanted.evaluate:
         inputs = {"student": students[last], "data": data[wanted.evaluate.data], **{s: students[s] for s in earlier}}

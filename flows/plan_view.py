@@ -39,6 +39,8 @@ def plan_offline(recipe: Recipe) -> PlanReport:
 def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
     """Teacher, student, a row a stage, and what to be warned of."""
     kept = ", ".join(str(layer) for layer in report.attention_layers) or "none"
+    if report.choice is not None:
+        kept = f"{report.choice.count}, chosen by {report.choice.choose} after align"
     out.print(f"[bold]{recipe.name}[/]: {' '.join(recipe.description.split())}")
     if report.teacher is not None:
         out.print(

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from radlads.tasks.jobs.blocks import Block, Code, Heading, Text, Verdict, render_markdown
+from radlads.tasks.jobs.choice_report import choice_summary, choice_table
 from radlads.tasks.jobs.numbers import count
-from radlads.tasks.jobs.products import TRAINING_STAGES, Products
+from radlads.tasks.jobs.products import MODEL_STAGES, TRAINING_STAGES, Products
 from radlads.tasks.jobs.report_body import stages_table, summary_table, tasks_table
 from radlads.tasks.recipe import dump_recipe
 from radlads.tasks.sections import Recipe
@@ -29,7 +30,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], *, title: str) -> str:
     """README.md: YAML metadata, how the model was made, numbers with their sources, usage, limits, recipe."""
     blocks: list[Block] = [Text(_introduction(products, recipe)), *verdicts]
-    tables = [table(products) for table in (summary_table, stages_table, tasks_table)]
+    tables = [table(products) for table in (summary_table, stages_table, tasks_table, choice_table)]
     if any(table is not None for table in tables):
         blocks.append(Heading("Numbers"))
         blocks += [table for table in tables if table is not None]
@@ -97,8 +98,11 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
         "finetune": "next-token cross entropy",
     }
     blocks: list[Block] = []
-    for stage in TRAINING_STAGES:
-        section, product = getattr(recipe, stage), products.of_stage(stage)
+    for stage in MODEL_STAGES:
+        summary = choice_summary(products) if stage == "choose" else None
+        if summary is not None:
+            blocks.append(Text(f"- **choose**: {summary}"))
+        section, product = getattr(recipe, stage, None), products.of_stage(stage)
         if section is None or product is None:
             continue
         tokens = section.num_steps * section.batch * section.context

@@ -78,10 +78,11 @@ def draw_pictures(products: Products, folder: Path) -> list[str]:
         pictures.append("losses.png")
     if draw_layers(products.rows("align"), folder / "layers.png"):
         pictures.append("layers.png")
-    heatmap = products.picture("needle", "needle.png")
-    if heatmap is not None:
-        (folder / "needle.png").write_bytes(heatmap)
-        pictures.append("needle.png")
+    for stage, name in (("needle", "needle.png"), ("choose", "choose.png")):
+        picture = products.picture(stage, name)
+        if picture is not None:
+            (folder / name).write_bytes(picture)
+            pictures.append(name)
     return pictures
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from radlads.tasks.jobs.blocks import Block, Code, Heading, Picture, Table, Text, Verdict
+from radlads.tasks.jobs.choice_report import choice_blocks
 from radlads.tasks.jobs.numbers import (
     NONE,
     count,
@@ -34,6 +35,7 @@ def build_report(
     blocks += verdicts
     blocks += [*_summary(products), *_stages(products), *_needle(products, pictures)]
     blocks += [*_tasks(products), *_curves(products, pictures), *_samples(products), *_student(products, recipe)]
+    blocks += choice_blocks(products, list(pictures))
     blocks += [*_cost(products, recipe), *_data(products), *_provenance(products), *_recipe(recipe)]
     return blocks
 

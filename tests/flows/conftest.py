@@ -15,6 +15,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 from radlads.tasks import launch
 from radlads.tasks.job import CodeVersion, JobSpec, Manifest
+from radlads.tasks.recipe import parse_recipe
+from radlads.tasks.section_choice import AttentionChoice
 from radlads.tasks.specs import PlanReport, TeacherRef
 from radlads.tasks.store import open_store
 
@@ -89,13 +91,18 @@ class FakeJobs:
 def product_files(spec):
     if spec.stage == "plan":
         teacher = TeacherRef(path="demo", fingerprint="f")
+        student = parse_recipe(spec.spec["recipe"]).student
+        late = isinstance(student.attention_layers, AttentionChoice) and student.attention_layers.after_align
         report = PlanReport(
             teacher=None if spec.spec["recipe"].get("pretrain") else teacher,
             tokenizer="demo", tokenizer_fingerprint="t", files={}, teacher_parameters=10, student_parameters=12,
-            mixer_parameters=3, num_layers=2, attention_layers=(1,),
+            mixer_parameters=3, num_layers=2,
+            attention_layers=() if late else (1,), choice=student.attention_layers if late else None,
             stages={"align": {"tokens": 4096, "steps": 16, "context": 64, "batch": 4}},
         )  # fmt: skip
         return {"plan.json": report.model_dump_json().encode()}
+    if spec.stage == "choose":
+        return {"model/config.json": b"{}", "choose.json": b"{}", "choose.png": b"\x89PNG"}
     if spec.stage == "needle":
         return {"needle.json": b"{}", "needle.png": b"\x89PNG"}
     if spec.stage == "publish":

@@ -65,6 +65,39 @@ def test_another_run_shares_the_dataset(recipe, places, jobs):
     assert jobs.launched["align"] == 2
 
 
+@pytest.mark.parametrize(("way", "inputs"), [("recall", {"student", "data"}), ("difficulty", {"student"})])
+def test_layers_chosen_after_align_are_what_the_rest_is_made_from(recipe, places, jobs, way, inputs):
+    asked = {"student.attention_layers": {"count": 1, "choose": way}}
+    made = radlads(recipe, run="r1", overrides=asked, **places)
+    assert jobs.order[2:6] == ["transplant", "align", "choose", "distill"]
+    assert jobs.specs["transplant"].spec["student"]["attention_layers"] == []
+    assert set(jobs.specs["choose"].inputs) == inputs
+    assert jobs.specs["choose"].inputs["student"].uri == made["align"]
+    assert jobs.specs["choose"].spec["run_tokens"] == 3 * 4096
+    assert jobs.specs["distill"].inputs["student"].uri == made["choose"]
+    assert "choose" in jobs.specs["evaluate"].inputs
+    assert jobs.specs["publish"].inputs["choose"].uri == made["choose"]
+    jobs.launched.clear()
+    assert radlads(recipe, run="r1", overrides=asked, **places) == made
+    assert not jobs.launched
+
+
+def test_a_choice_that_was_killed_is_made_again(recipe, places, jobs):
+    jobs.failures["choose"] = ["config"]
+    asked = {"student.attention_layers": {"count": 1, "choose": "recall"}}
+    assert radlads(recipe, run="r1", overrides=asked, **places, return_state=True).is_failed()
+    assert "distill" not in jobs.launched
+    radlads(recipe, run="r1", overrides=asked, **places)
+    assert (jobs.launched["align"], jobs.launched["choose"], jobs.launched["distill"]) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("way", ["even", "last"])
+def test_layers_known_to_the_plan_are_transplanted(recipe, places, jobs, way):
+    radlads(recipe, run="r1", overrides={"student.attention_layers": {"count": 1, "choose": way}}, **places)
+    assert "choose" not in jobs.launched
+    assert jobs.specs["transplant"].spec["student"]["attention_layers"] == [1]
+
+
 def test_operational_settings_are_the_same_run(recipe, places, jobs, tmp_path):
     radlads(recipe, run="r1", **places)
     radlads(recipe, run="r1", overrides={"align.micro_batch": 1, "resources.threads": 1}, **places)

@@ -98,6 +98,54 @@ def test_faults_are_one_clear_line(recipe: Callable[..., Recipe], changes: dict[
     assert all(len(line) < 400 for line in str(caught.value).splitlines())
 
 
+@pytest.mark.parametrize(("way", "layers"), [("even", (1,)), ("last", (1,)), ("difficulty", ()), ("recall", ())])
+def test_a_choice_is_planned(recipe: Callable[..., Recipe], way: str, layers: tuple[int, ...]):
+    tokens = {f"{stage}__tokens": 400_000 for stage in ("align", "distill", "finetune")}
+    probe = {"recall": {"lengths": [128], "context": 64}} if way == "recall" else {}
+    report = plan.make_plan(recipe(student__attention_layers={"count": 1, "choose": way, **probe}, **tokens), CPU)
+    assert report.attention_layers == layers
+    assert (report.choice is None) == bool(layers)
+    assert list(report.stages) == [
+        "align",
+        *(() if layers else ("choose",)),
+        "distill",
+        "finetune",
+        "evaluate",
+        "needle",
+    ]
+    if way == "recall":
+        assert 0 < report.stages["choose"]["tokens"] <= 0.05 * 1_200_000
+        assert report.choice.recall.documents < 128
+        assert report.stages["choose"]["memory_bytes_per_gpu"]["total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"count": 2, "choose": "even"}, "student: attention_layers.count is 2, of 2 layers: keep at least 1"),
+        ({"count": 9, "choose": "recall"}, "student: attention_layers.count is 9, of 2 layers"),
+        ({"count": 2, "choose": "difficulty"}, "student: attention_layers.count is 2, of 2 layers"),
+        (
+            {"count": 1, "choose": "recall"},
+            "student: choosing 1 of 2 layers by recall takes 4 passes, and 5% of the run's",
+        ),
+        (
+            {"count": 1, "choose": "recall", "recall": {"lengths": [20], "context": 16, "heldout_tokens": 64}},
+            "cannot hold its fact and question",
+        ),
+        (
+            {"count": 1, "choose": "recall", "recall": {"lengths": [64], "context": 1024}},
+            "reads 1024 tokens at once, beyond the 512 positions",
+        ),
+    ],
+)
+def test_choices_that_cannot_be_are_one_clear_line(recipe: Callable[..., Recipe], choice: dict[str, Any], message: str):
+    enough = {} if "recall" not in choice else {"align__tokens": 2_000_000}
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as caught:
+        plan.make_plan(recipe(student__attention_layers=choice, **enough), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_all_faults_are_told_at_once(recipe: Callable[..., Recipe]):
     bad = recipe(student__variant="none", align__tokens=10, needle__lengths=[5])
     with pytest.raises(UserError) as caught:
