@@ -42,7 +42,7 @@ class TeacherWeights:
 
     def __init__(self, files: WeightFiles, config: PreTrainedConfig, *, nested: bool) -> None:
         """config: of the language model. nested: the files are those of a vision-language model."""
-        self._files = files
+        self._files, self._config = files, config
         self._experts: dict[str, dict[tuple[int, str], str]] = {}
         self._plain: dict[str, str] = {}
         self._transposed: set[str] = set()
@@ -69,7 +69,9 @@ class TeacherWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor, which is taken to be the model's."""
+        """As the config says, or of the first floating-point tensor."""
+        if isinstance(self._config.dtype, torch.dtype):
+            return self._config.dtype
         dtypes = (self._files.dtype(name) for name in self._files.names())
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 

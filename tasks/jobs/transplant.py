@@ -46,7 +46,6 @@ def main(job: Job) -> dict[str, Any]:
     )
     config = load_teacher_config(path, revision=reference.revision)
     weights = open_teacher_weights(path, config, revision=reference.revision)
-    dtype = config.dtype or weights.dtype
     with torch.device("meta"):
         student = build_student(
             config,
@@ -55,7 +54,7 @@ def main(job: Job) -> dict[str, Any]:
             attention_layers=listed_layers(student_spec),
             attention_rope=student_spec.attention_rope,
             untie_embeddings=student_spec.untie_embeddings,
-            dtype=dtype,
+            dtype=weights.dtype,
         )
     student.generation_config = load_generation_config(path, config, revision=reference.revision)
     scale = student_spec.transplant.model_dump()
@@ -63,7 +62,7 @@ def main(job: Job) -> dict[str, Any]:
         weights,
         student,
         folder,
-        dtype=dtype,
+        dtype=weights.dtype,
         seed=_SEED,
         scale=scale,
         max_shard_bytes=_MAX_SHARD_BYTES,
