@@ -45,15 +45,16 @@ def demo_folder() -> Path:
 
 
 def resolve_teacher_path(path: str) -> str:
-    """`demo` → the shipped teacher's folder; a local folder → its absolute path; anything else is a hub id.
+    """`demo` → the shipped teacher's folder, `demo:NAME` → that of another one shipped beside it; a local folder → its
+    absolute path; anything else is a hub id.
 
     Raises UserError where the shipped teacher or a path that looks local does not exist.
     """
-    if path == DEMO:
-        folder = demo_folder() / "teacher"
+    if path == DEMO or path.startswith(_DEMO_FILE):
+        folder = demo_folder() / ("teacher" if path == DEMO else path.removeprefix(_DEMO_FILE))
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"the demo teacher is not installed at {folder}; reinstall the package, or give a teacher of your own"
+                f"there is no shipped teacher at {folder}; reinstall the package, or give a teacher of your own"
             )
         return str(folder)
     local = Path(path).expanduser()
