@@ -1,0 +1,109 @@
+"""One twin of each kind is converted: every job of its pipeline, one after the other, in this process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from radlads.model.student import load_student
+from radlads.tasks.job import InputRef, JobResources, JobSpec, Stage, StoreRef
+from radlads.tasks.jobs import evaluate, plan, tokens, train, transplant
+from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.recipe import Recipe, load_recipe
+from radlads.tasks.specs import EvaluateSpec, PlanReport, StageSpec, TokenizeSpec, spec_digest
+from radlads.tasks.stage_specs import planned_teacher, train_spec, transplant_spec
+
+RESOURCES = JobResources(device="cpu", processes=1, threads=1)
+
+
+@dataclass
+class Conversion:
+    """A pipeline without its orchestrator; `jobs`: stage → the job that made its product."""
+
+    recipe: Recipe
+    root: Path
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+    def run(self) -> PlanReport:
+        report = plan.make_plan(self.recipe, RESOURCES)
+        for name in self.recipe.datasets_used:
+            spec = TokenizeSpec(
+                name=name,
+                dataset=self.recipe.data[name],
+                files=report.files[name],
+                tokenizer=report.tokenizer,
+                tokenizer_fingerprint=report.tokenizer_fingerprint,
+                teacher=None,
+            )
+            self._job("tokenize", tokens, spec, {}, name=f"data-{name}")
+        self._job("transplant", transplant, transplant_spec(self.recipe, report), {})
+        last = "transplant"
+        for stage in self.recipe.training_stages:
+            spec = train_spec(self.recipe, report, stage)
+            self._job(stage, train, spec, {"student": last, "data": f"data-{spec.section.data}"})
+            last = stage
+        section = self.recipe.evaluate
+        assert section is not None
+        spec = EvaluateSpec(section=section, teacher=planned_teacher(report))
+        self._job("evaluate", evaluate, spec, {"student": last, "data": f"data-{section.data}"})
+        return report
+
+    def _job(
+        self, stage: Stage, module: ModuleType, spec: StageSpec, inputs: dict[str, str], *, name: str | None = None
+    ) -> None:
+        refs = {
+            kind: InputRef(uri=self.jobs[made].spec.output_uri, digest=self.jobs[made].spec.digest)
+            for kind, made in inputs.items()
+        }
+        store = StoreRef(uri=str(self.root / "store"))
+        sheet = JobSpec(
+            stage=stage,
+            run="test",
+            recipe=self.recipe.name,
+            digest=spec_digest(stage, spec, refs),
+            spec=spec.model_dump(mode="json"),
+            inputs=refs,
+            output_uri=f"{store.uri}/{name or stage}",
+            store=store,
+            resources=RESOURCES,
+            scratch=str(self.root / "scratch" / (name or stage)),
+        )
+        Path(sheet.scratch).mkdir(parents=True)
+        (Path(sheet.scratch) / "job.json").write_text(sheet.model_dump_json(), encoding="utf-8")
+        job = Job(spec=sheet)
+        assert execute(module.main, job) == "done", (job.scratch / "exit.json").read_text()
+        self.jobs[name or stage] = job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny-prwkv7-reka-flash-3",
+        "tiny-hrwkv7-reka-flash-3.1",
+        "tiny-qwerky6-qwen2.5-7b",
+        "tiny-qwerky7-qwen2.5-7b-2a",
+        "tiny-arwkv-qwen2.5-7b",
+    ],
+)
+def test_a_twin_is_converted_from_end_to_end(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    conversion = Conversion(recipe, tmp_path)
+    report = conversion.run()
+    for stage in recipe.training_stages:
+        rows = (conversion.jobs[stage].scratch / "metrics.jsonl").read_text().splitlines()
+        losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+        assert len(losses) == getattr(recipe, stage).num_steps
+    if "distill" in conversion.jobs:
+        spec = conversion.jobs["distill"].typed
+        assert (spec.mlp_bits, spec.teacher_bits) == (recipe.student.mlp_bits, recipe.teacher.bits)
+    student = load_student(conversion.jobs[recipe.training_stages[-1]].output / "model")
+    assert student.config.variant == recipe.student.variant
+    assert tuple(student.config.attention_layers) == report.attention_layers
+    assert sum(parameter.numel() for parameter in student.parameters()) == report.student_parameters
+    judged = json.loads((conversion.jobs["evaluate"].output / "evaluate.json").read_text())
+    assert judged
