@@ -91,6 +91,8 @@ class Mixer(nn.Module):
 
     CONSTANTS: ClassVar[dict[str, float | str]] = {}
     """What defines the variant and is not an option; written into the exported config and compared on load."""
+    CALIBRATED: ClassVar[dict[str, str]] = {"value": "v0", "iclr": "a0", "decay": "w0", "gate": "g2", "norm": "ln_x"}
+    """What calibration may move (model/calibration.py): part → attribute; one that is absent or None is no part."""
 
     def __init__(self, shape: AttentionShape, layer: int, num_layers: int) -> None:
         super().__init__()

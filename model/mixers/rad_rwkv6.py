@@ -82,6 +82,7 @@ class Mixer(BaseMixer):
         "group_norm_eps_per_channel": 1e-5,
         "output_scale": "head_dim^-0.5",
     }
+    CALIBRATED: ClassVar[dict[str, str]] = BaseMixer.CALIBRATED | {"decay": "time_decay"}
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
         """options: resolved, attributes as in `Options`. first: makes no difference here."""

@@ -13,6 +13,7 @@ import torch
 from radlads.model.lora import add_lora, merge_lora
 from radlads.model.objectives import build_objective
 from radlads.tasks.job import UserError
+from radlads.tasks.jobs.calibrate import calibrate_student
 from radlads.tasks.jobs.checkpoint import Checkpoints
 from radlads.tasks.jobs.common import Job, Preempted, run_job
 from radlads.tasks.jobs.engine import Engine, StepResult
@@ -40,8 +41,9 @@ def main(job: Job) -> dict[str, Any]:
     lora = getattr(section, "lora", None)
     if lora is not None:
         add_lora(networks.student, lora)
-    objective = build_objective(spec, networks.student, networks.teacher)
     dataset = _open_data(job, networks)
+    calibration = calibrate_student(job, spec, networks, dataset)
+    objective = build_objective(spec, networks.student, networks.teacher)
     plans = plan_batches(section, dataset.split("train"), job.world_size)
     engine = Engine(
         objective,
@@ -78,7 +80,7 @@ def main(job: Job) -> dict[str, Any]:
         return {}
     merge_lora(networks.student)
     export_model(networks, job.output / "model")
-    return final | write_report(job, spec, final)
+    return final | calibration | write_report(job, spec, final | calibration)
 
 
 def _train(
