@@ -51,5 +51,5 @@ def needle(pipeline: Pipeline, plan: Plan, students: Mapping[str, Product]) -> P
 def longest_context(pipeline: Pipeline) -> int:
     """The longest context, in tokens, that a training stage of the recipe sees; the needle's own where none trains."""
     recipe = pipeline.recipe
-    contexts = [section.context for section in (recipe.align, recipe.distill, recipe.finetune) if section is not None]
+    contexts = [one.longest_context for one in (recipe.align, recipe.distill, recipe.finetune) if one is not None]
     return max(contexts, default=max(recipe.needle.lengths) if recipe.needle is not None else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,20 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
         section, product = getattr(recipe, stage, None), products.of_stage(stage)
         if section is None or product is None:
             continue
-        tokens = section.num_steps * section.batch * section.context
+        contexts, batches = (_each(getattr(part, name) for part in section.parts) for name in ("context", "batch"))
+        phases = f" in {len(section.parts)} phases" if len(section.parts) > 1 else ""
         blocks.append(
             Text(
-                f"- **{stage}**: {whats[stage]}; {count(tokens)} tokens, context {section.context}, batch "
-                f"{section.batch}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
+                f"- **{stage}**: {whats[stage]}; {count(section.seen_tokens)} tokens{phases}, context {contexts}, batch "
+                f"{batches}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
             )
         )
     return blocks or [Text("Weights copied from the teacher; nothing was trained.")]
+
+
+def _each(values: Iterable[int]) -> str:
+    """Different numbers in their order."""
+    return ", ".join(map(str, dict.fromkeys(values)))
 
 
 def _limits(products: Products, recipe: Recipe) -> list[Block]:
@@ -123,7 +129,7 @@ def _limits(products: Products, recipe: Recipe) -> list[Block]:
             "It has no softmax attention: its memory is a state of fixed size, and it cannot look up arbitrary details "
             "of a long text. Converted models of this kind lose most retrieval beyond the length they were trained at."
         )
-    contexts = [section.context for stage in TRAINING_STAGES if (section := getattr(recipe, stage)) is not None]
+    contexts = [section.longest_context for stage in TRAINING_STAGES if (section := getattr(recipe, stage)) is not None]
     if contexts:
         limits.append(f"The longest context it was trained at is {max(contexts)} tokens.")
     if products.evaluation is None or not products.evaluation["tasks"]:
