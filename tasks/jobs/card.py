@@ -109,8 +109,8 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
         phases = f" in {len(section.parts)} phases" if len(section.parts) > 1 else ""
         blocks.append(
             Text(
-                f"- **{stage}**: {whats[stage]}; {count(section.seen_tokens)} tokens{phases}, context {contexts}, batch "
-                f"{batches}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
+                f"- **{stage}**: {whats[stage]}; {count(section.seen_tokens)} tokens{phases}, context {contexts}, "
+                f"batch {batches}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
             )
         )
     return blocks or [Text("Weights copied from the teacher; nothing was trained.")]
