@@ -77,7 +77,7 @@ class Engine:
             config = _offloaded(config, pin_memory=device.type == "cuda")
         self._engine = _initialize(objective.to(device), self._adam, config)
         self._sharded, self._offloaded = stage > 0, offload
-        self.objective = objective
+        self.objective: Any = objective
         self._make_state()
 
     def step(self, batches: Iterable[Batch], rates: Mapping[str, float], number: int, *, stop: bool) -> StepResult:
