@@ -14,6 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from radlads.kernels.linear_kl import triton_rows
+from radlads.kernels.wkv6 import triton_backward as wkv6_backward
+from radlads.kernels.wkv6 import triton_forward as wkv6_forward
+from radlads.kernels.wkv6 import triton_op as wkv6_op
 from radlads.kernels.wkv7 import triton_backward, triton_forward, triton_step
 from radlads.kernels.wkv7.triton_op import TRITON_TYPES
 from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, choose_numerics, default_tuning
@@ -94,6 +97,40 @@ def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
             x, None, long, f, x, f, f, f, f, f, i, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, **shared
         ),
     }
+
+
+def compile_wkv6(
+    name: str,
+    K: int,
+    V: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    ragged: bool = True,
+    tuning: wkv6_op.Tuning | None = None,
+) -> dict[str, Any]:
+    """Compile every wkv6 kernel for `name`, a key of TARGETS: {kernel: what Triton made}. Raises what Triton raises."""
+    target = TARGETS[name]
+    driver.set_active(_Driver(target))
+    numerics = wkv6_op.choose_numerics(dtype, target.backend)
+    x, f, s = torch.empty(64, dtype=dtype), torch.empty(64), torch.empty(64, dtype=numerics.store)
+    where = (torch.empty(64, dtype=torch.int64),) * 2 if ragged else None
+    tuning = tuning or wkv6_op.default_tuning(K, V, target.backend)
+    by_bf16 = dtype == torch.bfloat16
+    plan = wkv6_op.Plan(4096, 64, K, V, 4, 128, 512, where, ragged, by_bf16, tuning, numerics)
+    scan, tiles = plan.scan[1], plan.tiles(K)[1]
+    sizes = (4096, 128, 64)
+    launches = (
+        (wkv6_forward.scan_kernel, (x, x, x, s, f, f, *plan.where, *sizes), {**scan, "INITIAL": True}),
+        (wkv6_forward.out_kernel, (x, x, x, x, s, x, *plan.where, 4, *sizes), tiles),
+        (wkv6_backward.scan_back_kernel, (x, x, x, s, f, f, *plan.where, *sizes), scan),
+        (wkv6_backward.values_kernel, (x, x, x, x, s, x, *plan.where, 4, *sizes), tiles),
+        (
+            wkv6_backward.keys_kernel,
+            (x, x, x, x, x, s, s, x, x, x, *plan.where, 4, *sizes),
+            {**tiles, "RT": numerics.raw},
+        ),
+    )
+    return {kernel.fn.__name__: kernel.warmup(*given, grid=(1,), **options) for kernel, given, options in launches}
 
 
 def _launches(

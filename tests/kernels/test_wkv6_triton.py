@@ -1,0 +1,53 @@
+"""wkv6 in Triton: interpreted on the CPU, compiled for GPUs that are not here, and run on one that is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from radlads.kernels.testing import WKV6_FLOOR, outputs_and_gradients, relative_rms, wkv6_inputs
+from radlads.kernels.wkv6 import wkv6
+
+pytest.importorskip("triton")
+
+
+def run_python(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.slow
+def test_interpreted():
+    cases = Path(__file__).with_name("interpreter_wkv6.py")
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 96, 256])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiles(target, size, tmp_path):
+    code = (
+        f"from radlads.kernels.offline import compile_wkv6; assert len(compile_wkv6('{target}', {size}, {size})) == 5"
+    )
+    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_without_a_gpu_triton_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="backend 'triton' cannot run here: the tensors are on cpu, not on a GPU"):
+        wkv6(*wkv6_inputs(1, 4, 1, 8), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("log_decay", [None, WKV6_FLOOR, -1e-3])
+@pytest.mark.parametrize("size", [16, 64, 96, 128])
+def test_on_the_gpu(size, log_decay):
+    inputs = wkv6_inputs(2, 333, 2, size, dtype=torch.bfloat16, device="cuda", log_decay=log_decay)
+    exact = outputs_and_gradients(wkv6, [x.detach().double().requires_grad_() for x in inputs])
+    ours = outputs_and_gradients(wkv6, inputs)
+    for name, reference in exact.items():
+        assert relative_rms(ours[name], reference) <= 5e-3, name
