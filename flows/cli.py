@@ -63,12 +63,22 @@ def recipes() -> None:
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Plan for so many GPUs instead of this machine.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each of those GPUs.")] = None,
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="From the teacher's config alone: no weights, no text.")
+    ] = False,
+) -> None:
     """Check a recipe and show what it would take: sizes, memory, steps. Runs nothing else and keeps nothing."""
     asked = anchor_recipe(load_recipe(recipe, parse_overrides(overrides)), recipe, Path.cwd())
     with _out.status("planning"):
-        report = plan_offline(asked)
+        report = plan_offline(asked, gpus=gpus, gpu_memory_gib=gpu_memory, sizes_only=sizes_only)
     print_plan(_out, asked, report)
+    if report.misfits:
+        raise UserError("\n".join(report.misfits))
 
 
 @app.command()

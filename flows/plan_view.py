@@ -8,32 +8,45 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from radlads.tasks.devices import planned_resources
 from radlads.tasks.job import StoreRef
 from radlads.tasks.launch import machine_resources
-from radlads.tasks.plan_table import plan_rows
+from radlads.tasks.plan_table import plan_rows, short_count
 from radlads.tasks.recipe import Recipe
 from radlads.tasks.specs import PlanReport, PlanSpec
 from radlads.tasks.stage import StageRequest, run_stage
 from radlads.tasks.store import LocalStore
 
+_LEGEND = "GiB on each device. adam: gradients and optimizer; rest: activations, logits, buffers"
 
-def plan_offline(recipe: Recipe) -> PlanReport:
-    """Run the plan job in a folder that is thrown away. Raises JobFailed with what is wrong with the recipe."""
+
+def plan_offline(
+    recipe: Recipe, *, gpus: int | None = None, gpu_memory_gib: float | None = None, sizes_only: bool = False
+) -> PlanReport:
+    """Run the plan job in a folder that is thrown away. Raises JobFailed with what is wrong with the recipe.
+
+    gpus, gpu_memory_gib: plan for a machine with these instead of this one. sizes_only: as in PlanSpec.
+    """
     with tempfile.TemporaryDirectory(prefix="radlads-plan-") as folder:
         store = LocalStore(StoreRef(uri=f"{folder}/store"))
         request = StageRequest(
             stage="plan",
             run="plan",
             recipe=recipe.name,
-            spec=PlanSpec(recipe=recipe),
+            spec=PlanSpec(recipe=recipe, preview=True, sizes_only=sizes_only),
             inputs={},
             output_key="plan",
             store=store,
-            resources=machine_resources(recipe.resources),
+            resources=planned_resources(recipe.resources, gpus, gpu_memory_gib) or machine_resources(recipe.resources),
             scratch=Path(folder, "work"),
         )
         run_stage(request)
         return PlanReport.model_validate_json(store.read_file("plan", "plan.json"))
+
+
+def _active(parameters: int, report: PlanReport) -> str:
+    idle = report.idle_parameters
+    return f" ({short_count(parameters - idle)} active a token)" if idle else ""
 
 
 def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
@@ -43,18 +56,30 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
         kept = f"{report.choice.count}, chosen by {report.choice.choose} after align"
     out.print(f"[bold]{recipe.name}[/]: {' '.join(recipe.description.split())}")
     if report.teacher is not None:
+        active = _active(report.teacher_parameters, report)
         out.print(
-            f"teacher   {report.teacher.path}, {report.teacher_parameters:,} parameters, {report.num_layers} layers"
+            f"teacher   {report.teacher.path}, {report.teacher_parameters:,} parameters{active}, "
+            f"{report.num_layers} layers"
+        )
+        groups = ", ".join(f"{group} {short_count(count)}" for group, count in report.groups.items())
+        out.print(
+            f"student   {recipe.student.variant}, {report.student_parameters:,} parameters"
+            f"{_active(report.student_parameters, report)}: {groups}"
         )
         out.print(
-            f"student   {recipe.student.variant}, {report.student_parameters:,} parameters, "
-            f"{report.mixer_parameters:,} in mixers; layers that stay attention: {kept}"
+            f"          {report.mixer_parameters:,} in mixers, {report.new_parameters:,} of them new; "
+            f"layers that stay attention: {kept}"
         )
+    machine = report.assumptions
+    out.print(f"machine   {machine['processes']} × {machine['device']}, {machine['memory_bytes'] / 2**30:.1f} GiB each")
     rows = plan_rows(report)
-    table = Table(*(rows[0] if rows else ()), box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
     out.print(table)
+    out.print(_LEGEND, style="dim")
     if report.gpu_hours is not None:
         price = f", about {report.dollars:,.2f} dollars" if report.dollars is not None else ""
         out.print(f"in all    {report.gpu_hours:,.1f} GPU hours{price} (estimated)")

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from radlads.tasks.job import UserError
+
 _GROUP = 128
 _BOUND = 127
 # Routers decide which expert runs: small matrices, in which rounding turns into other experts.
@@ -128,11 +130,11 @@ def quantize_frozen(
     chosen = [] if bits == 16 else [name for name in dict(model.named_parameters()) if select(name)]
     done = []
     for name in chosen:
+        if not is_matrix(model, name):
+            continue
         owner, own = _owner(model, name)
         parameter = owner._parameters[own]
         assert parameter is not None
-        if not _is_matrix(name, owner, parameter):
-            continue
         if parameter.requires_grad:
             raise ValueError(f"{name} trains, so it cannot be held in 8 bit")
         _put(owner, own, *quantize(parameter.detach().to(device or parameter.device)))
@@ -174,7 +176,7 @@ def share_frozen(student: nn.Module, teacher: nn.Module, select: Callable[[str],
         ours = student.get_submodule(place)
         if whole is not None and _same(tensor, whole):
             ours._parameters[own] = whole
-        elif values is not None and _is_matrix(name, ours, tensor) and values.shape == tensor.shape:
+        elif values is not None and is_matrix(student, name) and values.shape == tensor.shape:
             mine = quantize(tensor.detach().to(values.device))
             if not (torch.equal(mine[0], values) and torch.equal(mine[1], scales)):
                 continue
@@ -191,17 +193,19 @@ def quantized_names(model: nn.Module) -> list[str]:
     return [name.removesuffix(_VALUES) for name in names if name.endswith(_VALUES)]
 
 
+def is_matrix(model: nn.Module, name: str) -> bool:
+    """Whether a parameter can be held in 8 bit: the matrix of a linear map that is no router, or a stack of experts'
+    matrices (one parameter in transformers 5)."""
+    owner, own = _owner(model, name)
+    parameter, words = owner._parameters[own], name.split(".")
+    if parameter is None or not parameter.is_floating_point() or (len(words) > 1 and words[-2] in _ROUTERS):
+        return False
+    return parameter.ndim == 3 or (parameter.ndim == 2 and isinstance(owner, nn.Linear))
+
+
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     place, _, own = name.rpartition(".")
     return model.get_submodule(place), own
-
-
-def _is_matrix(name: str, owner: nn.Module, parameter: nn.Parameter) -> bool:
-    """The matrix of a linear map that is no router, or a stack of experts' (one parameter in transformers 5)."""
-    words = name.split(".")
-    if not parameter.is_floating_point() or (len(words) > 1 and words[-2] in _ROUTERS):
-        return False
-    return parameter.ndim == 3 or (parameter.ndim == 2 and isinstance(owner, nn.Linear))
 
 
 def _put(owner: nn.Module, own: str, values: Tensor, scales: Tensor) -> None:
@@ -251,6 +255,8 @@ def _grouped_products() -> tuple[Any, ...]:
 def _torchao() -> Any:
     """torchao's primitives, imported where they are used: it takes seconds, and tells of kernels not needed here."""
     logging.getLogger("torchao").setLevel(logging.ERROR)
-    from torchao.quantization import quant_primitives
-
+    try:
+        from torchao.quantization import quant_primitives
+    except ImportError as error:
+        raise UserError("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'") from error
     return quant_primitives

@@ -55,3 +55,25 @@ def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> Jo
         gpu_memory_gib=wanted.gpu_memory_gib,
         dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
     )
+
+
+def planned_resources(wanted: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources | None:
+    """The resources of a machine that is only planned for, described by a count of GPUs and their memory; None where
+    neither is said, here or in the recipe. Raises UserError when one is missing or senseless."""
+    memory = gpu_memory_gib or wanted.gpu_memory_gib
+    if gpus is None and memory is None:
+        return None
+    if memory is None:
+        raise UserError(f"how much memory has each of the {gpus} GPUs? add --gpu-memory, in GiB")
+    count = gpus or (wanted.processes if wanted.processes != "auto" else 1)
+    if count < 1 or memory <= 0:
+        raise UserError(f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory")
+    return JobResources(
+        device="cuda",
+        processes=count,
+        zero_stage=wanted.zero_stage,
+        threads=wanted.threads or 1,
+        offload_optimizer=wanted.offload_optimizer,
+        gpu_memory_gib=memory,
+        dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
+    )

@@ -6,28 +6,64 @@ from typing import Any
 
 from radlads.tasks.specs import PlanReport
 
+_GIB = 1024**3
+
 
 def plan_rows(report: PlanReport) -> list[dict[str, str]]:
-    """The plan as a table, a stage a row; sizes for people to read."""
-    rows = []
-    for stage, numbers in report.stages.items():
-        memory = (numbers.get("memory_bytes_per_gpu") or {}).get("total")
-        rows.append(
-            {
-                "stage": stage,
-                "tokens": _count(numbers.get("tokens")),
-                "steps": _count(numbers.get("steps")),
-                "context": _count(numbers.get("context")),
-                "batch": _count(numbers.get("batch")),
-                "memory per process": f"{memory / 2**30:.2f} GiB" if memory else "",
-                "time": _duration(numbers.get("seconds")),
-            }
-        )
-    return rows
+    """The plan as a table, a stage a row; sizes for people to read. Columns that no stage fills are left out.
+
+    student, teacher: GiB of weights on each device; adam: gradients and optimizer; rest: activations, logits, buffers.
+    """
+    rows = [_row(stage, numbers) for stage, numbers in report.stages.items()]
+    used = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    return [{name: row[name] for name in used} for row in rows]
+
+
+def _row(stage: str, numbers: dict[str, Any]) -> dict[str, str]:
+    memory = numbers.get("memory_bytes_per_gpu") or {}
+    student, teacher = memory.get("weights", 0), memory.get("teacher", 0)
+    adam = memory.get("gradients", 0) + memory.get("optimizer", 0)
+    total = memory.get("total", 0)
+    return {
+        "stage": stage,
+        "tokens": short_count(numbers.get("tokens")),
+        "steps": _count(numbers.get("steps")),
+        "context": _count(numbers.get("context")),
+        "batch": _count(numbers.get("batch")),
+        "student": _gib(student),
+        "teacher": _gib(teacher),
+        "adam": _gib(adam),
+        "rest": _gib(total - student - teacher - adam),
+        "GiB": _gib(total),
+        "host": _gib(memory.get("host", 0)),
+        "time": _duration(numbers.get("seconds")),
+        "GPU h": _hours(numbers.get("gpu_hours")),
+        "$": "" if numbers.get("dollars") is None else f"{numbers['dollars']:,.0f}",
+    }
+
+
+def short_count(value: float | None) -> str:
+    """1,500,000,000 as 1.5B; exact below ten thousand; nothing for None."""
+    if value is None:
+        return ""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:,.0f}{unit}"
+    return f"{value:,.0f}"
+
+
+def _gib(size: int) -> str:
+    """Two decimals below ten, none above a hundred; nothing for nothing."""
+    value = size / _GIB
+    return "" if size <= 0 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _count(value: Any) -> str:
     return "" if value is None else f"{value:,}"
+
+
+def _hours(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _duration(seconds: float | None) -> str:
@@ -35,4 +71,4 @@ def _duration(seconds: float | None) -> str:
         return ""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

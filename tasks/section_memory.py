@@ -31,4 +31,31 @@ def freezes_mlp(stage: str, section: Training) -> bool:
     lora = getattr(section, "lora", None)
     if lora is not None:
         return not MLP_PROJECTIONS & set(lora.targets)
-    return stage == "align" or "mlp" in section.freeze or bool(getattr(section, "train_only", ()))
+    return stage == "align" or "mlp" in section.freeze or bool(_train_only(section))
+
+
+def frozen_groups(stage: str, section: Training) -> tuple[str, ...]:
+    """The groups of parameters that surely stay as they are throughout a stage, norms left aside: they are small."""
+    everything = ("mlp", "embeddings", "head", "attention")
+    if getattr(section, "lora", None) is not None:  # adapted matrices change as they are merged
+        return ("mlp", "embeddings", "head") if freezes_mlp(stage, section) else ("embeddings", "head")
+    if stage == "align" or _train_only(section):
+        return everything
+    return tuple(group for group in everything if group in section.freeze)
+
+
+def held_once(stage: str, section: Training, teacher_bits: FrozenBits, mlp_bits: FrozenBits) -> tuple[str, ...]:
+    """The frozen groups that the student may hold as the teacher does, and so need not hold itself. In align it never
+    runs what it shares, so there the bits need not agree."""
+    theirs = {"mlp": teacher_bits, "attention": teacher_bits}
+    ours = {"mlp": mlp_bits}
+    return tuple(
+        group
+        for group in frozen_groups(stage, section)
+        if stage == "align" or ours.get(group, 16) == theirs.get(group, 16)
+    )
+
+
+def _train_only(section: Training) -> tuple[str, ...]:
+    only: tuple[str, ...] = section.train_only if hasattr(section, "train_only") else ()
+    return only

@@ -46,6 +46,10 @@ class PlanSpec(Sheet):
     """No inputs. Product: plan.json (a PlanReport)."""
 
     recipe: Recipe
+    preview: bool = False
+    """For a person to look at: what does not fit into memory is reported beside the sizes and refuses nothing."""
+    sizes_only: bool = False
+    """Parameters, memory and cost from the teacher's config alone: no weights, no tokenizer, no text is looked at."""
 
 
 class PlanReport(Sheet):
@@ -60,13 +64,19 @@ class PlanReport(Sheet):
     teacher_parameters: int
     student_parameters: int
     mixer_parameters: int
+    new_parameters: int = 0
+    """Of the mixers: without a counterpart in the teacher."""
+    idle_parameters: int = 0
+    """Of experts that a token does not go to, in teacher and student alike."""
+    groups: dict[str, int] = Field(default_factory=dict)
+    """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
     num_layers: int
     attention_layers: tuple[int, ...]
     """Empty where they are chosen after align."""
     stages: dict[str, dict[str, Any]]
     """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
-    optimizer, teacher, activations, logits, total}, seconds, gpu_hours, dollars}. Memory, seconds and what follows
-    from them are estimates; None where nothing is known."""
+    optimizer, teacher, activations, logits, buffers, overhead, total, host}, seconds, gpu_hours, dollars}. Memory,
+    seconds and what follows from them are estimates; None where nothing is known."""
     choice: AttentionChoice | None = None
     """A choice after align, its probe made to fit its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -78,6 +88,8 @@ class PlanReport(Sheet):
     assumptions: dict[str, Any] = Field(default_factory=dict)
     """What the estimates rest on: peak FLOP/s, utilisation, processes, memory of one device."""
     warnings: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
+    """Stages that do not fit into memory, and what would help; only a preview has any."""
 
 
 class TokenizeSpec(Sheet):

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -13,8 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.chat import render_chat
 from radlads.tasks.jobs.documents import Document, first_documents
+from radlads.tasks.jobs.frozen import trained_mlp
 from radlads.tasks.jobs.recall import build_case, load_filler
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.section_memory import freezes_mlp, teacher_bits
 from radlads.tasks.sections import (
     Dataset,
     FilesSource,
@@ -39,6 +42,8 @@ class Findings:
 
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    """Stages that need more memory than there is."""
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
@@ -55,28 +60,33 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
         section: Training | None = getattr(recipe, stage)
         if section is None:
             continue
-        if section.batch % processes:
-            findings.faults.append(
-                f"{stage}.batch ({section.batch}) must be a multiple of the {processes} processes; change the batch, "
-                f"or resources.processes"
-            )
-        elif (section.batch // processes) % section.micro_batch:
-            findings.warnings.append(
-                f"{stage}.micro_batch ({section.micro_batch}) does not divide a process's {section.batch // processes} "
-                f"sequences; a smaller one is used"
-            )
-        if section.tokens < section.batch * section.context:
-            findings.faults.append(
-                f"{stage}.tokens ({section.tokens}) is less than one step (batch × context = "
-                f"{section.batch * section.context})"
-            )
-        if positions is not None and section.context > positions:
-            _check_context(stage, section.context, positions, findings)
+        parts = section.parts
+        for number, part in enumerate(parts, 1):
+            _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
+        if positions is not None and section.longest_context > positions:
+            _check_context(stage, section.longest_context, positions, findings)
         if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and stage != "align":
             findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
     if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
         findings.warnings.append(
             f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
+        )
+
+
+def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:
+    if part.batch % processes:
+        findings.faults.append(
+            f"{place}.batch ({part.batch}) must be a multiple of the {processes} processes; change the batch, "
+            f"or resources.processes"
+        )
+    elif (part.batch // processes) % part.micro_batch:
+        findings.warnings.append(
+            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // processes} "
+            f"sequences; a smaller one is used"
+        )
+    if part.tokens < part.batch * part.context:
+        findings.faults.append(
+            f"{place}.tokens ({part.tokens}) is less than one step (batch × context = {part.batch * part.context})"
         )
 
 
@@ -148,6 +158,24 @@ def _size_of(source: FilesSource | HubSource, read: int, documents: int) -> floa
 
 def _add(total: float | None, more: float | None) -> float | None:
     return None if total is None or more is None else total + more
+
+
+def check_frozen(recipe: Recipe, findings: Findings) -> None:
+    """8 bit is for what stays as it is, and has a library of its own."""
+    eight = recipe.student.mlp_bits == 8 and recipe.teacher is not None
+    for stage in ("distill", "finetune"):
+        section: Training | None = getattr(recipe, stage)
+        if section is None or not eight:
+            continue
+        if not freezes_mlp(stage, section):
+            findings.faults.append(trained_mlp(stage))
+        elif stage == "distill" and teacher_bits(recipe, stage) == 16:
+            findings.warnings.append(
+                "distill holds the frozen MLPs twice, in 8 bit for the student and in 16 for the teacher; once is "
+                "enough with teacher.bits: 8 (less memory) or student.mlp_bits: 16 (the teacher's own numbers)"
+            )
+    if (eight or (recipe.teacher is not None and recipe.teacher.bits == 8)) and find_spec("torchao") is None:
+        findings.faults.append("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'")
 
 
 def check_masks(recipe: Recipe, findings: Findings) -> None:

@@ -84,7 +84,7 @@ def choice_stage(
     reading = Evaluate(context=max(*probe.lengths, probe.context), batch=probe.micro_batch)
     memory = judging_memory(reading, networks, resources)
     if memory["total"] > _USABLE * device["memory_bytes"]:
-        findings.faults.append(
+        findings.misfits.append(
             f"choose needs about {memory['total'] / 1024**3:.1f} GiB on each {device['device']}, which has "
             f"{device['memory_bytes'] / 1024**3:.1f} GiB; what would help: attention_layers.recall.micro_batch: "
             f"{max(1, probe.micro_batch // 2)}, or choose: even"

@@ -1,7 +1,8 @@
 """How long a stage takes and what it costs: an estimate from FLOPs at an assumed utilisation.
 
 FLOPs of a token: 2·N forward, 4·N backward, for the N parameters that a network multiplies with (embeddings looked up
-are not); gradient checkpointing adds another forward. The utilisation is what the published 7B run reached in step 2:
+are not, nor experts that a token does not go to); gradient checkpointing adds another forward. The utilisation is what
+the published 7B run reached in step 2:
 3,157 tokens a second on an MI300X (2505.03005, table 3) are 15 % of its bf16 peak.
 """
 
@@ -28,6 +29,8 @@ _PEAKS = {
     "RTX 3090": 71e12,
 }
 _UNKNOWN_GPU = 100e12
+# GiB of memory → the GPU that a plan takes it for when only the size is given.
+_BY_MEMORY = ((180, "MI300X"), (140, "H200"), (80, "H100"), (48, "L40S"), (24, "RTX 4090"))
 # What one core sustains with models small enough to be trained on one (a few hundred thousand to a few million
 # parameters); larger matrix products reach several times as much.
 _CPU_CORE = 8e9
@@ -40,6 +43,11 @@ def device_peak(name: str | None, resources: JobResources) -> float:
     return next((peak for known, peak in _PEAKS.items() if known in name), _UNKNOWN_GPU)
 
 
+def likely_gpu(gibibytes: float) -> str | None:
+    """A well-known GPU with that much memory (GB on its data sheet, or GiB), for its speed; None: there is none."""
+    return next((name for size, name in _BY_MEMORY if size * 0.93 <= gibibytes <= size * 1.1), None)
+
+
 def training_flops(stage: StageName, section: Training, networks: Networks) -> float:
     """FLOPs of a whole training stage."""
     student = _multiplied(networks.student_parameters, networks)
@@ -49,7 +57,7 @@ def training_flops(stage: StageName, section: Training, networks: Networks) -> f
     else:
         per_token = (8 if section.gradient_checkpointing else 6) * student
         per_token += 2 * teacher if stage == "distill" else 0
-    return per_token * section.num_steps * section.batch * section.context
+    return per_token * section.seen_tokens
 
 
 def judging_flops(section: Evaluate | Needle, networks: Networks) -> float:
@@ -74,4 +82,4 @@ def stage_cost(flops: float, peak: float, resources: JobResources) -> dict[str, 
 def _multiplied(parameters: int, networks: Networks) -> int:
     """Parameters without the embeddings that are only looked up (tied ones also make the logits, and count)."""
     looked_up = networks.groups.get("embeddings", 0) if networks.groups.get("head", 0) else 0
-    return parameters - looked_up
+    return max(0, parameters - looked_up - networks.idle)

@@ -7,7 +7,6 @@ the MLPs frozen that is most of the model, in align everything but the mixers.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +16,10 @@ from radlads.model.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.quantized import quantize_frozen, share_frozen
 from radlads.model.teacher import find_family
 from radlads.tasks.job import UserError
-from radlads.tasks.section_memory import freezes_mlp
+from radlads.tasks.section_memory import freezes_mlp, held_once
 from radlads.tasks.specs import TrainSpec
 
 logger = logging.getLogger("radlads")
-
-# Norms are too small to matter, and how they are grouped is the objective's business.
-_SHARED_GROUPS = ("mlp", "embeddings", "head", "attention")
 
 
 def hold_teacher(teacher: PreTrainedModel, spec: TrainSpec, device: torch.device) -> PreTrainedModel:
@@ -35,7 +31,8 @@ def hold_teacher(teacher: PreTrainedModel, spec: TrainSpec, device: torch.device
         lambda name: parameter_group(name, parts, set()) in ("attention", "mlp"),
         device=device,
     )
-    return teacher.to(device)
+    _move(teacher, device)
+    return teacher
 
 
 def hold_student(
@@ -48,31 +45,20 @@ def hold_student(
     """
     if spec.mlp_bits == 8 and not freezes_mlp(spec.objective, spec.section):
         raise UserError(trained_mlp(spec.objective))
-    groups = set(frozen_groups(spec))
     shared: list[str] = []
     if teacher is not None:
-        shareable = {group for group in groups if _alike(group, spec)}
+        shareable = held_once(spec.objective, spec.section, spec.teacher_bits, spec.mlp_bits)
         shared = share_frozen(student, teacher, lambda name: student.parameter_group(name) in shareable)
     if spec.mlp_bits == 8:
         mlps = {name for name, _ in student.named_parameters() if student.parameter_group(name) == "mlp"} - {*shared}
         for name in mlps:
             student.get_parameter(name).requires_grad_(False)
         quantize_frozen(student, 8, mlps.__contains__, device=device)
-    student.to(device)
+    _move(student, device)
     if shared:
         size = sum(tensor.untyped_storage().nbytes() for tensor in _held_as(student, shared))
         logger.info("%d frozen tensors are the teacher's own: %.3f GiB are held once", len(shared), size / 2**30)
     return student
-
-
-def frozen_groups(spec: TrainSpec) -> tuple[str, ...]:
-    """The groups of parameters that surely stay as they are throughout a stage, norms left aside."""
-    section: Any = spec.section
-    if getattr(section, "lora", None) is not None:  # adapted matrices change as they are merged
-        return ("embeddings", "head", "mlp") if freezes_mlp(spec.objective, section) else ("embeddings", "head")
-    if spec.objective == "align" or getattr(section, "train_only", ()):
-        return _SHARED_GROUPS
-    return tuple(group for group in _SHARED_GROUPS if group in section.freeze)
 
 
 def trained_mlp(stage: str) -> str:
@@ -83,11 +69,8 @@ def trained_mlp(stage: str) -> str:
     )
 
 
-def _alike(group: str, spec: TrainSpec) -> bool:
-    """Whether the student may hold a group as the teacher does. In align it never runs what it shares."""
-    theirs = 16 if group in ("embeddings", "head") else spec.teacher_bits
-    ours = spec.mlp_bits if group == "mlp" else 16
-    return spec.objective == "align" or ours == theirs
+def _move(module: nn.Module, device: torch.device) -> None:
+    module.to(device)
 
 
 def _held_as(model: nn.Module, names: list[str]) -> list[torch.Tensor]:

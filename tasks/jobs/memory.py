@@ -1,7 +1,17 @@
 """How much memory a stage takes on one device: an estimate, made before a device is taken.
 
-Weights, gradients and optimizer states are exact sums; activations follow the tensors that a layer keeps for its
-backward pass, and are good to about a third.
+P parameters that train, N processes, w bytes of a number in the precision of the stage (2 in bf16):
+
+    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds (jobs/frozen.py)
+    gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
+    optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
+    teacher      teacher · w, the matrices of its layers in 8 bit where asked
+    activations  counted (jobs/activations.py), for the tokens of a forward pass
+    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
+    buffers      DeepSpeed's bucket, one dequantised matrix, what the optimizer's step flattens beyond activations
+
+Weights, gradients and optimizer are exact sums; activations are good to about a fifth, and a recomputed layer's own
+gradients are taken for as large as what it keeps.
 """
 
 from __future__ import annotations
@@ -9,15 +19,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from radlads.kernels.linear_kl.driver import ARENA_BYTES
 from radlads.tasks.job import JobResources
+from radlads.tasks.jobs.activations import LayerBytes
+from radlads.tasks.section_losses import Lora
+from radlads.tasks.section_memory import FrozenBits, freezes_mlp, held_once
 from radlads.tasks.sections import Evaluate, Needle, Training
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
-# The recurrence keeps its fp32 state once every so many tokens (kernels/wkv7).
-_STATE_EVERY = 16
-# Rows of logits that the fused losses hold at a time (kernels/linear_kl), in fp32, of teacher and student.
-_LOGIT_ROWS = 1024
+# Elements that travel in one reduction (jobs/engine.py).
+_BUCKET = 50_000_000
+# Numbers that share a scale in 8 bit (model/quantized.py).
+_GROUP = 128
 # GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
 _OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
 
@@ -33,6 +47,7 @@ class Networks:
     num_recurrent: int
     hidden: int
     intermediate: int
+    """Width of an MLP; of all experts that a token goes to."""
     width: int
     """Query heads × head width."""
     head_dim: int
@@ -42,36 +57,79 @@ class Networks:
     student_parameters: int
     groups: dict[str, int]
     """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
+    new_parameters: int
+    """Of the student's mixers: without a counterpart in the teacher."""
+    teacher_matrices: int
+    """Parameters of the teacher that can be held in 8 bit: the matrices of its layers."""
+    mlp_matrices: int
+    """Of those, the MLPs'."""
+    largest_matrix: int
+    idle: int
+    """Parameters of experts that a token does not go to."""
+    layer_bytes: dict[int, LayerBytes]
+    """Bytes of a number → what a token keeps in each part of a layer."""
 
     @property
     def mixer_parameters(self) -> int:
         """Parameters of all mixers."""
         return self.groups.get("mixer", 0)
 
-    def trainable(self, stage: StageName, frozen: tuple[str, ...] = ()) -> int:
-        """Parameters that a training stage moves."""
+    def trainable(self, stage: StageName, section: Training) -> int:
+        """Parameters that a training stage moves; of a part of the mixers (`train_only`) at most so many."""
+        lora: Lora | None = getattr(section, "lora", None)
+        if lora is not None:  # each projection is taken for one as long and as wide as the model
+            return self.new_parameters + self.num_layers * len(lora.targets) * 2 * lora.rank * self.hidden
+        only: tuple[str, ...] = getattr(section, "train_only", ())
+        if only:
+            return self.mixer_parameters if "mixer" in only else self.new_parameters
         if stage == "align":
             return self.mixer_parameters
-        return sum(count for group, count in self.groups.items() if group not in frozen)
+        return sum(count for group, count in self.groups.items() if group not in section.freeze)
 
 
-def training_memory(stage: StageName, section: Training, networks: Networks, resources: JobResources) -> Memory:
-    """Bytes on one device, by what holds them, and `total`."""
+def training_memory(
+    stage: StageName,
+    section: Training,
+    networks: Networks,
+    resources: JobResources,
+    *,
+    teacher_bits: FrozenBits = 16,
+    mlp_bits: FrozenBits = 16,
+) -> Memory:
+    """Bytes on one device, by what holds them, and `total`; `host`: what an offloaded optimizer takes beside it."""
     word = word_bytes(section.precision, resources)
+    trainable = networks.trainable(stage, section)
     shards = resources.processes
-    trainable = networks.trainable(stage, section.freeze)
-    student = networks.student_parameters
-    tokens = section.micro_batch * section.context
+    taught = stage in ("align", "distill")
+    eight = mlp_bits == 8 and stage != "align" and freezes_mlp(stage, section)
+    shared = held_once(stage, section, teacher_bits, mlp_bits) if taught else ()
+    groups = {group: count * word for group, count in networks.groups.items() if group not in shared}
+    if eight and "mlp" in groups:
+        groups["mlp"] -= _saved_by_8_bit(networks.mlp_matrices, word)
+    teacher = networks.teacher_parameters * word
+    if teacher_bits == 8:
+        teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
+    activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
+    logits = 0 if stage == "align" else _logits(section, networks, resources, word)
+    sharded = word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer
+    gradients = 4 * trainable // (shards if sharded else 1)
+    optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
+    host = 0
+    if resources.offload_optimizer:
+        host, gradients, optimizer = optimizer + 2 * gradients, 0, 0
     memory = {
-        "weights": student * word,
-        "gradients": trainable * word // (shards if resources.zero_stage >= 2 else 1),
-        "optimizer": trainable * _OPTIMIZER_BYTES // (shards if resources.zero_stage >= 1 else 1),
-        "teacher": networks.teacher_parameters * word if stage in ("align", "distill") else 0,
-        "activations": tokens * _kept_per_token(stage, section, networks, word),
-        "logits": 0 if stage == "align" else 2 * min(tokens, _LOGIT_ROWS) * networks.vocab * 4,
+        "weights": sum(groups.values()),
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "teacher": teacher if taught else 0,
+        "activations": activations,
+        "logits": logits,
+        "buffers": min(_BUCKET, trainable) * (word + 4)
+        + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
+        + max(0, gradients - activations - logits),
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
-    return memory | {"total": sum(memory.values())}
+    return memory | {"total": sum(memory.values()), "host": host}
 
 
 def judging_memory(section: Evaluate | Needle, networks: Networks, resources: JobResources) -> Memory:
@@ -100,36 +158,33 @@ def word_bytes(precision: str, resources: JobResources) -> int:
     return 2 if precision == "bf16" or (precision == "auto" and resources.device == "cuda") else 4
 
 
-def _kept_per_token(stage: StageName, section: Training, networks: Networks, word: int) -> int:
-    """Bytes that one token keeps for the backward pass, over all layers."""
-    state = networks.width * networks.head_dim * 4 // _STATE_EVERY
-    # Mixer: r, k, v, gate, decay, iclr, the removal key and their products, after projection and before.
-    mixer = 14 * networks.width * word + state + 2 * networks.hidden * word
-    attention = 6 * networks.width * word + 2 * networks.hidden * word
-    mlp = 4 * networks.intermediate * word + 4 * networks.hidden * word
+def _saved_by_8_bit(matrices: int, word: int) -> int:
+    return matrices * word - matrices - matrices * word // _GROUP
+
+
+def _activations(stage: StageName, part: Training, networks: Networks, resources: JobResources, word: int) -> int:
+    """Bytes that the sequences of one forward pass keep, at most."""
+    sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
+    tokens, of = sequences * part.context, networks.layer_bytes[word]
     recurrent, kept = networks.num_recurrent, networks.num_layers - networks.num_recurrent
-    if stage == "align":  # the mixers' graphs live until the one backward pass; of the teacher only a layer at a time
-        return recurrent * mixer + attention + mlp
-    if section.gradient_checkpointing:
-        return networks.num_layers * networks.hidden * word + mixer + mlp
-    return recurrent * (mixer + mlp) + kept * (attention + mlp)
+    mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
+    rows = networks.hidden * word
+    if stage == "align":  # all mixers' graphs live until the one backward pass; of the teacher a layer at a time
+        passing = of.attention + of.frozen_mlp + 2 * of.norm
+        target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
+        each = rows + target if part.gradient_checkpointing else of.mixer + target
+        return tokens * (recurrent * each + passing + of.mixer)
+    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0)
+    if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
+        first = 2 * networks.kv_width * word  # gradients
+        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + 2 * of.norm))
+    each = networks.num_layers * (mlp + 2 * of.norm) + recurrent * of.mixer + kept * of.attention
+    return tokens * (each + largest + mlp)
 
 
-def what_would_help(stage: StageName, section: Training, memory: Memory, resources: JobResources) -> str:
-    """Recipe changes that shrink what is biggest, the surest first."""
-    helpers: list[str] = []
-    own = memory["total"] - memory["overhead"]
-    if memory["activations"] > own // 4:
-        if section.micro_batch > 1:
-            helpers.append(f"{stage}.micro_batch: {max(1, section.micro_batch // 2)}")
-        if not section.gradient_checkpointing and stage != "align":
-            helpers.append(f"{stage}.gradient_checkpointing: true")
-        if not helpers:
-            helpers.append(f"a smaller {stage}.context")
-    if memory["optimizer"] + memory["gradients"] > own // 4:
-        if resources.zero_stage < 2 and resources.processes > 1:
-            helpers.append("resources.zero_stage: 2")
-        if "mlp" not in section.freeze and stage != "align":
-            helpers.append(f"{stage}.freeze: [mlp] (costs quality)")
-        helpers.append("more GPUs (resources.processes)")
-    return ", ".join(helpers) or "a GPU with more memory, or a smaller teacher"
+def _logits(section: Training, networks: Networks, resources: JobResources, word: int) -> int:
+    """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
+    head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
+    tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)
+    rows = tokens * networks.vocab * (4 + 4 + word)
+    return min(rows, ARENA_BYTES[resources.device]) + head + tokens * networks.hidden * word

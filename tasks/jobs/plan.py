@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from radlads.model.modeling import parameter_group
-from radlads.model.student import build_student
 from radlads.model.teacher import find_family, load_teacher_config, teacher_warnings
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs.checks import (
     Findings,
     check_dataset,
     check_epochs,
+    check_frozen,
     check_heldout,
     check_masks,
     check_needle,
@@ -30,8 +27,10 @@ from radlads.tasks.jobs.checks import (
 )
 from radlads.tasks.jobs.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.common import Job, run_job
-from radlads.tasks.jobs.cost import UTILISATION, device_peak, judging_flops, stage_cost, training_flops
-from radlads.tasks.jobs.memory import Networks, judging_memory, training_memory, what_would_help
+from radlads.tasks.jobs.cost import UTILISATION, judging_flops, stage_cost, training_flops
+from radlads.tasks.jobs.memory import Memory, Networks, judging_memory
+from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
+from radlads.tasks.jobs.sizes import count_networks, describe_device
 from radlads.tasks.jobs.sources import (
     first_line,
     load_tokenizer,
@@ -40,8 +39,10 @@ from radlads.tasks.jobs.sources import (
     resolve_teacher_path,
     tokenizer_fingerprint,
 )
+from radlads.tasks.section_choice import AttentionChoice, late_choice
+from radlads.tasks.section_memory import mlp_bits, teacher_bits
 from radlads.tasks.sections import Recipe
-from radlads.tasks.specs import PlanReport, TeacherRef
+from radlads.tasks.specs import PlanReport, PlanSpec, TeacherRef
 
 logger = logging.getLogger("radlads")
 
@@ -51,7 +52,8 @@ _USABLE = 0.95
 
 def main(job: Job) -> dict[str, Any]:
     """Write plan.json. Raises UserError with one line per fault."""
-    report = make_plan(job.typed.recipe, job.spec.resources)
+    spec: PlanSpec = job.typed
+    report = make_plan(spec.recipe, job.spec.resources, preview=spec.preview, sizes_only=spec.sizes_only)
     (job.output / "plan.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
     for warning in report.warnings:
         logger.warning("%s", warning)
@@ -65,28 +67,22 @@ def main(job: Job) -> dict[str, Any]:
     }
 
 
-def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
-    """Check everything and add it up. Raises UserError with all faults."""
+def make_plan(
+    recipe: Recipe, resources: JobResources, *, preview: bool = False, sizes_only: bool = False
+) -> PlanReport:
+    """Check everything and add it up; see PlanSpec for preview and sizes_only. Raises UserError with all faults."""
     findings = Findings()
-    subject = _open_subject(recipe, findings)
+    subject = _open_subject(recipe, findings, sizes_only=sizes_only)
     if subject is None:
         raise UserError("\n".join(findings.faults))
     positions = getattr(subject.config, "max_position_embeddings", None)
-    data = {name: check_dataset(name, recipe.data[name], subject.tokenizer, findings) for name in recipe.datasets_used}
-    findings.warnings += [f"data.{name} is used by no stage" for name in recipe.data if name not in data]
-    check_tokenizer(subject.tokenizer, subject.config, findings)
     check_training(recipe, positions, resources.processes, findings)
     check_masks(recipe, findings)
-    check_heldout(recipe, data, findings)
-    if recipe.needle is not None:
-        check_needle(recipe.needle, subject.tokenizer, positions, findings)
-    if recipe.evaluate is not None and recipe.evaluate.tasks:
-        from radlads.tasks.jobs.lmeval import check_tasks  # the harness takes seconds to import
-
-        findings.faults += check_tasks(recipe.evaluate.tasks)
+    check_frozen(recipe, findings)
+    data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, findings)
     networks = choice = None
     with findings.at("student"):
-        choice = plan_choice(recipe, subject.config, subject.tokenizer)
+        choice = _choice(recipe, subject)
         networks = count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
@@ -100,19 +96,25 @@ def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
     if choice is not None:
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
     files = {}
-    for name in recipe.datasets_used:
+    for name in () if sizes_only else recipe.datasets_used:
         with findings.at(f"data.{name}"):
             files[name] = resolve_files(recipe.data[name].sources)
-    if findings.faults:
-        raise UserError("\n".join(dict.fromkeys(findings.faults)))
+    faults = [*findings.faults, *(() if preview else findings.misfits)]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
     return PlanReport(
         teacher=subject.teacher,
         tokenizer=subject.tokenizer_path,
-        tokenizer_fingerprint=tokenizer_fingerprint(subject.tokenizer_path, subject.revision),
+        tokenizer_fingerprint=""
+        if subject.tokenizer is None
+        else tokenizer_fingerprint(subject.tokenizer_path, subject.revision),
         files=files,
         teacher_parameters=networks.teacher_parameters,
         student_parameters=networks.student_parameters,
         mixer_parameters=networks.mixer_parameters,
+        new_parameters=networks.new_parameters,
+        idle_parameters=networks.idle,
+        groups=networks.groups,
         num_layers=networks.num_layers,
         attention_layers=planned_layers(recipe.student, networks.num_layers),
         choice=choice,
@@ -122,7 +124,31 @@ def make_plan(recipe: Recipe, resources: JobResources) -> PlanReport:
         dollars=_sum(stage["dollars"] for stage in stages.values()),
         assumptions=device | {"utilisation": UTILISATION if resources.device == "cuda" else 1.0},
         warnings=tuple(findings.warnings),
+        misfits=tuple(findings.misfits),
     )
+
+
+def _check_texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, findings: Findings
+) -> dict[str, dict[str, Any]]:
+    """Everything that is read: datasets (returned by name, as check_dataset does), needles, benchmark tasks."""
+    data = {name: check_dataset(name, recipe.data[name], tokenizer, findings) for name in recipe.datasets_used}
+    findings.warnings += [f"data.{name} is used by no stage" for name in recipe.data if name not in data]
+    check_tokenizer(tokenizer, config, findings)
+    check_heldout(recipe, data, findings)
+    if recipe.needle is not None:
+        check_needle(recipe.needle, tokenizer, getattr(config, "max_position_embeddings", None), findings)
+    if recipe.evaluate is not None and recipe.evaluate.tasks:
+        from radlads.tasks.jobs.lmeval import check_tasks  # the harness takes seconds to import
+
+        findings.faults += check_tasks(recipe.evaluate.tasks)
+    return data
+
+
+def _choice(recipe: Recipe, subject: _Subject) -> AttentionChoice | None:
+    if subject.tokenizer is None:
+        return late_choice(recipe)
+    return plan_choice(recipe, subject.config, subject.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -130,7 +156,7 @@ class _Subject:
     """What is converted (or made): its config, its tokenizer, and the teacher pinned by content."""
 
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     tokenizer_path: str
     teacher: TeacherRef | None
 
@@ -139,7 +165,7 @@ class _Subject:
         return self.teacher.revision if self.teacher else None
 
 
-def _open_subject(recipe: Recipe, findings: Findings) -> _Subject | None:
+def _open_subject(recipe: Recipe, findings: Findings, *, sizes_only: bool) -> _Subject | None:
     if recipe.pretrain is not None:
         tokenizer = None
         with findings.at("pretrain.tokenizer"):
@@ -151,6 +177,12 @@ def _open_subject(recipe: Recipe, findings: Findings) -> _Subject | None:
         return None
     assert recipe.teacher is not None
     path, trusted = recipe.teacher.path, recipe.teacher.trust_remote_code
+    if sizes_only:
+        with findings.at("teacher"):
+            config = load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
+            findings.warnings.append("only sizes are planned: no weights, tokenizer and text were looked at")
+            return _Subject(config, None, path, TeacherRef(path=path, revision=recipe.teacher.revision, fingerprint=""))
+        return None
     with findings.at("teacher"):
         teacher = pin_teacher(path, revision=recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=teacher.revision, trust_remote_code=trusted)
@@ -173,59 +205,6 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     return config
 
 
-def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
-    """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
-    family = find_family(config)
-    with torch.device("meta"):
-        teacher = AutoModelForCausalLM.from_config(config)
-        if recipe.pretrain is not None:
-            student, mixers = teacher, set()
-        else:
-            student = build_student(
-                config,
-                variant=recipe.student.variant,
-                options=recipe.student.options,
-                attention_layers=planned_layers(recipe.student, config.num_hidden_layers),
-                attention_rope=recipe.student.attention_rope,
-                untie_embeddings=recipe.student.untie_embeddings,
-            )
-            mixers = set(student.mixers())
-    groups: dict[str, int] = {}
-    for name, parameter in student.named_parameters():
-        group = parameter_group(name, family, mixers)
-        groups[group] = groups.get(group, 0) + parameter.numel()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Networks(
-        num_layers=config.num_hidden_layers,
-        num_recurrent=len(mixers),
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        width=heads * head_dim,
-        head_dim=head_dim,
-        kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
-        vocab=config.vocab_size,
-        teacher_parameters=0 if recipe.pretrain is not None else sum(p.numel() for p in teacher.parameters()),
-        student_parameters=sum(groups.values()),
-        groups=groups,
-    )
-
-
-def describe_device(resources: JobResources) -> dict[str, Any]:
-    """{device, processes, peak_flops, memory_bytes} of one process's device; on a CPU its share of the machine."""
-    if resources.device == "cuda" and torch.cuda.is_available():
-        name: str | None = torch.cuda.get_device_name(0)
-        memory = torch.cuda.get_device_properties(0).total_memory
-    else:
-        name, memory = None, psutil.virtual_memory().total // resources.processes
-    return {
-        "device": name or resources.device,
-        "processes": resources.processes,
-        "peak_flops": device_peak(name, resources),
-        "memory_bytes": memory,
-    }
-
-
 def _plan_stages(
     recipe: Recipe,
     resources: JobResources,
@@ -235,22 +214,21 @@ def _plan_stages(
     findings: Findings,
 ) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
+    limit = _USABLE * device["memory_bytes"]
     for stage in ("pretrain", "align", "distill", "finetune"):
         section = getattr(recipe, stage)
         if section is None:
             continue
-        memory = training_memory(stage, section, networks, resources)
-        if memory["total"] > _USABLE * device["memory_bytes"]:
-            findings.faults.append(
-                f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
-                f"{_gib(device['memory_bytes'])}; what would help: {what_would_help(stage, section, memory, resources)}"
-            )
+        setting = Setting(stage, section, resources, teacher_bits(recipe, stage), mlp_bits(recipe, stage))
+        memory = setting.memory(networks)
+        if memory["total"] > limit:
+            findings.misfits.append(_misfit(stage, memory, device, what_would_help(setting, networks, limit)))
         stages[stage] = {
-            "tokens": section.num_steps * section.batch * section.context,
+            "tokens": section.seen_tokens,
             "steps": section.num_steps,
-            "context": section.context,
+            "context": section.longest_context,
             "batch": section.batch,
-            "trainable_parameters": networks.trainable(stage, section.freeze),
+            "trainable_parameters": networks.trainable(stage, section),
             "epochs": epochs.get(stage),
             "memory_bytes_per_gpu": memory,
         } | stage_cost(training_flops(stage, section, networks), device["peak_flops"], resources)
@@ -258,14 +236,19 @@ def _plan_stages(
         if section is None or recipe.pretrain is not None:
             continue
         memory = judging_memory(section, networks, resources)
-        if memory["total"] > _USABLE * device["memory_bytes"]:
-            findings.faults.append(
-                f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
-                f"{_gib(device['memory_bytes'])}; what would help: {stage}.batch: {max(1, section.batch // 2)}"
-            )
+        if memory["total"] > limit:
+            helps = what_would_help_judging(stage, section, networks, resources, limit)
+            findings.misfits.append(_misfit(stage, memory, device, helps))
         cost = stage_cost(judging_flops(section, networks), device["peak_flops"], resources)
         stages[stage] = {"memory_bytes_per_gpu": memory} | cost
     return stages
+
+
+def _misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:
+    return (
+        f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
+        f"{_gib(device['memory_bytes'])}; what would help: {helps}"
+    )
 
 
 def _gib(size: float) -> str:

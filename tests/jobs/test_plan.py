@@ -167,7 +167,7 @@ def test_wrong_fields_are_told_with_those_that_exist(recipe: Callable[..., Recip
 def test_what_cannot_fit_is_refused_with_what_would_help(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ):
-    tiny = {"device": "Tiny GPU", "processes": 1, "peak_flops": 1e12, "memory_bytes": 1 << 28}
+    tiny = {"device": "Tiny GPU", "processes": 1, "peak_flops": 1e12, "memory_bytes": 616 << 20}
     monkeypatch.setattr(plan, "describe_device", lambda resources: tiny)
     with pytest.raises(
         UserError, match=r"distill needs about .* which has .*what would help: .*distill.gradient_checkpointing"

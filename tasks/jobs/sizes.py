@@ -1,0 +1,128 @@
+"""The sizes of teacher and student, counted on the meta device, and the device that they are to fit on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from radlads.model.modeling import RadladsForCausalLM, parameter_group
+from radlads.model.quantized import is_matrix
+from radlads.model.student import build_student
+from radlads.model.teacher import find_family
+from radlads.tasks.job import JobResources
+from radlads.tasks.jobs.activations import LayerBytes, count_layer_bytes
+from radlads.tasks.jobs.choice_plan import planned_layers
+from radlads.tasks.jobs.cost import device_peak, likely_gpu
+from radlads.tasks.jobs.memory import Networks
+from radlads.tasks.sections import Recipe
+
+_GIB = 1024**3
+
+
+def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
+    """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
+    family, values = find_family(config), _values(config)
+    causal_models: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        teacher = causal_models.from_config(config)
+        if recipe.pretrain is not None:
+            student, mixers = teacher, set()
+        else:
+            student = build_student(
+                config,
+                variant=recipe.student.variant,
+                options=recipe.student.options,
+                attention_layers=planned_layers(recipe.student, values.num_hidden_layers),
+                attention_rope=recipe.student.attention_rope,
+                untie_embeddings=recipe.student.untie_embeddings,
+            )
+            mixers = set(student.mixers())
+    groups: dict[str, int] = {}
+    for name, parameter in student.named_parameters():
+        group = parameter_group(name, family, mixers)
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    theirs = {name: parameter.numel() for name, parameter in teacher.named_parameters()}
+    matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
+    heads = values.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or values.hidden_size // heads
+    return Networks(
+        num_layers=values.num_hidden_layers,
+        num_recurrent=len(mixers),
+        hidden=values.hidden_size,
+        intermediate=_active_width(config),
+        width=heads * head_dim,
+        head_dim=head_dim,
+        kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        vocab=values.vocab_size,
+        teacher_parameters=0 if recipe.pretrain is not None else sum(theirs.values()),
+        student_parameters=sum(groups.values()),
+        groups=groups,
+        new_parameters=sum(p.numel() for n, p in student.named_parameters() if n not in theirs and n != _HEAD),
+        teacher_matrices=sum(matrices.values()),
+        mlp_matrices=sum(count for name, count in matrices.items() if parameter_group(name, family, set()) == "mlp"),
+        largest_matrix=max(matrices.values(), default=0),
+        idle=_idle(teacher, config),
+        layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+    )
+
+
+def describe_device(resources: JobResources) -> dict[str, Any]:
+    """{device, processes, peak_flops, memory_bytes} of one process's device; on a CPU its share of the machine.
+
+    A GPU whose memory is given need not be here; its speed is that of a well-known one of that size.
+    """
+    if resources.device == "cuda" and resources.gpu_memory_gib is not None:
+        like = likely_gpu(resources.gpu_memory_gib)
+        label = f"GPU of {resources.gpu_memory_gib:g} GiB"
+        name, memory = like or label, int(resources.gpu_memory_gib * _GIB)
+        label += f" (as fast as {'an' if like[0] in 'HL' else 'a'} {like})" if like else ""
+    elif resources.device == "cuda" and torch.cuda.is_available():
+        label = name = torch.cuda.get_device_name(0)
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        label, name, memory = resources.device, None, psutil.virtual_memory().total // resources.processes
+    return {
+        "device": label,
+        "processes": resources.processes,
+        "peak_flops": device_peak(name, resources),
+        "memory_bytes": memory,
+    }
+
+
+_HEAD = "lm_head.weight"
+
+
+def _values(config: PreTrainedConfig) -> Any:
+    return config
+
+
+def _in_layers(name: str, family: Any) -> bool:
+    return parameter_group(name, family, set()) in ("attention", "mlp")
+
+
+def _active_width(config: PreTrainedConfig) -> int:
+    values = _values(config)
+    experts = getattr(config, "moe_intermediate_size", None)
+    return int(values.num_experts_per_tok * experts if experts else values.intermediate_size)
+
+
+def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
+    """Parameters of experts that a token does not go to."""
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    if not experts:
+        return 0
+    values = _values(config)
+    idle: int = round(experts * (1 - values.num_experts_per_tok / values.num_experts))
+    return idle
+
+
+def _layer_bytes(student: Any, dtype: torch.dtype) -> LayerBytes:
+    if isinstance(student, RadladsForCausalLM):
+        return count_layer_bytes(student, dtype)
+    values, word = _values(student.config), dtype.itemsize
+    mlp = (4 * values.intermediate_size + values.hidden_size) * word
+    attention = (values.hidden_size + 7 * values.num_attention_heads * (getattr(values, "head_dim", None) or 0)) * word
+    return LayerBytes(0, attention, mlp, mlp, 3 * values.hidden_size * word)
