@@ -121,7 +121,11 @@ def parse_recipe(raw: Any, *, where: str = "recipe") -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; load_recipe of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    # PyYAML writes Unicode's own line breaks as they are and reads them as spaces.
+    breaks = any(mark in text for mark in "\x85\u2028\u2029")
+    return yaml.safe_dump(values, sort_keys=False) if breaks else text
 
 
 def _read_yaml(name_or_path: str) -> Any:
