@@ -63,7 +63,8 @@ def wkv6_inputs(
 ) -> list[Tensor]:
     """The four inputs [B,T,H,K] as RAD-RWKV6 makes them, requiring gradients; drawn in fp64, the same for every dtype.
 
-    Log decays spread from the floor, where a fifth of them lies, to nearly none; `log_decay` fixes them.
+    Log decays spread from the floor, where a fifth of them lies, to nearly none, and keys are scaled by 1 - decay;
+    `log_decay` fixes the decay and leaves the keys as they are.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -72,7 +73,8 @@ def wkv6_inputs(
 
     r, w, k, v = normal(K) * K**-0.5, normal(K), normal(K), normal(V or K)
     w = (-(2.5 * w - 0.5).exp()).clamp(min=WKV6_FLOOR) if log_decay is None else torch.full_like(w, log_decay)
-    return [x.to(dtype).requires_grad_() for x in (r, w, k * -w.expm1(), v)]
+    k = k * -w.expm1() if log_decay is None else k
+    return [x.to(dtype).requires_grad_() for x in (r, w, k, v)]
 
 
 def relative_rms(x: Tensor, reference: Tensor) -> float:

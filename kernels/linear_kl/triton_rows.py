@@ -148,6 +148,7 @@ def triton_rows(
 ) -> None:
     """As `torch_rows`, for logits and sums that are not fp64. A label outside the vocabulary makes its loss NaN."""
     n, V = z_nV.shape
+    labels_n, ce_factor_n = (None if x is None else x.contiguous() for x in (labels_n, ce_factor_n))
     block = min(MAX_PART, triton.next_power_of_2(V))
     parts = triton.cdiv(V, block)
     nvidia = z_nV.is_cuda and torch.version.hip is None

@@ -66,7 +66,6 @@ def test_packed_sequences(bounds):
 def test_decays(log_decay, chunk):
     """Beyond the floor the gradient of the decay is itself below rounding, so it is less exact there."""
     inputs = wkv6_inputs(1, 70, 1, 16, log_decay=log_decay)
-    inputs[2] = torch.randn(1, 70, 1, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
     decay_slack = 2 if log_decay >= WKV6_FLOOR else 1000
     tuning = Tuning(chunk, 16, 4, 1, 16, 4)
     assert_right(inputs, state_like(1, 1, 16, 16), decay_slack=decay_slack, tuning=tuning)
