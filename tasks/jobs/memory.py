@@ -116,7 +116,8 @@ def training_memory(
     optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
     host = 0
     if resources.offload_optimizer:
-        host, gradients, optimizer = optimizer + 2 * gradients, 0, 0
+        # Gradients twice, as they are added up and as they are stepped with; and the new weights on their way back.
+        host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
     memory = {
         "weights": sum(groups.values()),
         "gradients": gradients,

@@ -58,7 +58,8 @@ def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
         if without.need(networks) <= max(limit, now.need(networks)):
             chosen, now = rest, without
     told = ", ".join(label for label, _ in chosen)
-    size = f"{now.need(networks) / _GIB:.0f} GiB"
+    size, host = f"{now.need(networks) / _GIB:.0f} GiB", now.memory(networks)["host"]
+    size += f" and {host / _GIB:.0f} GiB of host memory each" if host else ""
     whole = f"GPUs of {-(-setting.need(networks) // _GIB) / _USABLE:.0f} GiB"
     if not told:
         return whole

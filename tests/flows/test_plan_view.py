@@ -1,0 +1,103 @@
+"""`radlads plan` as a person sees it: the table, the machine that is planned for, what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from radlads.flows.cli import app
+from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.tasks.devices import planned_resources
+from radlads.tasks.job import UserError
+from radlads.tasks.plan_table import short_count
+from radlads.tasks.recipe import Resources, load_recipe
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    stage = {"tokens": 300_000_000, "context": 4096, "batch": 32, "micro_batch": 2, "gradient_checkpointing": True}
+    raw = {
+        "name": "mixture",
+        "description": "A mixture of experts.",
+        "teacher": {"path": str(tmp_path), "bits": 8},
+        "student": {"mlp_bits": 8, "attention_layers": [3, 7]},
+        "data": {"train": {"sources": [{"kind": "hub", "path": "nobody/nothing"}]}},
+        "align": stage,
+        "distill": stage | {"freeze": ["mlp"]},
+        "evaluate": {"context": 1024, "batch": 4},
+        "resources": {"dollars_per_gpu_hour": 3.5},
+    }
+    path = tmp_path / "mixture.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(recipe_file: Path):
+    recipe = load_recipe(str(recipe_file))
+    report = plan_offline(recipe, gpus=8, gpu_memory_gib=141, sizes_only=True)
+    screen = io.StringIO()
+    print_plan(Console(file=screen, width=100, color_system=None), recipe, report)
+    lines = screen.getvalue().splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    text = screen.getvalue()
+    assert "8 × GPU of 141 GiB (as fast as an H200)" in text
+    assert "3.3" in text  # billions of parameters that are active a token
+    for stage in ("align", "distill", "evaluate"):
+        (row,) = [line for line in lines if line.startswith(f"{stage} ")]
+        assert "…" not in row
+    header = next(line for line in lines if line.startswith("stage"))
+    assert header.split() == "stage tokens steps context batch student teacher adam rest GiB time GPU h $".split()
+    assert "in all" in text
+
+
+def test_the_command_shows_the_table_and_then_what_does_not_fit(recipe_file: Path):
+    asked = ["plan", str(recipe_file), "--gpus", "1", "--gpu-memory", "24", "--sizes-only"]
+    done = CliRunner().invoke(app, asked)
+    assert isinstance(done.exception, UserError)
+    assert "align needs about" in str(done.exception)
+    assert "distill" in done.output
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "message"),
+    [(8, None, "how much memory has each of the 8 GPUs"), (-1, 80.0, "there must be at least one"),
+     (8, -4.0, "it must have memory")],
+)  # fmt: skip
+def test_a_machine_that_makes_no_sense_is_refused(gpus: int, memory: float | None, message: str):
+    with pytest.raises(UserError, match=message):
+        planned_resources(Resources(), gpus, memory)
+
+
+def test_this_machine_is_planned_for_unless_another_is_described():
+    assert planned_resources(Resources(), None, None) is None
+    told = planned_resources(Resources(processes=4, gpu_memory_gib=80, offload_optimizer=True), None, None)
+    assert told is not None
+    assert (told.device, told.processes, told.gpu_memory_gib, told.offload_optimizer) == ("cuda", 4, 80, True)
+
+
+def test_counts_are_short():
+    numbers = (None, 7, 9_999, 12_345, 999_900, 100_000_000, 1_500_000_000, 20_905_482_240)
+    assert [short_count(n) for n in numbers] == ["", "7", "9,999", "12.3k", "1,000k", "100M", "1.5B", "20.9B"]
