@@ -13,26 +13,31 @@ process that may die (a bad setting can take the CUDA context with it) and is th
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.kernels.testing import INPUT_NAMES, outputs_and_gradients, relative_rms, wkv7_inputs
+from radlads.kernels.testing import outputs_and_gradients, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_step import wkv7_step_triton
-from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, candidates, choose_numerics
+from radlads.kernels.wkv7.triton_tuning import (
+    FEWEST_HEADS,
+    Fused,
+    Tuning,
+    candidates,
+    default_tuning,
+    fused_candidates,
+    fused_tuning,
+)
 
 SHAPES = {"S1": (8, 4096, 64, 64), "S2": (1, 32768, 64, 64), "S3": (4, 4096, 64, 96), "S4": (4, 4096, 40, 128)}
 SECTIONS = ("table", "errors", "sweep", "step", "kl", "sdpa", "torch", "fla")
@@ -46,52 +51,47 @@ def say(*words: object) -> None:
     sys.stdout.flush()
 
 
-def numerics(name: str) -> Numerics:
-    accurate = choose_numerics(BF16, "hip" if torch.version.hip else "cuda")
-    return replace(accurate, dot=tl.bfloat16) if name == "bf16" else accurate
-
-
-def sweep_rows() -> Iterator[tuple[str, str, int, Tuning]]:
-    """(shape, numerics, row, setting): the most telling first, in case time runs out."""
+def sweep_rows() -> Iterator[tuple[str, int, Tuning | Fused]]:
+    """(shape, row, setting): the fused kernels' settings, then those of the kernels with chunks in parallel."""
     backend = "hip" if torch.version.hip else "cuda"
-    for shape, kind in (("S1", "tf32"), ("S4", "tf32"), ("S1", "bf16"), ("S4", "bf16"), ("S3", "tf32")):
+    for shape in ("S1", "S4", "S3"):
         D = SHAPES[shape][3]
-        for row, tuning in enumerate(candidates(D, D, backend)):
-            yield shape, kind, row, tuning
+        for row, tuning in enumerate([*fused_candidates(D, D, backend), *candidates(D, D, backend)[:4]]):
+            yield shape, row, tuning
+
+
+def fused(D: int, dtype: torch.dtype = BF16) -> Fused | None:
+    return fused_tuning(D, D, FEWEST_HEADS, dtype, "hip" if torch.version.hip else "cuda")
 
 
 def compile_jobs() -> list[Callable[[], None]]:
     """One job per setting and variant: run on a tiny input, it leaves the compiled kernels in Triton's cache."""
 
-    def run(
-        D: int, T: int, tuning: Tuning | None, kind: str, bounds: list[int] | None = None, dtype=BF16, h0=False
-    ) -> None:
+    def run(D: int, T: int, tuning: Tuning | Fused | None, bounds: list[int] | None = None, dtype=BF16, h0=False):
         inputs = wkv7_inputs(1, T, 2, D, dtype=dtype, device=DEVICE)
         cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
         state = torch.zeros(1 if bounds is None else len(bounds) - 1, 2, D, D, device=DEVICE) if h0 else None
-        kinds = {"numerics": numerics(kind)} if dtype == BF16 else {}
-        options = {"cu_seqlens": cu_seqlens, "tuning": tuning, **kinds}
+        options = {"cu_seqlens": cu_seqlens, "tuning": tuning}
         out, _ = wkv7_triton(*inputs, initial_state=state, **options)
         out.sum().backward()
-        if tuning is None:
-            with torch.no_grad():
-                wkv7_triton(*inputs, initial_state=state, **options)
+        with torch.no_grad():
+            wkv7_triton(*inputs, initial_state=state, **options)
 
     jobs = []
-    for D in (64, 128, 96):
-        jobs += [lambda D=D: run(D, 128, None, "tf32"), lambda D=D: run(D, 100, None, "tf32", h0=True)]
-        jobs += [
-            lambda D=D: run(D, 100, None, "tf32", [0, 30, 100]),
-            lambda D=D: run(D, 100, None, "tf32", [0, 9, 100], h0=True),
-        ]
-    jobs += [lambda: run(16, 100, None, "tf32", h0=True)]
-    jobs += [lambda d=d: run(64, 100, None, "", dtype=d, h0=True) for d in (torch.float16, torch.float32)]
+    for D in (64, 128, 96, 16):
+        for tuning in (fused(D), None):
+            jobs += [lambda D=D, t=tuning: run(D, 128, t), lambda D=D, t=tuning: run(D, 100, t, h0=True)]
+            jobs += [lambda D=D, t=tuning: run(D, 100, t, [0, 30, 100], h0=True)]
+    jobs += [lambda: run(64, 100, fused(64), [0, 30, 100])]
+    jobs += [lambda: run(64, 100, fused(64, torch.float16), dtype=torch.float16, h0=True)]
+    jobs += [lambda: run(64, 100, None, dtype=torch.float32, h0=True)]
     seen = set()
-    for shape, kind, _, tuning in sweep_rows():
+    for shape, _, tuning in sweep_rows():
         D = SHAPES[shape][3]
-        if (D, kind, tuning) not in seen:
-            seen.add((D, kind, tuning))
-            jobs.append(lambda D=D, kind=kind, tuning=tuning: run(D, 128, tuning, kind))
+        if (D, tuning) not in seen:
+            seen.add((D, tuning))
+            jobs.append(lambda D=D, tuning=tuning: run(D, 128, tuning))
+            jobs.append(lambda D=D, tuning=tuning: run(D, 100, tuning))
     return jobs
 
 
@@ -149,36 +149,27 @@ def exactly(inputs: list[Tensor], state: Tensor | None = None, **options) -> dic
 
 def sweep(emit: Callable[..., None], done: set[str]) -> None:
     exact = {}
-    for shape, kind, row, tuning in sweep_rows():
-        name = f"{shape} {kind} {row}"
+    for shape, row, tuning in sweep_rows():
+        name = f"{shape} {row} {tuning}"
         if name in done:
             continue
         B, T, H, D = SHAPES[shape]
         emit(begin=name)
         worst = {}
         for case, special in (("random", {}), ("repeat1", {"period": 1, "iclr": 0.98, "log_decay": -1e-3})):
-            inputs = wkv7_inputs(1, 320, 2, D, dtype=BF16, device=DEVICE, **special)
+            inputs = wkv7_inputs(1, 100, 2, D, dtype=BF16, device=DEVICE, **special)
             if (D, case) not in exact:
                 exact[D, case] = exactly(inputs)
             try:
-                ours = outputs_and_gradients(wkv7_triton, inputs, tuning=tuning, numerics=numerics(kind))
+                ours = outputs_and_gradients(wkv7_triton, inputs, tuning=tuning)
             except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
-                emit(
-                    row=name,
-                    shape=shape,
-                    numerics=kind,
-                    tuning=asdict(tuning),
-                    failed=f"{type(error).__name__}: {error}"[:200],
-                )
+                emit(row=name, failed=f"{type(error).__name__}: {error}"[:200])
                 break
-            found = errors_against(exact[D, case], ours)
-            worst[case] = {"out": found["out"], "grad": max(found[f"d {x}"] for x in INPUT_NAMES if x != "log_decay")}
-            worst[case]["d log_decay"] = found["d log_decay"]
+            worst[case] = max(errors_against(exact[D, case], ours).values())
         if "repeat1" not in worst:
             continue
-        inputs = timing_inputs((B, T, H, D))
-        times = kernel_times(forward_backward(wkv7_triton, inputs, tuning=tuning, numerics=numerics(kind)))
-        emit(row=name, shape=shape, numerics=kind, tuning=asdict(tuning), errors=worst, ms=times)
+        times = kernel_times(forward_backward(wkv7_triton, timing_inputs((B, T, H, D)), tuning=tuning))
+        emit(case=name, worst_error=worst, total=sum(times.values()), ms=times)
 
 
 def table(emit: Callable[..., None], done: set[str]) -> None:
@@ -216,9 +207,15 @@ def table(emit: Callable[..., None], done: set[str]) -> None:
             gib=peak,
             ms=kernel_times(both),
         )
-        for kind in ("bf16",):
-            other = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens, numerics=numerics(kind))
-            emit(case=f"{name}, {kind} products", shape=[B, T, H, D], both=milliseconds(other), ms=kernel_times(other))
+        if D <= 128:
+            other = "fused" if both_is_parallel(H, B if packed is None else len(packed) - 1) else "chunks in parallel"
+            tuning = fused(D) if other == "fused" else default_tuning(D, D, "hip" if torch.version.hip else "cuda")
+            run = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens, tuning=tuning)
+            emit(case=f"{name}, by the other kernels: {other}", both=milliseconds(run), ms=kernel_times(run))
+
+
+def both_is_parallel(H: int, sequences: int) -> bool:
+    return H * sequences < FEWEST_HEADS
 
 
 def errors(emit: Callable[..., None], done: set[str]) -> None:
@@ -236,10 +233,11 @@ def errors(emit: Callable[..., None], done: set[str]) -> None:
         cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
         state = torch.randn(1 if bounds is None else len(bounds) - 1, 2, D, D, device=DEVICE).requires_grad_()
         exact = exactly(inputs, state, cu_seqlens=cu_seqlens)
-        emit(
-            case=name,
-            errors=errors_against(exact, outputs_and_gradients(wkv7_triton, inputs, state, cu_seqlens=cu_seqlens)),
-        )
+        for form, tuning in (("fused", fused(D, dtype)), ("chunks in parallel", None)):
+            if form == "fused" and tuning is None:
+                continue
+            ours = outputs_and_gradients(wkv7_triton, inputs, state, cu_seqlens=cu_seqlens, tuning=tuning)
+            emit(case=f"{name}, {form}", errors=errors_against(exact, ours))
 
 
 def step(emit: Callable[..., None], done: set[str]) -> None:
@@ -354,15 +352,16 @@ def fla(emit: Callable[..., None], done: set[str]) -> None:
     except ImportError as error:
         emit(case="fla is not importable", note=str(error)[:100])
         return
-    for shape in ("S1", "S4"):
+    for shape in SHAPES:
         if shape in done:
             continue
         emit(begin=shape)
         B, T, H, D = SHAPES[shape]
         inputs = timing_inputs((B, T, H, D))
         options = {"scale": 1.0, "safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
-        both = milliseconds(forward_backward(chunk_rwkv7, inputs, disable_recompute=True, **options))
-        emit(case=f"{shape} fla chunk_rwkv7 cs64 norecompute", both=both)
+        for recompute in (False, True):
+            run = forward_backward(chunk_rwkv7, inputs, disable_recompute=not recompute, **options)
+            emit(case=f"{shape} fla chunk_rwkv7 cs64{' recompute' * recompute}", both=milliseconds(run))
 
 
 RUN = {
@@ -409,70 +408,21 @@ def short(value: object) -> object:
     return value
 
 
-def describe(tuning: dict) -> str:
-    parts = [f"C{tuning['chunk']} terms w{tuning['terms_warps']}"]
-    parts += [
-        f"{name} v{tuning[name]['values']} w{tuning[name]['warps']} s{tuning[name]['stages']}"
-        for name in ("scan", "back")
-    ]
-    parts += [
-        f"{name} {tuning[name]['keys']}x{tuning[name]['values']} w{tuning[name]['warps']}"
-        for name in ("values", "keys")
-    ]
-    return ", ".join(parts)
-
-
-def best_settings(rows: list[dict]) -> list[str]:
-    """For every shape, numerics and chunk: the fastest setting of each kernel and their sum."""
-    lines = ["| shape | products | chunk | " + " | ".join(KERNELS) + " | sum ms |", "|---" * (4 + len(KERNELS)) + "|"]
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if "ms" in row:
-            groups.setdefault((row["shape"], row["numerics"], row["tuning"]["chunk"]), []).append(row)
-    for key, group in groups.items():
-        cells, total = [], 0.0
-        for kernel in KERNELS:
-            ms, row = min(((row["ms"].get(kernel, math.inf), i, row) for i, row in enumerate(group)))[::2]
-            part = row["tuning"]["terms_warps" if kernel == "terms" else {"scan_back": "back"}.get(kernel, kernel)]
-            cells.append(f"{ms:.2f} ({part if kernel == 'terms' else '/'.join(map(str, part.values()))})")
-            total += ms
-        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} | **{total:.2f}** |")
-    return lines
-
-
-KERNELS = ("terms", "scan", "scan_back", "values", "keys")
-
-
 def report(log: Path, out: Path, command: str) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows = [row for row in rows if "begin" not in row and not row.get("finished")]
     gpu = torch.cuda.get_device_name()
     lines = [f"# Kernels on {gpu}", "", f"torch {torch.__version__}, triton {triton.__version__}; `{command}`", ""]
     lines += ["Times in ms, medians; errors are relative rms against fp64 on the same inputs.", ""]
-    sweep_found = [row for row in rows if row["section"] == "sweep" and "row" in row]
-    if sweep_found:
-        lines += ["## Fastest setting of each kernel", "", *best_settings(sweep_found), "", "## All settings", ""]
-        lines += [
-            "| row | setting | "
-            + " | ".join(KERNELS)
-            + " | sum | random: out / grad / d decay | one key: out / grad / d decay |"
-        ]
-        lines += ["|---" * (5 + len(KERNELS)) + "|"]
-        for row in sweep_found:
-            if "failed" in row:
-                lines.append(
-                    f"| {row['row']} | {describe(row['tuning'])} | {row['failed'][:80]}" + " |" * (3 + len(KERNELS))
-                )
-                continue
-            ms = [row["ms"].get(kernel, math.nan) for kernel in KERNELS]
-            cells = [" / ".join(f"{x:.1e}" for x in row["errors"][case].values()) for case in ("random", "repeat1")]
-            times = " | ".join(f"{x:.2f}" for x in ms)
-            lines.append(
-                f"| {row['row']} | {describe(row['tuning'])} | {times} | {sum(ms):.2f} | {' | '.join(cells)} |"
-            )
-        lines.append("")
+    found = [row for row in rows if row["section"] == "table" and "both" in row]
+    lines += ["| shape | forward | forward + backward | GiB beyond inputs | kernels |", "|---" * 5 + "|"]
+    for row in found:
+        parts = ", ".join(f"{kernel} {ms:.2f}" for kernel, ms in row["ms"].items())
+        forward, gib = (f"{row[key]:.2f}" if key in row else "" for key in ("fwd", "gib"))
+        lines.append(f"| {row['case']} | {forward} | {row['both']:.2f} | {gib} | {parts} |")
+    lines.append("")
     for section in SECTIONS:
-        others = [row for row in rows if row["section"] == section and "row" not in row]
+        others = [row for row in rows if row["section"] == section and row not in found]
         if others:
             lines += [f"## {section}", ""]
             lines += [

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -17,9 +18,25 @@ from radlads.kernels.linear_kl import triton_rows
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
 from radlads.kernels.wkv6 import triton_op as wkv6_op
-from radlads.kernels.wkv7 import triton_backward, triton_forward, triton_step
+from radlads.kernels.wkv7 import (
+    triton_backward,
+    triton_forward,
+    triton_fused_backward,
+    triton_fused_forward,
+    triton_step,
+)
+from radlads.kernels.wkv7.triton_fused import MOST_BITS
 from radlads.kernels.wkv7.triton_op import TRITON_TYPES
-from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, choose_numerics, default_tuning
+from radlads.kernels.wkv7.triton_plan import power
+from radlads.kernels.wkv7.triton_tuning import (
+    FEWEST_HEADS,
+    Fused,
+    Numerics,
+    Tuning,
+    choose_numerics,
+    default_tuning,
+    fused_tuning,
+)
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 
@@ -74,7 +91,10 @@ def compile_wkv7(
     numerics = numerics or choose_numerics(dtype, target.backend)
     return {
         kernel.fn.__name__: kernel.warmup(*arguments, grid=(1,), **options)
-        for kernel, arguments, options in _launches(K, V, dtype, ragged, tuning, numerics)
+        for kernel, arguments, options in (
+            *_launches(K, V, dtype, ragged, tuning, numerics),
+            *_fused_launches(K, V, dtype, ragged, fused_tuning(K, V, FEWEST_HEADS, dtype, target.backend)),
+        )
     }
 
 
@@ -131,6 +151,39 @@ def compile_wkv6(
         ),
     )
     return {kernel.fn.__name__: kernel.warmup(*given, grid=(1,), **options) for kernel, given, options in launches}
+
+
+def _fused_launches(
+    K: int, V: int, dtype: torch.dtype, ragged: bool, tuning: Fused | None
+) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    if tuning is None:
+        return
+    x, f, q = torch.empty(64, dtype=dtype), torch.empty(64), torch.empty(64, dtype=torch.float16)
+    where = (torch.empty(64, dtype=torch.int64),) * 2 if ragged else (None, None)
+    C, sizes, by_dot = tuning.chunk, (4096, 128, 64), dtype == torch.bfloat16
+    shared = {"K": K, "BK": power(K), "PACKED": ragged, "SCALED": True, "DT": tl.float16, "IP": "tf32"}
+    if driver.active.get_current_target().backend == "hip":
+        shared["IP"] = "ieee"
+    values = {"V": V, "BV": power(V)}
+    chunked = {"C": C, "TAIL": ragged, "STORE": True, "CUMULATE_BY_DOT": by_dot}
+    yield (
+        triton_fused_forward.solve_kernel,
+        (x, x, x, x, q, q, f, f, *where, 4, *sizes),
+        {**shared, **chunked, "LEVELS": C.bit_length() - 1, "LIMIT": MOST_BITS, "num_warps": tuning.solve_warps},
+    )
+    yield (
+        triton_fused_forward.fused_forward_kernel,
+        (*(x,) * 6, q, x, q, f, q, f, f, *where, *sizes),
+        {**shared, **chunked, **values, "INITIAL": True}
+        | {"STAGES": tuning.forward_stages, "num_warps": tuning.forward_warps},
+    )
+    gates = tl.bfloat16 if by_dot else tl.float16
+    yield (
+        triton_fused_backward.fused_backward_kernel,
+        (*(x,) * 6, q, q, x, q, f, q, f, *(x,) * 6, f, *where, *sizes),
+        {**shared, **values, "C": C // 2, "WT": gates, "WP": "ieee"}
+        | {"STAGES": tuning.backward_stages, "num_warps": tuning.backward_warps},
+    )
 
 
 def _launches(

@@ -48,12 +48,16 @@ class DecayWatch:
         No host synchronisation. While a CUDA graph is being captured nothing is noted: graphs replay what was tried.
         Raises LogDecayRangeError in one line.
         """
+        if not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.note(torch.stack(torch.aminmax(log_decay.detach())).float(), widest, tuple(log_decay.shape))
+
+    def note(self, extremes: Tensor, widest: float, shape: tuple[int, ...]) -> None:
+        """As `look`, for kernels that find the smallest and largest log decay [2] themselves."""
         self._raise_for_arrived()
-        if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
+        if extremes.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        extremes = torch.stack(torch.aminmax(log_decay.detach())).float()
         arrived = None
-        if log_decay.is_cuda:
+        if extremes.is_cuda:
             host = torch.empty(2, pin_memory=True)
             host.copy_(extremes, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -61,7 +65,7 @@ class DecayWatch:
             extremes = host
         if len(self._waiting) == _MOST_WAITING:
             self._raise_for_arrived(wait=True)
-        self._waiting.append(_Waiting(extremes, arrived, widest, tuple(log_decay.shape)))
+        self._waiting.append(_Waiting(extremes, arrived, widest, shape))
 
     def settle(self) -> None:
         """Wait for every call noted so far and raise for a bad one: where the host waits anyway, or in a test."""

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from radlads.kernels.wkv7.decay_range import WATCH, widest_log_decay
 from radlads.kernels.wkv7.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv7.triton_forward import scan_kernel, terms_kernel
-from radlads.kernels.wkv7.triton_tuning import Numerics, Tuning, choose_numerics, current_backend, default_tuning
+from radlads.kernels.wkv7.triton_fused import FusedWkv7
+from radlads.kernels.wkv7.triton_plan import Plan, make_plan, power
+from radlads.kernels.wkv7.triton_tuning import (
+    Fused,
+    Numerics,
+    Tuning,
+    choose_numerics,
+    current_backend,
+    default_tuning,
+    fused_tuning,
+)
 
 TRITON_TYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything about a call that is not a tensor of it."""
-
-    T: int
-    H: int
-    K: int
-    V: int
-    num_sequences: int
-    num_chunks: int
-    num_slots: int
-    packed: tuple[Tensor, Tensor] | None
-    tail: bool
-    tuning: Tuning
-    numerics: Numerics
-
-    @property
-    def where(self) -> tuple[Any, ...]:
-        return self.packed or (None, None)
-
-    def tiles(self, size: int, tile: int) -> tuple[int]:
-        return (self.num_slots * self.H * triton.cdiv(size, tile),)
 
 
 def wkv7_triton(
@@ -53,29 +38,29 @@ def wkv7_triton(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    tuning: Tuning | None = None,
+    tuning: Tuning | Fused | None = None,
     numerics: Numerics | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `wkv7`, for bf16, fp16 and fp32 inputs with K, V ≤ 256 on a GPU (or in Triton's interpreter)."""
-    B, T, H, K = k_BTHK.shape
-    V = v_BTHV.shape[-1]
-    backend = current_backend()
-    tuning = tuning or default_tuning(K, V, backend)
-    numerics = numerics or choose_numerics(_common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK), backend)
-    C = tuning.chunk
-    if cu_seqlens is None:
-        plan = _Plan(T, H, K, V, B, triton.cdiv(T, C), B * triton.cdiv(T, C), None, T % C != 0, tuning, numerics)
-    else:
-        bounds = cu_seqlens.to(device=v_BTHV.device, dtype=torch.int64)
-        chunks = (bounds.diff() + (C - 1)) // C
-        offsets = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
-        n = bounds.numel() - 1
-        plan = _Plan(T, H, K, V, n, 0, (T + n * (C - 1)) // C, (bounds, offsets), True, tuning, numerics)
     inputs = (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     differentiable = (*inputs, *(() if initial_state is None else (initial_state,)))
     store = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    H, K, V = *k_BTHK.shape[2:], v_BTHV.shape[-1]
+    num_sequences = k_BTHK.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    backend = current_backend()
+    dtype = _common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
+    if tuning is None and numerics is None:
+        tuning = fused_tuning(K, V, num_sequences * H, dtype, backend)
     with torch.cuda.device(v_BTHV.device) if v_BTHV.is_cuda else nullcontext():
-        out, final_state = _TritonWkv7.apply(plan, store, initial_state, *inputs)
+        if isinstance(tuning, Fused):
+            plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
+            out, final_state = FusedWkv7.apply(plan, tuning, store, initial_state, *inputs)
+        else:
+            tuning = tuning or default_tuning(K, V, backend)
+            numerics = numerics or choose_numerics(dtype, backend)
+            WATCH.look(log_decay_BTHK, widest_log_decay(tuning.chunk))
+            plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
+            out, final_state = _TritonWkv7.apply(plan, tuning, numerics, store, initial_state, *inputs)
     return out, (final_state if output_final_state else None)
 
 
@@ -98,14 +83,20 @@ def _common_dtype(*tensors: Tensor) -> torch.dtype:
 class _TritonWkv7(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, plan: _Plan, store: bool, initial_state: Tensor | None, *inputs: Tensor
+        ctx: FunctionCtx,
+        plan: Plan,
+        tuning: Tuning,
+        numerics: Numerics,
+        store: bool,
+        initial_state: Tensor | None,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         inputs = tuple(x.contiguous() for x in inputs)
         h0 = None if initial_state is None else initial_state.contiguous()
-        out, final, saved = _forward(plan, store, h0, inputs)
+        out, final, saved = _forward(plan, tuning, numerics, store, h0, inputs)
         if store:
             ctx.save_for_backward(*inputs, *saved)
-            ctx.plan, ctx.state_dtype = plan, None if h0 is None else h0.dtype
+            ctx.plan, ctx.state_dtype = (plan, tuning, numerics), None if h0 is None else h0.dtype
         return out, final
 
     @staticmethod
@@ -113,16 +104,16 @@ class _TritonWkv7(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
-            grads, dinitial = _backward(ctx.plan, inputs, saved, dout.contiguous(), dfinal.contiguous())
-        return None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
+            grads, dinitial = _backward(*ctx.plan, inputs, saved, dout.contiguous(), dfinal.contiguous())
+        return None, None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 
 def _forward(
-    plan: _Plan, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
+    plan: Plan, tuning: Tuning, kind: Numerics, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     r, _, _, v, _, _ = inputs
-    H, K, V, C = plan.H, plan.K, plan.V, plan.tuning.chunk
-    tiles, kind = plan.num_slots * H, plan.numerics
+    H, K, V, C = plan.H, plan.K, plan.V, plan.chunk
+    tiles = plan.num_slots * H
     L = torch.empty(tiles, K, K, dtype=kind.store, device=v.device)
     N = torch.empty(tiles, K, V, dtype=kind.store, device=v.device)
     Q = torch.empty(r.shape, dtype=kind.store, device=v.device)
@@ -135,32 +126,38 @@ def _forward(
     final = torch.empty(plan.num_sequences, H, K, V, dtype=torch.float32, device=v.device)
     terms_kernel[(tiles,)](
         *inputs, L, N, Q, partial, decay, enter, inverse, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, H,
-        K=K, V=V, BK=_power(K), BV=_power(V), C=C, LEVELS=C.bit_length() - 1, TAIL=plan.tail,
+        K=K, V=V, BK=power(K), BV=power(V), C=C, LEVELS=C.bit_length() - 1, TAIL=plan.tail,
         PACKED=plan.packed is not None, STORE=store, CUMULATE_BY_DOT=_by_dot(inputs[1]),
-        DT=kind.dot, TT=TRITON_TYPES[kind.triangle], IP=kind.precision, num_warps=plan.tuning.terms_warps,
+        DT=kind.dot, TT=TRITON_TYPES[kind.triangle], IP=kind.precision, num_warps=tuning.terms_warps,
     )  # fmt: skip
-    scan = plan.tuning.scan
+    scan = tuning.scan
     scan_kernel[(plan.num_sequences * H * triton.cdiv(V, scan.values),)](
         L, N, Q, partial, decay, enter, out, states, h0, final, *plan.where, plan.T, plan.num_chunks, H,
-        K=K, V=V, BK=_power(K), BV=scan.values, C=C, TAIL=plan.tail, PACKED=plan.packed is not None,
+        K=K, V=V, BK=power(K), BV=scan.values, C=C, TAIL=plan.tail, PACKED=plan.packed is not None,
         INITIAL=h0 is not None, STORE=store, RT=kind.raw, IP=kind.precision, STAGES=scan.stages, num_warps=scan.warps,
     )  # fmt: skip
     return out, final, (L, Q, decay, enter, inverse, states) if store else ()
 
 
 def _backward(
-    plan: _Plan, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor, dfinal: Tensor
+    plan: Plan,
+    tuning: Tuning,
+    kind: Numerics,
+    inputs: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+    dout: Tensor,
+    dfinal: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
     L, Q, decay, enter, inverse, states = saved
     v = inputs[3]
-    H, K, V, kind, tuning = plan.H, plan.K, plan.V, plan.numerics, plan.tuning
+    H, K, V = plan.H, plan.K, plan.V
     dstates = torch.empty_like(states)
     dinitial = torch.empty(plan.num_sequences, H, K, V, dtype=torch.float32, device=v.device)
     shared = {"K": K, "V": V, "C": tuning.chunk, "TAIL": plan.tail, "PACKED": plan.packed is not None}
     lengths = (plan.T, plan.num_chunks, H)
     scan_back_kernel[(plan.num_sequences * H * triton.cdiv(V, tuning.back.values),)](
         L, Q, decay, enter, dout, dstates, dfinal, dinitial, *plan.where, *lengths,
-        **shared, BK=_power(K), BV=tuning.back.values, RT=kind.raw, IP=kind.precision, STAGES=tuning.back.stages,
+        **shared, BK=power(K), BV=tuning.back.values, RT=kind.raw, IP=kind.precision, STAGES=tuning.back.stages,
         num_warps=tuning.back.warps,
     )  # fmt: skip
     U = torch.empty(v.shape, dtype=kind.store, device=v.device)
@@ -179,10 +176,6 @@ def _backward(
         IP=kind.precision, num_warps=tile.warps,
     )  # fmt: skip
     return grads, dinitial
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def _by_dot(log_decay: Tensor) -> bool:

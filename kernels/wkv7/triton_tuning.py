@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+FEWEST_HEADS = 96
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -43,6 +45,18 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Settings of the fused kernels: a chunk of the forward pass, twice that of the backward pass; warps and stages."""
+
+    solve_warps: int
+    forward_warps: int
+    forward_stages: int
+    backward_warps: int
+    backward_stages: int
+    chunk: int = 32
+
+
+@dataclass(frozen=True)
 class Numerics:
     """dot: operands made inside a kernel; raw: operands as loaded; store: what goes through memory; triangle: T."""
 
@@ -51,6 +65,34 @@ class Numerics:
     store: torch.dtype
     triangle: torch.dtype
     precision: str
+
+
+def fused_tuning(K: int, V: int, heads: int, dtype: torch.dtype, backend: str) -> Fused | None:
+    """Settings of the fused kernels; None where the kernels with chunks in parallel serve better, or alone fit.
+
+    One program walks over each of the `heads` (of all sequences): too few of them leave a GPU idle.
+    """
+    wide = max(K, V)
+    if wide > 128 or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if backend == "interpreter":
+        return Fused(1, 4, 1, 4, 1)
+    if heads < FEWEST_HEADS or (backend == "hip" and wide > 64):
+        return None
+    if wide > 64:
+        return Fused(2, 8, 1, 8, 2)
+    return Fused(1, 4, 1, 4, 2 if backend == "cuda" else 1)
+
+
+def fused_candidates(K: int, V: int, backend: str) -> list[Fused]:
+    """Settings of the fused kernels worth measuring, the default first."""
+    default = fused_tuning(K, V, FEWEST_HEADS, torch.bfloat16, backend)
+    if default is None or backend == "interpreter":
+        return []
+    settings = (
+        [(1, 4, 1, 4, 1), (2, 4, 2, 4, 2), (1, 8, 1, 8, 2)] if max(K, V) <= 64 else [(2, 8, 1, 8, 1), (1, 4, 1, 4, 1)]
+    )
+    return list(dict.fromkeys([default, *(Fused(*setting) for setting in settings)]))
 
 
 def default_tuning(K: int, V: int, backend: str) -> Tuning:

@@ -10,9 +10,10 @@ import triton
 
 from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7 import wkv7
+from radlads.kernels.wkv7.decay_range import WATCH, LogDecayRangeError
 from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_step import wkv7_step_triton
-from radlads.kernels.wkv7.triton_tuning import Scan, Tile, Tuning
+from radlads.kernels.wkv7.triton_tuning import FEWEST_HEADS, Fused, Scan, Tile, Tuning, fused_tuning
 
 assert triton.knobs.runtime.interpret, "run through test_wkv7_triton.py"
 TINY = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-3}
@@ -107,3 +108,52 @@ def test_through_the_front_door():
     torch.testing.assert_close(wkv7(*inputs, backend="triton")[0], wkv7(*inputs)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="float64 is not supported"):
         wkv7(*(x.double() for x in inputs), backend="triton")
+
+
+FUSED = Fused(1, 4, 1, 4, 1)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 31, 33, 64, 81])
+def test_fused_lengths(T):
+    assert_right(wkv7_inputs(2, T, 2, 16), state_like(2, 2, 16, 16), tuning=FUSED)
+
+
+@pytest.mark.parametrize(("K", "V"), [(8, 8), (16, 24), (64, 64), (96, 40), (128, 128)])
+def test_fused_head_sizes(K, V):
+    assert_right(wkv7_inputs(1, 40, 1, K, V), state_like(1, 1, K, V), tuning=FUSED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fused_is_chosen_for_half_precision(dtype):
+    assert_right(wkv7_inputs(1, 70, 2, 16, dtype=dtype))
+    assert isinstance(fused_tuning(16, 16, FEWEST_HEADS, dtype, "cuda"), Fused)
+    assert fused_tuning(16, 16, FEWEST_HEADS - 1, dtype, "cuda") is None
+
+
+@pytest.mark.parametrize("bounds", [[0, 90], [0, 0, 33, 33, 33, 64, 90, 90], [0, 1, 2, 3, 35, 67, 90], [0, 17, 48, 90]])
+def test_fused_packed(bounds):
+    inputs = wkv7_inputs(1, 90, 2, 16)
+    bounds = torch.tensor(bounds)
+    assert_right(inputs, state_like(bounds.numel() - 1, 2, 16, 16), cu_seqlens=bounds, tuning=FUSED)
+
+
+@pytest.mark.parametrize("special", [{"log_decay": DECAY_FLOOR}, {"period": 1, "iclr": 0.98, "log_decay": -1e-3}])
+def test_fused_hard_inputs(special):
+    assert_right(wkv7_inputs(1, 100, 1, 16, **special), slack=4.0, tuning=FUSED)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_fused_scales_with_its_inputs(scale):
+    inputs = wkv7_inputs(1, 50, 1, 16)
+    for index in (2, 3):  # k and v
+        inputs[index] = (inputs[index].detach() * scale).requires_grad_()
+    assert_right(inputs, tuning=FUSED)
+
+
+def test_fused_refuses_a_decay_beyond_its_range():
+    WATCH.settle()
+    inputs = wkv7_inputs(1, 64, 1, 16)
+    inputs[1] = torch.full_like(inputs[1], -0.7)
+    wkv7_triton(*inputs, tuning=FUSED)
+    with pytest.raises(LogDecayRangeError, match=r"log decay of -0\.7; the Triton kernels take at most 0\.63"):
+        WATCH.settle()

@@ -1,0 +1,118 @@
+"""The fused Triton form of wkv7: launches and autograd."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from radlads.kernels.wkv7.decay_range import WATCH
+from radlads.kernels.wkv7.triton_fused_backward import fused_backward_kernel
+from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES, fused_forward_kernel, solve_kernel
+from radlads.kernels.wkv7.triton_plan import Plan, power
+from radlads.kernels.wkv7.triton_tuning import Fused, current_backend
+
+# Exponents inside a chunk, in bits from its middle: beyond, a scaled operand may leave fp16. RWKV-7 stays below 15.
+MOST_BITS = 15.5
+
+
+def widest_fused_decay(chunk: int) -> float:
+    """The strongest log decay per token (a positive number), if every token had it, within MOST_BITS."""
+    return MOST_BITS * math.log(2) / (chunk // 2 + 1)
+
+
+class FusedWkv7(torch.autograd.Function):
+    """(plan, settings, whether to keep what the backward pass needs, initial state or None, the six inputs)."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, plan: Plan, tuning: Fused, store: bool, initial_state: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        inputs = tuple(x.contiguous() for x in inputs)
+        h0 = None if initial_state is None else initial_state.contiguous()
+        out, final, saved = _forward(plan, tuning, store, h0, inputs)
+        if store:
+            ctx.save_for_backward(*inputs, *saved)
+            ctx.call, ctx.state_dtype = (plan, tuning), None if h0 is None else h0.dtype
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
+            grads, dinitial = _backward(*ctx.call, inputs, saved, dout.contiguous(), dfinal.contiguous())
+        return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
+
+
+def _shared(plan: Plan) -> dict[str, Any]:
+    real = current_backend() != "interpreter"
+    return {
+        "K": plan.K, "BK": power(plan.K), "PACKED": plan.packed is not None, "SCALED": True,
+        "DT": tl.float16 if real else tl.float32, "IP": "tf32" if current_backend() == "cuda" else "ieee",
+    }  # fmt: skip
+
+
+def gate_type(log_decay: Tensor) -> tuple[Any, str]:
+    """The type in which a triangle of ones sums log decays exactly, and how precisely products of it are taken."""
+    backend = current_backend()
+    if backend == "interpreter" or log_decay.dtype not in (torch.bfloat16, torch.float16):
+        return tl.float32, "tf32x3" if backend == "cuda" else "ieee"
+    return tl.bfloat16 if log_decay.dtype == torch.bfloat16 else tl.float16, "ieee"
+
+
+def _forward(
+    plan: Plan, tuning: Fused, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    r, w, _, v, a, b = inputs
+    H, K, V, C = plan.H, plan.K, plan.V, plan.chunk
+    tiles, shared = plan.num_slots * H, _shared(plan)
+    half = torch.float16 if shared["DT"] is tl.float16 else torch.float32
+
+    def empty(*shape: int, dtype: torch.dtype = half) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=v.device)
+
+    inverse = empty(tiles, C, C)
+    taken = empty(tiles, C, C // 2) if store else None
+    states = empty(tiles, K, V) if store else None
+    scales = empty(tiles, NUM_SCALES, dtype=torch.float32) if store else None
+    U = empty(*v.shape) if store else None
+    out = torch.empty_like(v)
+    final = empty(plan.num_sequences, H, K, V, dtype=torch.float32)
+    reach = torch.zeros(1, dtype=torch.float32, device=v.device)
+    by_dot = w.dtype == torch.bfloat16 and half == torch.float16
+    chunked = {"C": C, "TAIL": plan.tail, "STORE": store, "CUMULATE_BY_DOT": by_dot}
+    solve_kernel[(tiles,)](
+        r, w, a, b, inverse, taken, scales, reach, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, H,
+        **shared, **chunked, LEVELS=C.bit_length() - 1, LIMIT=MOST_BITS, num_warps=tuning.solve_warps,
+    )  # fmt: skip
+    # The bits as a log decay per token, for those who must mend it.
+    strongest = reach * (-math.log(2) / (C // 2 + 1))
+    WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
+    fused_forward_kernel[(plan.num_sequences * H,)](
+        *inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H,
+        **shared, **chunked, V=V, BV=power(V), INITIAL=h0 is not None, STAGES=tuning.forward_stages,
+        num_warps=tuning.forward_warps,
+    )  # fmt: skip
+    return out, final, (inverse, taken, states, scales, U) if store else ()
+
+
+def _backward(
+    plan: Plan, tuning: Fused, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor, dfinal: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    inverse, taken, states, scales, U = saved
+    dr, dw, dk, dv, da, db = grads = [torch.empty_like(x) for x in inputs]
+    dinitial = torch.empty_like(dfinal)
+    gates, precision = gate_type(inputs[1])
+    fused_backward_kernel[(plan.num_sequences * plan.H,)](
+        *inputs, inverse, taken, dout, states, scales, U, dfinal, dr, dw, dk, dv, da, db, dinitial,
+        *plan.where, plan.T, plan.num_chunks, plan.H,
+        **_shared(plan), V=plan.V, BV=power(plan.V), C=plan.chunk // 2, WT=gates, WP=precision,
+        STAGES=tuning.backward_stages, num_warps=tuning.backward_warps,
+    )  # fmt: skip
+    return grads, dinitial
