@@ -24,7 +24,7 @@ EVERYTHING = ("mlp", "embeddings", "head")
 
 def make(training: Any, stage: str, name: str, *, teacher_bits: int = 16, mlp_bits: int = 16, **section: Any) -> Job:
     """A job as in `training.job`, its frozen weights held in these bits."""
-    spec = training.job(stage, name, **{**RATES, "tokens": 6 * 128, **section}).spec
+    spec = training.job(stage, f"frozen-{name}", **{**RATES, "tokens": 6 * 128, **section}).spec
     changed = spec.spec | {"teacher_bits": teacher_bits, "mlp_bits": mlp_bits}
     typed = type(Job(spec=spec).typed).model_validate(changed)
     job = Job(spec=spec.model_copy(update={"spec": changed, "digest": spec_digest(stage, typed, spec.inputs)}))
