@@ -115,7 +115,7 @@ def parse_recipe(raw: Any, *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(fault)}" for fault in error.errors()]
+        lines = [f"{where}: {_explain(fault, raw)}" for fault in _without_echoes(error.errors())]
         raise RecipeError("\n".join(lines)) from None
 
 
@@ -138,8 +138,8 @@ def _read_yaml(name_or_path: str) -> Any:
         known = list_recipes()
         if name_or_path not in known:
             raise RecipeError(
-                f"no recipe named '{name_or_path}'{_did_you_mean(name_or_path, known)}; "
-                f"shipped: {', '.join(known) or 'none'}; a file of your own is given by its path, ending in .yaml"
+                f"no recipe named '{name_or_path}'{_did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
+                "shipped ones; a file of your own is given by its path, ending in .yaml)"
             )
         text = (resources.files("radlads.deployments") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     try:
@@ -173,8 +173,31 @@ def _override(raw: Any, dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def _explain(fault: Any) -> str:
-    location = [str(part) for part in fault["loc"]]
+def _without_echoes(faults: list[Any]) -> list[Any]:
+    """Without the second fault of a list that counts as empty because what is in it was refused."""
+    return [
+        fault
+        for fault in faults
+        if fault["type"] != "too_short"
+        or not any(fault is not other and other["loc"][: len(fault["loc"])] == fault["loc"] for other in faults)
+    ]
+
+
+def _keys_written(fault: Any, raw: Any) -> list[str]:
+    """The fault's place in the user's own keys: pydantic puts the branch of a union among them."""
+    node, keys = raw, []
+    for number, part in enumerate(fault["loc"], 1):
+        inside = part in node if isinstance(node, Mapping) else isinstance(node, list | tuple) and isinstance(part, int)
+        if inside:
+            node = node[part]
+        elif number < len(fault["loc"]) or fault["type"] != "missing":
+            continue
+        keys.append(str(part))
+    return keys
+
+
+def _explain(fault: Any, raw: Any) -> str:
+    location = _keys_written(fault, raw)
     place = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
         return f"{place}: unknown key '{location[-1]}'{_did_you_mean(location[-1], _known_keys(fault['loc'][:-1]))}"

@@ -70,6 +70,36 @@ def test_a_typo_in_a_nested_section_is_matched_with_that_sections_keys() -> None
         parse_recipe(raw)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"student": {"attention_layers": {"count": 1, "choose": "recal"}}},
+            "student.attention_layers.choose: Input should be 'even', 'last', 'difficulty' or 'recall' "
+            "(given: 'recal')",
+        ),
+        ({"student": {"attention_layers": {"choose": "last"}}}, "student.attention_layers.count: Field required"),
+        (
+            {"student": {"attention_layers": {"count": 1, "choose": "last", "recall": {"documents": 9}}}},
+            "student.attention_layers: settings of `recall` are given, but `choose` is last; drop them",
+        ),
+        (
+            {"data": {"train": {"sources": [{"kind": "files", "paths": [3]}]}}},
+            "data.train.sources.0.paths.0: Input should be a valid string (given: 3)",
+        ),
+        (
+            {"data": {"train": {"sources": [{"kind": "file", "paths": ["a"]}]}}},
+            "data.train.sources.0: Input tag 'file' found using 'kind' does not match any of the expected tags: "
+            "'hub', 'files', 'sample', 'recall'",
+        ),
+    ],
+)
+def test_a_place_has_the_keys_that_the_user_wrote_and_is_named_once(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(minimal(**change), where="mine.yaml")
+    assert str(caught.value) == f"mine.yaml: {told}"
+
+
 def test_unknown_recipe_suggests_a_shipped_one_and_a_missing_file_is_told() -> None:
     with pytest.raises(RecipeError, match="did you mean 'smoke'"):
         load_recipe("smok")
