@@ -7,6 +7,7 @@ the gradient of B is not zero (with both zero, as in the seed, neither ever move
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,19 +44,30 @@ class LoraLinear(nn.Linear):
         return plain.train(self.training)
 
 
+def linear_names(student: nn.Module) -> tuple[str, ...]:
+    """What `targets` may name: the last names of the linear modules inside the layers."""
+    named = (name.rpartition(".") for name, module in student.named_modules() if isinstance(module, nn.Linear))
+    return tuple(sorted({last for place, _, last in named if place}))
+
+
+def missing_target(targets: Sequence[str], known: Sequence[str]) -> str | None:
+    """What is wrong with a section's targets, in one line; None where every one is known."""
+    missing = [target for target in targets if target not in known]
+    if not missing:
+        return None
+    return f"lora.targets: no layer has a linear module '{missing[0]}'; there are {', '.join(known)}"
+
+
 def add_lora(student: nn.Module, section: Any) -> list[str]:
     """Give every linear module whose last name is among `section.targets` an update; returns the modules' names.
 
     The head is not among them. section: a recipe's `lora`. A is drawn from torch's generator, in the modules' order.
     Raises UserError for a target that no layer has, or that is held in few bits.
     """
+    if fault := missing_target(section.targets, linear_names(student)):
+        raise UserError(fault)
     named = [(name, module) for name, module in student.named_modules() if name.rpartition(".")[2] in section.targets]
     linear = {name: module for name, module in named if isinstance(module, nn.Linear)}
-    found = {name.rpartition(".")[2] for name in linear}
-    missing = [target for target in section.targets if target not in found]
-    if missing:
-        known = sorted({n.rpartition(".")[2] for n, m in student.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(f"lora.targets: no layer has a linear module '{missing[0]}'; there are {', '.join(known)}")
     if any(not isinstance(module.weight, nn.Parameter) for module in linear.values()):
         raise UserError("lora.targets: weights that are held in 8 bit cannot be merged with an update")
     for name, module in linear.items():

@@ -60,12 +60,12 @@ def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> Jo
 def planned_resources(wanted: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources | None:
     """The resources of a machine that is only planned for, described by a count of GPUs and their memory; None where
     neither is said, here or in the recipe. Raises UserError when one is missing or senseless."""
-    memory = gpu_memory_gib or wanted.gpu_memory_gib
+    memory = wanted.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
     if gpus is None and memory is None:
         return None
     if memory is None:
         raise UserError(f"how much memory has each of the {gpus} GPUs? add --gpu-memory, in GiB")
-    count = gpus or (wanted.processes if wanted.processes != "auto" else 1)
+    count = gpus if gpus is not None else (wanted.processes if wanted.processes != "auto" else 1)
     if count < 1 or memory <= 0:
         raise UserError(f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory")
     return JobResources(

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from radlads.model.lora import missing_target
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.chat import render_chat
 from radlads.tasks.jobs.documents import Document, first_documents
@@ -176,6 +177,14 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
             )
     if (eight or (recipe.teacher is not None and recipe.teacher.bits == 8)) and find_spec("torchao") is None:
         findings.faults.append("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'")
+
+
+def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None:
+    """Targets must be there. known: the names of the student's linear modules."""
+    for stage in ("distill", "finetune"):
+        lora = getattr(getattr(recipe, stage), "lora", None)
+        if lora is not None and (fault := missing_target(lora.targets, known)):
+            findings.faults.append(f"{stage}.{fault}")
 
 
 def check_masks(recipe: Recipe, findings: Findings) -> None:

@@ -68,6 +68,8 @@ class Networks:
     """Parameters of experts that a token does not go to."""
     layer_bytes: dict[int, LayerBytes]
     """Bytes of a number → what a token keeps in each part of a layer."""
+    linear_names: tuple[str, ...] = ()
+    """Last names of the student's linear modules, the head left aside."""
 
     @property
     def mixer_parameters(self) -> int:

@@ -20,6 +20,7 @@ from radlads.tasks.jobs.checks import (
     check_epochs,
     check_frozen,
     check_heldout,
+    check_lora,
     check_masks,
     check_needle,
     check_tokenizer,
@@ -90,6 +91,7 @@ def make_plan(
         layers = planned_layers(recipe.student, networks.num_layers)
         untied = recipe.student.untie_embeddings
         findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
+    check_lora(recipe, networks.linear_names, findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
@@ -97,6 +99,8 @@ def make_plan(
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
     files = {}
     for name in () if sizes_only else recipe.datasets_used:
+        if any(fault.startswith(f"data.{name}.sources.") for fault in findings.faults):
+            continue  # said already
         with findings.at(f"data.{name}"):
             files[name] = resolve_files(recipe.data[name].sources)
     faults = [*findings.faults, *(() if preview else findings.misfits)]
@@ -184,6 +188,8 @@ def _open_subject(recipe: Recipe, findings: Findings, *, sizes_only: bool) -> _S
             return _Subject(config, None, path, TeacherRef(path=path, revision=recipe.teacher.revision, fingerprint=""))
         return None
     with findings.at("teacher"):
+        # Whether this model can teach at all is said before what its folder lacks.
+        load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
         teacher = pin_teacher(path, revision=recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=teacher.revision, trust_remote_code=trusted)
         tokenizer = load_tokenizer(path, revision=teacher.revision, trust_remote_code=trusted)

@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from radlads.model.lora import linear_names
 from radlads.model.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.quantized import is_matrix
 from radlads.model.student import build_student
@@ -66,6 +67,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
         largest_matrix=max(matrices.values(), default=0),
         idle=_idle(teacher, config),
         layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        linear_names=linear_names(student),
     )
 
 

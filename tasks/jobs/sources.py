@@ -106,7 +106,7 @@ def expand_paths(patterns: Iterable[str]) -> list[str]:
         else:
             matches = sorted(str(Path(m).resolve()) for m in glob.glob(str(local), recursive=True) if Path(m).is_file())
         if not matches:
-            hint = "" if local.is_absolute() else f" (looked in {Path.cwd()})"
+            hint = "" if local.is_absolute() else " beside the recipe's file or where the command was given"
             raise UserError(f"no file matches '{pattern}'{hint}")
         found += [m for m in matches if m not in found]
     return found

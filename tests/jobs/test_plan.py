@@ -88,6 +88,10 @@ def test_a_good_recipe_is_added_up(
         ({"finetune__assistant_only": True}, "no source of data.train has messages_field"),
         ({"needle__lengths": [10]}, "needle: a needle prompt of 10 tokens cannot hold"),
         ({"needle__depths": [1.5]}, "needle: depths are shares from 0 to 1"),
+        (
+            {"distill__lora": {"targets": ["qproj"]}},
+            "distill.lora.targets: no layer has a linear module 'qproj'; there",
+        ),
         ({"evaluate__tasks": [{"name": "no_such_task"}]}, "the harness has no task 'no_such_task'"),
         ({"evaluate__tasks": [{"name": "t", "path": "/nowhere"}]}, "there is no folder /nowhere"),
     ],
@@ -96,6 +100,19 @@ def test_faults_are_one_clear_line(recipe: Callable[..., Recipe], changes: dict[
     with pytest.raises(UserError, match=message) as caught:
         plan.make_plan(recipe(**changes), CPU)
     assert all(len(line) < 400 for line in str(caught.value).splitlines())
+    several = {"student__options", "align__context"} & set(changes)
+    assert len(str(caught.value).splitlines()) == (2 if several else 1)
+
+
+def test_a_model_that_cannot_teach_is_refused_before_its_files_are_missed(
+    recipe: Callable[..., Recipe], tmp_path: Path
+):
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "liger_qwen3", "architectures": ["LigerQwen3ForCausalLM"]}')
+    with pytest.raises(UserError, match="is a linear-attention model already") as caught:
+        plan.make_plan(recipe(teacher__path=str(folder)), CPU)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(("way", "layers"), [("even", (1,)), ("last", (1,)), ("difficulty", ()), ("recall", ())])
