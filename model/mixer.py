@@ -35,7 +35,7 @@ class AttentionShape:
 
 
 def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> AttentionShape:
-    """Sizes of a softmax attention module; `family` names its projections, or the one that holds q, k and v in a row."""
+    """Sizes of a softmax attention module; `family` names its projections, or the one that holds all of them."""
     head_dim, o = int(attention.head_dim), getattr(attention, family.o)
     fused = getattr(family, "qkv", None)
     if fused:

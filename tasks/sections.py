@@ -84,7 +84,7 @@ class Student(Section):
     mlp_bits: FrozenBits = 16
     """8: stages that freeze the MLPs (experts included) hold them in 8 bit. The export stays the teacher's own."""
     untie_embeddings: bool = False
-    """Give the student a head of its own where the teacher's is its embeddings; RADLADS found tied ones to end badly."""
+    """Give the student a head of its own where the teacher's is its embeddings; RADLADS found that to end badly."""
     transplant: TransplantScale = TransplantScale()
     calibrate: Calibration | None = None
 

@@ -107,8 +107,8 @@ def test_a_student_whose_mlps_have_moved_keeps_its_own(training, monkeypatch):
 @pytest.mark.parametrize(("stage", "mlp_bits"), [("align", 16), ("distill", 8), ("distill", 16), ("finetune", 8)])
 def test_8_bit_stages_learn_and_export_what_they_froze_as_it_was(training, stage, mlp_bits):
     job = make(
-        training, stage, f"bits-{mlp_bits}", freeze=() if stage == "align" else EVERYTHING, teacher_bits=8, mlp_bits=mlp_bits,
-        gradient_checkpointing=True, tokens=20 * 128,
+        training, stage, f"bits-{mlp_bits}", freeze=() if stage == "align" else EVERYTHING, teacher_bits=8,
+        mlp_bits=mlp_bits, gradient_checkpointing=True, tokens=20 * 128,
     )  # fmt: skip
     curve = run(training, job)
     assert sum(curve[-3:]) < sum(curve[:3])
