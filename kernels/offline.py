@@ -218,13 +218,13 @@ def _launches(
     )
     yield (
         triton_backward.values_kernel,
-        (*inputs, x, s, s, t, s, s, x, *where, 4, *sizes),
+        (*inputs, x, s, s, t, f, f, x, *where, 4, *sizes),
         {**shared, **by_dot, "BK": tuning.values.keys, "BV": tuning.values.values, "num_warps": tuning.values.warps},
     )
     yield (
         triton_backward.keys_kernel,
-        (*inputs, x, s, s, s, s, x, x, x, x, x, *where, 4, *sizes),
-        {**shared, **by_dot, "BK": tuning.keys.keys, "BV": tuning.keys.values, "RT": kind.raw}
+        (*inputs, x, s, s, f, f, x, x, x, x, x, *where, 4, *sizes),
+        {**shared, **by_dot, "BK": tuning.keys.keys, "BV": tuning.keys.values, "RT": kind.dot}
         | {"num_warps": tuning.keys.warps},
     )
     yield (

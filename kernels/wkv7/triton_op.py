@@ -160,7 +160,7 @@ def _backward(
         **shared, BK=power(K), BV=tuning.back.values, RT=kind.raw, IP=kind.precision, STAGES=tuning.back.stages,
         num_warps=tuning.back.warps,
     )  # fmt: skip
-    U = torch.empty(v.shape, dtype=kind.store, device=v.device)
+    U = torch.empty(v.shape, dtype=torch.float32, device=v.device)  # bf16 would show where one key repeats
     X = torch.empty_like(U)
     dr, dw, dk, dv, da, db = grads = [torch.empty_like(x) for x in inputs]
     tile = tuning.values
@@ -172,7 +172,7 @@ def _backward(
     tile = tuning.keys
     keys_kernel[plan.tiles(K, tile.keys)](
         *inputs, dout, states, dstates, U, X, dr, dw, dk, da, db, *plan.where, plan.num_sequences, *lengths,
-        **shared, BK=tile.keys, BV=tile.values, CUMULATE_BY_DOT=_by_dot(inputs[1]), DT=kind.dot, RT=kind.raw,
+        **shared, BK=tile.keys, BV=tile.values, CUMULATE_BY_DOT=_by_dot(inputs[1]), DT=kind.dot, RT=kind.dot,
         IP=kind.precision, num_warps=tile.warps,
     )  # fmt: skip
     return grads, dinitial

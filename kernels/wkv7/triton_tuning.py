@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-FEWEST_HEADS = 96
+FEWEST_HEADS = 48
 
 
 @dataclass(frozen=True)
