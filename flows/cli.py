@@ -31,6 +31,7 @@ services_app = typer.Typer(
 )
 app.add_typer(services_app, name="services")
 
+_TWIN = "tiny-"
 _out = Console()
 _err = Console(stderr=True)
 
@@ -57,9 +58,14 @@ def main() -> None:
 def recipes() -> None:
     """List the recipes that come with the package."""
     table = Table("recipe", "what it is", box=None, header_style="bold")
-    for name in list_recipes():
-        table.add_row(name, " ".join(load_recipe(name).description.split()))
+    names = list_recipes()
+    twins = [name for name in names if name.startswith(_TWIN) and name.removeprefix(_TWIN) in names]
+    for name in names:
+        if name not in twins:
+            mark = " *" if _TWIN + name in twins else ""
+            table.add_row(name + mark, " ".join(load_recipe(name).description.split()))
     _out.print(table)
+    _out.print(f"* has a twin for trying and testing, {_TWIN}NAME: the same but for its sizes", style="dim")
 
 
 @app.command()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from radlads.tasks.devices import planned_resources
@@ -18,6 +21,8 @@ from radlads.tasks.stage import StageRequest, run_stage
 from radlads.tasks.store import LocalStore
 
 _LEGEND = "GiB on each device. adam: gradients and optimizer; rest: activations, logits, buffers"
+
+_WIDEST = 160
 
 
 def plan_offline(
@@ -49,6 +54,16 @@ def _active(parameters: int, report: PlanReport) -> str:
     return f" ({short_count(parameters - idle)} active a token)" if idle else ""
 
 
+@contextmanager
+def _at_least(out: Console, width: int) -> Iterator[None]:
+    """The console as wide as that: numbers cut short are worse than a line too long."""
+    before, out.width = out.width, max(width, out.width)
+    try:
+        yield
+    finally:
+        out.width = before
+
+
 def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
     """Teacher, student, a row a stage, and what to be warned of."""
     kept = ", ".join(str(layer) for layer in report.attention_layers) or "none"
@@ -78,7 +93,8 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
-    out.print(table)
+    with _at_least(out, Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum):
+        out.print(table)
     out.print(_LEGEND, style="dim")
     if report.gpu_hours is not None:
         price = f", about {report.dollars:,.2f} dollars" if report.dollars is not None else ""

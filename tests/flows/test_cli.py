@@ -25,7 +25,10 @@ def typed(*arguments, home):
 def test_recipes_are_listed():
     result = RUNNER.invoke(cli.app, ["recipes"])
     assert result.exit_code == 0
-    assert "demo-teacher" in result.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert any(line.startswith("demo-teacher The") for line in lines)
+    assert any(line.startswith("qwen3-8b-hybrid * Our") for line in lines)
+    assert not any(line.startswith("tiny-") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,21 @@ def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(recipe_file: Path):
     assert "in all" in text
 
 
+def test_a_narrow_screen_loses_no_number(recipe_file: Path):
+    recipe = load_recipe(str(recipe_file))
+    report = plan_offline(recipe, gpus=8, gpu_memory_gib=141, sizes_only=True)
+    screens = {}
+    for width in (50, 100):
+        screens[width] = io.StringIO()
+        print_plan(Console(file=screens[width], width=width, color_system=None), recipe, report)
+    narrow, wide = (
+        [line.split() for line in screen.getvalue().splitlines() if line.startswith(("stage", "align", "distill"))]
+        for screen in screens.values()
+    )
+    assert narrow == wide
+    assert len(wide) == 3
+
+
 def test_the_command_shows_the_table_and_then_what_does_not_fit(recipe_file: Path):
     asked = ["plan", str(recipe_file), "--gpus", "1", "--gpu-memory", "24", "--sizes-only"]
     done = CliRunner().invoke(app, asked)
