@@ -164,7 +164,7 @@ def _fused_launches(
     shared = {"K": K, "BK": power(K), "PACKED": ragged, "SCALED": True, "DT": tl.float16, "IP": "tf32"}
     if driver.active.get_current_target().backend == "hip":
         shared["IP"] = "ieee"
-    values = {"V": V, "BV": power(V)}
+    values, kept = {"V": V, "BV": power(V)}, 2 if tuning.middles_warps else 1
     chunked = {"C": C, "TAIL": ragged, "STORE": True, "CUMULATE_BY_DOT": by_dot}
     yield (
         triton_fused_forward.solve_kernel,
@@ -174,15 +174,20 @@ def _fused_launches(
     yield (
         triton_fused_forward.fused_forward_kernel,
         (*(x,) * 6, q, x, q, f, q, f, f, *where, *sizes),
-        {**shared, **chunked, **values, "INITIAL": True}
+        {**shared, **chunked, **values, "INITIAL": True, "KEPT": kept}
         | {"STAGES": tuning.forward_stages, "num_warps": tuning.forward_warps},
     )
     gates = tl.bfloat16 if by_dot else tl.float16
+    halves = {**shared, **values, "C": C // 2, "WT": gates, "WP": "ieee"}
+    yield (
+        triton_fused_backward.middles_kernel,
+        (x, x, x, x, q, f, q, *where, 4, *sizes),
+        {**halves, "num_warps": tuning.middles_warps or 4},
+    )
     yield (
         triton_fused_backward.fused_backward_kernel,
         (*(x,) * 6, q, q, x, q, f, q, f, *(x,) * 6, f, *where, *sizes),
-        {**shared, **values, "C": C // 2, "WT": gates, "WP": "ieee"}
-        | {"STAGES": tuning.backward_stages, "num_warps": tuning.backward_warps},
+        {**halves, "KEPT": kept} | {"STAGES": tuning.backward_stages, "num_warps": tuning.backward_warps},
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.wkv7.decay_range import WATCH
-from radlads.kernels.wkv7.triton_fused_backward import fused_backward_kernel
+from radlads.kernels.wkv7.triton_fused_backward import fused_backward_kernel, middles_kernel
 from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES, fused_forward_kernel, solve_kernel
 from radlads.kernels.wkv7.triton_plan import Plan, power
 from radlads.kernels.wkv7.triton_tuning import Fused, current_backend
@@ -79,7 +79,8 @@ def _forward(
 
     inverse = empty(tiles, C, C)
     taken = empty(tiles, C, C // 2) if store else None
-    states = empty(tiles, K, V) if store else None
+    kept = 2 if tuning.middles_warps else 1
+    states = empty(tiles, kept, K, V) if store else None
     scales = empty(tiles, NUM_SCALES, dtype=torch.float32) if store else None
     U = empty(*v.shape) if store else None
     out = torch.empty_like(v)
@@ -96,7 +97,7 @@ def _forward(
     WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
     fused_forward_kernel[(plan.num_sequences * H,)](
         *inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H,
-        **shared, **chunked, V=V, BV=power(V), INITIAL=h0 is not None, STAGES=tuning.forward_stages,
+        **shared, **chunked, V=V, BV=power(V), INITIAL=h0 is not None, KEPT=kept, STAGES=tuning.forward_stages,
         num_warps=tuning.forward_warps,
     )  # fmt: skip
     return out, final, (inverse, taken, states, scales, U) if store else ()
@@ -109,10 +110,18 @@ def _backward(
     dr, dw, dk, dv, da, db = grads = [torch.empty_like(x) for x in inputs]
     dinitial = torch.empty_like(dfinal)
     gates, precision = gate_type(inputs[1])
+    shared = _shared(plan) | {
+        "V": plan.V, "BV": power(plan.V), "C": plan.chunk // 2, "WT": gates, "WP": precision
+    }  # fmt: skip
+    _, w, k, v, _, b = inputs
+    if tuning.middles_warps:
+        middles_kernel[(plan.num_slots * plan.H,)](
+            w, k, v, b, states, scales, U, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, plan.H,
+            **shared, num_warps=tuning.middles_warps,
+        )  # fmt: skip
     fused_backward_kernel[(plan.num_sequences * plan.H,)](
         *inputs, inverse, taken, dout, states, scales, U, dfinal, dr, dw, dk, dv, da, db, dinitial,
         *plan.where, plan.T, plan.num_chunks, plan.H,
-        **_shared(plan), V=plan.V, BV=power(plan.V), C=plan.chunk // 2, WT=gates, WP=precision,
-        STAGES=tuning.backward_stages, num_warps=tuning.backward_warps,
+        **shared, KEPT=states.shape[1], STAGES=tuning.backward_stages, num_warps=tuning.backward_warps,
     )  # fmt: skip
     return grads, dinitial

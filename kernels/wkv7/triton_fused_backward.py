@@ -5,12 +5,13 @@ one product of 2C rows does the work of four of C rows: Z = [a; r], Y = [b; k], 
 the scaling of fp16 operands: README.md. Transposed products are computed with swapped operands.
 """
 
+# ruff: noqa: SIM102 -- a compile-time condition must stay apart from a run-time one
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from radlads.kernels.wkv7.triton_common import LENGTHS, LOG2E, load_tile, locate_sequence, store_tile
+from radlads.kernels.wkv7.triton_common import LENGTHS, LOG2E, load_tile, locate, locate_sequence, store_tile
 from radlads.kernels.wkv7.triton_fused_forward import SCALES, largest, power_of_two
 
 
@@ -39,7 +40,7 @@ def write_gates(wt, rho, j, C: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr)
 @triton.jit
 def half_state(
     b, k, v, w, U, states, chunk, half, start, left, head, rho, j, x, y, unh, unx, uny, H,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MASK_S: tl.constexpr, SCALED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEPT: tl.constexpr, MASK_S: tl.constexpr, SCALED: tl.constexpr,
     DT: tl.constexpr, IP: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """The state [K,V] before this half and 1/its scale: the chunk's, carried through the first half (at `start`)."""
@@ -57,10 +58,39 @@ def half_state(
     X = tl.load(U + at_v, mask=in_v & top, other=0.0)
     xv = tl.load(v + at_v, mask=in_v & ~top, other=0.0).to(tl.float32) / unx
     X = tl.where(top, X, xv.to(DT))
-    h = load_tile(states, chunk * (K * V) + x[:, None] * V + y[None, :], (x < K)[:, None] & (y < V)[None, :], MASK_S)
+    at_h = chunk * (KEPT * K * V) + x[:, None] * V + y[None, :]
+    h = load_tile(states, at_h, (x < K)[:, None] & (y < V)[None, :], MASK_S)
     scale, un = power_of_two(tl.maximum(unh * 16384.0, unx * uny * 1024.0), 14, SCALED)
     new = tl.dot(tl.trans(Y), X, input_precision=IP) * (uny * unx * scale)
     return (h.to(tl.float32) * (tl.exp2(last)[:, None] * (unh * scale)) + new).to(DT), un
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def middles_kernel(
+    w, k, v, b, states, scales, U, cu_seqlens, offsets, num_sequences, T, num_chunks, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PACKED: tl.constexpr, SCALED: tl.constexpr,
+    DT: tl.constexpr, IP: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr,
+):  # fmt: skip
+    """The state in the middle of one chunk of one head, kept beside the one before it. C: half a chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    slot, head = program // H, program % H
+    if PACKED:
+        if slot >= tl.load(offsets + num_sequences).to(tl.int64):
+            return
+    first, length = locate(slot, cu_seqlens, offsets, num_sequences, T, num_chunks, 2 * C, PACKED)
+    rho, j, x, y = tl.arange(0, 2 * C), tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    MASK_S: tl.constexpr = K != BK or V != BV
+    unh = tl.load(scales + program * SCALES)
+    unx = tl.load(scales + program * SCALES + 1)
+    uny = tl.load(scales + program * SCALES + 3)
+    hs, un = half_state(
+        b, k, v, w, U, states, program, 1, first, length, head, rho, j, x, y, unh, unx, uny, H,
+        K, V, C, 2, MASK_S, SCALED, DT, IP, WT, WP,
+    )  # fmt: skip
+    at = (program * 2 + 1) * (K * V) + x[:, None] * V + y[None, :]
+    store_tile(states, at, hs, (x < K)[:, None] & (y < V)[None, :], MASK_S)
+    tl.store(scales + program * SCALES + 5, un)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -68,7 +98,7 @@ def fused_backward_kernel(
     r, w, k, v, a, b, inverse, taken, dout, states, scales, U, dhT, dr, dw, dk, dv, da, db, dh0,
     cu_seqlens, offsets, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    PACKED: tl.constexpr, SCALED: tl.constexpr,
+    PACKED: tl.constexpr, KEPT: tl.constexpr, SCALED: tl.constexpr,
     DT: tl.constexpr, IP: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one head, with dh in registers; V <= BV."""
@@ -144,10 +174,15 @@ def fused_backward_kernel(
         tl.store(db + at_k, dY.to(db.dtype.element_ty), mask=in_k & top)
         tl.store(dk + at_k, dY.to(dk.dtype.element_ty), mask=in_k & ~top)
         # reads: what a and r took from the writes before them and from the state
-        hs, unh = half_state(
-            b, k, v, w, U, states, chunk, half, start - C, left + C, head, rho, j, x, y, unh, unx, uny, H,
-            K, V, C, MASK_S, SCALED, DT, IP, WT, WP,
-        )  # fmt: skip
+        if KEPT == 2:
+            at_kv = (chunk * 2 + half) * (K * V) + x[:, None] * V + y[None, :]
+            hs = load_tile(states, at_kv, in_state, MASK_S)
+            unh = tl.load(scales + chunk * SCALES + half * 5)
+        else:
+            hs, unh = half_state(
+                b, k, v, w, U, states, chunk, half, start - C, left + C, head, rho, j, x, y, unh, unx, uny, H,
+                K, V, C, 1, MASK_S, SCALED, DT, IP, WT, WP,
+            )  # fmt: skip
         passed = tl.sum(hs.to(tl.float32) * ls.to(tl.float32), 1) * (unh * unl)
         dA = tl.dot(G, tl.trans(X), input_precision=IP)
         dZ = tl.dot(tl.where(earlier, dA, 0.0).to(DT), Y, input_precision=IP) * (ung * unx * uny)

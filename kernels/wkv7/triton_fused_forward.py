@@ -20,8 +20,9 @@ from radlads.kernels.wkv7.triton_common import (
     unit_lower_inverse,
 )
 
-# Per chunk, 1/scale of: the state before it; v and U; reads (r, a); writes (k, b); the product r bᵀ.
-NUM_SCALES = 5
+# Per chunk, 1/scale of: the state before it; v and U; reads (r, a); writes (k, b); the product r bᵀ; the state in its
+# middle.
+NUM_SCALES = 6
 SCALES = tl.constexpr(NUM_SCALES)
 
 
@@ -114,10 +115,13 @@ def solve_kernel(
 def fused_forward_kernel(
     r, w, k, v, a, b, inverse, out, states, scales, U, h0, hT, cu_seqlens, offsets, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    TAIL: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr,
+    TAIL: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, KEPT: tl.constexpr,
     CUMULATE_BY_DOT: tl.constexpr, SCALED: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of one head: o. Keeps U, the state before every chunk, and all scales (if STORE; V <= BV)."""
+    """BV columns of one head: o. Keeps U, the state before every chunk, and all scales (if STORE; V <= BV).
+
+    KEPT: room for states per chunk; 2 if those of the middles will be kept too.
+    """
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0).to(tl.int64)
     tile, n, head = program % TILES, program // TILES // H, program // TILES % H
@@ -168,7 +172,7 @@ def fused_forward_kernel(
         us = tl.dot(inv, (u * su).to(DT), input_precision=IP).to(DT)
         if STORE:
             store_tile(U, at_v, us, in_v, MASK_V)
-            store_tile(states, chunk * (K * V) + x[:, None] * V + y[None, :], h * sh, in_state, MASK_S)
+            store_tile(states, chunk * (KEPT * K * V) + x[:, None] * V + y[None, :], h * sh, in_state, MASK_S)
             tl.store(scales + chunk * SCALES, unsh)
             tl.store(scales + chunk * SCALES + 1, unsu)
             tl.store(scales + chunk * SCALES + 2, unread)

@@ -53,6 +53,8 @@ class Fused:
     forward_stages: int
     backward_warps: int
     backward_stages: int
+    middles_warps: int = 0
+    """0: the backward pass carries states from the beginnings of chunks to their middles; else they are kept."""
     chunk: int = 32
 
 
@@ -80,7 +82,7 @@ def fused_tuning(K: int, V: int, heads: int, dtype: torch.dtype, backend: str) -
     if heads < FEWEST_HEADS or (backend == "hip" and wide > 64):
         return None
     if wide > 64:
-        return Fused(2, 8, 1, 8, 2)
+        return Fused(2, 8, 1, 8, 2, 4)
     return Fused(1, 4, 1, 4, 2 if backend == "cuda" else 1)
 
 

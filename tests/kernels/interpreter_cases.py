@@ -111,6 +111,7 @@ def test_through_the_front_door():
 
 
 FUSED = Fused(1, 4, 1, 4, 1)
+KEPT = Fused(1, 4, 1, 4, 1, 4)
 
 
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 31, 33, 64, 81])
@@ -130,16 +131,18 @@ def test_fused_is_chosen_for_half_precision(dtype):
     assert fused_tuning(16, 16, FEWEST_HEADS - 1, dtype, "cuda") is None
 
 
+@pytest.mark.parametrize("tuning", [FUSED, KEPT])
 @pytest.mark.parametrize("bounds", [[0, 90], [0, 0, 33, 33, 33, 64, 90, 90], [0, 1, 2, 3, 35, 67, 90], [0, 17, 48, 90]])
-def test_fused_packed(bounds):
+def test_fused_packed(bounds, tuning):
     inputs = wkv7_inputs(1, 90, 2, 16)
     bounds = torch.tensor(bounds)
-    assert_right(inputs, state_like(bounds.numel() - 1, 2, 16, 16), cu_seqlens=bounds, tuning=FUSED)
+    assert_right(inputs, state_like(bounds.numel() - 1, 2, 16, 16), cu_seqlens=bounds, tuning=tuning)
 
 
 @pytest.mark.parametrize("special", [{"log_decay": DECAY_FLOOR}, {"period": 1, "iclr": 0.98, "log_decay": -1e-3}])
 def test_fused_hard_inputs(special):
-    assert_right(wkv7_inputs(1, 100, 1, 16, **special), slack=4.0, tuning=FUSED)
+    for tuning in (FUSED, KEPT):
+        assert_right(wkv7_inputs(1, 100, 1, 16, **special), slack=4.0, tuning=tuning)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
