@@ -201,7 +201,7 @@ def _explain(fault: Any, raw: Any) -> str:
     place = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
         return f"{place}: unknown key '{location[-1]}'{_did_you_mean(location[-1], _known_keys(fault['loc'][:-1]))}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
     given = fault.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{place}: {message}{shown}"

@@ -87,6 +87,11 @@ def test_a_typo_in_a_nested_section_is_matched_with_that_sections_keys() -> None
             {"data": {"train": {"sources": [{"kind": "files", "paths": [3]}]}}},
             "data.train.sources.0.paths.0: Input should be a valid string (given: 3)",
         ),
+        ({"data": {"train": {"sources": 3}}}, "data.train.sources: Input should be a list (given: 3)"),
+        (
+            {"data": {"train": {"sources": []}}},
+            "data.train.sources: List should have at least 1 item after validation, not 0",
+        ),
         (
             {"data": {"train": {"sources": [{"kind": "file", "paths": ["a"]}]}}},
             "data.train.sources.0: Input tag 'file' found using 'kind' does not match any of the expected tags: "
