@@ -86,7 +86,10 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
             f"layers that stay attention: {kept}"
         )
     machine = report.assumptions
-    out.print(f"machine   {machine['processes']} × {machine['device']}, {machine['memory_bytes'] / 2**30:.1f} GiB each")
+    like = machine.get("as_fast_as")
+    pace = f", as fast as {'an' if like[0] in 'HL' else 'a'} {like}" if like else ""
+    size = f"{machine['memory_bytes'] / 2**30:.1f} GiB each"
+    out.print(f"machine   {machine['processes']} × {machine['device']}, {size}{pace}")
     rows = plan_rows(report)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for name in rows[0] if rows else ():

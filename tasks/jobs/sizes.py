@@ -72,15 +72,15 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
 
 
 def describe_device(resources: JobResources) -> dict[str, Any]:
-    """{device, processes, peak_flops, memory_bytes} of one process's device; on a CPU its share of the machine.
+    """{device, as_fast_as, processes, peak_flops, memory_bytes} of one process's device; on a CPU its share of the
+    machine.
 
     A GPU whose memory is given need not be here; its speed is that of a well-known one of that size.
     """
+    like = None
     if resources.device == "cuda" and resources.gpu_memory_gib is not None:
         like = likely_gpu(resources.gpu_memory_gib)
-        label = f"GPU of {resources.gpu_memory_gib:g} GiB"
-        name, memory = like or label, int(resources.gpu_memory_gib * _GIB)
-        label += f" (as fast as {'an' if like[0] in 'HL' else 'a'} {like})" if like else ""
+        label, name, memory = "GPU", like or "GPU", int(resources.gpu_memory_gib * _GIB)
     elif resources.device == "cuda" and torch.cuda.is_available():
         label = name = torch.cuda.get_device_name(0)
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -88,6 +88,7 @@ def describe_device(resources: JobResources) -> dict[str, Any]:
         label, name, memory = resources.device, None, psutil.virtual_memory().total // resources.processes
     return {
         "device": label,
+        "as_fast_as": like,
         "processes": resources.processes,
         "peak_flops": device_peak(name, resources),
         "memory_bytes": memory,

@@ -63,7 +63,7 @@ def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(recipe_file: Path):
     lines = screen.getvalue().splitlines()
     assert all(len(line) <= 100 for line in lines)
     text = screen.getvalue()
-    assert "8 × GPU of 141 GiB (as fast as an H200)" in text
+    assert "8 × GPU, 141.0 GiB each, as fast as an H200" in text
     assert "3.3" in text  # billions of parameters that are active a token
     for stage in ("align", "distill", "evaluate"):
         (row,) = [line for line in lines if line.startswith(f"{stage} ")]
