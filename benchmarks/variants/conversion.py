@@ -1,0 +1,309 @@
+"""The units of work of one process: everything in it, by the product's own functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rows import ROWS, Record, Row, Settings, Unit
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from radlads.model.calibration import alignment_loss, calibrate
+from radlads.model.layer_choice import difficulty_layers, even_layers, last_layers, recall_layers
+from radlads.model.layer_scores import BEFORE, TokenCount, sum_layers
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.objectives import build_objective
+from radlads.model.restore import restore_attention
+from radlads.model.student import build_student
+from radlads.model.teacher import load_teacher
+from radlads.model.transplant import transplant
+from radlads.tasks.jobs.bits import open_windows, score_windows, summarize
+from radlads.tasks.jobs.calibrate import heldout_batches, training_batches
+from radlads.tasks.jobs.choice_probe import make_quizzes, quiz_batches, text_batches
+from radlads.tasks.jobs.encode import Encoder
+from radlads.tasks.jobs.engine import to_device
+from radlads.tasks.jobs.judged import as_judged
+from radlads.tasks.jobs.loader import open_dataset, plan_batches
+from radlads.tasks.jobs.needle import generate, is_hit, make_trials
+from radlads.tasks.jobs.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.reader import Reader
+from radlads.tasks.jobs.schedule import learning_rates
+from radlads.tasks.jobs.shards import Layout, write_dataset
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tokenizer_fingerprint
+from radlads.tasks.recipe import Recipe, Training
+from radlads.tasks.section_choice import Calibration
+from radlads.tasks.specs import TeacherRef, TrainSpec
+
+TEACHER = TeacherRef(path="demo", fingerprint="demo")
+CHECK_STEP = 100
+SHARE = 0.25
+
+
+class MasterAdam:
+    """AdamW on fp32 masters of what an objective trains; the parameters themselves are of the model's dtype."""
+
+    def __init__(self, objective: nn.Module, section: Training) -> None:
+        options = section.optimizer
+        groups = optimizer_groups(select_trainable(objective, section), options)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.masters = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
+        self.gradients = [torch.zeros_like(master) for master in self.masters]
+        left = iter(self.masters)
+        for group in groups:
+            group["params"] = [next(left) for _ in group["params"]]
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient
+        self.clip = options.clip
+        self.adam = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, rates: dict[str, float]) -> None:
+        """One step with what backward left, and no gradients after it. Never waits for the device."""
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        torch._foreach_copy_(self.gradients, given)
+        norm = nn.utils.get_total_norm(self.gradients)
+        nn.utils.clip_grads_with_norm_(self.masters, self.clip, norm)
+        for group in self.adam.param_groups:
+            group["lr"] = rates[group["name"]] * group["multiplier"]
+        self.adam.step()
+        torch._foreach_copy_(self.parameters, self.masters)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class Bench:
+    """Teacher and data of one process, and the units that it can do."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.recipe = settings, settings.recipe
+        self.device = torch.device(settings.device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        path = resolve_teacher_path(TEACHER.path)
+        self.teacher = as_judged(load_teacher(path, dtype=self.dtype, device=self.device))
+        self.tokenizer = load_tokenizer(TEACHER.path)
+
+    def open_data(self) -> None:
+        """Once the datasets are there."""
+        recipe, work = self.recipe, self.settings.work
+        self.data = open_dataset(work / recipe.align.data)
+        judging = recipe.evaluate
+        self.windows = open_windows(work / judging.data, judging.context, judging.heldout_tokens)
+        self.trials = make_trials(recipe.needle, self.tokenizer)
+        self.unseen = heldout_batches(self.data.split("heldout"), 16, recipe.align.context)
+
+    def run(self, unit: Unit) -> Record:
+        """What a unit found. Raises whatever goes wrong in it."""
+        began = time.monotonic()
+        found: Record = getattr(self, unit.kind)(*([ROWS[unit.row], unit] if unit.row else []))
+        return found | {"seconds": round(time.monotonic() - began, 2)}
+
+    # Units
+
+    def teacher_needle(self) -> Record:
+        return self.needle(self.teacher)
+
+    def pure(self, row: Row, unit: Unit) -> Record:
+        student, record, curves = self.align(row, unit.seed)
+        save_file(_own_tensors(student), self._aligned_file(row, unit.seed))
+        record["kl_align"] = self.judge(student)["kl"]
+        began = time.monotonic()
+        chosen, cost = self.choose(student, curves)
+        record |= {"choices": chosen, "choice_tokens": cost, "choice_seconds": round(time.monotonic() - began, 2)}
+        return record | self.distill(student, unit.seed)
+
+    def calibrated(self, row: Row, unit: Unit) -> Record:
+        return self.align(row, unit.seed, Calibration())[1]
+
+    def hybrid(self, row: Row, unit: Unit) -> Record:
+        path = self._aligned_file(row, unit.seed)
+        if path.is_file():
+            student, given = self.student(row, unit.seed), load_file(path, device=str(self.device))
+            own = _own_tensors(student)
+            assert own.keys() == given.keys(), "the aligned student is of another form"
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(given[name])
+        else:
+            student = self.align(row, unit.seed)[0]
+        restore_attention(student, self.teacher, unit.layers, attention_rope=self.recipe.student.attention_rope)
+        return self.distill(student, unit.seed)
+
+    def control(self, row: Row, unit: Unit) -> Record:
+        return self.hybrid(row, unit)
+
+    def speed(self, row: Row, unit: Unit) -> Record:
+        """Tokens/s of a whole step, loading and optimizer included."""
+        student, found = self.student(row, 0), {}
+        for stage in ("align", "distill"):
+            section = getattr(self.recipe, stage)
+            for name, (batch, context) in {"": (section.batch, section.context), "_large": self.settings.large}.items():
+                warm, timed = 3, self.settings.speed_steps
+                sizes = {"batch": batch, "micro_batch": batch, "context": context}
+                asked = section.model_copy(update=sizes | {"tokens": batch * context * (warm + timed)})
+                times: list[float] = []
+                self.train(
+                    stage, student, asked, watch=lambda s, t=times, w=warm: t.append(self._now()) if s == w else 0
+                )
+                found[stage + name] = batch * context * timed / (self._now() - times[0])
+        return found
+
+    # Their parts
+
+    def student(self, row: Row, seed: int) -> RadladsForCausalLM:
+        torch.manual_seed(1337 + seed)
+        rope = self.recipe.student.attention_rope
+        given = {"variant": row.variant, "options": row.options, "attention_layers": (), "attention_rope": rope}
+        student = build_student(self.teacher.config, dtype=self.dtype, **given).to(self.device)
+        transplant(self.teacher, student)
+        return student.eval()
+
+    def align(
+        self, row: Row, seed: int, calibration: Calibration | None = None
+    ) -> tuple[RadladsForCausalLM, Record, dict[int, list[float]]]:
+        section, student = self._seeded("align", seed), self.student(row, seed)
+        record: Record = {}
+        if calibration is not None:
+            batches = training_batches(self.data.split("train"), calibration, section.context)
+            calibrate(student, self.teacher, batches, parts=calibration.parts)
+
+        def watch(step: int) -> None:
+            if step in (0, CHECK_STEP, section.num_steps):
+                record[f"align_{step}"] = alignment_loss(student.eval(), self.teacher, self.unseen)
+
+        began = time.monotonic()
+        curves = self.train("align", student, section, watch=watch)
+        watch(section.num_steps)
+        record["align_final"] = record.pop(f"align_{section.num_steps}")
+        record["align_seconds"] = round(time.monotonic() - began, 2)
+        layers = {int(name[6:]): values for name, values in curves.items() if name.startswith("layer_")}
+        return student.eval(), record, layers
+
+    def distill(self, student: RadladsForCausalLM, seed: int) -> Record:
+        began = time.monotonic()
+        self.train("distill", student, self._seeded("distill", seed))
+        seconds = round(time.monotonic() - began, 2)
+        return {"distill_seconds": seconds} | self.judge(student) | self.needle(student)
+
+    def train(
+        self,
+        stage: str,
+        student: RadladsForCausalLM,
+        section: Training,
+        watch: Callable[[int], Any] = lambda step: None,
+    ) -> dict[str, list[float]]:
+        """A stage's optimizer steps; metric → its value at every step. Raises FloatingPointError.
+
+        watch is told each step's number before it.
+        """
+        objective = build_objective(
+            TrainSpec(objective=stage, section=section, teacher=TEACHER), student.requires_grad_(True), self.teacher
+        )
+        (plan,), optimizer = plan_batches(section, self.data.split("train"), 1), MasterAdam(objective, section)
+        values: list[torch.Tensor] = []
+        names: list[str] = []
+        for step in range(section.num_steps):
+            watch(step)
+            objective.train()
+            objective.begin_step(step)
+            loss, metrics = objective(to_device(plan.micro(step, 0, 0), self.device))
+            loss.backward()
+            optimizer.step(learning_rates(section, step))
+            names = list(metrics)
+            values.append(torch.stack([value.detach().float().reshape(()) for value in metrics.values()]))
+        seen = torch.stack(values).cpu()
+        if not seen.isfinite().all():
+            bad = int((~seen.isfinite()).any(1).nonzero()[0])
+            raise FloatingPointError(f"{stage}: the loss of step {bad + 1} of {section.num_steps} is not finite")
+        return dict(zip(names, seen.T.tolist(), strict=True))
+
+    def choose(
+        self, student: RadladsForCausalLM, curves: dict[int, list[float]]
+    ) -> tuple[dict[str, tuple[int, ...]], int]:
+        """Way → layers, and the tokens that recall read; the other ways read none."""
+        num_layers, probe, used = len(student.mixers()), self.settings.probe, TokenCount()
+        count = max(1, round(SHARE * num_layers))
+        quizzes = quiz_batches(make_quizzes(probe, self.tokenizer), probe.micro_batch, bos_id=None)
+        batches = [*quizzes, *text_batches(self.data.split("heldout"), probe)]
+
+        def score(kept: tuple[int, ...], left: tuple[int, ...]) -> tuple[Any, dict[int, Any]]:
+            sums = sum_layers(student, self.teacher, batches, kept=kept, candidates=[BEFORE, *left], count=used)
+            found = {layer: total.score() for layer, total in sums.items()}
+            return found.pop(BEFORE), found
+
+        chosen = {
+            "even": even_layers(count, num_layers),
+            "last": last_layers(count, num_layers),
+            "difficulty": difficulty_layers(curves, count, num_layers=num_layers),
+            "recall": recall_layers(score, count, range(num_layers))[0],
+        }
+        return chosen, used.student + used.teacher
+
+    def judge(self, student: RadladsForCausalLM) -> Record:
+        as_judged(student)
+        scores = score_windows(self.teacher, student, self.windows, batch=16, mine=range(len(self.windows)))
+        ordered = [scores[number] for number in range(len(self.windows))]
+        found = summarize(np.array(ordered), self.windows.num_bytes, self.windows.context)
+        ours = found["student"]
+        kept = {key: ours[key]["value"] for key in ("kl", "bits_per_byte", "bits_per_byte_ratio", "top1_agreement")}
+        return kept | {
+            "kl_stderr": ours["kl"]["stderr"],
+            "teacher_bits_per_byte": found["teacher"]["bits_per_byte"]["value"],
+        }
+
+    def needle(self, model: Any) -> Record:
+        as_judged(model)
+        by_length: dict[str, float] = {}
+        for length in sorted({trial.length for trial in self.trials}):
+            asked = [trial.case for trial in self.trials if trial.length == length]
+            prompts = [case.prompt_ids for case in asked]
+            texts = generate(model, self.tokenizer, prompts, self.recipe.needle.max_new_tokens)
+            hits = [text is not None and is_hit(text, case.answer) for text, case in zip(texts, asked, strict=True)]
+            by_length[str(length)] = sum(hits) / len(hits)
+        return {"needle": sum(by_length.values()) / len(by_length), "needle_by_length": by_length}
+
+    def _seeded(self, stage: str, seed: int) -> Training:
+        section: Training = getattr(self.recipe, stage)
+        return section.model_copy(update={"seed": section.seed + seed})
+
+    def _aligned_file(self, row: Row, seed: int) -> Path:
+        section, dtype = self.recipe.align, str(self.dtype).removeprefix("torch.")
+        name = f"{row.name.replace(' ', '-')}-{seed}-{section.batch}-{section.context}-{section.num_steps}-{dtype}"
+        return self.settings.work / f"aligned-{name}.safetensors"
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _own_tensors(student: RadladsForCausalLM) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in student.state_dict().items() if k not in student.all_tied_weights_keys}
+
+
+def make_data(recipe: Recipe, work: Path) -> None:
+    """The datasets that training and judging read, each once."""
+    tokenizer = load_tokenizer(TEACHER.path)
+    for name in {recipe.align.data, recipe.distill.data, recipe.evaluate.data}:
+        dataset, folder = recipe.data[name], work / name
+        if (folder / "index.json").is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder = Encoder(tokenizer, dataset.add_bos, dataset.heldout_fraction, with_mask=False)
+        parts = [encoder.encode(*batch) for batch in Reader(dataset.sources, tokenizer).batches(4 << 20)]
+        layout = Layout(
+            shard_tokens=dataset.shard_tokens,
+            max_tokens=dataset.max_tokens,
+            seed=dataset.seed,
+            eos_id=tokenizer.eos_token_id,
+            bos_id=tokenizer.bos_token_id,
+            add_bos=dataset.add_bos,
+            vocab_size=len(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(TEACHER.path),
+            with_mask=False,
+        )
+        write_dataset(parts, folder, layout)
