@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-FEWEST_HEADS = 48
+FEWEST_HEADS = 96
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,11 @@ def default_tuning(K: int, V: int, backend: str) -> Tuning:
         return Tuning(32, 4, Scan(size, 4, 1), Scan(size, 4, 1), Tile(size, size, 4), Tile(size, size, 4))
     if wide > 128:
         return Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
-    if wide > 64:
+    if wide > 64 and backend == "hip":
         return Tuning(32, 8, Scan(32, 8, 1), Scan(32, 8, 1), Tile(32, 64, 8), Tile(32, 64, 8))
-    warps = 4 if backend == "hip" else 8
-    return Tuning(32, 4, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, warps), Tile(64, 64, warps))
+    if wide > 64:
+        return Tuning(32, 8, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, 4), Tile(64, 64, 8))
+    return Tuning(32, 4, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, 4), Tile(64, 64, 4))
 
 
 def candidates(K: int, V: int, backend: str) -> list[Tuning]:

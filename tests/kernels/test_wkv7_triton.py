@@ -74,7 +74,7 @@ def test_fused_on_the_gpu(tuning, dtype):
 
 @pytest.mark.gpu
 def test_heads_enough_for_the_fused_kernels_repeat_to_the_bit():
-    inputs = wkv7_inputs(2, 100, 32, 64, dtype=torch.bfloat16, device="cuda")
+    inputs = wkv7_inputs(3, 100, 32, 64, dtype=torch.bfloat16, device="cuda")
     first, second = (outputs_and_gradients(wkv7, inputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
