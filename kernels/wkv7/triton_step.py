@@ -56,7 +56,7 @@ def wkv7_step_triton(
     power = max(16, triton.next_power_of_2(V))
     tile = min(power, values or 32)
     if warps is None:  # fewer for a masked tile: its columns end in the middle of what a warp loads
-        warps = 4 if K <= 64 else 2 if K == triton.next_power_of_2(K) else 1
+        warps = 4 if K <= 64 else 2 if triton.next_power_of_2(K) == K else 1
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
     step_kernel[(B * H * triton.cdiv(V, tile),)](
