@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 _PANELS = {
     "recall": (
-        ("score", "recall gained per KL"),
+        ("score", "recall gained per KL left"),
         ("recall_gained", "recall gained, nats a token"),
         ("kl_saved", "KL saved, nats a token"),
     ),

@@ -20,18 +20,21 @@ def choice_table(products: Products) -> Table | None:
             "layer",
             "recall gained",
             "KL saved",
-            "recall per KL",
+            "KL left",
+            "recall gained per KL left",
             "answers right",
             "chosen",
             _SOURCE,
         )
         for row in sheet["layers"]:
-            numbers = (plain(row["recall_gained"]), plain(row["kl_saved"]), plain(row["score"]))
+            numbers = tuple(plain(row[key]) for key in ("recall_gained", "kl_saved", "kl", "score"))
             taken = f"yes, round {row['round']}" if row["chosen"] else ""
             rows.append((str(row["layer"]), *numbers, percent(row["accuracy"]), taken, product.short))
         caption = (
-            "Each layer alone with the teacher's softmax again, before distill. Recall: nats a token of the answers; "
-            "KL: nats a token of held-out text. Later rounds score what a layer adds to those chosen before."
+            "Each layer alone with the teacher's softmax again, before distill, on the choice's own probe. Recall: "
+            "mean log-probability of the answers' tokens, nats; KL: nats a token of held-out text. A loss of recall is "
+            "multiplied by the KL, not divided, so that less KL is better there too. Later rounds score what a layer "
+            "adds to those chosen before."
         )
     else:
         header = ("layer", "difficulty", "align loss at the end", "chosen", _SOURCE)
@@ -47,16 +50,24 @@ def choice_summary(products: Products) -> str | None:
     sheet = products.choice
     if sheet is None:
         return None
-    layers, numbers = ", ".join(map(str, sheet["attention_layers"])), sheet["numbers"]
+    chosen, numbers = sheet["attention_layers"], sheet["numbers"]
+    layers = f"layer{'s' if len(chosen) > 1 else ''} {', '.join(map(str, chosen))}"
     if sheet["choose"] == "difficulty":
-        return f"Softmax attention in the layers {layers}, chosen by how badly their mixers learned during align."
+        return f"Softmax attention in {layers}, chosen by how badly their mixers learned during align."
+    # restored() has the reason; what distill is given is measured under "Stage by stage".
+    positions = (
+        ""
+        if sheet.get("attention_rope", True)
+        else " Scored with the teacher's rotary positions; the student goes on without them, so it starts distill "
+        "worse than that."
+    )
     return (
-        f"Softmax attention in the layers {layers}, chosen by the recall that they give back for the KL that is left "
+        f"Softmax attention in {layers}, chosen by the recall that they give back for the KL that is left "
         f"({sheet['probe']['answers']} answers, {count(sheet['probe']['text_tokens'])} held-out tokens). Recall went "
         f"from {plain(numbers['recall_before'])} to {plain(numbers['recall_after'])} nats a token (teacher "
         f"{plain(numbers['recall_teacher'])}), KL from {plain(numbers['kl_before'])} to {plain(numbers['kl_after'])}. "
         f"It took {count(numbers['tokens'])} tokens of forward passes, {percent(numbers['token_share'], 2)} of the "
-        "run's."
+        f"run's.{positions}"
     )
 
 
@@ -67,5 +78,5 @@ def choice_blocks(products: Products, pictures: tuple[str, ...] | list[str]) -> 
         return []
     blocks: list[Block] = [Heading("Layers that stay attention"), Text(summary)]
     if "choose.png" in pictures:
-        blocks.append(Picture("choose.png", "Scores of every layer, the chosen ones filled", ""))
+        blocks.append(Picture("choose.png", "Scores of every layer", "The chosen layers are filled."))
     return [*blocks, table]

@@ -45,7 +45,7 @@ def main(job: Job) -> dict[str, Any] | None:
     student = load_student(folder, dtype=None, device=job.device)
     if student.config.attention_layers:
         raise UserError("layers are chosen from an align of all layers, but this student keeps some as attention")
-    # In the student's own precision: what is restored is the teacher's, and scores are of what is handed over.
+    # In the student's own precision, in which it is handed over.
     teacher = load_teacher(
         resolve_teacher_path(reference.path),
         dtype=student.dtype,

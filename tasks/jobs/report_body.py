@@ -219,7 +219,10 @@ def _student(products: Products, recipe: Recipe) -> list[Block]:
         f"{'' if recipe.student.attention_rope or kept == 'none' else ' (without rotary positions)'}. "
         f"Source: {product.short}."
     )
-    table = Table(("parameters", "copied", "fresh", "dropped"), rows, "What became of the teacher's parameters.")
+    caption = "What became of the teacher's parameters at the transplant."
+    if products.choice is not None:
+        caption += " The layers chosen after align got the teacher's attention back and lost what was fresh."
+    table = Table(("parameters", "copied", "fresh", "dropped"), rows, caption)
     return [Heading("The student"), Text(text), table]
 
 
