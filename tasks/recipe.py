@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -215,6 +215,8 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
         for model in models:
             if isinstance(part, str) and part in model.model_fields:
                 following += _models_in(model.model_fields[part].annotation)
+            elif "kind" in model.model_fields and part in get_args(model.model_fields["kind"].annotation):
+                following.append(model)
         models = following or models
     return sorted({name for model in models for name in model.model_fields})
 

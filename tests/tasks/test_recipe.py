@@ -87,6 +87,10 @@ def test_a_typo_in_a_nested_section_is_matched_with_that_sections_keys() -> None
             {"data": {"train": {"sources": [{"kind": "files", "paths": [3]}]}}},
             "data.train.sources.0.paths.0: Input should be a valid string (given: 3)",
         ),
+        (
+            {"data": {"train": {"sources": [{"kind": "files", "paths": ["a"], "pathz": ["b"]}]}}},
+            "data.train.sources.0.pathz: unknown key 'pathz'; did you mean 'paths'?",
+        ),
         ({"data": {"train": {"sources": 3}}}, "data.train.sources: Input should be a list (given: 3)"),
         (
             {"data": {"train": {"sources": []}}},
