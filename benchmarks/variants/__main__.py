@@ -53,10 +53,11 @@ GRACE_SECONDS = 90.0
 class Results:
     """The JSON lines and the table made of them, written anew after every unit."""
 
-    def __init__(self, folder: Path, head: str) -> None:
+    def __init__(self, folder: Path, head: str, tokens: dict[str, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         name = "_".join(gpu.lower().replace("nvidia", "").split())
+        self.tokens = tokens
         self.lines, self.page, self.head = folder / f"variants_{name}.jsonl", folder / f"variants_{name}.md", head
         text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
         self.records: list[Record] = [json.loads(line) for line in text.splitlines()]
@@ -70,7 +71,7 @@ class Results:
         self.records.append(json.loads(json.dumps(record)))
         with self.lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self.page.write_text(f"{self.head}\n\n{tables(self.records, ROWS)}\n", encoding="utf-8")
+        self.page.write_text(f"{self.head}\n\n{tables(self.records, ROWS, self.tokens)}\n", encoding="utf-8")
 
 
 def settings_of(asked: argparse.Namespace) -> Settings:
@@ -166,7 +167,9 @@ def main() -> None:
     if asked.quick and not asked.rows:
         rows = [ROWS[name] for name in ("rwkv7", "hxa079", "rad_rwkv7", "rad_rwkv6")]
     settings = settings_of(asked)
-    results = Results(asked.out, describe(asked, settings))
+    stages = {"align": settings.recipe.align, "distill": settings.recipe.distill}
+    tokens = {name: stage.seen_tokens for name, stage in stages.items()}
+    results = Results(asked.out, describe(asked, settings), tokens)
 
     def next_units(unit: Unit, found: Record) -> list[Unit]:
         wanted = (one for one in follow_ups(unit, found) if not (asked.quick and one.kind == "control"))

@@ -11,8 +11,11 @@ WAYS = ("even", "last", "difficulty", "recall")
 Get = Callable[[Record], Any]
 
 
-def tables(records: list[Record], rows: Mapping[str, Row]) -> str:
-    """Everything that is known so far; a later record of a unit counts, and a failure only where nothing else does."""
+def tables(records: list[Record], rows: Mapping[str, Row], tokens: Mapping[str, int]) -> str:
+    """Everything that is known so far; a later record of a unit counts, and a failure only where nothing else does.
+
+    tokens: of the stages align and distill.
+    """
     latest: dict[str, Record] = {}
     for record in records:
         if "error" not in record or "error" in latest.get(record["key"], record):
@@ -29,6 +32,10 @@ def tables(records: list[Record], rows: Mapping[str, Row]) -> str:
     parts += ["## Each layer alone softmax, first seed", _single(default, by_unit["hybrid"] + by_unit["control"])]
     parts += ["## Calibration before align: alignment loss", _calibration(default, by_unit)]
     parts += ["## Tokens/s, alone on the device", _speed(default, by_unit["speed"])]
+    parts += [
+        "## Tokens/s inside the conversions above, several sharing the device",
+        _shared(default, by_unit["pure"], tokens),
+    ]
     parts += ["## Other constants, pure"]
     parts += [f"- {name}: `{rows[name].options}`" for name in others if any(r["row"] == name for r in good)]
     parts += [_pure(others, by_unit["pure"])]
@@ -113,6 +120,15 @@ def _speed(names: list[str], records: list[Record]) -> str:
     keys = {"align": "align", "distill": "distill", "align, large": "align_large", "distill, large": "distill_large"}
     lines = _head(["row", *keys])
     lines += [_line([r["row"], *(f"{r[key]:,.0f}" for key in keys.values())]) for n in names for r in _of(records, n)]
+    return "\n".join(lines)
+
+
+def _shared(names: list[str], records: list[Record], tokens: Mapping[str, int]) -> str:
+    """Of the last seed alone: the first one's conversions compile the kernels."""
+    lines = _head(["row", *tokens])
+    for name in names:
+        last = _of(records, name)[-1:]
+        lines += [_line([name, *(f"{tokens[s] / r[f'{s}_seconds']:,.0f}" for s in tokens)]) for r in last]
     return "\n".join(lines)
 
 
