@@ -207,15 +207,14 @@ def table(emit: Callable[..., None], done: set[str]) -> None:
             gib=peak,
             ms=kernel_times(both),
         )
-        if D <= 128:
-            other = "fused" if both_is_parallel(H, B if packed is None else len(packed) - 1) else "chunks in parallel"
-            tuning = fused(D) if other == "fused" else default_tuning(D, D, "hip" if torch.version.hip else "cuda")
-            run = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens, tuning=tuning)
-            emit(case=f"{name}, by the other kernels: {other}", both=milliseconds(run), ms=kernel_times(run))
-
-
-def both_is_parallel(H: int, sequences: int) -> bool:
-    return H * sequences < FEWEST_HEADS
+        backend = "hip" if torch.version.hip else "cuda"
+        sequences = B if packed is None else len(packed) - 1
+        if fused_tuning(D, D, H * sequences, BF16, backend) is None:
+            other, tuning = "fused", fused(D)
+        else:
+            other, tuning = "chunks in parallel", default_tuning(D, D, backend)
+        run = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens, tuning=tuning)
+        emit(case=f"{name}, by the other kernels: {other}", both=milliseconds(run), ms=kernel_times(run))
 
 
 def errors(emit: Callable[..., None], done: set[str]) -> None:

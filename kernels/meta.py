@@ -18,7 +18,10 @@ _CHUNK = 32
 def wkv7_meta(
     r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, a: Tensor, b: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """As `wkv7`. Keeps what the Triton kernels do: inputs, reads, and for every chunk L, the state and the inverse."""
+    """As `wkv7`. Keeps what the Triton kernels with chunks in parallel do: inputs, reads, per chunk L, state, inverse.
+
+    The fused kernels keep as much within 3 % for heads over 64 (two states a chunk, U), and less below.
+    """
     B, T, H, K = r_BTHK.shape
     V, tiles = v_BTHV.shape[-1], B * -(-T // _CHUNK) * H
     sizes = ((tiles, K, K), (tiles, K, V), (tiles, _CHUNK, _CHUNK), r_BTHK.shape)

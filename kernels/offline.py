@@ -161,7 +161,7 @@ def _fused_launches(
     x, f, q = torch.empty(64, dtype=dtype), torch.empty(64), torch.empty(64, dtype=torch.float16)
     where = (torch.empty(64, dtype=torch.int64),) * 2 if ragged else (None, None)
     C, sizes, by_dot = tuning.chunk, (4096, 128, 64), dtype == torch.bfloat16
-    shared = {"K": K, "BK": power(K), "PACKED": ragged, "SCALED": True, "DT": tl.float16, "IP": "tf32"}
+    shared = {"K": K, "BK": power(K), "PACKED": ragged, "DT": tl.float16, "IP": "tf32"}
     if driver.active.get_current_target().backend == "hip":
         shared["IP"] = "ieee"
     values, kept = {"V": V, "BV": power(V)}, 2 if tuning.middles_warps else 1

@@ -138,13 +138,11 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a folder or hub id, frozen and in eval mode; of a vision-language model its text part.
 
-    dtype: None keeps the checkpoint's. trust_remote_code: has no effect on the model, whose code is transformers' own
-    even where the folder brings another. Raises UserError when there is nothing to load, no family, or parts are
-    missing.
+    dtype: None keeps the checkpoint's. The model's code is transformers' own, even where the folder brings another.
+    Raises UserError when there is nothing to load, no family, or parts are missing.
     """
     raw = read_config(path, revision=revision)
     family = find_family(raw)
@@ -159,10 +157,10 @@ def load_teacher(
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_teacher_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_teacher_config(path: str, *, revision: str | None = None) -> PreTrainedConfig:
     """The typed config of a convertible teacher, without its weights; of a vision-language model its text part's.
 
-    trust_remote_code: has no effect, see `load_teacher`. Raises UserError.
+    Raises UserError.
     """
     raw = read_config(path, revision=revision)
     try:

@@ -66,6 +66,7 @@ class Teacher(Section):
     """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
     revision: str | None = None
     trust_remote_code: bool = False
+    """Run the tokenizer's own code. A model's own code never runs: its family's class in transformers does."""
     bits: FrozenBits = 16
     """8: the matrices of its layers are held in 8 bit while it teaches. Judged is always the teacher as it is."""
 

@@ -6,11 +6,15 @@ from typing import Literal
 
 from torch import Tensor
 
+from radlads.kernels.backends import Forms
 from radlads.kernels.check import check_bounds, check_inputs, check_step
-from radlads.kernels.wkv6.dispatch import choose_operator
+from radlads.kernels.meta import wkv6_meta
+from radlads.kernels.wkv6.chunked import wkv6_chunked
+from radlads.kernels.wkv6.reference import wkv6_reference
 from radlads.kernels.wkv6.step import wkv6_step_torch
 
 Backend = Literal["reference", "chunked", "triton"]
+FORMS = Forms("wkv6", wkv6_reference, wkv6_chunked, wkv6_meta)
 
 
 def wkv6(
@@ -42,7 +46,7 @@ def wkv6(
     """
     keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK}
     check_inputs("wkv6", keys, v_BTHV, initial_state, cu_seqlens)
-    operator = choose_operator(backend, v_BTHV, k_BTHK.shape[-1])
+    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1])
     if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
         check_bounds("wkv6", cu_seqlens, v_BTHV.shape[1])
     return operator(

@@ -7,11 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from radlads.kernels.backends import Forms
 from radlads.kernels.check import check_bounds, check_inputs, check_step
-from radlads.kernels.wkv7.dispatch import choose_operator, why_not_triton
+from radlads.kernels.meta import wkv7_meta
+from radlads.kernels.wkv7.chunked import wkv7_chunked
+from radlads.kernels.wkv7.reference import wkv7_reference
 from radlads.kernels.wkv7.step import wkv7_step_torch
 
 Backend = Literal["reference", "chunked", "triton"]
+FORMS = Forms("wkv7", wkv7_reference, wkv7_chunked, wkv7_meta)
 
 
 def wkv7(
@@ -37,14 +41,15 @@ def wkv7(
       allowed) B is 1, N sequences lie packed along T, and the states are [N,H,K,V].
     - Inputs may be bf16, fp16, fp32 or fp64, and need not be contiguous. Sums and states are fp32 (for fp64, fp64).
       Gradients flow to all six inputs and to `initial_state`, from `out` and from the final state.
-    - The fast range of the log decay is [-0.6065, 0], RWKV-7's; outside it the result stays right by shorter chunks.
+    - The fast range of the log decay is [-0.6065, 0], RWKV-7's. Outside it the torch forms stay right, by shorter
+      chunks; Triton's output is not finite, and `decay_range.LogDecayRangeError` follows at a later call.
     - `backend`: None picks Triton on a GPU where it applies, else "chunked" (plain torch); "reference" is a loop.
 
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
     """
     keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK}
     check_inputs("wkv7", keys, v_BTHV, initial_state, cu_seqlens)
-    operator = choose_operator(backend, v_BTHV, k_BTHK.shape[-1])
+    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1])
     if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
         check_bounds("wkv7", cu_seqlens, v_BTHV.shape[1])
     return operator(
@@ -71,7 +76,7 @@ def wkv7_step(
     check_step("wkv7_step", keys, v_BHV, state_BHKV)
     inputs = (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK)
     fits = state_BHKV.is_cuda and state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
-    if fits and why_not_triton(v_BHV, state_BHKV.shape[2]) is None:
+    if fits and FORMS.why_not_triton(v_BHV, state_BHKV.shape[2]) is None:
         from radlads.kernels.wkv7.triton_step import wkv7_step_triton
 
         return wkv7_step_triton(*inputs, state_BHKV)

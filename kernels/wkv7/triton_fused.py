@@ -53,7 +53,7 @@ class FusedWkv7(torch.autograd.Function):
 def _shared(plan: Plan) -> dict[str, Any]:
     real = current_backend() != "interpreter"
     return {
-        "K": plan.K, "BK": power(plan.K), "PACKED": plan.packed is not None, "SCALED": True,
+        "K": plan.K, "BK": power(plan.K), "PACKED": plan.packed is not None,
         "DT": tl.float16 if real else tl.float32, "IP": "tf32" if current_backend() == "cuda" else "ieee",
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ def write_gates(wt, rho, j, C: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr)
 @triton.jit
 def half_state(
     b, k, v, w, U, states, chunk, half, start, left, head, rho, j, x, y, unh, unx, uny, H,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEPT: tl.constexpr, MASK_S: tl.constexpr, SCALED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEPT: tl.constexpr, MASK_S: tl.constexpr,
     DT: tl.constexpr, IP: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """The state [K,V] before this half and 1/its scale: the chunk's, carried through the first half (at `start`)."""
@@ -60,7 +60,7 @@ def half_state(
     X = tl.where(top, X, xv.to(DT))
     at_h = chunk * (KEPT * K * V) + x[:, None] * V + y[None, :]
     h = load_tile(states, at_h, (x < K)[:, None] & (y < V)[None, :], MASK_S)
-    scale, un = power_of_two(tl.maximum(unh * 16384.0, unx * uny * 1024.0), 14, SCALED)
+    scale, un = power_of_two(tl.maximum(unh * 16384.0, unx * uny * 1024.0), 14)
     new = tl.dot(tl.trans(Y), X, input_precision=IP) * (uny * unx * scale)
     return (h.to(tl.float32) * (tl.exp2(last)[:, None] * (unh * scale)) + new).to(DT), un
 
@@ -69,7 +69,7 @@ def half_state(
 def middles_kernel(
     w, k, v, b, states, scales, U, cu_seqlens, offsets, num_sequences, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    PACKED: tl.constexpr, SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
     DT: tl.constexpr, IP: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """The state in the middle of one chunk of one head, kept beside the one before it. C: half a chunk."""
@@ -86,7 +86,7 @@ def middles_kernel(
     uny = tl.load(scales + program * SCALES + 3)
     hs, un = half_state(
         b, k, v, w, U, states, program, 1, first, length, head, rho, j, x, y, unh, unx, uny, H,
-        K, V, C, 2, MASK_S, SCALED, DT, IP, WT, WP,
+        K, V, C, 2, MASK_S, DT, IP, WT, WP,
     )  # fmt: skip
     at = (program * 2 + 1) * (K * V) + x[:, None] * V + y[None, :]
     store_tile(states, at, hs, (x < K)[:, None] & (y < V)[None, :], MASK_S)
@@ -98,10 +98,10 @@ def fused_backward_kernel(
     r, w, k, v, a, b, inverse, taken, dout, states, scales, U, dhT, dr, dw, dk, dv, da, db, dh0,
     cu_seqlens, offsets, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    PACKED: tl.constexpr, KEPT: tl.constexpr, SCALED: tl.constexpr,
+    PACKED: tl.constexpr, KEPT: tl.constexpr,
     DT: tl.constexpr, IP: tl.constexpr, WT: tl.constexpr, WP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head, with dh in registers; V <= BV."""
+    """All gradients of one head, with dh in registers."""
     program = tl.program_id(0).to(tl.int64)
     n, head = program // H, program % H
     first, length, slot, count = locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED)
@@ -132,8 +132,7 @@ def fused_backward_kernel(
         unz = tl.load(scales + chunk * SCALES + 2)
         uny = tl.load(scales + chunk * SCALES + 3)
         pair = tl.load(scales + chunk * SCALES + 4)
-        if SCALED:
-            unz *= 0.015625  # reads have only decayed since the beginning: there is room above them
+        unz *= 0.015625  # reads have only decayed since the beginning: there is room above them
         wt = tl.load(at_w, mask=in_w, other=0.0)
         last = tl.sum(wt.to(tl.float32), 0) * LOG2E
         zx = load_pair(a, r, at_k, top, in_k)
@@ -142,12 +141,12 @@ def fused_backward_kernel(
         Y = (yx * (tl.exp2(-write_gates(wt, rho, j, C, WT, WP)) / uny)).to(DT)
 
         after = dh * tl.exp2(last)[:, None]
-        sl, unl = power_of_two(largest(after), 14, SCALED)
+        sl, unl = power_of_two(largest(after), 14)
         ls = (after * sl).to(DT)
         S = tl.dot(Y, ls, input_precision=IP) * (uny * unl)
         do = tl.load(dout + at_v, mask=in_v & ~top, other=0.0)
         # Far below the largest fp16: what the triangles make of S and dO may be larger than both.
-        sg, ung = power_of_two(largest(tl.maximum(tl.abs(S), tl.abs(do.to(tl.float32)))), -8, SCALED)
+        sg, ung = power_of_two(largest(tl.maximum(tl.abs(S), tl.abs(do.to(tl.float32)))), -8)
         AT = tl.where(later | ((rho >= C)[None, :] & same), tl.dot(Y, tl.trans(Z), input_precision=IP), 0.0).to(DT)
         at_T = chunk * (4 * C * C) + (half * C + rho)[None, :] * (2 * C) + half * C + rho[:, None]
         at_R = chunk * (2 * C * C) + (half * C + own)[None, :] * C + rho[:, None]
@@ -181,7 +180,7 @@ def fused_backward_kernel(
         else:
             hs, unh = half_state(
                 b, k, v, w, U, states, chunk, half, start - C, left + C, head, rho, j, x, y, unh, unx, uny, H,
-                K, V, C, 1, MASK_S, SCALED, DT, IP, WT, WP,
+                K, V, C, 1, MASK_S, DT, IP, WT, WP,
             )  # fmt: skip
         passed = tl.sum(hs.to(tl.float32) * ls.to(tl.float32), 1) * (unh * unl)
         dA = tl.dot(G, tl.trans(X), input_precision=IP)

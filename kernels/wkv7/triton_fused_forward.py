@@ -27,16 +27,12 @@ SCALES = tl.constexpr(NUM_SCALES)
 
 
 @triton.jit
-def power_of_two(top, TOP: tl.constexpr, SCALED: tl.constexpr):
-    """The power of two s with s * top in [2^(TOP-1), 2^TOP), and 1/s; 1 and 1 if not SCALED."""
-    if SCALED:
-        exponent = tl.maximum((top.to(tl.int32, bitcast=True) >> 23) & 255, 60)
-        up = ((253 + TOP - exponent) << 23).to(tl.float32, bitcast=True)
-        down = ((exponent + 1 - TOP) << 23).to(tl.float32, bitcast=True)
-        return up, down
-    else:
-        one = top * 0.0 + 1.0
-        return one, one
+def power_of_two(top, TOP: tl.constexpr):
+    """The power of two s with s * top in [2^(TOP-1), 2^TOP), and 1/s."""
+    exponent = tl.maximum((top.to(tl.int32, bitcast=True) >> 23) & 255, 60)
+    up = ((253 + TOP - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent + 1 - TOP) << 23).to(tl.float32, bitcast=True)
+    return up, down
 
 
 @triton.jit
@@ -66,7 +62,7 @@ def largest_of_three(x, y, z, SAME: tl.constexpr):
 def solve_kernel(
     r, w, a, b, inverse, reads, scales, widest, cu_seqlens, offsets, num_sequences, T, num_chunks, H,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
-    STORE: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr, SCALED: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
+    STORE: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
     """T = (I - Aab)^-1 [C,C] of a chunk of a head, and Aqb T of its halves (if STORE); notes decays out of range."""
@@ -85,8 +81,8 @@ def solve_kernel(
     if (reach > LIMIT) | (reach != reach):
         tl.atomic_max(widest, tl.where(reach == reach, reach, 1e30))
     xa, xb = load_tile(a, at, inside, MASK), load_tile(b, at, inside, MASK)
-    sa, una = power_of_two(largest(xa), 0, SCALED)
-    sb, unb = power_of_two(largest(xb), 0, SCALED)
+    sa, una = power_of_two(largest(xa), 0)
+    sb, unb = power_of_two(largest(xb), 0)
     ac = (xa * (tl.exp2(ge - m[None, :]) * sa)).to(DT)
     bc = (xb * (tl.exp2(m[None, :] - g) * sb)).to(DT)
     blocks = tl.dot(
@@ -100,7 +96,7 @@ def solve_kernel(
     store_tile(inverse, program * (C * C) + i[:, None] * C + i[None, :], inv, True, False)
     if STORE:
         xr = load_tile(r, at, inside, MASK)
-        sr, unr = power_of_two(largest(xr), 0, SCALED)
+        sr, unr = power_of_two(largest(xr), 0)
         qc = (xr * (tl.exp2(g - m[None, :]) * sr)).to(DT)
         half = i // (C // 2)
         same = half[:, None] == half[None, :]
@@ -116,20 +112,19 @@ def fused_forward_kernel(
     r, w, k, v, a, b, inverse, out, states, scales, U, h0, hT, cu_seqlens, offsets, T, num_chunks, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     TAIL: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr, STORE: tl.constexpr, KEPT: tl.constexpr,
-    CUMULATE_BY_DOT: tl.constexpr, SCALED: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr,
+    CUMULATE_BY_DOT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of one head: o. Keeps U, the state before every chunk, and all scales (if STORE; V <= BV).
+    """One head: o. Keeps U, the state before every chunk, and all scales (if STORE).
 
     KEPT: room for states per chunk; 2 if those of the middles will be kept too.
     """
-    TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0).to(tl.int64)
-    tile, n, head = program % TILES, program // TILES // H, program // TILES % H
+    n, head = program // H, program % H
     first, length, slot, count = locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED)
-    i, x, y = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i, x, y = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     MASK_K: tl.constexpr = TAIL or K != BK
-    MASK_V: tl.constexpr = TAIL or V % BV != 0
-    MASK_S: tl.constexpr = K != BK or V % BV != 0
+    MASK_V: tl.constexpr = TAIL or V != BV
+    MASK_S: tl.constexpr = K != BK or V != BV
     at_state = (n * H + head) * (K * V) + x[:, None] * V + y[None, :]
     in_state = (x < K)[:, None] & (y < V)[None, :]
     if INITIAL:
@@ -151,12 +146,10 @@ def fused_forward_kernel(
         xr, xk = load_tile(r, at_k, in_k, MASK_K), load_tile(k, at_k, in_k, MASK_K)
         xv = load_tile(v, at_v, in_v, MASK_V)
         inv = tl.load(inverse + chunk * (C * C) + i[:, None] * C + i[None, :])
-        tops = largest_of_three(
-            tl.maximum(tl.abs(xr), tl.abs(xa)), tl.maximum(tl.abs(xk), tl.abs(xb)), xv, BK == BV and SCALED
-        )
-        read, unread = power_of_two(tops[0], 0, SCALED)
-        write, unwrite = power_of_two(tops[1], 0, SCALED)
-        sv, unsv = power_of_two(tops[2], 4, SCALED)
+        tops = largest_of_three(tl.maximum(tl.abs(xr), tl.abs(xa)), tl.maximum(tl.abs(xk), tl.abs(xb)), xv, BK == BV)
+        read, unread = power_of_two(tops[0], 0)
+        write, unwrite = power_of_two(tops[1], 0)
+        sv, unsv = power_of_two(tops[2], 4)
         fall = tl.exp2(m[None, :] - g) * write
         ac = (xa * (tl.exp2(ge - m[None, :]) * read)).to(DT)
         bc = (xb * fall).to(DT)
@@ -164,11 +157,11 @@ def fused_forward_kernel(
         qc = (xr * (tl.exp2(g - m[None, :]) * read)).to(DT)
         vs = (xv * sv).to(DT)
         pair = unread * unwrite
-        sh, unsh = power_of_two(largest(h), 14, SCALED)
+        sh, unsh = power_of_two(largest(h), 14)
         hs = (h * (tl.exp2(m)[:, None] * sh)).to(DT)
         Aak = tl.where(strict, tl.dot(ac, tl.trans(kc), input_precision=IP), 0.0).to(DT)
         u = tl.dot(Aak, vs, input_precision=IP) * (pair * unsv) + tl.dot(ac, hs, input_precision=IP) * (unread * unsh)
-        su, unsu = power_of_two(largest(u), -1, SCALED)
+        su, unsu = power_of_two(largest(u), -1)
         us = tl.dot(inv, (u * su).to(DT), input_precision=IP).to(DT)
         if STORE:
             store_tile(U, at_v, us, in_v, MASK_V)

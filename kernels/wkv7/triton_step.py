@@ -25,16 +25,15 @@ def step_kernel(
     at = head * (K * V) + x[:, None] * V + y[None, :]
     inside = (x < K)[:, None] & (y < V)[None, :]
     h = load_tile(state, at, inside, MASK_K or MASK_V)
-    # All loads before the first sum waits for the state.
     reads = load_tile(a, head * K + x, x < K, MASK_K).to(tl.float32)
+    read = tl.sum(h * reads[:, None], 0)
     decay = tl.exp(load_tile(w, head * K + x, x < K, MASK_K).to(tl.float32))
     removal = load_tile(b, head * K + x, x < K, MASK_K).to(tl.float32)
     key = load_tile(k, head * K + x, x < K, MASK_K).to(tl.float32)
     value = load_tile(v, head * V + y, y < V, MASK_V).to(tl.float32)
-    query = load_tile(r, head * K + x, x < K, MASK_K).to(tl.float32)
-    read = tl.sum(h * reads[:, None], 0)
     h = h * decay[:, None] + removal[:, None] * read[None, :] + key[:, None] * value[None, :]
     store_tile(state, at, h, inside, MASK_K or MASK_V)
+    query = load_tile(r, head * K + x, x < K, MASK_K).to(tl.float32)
     store_tile(out, head * V + y, tl.sum(h * query[:, None], 0), y < V, MASK_V)
 
 
@@ -54,9 +53,9 @@ def wkv7_step_triton(
     """As `wkv7_step`, for a contiguous fp32 state. `values` (columns per program) and `warps` tune the launch."""
     B, H, K, V = state_BHKV.shape
     power = max(16, triton.next_power_of_2(V))
-    tile = min(power, values or 32)
-    if warps is None:  # fewer for a masked tile: its columns end in the middle of what a warp loads
-        warps = 4 if K <= 64 else 2 if triton.next_power_of_2(K) == K else 1
+    masked = triton.next_power_of_2(K) != K  # narrow tiles by one warp were the fastest there
+    tile = min(power, values or (32 if masked else 64))
+    warps = warps or (1 if masked else 4)
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
     step_kernel[(B * H * triton.cdiv(V, tile),)](

@@ -51,7 +51,6 @@ def main(job: Job) -> dict[str, Any] | None:
         dtype=student.dtype,
         device=job.device,
         revision=reference.revision,
-        trust_remote_code=reference.trust_remote_code,
     )
     tokenizer = load_tokenizer(str(folder))
     if choice.choose == "recall":

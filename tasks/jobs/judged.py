@@ -33,7 +33,6 @@ def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
             dtype=job.dtype,
             device=job.device,
             revision=reference.revision,
-            trust_remote_code=reference.trust_remote_code,
         )
     )
 

@@ -64,7 +64,6 @@ def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
         resolve_teacher_path(spec.teacher.path),
         dtype=job.dtype,
         revision=spec.teacher.revision,
-        trust_remote_code=spec.teacher.trust_remote_code,
     )
     return hold_teacher(teacher, spec, job.device)
 

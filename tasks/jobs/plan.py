@@ -191,7 +191,7 @@ def _open_subject(recipe: Recipe, findings: Findings, *, sizes_only: bool) -> _S
         # Whether this model can teach at all is said before what its folder lacks.
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
         teacher = pin_teacher(path, revision=recipe.teacher.revision, trust_remote_code=trusted)
-        config = load_teacher_config(resolve_teacher_path(path), revision=teacher.revision, trust_remote_code=trusted)
+        config = load_teacher_config(resolve_teacher_path(path), revision=teacher.revision)
         tokenizer = load_tokenizer(path, revision=teacher.revision, trust_remote_code=trusted)
         return _Subject(config, tokenizer, path, teacher)
     return None

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from radlads.kernels.wkv7 import dispatch
+from radlads.kernels.backends import Forms
+from radlads.kernels.meta import wkv7_meta
 from radlads.model.student import RadladsForCausalLM, build_student
 from radlads.model.transplant import transplant
 from radlads.tasks.job import JobResources
@@ -124,7 +125,7 @@ def test_activations_are_near_what_autograd_keeps(
     section = Finetune(tokens=9999, context=128, batch=1, freeze=("mlp",) if frozen else ())
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not (frozen and ".mlp." in name))
-    monkeypatch.setattr("radlads.kernels.wkv7.api.choose_operator", lambda *args: dispatch.wkv7_meta)
+    monkeypatch.setattr(Forms, "choose", lambda *args: wkv7_meta)
     kept: dict[int, torch.Tensor] = {}
     known = {p.untyped_storage().data_ptr() for p in student.parameters()}
 

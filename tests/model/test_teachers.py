@@ -169,9 +169,9 @@ def test_the_code_that_comes_with_the_weights_is_not_run(make_teacher, tmp_path:
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise RuntimeError('run')\n")
-    teacher = load_teacher(str(tmp_path), trust_remote_code=True)
+    teacher = load_teacher(str(tmp_path))
     assert type(teacher).__module__.startswith("transformers.")
-    assert load_teacher_config(str(tmp_path), trust_remote_code=True).model_type == "phi3"
+    assert load_teacher_config(str(tmp_path)).model_type == "phi3"
 
 
 def test_what_a_user_should_know_before_converting(make_teacher) -> None:

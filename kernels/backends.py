@@ -1,0 +1,56 @@
+"""Which form of a recurrence runs a call. Triton is imported only when used: a machine without it has the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+BACKENDS = ("reference", "chunked", "triton")
+Operator = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of one operator; its Triton form is `<name>_triton` of `kernels/<name>/triton_op.py`."""
+
+    name: str
+    reference: Operator
+    chunked: Operator
+    meta: Operator
+
+    def choose(self, backend: str | None, v: Tensor, K: int) -> Operator:
+        """The form behind `backend`; None: Triton on a GPU where it applies, else chunked. Raises ValueError."""
+        if v.is_meta:
+            return self.meta
+        if backend is None:
+            backend = "triton" if v.is_cuda and self.why_not_triton(v, K) is None else "chunked"
+        if backend not in BACKENDS:
+            raise ValueError(f"{self.name}: unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+        if backend != "triton":
+            return self.reference if backend == "reference" else self.chunked
+        reason = self.why_not_triton(v, K)
+        if reason is not None:
+            raise ValueError(f"{self.name}: backend 'triton' cannot run here: {reason}")
+        operator: Operator = getattr(self._triton(), f"{self.name}_triton")
+        return operator
+
+    def why_not_triton(self, v: Tensor, K: int) -> str | None:
+        """One line on why these tensors cannot go through the Triton kernels; None if they can."""
+        if not _triton_installed():
+            return "triton is not installed"
+        reason: str | None = self._triton().why_not_applicable(v, K)
+        return reason
+
+    def _triton(self) -> Any:
+        return import_module(f"radlads.kernels.{self.name}.triton_op")
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
