@@ -5,7 +5,8 @@
 Writes `kernels_<gpu>.md` and the raw rows as JSONL. Sections: `sweep` (every candidate of triton_tuning.py: errors
 against fp64 and the time of each kernel), `table` (the operator at the shapes that matter), `errors` (dtypes, ragged
 and packed sequences, repeated keys), `step` (decoding), `kl` (linear_kl and linear_ce), `torch` (the chunked form),
-`sdpa`, `fla` (flash-linear-attention, if it can be imported).
+`sdpa`, `fla` (flash-linear-attention, if it can be imported, and ours at the same shapes: peers.py makes its search
+short enough; alone it takes `--sections fla --budget 200`, each shape's rows as soon as they are known).
 
 Needs the package importable as `radlads`. Settings compile in parallel processes first; the sections run in a child
 process that may die (a bad setting can take the CUDA context with it) and is then started again after the fatal row.
@@ -13,19 +14,20 @@ process that may die (a bad setting can take the CUDA context with it) and is th
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from peers import WORKERS, Case, Compilers, die_with_parent, search
 from torch import Tensor
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.kernels.testing import outputs_and_gradients, relative_rms, wkv7_inputs
+from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_step import wkv7_step_triton
@@ -138,6 +140,32 @@ def timing_inputs(shape: tuple[int, int, int, int]) -> list[Tensor]:
     return [x.detach().repeat(B, T // piece, 1, 1).requires_grad_() for x in inputs]
 
 
+def costs(operator: Callable[..., tuple[Tensor, object]], inputs: list[Tensor], **options) -> dict[str, float]:
+    """Milliseconds of a forward pass alone and of both passes, and the peak memory beyond the inputs."""
+    both = forward_backward(operator, inputs, **options)
+    both()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    def forward() -> None:
+        with torch.no_grad():
+            operator(*inputs, **options)
+
+    return {"fwd": milliseconds(forward), "both": milliseconds(both), "gib": peak}
+
+
+def ragged_bounds() -> list[int]:
+    """Bounds of 24 sequences of 200 to 2600 tokens and a rest, 32768 together."""
+    bounds = [0]
+    generator = torch.Generator().manual_seed(3)
+    while len(bounds) < 24:
+        bounds.append(min(32768 - 24, bounds[-1] + int(torch.randint(200, 2600, (1,), generator=generator))))
+    return [*bounds, 32768]
+
+
 def errors_against(exact: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, float]:
     return {name: relative_rms(ours[name], reference) for name, reference in exact.items()}
 
@@ -173,13 +201,8 @@ def sweep(emit: Callable[..., None], done: set[str]) -> None:
 
 
 def table(emit: Callable[..., None], done: set[str]) -> None:
-    bounds = [0]
-    generator = torch.Generator().manual_seed(3)
-    while len(bounds) < 24:
-        bounds.append(min(32768 - 24, bounds[-1] + int(torch.randint(200, 2600, (1,), generator=generator))))
-    bounds.append(32768)
     cases = [(name, shape, None) for name, shape in SHAPES.items()]
-    cases += [("24 ragged", (1, 32768, 64, 64), bounds), ("T = 131072", (1, 131072, 64, 64), None)]
+    cases += [("24 ragged", (1, 32768, 64, 64), ragged_bounds()), ("T = 131072", (1, 131072, 64, 64), None)]
     for name, (B, T, H, D), packed in cases:
         if name in done:
             continue
@@ -188,25 +211,8 @@ def table(emit: Callable[..., None], done: set[str]) -> None:
         cu_seqlens = None if packed is None else torch.tensor(packed, device=DEVICE)
         inputs = timing_inputs((B, T, H, D))
         both = forward_backward(wkv7_triton, inputs, cu_seqlens=cu_seqlens)
-        both()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-
-        def forward(inputs=inputs, cu_seqlens=cu_seqlens) -> None:
-            with torch.no_grad():
-                wkv7_triton(*inputs, cu_seqlens=cu_seqlens)
-
-        emit(
-            case=name,
-            shape=[B, T, H, D],
-            fwd=milliseconds(forward),
-            both=milliseconds(both),
-            gib=peak,
-            ms=kernel_times(both),
-        )
+        cost = costs(wkv7_triton, inputs, cu_seqlens=cu_seqlens)
+        emit(case=name, shape=[B, T, H, D], **cost, ms=kernel_times(both))
         backend = "hip" if torch.version.hip else "cuda"
         sequences = B if packed is None else len(packed) - 1
         if fused_tuning(D, D, H * sequences, BF16, backend) is None:
@@ -345,22 +351,98 @@ def torch_form(emit: Callable[..., None], done: set[str]) -> None:
     emit(case="triton, the same", both=both)
 
 
+def peer_shapes() -> list[tuple[str, tuple[int, int, int, int], list[int] | None]]:
+    """(row, shape, bounds of packed sequences), what matters most first."""
+    rows = [(name, SHAPES[name], None) for name in ("S1", "S2", "S3", "S4")]
+    return [*rows[:2], ("24 ragged", SHAPES["S2"], ragged_bounds()), *rows[2:]]
+
+
+def peer_options() -> list[tuple[str, dict[str, object]]]:
+    """fla's modes with its tensor-core form, which this range of decays allows."""
+    options = {"scale": 1.0, "safe_gate": True, "lower_bound": DECAY_FLOOR, "chunk_size": 64}
+    return [(f"cs64{' recompute' * again}", {**options, "disable_recompute": not again}) for again in (False, True)]
+
+
+def peer_case(H: int, D: int, packed: list[int] | None) -> str:
+    """fla compiles for heads, head size and packing, whatever the batch and the length."""
+    return f"fla H={H} D={D}{' packed' * (packed is not None)}"
+
+
+def peer_cases() -> list[Case]:
+    """What the section `fla` launches, on few tokens: ours with the settings of each shape, fla with all candidates."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    def run(operator: Callable, B: int, H: int, D: int, packed: list[int] | None, **options) -> None:
+        inputs = wkv7_inputs(B, 1024, H, D, dtype=BF16, device=DEVICE)
+        if packed is not None:  # as many sequences: our choice of kernels depends on it
+            options["cu_seqlens"] = torch.linspace(0, 1024, len(packed), device=DEVICE).long()
+        forward_backward(operator, inputs, **options)()
+        with torch.no_grad():
+            operator(*inputs, **options)
+
+    cases = []
+    for _, (B, _, H, D), packed in peer_shapes():
+        cases.append(Case("ours", lambda B=B, H=H, D=D, p=packed: run(wkv7_triton, B, H, D, p), False))
+    for _, (_, _, H, D), packed in peer_shapes():
+        name, options = peer_case(H, D, packed), peer_options()[0][1]
+        if name not in {case.name for case in cases}:
+            cases.append(Case(name, lambda H=H, D=D, p=packed, o=options: run(chunk_rwkv7, 1, H, D, p, **o), True))
+    return cases
+
+
 def fla(emit: Callable[..., None], done: set[str]) -> None:
+    """fla's operator in each of its modes, then ours on the same inputs; a search of its own for every shape."""
     try:
-        from fla.ops.rwkv7 import chunk_rwkv7
+        import fla.ops.rwkv7  # noqa: F401
     except ImportError as error:
         emit(case="fla is not importable", note=str(error)[:100])
         return
-    for shape in SHAPES:
-        if shape in done:
-            continue
-        emit(begin=shape)
-        B, T, H, D = SHAPES[shape]
-        inputs = timing_inputs((B, T, H, D))
-        options = {"scale": 1.0, "safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
-        for recompute in (False, True):
-            run = forward_backward(chunk_rwkv7, inputs, disable_recompute=not recompute, **options)
-            emit(case=f"{shape} fla chunk_rwkv7 cs64{' recompute' * recompute}", both=milliseconds(run))
+    with Compilers(peer_cases) as compilers:
+        for name, shape, packed in peer_shapes():
+            if name in done:
+                continue
+            emit(begin=name)
+            torch.cuda.empty_cache()
+            compilers.wait(peer_case(*shape[2:], packed))
+            say("fla compiled for", name)
+            try:
+                peer_rows(name, shape, packed, compilers, partial(emit, shape=list(shape)))
+            except (triton.CompilationError, triton.OutOfResources) as error:
+                emit(case=name, failed=f"{type(error).__name__}: {error}"[:200])
+
+
+def peer_rows(
+    name: str,
+    shape: tuple[int, int, int, int],
+    packed: list[int] | None,
+    compilers: Compilers,
+    emit: Callable[..., None],
+) -> None:
+    """The rows of one shape: each mode of fla, then ours, on the same inputs, while nothing compiles."""
+    import fla as library
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    inputs = timing_inputs(shape)
+    where = {} if packed is None else {"cu_seqlens": torch.tensor(packed, device=DEVICE)}
+    modes = {mode: {**options, **where} for mode, options in peer_options()}
+    begin = time.time()
+    with search():
+        for options in modes.values():
+            forward_backward(chunk_rwkv7, inputs, **options)()
+    say(f"fla searched for {time.time() - begin:.0f} s")
+    forward_backward(wkv7_triton, inputs, **where)()
+    with torch.no_grad():
+        found = chunk_rwkv7(*inputs, **next(iter(modes.values())))[0][:, :512]
+        apart = relative_rms(found, wkv7_triton(*inputs, **where)[0][:, :512])
+    del found
+    rows = []
+    with compilers.quiet():
+        for mode, options in modes.items():
+            rows.append(costs(chunk_rwkv7, inputs, **options))
+            emit(case=f"{name} fla {library.__version__} chunk_rwkv7 {mode}", **rows[-1])
+        ours = costs(wkv7_triton, inputs, **where)
+        times = {key: min(row[key] for row in rows) / ours[key] for key in ("fwd", "both")}
+        emit(case=f"{name} ours", **ours, fla_takes=times, out_apart=apart)
 
 
 RUN = {
@@ -440,10 +522,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--budget", type=float, default=230.0)
-    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker or options.child:
+        die_with_parent()
     if options.worker:
         worker(*map(int, options.worker.split("/")))
         return
