@@ -36,6 +36,7 @@ from radlads.kernels.wkv7.triton_tuning import (
     choose_numerics,
     default_tuning,
     fused_tuning,
+    hopper_takes,
 )
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -93,7 +94,10 @@ def compile_wkv7(
         kernel.fn.__name__: kernel.warmup(*arguments, grid=(1,), **options)
         for kernel, arguments, options in (
             *_launches(K, V, dtype, ragged, tuning, numerics),
-            *_fused_launches(K, V, dtype, ragged, fused_tuning(K, V, FEWEST_HEADS, dtype, target.backend)),
+            *_fused_launches(
+                K, V, dtype, ragged, fused_tuning(K, V, FEWEST_HEADS, dtype, target.backend, hopper=False)
+            ),
+            *_hopper_launches(K, V, dtype, ragged, name == "sm_90"),
         )
     }
 
@@ -188,6 +192,31 @@ def _fused_launches(
         triton_fused_backward.fused_backward_kernel,
         (*(x,) * 6, q, q, x, q, f, q, f, *(x,) * 6, f, *where, *sizes),
         {**halves, "KEPT": kept} | {"STAGES": tuning.backward_stages, "num_warps": tuning.backward_warps},
+    )
+
+
+def _hopper_launches(
+    K: int, V: int, dtype: torch.dtype, ragged: bool, here: bool
+) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    if not (here and hopper_takes(K, V, dtype)):
+        return
+    from radlads.kernels.wkv7.hopper_backward import hopper_backward_kernel
+    from radlads.kernels.wkv7.hopper_forward import hopper_forward_kernel
+
+    x, f, q = torch.empty(64, dtype=dtype), torch.empty(64), torch.empty(64, dtype=torch.float16)
+    where = (torch.empty(64, dtype=torch.int64),) * 2 if ragged else (None, None)
+    sizes, BK = (4096, 128, 64), power(K)
+    shared = {"K": K, "V": V, "BK": BK, "BV": BK, "PACKED": ragged, "TAIL": ragged, "KEPT": 1 if BK == 64 else 2}
+    shared |= {"W": BK // 16, "num_warps": BK // 16}
+    yield (
+        hopper_forward_kernel,
+        (*(x,) * 6, q, x, q, f, q, f, f, *where, *sizes),
+        {**shared, "C": 32, "INITIAL": True, "STORE": True},
+    )
+    yield (
+        hopper_backward_kernel,
+        (*(x,) * 6, q, q, x, q, f, q, f, *(x,) * 6, f, *where, *sizes),
+        {**shared, "C": 16},
     )
 
 

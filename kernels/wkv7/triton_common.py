@@ -87,6 +87,20 @@ def gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
 
 
 @triton.jit
+def centred_gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
+    """In log2: inclusive and exclusive cumulative decay [C,K] from the middle row on."""
+    i = tl.arange(0, C)
+    before = (i <= C // 2)[None, :].to(tl.int32)
+    if CUMULATE_BY_DOT:
+        g = tl.dot(((i[:, None] >= i[None, :]).to(tl.int32) - before).to(tl.bfloat16), w)
+        ge = tl.dot(((i[:, None] > i[None, :]).to(tl.int32) - before).to(tl.bfloat16), w)
+        return g * LOG2E, ge * LOG2E
+    else:
+        g, ge, middle, _ = gates(w, C, False)
+        return g - middle[None, :], ge - middle[None, :]
+
+
+@triton.jit
 def unit_lower_inverse(blocks, A, C: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr):
     """(I - A)⁻¹ for strictly lower A [C,C] with `blocks` [C/16,16,16] on its diagonal; LEVELS = log2 C.
 

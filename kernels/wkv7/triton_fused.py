@@ -1,4 +1,4 @@
-"""The fused Triton form of wkv7: launches and autograd."""
+"""The fused form of wkv7: launches and autograd. The walks over heads are Triton's or, on Hopper, hopper_*.py's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FusedWkv7(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, plan: Plan, tuning: Fused, store: bool, initial_state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        inputs = tuple(x.contiguous() for x in inputs)
+        inputs = tuple(_aligned(x) for x in inputs)
         h0 = None if initial_state is None else initial_state.contiguous()
         out, final, saved = _forward(plan, tuning, store, h0, inputs)
         if store:
@@ -46,8 +46,14 @@ class FusedWkv7(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
-            grads, dinitial = _backward(*ctx.call, inputs, saved, dout.contiguous(), dfinal.contiguous())
+            grads, dinitial = _backward(*ctx.call, inputs, saved, _aligned(dout), dfinal.contiguous())
         return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, and beginning where sixteen bytes can be copied at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _shared(plan: Plan) -> dict[str, Any]:
@@ -55,6 +61,14 @@ def _shared(plan: Plan) -> dict[str, Any]:
     return {
         "K": plan.K, "BK": power(plan.K), "PACKED": plan.packed is not None,
         "DT": tl.float16 if real else tl.float32, "IP": "tf32" if current_backend() == "cuda" else "ieee",
+    }  # fmt: skip
+
+
+def _hopper(plan: Plan) -> dict[str, Any]:
+    BK = power(plan.K)
+    return {
+        "K": plan.K, "V": plan.V, "BK": BK, "BV": power(plan.V), "PACKED": plan.packed is not None, "W": BK // 16,
+        "num_warps": BK // 16,
     }  # fmt: skip
 
 
@@ -95,11 +109,18 @@ def _forward(
     # The bits as a log decay per token, for those who must mend it.
     strongest = reach * (-math.log(2) / (C // 2 + 1))
     WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
-    fused_forward_kernel[(plan.num_sequences * H,)](
-        *inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H,
-        **shared, **chunked, V=V, BV=power(V), INITIAL=h0 is not None, KEPT=kept, STAGES=tuning.forward_stages,
-        num_warps=tuning.forward_warps,
-    )  # fmt: skip
+    arguments = (*inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H)
+    options = {"C": C, "TAIL": plan.tail, "STORE": store, "INITIAL": h0 is not None, "KEPT": kept}
+    grid = (plan.num_sequences * H,)
+    if tuning.hopper:
+        from radlads.kernels.wkv7.hopper_forward import hopper_forward_kernel
+
+        hopper_forward_kernel[grid](*arguments, **options, **_hopper(plan))
+    else:
+        fused_forward_kernel[grid](
+            *arguments, **options, **shared, CUMULATE_BY_DOT=by_dot, V=V, BV=power(V), STAGES=tuning.forward_stages,
+            num_warps=tuning.forward_warps,
+        )  # fmt: skip
     return out, final, (inverse, taken, states, scales, U) if store else ()
 
 
@@ -107,7 +128,7 @@ def _backward(
     plan: Plan, tuning: Fused, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor, dfinal: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     inverse, taken, states, scales, U = saved
-    dr, dw, dk, dv, da, db = grads = [torch.empty_like(x) for x in inputs]
+    grads = [torch.empty_like(x) for x in inputs]
     dinitial = torch.empty_like(dfinal)
     gates, precision = gate_type(inputs[1])
     shared = _shared(plan) | {
@@ -119,9 +140,15 @@ def _backward(
             w, k, v, b, states, scales, U, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, plan.H,
             **shared, num_warps=tuning.middles_warps,
         )  # fmt: skip
-    fused_backward_kernel[(plan.num_sequences * plan.H,)](
-        *inputs, inverse, taken, dout, states, scales, U, dfinal, dr, dw, dk, dv, da, db, dinitial,
-        *plan.where, plan.T, plan.num_chunks, plan.H,
-        **shared, KEPT=states.shape[1], STAGES=tuning.backward_stages, num_warps=tuning.backward_warps,
-    )  # fmt: skip
+    arguments = (*inputs, inverse, taken, dout, states, scales, U, dfinal, *grads, dinitial, *plan.where)
+    arguments += (plan.T, plan.num_chunks, plan.H)
+    grid, kept = (plan.num_sequences * plan.H,), states.shape[1]
+    if tuning.hopper:
+        from radlads.kernels.wkv7.hopper_backward import hopper_backward_kernel
+
+        hopper_backward_kernel[grid](*arguments, C=plan.chunk // 2, TAIL=plan.tail, KEPT=kept, **_hopper(plan))
+    else:
+        fused_backward_kernel[grid](
+            *arguments, **shared, KEPT=kept, STAGES=tuning.backward_stages, num_warps=tuning.backward_warps
+        )
     return grads, dinitial

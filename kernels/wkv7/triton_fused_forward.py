@@ -12,6 +12,7 @@ import triton.language as tl
 
 from radlads.kernels.wkv7.triton_common import (
     LENGTHS,
+    centred_gates,
     gates,
     load_tile,
     locate,
@@ -37,7 +38,10 @@ def power_of_two(top, TOP: tl.constexpr):
 
 @triton.jit
 def largest(x):
-    return tl.max(tl.max(tl.abs(x).to(tl.float32), 1), 0)
+    """The largest magnitude; found among integers, which a warp reduces in one instruction."""
+    SIZE: tl.constexpr = x.numel
+    flat = tl.reshape(tl.abs(x).to(tl.float32), [SIZE], can_reorder=True)
+    return tl.max(flat.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -76,15 +80,15 @@ def solve_kernel(
     MASK: tl.constexpr = TAIL or K != BK
     at = (first + i)[:, None] * (H * K) + head * K + x[None, :]
     inside = (i < length)[:, None] & (x < K)[None, :]
-    g, ge, m, last = gates(load_tile(w, at, inside, MASK), C, CUMULATE_BY_DOT)
-    reach = tl.max(tl.maximum(tl.abs(m), tl.abs(last - m)), 0)
+    g, ge = centred_gates(load_tile(w, at, inside, MASK), C, CUMULATE_BY_DOT)
+    reach = largest(tl.maximum(tl.abs(g), tl.abs(ge)))
     if (reach > LIMIT) | (reach != reach):
         tl.atomic_max(widest, tl.where(reach == reach, reach, 1e30))
     xa, xb = load_tile(a, at, inside, MASK), load_tile(b, at, inside, MASK)
     sa, una = power_of_two(largest(xa), 0)
     sb, unb = power_of_two(largest(xb), 0)
-    ac = (xa * (tl.exp2(ge - m[None, :]) * sa)).to(DT)
-    bc = (xb * (tl.exp2(m[None, :] - g) * sb)).to(DT)
+    ac = (xa * (tl.exp2(ge) * sa)).to(DT)
+    bc = (xb * (tl.exp2(-g) * sb)).to(DT)
     blocks = tl.dot(
         tl.reshape(ac, [C // 16, 16, BK]),
         tl.permute(tl.reshape(bc, [C // 16, 16, BK]), (0, 2, 1)),
@@ -97,7 +101,7 @@ def solve_kernel(
     if STORE:
         xr = load_tile(r, at, inside, MASK)
         sr, unr = power_of_two(largest(xr), 0)
-        qc = (xr * (tl.exp2(g - m[None, :]) * sr)).to(DT)
+        qc = (xr * (tl.exp2(g) * sr)).to(DT)
         half = i // (C // 2)
         same = half[:, None] == half[None, :]
         Aqb = tl.where(same & (i[:, None] >= i[None, :]), tl.dot(qc, tl.trans(bc), input_precision=IP), 0.0)
@@ -161,7 +165,8 @@ def fused_forward_kernel(
         hs = (h * (tl.exp2(m)[:, None] * sh)).to(DT)
         Aak = tl.where(strict, tl.dot(ac, tl.trans(kc), input_precision=IP), 0.0).to(DT)
         u = tl.dot(Aak, vs, input_precision=IP) * (pair * unsv) + tl.dot(ac, hs, input_precision=IP) * (unread * unsh)
-        su, unsu = power_of_two(largest(u), -1)
+        # The backward pass scales v as U: whichever is larger counts.
+        su, unsu = power_of_two(tl.maximum(largest(u), tops[2]), -1)
         us = tl.dot(inv, (u * su).to(DT), input_precision=IP).to(DT)
         if STORE:
             store_tile(U, at_v, us, in_v, MASK_V)

@@ -22,6 +22,8 @@ from radlads.kernels.wkv7.triton_tuning import (
     current_backend,
     default_tuning,
     fused_tuning,
+    hopper_here,
+    hopper_takes,
 )
 
 TRITON_TYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
@@ -50,7 +52,8 @@ def wkv7_triton(
     backend = current_backend()
     dtype = _common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     if tuning is None and numerics is None:
-        tuning = fused_tuning(K, V, num_sequences * H, dtype, backend)
+        hopper = hopper_takes(K, V, log_decay_BTHK.dtype) and hopper_here()
+        tuning = fused_tuning(K, V, num_sequences * H, dtype, backend, hopper=hopper)
     with torch.cuda.device(v_BTHV.device) if v_BTHV.is_cuda else nullcontext():
         if isinstance(tuning, Fused):
             plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)

@@ -6,6 +6,8 @@ roundings, and a resumed training run would no longer repeat. `benchmarks/kernel
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+# Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96
+FEWEST_HEADS_HOPPER = 36
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Fused:
     middles_warps: int = 0
     """0: the backward pass carries states from the beginnings of chunks to their middles; else they are kept."""
     chunk: int = 32
+    hopper: bool = False
+    """The walks are those of hopper_*.py, whose warps and stages follow from the head size."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +75,43 @@ class Numerics:
     precision: str
 
 
-def fused_tuning(K: int, V: int, heads: int, dtype: torch.dtype, backend: str) -> Fused | None:
+def hopper_here() -> bool:
+    """Whether this GPU is one of NVIDIA's Hopper generation and this Triton can compile hopper_*.py for it."""
+    return current_backend() == "cuda" and torch.cuda.get_device_capability()[0] == 9 and _gluon()
+
+
+@functools.cache
+def _gluon() -> bool:
+    try:
+        importlib.import_module("radlads.kernels.wkv7.hopper_backward")
+    except ImportError:  # its language is still called experimental
+        return False
+    return True
+
+
+def hopper_takes(K: int, V: int, log_decay: torch.dtype) -> bool:
+    """Whether the kernels for Hopper take these sizes: tiles of 64 or 128 rows, sixteen bytes a copy."""
+    same = triton.next_power_of_2(K) == triton.next_power_of_2(V)
+    return same and 32 < K <= 128 and K % 8 == V % 8 == 0 and log_decay.itemsize == 2
+
+
+def fused_tuning(
+    K: int, V: int, heads: int, dtype: torch.dtype, backend: str, *, hopper: bool | None = None
+) -> Fused | None:
     """Settings of the fused kernels; None where the kernels with chunks in parallel serve better, or alone fit.
 
-    One program walks over each of the `heads` (of all sequences): too few of them leave a GPU idle.
+    One program walks over each of the `heads` (of all sequences): too few of them leave a GPU idle. `hopper`: whether
+    the kernels for Hopper can serve this call; None finds out, for a log decay of 16 bits.
     """
     wide = max(K, V)
     if wide > 128 or dtype not in (torch.bfloat16, torch.float16):
         return None
     if backend == "interpreter":
         return Fused(1, 4, 1, 4, 1)
+    if hopper is None:
+        hopper = backend == "cuda" and hopper_takes(K, V, dtype) and hopper_here()
+    if hopper and heads >= FEWEST_HEADS_HOPPER:
+        return Fused(2, 8, 1, 8, 1, 4, hopper=True) if wide > 64 else Fused(1, 4, 1, 4, 1, hopper=True)
     if heads < FEWEST_HEADS or (backend == "hip" and wide > 64):
         return None
     if wide > 64:
@@ -91,10 +124,9 @@ def fused_candidates(K: int, V: int, backend: str) -> list[Fused]:
     default = fused_tuning(K, V, FEWEST_HEADS, torch.bfloat16, backend)
     if default is None or backend == "interpreter":
         return []
-    settings = (
-        [(1, 4, 1, 4, 1), (2, 4, 2, 4, 2), (1, 8, 1, 8, 2)] if max(K, V) <= 64 else [(2, 8, 1, 8, 1), (1, 4, 1, 4, 1)]
-    )
-    return list(dict.fromkeys([default, *(Fused(*setting) for setting in settings)]))
+    portable = fused_tuning(K, V, FEWEST_HEADS, torch.bfloat16, backend, hopper=False)
+    settings = [(2, 4, 2, 4, 2), (1, 8, 1, 8, 2)] if max(K, V) <= 64 else [(1, 4, 1, 4, 1)]
+    return list(dict.fromkeys([default, portable, *(Fused(*setting) for setting in settings)]))
 
 
 def default_tuning(K: int, V: int, backend: str) -> Tuning:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from radlads.kernels.wkv7 import wkv7, wkv7_step
 pytest.importorskip("triton")
 
 from radlads.kernels.wkv7.triton_op import wkv7_triton
-from radlads.kernels.wkv7.triton_tuning import Fused
+from radlads.kernels.wkv7.triton_tuning import FEWEST_HEADS, current_backend, fused_tuning, hopper_here
 
 
 def run_python(*arguments, **environment):
@@ -34,9 +35,13 @@ def test_interpreted():
 @pytest.mark.parametrize("size", [16, 64, 96, 128])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(target, size, tmp_path):
-    fused = size <= 64 or target == "sm_90"  # a larger head's tiles do not fit the shared memory of gfx942
+    count = 6
+    if size <= 64 or target == "sm_90":  # a larger head's tiles do not fit the shared memory of gfx942
+        count += 4
+    if size >= 64 and target == "sm_90":
+        count += 2
     code = f"from radlads.kernels.offline import compile_wkv7; assert len(compile_wkv7('{target}', {size}, {size})) == "
-    code += "10" if fused else "6"
+    code += str(count)
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
 
 
@@ -58,18 +63,72 @@ def test_on_the_gpu(size, period):
         assert relative_rms(ours[name], reference) <= allowed, name
 
 
+def fused(size, hopper):
+    """Settings of the fused kernels, or a skip where this GPU has none."""
+    found = fused_tuning(size, size, FEWEST_HEADS, torch.bfloat16, current_backend(), hopper=hopper and hopper_here())
+    if found is None or found.hopper != hopper:
+        pytest.skip("these kernels are for another GPU")
+    return found
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("tuning", [Fused(1, 4, 1, 4, 1), Fused(2, 8, 1, 8, 2), Fused(1, 4, 1, 4, 2, 4)])
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("size", [40, 64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_on_the_gpu(tuning, dtype):
+def test_fused_on_the_gpu(size, hopper, dtype):
     bounds = torch.tensor([0, 0, 17, 50, 50, 333], device="cuda")
-    inputs = wkv7_inputs(1, 333, 2, 64, dtype=dtype, device="cuda")
-    state = torch.randn(5, 2, 64, 64, device="cuda", requires_grad=True)
+    inputs = wkv7_inputs(1, 333, 2, size, dtype=dtype, device="cuda")
+    state = torch.randn(5, 2, size, size, device="cuda", requires_grad=True)
+    tuning = fused(size, hopper)
     wide = state.detach().double().requires_grad_()
     exact = outputs_and_gradients(wkv7, [x.detach().double().requires_grad_() for x in inputs], wide, cu_seqlens=bounds)
     ours = outputs_and_gradients(wkv7_triton, inputs, state, cu_seqlens=bounds, tuning=tuning)
     for name, reference in exact.items():
         assert relative_rms(ours[name], reference) <= 3.5e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("special", [{"period": 1}, {"period": 4}, {"log_decay": -0.6065}, {"log_decay": 0.0}])
+def test_fused_hard_inputs_on_the_gpu(size, hopper, special):
+    repeats = {"iclr": 0.98, "log_decay": -1e-3} if "period" in special else {}
+    inputs = wkv7_inputs(2, 320, 2, size, dtype=torch.bfloat16, device="cuda", **special, **repeats)
+    exact = outputs_and_gradients(wkv7, [x.detach().double().requires_grad_() for x in inputs])
+    ours = outputs_and_gradients(partial(wkv7_triton, tuning=fused(size, hopper)), inputs)
+    for name, reference in exact.items():
+        assert relative_rms(ours[name], reference) <= (1e-2 if repeats else 3.5e-3), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", [False, True])
+def test_chunks_without_reads_or_writes_on_the_gpu(hopper):
+    """Scales are found from the largest magnitude: there may be none, and v may be there without U."""
+    inputs = [x.detach().clone() for x in wkv7_inputs(1, 256, 2, 64, dtype=torch.bfloat16, device="cuda")]
+    r, _, k, v, a, b = inputs
+    for x in (r, k, v, a, b):
+        x[:, 32:64] = 0
+    k[:, 96:128] = b[:, 96:128] = 0
+    a[:, :32] = a[:, 160:192] = 0
+    r[:, 224:] *= 1e-6
+    v[:, 64:96] *= 1e4
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = outputs_and_gradients(wkv7, [x.detach().double().requires_grad_() for x in inputs])
+    ours = outputs_and_gradients(partial(wkv7_triton, tuning=fused(64, hopper)), inputs)
+    for name, reference in exact.items():
+        assert relative_rms(ours[name], reference) <= 3.5e-3, name
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_unaligned_inputs():
+    tuning = fused(64, True)
+    inputs = wkv7_inputs(1, 70, 2, 64, dtype=torch.bfloat16, device="cuda")
+    shifted = []
+    for x in inputs:
+        room = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
+        shifted.append(room[1:].view_as(x).copy_(x.detach()))
+    out, _ = wkv7_triton(*inputs, tuning=tuning)
+    assert torch.equal(wkv7_triton(*shifted, tuning=tuning)[0], out)
 
 
 @pytest.mark.gpu

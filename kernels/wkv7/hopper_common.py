@@ -1,0 +1,118 @@
+"""What the kernels for NVIDIA's Hopper share: scales, copies between global and shared memory, constant triangles.
+
+Written in Gluon, Triton's language of explicit layouts. Tiles in registers are transposed, [channels, tokens], so that
+every product has 64 or 128 rows and runs on the wide matrix instructions; tiles in shared memory are [tokens, channels]
+as in global memory. Names and formulas: README.md.
+"""
+
+# ruff: noqa: RET505 -- of two compile-time branches only the taken one may exist
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def power_of_two(top, TOP: gl.constexpr, LEAST: gl.constexpr):
+    """The power of two s with s * top in [2^(TOP-1), 2^TOP), and 1/s; a top below 2^(LEAST-127) counts as that."""
+    exponent = gl.maximum((top.to(gl.int32, bitcast=True) >> 23) & 255, LEAST)
+    up = ((253 + TOP - exponent) << 23).to(gl.float32, bitcast=True)
+    down = ((exponent + 1 - TOP) << 23).to(gl.float32, bitcast=True)
+    return up, down
+
+
+@gluon.jit
+def bits(scale):
+    """log2 of a power of two."""
+    return (((scale.to(gl.int32, bitcast=True) >> 23) & 255) - 127).to(gl.float32)
+
+
+@gluon.jit
+def inverse_of(scale):
+    """1/scale of a power of two, without dividing."""
+    return ((254 - ((scale.to(gl.int32, bitcast=True) >> 23) & 255)) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def largest(x):
+    """The largest magnitude; found among integers, which a warp reduces in one instruction."""
+    return gl.max(gl.abs(x).to(gl.int32, bitcast=True), None).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def copy(target, pointer, offsets, mask, MASKED: gl.constexpr):
+    """Global to shared memory, in the background; zeros where the mask is off."""
+    if MASKED:
+        async_copy.async_copy_global_to_shared(target, pointer + offsets, mask=mask)
+    else:
+        async_copy.async_copy_global_to_shared(target, pointer + offsets)
+
+
+@gluon.jit
+def row_offsets(start, left, head, H, D: gl.constexpr, BD: gl.constexpr, C: gl.constexpr, W: gl.constexpr):
+    """Offsets [C,BD] of C tokens' channels of a head in [tokens,H,D], and which of them exist."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
+    i = gl.arange(0, C, gl.SliceLayout(1, LAYOUT))[:, None]
+    x = gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))[None, :]
+    return (start * (H * D) + head * D) + (i * (H * D) + x), (i < left) & (x < D)
+
+
+@gluon.jit
+def store_rows(
+    pointer, source, start, left, head, H,
+    D: gl.constexpr, BD: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """A tile [C,BD] from shared to global memory."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
+    at, inside = row_offsets(start, left, head, H, D, BD, C, W)
+    if TAIL or D != BD:
+        gl.store(pointer + at, source.load(LAYOUT), mask=inside)
+    else:
+        gl.store(pointer + at, source.load(LAYOUT))
+
+
+@gluon.jit
+def state_offsets(K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, W: gl.constexpr):
+    """Offsets [BK,BV] of a state [K,V], and which of them exist."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
+    x = gl.arange(0, BK, gl.SliceLayout(1, LAYOUT))[:, None]
+    y = gl.arange(0, BV, gl.SliceLayout(0, LAYOUT))[None, :]
+    return x * V + y, (x < K) & (y < V)
+
+
+@gluon.jit
+def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: gl.constexpr):
+    """First token, number of tokens, first slot and number of slots of sequence n."""
+    if PACKED:
+        first = gl.load(cu_seqlens + n).to(gl.int64)
+        slot = gl.load(offsets + n).to(gl.int64)
+        length = gl.load(cu_seqlens + n + 1).to(gl.int64) - first
+        return first, length, slot, (gl.load(offsets + n + 1).to(gl.int64) - slot).to(gl.int32)
+    else:
+        return n * T, n * 0 + T, n * num_chunks, (n * 0 + num_chunks).to(gl.int32)
+
+
+@gluon.jit
+def store_triangle(target, C: gl.constexpr, KIND: gl.constexpr, W: gl.constexpr):
+    """[j,t] to shared memory: 1 where j <= t ("inclusive"), j < t ("strict") or j >= t ("reverse"), else 0.
+
+    "centred inclusive" and "centred strict": less 1 where j <= C/2, so that sums over j start in the middle.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [W, 1], [1, 0])
+    j = gl.arange(0, C, gl.SliceLayout(1, LAYOUT))[:, None]
+    t = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))[None, :]
+    before = gl.where(j <= C // 2, 1.0, 0.0)
+    if KIND == "inclusive":
+        target.store((j <= t).to(target.dtype))
+    elif KIND == "strict":
+        target.store((j < t).to(target.dtype))
+    elif KIND == "reverse":
+        target.store((j >= t).to(target.dtype))
+    elif KIND == "centred inclusive":
+        target.store((gl.where(j <= t, 1.0, 0.0) - before).to(target.dtype))
+    else:
+        gl.static_assert(KIND == "centred strict")
+        target.store((gl.where(j < t, 1.0, 0.0) - before).to(target.dtype))
