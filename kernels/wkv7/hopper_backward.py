@@ -96,25 +96,32 @@ def load_scale(source, which: gl.constexpr, W: gl.constexpr):
 
 
 @gluon.jit
-def make_writes(
-    tiles, Y, fallS, inclusive, upy, unx, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, W: gl.constexpr
-):
-    """Y, X and the decay [BK] of a half-chunk, in shared memory, from what was loaded."""
-    wS, kS, vS, bS, X = tiles
+def make_writes(tiles, Y, fallS, g, upy, unx, BV: gl.constexpr, C: gl.constexpr, W: gl.constexpr):
+    """Y, X and the decay [BK] of a half-chunk, in shared memory, from what was loaded and the decays g [BK,C]."""
+    _, kS, vS, bS, X = tiles
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
-    g = warpgroup_mma(wS.permute((1, 0)), inclusive, gl.zeros([BK, C], gl.float32, L), use_acc=False) * (-LOG2E)
+    xb, xk = bS.permute((1, 0)).load(L), kS.permute((1, 0)).load(L)
     token = gl.arange(0, C, gl.SliceLayout(0, L))[None, :]
-    fallS.store(gl.exp2(-gl.sum(gl.where(token == C - 1, g, 0.0), 1)))
-    gate = gl.exp2(g + bits(upy))
-    Y.slice(0, C).permute((1, 0)).store((bS.permute((1, 0)).load(L).to(gl.float32) * gate).to(gl.float16))
-    Y.slice(C, C).permute((1, 0)).store((kS.permute((1, 0)).load(L).to(gl.float32) * gate).to(gl.float16))
+    fallS.store(gl.exp2(LOG2E * gl.sum(gl.where(token == C - 1, g, 0.0), 1)))
+    gate = gl.exp2(bits(upy) - g * LOG2E)
+    Y.slice(0, C).permute((1, 0)).store((xb.to(gl.float32) * gate).to(gl.float16))
+    Y.slice(C, C).permute((1, 0)).store((xk.to(gl.float32) * gate).to(gl.float16))
     X.slice(C, C).store((vS.load(ROWS).to(gl.float32) * inverse_of(unx)).to(gl.float16))
 
 
 @gluon.jit
+def decays(wS, strict, inclusive, C: gl.constexpr, BK: gl.constexpr, W: gl.constexpr):
+    """What decays the state before each token, and before the next: log decays [BK,C], summed from the beginning."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])
+    none = gl.zeros([BK, C], gl.float32, L)
+    ge = warpgroup_mma(wS.permute((1, 0)), strict, none, use_acc=False, is_async=True)
+    return ge, warpgroup_mma(wS.permute((1, 0)), inclusive, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def half_back(
-    gradients, dh, unit, reach, wS, reads, X, Y, hS, fallS, made, outs, triangles,
+    gradients, dh, unit, reach, ge, g, wS, reads, X, Y, hS, fallS, made, outs, triangles,
     start, left, head, unh, unx, upz, upy, pair, H,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr,
     W: gl.constexpr,
@@ -139,13 +146,10 @@ def half_back(
     Yb, Yk = Y.slice(0, C).permute((1, 0)), Y.slice(C, C).permute((1, 0))
     Xb, Xk = X.slice(0, C).permute((1, 0)), X.slice(C, C).permute((1, 0))
     # Z, and what reaches the writes from after this half: S = Y l
-    wt = wS.permute((1, 0))
-    ge = warpgroup_mma(wt, strict, none_k, use_acc=False, is_async=True)
-    g = warpgroup_mma(wt, inclusive, none_k, use_acc=False, is_async=True)
-    ge, g = warpgroup_mma_wait(0, deps=[ge, g])
+    xa, xr = aS.permute((1, 0)).load(L), rS.permute((1, 0)).load(L)
     ea, er = gl.exp2(ge * LOG2E + bits(upz)), gl.exp2(g * LOG2E + bits(upz))
-    Za.permute((1, 0)).store((aS.permute((1, 0)).load(L).to(gl.float32) * ea).to(gl.float16))
-    Zr.permute((1, 0)).store((rS.permute((1, 0)).load(L).to(gl.float32) * er).to(gl.float16))
+    Za.permute((1, 0)).store((xa.to(gl.float32) * ea).to(gl.float16))
+    Zr.permute((1, 0)).store((xr.to(gl.float32) * er).to(gl.float16))
     do = doS.permute((1, 0)).load(L).to(gl.float32)
     fall = fallS.load(gl.SliceLayout(0, LH))[None, :]
     sl, unl = power_of_two(reach, 14, LEAST)
@@ -196,15 +200,11 @@ def half_back(
     yk = warpgroup_mma(Z.permute((1, 0)), dAk, none_k, use_acc=False, is_async=True)
     za = warpgroup_mma(hS, Ga.permute((1, 0)), none_k, use_acc=False, is_async=True)
     zr = warpgroup_mma(hS, Gr.permute((1, 0)), none_k, use_acc=False, is_async=True)
+    near_a = warpgroup_mma(Yb, dAb.slice(0, C).permute((1, 0)), none_k, use_acc=False, is_async=True)
+    near_r = warpgroup_mma(Yb, dAb.slice(C, C).permute((1, 0)), none_k, use_acc=False, is_async=True)
+    near_a = warpgroup_mma(Yk, dAk.slice(0, C).permute((1, 0)), near_a, is_async=True)
+    near_r = warpgroup_mma(Yk, dAk.slice(C, C).permute((1, 0)), near_r, is_async=True)
     reach = largest(dh) * new_unit
-    yb, yk, za, zr = warpgroup_mma_wait(0, deps=[yb, yk, za, zr])
-    ratio = unh * inverse_of(unx * uny)
-    za = za * ratio
-    zr = zr * ratio
-    za = warpgroup_mma(Yb, dAb.slice(0, C).permute((1, 0)), za, is_async=True)
-    zr = warpgroup_mma(Yb, dAb.slice(C, C).permute((1, 0)), zr, is_async=True)
-    za = warpgroup_mma(Yk, dAk.slice(0, C).permute((1, 0)), za, is_async=True)
-    zr = warpgroup_mma(Yk, dAk.slice(C, C).permute((1, 0)), zr, is_async=True)
     # what passes through: the diagonal of h lT, of sixteen channels a warp
     left_h = hS.reshape([BK // 16, 16, BV]).load(gl.DotOperandLayout(0, LD, 2))
     right_l = lS.reshape([BV, BK // 16, 16]).permute((1, 0, 2)).load(gl.DotOperandLayout(1, LD, 2))
@@ -217,6 +217,12 @@ def half_back(
     # same fp16 numbers, summed in fp32: they cancel when tokens are summed, below.
     of_pair = ung * unx * unz * uny
     of_leave = unx * unl * uny
+    # The decays once more: kept in registers since above, they would push out what is needed in between.
+    ge, g = decays(wS, strict, inclusive, C, BK, W)
+    yb, yk, za, zr, near_a, near_r, ge, g = warpgroup_mma_wait(0, deps=[yb, yk, za, zr, near_a, near_r, ge, g])
+    ratio = unh * inverse_of(unx * uny)
+    za = za * ratio + near_a
+    zr = zr * ratio + near_r
     y32 = Yb.load(L).to(gl.float32)
     pairs = y32 * yb
     leaving = y32 * leave_b
@@ -225,10 +231,6 @@ def half_back(
     pairs += y32 * yk
     leaving += y32 * leave_k
     yk = yk * of_pair + leave_k * of_leave
-    # The decays once more: kept in registers since above, they would push out what is needed in between.
-    g = warpgroup_mma(wt, inclusive, none_k, use_acc=False, is_async=True)
-    ge = warpgroup_mma(wt, strict, none_k, use_acc=False, is_async=True)
-    za, zr, g, ge = warpgroup_mma_wait(0, deps=[za, zr, g, ge])
     of_a = Za.permute((1, 0)).load(L).to(gl.float32) * za
     of_r = Zr.permute((1, 0)).load(L).to(gl.float32) * zr
     differ = ((of_a + of_r) - pairs) * of_pair
@@ -359,8 +361,13 @@ def hopper_backward_kernel(
             upy = inverse_of(uny)
             if MIDDLE:
                 Y1, h1 = Y.index(1), middleS
-                make_writes(writes0, Y0, fall0, inclusive, upy, unx, BK, BV, C, W)
-                make_writes(writes1, Y1, fall1, inclusive, upy, unx, BK, BV, C, W)
+                none = gl.zeros([BK, C], gl.float32, gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16]))
+                w0 = wS.index(now).permute((1, 0))
+                first_g = warpgroup_mma(w0, inclusive, none, use_acc=False, is_async=True)
+                ge, g = decays(wS.index(1), strict, inclusive, C, BK, W)
+                first_g, ge, g = warpgroup_mma_wait(0, deps=[first_g, ge, g])
+                make_writes(writes0, Y0, fall0, first_g, upy, unx, BV, C, W)
+                make_writes(writes1, Y1, fall1, g, upy, unx, BV, C, W)
                 fence_async_shared()
                 scale, unh1 = power_of_two(gl.maximum(unh * 16384.0, unx * uny * 1024.0), 14, LEAST)
                 fall = fall0.load(gl.SliceLayout(1, LS))[:, None]
@@ -370,10 +377,12 @@ def hopper_backward_kernel(
             else:
                 Y1, h1 = Y0, hS.index(1)
                 unh1 = load_scale(kept, 5, W)
-                make_writes(writes1, Y1, fall1, inclusive, upy, unx, BK, BV, C, W)
+                ge, g = decays(wS.index(1), strict, inclusive, C, BK, W)
+                ge, g = warpgroup_mma_wait(0, deps=[ge, g])
+                make_writes(writes1, Y1, fall1, g, upy, unx, BV, C, W)
             dh, unit, reach = half_back(
-                gradients, dh, unit, reach, wS.index(1), reads1, X.index(1), Y1, h1, fall1, made, outs, triangles,
-                start + C, left - C, head, unh1, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, W,
+                gradients, dh, unit, reach, ge, g, wS.index(1), reads1, X.index(1), Y1, h1, fall1, made, outs,
+                triangles, start + C, left - C, head, unh1, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, W,
             )  # fmt: skip
         if step > 0:
             copy_writes(w, k, v, b, U, writes1, start - C, left + C, head, H, K, V, BK, BV, C, TAIL, W)
@@ -389,11 +398,13 @@ def hopper_backward_kernel(
         async_copy.commit_group()
         if back >= 0:
             async_copy.wait_group(1)
+            ge, g = decays(wS.index(now), strict, inclusive, C, BK, W)
+            ge, g = warpgroup_mma_wait(0, deps=[ge, g])
             if not MIDDLE:
-                make_writes(writes0, Y0, fall0, inclusive, upy, unx, BK, BV, C, W)
+                make_writes(writes0, Y0, fall0, g, upy, unx, BV, C, W)
             dh, unit, reach = half_back(
-                gradients, dh, unit, reach, wS.index(now), reads0, X.index(now), Y0, h0, fall0, made, outs, triangles,
-                start, left, head, unh, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, W,
+                gradients, dh, unit, reach, ge, g, wS.index(now), reads0, X.index(now), Y0, h0, fall0, made, outs,
+                triangles, start, left, head, unh, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, W,
             )  # fmt: skip
         if step > 0:
             copy_reads(

@@ -22,6 +22,7 @@ from radlads.kernels.wkv7.hopper_common import (
     copy,
     inverse_of,
     largest,
+    largest_of_three,
     locate_sequence,
     power_of_two,
     row_offsets,
@@ -132,9 +133,13 @@ def hopper_forward_kernel(
             xa, xr = aS.permute((1, 0)).load(L), rS.permute((1, 0)).load(L)
             xb, xk = bS.permute((1, 0)).load(L), kS.permute((1, 0)).load(L)
             xv = vS.permute((1, 0)).load(L)
-            read, unread = power_of_two(largest(gl.maximum(gl.abs(xa), gl.abs(xr)).to(gl.float32)), 0, LEAST)
-            write, unwrite = power_of_two(largest(gl.maximum(gl.abs(xb), gl.abs(xk)).to(gl.float32)), 0, LEAST)
-            sv, unv = power_of_two(largest(xv.to(gl.float32)), 4, LEAST)
+            tops = largest_of_three(
+                gl.maximum(gl.abs(xa), gl.abs(xr)).to(gl.float32), gl.maximum(gl.abs(xb), gl.abs(xk)).to(gl.float32),
+                xv.to(gl.float32),
+            )  # fmt: skip
+            read, unread = power_of_two(tops[0], 0, LEAST)
+            write, unwrite = power_of_two(tops[1], 0, LEAST)
+            sv, unv = power_of_two(tops[2], 4, LEAST)
             ge, g = warpgroup_mma_wait(0, deps=[ge, g])
             token = gl.arange(0, C, gl.SliceLayout(0, L))[None, :]
             enterS.store(gl.exp2(-LOG2E * gl.sum(gl.where(token == 0, ge, 0.0), 1)))

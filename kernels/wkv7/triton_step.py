@@ -24,16 +24,23 @@ def step_kernel(
     MASK_V: tl.constexpr = V % BV != 0
     at = head * (K * V) + x[:, None] * V + y[None, :]
     inside = (x < K)[:, None] & (y < V)[None, :]
-    h = load_tile(state, at, inside, MASK_K or MASK_V)
+    # The small loads first: they arrive while the state does. The state itself is far larger than any cache.
     reads = load_tile(a, head * K + x, x < K, MASK_K).to(tl.float32)
-    read = tl.sum(h * reads[:, None], 0)
     decay = tl.exp(load_tile(w, head * K + x, x < K, MASK_K).to(tl.float32))
     removal = load_tile(b, head * K + x, x < K, MASK_K).to(tl.float32)
     key = load_tile(k, head * K + x, x < K, MASK_K).to(tl.float32)
     value = load_tile(v, head * V + y, y < V, MASK_V).to(tl.float32)
-    h = h * decay[:, None] + removal[:, None] * read[None, :] + key[:, None] * value[None, :]
-    store_tile(state, at, h, inside, MASK_K or MASK_V)
     query = load_tile(r, head * K + x, x < K, MASK_K).to(tl.float32)
+    if MASK_K or MASK_V:
+        h = tl.load(state + at, mask=inside, other=0.0, eviction_policy="evict_first")
+    else:
+        h = tl.load(state + at, eviction_policy="evict_first")
+    read = tl.sum(h * reads[:, None], 0)
+    h = h * decay[:, None] + removal[:, None] * read[None, :] + key[:, None] * value[None, :]
+    if MASK_K or MASK_V:
+        tl.store(state + at, h, mask=inside, eviction_policy="evict_first")
+    else:
+        tl.store(state + at, h, eviction_policy="evict_first")
     store_tile(out, head * V + y, tl.sum(h * query[:, None], 0), y < V, MASK_V)
 
 
@@ -54,7 +61,8 @@ def wkv7_step_triton(
     B, H, K, V = state_BHKV.shape
     power = max(16, triton.next_power_of_2(V))
     masked = triton.next_power_of_2(K) != K  # narrow tiles by one warp were the fastest there
-    tile = min(power, values or (32 if masked else 64))
+    # Whole heads move the most bytes a second, narrower tiles spread few heads over the GPU.
+    tile = min(power, values or (32 if masked else 128 if B * H >= 512 else 64))
     warps = warps or (1 if masked else 4)
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
