@@ -95,6 +95,19 @@ def state_offsets(K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.con
 
 
 @gluon.jit
+def store_state(
+    states, source, index, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, W: gl.constexpr
+):
+    """A state [BK,BV] from shared to global memory, the index-th there."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
+    at, inside = state_offsets(K, V, BK, BV, W)
+    if K != BK or V != BV:
+        gl.store(states + index * (K * V) + at, source.load(LAYOUT), mask=inside)
+    else:
+        gl.store(states + index * (K * V) + at, source.load(LAYOUT))
+
+
+@gluon.jit
 def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: gl.constexpr):
     """First token, number of tokens, first slot and number of slots of sequence n."""
     if PACKED:
@@ -110,12 +123,12 @@ def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: gl.constexpr)
 def store_triangle(target, C: gl.constexpr, KIND: gl.constexpr, W: gl.constexpr):
     """[j,t] to shared memory: 1 where j <= t ("inclusive"), j < t ("strict") or j >= t ("reverse"), else 0.
 
-    "centred inclusive" and "centred strict": less 1 where j <= C/2, so that sums over j start in the middle.
+    "centred inclusive" and "centred strict": less 1 where j < C/2, so that sums over j start in the middle.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [W, 1], [1, 0])
     j = gl.arange(0, C, gl.SliceLayout(1, LAYOUT))[:, None]
     t = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))[None, :]
-    before = gl.where(j <= C // 2, 1.0, 0.0)
+    before = gl.where(j < C // 2, 1.0, 0.0)
     if KIND == "inclusive":
         target.store((j <= t).to(target.dtype))
     elif KIND == "strict":

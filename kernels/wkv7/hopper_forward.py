@@ -26,8 +26,8 @@ from radlads.kernels.wkv7.hopper_common import (
     locate_sequence,
     power_of_two,
     row_offsets,
-    state_offsets,
     store_rows,
+    store_state,
     store_triangle,
 )
 from radlads.kernels.wkv7.triton_common import LENGTHS
@@ -59,6 +59,12 @@ def copy_chunk(
     copy(solved, inverse + chunk * (C * C), i * C + j, i < C, False)
 
 
+@gluon.jit
+def halves(x):
+    """The left and the right half of the columns."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_forward_kernel(
     r, w, k, v, a, b, inverse, out, states, scales, U, h0, hT, cu_seqlens, offsets, T, num_chunks, H,
@@ -67,7 +73,7 @@ def hopper_forward_kernel(
 ):  # fmt: skip
     """One head: o. Keeps U, the state before every chunk, and all scales (if STORE). W warps: BK / 16 = BV / 16.
 
-    KEPT: room for states per chunk; 2 if those of the middles will be kept too.
+    KEPT: states per chunk; 2 if those of the middles are kept too.
     """
     IN: gl.constexpr = k.dtype.element_ty
     DECAY: gl.constexpr = w.dtype.element_ty
@@ -98,6 +104,7 @@ def hopper_forward_kernel(
     )
     oS, uS = gl.allocate_shared_memory(IN, [C, BV], VALUES), gl.allocate_shared_memory(F16, [C, BV], VALUES)
     hS = gl.allocate_shared_memory(F16, [BK, BV], STATE)
+    middleS = gl.allocate_shared_memory(F16, [BK if STORE and KEPT == 2 else 8, BV], STATE)
     inclusive = gl.allocate_shared_memory(DECAY, [C, C], SQUARE)
     strict = gl.allocate_shared_memory(DECAY, [C, C], SQUARE)
     store_triangle(inclusive, C, "centred inclusive", W)
@@ -190,8 +197,21 @@ def hopper_forward_kernel(
             o = o * (unh * inverse_of(unit))
             us = warpgroup_mma_wait(0, deps=[us]).to(F16)
             vs = vs * (unv * su).to(F16)
-            h = warpgroup_mma(gl.convert_layout(vs, LEFT_H), kc, h, is_async=True)
-            h = warpgroup_mma(gl.convert_layout(us, LEFT_H), bc, h, is_async=True)
+            if STORE and KEPT == 2:
+                # After the first half of the chunk, whose end is what decays are counted from, h is its state.
+                v0, v1 = halves(vs)
+                u0, u1 = halves(us)
+                h = warpgroup_mma(gl.convert_layout(v0, LEFT_H), kc.slice(0, C // 2), h, is_async=True)
+                h = warpgroup_mma(gl.convert_layout(u0, LEFT_H), bc.slice(0, C // 2), h, is_async=True)
+                h = warpgroup_mma_wait(0, deps=[h])
+                sm, unm = power_of_two(gl.maximum(unh * 16384.0, unit * 1024.0), 14, LEAST)
+                middleS.permute((1, 0)).store((h * (unit * sm)).to(F16))
+                gl.store(scales + chunk * SCALES + 5, unm)
+                h = warpgroup_mma(gl.convert_layout(v1, LEFT_H), kc.slice(C // 2, C // 2), h, is_async=True)
+                h = warpgroup_mma(gl.convert_layout(u1, LEFT_H), bc.slice(C // 2, C // 2), h, is_async=True)
+            else:
+                h = warpgroup_mma(gl.convert_layout(vs, LEFT_H), kc, h, is_async=True)
+                h = warpgroup_mma(gl.convert_layout(us, LEFT_H), bc, h, is_async=True)
             o = warpgroup_mma(gl.convert_layout(vs, LEFT), of_k.slice(0, C).permute((1, 0)), o, is_async=True)
             o = warpgroup_mma(gl.convert_layout(us, LEFT), of_b.slice(0, C).permute((1, 0)), o, is_async=True)
             if STORE:
@@ -208,12 +228,8 @@ def hopper_forward_kernel(
             store_rows(out, oS, start, left, head, H, V, BV, C, TAIL, W)
             if STORE:
                 store_rows(U, uS, start, left, head, H, V, BV, C, TAIL, W)
-                ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
-                at, inside = state_offsets(K, V, BK, BV, W)
-                at += chunk * (KEPT * K * V)
-                if K != BK or V != BV:
-                    gl.store(states + at, hS.load(ROWS), mask=inside)
-                else:
-                    gl.store(states + at, hS.load(ROWS))
+                store_state(states, hS, chunk * KEPT, K, V, BK, BV, W)
+                if KEPT == 2:
+                    store_state(states, middleS, chunk * KEPT + 1, K, V, BK, BV, W)
     async_copy.wait_group(0)
     gl.store(hT + at_state, h, mask=(xs < K) & (ys < V))

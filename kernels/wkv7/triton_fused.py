@@ -135,7 +135,7 @@ def _backward(
         "V": plan.V, "BV": power(plan.V), "C": plan.chunk // 2, "WT": gates, "WP": precision
     }  # fmt: skip
     _, w, k, v, _, b = inputs
-    if tuning.middles_warps:
+    if tuning.middles_warps and not tuning.hopper:
         middles_kernel[(plan.num_slots * plan.H,)](
             w, k, v, b, states, scales, U, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, plan.H,
             **shared, num_warps=tuning.middles_warps,

@@ -18,6 +18,7 @@ import triton.language as tl
 # Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96
 FEWEST_HEADS_HOPPER = 36
+HOPPER_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Fused:
     backward_warps: int
     backward_stages: int
     middles_warps: int = 0
-    """0: the backward pass carries states from the beginnings of chunks to their middles; else they are kept."""
+    """0: the backward pass carries states from the beginnings of chunks to their middles; else they are kept: made by a
+    kernel of their own with so many warps or, on Hopper, by the forward walk."""
     chunk: int = 32
     hopper: bool = False
     """The walks are those of hopper_*.py, whose warps and stages follow from the head size."""
@@ -111,7 +113,10 @@ def fused_tuning(
     if hopper is None:
         hopper = backend == "cuda" and hopper_takes(K, V, dtype) and hopper_here()
     if hopper and heads >= FEWEST_HEADS_HOPPER:
-        return Fused(2, 8, 1, 8, 1, 4, hopper=True) if wide > 64 else Fused(1, 4, 1, 4, 1, hopper=True)
+        if wide > 64:
+            return Fused(2, 8, 1, 8, 1, 4, hopper=True)
+        # With a multiprocessor for each head the walk back waits for itself alone: memory for less to do in it.
+        return Fused(1, 4, 1, 4, 1, 4 if heads <= HOPPER_MULTIPROCESSORS else 0, hopper=True)
     if heads < FEWEST_HEADS or (backend == "hip" and wide > 64):
         return None
     if wide > 64:

@@ -63,23 +63,24 @@ def test_on_the_gpu(size, period):
         assert relative_rms(ours[name], reference) <= allowed, name
 
 
-def fused(size, hopper):
+def fused(size, hopper, heads=1000):
     """Settings of the fused kernels, or a skip where this GPU has none."""
-    found = fused_tuning(size, size, FEWEST_HEADS, torch.bfloat16, current_backend(), hopper=hopper and hopper_here())
+    found = fused_tuning(size, size, heads, torch.bfloat16, current_backend(), hopper=hopper and hopper_here())
     if found is None or found.hopper != hopper:
         pytest.skip("these kernels are for another GPU")
     return found
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hopper", [False, True])
-@pytest.mark.parametrize("size", [40, 64, 96, 128])
+@pytest.mark.parametrize(("size", "hopper", "heads"), [
+    *((size, hopper, 1000) for size in (40, 64, 96, 128) for hopper in (False, True)), (64, True, FEWEST_HEADS)
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_on_the_gpu(size, hopper, dtype):
+def test_fused_on_the_gpu(size, hopper, heads, dtype):
     bounds = torch.tensor([0, 0, 17, 50, 50, 333], device="cuda")
     inputs = wkv7_inputs(1, 333, 2, size, dtype=dtype, device="cuda")
     state = torch.randn(5, 2, size, size, device="cuda", requires_grad=True)
-    tuning = fused(size, hopper)
+    tuning = fused(size, hopper, heads)
     wide = state.detach().double().requires_grad_()
     exact = outputs_and_gradients(wkv7, [x.detach().double().requires_grad_() for x in inputs], wide, cu_seqlens=bounds)
     ours = outputs_and_gradients(wkv7_triton, inputs, state, cu_seqlens=bounds, tuning=tuning)
