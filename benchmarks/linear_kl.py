@@ -67,7 +67,7 @@ def draw(N: int, D: int, V: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor,
 
 
 def errors() -> Iterator[dict]:
-    """Against fp64 on the same bf16 operands: loss and gradients, vocabularies that need one program a row and many."""
+    """Against fp64 on the same bf16 operands: loss and gradients, rows of two parts and of many."""
     for V in (4000, 50257):
         for tau, teacher_tau, weight in ((1.0, 1.0, 0.0), (2.0, 0.7, 0.5)):
             student, head, teacher, other, labels = draw(700, 128, V)

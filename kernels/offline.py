@@ -105,20 +105,23 @@ def compile_wkv7(
 def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
     """Compile the kernel of linear_kl and linear_ce for a vocabulary of V: {kernel: what Triton made}."""
     driver.set_active(_Driver(TARGETS[name]))
-    block = min(triton_rows.MAX_PART, triton.next_power_of_2(V))
+    block = min(triton_rows._BLOCK, triton.next_power_of_2(V))
     parts = triton.cdiv(V, block)
     f, x = torch.empty(64), torch.empty(64, dtype=torch.bfloat16)
     i, long = torch.empty(64, dtype=torch.int32), torch.empty(64, dtype=torch.int64)
-    shared = {"PARTS": parts, "POWER": triton.next_power_of_2(parts), "BLOCK": block, "GRAD": True, "LABELS": True}
-    shared |= {"FACTORS": True, "TEMPERED": tempered, "num_warps": 8}
-    numbers = (V, V, V, V, 0.5, 0.5, 1.0, 0.1, 0.1, -100)
+    shared = {"PARTS": parts, "POWER": triton.next_power_of_2(parts), "BLOCK": block, "LAG": 1, "GRAD": True}
+    shared |= {"LABELS": True, "FACTORS": True, "TEMPERED": tempered, "WRAP": True}
+    shared |= {"num_warps": triton_rows._WARPS, "launch_cooperative_grid": True}
+    if TARGETS[name].backend == "cuda":
+        shared["maxnreg"] = triton_rows._REGISTERS
+    numbers = (4096, V, V, V, V, 0.5, 0.5, 1.0, 0.1, 0.1, -100)
     kernel = triton_rows.rows_kernel
     return {
         "kl": kernel.warmup(
-            f, f, long, f, x, f, f, f, f, f, i, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, **shared
+            f, f, long, f, x, f, f, f, f, f, f, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, **shared
         ),
         "ce": kernel.warmup(
-            x, None, long, f, x, f, f, f, f, f, i, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, **shared
+            x, None, long, f, x, f, f, f, f, f, f, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, **shared
         ),
     }
 
@@ -213,11 +216,12 @@ def _hopper_launches(
         (*(x,) * 6, q, x, q, f, q, f, f, *where, *sizes),
         {**shared, "C": 32, "INITIAL": True, "STORE": True},
     )
-    yield (
-        hopper_backward_kernel,
-        (*(x,) * 6, q, q, x, q, f, q, f, *(x,) * 6, f, *where, *sizes),
-        {**shared, "C": 16},
-    )
+    for split in (True, False):
+        yield (
+            hopper_backward_kernel,
+            (*(x,) * 6, q, q, x, q, f, q, f, *(x,) * 6, f, *where, *sizes),
+            {**shared, "C": 16, "SPLIT": split},
+        )
 
 
 def _launches(

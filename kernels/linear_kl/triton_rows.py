@@ -1,9 +1,17 @@
-"""Losses and gradients of rows of logits in one Triton kernel: every logit is read once, every gradient written once.
+"""Losses and gradients of rows of logits in one Triton kernel: read from memory once, a second time from the L2 cache.
 
-A row of 152,064 logits of two models is 1.2 MB: too much for one program's registers, so PARTS programs share a row.
-Each keeps its part in registers, publishes its maxima and sums, waits for the others' and then writes its gradients.
-Programs take their place from a counter, in the order in which they start, so that whoever is waited for has started or
-is next to start: the wait ends as long as PARTS programs fit on the GPU together.
+A row is cut into PARTS parts; a task is one part of one row. The grid is as many programs as fit on the GPU together,
+P of them, and program p takes tasks p, p + P, p + 2P ... For each it publishes maxima and sums of the part; whoever is
+the last of a row to do so combines them into the row's losses and the few numbers that its gradient needs. LAG tasks
+later the program reads the part again and writes its gradient. Between the two passes nothing is kept in registers, so
+many programs fit on a multiprocessor, and the loads of one overlap with the arithmetic and the waiting of the others.
+
+Waiting ends because all P programs run at once (a cooperative launch: one that does not fit fails) and LAG P >= PARTS:
+the second pass of round k waits for first passes of rounds up to k only, and a program's first pass comes before its
+second.
+
+A gradient in the place of the logits is safe: a part is overwritten by the program that has just read it for the second
+time, after the row was combined, and only the combination reads logits of other parts (the label's).
 
 Dims: n rows (tokens), V vocabulary.
 """
@@ -19,122 +27,212 @@ from torch import Tensor
 
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings
 
-MAX_PART = 4096  # logits of one model that a program keeps in registers
-_WARPS = 8
-_REGISTERS = 80  # a thread: three programs on an NVIDIA multiprocessor, so that one's waiting is another's loading
-_FACTS = tl.constexpr(9)  # numbers that a program publishes about its part of a row
+# What waits in the L2 cache is at most 2 LAG P blocks of both models' logits: on an H100, with these and fp32 logits,
+# 2 · 132 · 6 · 2048 · 8 bytes = 26 MB of 50.
+_BLOCK = 2048  # logits of one model in a part
+_WARPS = 4
+_PROGRAMS = 6  # on a multiprocessor, where they fit
+_REGISTERS = 80  # of a thread, at most: six programs of four warps then fit on an NVIDIA multiprocessor
+_LAG = 1  # rounds between a part's two passes; more where a row has more parts than there are programs
+_FACTS = tl.constexpr(9)  # numbers about a part of a row
+_RESULTS = tl.constexpr(6)  # numbers about a row
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def rows_kernel(
-    z, y, labels, factors, grad, kl, nll, smooth, same, facts, arrived, ticket,
-    V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap, ignore_index,
-    PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
-    FACTORS: tl.constexpr, GRAD: tl.constexpr, TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
+def _two_largest(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _two_smallest(a, b, c, d):
+    return tl.minimum(a, c), tl.minimum(b, d)
+
+
+@triton.jit
+def _three_sums(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _combine(
+    row, z, labels, kl, nll, smooth, same, facts, results, V, stride_z, cold_s, cold_t, ignore_index,
+    PARTS: tl.constexpr, POWER: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr, TEMPERED: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row. `cold_s` and `cold_t` are 1 / temperature; TEMPERED if the student's is not 1."""
-    if PARTS > 1:
-        place = tl.atomic_add(ticket, 1)
-    else:
-        place = tl.program_id(0)
-    row = (place // PARTS).to(tl.int64)
-    part = place % PARTS
-    x = part * BLOCK + tl.arange(0, BLOCK)
-    inside = x < V
+    """Losses and results of a row from the facts of its parts."""
     infinity = float("inf")
-    zx = tl.load(z + row * stride_z + x, mask=inside, other=-infinity).to(tl.float32)
-    top = tl.max(zx, 0)
-    top_at = tl.min(tl.where(zx == top, x, V), 0)
-    total = tl.sum(tl.exp((zx - top) * cold_s), 0)
-    total_ce = total
-    if LABELS and TEMPERED:
-        total_ce = tl.sum(tl.exp(zx - top), 0)
-    plain = 0.0
-    if SMOOTH:
-        plain = tl.sum(tl.where(inside, zx, 0.0), 0)
-    label = tl.full([], -1, tl.int64)
-    of_label = 0.0
-    counted = label == label
     if LABELS:
         label = tl.load(labels + row)
         counted = label != ignore_index
         known = counted & (label >= 0) & (label < V)
         of_label = tl.load(z + row * stride_z + tl.where(known, label, 0)).to(tl.float32)
         of_label = tl.where(known | (label == ignore_index), of_label, float("nan"))
+    i = tl.arange(0, POWER)
+    theirs = facts + row * (_FACTS * PARTS) + i
+    real = i < PARTS
+    tops = tl.load(theirs, mask=real, other=-infinity, cache_modifier=".cg")
+    totals = tl.load(theirs + PARTS, mask=real, other=0.0, cache_modifier=".cg")
+    places = tl.load(theirs + 3 * PARTS, mask=real, other=infinity, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    top_at = tl.min(tl.where(tops == top, places, infinity), 0)
+    total = tl.sum(totals * tl.exp2((tops - top) * (cold_s * _LOG2E)), 0)
+    total_ce = total
+    if LABELS and TEMPERED:
+        totals = tl.load(theirs + 2 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
+        total_ce = tl.sum(totals * tl.exp2((tops - top) * _LOG2E), 0)
+    out = results + row * _RESULTS
+    tl.store(out, top)
+    tl.store(out + 1, tl.log2(total))
+    tl.store(out + 2, tl.log2(total_ce))
+    tl.store(out + 3, top_at)
+    if LABELS:
+        level = top + tl.log(total_ce)
+        tl.store(nll + row, tl.where(counted, level - of_label, 0.0))
+        if SMOOTH:
+            plain = tl.sum(tl.load(theirs + 4 * PARTS, mask=real, other=0.0, cache_modifier=".cg"), 0)
+            tl.store(smooth + row, tl.where(counted, level - plain / V, 0.0))
+        if not TEACHER:
+            tl.store(same + row, (counted & (top_at.to(tl.int32) == label)).to(tl.float32))
     if TEACHER:
+        tops = tl.load(theirs + 5 * PARTS, mask=real, other=-infinity, cache_modifier=".cg")
+        totals = tl.load(theirs + 6 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
+        crosses = tl.load(theirs + 7 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
+        places = tl.load(theirs + 8 * PARTS, mask=real, other=infinity, cache_modifier=".cg")
+        top_y = tl.max(tops, 0)
+        top_y_at = tl.min(tl.where(tops == top_y, places, infinity), 0)
+        shrink = tl.exp2((tops - top_y) * (cold_t * _LOG2E))
+        total_y = tl.sum(totals * shrink, 0)
+        cross = tl.sum(crosses * shrink, 0)
+        tl.store(out + 4, top_y)
+        tl.store(out + 5, tl.log2(total_y))
+        shift = (top_y * cold_t + tl.log(total_y)) - (top * cold_s + tl.log(total))
+        tl.store(kl + row, cross / total_y - shift)
+        tl.store(same + row, (top_at == top_y_at).to(tl.float32))
+
+
+@triton.jit
+def _publish(
+    task, z, y, labels, kl, nll, smooth, same, facts, results, arrived,
+    V, stride_z, stride_y, cold_s, cold_t, ignore_index,
+    PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
+    TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """First pass of a task: facts of the part. The last of a row combines them."""
+    row = (task // PARTS).to(tl.int64)
+    part = task % PARTS
+    x = part * BLOCK + tl.arange(0, BLOCK)
+    inside = x < V
+    infinity = float("inf")
+    mine = facts + row * (_FACTS * PARTS) + part  # a fact of all parts lies together: read as one
+    zx = tl.load(z + row * stride_z + x, mask=inside, other=-infinity).to(tl.float32)
+    if TEACHER:  # the two models' maxima, places and sums are reduced together: half the barriers
         yx = tl.load(y + row * stride_y + x, mask=inside, other=-infinity).to(tl.float32)
-        top_y = tl.max(yx, 0)
-        top_y_at = tl.min(tl.where(yx == top_y, x, V), 0)
-        p = tl.exp((yx - top_y) * cold_t)
-        total_y = tl.sum(p, 0)
-        cross = tl.sum(tl.where(inside, p * (yx * cold_t - zx * cold_s), 0.0), 0)
-
-    if PARTS > 1:
-        mine = facts + (row * PARTS + part) * _FACTS
-        tl.store(mine, top)
-        tl.store(mine + 1, total)
-        tl.store(mine + 2, total_ce)
-        tl.store(mine + 3, top_at.to(tl.float32))  # exact below 2^24
-        tl.store(mine + 4, plain)
-        if TEACHER:
-            tl.store(mine + 5, top_y)
-            tl.store(mine + 6, total_y)
-            tl.store(mine + 7, cross)
-            tl.store(mine + 8, top_y_at.to(tl.float32))
+        top, top_y = tl.reduce((zx, yx), 0, _two_largest)
+        at, at_y = tl.reduce((tl.where(zx == top, x, V), tl.where(yx == top_y, x, V)), 0, _two_smallest)
+        q = tl.exp2((zx - top) * (cold_s * _LOG2E))
+        p = tl.exp2((yx - top_y) * (cold_t * _LOG2E))
+        cross = tl.where(inside, p * (yx * cold_t - zx * cold_s), 0.0)
+        total, total_y, cross = tl.reduce((q, p, cross), 0, _three_sums)
+        tl.store(mine + 5 * PARTS, top_y)
+        tl.store(mine + 6 * PARTS, total_y)
+        tl.store(mine + 7 * PARTS, cross)
+        tl.store(mine + 8 * PARTS, at_y.to(tl.float32))
+    else:
+        top = tl.max(zx, 0)
+        at = tl.min(tl.where(zx == top, x, V), 0)
+        total = tl.sum(tl.exp2((zx - top) * (cold_s * _LOG2E)), 0)
+    tl.store(mine, top)
+    tl.store(mine + PARTS, total)
+    tl.store(mine + 3 * PARTS, at.to(tl.float32))  # exact below 2^24
+    if LABELS and TEMPERED:
+        tl.store(mine + 2 * PARTS, tl.sum(tl.exp2((zx - top) * _LOG2E), 0))
+    if SMOOTH:
+        tl.store(mine + 4 * PARTS, tl.sum(tl.where(inside, zx, 0.0), 0))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == PARTS - 1:
         tl.debug_barrier()
-        tl.atomic_add(arrived + row, 1, sem="acq_rel")
-        while tl.atomic_add(arrived + row, 0, sem="acq_rel") < PARTS:
-            pass
-        tl.debug_barrier()
-        i = tl.arange(0, POWER)
-        theirs = facts + (row * PARTS + i) * _FACTS
-        real = i < PARTS
-        tops = tl.load(theirs, mask=real, other=-infinity, cache_modifier=".cg")
-        top = tl.max(tops, 0)
-        shrink = tl.exp((tops - top) * cold_s)
-        total = tl.sum(tl.load(theirs + 1, mask=real, other=0.0, cache_modifier=".cg") * shrink, 0)
-        total_ce = tl.sum(
-            tl.load(theirs + 2, mask=real, other=0.0, cache_modifier=".cg") * tl.exp(tops - top), 0
-        )  # with TEMPERED off, the same as total
-        places = tl.load(theirs + 3, mask=real, other=0.0, cache_modifier=".cg")
-        top_at = tl.min(tl.where(tops == top, places, infinity), 0).to(tl.int32)
-        plain = tl.sum(tl.load(theirs + 4, mask=real, other=0.0, cache_modifier=".cg"), 0)
-        if TEACHER:
-            tops = tl.load(theirs + 5, mask=real, other=-infinity, cache_modifier=".cg")
-            own = top_y
-            top_y = tl.max(tops, 0)
-            shrink = tl.exp((tops - top_y) * cold_t)
-            p *= tl.exp((own - top_y) * cold_t)
-            total_y = tl.sum(tl.load(theirs + 6, mask=real, other=0.0, cache_modifier=".cg") * shrink, 0)
-            cross = tl.sum(tl.load(theirs + 7, mask=real, other=0.0, cache_modifier=".cg") * shrink, 0)
-            places = tl.load(theirs + 8, mask=real, other=0.0, cache_modifier=".cg")
-            top_y_at = tl.min(tl.where(tops == top_y, places, infinity), 0).to(tl.int32)
+        _combine(
+            row, z, labels, kl, nll, smooth, same, facts, results, V, stride_z, cold_s, cold_t, ignore_index,
+            PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH,
+        )  # fmt: skip
+        tl.debug_barrier()  # every thread has read the label's logit, which a gradient may now overwrite
+        tl.atomic_add(arrived + row, 1, sem="release")
 
-    if part == 0:
-        if LABELS:
-            level = top + tl.log(total_ce)
-            tl.store(nll + row, tl.where(counted, level - of_label, 0.0))
-            if SMOOTH:
-                tl.store(smooth + row, tl.where(counted, level - plain / V, 0.0))
-        if TEACHER:
-            shift = (top_y * cold_t + tl.log(total_y)) - (top * cold_s + tl.log(total))
-            tl.store(kl + row, cross / total_y - shift)
-            tl.store(same + row, (top_at == top_y_at).to(tl.float32))
-        elif LABELS:
-            tl.store(same + row, (counted & (top_at == label)).to(tl.float32))
-    if GRAD:
-        tl.debug_barrier()  # the gradient may overwrite the logits, and every thread reads the label's
-        q = tl.exp((zx - top) * cold_s) / total
-        pull = tl.zeros([BLOCK], tl.float32)
-        if TEACHER:
-            pull = kl_factor * (q - p / total_y)
-        if FACTORS:
-            factor = tl.load(factors + row)
-            if TEMPERED:
-                q = tl.exp(zx - top) / total_ce
-            pull += factor * (q - smoothing / V - tl.where(x == label, 1.0 - smoothing, 0.0))
+
+@triton.jit
+def _write_gradient(
+    task, z, y, labels, factors, grad, results, arrived,
+    V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, FACTORS: tl.constexpr, TEMPERED: tl.constexpr,
+    SMOOTH: tl.constexpr, WRAP: tl.constexpr,
+):  # fmt: skip
+    """Second pass of a task."""
+    row = (task // PARTS).to(tl.int64)
+    part = task % PARTS
+    x = part * BLOCK + tl.arange(0, BLOCK)
+    inside = x < V
+    zx = tl.load(z + row * stride_z + x, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if TEACHER:
+        yx = tl.load(y + row * stride_y + x, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    while tl.atomic_add(arrived + row, 0, sem="acquire") <= PARTS:
+        pass
+    tl.debug_barrier()  # also: every thread has its logits, which the gradient may overwrite
+    out = results + row * _RESULTS
+    top = tl.load(out, cache_modifier=".cg")
+    pull = tl.zeros([BLOCK], tl.float32)
+    q = pull
+    if TEACHER or not TEMPERED:
+        q = tl.exp2((zx - top) * (cold_s * _LOG2E) - tl.load(out + 1, cache_modifier=".cg"))
+    if TEACHER:  # p and q are divided by their sums in the exponent: equal logits then pull by exactly 0
+        top_y = tl.load(out + 4, cache_modifier=".cg")
+        p = tl.exp2((yx - top_y) * (cold_t * _LOG2E) - tl.load(out + 5, cache_modifier=".cg"))
+        pull = kl_factor * (q - p)
+    if FACTORS:
+        factor = tl.load(factors + row)
+        label = tl.load(labels + row)
+        label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+        if TEMPERED:
+            q = tl.exp2((zx - top) * _LOG2E - tl.load(out + 2, cache_modifier=".cg"))
+        if SMOOTH:
+            q -= smoothing / V
+        pull += factor * (q - tl.where(x == label, 1.0 - smoothing, 0.0))
+    if WRAP:
+        top_at = tl.load(out + 3, cache_modifier=".cg").to(tl.int32)
         pull += tl.where(x == top_at, l2wrap * top, 0.0)
-        tl.store(grad + row * stride_grad + x, pull.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + row * stride_grad + x, pull.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tasks"])
+def rows_kernel(
+    z, y, labels, factors, grad, kl, nll, smooth, same, facts, results, arrived,
+    tasks, V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap, ignore_index,
+    PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, LAG: tl.constexpr, TEACHER: tl.constexpr,
+    LABELS: tl.constexpr, FACTORS: tl.constexpr, GRAD: tl.constexpr, TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
+    WRAP: tl.constexpr,
+):  # fmt: skip
+    """All tasks of one program. `cold_s` and `cold_t` are 1 / temperature; TEMPERED if the student's is not 1."""
+    programs = tl.num_programs(0)
+    end = tasks
+    if GRAD:
+        end = tasks + LAG * programs
+    task = tl.program_id(0)
+    while task < end:
+        if task < tasks:
+            _publish(
+                task, z, y, labels, kl, nll, smooth, same, facts, results, arrived,
+                V, stride_z, stride_y, cold_s, cold_t, ignore_index,
+                PARTS, POWER, BLOCK, TEACHER, LABELS, TEMPERED, SMOOTH,
+            )  # fmt: skip
+        if GRAD:
+            earlier = task - LAG * programs
+            if earlier >= 0:
+                _write_gradient(
+                    earlier, z, y, labels, factors, grad, results, arrived,
+                    V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap,
+                    PARTS, BLOCK, TEACHER, FACTORS, TEMPERED, SMOOTH, WRAP,
+                )  # fmt: skip
+        task += programs
 
 
 def triton_rows(
@@ -145,26 +243,52 @@ def triton_rows(
     grad_nV: Tensor | None,
     settings: RowSettings,
     losses: RowLosses,
+    *,
+    block: int | None = None,
+    warps: int | None = None,
+    programs: int | None = None,
+    registers: int | None = None,
+    lag: int | None = None,
 ) -> None:
-    """As `torch_rows`, for logits and sums that are not fp64. A label outside the vocabulary makes its loss NaN."""
+    """As `torch_rows`, for logits and sums that are not fp64. A label outside the vocabulary makes its loss NaN.
+
+    The keywords replace the constants of this file, for measurements."""
     n, V = z_nV.shape
+    device = z_nV.device
     labels_n, ce_factor_n = (None if x is None else x.contiguous() for x in (labels_n, ce_factor_n))
-    block = min(MAX_PART, triton.next_power_of_2(V))
+    block = min(block or _BLOCK, triton.next_power_of_2(V))
     parts = triton.cdiv(V, block)
-    nvidia = z_nV.is_cuda and torch.version.hip is None
-    options = {"num_warps": _WARPS, "maxnreg": _REGISTERS} if nvidia else {"num_warps": _WARPS}
-    facts = arrived = ticket = None
-    if parts > 1:
-        facts = torch.empty(n * parts * _FACTS.value, dtype=torch.float32, device=z_nV.device)
-        arrived = torch.zeros(n + 1, dtype=torch.int32, device=z_nV.device)
-        arrived, ticket = arrived[:n], arrived[n:]
-    with torch.cuda.device(z_nV.device) if z_nV.is_cuda else nullcontext():
-        rows_kernel[(n * parts,)](
-            z_nV, y_nV, labels_n, ce_factor_n, grad_nV, *losses, facts, arrived, ticket,
-            V, z_nV.stride(0), 0 if y_nV is None else y_nV.stride(0), 0 if grad_nV is None else grad_nV.stride(0),
+    warps, registers = warps or _WARPS, registers or _REGISTERS
+    options = {"num_warps": warps}
+    grid = 1
+    if z_nV.is_cuda:
+        grid = max(1, min(n * parts, _together(device, programs or _PROGRAMS, warps, registers)))
+        options["launch_cooperative_grid"] = True
+        if torch.version.hip is None:
+            options["maxnreg"] = registers
+    facts = torch.empty(n * parts * _FACTS.value, dtype=torch.float32, device=device)
+    results = torch.empty(n * _RESULTS.value, dtype=torch.float32, device=device)
+    arrived = torch.zeros(n, dtype=torch.int32, device=device)
+    with torch.cuda.device(device) if z_nV.is_cuda else nullcontext():
+        rows_kernel[(grid,)](
+            z_nV, y_nV, labels_n, ce_factor_n, grad_nV, *losses, facts, results, arrived,
+            n * parts, V, z_nV.stride(0), 0 if y_nV is None else y_nV.stride(0),
+            0 if grad_nV is None else grad_nV.stride(0),
             1 / settings.student_temperature, 1 / settings.teacher_temperature, settings.kl_factor,
             settings.smoothing, settings.l2wrap, settings.ignore_index,
-            PARTS=parts, POWER=triton.next_power_of_2(parts), BLOCK=block, TEACHER=y_nV is not None,
-            LABELS=labels_n is not None, FACTORS=ce_factor_n is not None, GRAD=grad_nV is not None,
-            TEMPERED=settings.student_temperature != 1, SMOOTH=settings.smoothing != 0, **options,
+            PARTS=parts, POWER=triton.next_power_of_2(parts), BLOCK=block,
+            LAG=max(lag or _LAG, triton.cdiv(parts, grid)), TEACHER=y_nV is not None, LABELS=labels_n is not None,
+            FACTORS=ce_factor_n is not None, GRAD=grad_nV is not None, TEMPERED=settings.student_temperature != 1,
+            SMOOTH=settings.smoothing != 0, WRAP=settings.l2wrap != 0, **options,
         )  # fmt: skip
+
+
+def _together(device: torch.device, programs: int, warps: int, registers: int) -> int:
+    """Programs that run on the GPU at once: `programs` a multiprocessor, or as many as have room."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        of_registers = properties.regs_per_multiprocessor // (32 * warps * triton.cdiv(registers, 8) * 8)
+        room = min(of_registers, properties.max_threads_per_multi_processor // (32 * warps))
+    else:
+        room = 8 // warps  # two wavefronts a unit: each may then have all 256 vector registers
+    return properties.multi_processor_count * max(1, min(programs, room))

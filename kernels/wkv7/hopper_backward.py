@@ -4,6 +4,7 @@ Dims: C half-chunk, K and V head dims, BK and BV the power of two, 64 or 128, th
 carries; hopper_half.py does the work of a half-chunk.
 """
 
+# ruff: noqa: SIM114 -- a compile-time condition must stay apart from a run-time one
 from __future__ import annotations
 
 import triton.language as tl
@@ -26,11 +27,13 @@ from radlads.kernels.wkv7.hopper_common import (
     state_offsets,
     store_triangle,
 )
-from radlads.kernels.wkv7.hopper_half import LEAST, decays, half_back, make_writes
+from radlads.kernels.wkv7.hopper_half import LEAST, decays, half_back, make_middle, make_writes
 from radlads.kernels.wkv7.triton_common import LENGTHS
 from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES
 
 SCALES = gl.constexpr(NUM_SCALES)
+# Where the later of two pieces begins, in hundredths of a sequence: dh alone takes about half the time of a full step.
+LATER_BEGIN = gl.constexpr(35)
 
 
 @gluon.jit
@@ -94,9 +97,12 @@ def hopper_backward_kernel(
     r, w, k, v, a, b, inverse, taken, dout, states, scales, U, dhT, dr, dw, dk, dv, da, db, dh0,
     cu_seqlens, offsets, T, num_chunks, H,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr,
-    PACKED: gl.constexpr, KEPT: gl.constexpr, W: gl.constexpr,
+    PACKED: gl.constexpr, KEPT: gl.constexpr, SPLIT: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """All gradients of one head, with dh in registers. W warps: BK / 16 = BV / 16.
+
+    SPLIT: two programs a head. One walks over the later chunks; the other, over these too, but for dh alone, and then
+    over the earlier ones: neither waits for the other.
 
     KEPT: states per chunk. If 1, the state of a chunk's middle is made here, and with it the first half's writes come
     before the second half is walked back; if 2, each half has its own.
@@ -110,7 +116,6 @@ def hopper_backward_kernel(
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], F16)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     LH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])
-    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BV, 16])
     MIDDLE: gl.constexpr = KEPT == 1
     # What is loaded, of both halves. What is in use until the end of a round has room for that of the next round, too.
     AHEAD: gl.constexpr = 3 if MIDDLE else 2
@@ -156,6 +161,9 @@ def hopper_backward_kernel(
     fence_async_shared()
 
     program = gl.program_id(0).to(gl.int64)
+    early = program % 2 == 0
+    if SPLIT:
+        program = program // 2
     n, head = program // H, program % H
     first, length, slot, count = locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED)
     xs = gl.arange(0, BK, gl.SliceLayout(0, LH))[None, :]
@@ -164,8 +172,13 @@ def hopper_backward_kernel(
     dh = gl.load(dhT + at_state, mask=(xs < K) & (ys < V), other=0.0)
     unit = 1.0
     reach = largest(dh)
+    lowest, boundary = 0, count
+    if SPLIT:
+        boundary = count * LATER_BEGIN // 100
+        lowest = gl.where(early, 0, boundary)
+        boundary = gl.where(early, boundary, count)
     # Without hoisting: addresses of shared memory, kept from one round to the next, would fill the registers.
-    for back in tl.range(-1, count, disable_licm=True):
+    for back in tl.range(-1, count - lowest, disable_licm=True):
         step = count - 1 - back
         chunk = (slot + step) * H + head
         start = first + step * (2 * C)
@@ -181,6 +194,7 @@ def hopper_backward_kernel(
             h0 = hS.index(parity)
         Y0 = Y.index(0)
         upz, upy, unh, unx, pair = 1.0, 1.0, 1.0, 1.0, 1.0
+        active = step < boundary
         if back >= 0:
             async_copy.wait_group(1)
             kept = scaleS.index(parity)
@@ -200,10 +214,11 @@ def hopper_backward_kernel(
                 make_writes(writes1, Y1, fall1, g, upy, unx, BV, C, W)
                 fence_async_shared()
                 scale, unh1 = power_of_two(gl.maximum(unh * 16384.0, unx * uny * 1024.0), 14, LEAST)
-                fall = fall0.load(gl.SliceLayout(1, LS))[:, None]
-                middle = h0.load(LS).to(gl.float32) * (unh * inverse_of(unx * uny))
-                middle = warpgroup_mma(Y0.permute((1, 0)), X.index(now), middle)
-                middleS.store((middle * (fall * (uny * unx * scale))).to(F16))
+                before, after = unx * uny, unx * uny * scale
+                if not SPLIT:
+                    make_middle(middleS, h0, Y0, X.index(now), fall0, unh, before, after, BV, W)
+                elif active:
+                    make_middle(middleS, h0, Y0, X.index(now), fall0, unh, before, after, BV, W)
             else:
                 Y1, h1 = Y0, hS.index(1)
                 unh1 = load_scale(kept, 5, W)
@@ -212,9 +227,10 @@ def hopper_backward_kernel(
                 make_writes(writes1, Y1, fall1, g, upy, unx, BV, C, W)
             dh, unit, reach = half_back(
                 gradients, dh, unit, reach, ge, g, wS.index(1), reads1, X.index(1), Y1, h1, fall1, made, outs,
-                triangles, start + C, left - C, head, unh1, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, W,
+                triangles, active, start + C, left - C, head, unh1, unx, upz, upy, pair, H,
+                K, V, BK, BV, C, TAIL, SPLIT, W,
             )  # fmt: skip
-        if step > 0:
+        if step > lowest:
             copy_writes(w, k, v, b, U, writes1, start - C, left + C, head, H, K, V, BK, BV, C, TAIL, W)
             copy_reads(
                 r, a, dout, inverse, taken, reads1, chunk - H, 1, start - C, left + C, head, H, K, V, BK, BV, C, TAIL, W
@@ -234,9 +250,9 @@ def hopper_backward_kernel(
                 make_writes(writes0, Y0, fall0, g, upy, unx, BV, C, W)
             dh, unit, reach = half_back(
                 gradients, dh, unit, reach, ge, g, wS.index(now), reads0, X.index(now), Y0, h0, fall0, made, outs,
-                triangles, start, left, head, unh, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, W,
+                triangles, active, start, left, head, unh, unx, upz, upy, pair, H, K, V, BK, BV, C, TAIL, SPLIT, W,
             )  # fmt: skip
-        if step > 0:
+        if step > lowest:
             copy_reads(
                 r, a, dout, inverse, taken, reads0, chunk - H, 0, start - 2 * C, left + 2 * C, head, H,
                 K, V, BK, BV, C, TAIL, W,
@@ -246,4 +262,5 @@ def hopper_backward_kernel(
                 copy_state(h0, states, (chunk - H) * 2, K, V, BK, BV, W)
         async_copy.commit_group()
     async_copy.wait_group(0)
-    gl.store(dh0 + at_state, dh * unit, mask=(xs < K) & (ys < V))
+    if early or not SPLIT:
+        gl.store(dh0 + at_state, dh * unit, mask=(xs < K) & (ys < V))

@@ -38,6 +38,19 @@ def make_writes(tiles, Y, fallS, g, upy, unx, BV: gl.constexpr, C: gl.constexpr,
 
 
 @gluon.jit
+def make_middle(target, h0, Y, X, fallS, unh, before, after, BV: gl.constexpr, W: gl.constexpr):
+    """The state after a half, to shared memory: that before it (scale unh), decayed, and what the half writes.
+
+    before: 1/scale of Y times that of X; after: this, times the scale of what is kept.
+    """
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BV, 16])
+    fall = fallS.load(gl.SliceLayout(1, LS))[:, None]
+    middle = h0.load(LS).to(gl.float32) * (unh * inverse_of(before))
+    middle = warpgroup_mma(Y.permute((1, 0)), X, middle)
+    target.store((middle * (fall * after)).to(gl.float16))
+
+
+@gluon.jit
 def decays(wS, strict, inclusive, C: gl.constexpr, BK: gl.constexpr, W: gl.constexpr):
     """What decays the state before each token, and before the next: log decays [BK,C], summed from the beginning."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])
@@ -49,29 +62,25 @@ def decays(wS, strict, inclusive, C: gl.constexpr, BK: gl.constexpr, W: gl.const
 @gluon.jit
 def half_back(
     gradients, dh, unit, reach, ge, g, wS, reads, X, Y, hS, fallS, made, outs, triangles,
-    start, left, head, unh, unx, upz, upy, pair, H,
+    active, start, left, head, unh, unx, upz, upy, pair, H,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr,
-    W: gl.constexpr,
+    SPLIT: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of one half-chunk, and dh [BV,BK] before it: what it returns, times `unit`; reach: its largest."""
-    dr, dw, dk, dv, da, db = gradients
+    """Gradients of one half-chunk (with SPLIT, if `active`), and dh [BV,BK] before it: what it returns, times `unit`.
+
+    reach: the largest magnitude of dh.
+    """
     rS, aS, doS, solved, read = reads
-    Z, G, lS, of_k, dAb, dAk = made
-    drS, dwS, dkS, dvS, daS, dbS = outs
-    inclusive, strict, reverse, earlier = triangles
-    OUT: gl.constexpr = drS.dtype
+    Z, _, lS, of_k, _, _ = made
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])
     LH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])
     LP: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, W // 2], [16, 8])
-    LD: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     LEFT_H: gl.constexpr = gl.DotOperandLayout(0, LH, 2)
     unz, uny = inverse_of(upz), inverse_of(upy)
-    none_k = gl.zeros([BK, C], gl.float32, L)
     none_v = gl.zeros([BV, C], gl.float32, L)
-    Za, Zr, Ga, Gr = Z.slice(0, C), Z.slice(C, C), G.slice(0, C), G.slice(C, C)
+    Za, Zr = Z.slice(0, C), Z.slice(C, C)
     Yb, Yk = Y.slice(0, C).permute((1, 0)), Y.slice(C, C).permute((1, 0))
-    Xb, Xk = X.slice(0, C).permute((1, 0)), X.slice(C, C).permute((1, 0))
     # Z, and what reaches the writes from after this half: S = Y l
     xa, xr = aS.permute((1, 0)).load(L), rS.permute((1, 0)).load(L)
     ea, er = gl.exp2(ge * LOG2E + bits(upz)), gl.exp2(g * LOG2E + bits(upz))
@@ -85,13 +94,9 @@ def half_back(
     left_l = gl.convert_layout(ls, LEFT)
     Sb = warpgroup_mma(left_l, Yb, none_v, use_acc=False, is_async=True)
     Sk = warpgroup_mma(left_l, Yk, none_v, use_acc=False, is_async=True)
-    lS.store(ls)
-    i = gl.arange(0, 2 * C, gl.SliceLayout(1, LP))[:, None]
-    j = gl.arange(0, C, gl.SliceLayout(0, LP))[None, :]
-    takes = (i % C > j) | ((i >= C) & (i % C == j))
-    none_p = gl.zeros([2 * C, C], gl.float32, LP)
-    A = mma_v2(Z.load(gl.DotOperandLayout(0, LP, 2)), Yk.load(gl.DotOperandLayout(1, LP, 2)), none_p)
-    of_k.store(gl.where(takes, A, 0.0).to(gl.float16))
+    if not SPLIT:
+        lS.store(ls)
+        store_products(of_k, Z.load(gl.DotOperandLayout(0, LP, 2)), Yk, C, W)
     Sb, Sk = warpgroup_mma_wait(0, deps=[Sb, Sk])
     of_S = uny * unl
     # Far below the largest fp16: what the triangles make of S and dO may be larger than both.
@@ -106,21 +111,71 @@ def half_back(
     dh = dh * (fall * (unit * inverse_of(new_unit)))
     dh = warpgroup_mma(gl.convert_layout(ga, LEFT_H), Za, dh, is_async=True)
     dh = warpgroup_mma(gl.convert_layout(gr, LEFT_H), Zr, dh, is_async=True)
+    scales = (unh, unx, unz, uny, upz, upy, unl, ung)
+    if SPLIT:
+        dh = warpgroup_mma_wait(0, deps=[dh])
+        reach = largest(dh) * new_unit
+        if active:
+            lS.store(ls)
+            store_products(of_k, Z.load(gl.DotOperandLayout(0, LP, 2)), Yk, C, W)
+            gradients_of_half(
+                gradients, dh, ga, gr, Sk, wS, X, Y, hS, made, outs, triangles, scales, start, left, head, H,
+                K, V, BK, BV, C, TAIL, W,
+            )  # fmt: skip
+    else:
+        dh, reach = gradients_of_half(
+            gradients, dh, ga, gr, Sk, wS, X, Y, hS, made, outs, triangles, scales, start, left, head, H,
+            K, V, BK, BV, C, TAIL, W,
+        )  # fmt: skip
+        reach *= new_unit
+    return dh, new_unit, reach
+
+
+@gluon.jit
+def store_products(target, left, right, C: gl.constexpr, W: gl.constexpr):
+    """To shared memory, in fp16: the products [2C,C] of reads (or G) with writes (or X) that come no later."""
+    LP: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, W // 2], [16, 8])
+    i = gl.arange(0, 2 * C, gl.SliceLayout(1, LP))[:, None]
+    j = gl.arange(0, C, gl.SliceLayout(0, LP))[None, :]
+    takes = (i % C > j) | ((i >= C) & (i % C == j))
+    found = mma_v2(left, right.load(gl.DotOperandLayout(1, LP, 2)), gl.zeros([2 * C, C], gl.float32, LP))
+    target.store(gl.where(takes, found, 0.0).to(gl.float16))
+
+
+@gluon.jit
+def gradients_of_half(
+    gradients, dh, ga, gr, Sk, wS, X, Y, hS, made, outs, triangles, scales, start, left, head, H,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr,
+    W: gl.constexpr,
+):  # fmt: skip
+    """All six gradients of one half-chunk, from its G = [ga; gr] and S; waits for dh, too, and finds its largest."""
+    dr, dw, dk, dv, da, db = gradients
+    Z, G, lS, of_k, dAb, dAk = made
+    drS, dwS, dkS, dvS, daS, dbS = outs
+    inclusive, strict, reverse, earlier = triangles
+    unh, unx, unz, uny, upz, upy, unl, ung = scales
+    OUT: gl.constexpr = drS.dtype
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])
+    LP: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, W // 2], [16, 8])
+    LD: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    none_k = gl.zeros([BK, C], gl.float32, L)
+    Za, Zr, Ga, Gr = Z.slice(0, C), Z.slice(C, C), G.slice(0, C), G.slice(C, C)
+    Yb, Yk = Y.slice(0, C).permute((1, 0)), Y.slice(C, C).permute((1, 0))
+    Xb, Xk = X.slice(0, C).permute((1, 0)), X.slice(C, C).permute((1, 0))
     Ga.permute((1, 0)).store(ga)
     Gr.permute((1, 0)).store(gr)
     fence_async_shared()
     of_v = unz * uny * ung
-    dvs = Sk * (of_S * inverse_of(of_v))
+    dvs = Sk * (uny * unl * inverse_of(of_v))
     dvs = warpgroup_mma(gl.convert_layout(ga, LEFT), of_k.slice(0, C), dvs, is_async=True)
     dvs = warpgroup_mma(gl.convert_layout(gr, LEFT), of_k.slice(C, C), dvs, is_async=True)
     # what b and k gave to the state after this half, to the reads of this half; what those took, from state and writes
     leave_b = warpgroup_mma(lS.permute((1, 0)), Xb, none_k, use_acc=False, is_async=True)
     leave_k = warpgroup_mma(lS.permute((1, 0)), Xk, none_k, use_acc=False, is_async=True)
     left_G = G.load(gl.DotOperandLayout(0, LP, 2))
-    dA = mma_v2(left_G, Xb.load(gl.DotOperandLayout(1, LP, 2)), none_p)
-    dAb.store(gl.where(takes, dA, 0.0).to(gl.float16))
-    dA = mma_v2(left_G, Xk.load(gl.DotOperandLayout(1, LP, 2)), none_p)
-    dAk.store(gl.where(takes, dA, 0.0).to(gl.float16))
+    store_products(dAb, left_G, Xb, C, W)
+    store_products(dAk, left_G, Xk, C, W)
     fence_async_shared()
     dh, dvs, leave_b, leave_k = warpgroup_mma_wait(0, deps=[dh, dvs, leave_b, leave_k])
     yb = warpgroup_mma(Z.permute((1, 0)), dAb, none_k, use_acc=False, is_async=True)
@@ -131,7 +186,7 @@ def half_back(
     near_r = warpgroup_mma(Yb, dAb.slice(C, C).permute((1, 0)), none_k, use_acc=False, is_async=True)
     near_a = warpgroup_mma(Yk, dAk.slice(0, C).permute((1, 0)), near_a, is_async=True)
     near_r = warpgroup_mma(Yk, dAk.slice(C, C).permute((1, 0)), near_r, is_async=True)
-    reach = largest(dh) * new_unit
+    reach = largest(dh)
     # what passes through: the diagonal of h lT, of sixteen channels a warp
     left_h = hS.reshape([BK // 16, 16, BV]).load(gl.DotOperandLayout(0, LD, 2))
     right_l = lS.reshape([BV, BK // 16, 16]).permute((1, 0, 2)).load(gl.DotOperandLayout(1, LD, 2))
@@ -183,4 +238,4 @@ def half_back(
     store_rows(da, daS, start, left, head, H, K, BK, C, TAIL, W)
     store_rows(dr, drS, start, left, head, H, K, BK, C, TAIL, W)
     store_rows(dw, dwS, start, left, head, H, K, BK, C, TAIL, W)
-    return dh, new_unit, reach
+    return dh, reach

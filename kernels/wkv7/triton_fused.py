@@ -146,7 +146,10 @@ def _backward(
     if tuning.hopper:
         from radlads.kernels.wkv7.hopper_backward import hopper_backward_kernel
 
-        hopper_backward_kernel[grid](*arguments, C=plan.chunk // 2, TAIL=plan.tail, KEPT=kept, **_hopper(plan))
+        pieces = 2 if tuning.backward_split else 1
+        hopper_backward_kernel[(grid[0] * pieces,)](
+            *arguments, C=plan.chunk // 2, TAIL=plan.tail, KEPT=kept, SPLIT=pieces == 2, **_hopper(plan)
+        )
     else:
         fused_backward_kernel[grid](
             *arguments, **shared, KEPT=kept, STAGES=tuning.backward_stages, num_warps=tuning.backward_warps

@@ -17,7 +17,7 @@ import triton.language as tl
 
 # Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96
-FEWEST_HEADS_HOPPER = 36
+FEWEST_HEADS_HOPPER = 28
 HOPPER_MULTIPROCESSORS = 132
 
 
@@ -64,6 +64,8 @@ class Fused:
     chunk: int = 32
     hopper: bool = False
     """The walks are those of hopper_*.py, whose warps and stages follow from the head size."""
+    backward_split: bool = False
+    """On Hopper: two programs a head walk back, where there are multiprocessors for them."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ def fused_tuning(
     if hopper is None:
         hopper = backend == "cuda" and hopper_takes(K, V, dtype) and hopper_here()
     if hopper and heads >= FEWEST_HEADS_HOPPER:
+        split = 2 * heads <= HOPPER_MULTIPROCESSORS
         if wide > 64:
-            return Fused(2, 8, 1, 8, 1, 4, hopper=True)
-        # With a multiprocessor for each head the walk back waits for itself alone: memory for less to do in it.
-        return Fused(1, 4, 1, 4, 1, 4 if heads <= HOPPER_MULTIPROCESSORS else 0, hopper=True)
+            return Fused(2, 8, 1, 8, 1, 4, hopper=True, backward_split=split)
+        return Fused(1, 4, 1, 4, 1, hopper=True, backward_split=split)
     if heads < FEWEST_HEADS or (backend == "hip" and wide > 64):
         return None
     if wide > 64:

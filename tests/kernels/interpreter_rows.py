@@ -1,6 +1,8 @@
 """The Triton kernel of linear_kl in Triton's interpreter, on the CPU, beside plain torch. Run by
 test_linear_kl_triton.py in a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -10,11 +12,21 @@ from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
 
 assert triton.knobs.runtime.interpret, "run through test_linear_kl_triton.py"
 ROWS = 7
+RUNS = {  # whole rows, and rows of five parts or so by one program, which writes a row's gradients after all its facts
+    "whole": triton_rows.triton_rows,
+    "parts": partial(triton_rows.triton_rows, block=16),
+    "lagging": partial(triton_rows.triton_rows, block=32, lag=5),
+}
 SETTINGS = {
     "kl": RowSettings(kl_factor=0.7),
     "tempered": RowSettings(2.0, 0.5, kl_factor=1.3, l2wrap=0.1),
     "smoothed": RowSettings(smoothing=0.2),
 }
+
+
+@pytest.fixture(params=RUNS)
+def run_rows(request):
+    return RUNS[request.param]
 
 
 def logits(V, seed=0):
@@ -40,7 +52,7 @@ def assert_same(found, expected, grad, expected_grad):
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("V", [64, 77])
-def test_kernel_equals_torch(V, name, teacher, labelled):
+def test_kernel_equals_torch(run_rows, V, name, teacher, labelled):
     z, y, labels, factors = logits(V)
     y, labels = y if teacher else None, labels if labelled else None
     factors = factors if labelled else None
@@ -48,16 +60,17 @@ def test_kernel_equals_torch(V, name, teacher, labelled):
     torch_rows(z.clone(), y if y is None else y.clone(), labels, factors, expected_grad, SETTINGS[name], expected)
     found, grad = empty_losses(), torch.full((ROWS, V + 3), 9.0)
     strided = None if labels is None else labels.repeat_interleave(2)[::2]
-    triton_rows.triton_rows(z, y, strided, factors, grad[:, :V], SETTINGS[name], found)
+    run_rows(z, y, strided, factors, grad[:, :V], SETTINGS[name], found)
     assert_same(found, expected, grad[:, :V], expected_grad)
     assert (grad[:, V:] == 9).all()
-    triton_rows.triton_rows(z, y, labels, factors, z, SETTINGS[name], found)
+    run_rows(z, y, labels, factors, z, SETTINGS[name], found)
     torch.testing.assert_close(z, expected_grad, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("programs", [3, 11])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_parts_of_a_row_combine(name):
-    """The interpreter runs program after program, so waiting is replaced by a first launch that only publishes."""
+def test_programs_share_the_parts(name, programs):
+    """Without a gradient nobody waits, so the interpreter can run program after program; then with one, all known."""
     V, block = 77, 16
     z, y, labels, factors = logits(V)
     settings = SETTINGS[name]
@@ -65,40 +78,40 @@ def test_parts_of_a_row_combine(name):
     torch_rows(z.clone(), y.clone(), labels, factors, expected_grad, settings, expected)
     found, grad = empty_losses(), torch.empty(ROWS, V)
     parts = -(-V // block)
-    facts = torch.zeros(ROWS * parts * 9)
-    for _ in range(2):
-        arrived, ticket = torch.full((ROWS,), parts, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        triton_rows.rows_kernel[(ROWS * parts,)](
-            z, y, labels, factors, grad, *found, facts, arrived, ticket, V, V, V, V,
+    facts, results = torch.full((ROWS * parts * 9,), float("nan")), torch.full((ROWS * 6,), float("nan"))
+    arrived = torch.zeros(ROWS, dtype=torch.int32)
+    for with_gradient in (False, True):
+        triton_rows.rows_kernel[(programs,)](
+            z, y, labels, factors, grad, *found, facts, results, arrived, ROWS * parts, V, V, V, V,
             1 / settings.student_temperature, 1 / settings.teacher_temperature, settings.kl_factor,
             settings.smoothing, settings.l2wrap, settings.ignore_index, PARTS=parts, POWER=8, BLOCK=block,
-            TEACHER=True, LABELS=True, FACTORS=True, GRAD=True, TEMPERED=settings.student_temperature != 1,
-            SMOOTH=settings.smoothing != 0,
+            LAG=-(-parts // programs), TEACHER=True, LABELS=True, FACTORS=True, GRAD=with_gradient,
+            TEMPERED=settings.student_temperature != 1, SMOOTH=settings.smoothing != 0, WRAP=settings.l2wrap != 0,
         )  # fmt: skip
-    assert (arrived == 2 * parts).all()
+        assert (arrived == parts + 1 + parts * with_gradient).all()
     assert_same(found, expected, grad, expected_grad)
 
 
-def test_equal_logits_have_exactly_no_divergence():
+def test_equal_logits_have_exactly_no_divergence(run_rows):
     z, y, *_ = logits(50)
     found, grad = empty_losses(), torch.empty(ROWS, 50)
-    triton_rows.triton_rows(z, y, None, None, grad, RowSettings(kl_factor=1.0), found)
+    run_rows(z, y, None, None, grad, RowSettings(kl_factor=1.0), found)
     assert found.kl[3] == 0
     assert (grad[3] == 0).all()
     assert found.same[3] == 1
 
 
-def test_a_label_outside_the_vocabulary_shows():
+def test_a_label_outside_the_vocabulary_shows(run_rows):
     z, _, labels, factors = logits(50)
     labels[0] = 50
     found = empty_losses()
-    triton_rows.triton_rows(z, None, labels, factors, None, RowSettings(), found)
+    run_rows(z, None, labels, factors, None, RowSettings(), found)
     assert found.nll[0].isnan()
     assert found.nll[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whole_losses(monkeypatch, dtype):
+def test_whole_losses(monkeypatch, run_rows, dtype):
     generator = torch.Generator().manual_seed(1)
     hidden, teacher, head = (torch.randn(n, 16, generator=generator).to(dtype) for n in (37, 37, 60))
     hidden.requires_grad_()
@@ -110,6 +123,6 @@ def test_whole_losses(monkeypatch, dtype):
         return [kl, *metrics.values(), ce, *others.values(), *torch.autograd.grad(kl + ce, hidden)]
 
     expected = both()
-    monkeypatch.setattr(driver, "choose_rows", lambda device, dtype: triton_rows.triton_rows)
+    monkeypatch.setattr(driver, "choose_rows", lambda device, dtype: run_rows)
     for x, y in zip(both(), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

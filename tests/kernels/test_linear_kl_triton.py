@@ -41,7 +41,7 @@ def test_compiles(target, V, tmp_path):
 @pytest.mark.parametrize("V", [1000, 50257, 152064])
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_on_the_gpu(V, tau):
-    """Rows shared by up to nineteen programs, an odd vocabulary, several tiles."""
+    """Rows of one part to 75, an odd vocabulary, several tiles."""
     generator = torch.Generator("cuda").manual_seed(0)
     N, D = 1500, 64
     hidden, teacher = (torch.randn(N, D, device="cuda", generator=generator).bfloat16() for _ in range(2))

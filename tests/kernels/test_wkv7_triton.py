@@ -15,7 +15,7 @@ from radlads.kernels.wkv7 import wkv7, wkv7_step
 pytest.importorskip("triton")
 
 from radlads.kernels.wkv7.triton_op import wkv7_triton
-from radlads.kernels.wkv7.triton_tuning import FEWEST_HEADS, current_backend, fused_tuning, hopper_here
+from radlads.kernels.wkv7.triton_tuning import current_backend, fused_tuning, hopper_here
 
 
 def run_python(*arguments, **environment):
@@ -72,8 +72,9 @@ def fused(size, hopper, heads=1000):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("size", "hopper", "heads"), [
-    *((size, hopper, 1000) for size in (40, 64, 96, 128) for hopper in (False, True)), (64, True, FEWEST_HEADS)
+@pytest.mark.parametrize(("size", "hopper", "heads"), [  # 64: so few that two programs share one
+    *((size, hopper, 1000) for size in (40, 64, 96, 128) for hopper in (False, True)),
+    (64, True, 64), (128, True, 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_on_the_gpu(size, hopper, heads, dtype):
