@@ -52,7 +52,7 @@ def wkv7_triton(
     backend = current_backend()
     dtype = _common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     if tuning is None and numerics is None:
-        hopper = hopper_takes(K, V, log_decay_BTHK.dtype) and hopper_here()
+        hopper = hopper_takes(K, V, log_decay_BTHK.dtype) and hopper_here(v_BTHV.device)
         tuning = fused_tuning(K, V, num_sequences * H, dtype, backend, hopper=hopper)
     with torch.cuda.device(v_BTHV.device) if v_BTHV.is_cuda else nullcontext():
         if isinstance(tuning, Fused):

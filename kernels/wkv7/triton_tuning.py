@@ -79,9 +79,9 @@ class Numerics:
     precision: str
 
 
-def hopper_here() -> bool:
+def hopper_here(device: torch.device | None = None) -> bool:
     """Whether this GPU is one of NVIDIA's Hopper generation and this Triton can compile hopper_*.py for it."""
-    return current_backend() == "cuda" and torch.cuda.get_device_capability()[0] == 9 and _gluon()
+    return current_backend() == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and _gluon()
 
 
 @functools.cache
