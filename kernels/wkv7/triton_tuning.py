@@ -81,7 +81,9 @@ class Numerics:
 
 def hopper_here(device: torch.device | None = None) -> bool:
     """Whether this GPU is one of NVIDIA's Hopper generation and this Triton can compile hopper_*.py for it."""
-    return current_backend() == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and _gluon()
+    if current_backend() != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and _gluon()
 
 
 @functools.cache

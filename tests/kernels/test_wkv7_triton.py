@@ -15,7 +15,7 @@ from radlads.kernels.wkv7 import wkv7, wkv7_step
 pytest.importorskip("triton")
 
 from radlads.kernels.wkv7.triton_op import wkv7_triton
-from radlads.kernels.wkv7.triton_tuning import current_backend, fused_tuning, hopper_here
+from radlads.kernels.wkv7.triton_tuning import current_backend, fused_tuning, hopper_here, hopper_takes
 
 
 def run_python(*arguments, **environment):
@@ -48,6 +48,20 @@ def test_compiles(target, size, tmp_path):
 def test_without_a_gpu_triton_is_refused_in_one_line():
     with pytest.raises(ValueError, match="backend 'triton' cannot run here: the tensors are on cpu, not on a GPU"):
         wkv7(*wkv7_inputs(1, 4, 1, 8), backend="triton")
+
+
+def test_which_kernels_walk():
+    choose = partial(fused_tuning, backend="cuda", dtype=torch.bfloat16)
+    assert choose(64, 64, 1000, hopper=True).hopper
+    assert not choose(64, 64, 1000, hopper=False).hopper
+    assert not choose(64, 64, 1000, hopper=True).backward_split
+    assert choose(128, 128, 66, hopper=True).backward_split  # two programs a head fill 132 multiprocessors
+    assert choose(64, 64, 8, hopper=True) is None
+    assert choose(64, 64, 1000, dtype=torch.float32, hopper=True) is None
+    assert hopper_takes(96, 96, torch.bfloat16)
+    assert not hopper_takes(64, 128, torch.bfloat16)
+    assert not hopper_takes(60, 60, torch.bfloat16)
+    assert not hopper_takes(64, 64, torch.float32)
 
 
 @pytest.mark.gpu
