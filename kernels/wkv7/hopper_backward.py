@@ -29,9 +29,8 @@ from radlads.kernels.wkv7.hopper_common import (
 )
 from radlads.kernels.wkv7.hopper_half import LEAST, decays, half_back, make_middle, make_writes
 from radlads.kernels.wkv7.triton_common import LENGTHS
-from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES
+from radlads.kernels.wkv7.triton_fused_forward import SCALES
 
-SCALES = gl.constexpr(NUM_SCALES)
 # Where the later of two pieces begins, in hundredths of a sequence: dh alone takes about half the time of a full step.
 LATER_BEGIN = gl.constexpr(35)
 

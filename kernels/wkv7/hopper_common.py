@@ -5,14 +5,16 @@ every product has 64 or 128 rows and runs on the wide matrix instructions; tiles
 as in global memory. Names and formulas: README.md.
 """
 
-# ruff: noqa: RET505 -- of two compile-time branches only the taken one may exist
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-LOG2E = gl.constexpr(1.4426950408889634)
+from radlads.kernels.wkv7 import triton_common
+
+# Where a sequence lies is found as in Triton.
+locate_sequence = gluon.jit(triton_common.locate_sequence.fn)
 
 
 @gluon.jit
@@ -105,18 +107,6 @@ def store_state(
         gl.store(states + index * (K * V) + at, source.load(LAYOUT), mask=inside)
     else:
         gl.store(states + index * (K * V) + at, source.load(LAYOUT))
-
-
-@gluon.jit
-def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: gl.constexpr):
-    """First token, number of tokens, first slot and number of slots of sequence n."""
-    if PACKED:
-        first = gl.load(cu_seqlens + n).to(gl.int64)
-        slot = gl.load(offsets + n).to(gl.int64)
-        length = gl.load(cu_seqlens + n + 1).to(gl.int64) - first
-        return first, length, slot, (gl.load(offsets + n + 1).to(gl.int64) - slot).to(gl.int32)
-    else:
-        return n * T, n * 0 + T, n * num_chunks, (n * 0 + num_chunks).to(gl.int32)
 
 
 @gluon.jit

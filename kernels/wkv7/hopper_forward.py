@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from radlads.kernels.wkv7.hopper_common import (
-    LOG2E,
     bits,
     copy,
     inverse_of,
@@ -30,10 +29,9 @@ from radlads.kernels.wkv7.hopper_common import (
     store_state,
     store_triangle,
 )
-from radlads.kernels.wkv7.triton_common import LENGTHS
-from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES
+from radlads.kernels.wkv7.triton_common import LENGTHS, LOG2E
+from radlads.kernels.wkv7.triton_fused_forward import SCALES
 
-SCALES = gl.constexpr(NUM_SCALES)
 # Inputs whose largest magnitude is below 2^-31 count as that large: products of three scales stay finite.
 LEAST = gl.constexpr(96)
 
