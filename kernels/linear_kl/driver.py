@@ -133,8 +133,7 @@ class _Tiles:
             room = min(N, MAX_BLOCK) if self.kept else min(N, first)
             while room > 0:
                 left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
-                # A short tile more is better than a block less than full: its products fill the GPU in whole waves.
-                if block and left < max(_LEAST, min(first // 2, _ROUND)):
+                if block and left < max(_LEAST, first // 2):
                     break
                 block.append(min(self._round(left), room))
                 room -= block[-1]
