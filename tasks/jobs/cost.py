@@ -12,6 +12,8 @@ from typing import Any
 
 from radlads.tasks.job import JobResources
 from radlads.tasks.jobs.memory import Networks, StageName
+from radlads.tasks.recipe import Recipe
+from radlads.tasks.section_choice import late_choice
 from radlads.tasks.sections import Evaluate, Needle, Training
 
 UTILISATION = 0.15
@@ -60,13 +62,22 @@ def training_flops(stage: StageName, section: Training, networks: Networks) -> f
     return per_token * section.seen_tokens
 
 
-def judging_flops(section: Evaluate | Needle, networks: Networks) -> float:
-    """FLOPs of scoring teacher and student, without the lm-evaluation-harness tasks."""
-    both = _multiplied(networks.student_parameters, networks) + _multiplied(networks.teacher_parameters, networks)
+def judging_flops(section: Evaluate | Needle, networks: Networks, recipe: Recipe) -> float:
+    """FLOPs of scoring teacher and students, without the lm-evaluation-harness tasks.
+
+    evaluate scores every stage's student and, beside each, the teacher; needle asks the teacher once, the last student
+    and, beside a finetuned one, the distilled.
+    """
+    student = _multiplied(networks.student_parameters, networks)
+    teacher = _multiplied(networks.teacher_parameters, networks)
+    stages = (recipe.align, late_choice(recipe), recipe.distill, recipe.finetune)
     if isinstance(section, Evaluate):
-        return 2.0 * both * section.heldout_tokens
+        students = 1 + sum(stage is not None for stage in stages)  # the transplanted one as well
+        return 2.0 * students * (teacher + student) * section.heldout_tokens
+    students = 2 if recipe.finetune and recipe.distill else 1
     prompts = len(section.depths) * section.trials
-    return 2.0 * both * prompts * sum(length + section.max_new_tokens for length in section.lengths)
+    tokens = prompts * sum(length + section.max_new_tokens for length in section.lengths)
+    return 2.0 * (teacher + students * student) * tokens
 
 
 def stage_cost(flops: float, peak: float, resources: JobResources) -> dict[str, Any]:

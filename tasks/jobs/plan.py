@@ -245,7 +245,7 @@ def _plan_stages(
         if memory["total"] > limit:
             helps = what_would_help_judging(stage, section, networks, resources, limit)
             findings.misfits.append(_misfit(stage, memory, device, helps))
-        cost = stage_cost(judging_flops(section, networks), device["peak_flops"], resources)
+        cost = stage_cost(judging_flops(section, networks, recipe), device["peak_flops"], resources)
         stages[stage] = {"memory_bytes_per_gpu": memory} | cost
     return stages
 

@@ -242,3 +242,17 @@ def test_the_published_7b_run_is_estimated_near_what_it_took(shared_data: Path, 
     # Known to run with ZeRO-1 on cards of 80 GB at a smaller micro-batch, and of 192 GB at this one.
     assert 60e9 < need["total"] < 192e9
     assert need["weights"] == pytest.approx(2 * 8.4e9, rel=0.05)
+
+
+def test_judging_counts_every_model_that_is_judged(recipe: Callable[..., Recipe]):
+    """evaluate asks the teacher again beside each stage's student; needle asks it once, and two students at most."""
+    whole, short = recipe(), recipe(align=None, finetune=None)
+    assert whole.evaluate is not None
+    assert whole.needle is not None
+    assert all((whole.align, whole.distill, whole.finetune, short.distill))
+    made, less = plan.make_plan(whole, CPU), plan.make_plan(short, CPU)
+    stages, fewer = made.stages, less.stages
+    assert stages["evaluate"]["flops"] == pytest.approx(2 * fewer["evaluate"]["flops"])
+    asked, asked_less = stages["needle"]["flops"], fewer["needle"]["flops"]
+    share = asked / asked_less
+    assert 1.4 < share < 1.6, "a teacher and two students, where there were a teacher and one"
