@@ -31,7 +31,7 @@ from radlads.kernels.wkv7.hopper_half import LEAST, decays, half_back, make_midd
 from radlads.kernels.wkv7.triton_common import LENGTHS
 from radlads.kernels.wkv7.triton_fused_forward import SCALES
 
-# Where the later of two pieces begins, in hundredths of a sequence: dh alone takes about half the time of a full step.
+# Where the later of two pieces begins, in hundredths of a sequence: dh alone is taken for half a full step.
 LATER_BEGIN = gl.constexpr(35)
 
 

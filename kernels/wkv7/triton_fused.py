@@ -17,13 +17,13 @@ from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES, fused_forward_
 from radlads.kernels.wkv7.triton_plan import Plan, power
 from radlads.kernels.wkv7.triton_tuning import Fused, current_backend
 
-# Exponents inside a chunk, in bits from its middle: beyond, a scaled operand may leave fp16. RWKV-7 stays below 15.
+# Exponents of half a chunk, in bits: beyond, a scaled operand may leave fp16. RWKV-7 stays below 15.
 MOST_BITS = 15.5
 
 
 def widest_fused_decay(chunk: int) -> float:
     """The strongest log decay per token (a positive number), if every token had it, within MOST_BITS."""
-    return MOST_BITS * math.log(2) / (chunk // 2 + 1)
+    return MOST_BITS * math.log(2) / (chunk // 2)
 
 
 class FusedWkv7(torch.autograd.Function):
@@ -107,7 +107,7 @@ def _forward(
         **shared, **chunked, LEVELS=C.bit_length() - 1, LIMIT=MOST_BITS, num_warps=tuning.solve_warps,
     )  # fmt: skip
     # The bits as a log decay per token, for those who must mend it.
-    strongest = reach * (-math.log(2) / (C // 2 + 1))
+    strongest = reach * (-math.log(2) / (C // 2))
     WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
     arguments = (*inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H)
     options = {"C": C, "TAIL": plan.tail, "STORE": store, "INITIAL": h0 is not None, "KEPT": kept}

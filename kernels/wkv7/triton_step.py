@@ -62,7 +62,7 @@ def wkv7_step_triton(
     power = max(16, triton.next_power_of_2(V))
     masked = triton.next_power_of_2(K) != K  # narrow tiles by one warp were the fastest there
     # Whole heads move the most bytes a second, narrower tiles spread few heads over the GPU.
-    tile = min(power, values or (32 if masked else 128 if B * H >= 512 else 64))
+    tile = min(power, values or (32 if masked else 128 if K <= 128 and B * H >= 512 else 64))
     warps = warps or (1 if masked else 4)
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))

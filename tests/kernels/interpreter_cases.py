@@ -158,5 +158,17 @@ def test_fused_refuses_a_decay_beyond_its_range():
     inputs = wkv7_inputs(1, 64, 1, 16)
     inputs[1] = torch.full_like(inputs[1], -0.7)
     wkv7_triton(*inputs, tuning=FUSED)
-    with pytest.raises(LogDecayRangeError, match=r"log decay of -0\.7; the Triton kernels take at most 0\.63"):
+    with pytest.raises(LogDecayRangeError, match=r"log decay of -0\.7; the Triton kernels take at most 0\.67"):
+        WATCH.settle()
+
+
+def test_fused_counts_every_token_of_each_half():
+    """Too much for the second half of a chunk only together with its first token."""
+    WATCH.settle()
+    inputs = wkv7_inputs(1, 32, 1, 16)
+    decay = torch.full_like(inputs[1], -0.2)
+    decay[:, 16], decay[:, 17:] = -6.0, -0.4
+    inputs[1] = decay
+    wkv7_triton(*inputs, tuning=FUSED)
+    with pytest.raises(LogDecayRangeError):
         WATCH.settle()

@@ -136,6 +136,18 @@ def test_chunks_without_reads_or_writes_on_the_gpu(hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_two_programs_a_head_find_the_same_gradients_on_the_gpu(size):
+    bounds = torch.tensor([0, 0, 17, 50, 50, 333], device="cuda")
+    inputs = wkv7_inputs(1, 333, 2, size, dtype=torch.bfloat16, device="cuda")
+    alone, shared = (
+        outputs_and_gradients(wkv7_triton, inputs, cu_seqlens=bounds, tuning=fused(size, True, heads))
+        for heads in (1000, 64)
+    )
+    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+@pytest.mark.gpu
 def test_on_the_gpu_unaligned_inputs():
     tuning = fused(64, True)
     inputs = wkv7_inputs(1, 70, 2, 64, dtype=torch.bfloat16, device="cuda")
