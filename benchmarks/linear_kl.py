@@ -2,16 +2,19 @@
 
     python3 benchmarks/linear_kl.py [--out FILE.json] [--tokens 16384] [--width 4096] [--vocabulary 152064]
 
-Under a minute. "products" is the time of the products that a case must do, each whole and in bf16: logits of student
-and (for KL) teacher, gradient of the hidden states, gradient of the head if it trains. Peak memory is what a case needs
-beyond its operands; the head's gradient (fp32 while it is summed) is told apart. liger-kernel and fla, where they can
-be imported, are measured on what they have in common with linear_kl: temperature 1, no cross entropy.
+About a minute. "products" is the time of the products that a case must do, each whole and in bf16: logits of student
+and (for KL) teacher, gradient of the hidden states, gradient of the head if it trains; all are timed in turns. Peak
+memory is what a case needs beyond its operands; the head's gradient (fp32 while it is summed) is told apart.
+liger-kernel and fla, where they can be imported, are measured on what they have in common with linear_kl: temperature
+1, no cross entropy.
 
 Needs the package importable as `radlads`.
 """
 
 import argparse
 import json
+import random
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,18 +39,28 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def milliseconds(run: Callable[[], object], repeat: int = 3) -> float:
-    """Median of `repeat` runs after one to warm up: every run here takes tens of milliseconds or more."""
+def once(run: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     run()
-    times = []
-    for _ in range(repeat):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
+    """Median milliseconds of each after one round to warm up. Taken in turns, in another order each round: a GPU at its
+    power limit slows down as it warms, and what is timed first would look fastest."""
+    order, shuffled = list(runs), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        shuffled.shuffle(order)
+        for name in order:
+            ms = once(runs[name])
+            if turn:
+                times[name].append(ms)
+    return {name: statistics.median(ms) for name, ms in times.items()}
 
 
 def draw(N: int, D: int, V: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -78,31 +91,29 @@ def errors() -> Iterator[dict]:
             plain = functional.kl_div(q, p, log_target=True, reduction="batchmean") * tau**2
             plain = plain + weight * functional.cross_entropy(z, labels)
             exact = torch.autograd.grad(plain, wide)
-            for logits in (torch.float32, BF16):
+            for logits in (None, torch.float32, BF16):
                 loss, _ = linear_kl(
                     student, head, teacher, other, student_temperature=tau, teacher_temperature=teacher_tau,
                     labels_N=labels, ce_weight=weight, logits_dtype=logits,
                 )  # fmt: skip
                 found = torch.autograd.grad(loss, leaves)
                 yield {
-                    "case": f"V={V} temperatures {tau}/{teacher_tau} ce {weight} logits {str(logits)[6:]}",
+                    "case": f"V={V} temperatures {tau}/{teacher_tau} ce {weight} logits {logits or 'never'}",
                     "loss": relative_rms(loss, plain),
                     "d_hidden": relative_rms(found[0], exact[0]),
                     "d_head": relative_rms(found[1], exact[1]),
                 }
 
 
-def products(N: int, D: int, V: int) -> dict[str, float]:
-    """Milliseconds of the three kinds of product, whole and in bf16."""
-    hidden, head, *_ = draw(N, D, V)
-    grad = torch.randn(N, V, device="cuda", dtype=BF16)
-    logits = torch.empty_like(grad)
-    runs = {
+def products(hidden: Tensor, head: Tensor) -> dict[str, Callable[[], object]]:
+    """The three kinds of product, whole and in bf16."""
+    logits = torch.empty(len(hidden), len(head), device="cuda", dtype=BF16)
+    torch.mm(hidden, head.t(), out=logits)
+    return {
         "logits": lambda: torch.mm(hidden, head.t(), out=logits),
-        "d_hidden": lambda: grad @ head,
-        "d_head": lambda: grad.t() @ hidden,
+        "d_hidden": lambda: logits @ head,
+        "d_head": lambda: logits.t() @ hidden,
     }
-    return {name: milliseconds(run) for name, run in runs.items()}
 
 
 def row_kernel(V: int) -> Iterator[dict]:
@@ -117,7 +128,7 @@ def row_kernel(V: int) -> Iterator[dict]:
             for _ in range(8):
                 triton_rows(z, y, None, None, grad, RowSettings(kl_factor=1.0), losses)
 
-        ms = milliseconds(run) / 8
+        ms = in_turns({"rows": run})["rows"] / 8
         moved = rows * V * (2 * dtype.itemsize + 2)
         yield {"case": f"row kernel, logits {str(dtype)[6:]}", "ms": ms, "tb_per_s": moved / ms / 1e9}
 
@@ -139,58 +150,68 @@ def peers(student: Tensor, head: Tensor, teacher: Tensor, other: Tensor) -> Iter
         say(f"liger-kernel left out: {error}")
 
 
-def measure(run: Callable[[], object]) -> tuple[float, float]:
-    """(milliseconds, GiB allocated beyond what was there)."""
+def beyond(run: Callable[[], object]) -> float:
+    """GiB allocated beyond what was there."""
     run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / GIB
-    return milliseconds(run), peak
+    return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
-def losses(N: int, D: int, V: int, alone: dict[str, float]) -> Iterator[dict]:
+def losses(N: int, D: int, V: int) -> Iterator[dict]:
+    """All cases in turns with the products alone, which come first."""
     student, head, teacher, other, labels = draw(N, D, V)
+    alone = products(student.detach(), head)
     student.requires_grad_()
     trained = head.clone().requires_grad_()
+    kl = partial(linear_kl, teacher_hidden_NE=teacher, teacher_head_VE=other)
+    both = partial(kl, temperature=2.0, labels_N=labels, ce_weight=0.5)
+    ce = partial(linear_ce, labels_N=labels)
     cases: list[tuple[str, Callable, bool, int]] = []
+    for kind, matrix in (("frozen", head), ("trained", trained)):
+        trains = matrix is trained
+        cases += [
+            (f"kl, {kind} head", partial(kl, student, matrix), trains, 2),
+            (f"kl, labels for its metrics, {kind} head", partial(kl, student, matrix, labels_N=labels), trains, 2),
+            (f"kl + ce at temperature 2, {kind} head", partial(both, student, matrix), trains, 2),
+            (f"ce, {kind} head", partial(ce, student, matrix), trains, 1),
+        ]
     for logits in (torch.float32, BF16):
-        kl = partial(linear_kl, teacher_hidden_NE=teacher, teacher_head_VE=other, logits_dtype=logits)
-        both = partial(kl, temperature=2.0, labels_N=labels, ce_weight=0.5)
-        ce = partial(linear_ce, labels_N=labels, logits_dtype=logits)
-        kinds = (
-            ("kl, frozen head", partial(kl, student, head), False, 2),
-            ("kl, trained head", partial(kl, student, trained), True, 2),
-            ("kl + ce at temperature 2, trained head", partial(both, student, trained), True, 2),
-            ("ce, trained head", partial(ce, student, trained), True, 1),
-        )
-        cases += [(f"{name}, {str(logits)[6:]} logits", loss, trains, n) for name, loss, trains, n in kinds]
+        name = f"kl, frozen head, {str(logits)[6:]} logits in memory"
+        cases.append((name, partial(kl, student, head, logits_dtype=logits), False, 2))
     cases += [(name, loss, True, 2) for name, loss in peers(student, trained, teacher, other)]
-    for name, loss, trains, count in cases:
-        leaves = (student, trained) if trains else (student,)
+    runs: dict[str, Callable[[], object]] = dict(alone)
+    memory = {}
+    for name, loss, trains, _ in cases:
 
-        def run(loss: Callable = loss, leaves: tuple[Tensor, ...] = leaves) -> object:
+        def run(loss: Callable = loss, leaves: tuple = (student, trained) if trains else (student,)) -> object:
             found = loss()
             return torch.autograd.grad(found[0] if isinstance(found, tuple) else found, leaves)
 
         try:
-            ms, gib = measure(run)
+            memory[name] = beyond(run)
         except (RuntimeError, torch.OutOfMemoryError, triton.CompilationError) as error:
             yield {"case": name, "failed": f"{type(error).__name__}: {error}"[:200]}
+        else:
+            runs[name] = run
+        torch.cuda.empty_cache()
+    times = in_turns(runs)
+    for name in alone:
+        yield {"case": f"product: {name}", "ms": times[name]}
+    for name, _, trains, count in cases:
+        if name not in memory:
             continue
-        finally:
-            torch.cuda.empty_cache()
-        floor = count * alone["logits"] + alone["d_hidden"] + (alone["d_head"] if trains else 0.0)
-        head_gib = 4 * V * D / GIB if trains else 0.0
+        floor = count * times["logits"] + times["d_hidden"] + (times["d_head"] if trains else 0.0)
         yield {
             "case": name,
-            "ms": ms,
+            "ms": times[name],
             "products_ms": floor,
-            "ratio": ms / floor,
-            "gib": gib,
-            "head_gradient_gib": head_gib,
+            "ratio": times[name] / floor,
+            "gib": memory[name],
+            "head_gradient_gib": 4 * V * D / GIB if trains else 0.0,
         }
 
 
@@ -208,21 +229,17 @@ def main() -> None:
     for row in errors():
         found["errors"].append(row)
         say(f"{row['case']:56s} " + "  ".join(f"{k} {row[k]:.1e}" for k in ("loss", "d_hidden", "d_head")))
-    found["products"] = products(*shape)
-    torch.cuda.empty_cache()
-    say("products, ms: " + "  ".join(f"{name} {ms:.1f}" for name, ms in found["products"].items()))
     for row in row_kernel(shape[2]):
         found["times"].append(row)
         say(f"{row['case']:56s} {row['ms']:6.2f} ms  {row['tb_per_s']:.2f} TB/s")
-    for row in losses(*shape, found["products"]):
+    torch.cuda.empty_cache()
+    for row in losses(*shape):
         found["times"].append(row)
-        if "failed" in row:
-            say(f"{row['case']:56s} {row['failed']}")
-            continue
-        say(
-            f"{row['case']:56s} {row['ms']:6.1f} ms  {row['ratio']:.3f} x products {row['products_ms']:.1f}"
-            f"  peak {row['gib']:.2f} GiB, of it head gradient {row['head_gradient_gib']:.2f}"
-        )
+        text = row.get("failed") or f"{row['ms']:6.1f} ms"
+        if "ratio" in row:
+            text += f"  {row['ratio']:.3f} x products {row['products_ms']:.1f}  peak {row['gib']:.2f} GiB"
+            text += f", of it head gradient {row['head_gradient_gib']:.2f}"
+        say(f"{row['case']:56s} {text}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")

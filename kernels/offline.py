@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from radlads.kernels.linear_kl import triton_product as product
 from radlads.kernels.linear_kl import triton_rows
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
@@ -124,6 +126,42 @@ def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
             x, None, long, f, x, f, f, f, f, f, f, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, **shared
         ),
     }
+
+
+def compile_product(V: int, *, tempered: bool = True) -> dict[str, Any]:
+    """Compile the product of linear_kl that sums its own rows, which is for sm_90: {kernel: what Triton made}."""
+    driver.set_active(_Driver(TARGETS["sm_90"]))
+    tokens, part, depth, parts = product.TOKENS, product.PART, product.DEPTH, triton.cdiv(V, product.PART)
+    f, h, long = torch.empty(64), torch.empty(64, dtype=torch.float16), torch.empty(64, dtype=torch.int64)
+    x = TensorDescriptor(torch.empty(tokens, 512, dtype=torch.bfloat16), [tokens, 512], [512, 1], [tokens, depth])
+    w = TensorDescriptor(torch.empty(part, 512, dtype=torch.bfloat16), [part, 512], [512, 1], [part, depth])
+    u = TensorDescriptor(torch.empty(tokens, part, dtype=torch.float16), [tokens, part], [part, 1], [tokens, part // 4])
+    sizes = {"D": 512, "PARTS": parts, "BM": tokens, "BN": part, "BK": depth, "EVEN": V % part == 0}
+    options = {"num_warps": product.WARPS, "num_stages": product.STAGES, "grid": (1,)}
+    teacher = {"TEACHER": True, "AGAINST": False, "POWERED": 0, "SMOOTH": False}
+    student = {"TEACHER": False, "AGAINST": True, "POWERED": int(tempered), "SMOOTH": False}
+    alone = student | {"AGAINST": False, "POWERED": 0, "SMOOTH": True}
+    losses = {"PARTS": parts, "POWER": triton.next_power_of_2(parts), "LABELS": True, "TEMPERED": tempered}
+    losses |= {"BN": part, "TEACHER": True, "SMOOTH": True, "grid": (1,)}
+    gradient = {"PARTS": parts, "BN": part, "TAKEN": 8, "TEACHER": True, "FACTORS": True, "TEMPERED": tempered}
+    gradient |= {"POWERED": int(tempered), "SMOOTH": True, "WRAP": True, "grid": (1,)}
+    width = parts * part
+    numbers = (tokens, V, width, 0.5, 0.5, 0.5, 1.0)
+    multiply = product.product_kernel.warmup
+    return {
+        "teacher": multiply(x, w, u, None, f, *numbers, **sizes, **teacher, **options),
+        "student": multiply(x, w, u, h, f, *numbers, **sizes, **student, **options),
+        "alone": multiply(x, w, u, None, f, *numbers, **sizes, **alone, **options),
+        "label": product.label_kernel.warmup(x.base, w.base, long, f, V, 512, 512, D=512, BLOCK=512, grid=(1,)),
+        "combine": product.combine_kernel.warmup(
+            h, h, long, f, f, f, f, f, f, f, V, width, width, 0.5, 0.5, -100, **losses
+        ),
+        "gradient": product.gradient_kernel.warmup(
+            h, h, torch.empty(64, dtype=torch.bfloat16), long, f, f, f, V, width, width, width, 0.5, 0.5, 2.0,
+            1.0, 0.1, 0.1,
+            **gradient,
+        ),
+    }  # fmt: skip
 
 
 def compile_wkv6(

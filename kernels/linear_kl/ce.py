@@ -69,7 +69,7 @@ class _LinearCe(torch.autograd.Function):
             logits_dtype=logits_dtype,
         )
         found = run_batch(batch, settings)
-        ctx.save_for_backward(found.grad_hidden, found.grad_head)
+        ctx.save_for_backward(found.grad_hidden, *found.grad_head)
         ctx.dtypes = hidden_ND.dtype, head_VD.dtype
         ce, smooth, accuracy = (x.sum() / divisor for x in (found.losses.nll, found.losses.smooth, found.losses.same))
         results = (1 - settings.smoothing) * ce + settings.smoothing * smooth, ce, accuracy, num_tokens

@@ -19,9 +19,12 @@ from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
 # Memory for logits and their gradients. On a GPU it leaves, of one GiB, room for the gradient of the hidden states.
 ARENA_BYTES = {"cpu": 64 << 20, "cuda": 870 << 20}
 MAX_BLOCK = 2048  # tokens: from here on the products are as fast as they get
+# Tokens of a block whose tiles are no smaller: the product with the head is fastest so, its gradient wants more.
+FUSED_BLOCK = {"frozen": 1024, "trained": 2048}
+PULLED = 1024  # tokens whose gradient is taken to the hidden states at a time
 _ROUND = 128  # tokens of a tile are a multiple of this, where there are that many
 _LEAST = 16  # tokens of a tile, however large the vocabulary
-_PAD = 64  # entries of a row: keeps every row aligned for the matrix units
+_PAD = 256  # entries of a row: keeps every row aligned for the matrix units, and whole for a product's tiles
 
 Rows = Callable[..., None]
 
@@ -48,7 +51,7 @@ class Found:
 
     losses: RowLosses
     grad_hidden: Tensor | None
-    grad_head: Tensor | None
+    grad_head: tuple[Tensor, ...]  # pieces of rows; none if it was not wanted
 
 
 def run_batch(batch: Batch, settings: RowSettings) -> Found:
@@ -60,39 +63,54 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
     theirs = None if teacher is None else Operand(batch.teacher_head, teacher.dtype, dtype)
     losses = RowLosses(*(torch.zeros(N, dtype=dtype, device=hidden.device) for _ in RowLosses._fields))
     grad_dtype = ours.grad_dtype if batch.want_hidden or batch.want_head else None
-    tiles = _Tiles(N, V, hidden.device, batch.logits_dtype or dtype, grad_dtype, alone=theirs is None)
+    fused = choose_product(batch)
+    longest = MAX_BLOCK if fused is None else FUSED_BLOCK["trained" if batch.want_head else "frozen"]
+    tiles = _Tiles(
+        N, V, hidden.device, torch.float16 if fused else batch.logits_dtype or dtype, grad_dtype,
+        alone=theirs is None, longest=longest, powers=fused is not None,
+    )  # fmt: skip
     grad_hidden = None
     if batch.want_hidden:
         grad_hidden = torch.empty_like(hidden, dtype=waiting_dtype(hidden, dtype))
     grad_head = HeadGradient(ours) if batch.want_head else None
     rows = choose_rows(hidden.device, dtype)
 
-    def fill(start: int, tiles_of_block: list[int]) -> Tensor | None:
-        """Losses of a block's tokens and the gradient of its logits: two products and one kernel a tile."""
-        offset = 0
-        for count in tiles_of_block:
-            here = slice(start + offset, start + offset + count)
-            z, y, grad = tiles.views(offset, count)
-            ours.logits(hidden[here], z)
-            if theirs is not None:
-                theirs.logits(teacher[here], y)
-            labels, factor = (None if x is None else x[here] for x in (batch.labels, batch.ce_factor))
-            rows(z, y, labels, factor, grad, settings, RowLosses(*(x[here] for x in losses)))
-            offset += count
-        return None if grad_dtype is None else tiles.gradients(offset)
+    def fill(here: slice, z: Tensor, y: Tensor | None, grad: Tensor | None) -> None:
+        """Losses of a tile's tokens and the gradient of its logits."""
+        labels, factor = (None if x is None else x[here] for x in (batch.labels, batch.ce_factor))
+        theirs_here = None if theirs is None else teacher[here]
+        found = RowLosses(*(x[here] for x in losses))
+        if fused is not None:
+            fused(
+                hidden[here], batch.head, theirs_here, batch.teacher_head, labels, factor, z, y, grad, settings, found
+            )
+            return
+        ours.logits(hidden[here], z)
+        if theirs is not None:
+            theirs.logits(theirs_here, y)
+        rows(z, y, labels, factor, grad, settings, found)
+
+    def fill_block(start: int, block: list[int]) -> Tensor | None:
+        done = 0
+        for count in block:
+            fill(slice(start + done, start + done + count), *tiles.views(done, count))
+            done += count
+        return None if grad_dtype is None else tiles.gradients(done)
 
     with torch.autocast(hidden.device.type, enabled=False):
         start = 0
         for block in tiles.blocks:
             here = slice(start, start + sum(block))
-            grad, scale = fill(start, block), batch.scale[here, None]
+            grad, scale = fill_block(start, block), batch.scale[here, None]
             if grad_hidden is not None:
-                grad_hidden[here] = ours.pull_back(grad).mul_(scale)
+                for i in range(0, len(grad), PULLED):
+                    piece = slice(i, min(i + PULLED, len(grad)))
+                    grad_hidden[here][piece] = ours.pull_back(grad[piece]).mul_(scale[piece])
             if grad_head is not None:  # scaled by N on the way: fp16 could not hold hidden / N
                 grad_head.add(grad, hidden[here] * (scale * N))
             start = here.stop
         grad = tiles.arena = None  # gone before the head's gradient is cast
-        head = None if grad_head is None else grad_head.finish(1 / N, waiting_dtype(batch.head, dtype))
+        head = () if grad_head is None else grad_head.finish(1 / N, waiting_dtype(batch.head, dtype))
     return Found(losses, grad_hidden, head)
 
 
@@ -105,20 +123,45 @@ def choose_rows(device: torch.device, dtype: torch.dtype) -> Rows:
     return triton_rows
 
 
+def choose_product(batch: Batch) -> Callable[..., None] | None:
+    """The product that sums its own rows, where it can be and nothing else was asked for: on NVIDIA's Hopper."""
+    device = batch.hidden.device
+    if device.type != "cuda" or batch.logits_dtype is not None or find_spec("triton") is None:
+        return None
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    from radlads.kernels.linear_kl.triton_product import product_rows, takes
+
+    pairs = [(batch.hidden, batch.head)]
+    if batch.teacher is not None:
+        pairs.append((batch.teacher, batch.teacher_head))
+    return product_rows if all(takes(*pair) for pair in pairs) else None
+
+
 class _Tiles:
     """One piece of memory for a block: gradients of logits grow from its front, logits of a tile lie behind them.
 
-    Logits of the student and their gradient share memory where they have one dtype.
+    Logits of the student and their gradient share memory where they have one size. A block has at most `longest`
+    tokens, and with `powers` a tile has 2^i, so that its products fill the GPU.
     """
 
     def __init__(
-        self, N: int, V: int, device: torch.device, logits: torch.dtype, grad: torch.dtype | None, alone: bool
+        self,
+        N: int,
+        V: int,
+        device: torch.device,
+        logits: torch.dtype,
+        grad: torch.dtype | None,
+        alone: bool = False,
+        longest: int = MAX_BLOCK,
+        powers: bool = False,
     ) -> None:
         self.V, self.width = V, V if device.type == "cpu" else -(-V // _PAD) * _PAD
         self.logits_dtype, self.grad_dtype, self.alone = logits, grad, alone
         self.kept = 0 if grad is None else grad.itemsize
-        self.shared = grad == logits
+        self.shared = self.kept == logits.itemsize
         self.passing = logits.itemsize * ((0 if self.shared else 1) + (0 if alone else 1))
+        self.longest, self.powers = longest, powers
         budget = ARENA_BYTES["cpu" if device.type == "cpu" else "cuda"] // self.width
         self.blocks = self._plan(N, budget)
         rows = max((self._bytes(block) for block in self.blocks), default=0)
@@ -130,7 +173,7 @@ class _Tiles:
         blocks: list[list[int]] = []
         while N > 0:
             block: list[int] = []
-            room = min(N, MAX_BLOCK) if self.kept else min(N, first)
+            room = min(N, self.longest) if self.kept else min(N, self.longest, first)
             while room > 0:
                 left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
                 if block and left < max(_LEAST, first // 2):
@@ -142,7 +185,9 @@ class _Tiles:
         return blocks
 
     def _round(self, tile: int) -> int:
-        return max(_LEAST, tile) if tile < _ROUND else tile // _ROUND * _ROUND
+        if tile < _ROUND:
+            return max(_LEAST, tile)
+        return 1 << (tile.bit_length() - 1) if self.powers else tile // _ROUND * _ROUND
 
     def _bytes(self, block: list[int]) -> int:
         """Bytes of a block per entry of a row."""
@@ -151,12 +196,11 @@ class _Tiles:
 
     def views(self, offset: int, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of the student, of the teacher, and the gradient [count,V] of the tile after `offset` tokens."""
-        grad = None if self.grad_dtype is None else self._rows(offset * self.kept, count, self.grad_dtype)
-        place = (offset + count) * self.kept
-        z = grad
-        if not self.shared:
-            z = self._rows(place, count, self.logits_dtype)
-            place += count * self.logits_dtype.itemsize
+        start = offset * self.kept
+        grad = None if self.grad_dtype is None else self._rows(start, count, self.grad_dtype)
+        place = start + count * self.kept
+        z = self._rows(start if self.shared else place, count, self.logits_dtype)
+        place += 0 if self.shared else count * self.logits_dtype.itemsize
         return z, None if self.alone else self._rows(place, count, self.logits_dtype), grad
 
     def gradients(self, count: int) -> Tensor:

@@ -95,7 +95,7 @@ class _LinearKl(torch.autograd.Function):
             logits_dtype=logits_dtype,
         )
         found = run_batch(batch, settings)
-        ctx.save_for_backward(found.grad_hidden, found.grad_head)
+        ctx.save_for_backward(found.grad_hidden, *found.grad_head)
         ctx.dtypes = student_ND.dtype, head_VD.dtype
         kl = (found.losses.kl @ scale_N) * settings.student_temperature**2
         ce = kl.new_zeros(()) if ratio_N is None else found.losses.nll @ (scale_N * ratio_N)
@@ -109,12 +109,21 @@ class _LinearKl(torch.autograd.Function):
         return *scaled_gradients(ctx, dloss), *(None,) * 8
 
 
-def scaled_gradients(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward left, times the incoming scalar, in the dtypes of what they belong to."""
-    return tuple(
-        None if grad is None else (grad * dloss.to(grad.dtype)).to(dtype)
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    )
+def scaled_gradients(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that the forward left (the head's in pieces), times the incoming scalar, in the dtypes of what they
+    belong to."""
+    hidden, *pieces = ctx.saved_tensors
+    hidden_dtype, head_dtype = ctx.dtypes
+    if hidden is not None:
+        hidden = (hidden * dloss.to(hidden.dtype)).to(hidden_dtype)
+    if not pieces:
+        return hidden, None
+    head = torch.empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=head_dtype, device=pieces[0].device)
+    start = 0
+    for piece in pieces:
+        torch.mul(piece, dloss.to(piece.dtype), out=head[start : start + len(piece)])
+        start += len(piece)
+    return hidden, head
 
 
 def _normalised(weight_N: Tensor | None, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:

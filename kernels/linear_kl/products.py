@@ -50,25 +50,39 @@ class HeadGradient:
         self.operand = operand
         self.bounds = [V * i // _SLABS for i in range(_SLABS + 1)]
         self.slabs: list[Tensor] = [
-            torch.zeros(stop - start, E, dtype=operand.dtype, device=operand.head_VE.device)
+            torch.empty(stop - start, E, dtype=operand.dtype, device=operand.head_VE.device)
             for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)
         ]
+        self.begun = False
 
     def add(self, grad_nV: Tensor, hidden_nE: Tensor) -> None:
         right = hidden_nE.to(self.operand.grad_dtype)
         for i, total in enumerate(self.slabs):
             left = grad_nV[:, self.bounds[i] : self.bounds[i + 1]].t()
-            if self.operand.narrow:
+            if not self.begun:
+                self._product(left, right, total)
+            elif self.operand.narrow:
                 torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
             else:
                 total.addmm_(left, right)
+        self.begun = True
 
-    def finish(self, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-        """The whole gradient [V,E] times `scale` in `dtype`; spends the sum, piece by piece."""
+    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if self.operand.narrow:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(left, right, out=out)
+
+    def finish(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The gradient [V,E] times `scale` in `dtype`, as pieces of rows; spends the sum, piece by piece."""
         pieces = []
         while self.slabs:
-            pieces.append(self.slabs.pop(0).mul_(scale).to(dtype))
-        return torch.cat(pieces)
+            total = self.slabs.pop(0)
+            if not self.begun:
+                total.zero_()
+            piece = total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
+            pieces.append(torch.mul(total, scale, out=piece))
+        return tuple(pieces)
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

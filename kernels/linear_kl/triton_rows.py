@@ -34,9 +34,9 @@ _WARPS = 4
 _PROGRAMS = 6  # on a multiprocessor, where they fit
 _REGISTERS = 80  # of a thread, at most: six programs of four warps then fit on an NVIDIA multiprocessor
 _LAG = 1  # rounds between a part's two passes; more where a row has more parts than there are programs
-_FACTS = tl.constexpr(9)  # numbers about a part of a row
-_RESULTS = tl.constexpr(6)  # numbers about a row
-_LOG2E = tl.constexpr(1.4426950408889634)
+FACTS = tl.constexpr(9)  # numbers about a part of a row
+RESULTS = tl.constexpr(6)  # numbers about a row
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -55,33 +55,40 @@ def _three_sums(a, b, c, d, e, f):
 
 
 @triton.jit
-def _combine(
-    row, z, labels, kl, nll, smooth, same, facts, results, V, stride_z, cold_s, cold_t, ignore_index,
+def _top_place(facts, PARTS: tl.constexpr, POWER: tl.constexpr):
+    """Where the first of a model's largest logits is."""
+    infinity = float("inf")
+    i = tl.arange(0, POWER)
+    tops = tl.load(facts + i, mask=i < PARTS, other=-infinity, cache_modifier=".cg")
+    places = tl.load(facts + 3 * PARTS + i, mask=i < PARTS, other=infinity, cache_modifier=".cg")
+    return tl.min(tl.where(tops == tl.max(tops, 0), places, infinity), 0)
+
+
+@triton.jit
+def combine(
+    row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, facts, results, V, cold_s, cold_t, ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr, TEMPERED: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Losses and results of a row from the facts of its parts."""
+    """Losses and results of a row from the facts of its parts, the logit of its label (any, where none counts) and the
+    places of both models' largest logits."""
     infinity = float("inf")
     if LABELS:
         label = tl.load(labels + row)
         counted = label != ignore_index
-        known = counted & (label >= 0) & (label < V)
-        of_label = tl.load(z + row * stride_z + tl.where(known, label, 0)).to(tl.float32)
-        of_label = tl.where(known | (label == ignore_index), of_label, float("nan"))
+        of_label = tl.where(counted & ((label < 0) | (label >= V)), float("nan"), of_label)
     i = tl.arange(0, POWER)
-    theirs = facts + row * (_FACTS * PARTS) + i
+    theirs = facts + row * (FACTS * PARTS) + i
     real = i < PARTS
     tops = tl.load(theirs, mask=real, other=-infinity, cache_modifier=".cg")
     totals = tl.load(theirs + PARTS, mask=real, other=0.0, cache_modifier=".cg")
-    places = tl.load(theirs + 3 * PARTS, mask=real, other=infinity, cache_modifier=".cg")
     top = tl.max(tops, 0)
-    top_at = tl.min(tl.where(tops == top, places, infinity), 0)
-    total = tl.sum(totals * tl.exp2((tops - top) * (cold_s * _LOG2E)), 0)
+    total = tl.sum(totals * tl.exp2((tops - top) * (cold_s * LOG2E)), 0)
     total_ce = total
     if LABELS and TEMPERED:
         totals = tl.load(theirs + 2 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
-        total_ce = tl.sum(totals * tl.exp2((tops - top) * _LOG2E), 0)
-    out = results + row * _RESULTS
+        total_ce = tl.sum(totals * tl.exp2((tops - top) * LOG2E), 0)
+    out = results + row * RESULTS
     tl.store(out, top)
     tl.store(out + 1, tl.log2(total))
     tl.store(out + 2, tl.log2(total_ce))
@@ -98,10 +105,8 @@ def _combine(
         tops = tl.load(theirs + 5 * PARTS, mask=real, other=-infinity, cache_modifier=".cg")
         totals = tl.load(theirs + 6 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
         crosses = tl.load(theirs + 7 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
-        places = tl.load(theirs + 8 * PARTS, mask=real, other=infinity, cache_modifier=".cg")
         top_y = tl.max(tops, 0)
-        top_y_at = tl.min(tl.where(tops == top_y, places, infinity), 0)
-        shrink = tl.exp2((tops - top_y) * (cold_t * _LOG2E))
+        shrink = tl.exp2((tops - top_y) * (cold_t * LOG2E))
         total_y = tl.sum(totals * shrink, 0)
         cross = tl.sum(crosses * shrink, 0)
         tl.store(out + 4, top_y)
@@ -109,6 +114,29 @@ def _combine(
         shift = (top_y * cold_t + tl.log(total_y)) - (top * cold_s + tl.log(total))
         tl.store(kl + row, cross / total_y - shift)
         tl.store(same + row, (top_at == top_y_at).to(tl.float32))
+
+
+@triton.jit
+def pull_of(
+    q, p, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap,
+    TEACHER: tl.constexpr, FACTORS: tl.constexpr, SMOOTH: tl.constexpr, WRAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the logits `x` of a row from the distributions of the student (at its temperature, and at 1) and
+    of the teacher."""
+    pull = tl.zeros_like(x).to(tl.float32)
+    if TEACHER:
+        pull = kl_factor * (q - p)
+    if FACTORS:
+        label = tl.load(labels + row)
+        label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+        if SMOOTH:
+            q_ce -= smoothing / V
+        pull += tl.load(factors + row) * (q_ce - tl.where(x == label, 1.0 - smoothing, 0.0))
+    if WRAP:
+        top_at = tl.load(results + row * RESULTS + 3, cache_modifier=".cg").to(tl.int32)
+        top = tl.load(results + row * RESULTS, cache_modifier=".cg")
+        pull += tl.where(x == top_at, l2wrap * top, 0.0)
+    return pull
 
 
 @triton.jit
@@ -124,14 +152,14 @@ def _publish(
     x = part * BLOCK + tl.arange(0, BLOCK)
     inside = x < V
     infinity = float("inf")
-    mine = facts + row * (_FACTS * PARTS) + part  # a fact of all parts lies together: read as one
+    mine = facts + row * (FACTS * PARTS) + part  # a fact of all parts lies together: read as one
     zx = tl.load(z + row * stride_z + x, mask=inside, other=-infinity).to(tl.float32)
     if TEACHER:  # the two models' maxima, places and sums are reduced together: half the barriers
         yx = tl.load(y + row * stride_y + x, mask=inside, other=-infinity).to(tl.float32)
         top, top_y = tl.reduce((zx, yx), 0, _two_largest)
         at, at_y = tl.reduce((tl.where(zx == top, x, V), tl.where(yx == top_y, x, V)), 0, _two_smallest)
-        q = tl.exp2((zx - top) * (cold_s * _LOG2E))
-        p = tl.exp2((yx - top_y) * (cold_t * _LOG2E))
+        q = tl.exp2((zx - top) * (cold_s * LOG2E))
+        p = tl.exp2((yx - top_y) * (cold_t * LOG2E))
         cross = tl.where(inside, p * (yx * cold_t - zx * cold_s), 0.0)
         total, total_y, cross = tl.reduce((q, p, cross), 0, _three_sums)
         tl.store(mine + 5 * PARTS, top_y)
@@ -141,20 +169,28 @@ def _publish(
     else:
         top = tl.max(zx, 0)
         at = tl.min(tl.where(zx == top, x, V), 0)
-        total = tl.sum(tl.exp2((zx - top) * (cold_s * _LOG2E)), 0)
+        total = tl.sum(tl.exp2((zx - top) * (cold_s * LOG2E)), 0)
     tl.store(mine, top)
     tl.store(mine + PARTS, total)
     tl.store(mine + 3 * PARTS, at.to(tl.float32))  # exact below 2^24
     if LABELS and TEMPERED:
-        tl.store(mine + 2 * PARTS, tl.sum(tl.exp2((zx - top) * _LOG2E), 0))
+        tl.store(mine + 2 * PARTS, tl.sum(tl.exp2((zx - top) * LOG2E), 0))
     if SMOOTH:
         tl.store(mine + 4 * PARTS, tl.sum(tl.where(inside, zx, 0.0), 0))
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") == PARTS - 1:
         tl.debug_barrier()
-        _combine(
-            row, z, labels, kl, nll, smooth, same, facts, results, V, stride_z, cold_s, cold_t, ignore_index,
-            PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH,
+        of_label = 0.0
+        if LABELS:
+            label = tl.load(labels + row)
+            of_label = tl.load(z + row * stride_z + tl.where((label >= 0) & (label < V), label, 0)).to(tl.float32)
+        top_at = _top_place(mine - part, PARTS, POWER)
+        top_y_at = top_at
+        if TEACHER:
+            top_y_at = _top_place(mine - part + 5 * PARTS, PARTS, POWER)
+        combine(
+            row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, facts, results, V, cold_s, cold_t,
+            ignore_index, PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH,
         )  # fmt: skip
         tl.debug_barrier()  # every thread has read the label's logit, which a gradient may now overwrite
         tl.atomic_add(arrived + row, 1, sem="release")
@@ -178,28 +214,21 @@ def _write_gradient(
     while tl.atomic_add(arrived + row, 0, sem="acquire") <= PARTS:
         pass
     tl.debug_barrier()  # also: every thread has its logits, which the gradient may overwrite
-    out = results + row * _RESULTS
+    out = results + row * RESULTS
     top = tl.load(out, cache_modifier=".cg")
-    pull = tl.zeros([BLOCK], tl.float32)
-    q = pull
+    q = tl.zeros([BLOCK], tl.float32)
+    p = q
     if TEACHER or not TEMPERED:
-        q = tl.exp2((zx - top) * (cold_s * _LOG2E) - tl.load(out + 1, cache_modifier=".cg"))
+        q = tl.exp2((zx - top) * (cold_s * LOG2E) - tl.load(out + 1, cache_modifier=".cg"))
     if TEACHER:  # p and q are divided by their sums in the exponent: equal logits then pull by exactly 0
         top_y = tl.load(out + 4, cache_modifier=".cg")
-        p = tl.exp2((yx - top_y) * (cold_t * _LOG2E) - tl.load(out + 5, cache_modifier=".cg"))
-        pull = kl_factor * (q - p)
-    if FACTORS:
-        factor = tl.load(factors + row)
-        label = tl.load(labels + row)
-        label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
-        if TEMPERED:
-            q = tl.exp2((zx - top) * _LOG2E - tl.load(out + 2, cache_modifier=".cg"))
-        if SMOOTH:
-            q -= smoothing / V
-        pull += factor * (q - tl.where(x == label, 1.0 - smoothing, 0.0))
-    if WRAP:
-        top_at = tl.load(out + 3, cache_modifier=".cg").to(tl.int32)
-        pull += tl.where(x == top_at, l2wrap * top, 0.0)
+        p = tl.exp2((yx - top_y) * (cold_t * LOG2E) - tl.load(out + 5, cache_modifier=".cg"))
+    q_ce = q
+    if FACTORS and TEMPERED:
+        q_ce = tl.exp2((zx - top) * LOG2E - tl.load(out + 2, cache_modifier=".cg"))
+    pull = pull_of(
+        q, p, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap, TEACHER, FACTORS, SMOOTH, WRAP
+    )
     tl.store(grad + row * stride_grad + x, pull.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -266,8 +295,8 @@ def triton_rows(
         options["launch_cooperative_grid"] = True
         if torch.version.hip is None:
             options["maxnreg"] = registers
-    facts = torch.empty(n * parts * _FACTS.value, dtype=torch.float32, device=device)
-    results = torch.empty(n * _RESULTS.value, dtype=torch.float32, device=device)
+    facts = torch.empty(n * parts * FACTS.value, dtype=torch.float32, device=device)
+    results = torch.empty(n * RESULTS.value, dtype=torch.float32, device=device)
     arrived = torch.zeros(n, dtype=torch.int32, device=device)
     with torch.cuda.device(device) if z_nV.is_cuda else nullcontext():
         rows_kernel[(grid,)](

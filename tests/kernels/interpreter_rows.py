@@ -7,8 +7,9 @@ import pytest
 import torch
 import triton
 
-from radlads.kernels.linear_kl import driver, linear_ce, linear_kl, triton_rows
+from radlads.kernels.linear_kl import driver, linear_ce, linear_kl, triton_product, triton_rows
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
+from radlads.kernels.testing import relative_rms
 
 assert triton.knobs.runtime.interpret, "run through test_linear_kl_triton.py"
 ROWS = 7
@@ -126,3 +127,117 @@ def test_whole_losses(monkeypatch, run_rows, dtype):
     monkeypatch.setattr(driver, "choose_rows", lambda device, dtype: run_rows)
     for x, y in zip(both(), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+# The product that sums its own rows: exponentials wait in fp16, so beside fp32 logits all is right to about 2^-12.
+# Operands in fp16, because the interpreter does not multiply bf16 that comes by a descriptor.
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    for name, size in {"TOKENS": 16, "PART": 32, "DEPTH": 16, "_GRADIENT_PARTS": 2}.items():
+        monkeypatch.setattr(triton_product, name, size)
+
+
+def operands(V, dtype=torch.float16, rows=21, width=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, teacher, head, other = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, rows, V, V))
+    teacher[3], labels = hidden[3], torch.randint(0, V, (rows,), generator=generator)
+    labels[2] = -100
+    return hidden, head, teacher, other, labels, torch.rand(rows, generator=generator) * (labels >= 0)
+
+
+def empty_product(rows, V, dtype, *, teacher=True):
+    """Poisoned memory for student and teacher, in whole parts, and for the gradient in the student's."""
+    width = -(-V // triton_product.PART) * triton_product.PART
+    ours, theirs = (torch.full((rows, width), 9.0, dtype=torch.float16)[:, :V] for _ in range(2))
+    losses = RowLosses(*(torch.full((rows,), float("nan")) for _ in RowLosses._fields))
+    return ours, theirs if teacher else None, ours.view(dtype), losses
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("name", [*SETTINGS, "cold"])
+@pytest.mark.parametrize("V", [64, 77])
+def test_product_equals_torch(small_parts, V, name, taught, labelled):
+    settings = RowSettings(0.6, 1.5, kl_factor=0.8) if name == "cold" else SETTINGS[name]
+    if not taught:
+        settings = settings._replace(student_temperature=1.0)
+    hidden, head, teacher, other, labels, factors = operands(V)
+    teacher, other = (teacher, other) if taught else (None, None)
+    labels, factors = (labels.repeat_interleave(2)[::2], factors) if labelled else (None, None)
+    z = hidden.float() @ head.float().T
+    y = None if teacher is None else teacher.float() @ other.float().T
+    expected = RowLosses(*(torch.zeros(len(z)) for _ in RowLosses._fields))
+    exact = torch.empty_like(z)
+    torch_rows(z, y, labels, factors, exact, settings, expected)
+    ours, theirs, grad, found = empty_product(len(z), V, hidden.dtype, teacher=taught)
+    triton_product.product_rows(hidden, head, teacher, other, labels, factors, ours, theirs, grad, settings, found)
+    for field in RowLosses._fields:
+        wanted = {"kl": taught, "nll": labelled, "same": taught or labelled, "smooth": labelled and settings.smoothing}
+        if wanted[field]:
+            x, y = getattr(found, field), getattr(expected, field)
+            torch.testing.assert_close(x, y, rtol=5e-4, atol=5e-4, msg=lambda text, field=field: f"{field}: {text}")
+    rounding = relative_rms(exact.to(grad.dtype), exact)
+    assert relative_rms(grad, exact) <= 1.5 * rounding
+    assert (ours._base[:, V:] == 9).all()
+    without = found._replace(**{field: torch.full_like(x, float("nan")) for field, x in found._asdict().items()})
+    triton_product.product_rows(hidden, head, teacher, other, labels, factors, ours, theirs, None, settings, without)
+    for x, y in zip(without, found, strict=True):
+        assert torch.equal(x, y) or (x.isnan().all() and y.isnan().all())
+
+
+def test_equal_models_have_exactly_no_divergence_by_the_product(small_parts):
+    hidden, head, *_ = operands(70)
+    ours, theirs, grad, found = empty_product(len(hidden), 70, hidden.dtype)
+    settings = RowSettings(1.5, 1.5, kl_factor=1.0)
+    triton_product.product_rows(hidden, head, hidden, head, None, None, ours, theirs, grad, settings, found)
+    assert (found.kl == 0).all()
+    assert (grad == 0).all()
+    assert (found.same == 1).all()
+
+
+def test_a_token_that_the_student_excludes_has_its_whole_divergence(small_parts):
+    """60 below the student's largest: its exponential is 0 in fp16, and KL must count it all the same."""
+    V = 64
+    hidden, teacher, head = torch.zeros(2, 16), torch.zeros(2, 16), torch.zeros(V, 16)
+    hidden[:, 0], teacher[:, 1] = 1, 1
+    head[5, 0], head[7, 0], head[7, 1] = 20, -40, 20
+    hidden, teacher, head = (x.half() for x in (hidden, teacher, head))
+    ours, theirs, grad, found = empty_product(2, V, hidden.dtype)
+    triton_product.product_rows(
+        hidden, head, teacher, head, None, None, ours, theirs, grad, RowSettings(kl_factor=1.0), found
+    )
+    q, p = ((x.double() @ head.double().T).log_softmax(-1) for x in (hidden, teacher))
+    torch.testing.assert_close(found.kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), q.exp() - p.exp(), rtol=4e-3, atol=1e-7)
+
+
+def test_a_label_outside_the_vocabulary_shows_by_the_product(small_parts):
+    hidden, head, _, _, labels, _ = operands(50)
+    labels[0], labels[1] = 50, -1
+    ours, _, _, found = empty_product(len(hidden), 50, hidden.dtype)
+    triton_product.product_rows(hidden, head, None, None, labels, None, ours, None, None, RowSettings(), found)
+    assert found.nll[:2].isnan().all()
+    assert found.nll[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_whole_losses_by_the_product(monkeypatch, small_parts, trained):
+    hidden, head, teacher, other, labels, _ = operands(72, rows=100)
+    leaves = [hidden.requires_grad_(), head.requires_grad_()] if trained else [hidden.requires_grad_()]
+
+    def both():
+        kl, metrics = linear_kl(hidden, head, teacher, other, temperature=2.0, labels_N=labels, ce_weight=0.5)
+        ce, others = linear_ce(hidden, head, labels, label_smoothing=0.1)
+        grads = torch.autograd.grad(kl + ce, leaves)
+        return [kl, *metrics.values(), ce, *others.values()], grads
+
+    expected, exact = both()
+    monkeypatch.setattr(driver, "choose_product", lambda batch: triton_product.product_rows)
+    monkeypatch.setattr(driver, "FUSED_BLOCK", {"trained": 64, "frozen": 32})
+    found, grads = both()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=5e-4, atol=5e-4)
+    for x, y in zip(grads, exact, strict=True):
+        assert relative_rms(x, y) < 5e-3

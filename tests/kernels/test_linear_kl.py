@@ -237,14 +237,19 @@ def test_the_cut_into_tiles_and_blocks_does_not_matter(monkeypatch, budget, dtyp
 @pytest.mark.parametrize("logits", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("grad", [torch.bfloat16, torch.float32, None])
 @pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("powers", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 300, 5000])
-def test_tiles_fit_the_memory_and_do_not_overlap(monkeypatch, num_tokens, alone, grad, logits):
+def test_tiles_fit_the_memory_and_do_not_overlap(monkeypatch, num_tokens, powers, alone, grad, logits):
     vocabulary = 48
     budget = 1500 * 4 * vocabulary
     monkeypatch.setattr(driver, "ARENA_BYTES", {"cpu": budget})
-    tiles = driver._Tiles(num_tokens, vocabulary, torch.device("cpu"), logits, grad, alone)
+    tiles = driver._Tiles(num_tokens, vocabulary, torch.device("cpu"), logits, grad, alone, 1024, powers)
     assert sum(map(sum, tiles.blocks)) == num_tokens
     assert tiles.arena.numel() <= budget
+    assert max(map(sum, tiles.blocks)) <= 1024
+    if powers:
+        whole = [count for block in tiles.blocks[:-1] for count in block]
+        assert all(count >= 128 and count.bit_count() == 1 for count in whole)
     for block in tiles.blocks:
         done = 0
         for count in block:

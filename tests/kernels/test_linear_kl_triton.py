@@ -37,20 +37,37 @@ def test_compiles(target, V, tmp_path):
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("V", [100, 152064])
+@pytest.mark.parametrize("tempered", [True, False])
+def test_the_product_compiles(V, tempered, tmp_path):
+    """By wgmma, within the shared memory of sm_90."""
+    code = (
+        "from radlads.kernels.offline import compile_product\n"
+        f"made = compile_product({V}, tempered={tempered})\n"
+        "products = [made[name] for name in ('teacher', 'student', 'alone')]\n"
+        "assert all('wgmma.mma_async' in x.asm['ptx'] and x.metadata.shared <= 232448 for x in products)"
+    )
+    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("logits", [None, torch.float32])
 @pytest.mark.parametrize("V", [1000, 50257, 152064])
-@pytest.mark.parametrize("tau", [1.0, 2.0])
-def test_on_the_gpu(V, tau):
-    """Rows of one part to 75, an odd vocabulary, several tiles."""
+@pytest.mark.parametrize("tau", [1.0, 2.0, 0.7])
+def test_on_the_gpu(V, tau, logits):
+    """Rows of one part to 75, an odd vocabulary, several tiles; logits in memory, and (on Hopper) never."""
     generator = torch.Generator("cuda").manual_seed(0)
-    N, D = 1500, 64
+    N, D = 1500, 72
     hidden, teacher = (torch.randn(N, D, device="cuda", generator=generator).bfloat16() for _ in range(2))
     head, other = (torch.randn(V, D, device="cuda", generator=generator).mul(0.3).bfloat16() for _ in range(2))
     labels = torch.randint(0, V, (N,), device="cuda", generator=generator)
     labels[::7] = -100
     leaves = [hidden.requires_grad_(), head.requires_grad_()]
-    kl, metrics = linear_kl(hidden, head, teacher, other, temperature=tau, labels_N=labels, ce_weight=0.5)
-    ce, _ = linear_ce(hidden, head, labels, label_smoothing=0.1)
+    kl, metrics = linear_kl(
+        hidden, head, teacher, other, temperature=tau, labels_N=labels, ce_weight=0.5, logits_dtype=logits
+    )
+    ce, _ = linear_ce(hidden, head, labels, label_smoothing=0.1, logits_dtype=logits)
     ours = torch.autograd.grad(kl + ce, leaves)
     wide = [x.detach().float().requires_grad_() for x in leaves]
     z, y = wide[0] @ wide[1].t(), teacher.float() @ other.float().t()
@@ -65,3 +82,32 @@ def test_on_the_gpu(V, tau):
     assert (metrics["top1_agreement"] - agreement).abs() < 0.01
     for x, y in zip(ours, torch.autograd.grad(plain, wide), strict=True):
         assert relative_rms(x, y) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_product_is_as_good_as_logits_in_memory_on_the_gpu(dtype):
+    """Against fp64, near the teacher, where a gradient is a small difference; equal models have none at all."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for NVIDIA's Hopper")
+    generator = torch.Generator("cuda").manual_seed(0)
+    N, D, V = 600, 256, 33000
+    hidden = torch.randn(N, D, device="cuda", generator=generator).to(dtype)
+    head = torch.randn(V, D, device="cuda", generator=generator).mul(2.5 * D**-0.5).to(dtype)
+    near = (head + head.abs().mean() * 0.05 * torch.randn(V, D, device="cuda", generator=generator)).to(dtype)
+    leaves = [hidden.requires_grad_(), near.requires_grad_()]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    q, p = ((wide[0] @ x.t()).log_softmax(-1) for x in (wide[1], head.double()))
+    plain = functional.kl_div(q, p.detach(), log_target=True, reduction="batchmean")
+    exact = torch.autograd.grad(plain, wide)
+    errors = {}
+    for logits in (None, torch.float32):
+        kl, _ = linear_kl(hidden, near, hidden.detach(), head, logits_dtype=logits)
+        torch.testing.assert_close(kl.double(), plain, rtol=2e-3, atol=0)
+        errors[logits] = [relative_rms(x, y) for x, y in zip(torch.autograd.grad(kl, leaves), exact, strict=True)]
+    for ours, baseline in zip(errors[None], errors[torch.float32], strict=True):
+        assert ours < 1.3 * baseline
+    kl, metrics = linear_kl(hidden, head, hidden.detach(), head, temperature=1.5)
+    assert kl == 0
+    assert metrics["top1_agreement"] == 1
+    assert (torch.autograd.grad(kl, hidden)[0] == 0).all()
