@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
-from radlads.kernels.linear_kl import triton_rows
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
 from radlads.kernels.wkv6 import triton_op as wkv6_op
@@ -128,14 +128,19 @@ def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
     }
 
 
-def compile_product(V: int, *, tempered: bool = True) -> dict[str, Any]:
-    """Compile the product of linear_kl that sums its own rows, which is for sm_90: {kernel: what Triton made}."""
+def compile_products(V: int, *, tempered: bool = True) -> dict[str, Any]:
+    """Compile the products of linear_kl for sm_90: {kernel: what Triton made}."""
     driver.set_active(_Driver(TARGETS["sm_90"]))
     tokens, part, depth, parts = product.TOKENS, product.PART, product.DEPTH, triton.cdiv(V, product.PART)
     f, h, long = torch.empty(64), torch.empty(64, dtype=torch.float16), torch.empty(64, dtype=torch.int64)
     x = TensorDescriptor(torch.empty(tokens, 512, dtype=torch.bfloat16), [tokens, 512], [512, 1], [tokens, depth])
     w = TensorDescriptor(torch.empty(part, 512, dtype=torch.bfloat16), [part, 512], [512, 1], [part, depth])
     u = TensorDescriptor(torch.empty(tokens, part, dtype=torch.float16), [tokens, part], [part, 1], [tokens, part // 4])
+    g = TensorDescriptor(x.base, [tokens, 512], [512, 1], [triton_outer.DEPTH, triton_outer.ROWS])
+    y = TensorDescriptor(x.base, [tokens, 512], [512, 1], [triton_outer.DEPTH, triton_outer.COLUMNS])
+    t = TensorDescriptor(torch.empty(part, 512), [part, 512], [512, 1], [triton_outer.ROWS, triton_outer.COLUMNS // 4])
+    tile = {"BM": triton_outer.ROWS, "BN": triton_outer.COLUMNS, "BK": triton_outer.DEPTH, "grid": (1,)}
+    tile |= {"num_warps": triton_outer.WARPS, "num_stages": triton_outer.STAGES}
     sizes = {"D": 512, "PARTS": parts, "BM": tokens, "BN": part, "BK": depth, "EVEN": V % part == 0}
     options = {"num_warps": product.WARPS, "num_stages": product.STAGES, "grid": (1,)}
     teacher = {"TEACHER": True, "AGAINST": False, "POWERED": 0, "SMOOTH": False}
@@ -152,6 +157,7 @@ def compile_product(V: int, *, tempered: bool = True) -> dict[str, Any]:
         "teacher": multiply(x, w, u, None, f, *numbers, **sizes, **teacher, **options),
         "student": multiply(x, w, u, h, f, *numbers, **sizes, **student, **options),
         "alone": multiply(x, w, u, None, f, *numbers, **sizes, **alone, **options),
+        "outer": triton_outer.outer_kernel.warmup(g, y, t, tokens, part, 512, BEGUN=True, **tile),
         "label": product.label_kernel.warmup(x.base, w.base, long, f, V, 512, 512, D=512, BLOCK=512, grid=(1,)),
         "combine": product.combine_kernel.warmup(
             h, h, long, f, f, f, f, f, f, f, V, width, width, 0.5, 0.5, -100, **losses

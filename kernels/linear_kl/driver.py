@@ -63,7 +63,7 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
     theirs = None if teacher is None else Operand(batch.teacher_head, teacher.dtype, dtype)
     losses = RowLosses(*(torch.zeros(N, dtype=dtype, device=hidden.device) for _ in RowLosses._fields))
     grad_dtype = ours.grad_dtype if batch.want_hidden or batch.want_head else None
-    fused = choose_product(batch)
+    fused, add_outer = choose_products(batch) or (None, None)
     longest = MAX_BLOCK if fused is None else FUSED_BLOCK["trained" if batch.want_head else "frozen"]
     tiles = _Tiles(
         N, V, hidden.device, torch.float16 if fused else batch.logits_dtype or dtype, grad_dtype,
@@ -72,7 +72,7 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
     grad_hidden = None
     if batch.want_hidden:
         grad_hidden = torch.empty_like(hidden, dtype=waiting_dtype(hidden, dtype))
-    grad_head = HeadGradient(ours) if batch.want_head else None
+    grad_head = HeadGradient(ours, add_outer) if batch.want_head else None
     rows = choose_rows(hidden.device, dtype)
 
     def fill(here: slice, z: Tensor, y: Tensor | None, grad: Tensor | None) -> None:
@@ -123,19 +123,21 @@ def choose_rows(device: torch.device, dtype: torch.dtype) -> Rows:
     return triton_rows
 
 
-def choose_product(batch: Batch) -> Callable[..., None] | None:
-    """The product that sums its own rows, where it can be and nothing else was asked for: on NVIDIA's Hopper."""
+def choose_products(batch: Batch) -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """The product that sums its own rows and the one that adds to a sum in memory, on NVIDIA's Hopper and where nothing
+    else was asked for; None: the library's products, and `choose_rows`."""
     device = batch.hidden.device
     if device.type != "cuda" or batch.logits_dtype is not None or find_spec("triton") is None:
         return None
     if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
         return None
+    from radlads.kernels.linear_kl.triton_outer import add_outer
     from radlads.kernels.linear_kl.triton_product import product_rows, takes
 
     pairs = [(batch.hidden, batch.head)]
     if batch.teacher is not None:
         pairs.append((batch.teacher, batch.teacher_head))
-    return product_rows if all(takes(*pair) for pair in pairs) else None
+    return (product_rows, add_outer) if all(takes(*pair) for pair in pairs) else None
 
 
 class _Tiles:

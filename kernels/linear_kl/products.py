@@ -5,10 +5,13 @@ Dims: V vocabulary, E width, n tokens of a tile or block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 _LOW = (torch.bfloat16, torch.float16)
+_SLAB_ROUND = 128  # rows: whole tiles of a product, and rows of the gradients aligned where a slab begins
 _SLABS = 8  # pieces of a head's gradient, so that its last cast needs an eighth more memory and not half more
 
 
@@ -43,12 +46,16 @@ class Operand:
 
 
 class HeadGradient:
-    """Sum of gradᵀ hidden over the blocks of a batch, in the accumulation dtype."""
+    """Sum of gradᵀ hidden over the blocks of a batch, in the accumulation dtype.
 
-    def __init__(self, operand: Operand) -> None:
+    `add_outer(total, grad, hidden, begun)` makes or adds a product; None: the library's.
+    """
+
+    def __init__(self, operand: Operand, add_outer: Callable[[Tensor, Tensor, Tensor, bool], None] | None) -> None:
         V, E = operand.head_VE.shape
-        self.operand = operand
-        self.bounds = [V * i // _SLABS for i in range(_SLABS + 1)]
+        self.operand, self.add_outer = operand, add_outer or self._add_outer
+        rows = -(-V // (_SLABS * _SLAB_ROUND)) * _SLAB_ROUND
+        self.bounds = [min(V, rows * i) for i in range(-(-V // rows) + 1)]
         self.slabs: list[Tensor] = [
             torch.empty(stop - start, E, dtype=operand.dtype, device=operand.head_VE.device)
             for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True)
@@ -58,20 +65,15 @@ class HeadGradient:
     def add(self, grad_nV: Tensor, hidden_nE: Tensor) -> None:
         right = hidden_nE.to(self.operand.grad_dtype)
         for i, total in enumerate(self.slabs):
-            left = grad_nV[:, self.bounds[i] : self.bounds[i + 1]].t()
-            if not self.begun:
-                self._product(left, right, total)
-            elif self.operand.narrow:
-                torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-            else:
-                total.addmm_(left, right)
+            self.add_outer(total, grad_nV[:, self.bounds[i] : self.bounds[i + 1]], right, self.begun)
         self.begun = True
 
-    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        if self.operand.narrow:
-            torch.mm(left, right, out_dtype=out.dtype, out=out)
+    def _add_outer(self, total: Tensor, grad: Tensor, right: Tensor, begun: bool) -> None:
+        narrow = {"out_dtype": total.dtype} if self.operand.narrow else {}
+        if begun:
+            torch.addmm(total, grad.t(), right, out=total, **narrow)
         else:
-            torch.mm(left, right, out=out)
+            torch.mm(grad.t(), right, out=total, **narrow)
 
     def finish(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The gradient [V,E] times `scale` in `dtype`, as pieces of rows; spends the sum, piece by piece."""

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 import triton
+import triton.language as tl
 
-from radlads.kernels.linear_kl import driver, linear_ce, linear_kl, triton_product, triton_rows
+from radlads.kernels.linear_kl import driver, linear_ce, linear_kl, triton_outer, triton_product, triton_rows
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
 from radlads.kernels.testing import relative_rms
 
@@ -133,10 +134,21 @@ def test_whole_losses(monkeypatch, run_rows, dtype):
 # Operands in fp16, because the interpreter does not multiply bf16 that comes by a descriptor.
 
 
+@triton.jit
+def send(total, row, column, z, BEGUN: tl.constexpr):
+    """As the kernel's, whose reduction the interpreter does not know."""
+    if BEGUN:
+        z += total.load([row, column])
+    total.store([row, column], z)
+
+
 @pytest.fixture
 def small_parts(monkeypatch):
+    monkeypatch.setattr(triton_outer, "_send", send)
     for name, size in {"TOKENS": 16, "PART": 32, "DEPTH": 16, "_GRADIENT_PARTS": 2}.items():
         monkeypatch.setattr(triton_product, name, size)
+    for name, size in {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16}.items():
+        monkeypatch.setattr(triton_outer, name, size)
 
 
 def operands(V, dtype=torch.float16, rows=21, width=24, seed=0):
@@ -234,10 +246,23 @@ def test_whole_losses_by_the_product(monkeypatch, small_parts, trained):
         return [kl, *metrics.values(), ce, *others.values()], grads
 
     expected, exact = both()
-    monkeypatch.setattr(driver, "choose_product", lambda batch: triton_product.product_rows)
+    products = triton_product.product_rows, triton_outer.add_outer
+    monkeypatch.setattr(driver, "choose_products", lambda batch: products)
     monkeypatch.setattr(driver, "FUSED_BLOCK", {"trained": 64, "frozen": 32})
     found, grads = both()
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=5e-4, atol=5e-4)
     for x, y in zip(grads, exact, strict=True):
         assert relative_rms(x, y) < 5e-3
+
+
+@pytest.mark.parametrize("rows", [16, 37])
+def test_the_sum_in_memory(small_parts, rows):
+    """Once made over poison, twice added to; a vocabulary and a width that are no multiples of the tiles."""
+    generator = torch.Generator().manual_seed(0)
+    grad, hidden = (torch.randn(rows, n, generator=generator).half() for n in (48, 24))
+    total, beyond = torch.full((40, 24), float("nan")), grad[:, 40:].clone()
+    for begun in (False, True, True):
+        triton_outer.add_outer(total, grad[:, :40], hidden, begun)
+    torch.testing.assert_close(total, 3 * (grad[:, :40].float().T @ hidden.float()), rtol=1e-5, atol=1e-4)
+    assert torch.equal(grad[:, 40:], beyond)

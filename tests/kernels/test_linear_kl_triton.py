@@ -40,12 +40,12 @@ def test_compiles(target, V, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("V", [100, 152064])
 @pytest.mark.parametrize("tempered", [True, False])
-def test_the_product_compiles(V, tempered, tmp_path):
+def test_the_products_compile(V, tempered, tmp_path):
     """By wgmma, within the shared memory of sm_90."""
     code = (
-        "from radlads.kernels.offline import compile_product\n"
-        f"made = compile_product({V}, tempered={tempered})\n"
-        "products = [made[name] for name in ('teacher', 'student', 'alone')]\n"
+        "from radlads.kernels.offline import compile_products\n"
+        f"made = compile_products({V}, tempered={tempered})\n"
+        "products = [made[name] for name in ('teacher', 'student', 'alone', 'outer')]\n"
         "assert all('wgmma.mma_async' in x.asm['ptx'] and x.metadata.shared <= 232448 for x in products)"
     )
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
@@ -58,7 +58,7 @@ def test_the_product_compiles(V, tempered, tmp_path):
 def test_on_the_gpu(V, tau, logits):
     """Rows of one part to 75, an odd vocabulary, several tiles; logits in memory, and (on Hopper) never."""
     generator = torch.Generator("cuda").manual_seed(0)
-    N, D = 1500, 72
+    N, D = 2500, 72
     hidden, teacher = (torch.randn(N, D, device="cuda", generator=generator).bfloat16() for _ in range(2))
     head, other = (torch.randn(V, D, device="cuda", generator=generator).mul(0.3).bfloat16() for _ in range(2))
     labels = torch.randint(0, V, (N,), device="cuda", generator=generator)
@@ -108,6 +108,6 @@ def test_the_product_is_as_good_as_logits_in_memory_on_the_gpu(dtype):
     for ours, baseline in zip(errors[None], errors[torch.float32], strict=True):
         assert ours < 1.3 * baseline
     kl, metrics = linear_kl(hidden, head, hidden.detach(), head, temperature=1.5)
-    assert kl == 0
+    assert kl.abs() < 1e-6
     assert metrics["top1_agreement"] == 1
     assert (torch.autograd.grad(kl, hidden)[0] == 0).all()
