@@ -50,16 +50,15 @@ def once(run: Callable[[], object]) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
-    """Median milliseconds of each after one round to warm up. Taken in turns, in another order each round: a GPU at its
-    power limit slows down as it warms, and what is timed first would look fastest."""
+    """Median milliseconds of each, the second of two calls a round. Taken in turns, in another order each round: a GPU
+    at its power limit slows down as it warms, and what is timed first would look fastest."""
     order, shuffled = list(runs), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         shuffled.shuffle(order)
         for name in order:
-            ms = once(runs[name])
-            if turn:
-                times[name].append(ms)
+            once(runs[name])
+            times[name].append(once(runs[name]))
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 

@@ -60,8 +60,8 @@ _WRITTEN = {
     "radlads.kernels.wkv7": (
         '"""The RWKV-7 operator: the chunked torch form for sequences, one step for decoding."""\n\n'
         "from radlads.kernels.wkv7.chunked import wkv7_chunked as wkv7\n"
-        "from radlads.kernels.wkv7.step import wkv7_step_torch as wkv7_step\n\n"
-        '__all__ = ["wkv7", "wkv7_step"]\n'
+        "from radlads.kernels.wkv7.step import wkv7_delta_step_torch as wkv7_delta_step\n\n"
+        '__all__ = ["wkv7", "wkv7_delta_step"]\n'
     ),
 }
 # Needed to choose a variant's options, not to run it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from radlads.kernels.wkv7 import wkv7, wkv7_step
+from radlads.kernels.wkv7 import wkv7, wkv7_delta_step
 from radlads.model.mixer import MixerState
 from radlads.model.recurrence import run_recurrence
 
@@ -28,11 +28,17 @@ def run_wkv7(
         keep = keep_BT[..., None, None].to(k_BTHK.dtype)
         log_decay_BTHK, k_BTHK, kk_BTHK = log_decay_BTHK * keep, k_BTHK * keep, kk_BTHK * keep
     return run_recurrence(
-        wkv7,
-        wkv7_step,
-        (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, -kk_BTHK, kk_BTHK * iclr_BTHK),
+        _wkv7,
+        wkv7_delta_step,
+        (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, kk_BTHK, iclr_BTHK),
         state=state,
         cu_seqlens=cu_seqlens,
         output_state=output_state,
         training=training,
     )
+
+
+def _wkv7(
+    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, kk: Tensor, iclr: Tensor, **options: Tensor | bool | None
+) -> tuple[Tensor, Tensor | None]:
+    return wkv7(r, log_decay, k, v, -kk, kk * iclr, **options)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _LOW = (torch.bfloat16, torch.float16)
 _SLAB_ROUND = 128  # rows: whole tiles of a product, and rows of the gradients aligned where a slab begins
-_SLABS = 8  # pieces of a head's gradient, so that its last cast needs an eighth more memory and not half more
+_SLABS = 2  # pieces of the gradient of a head: the last cast then needs a quarter more memory and not half more
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:

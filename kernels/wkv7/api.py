@@ -12,7 +12,7 @@ from radlads.kernels.check import check_bounds, check_inputs, check_step
 from radlads.kernels.meta import wkv7_meta
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.reference import wkv7_reference
-from radlads.kernels.wkv7.step import wkv7_step_torch
+from radlads.kernels.wkv7.step import wkv7_delta_step_torch, wkv7_step_torch
 
 Backend = Literal["reference", "chunked", "triton"]
 FORMS = Forms("wkv7", wkv7_reference, wkv7_chunked, wkv7_meta)
@@ -75,9 +75,34 @@ def wkv7_step(
     keys = {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK, "a": a_BHK, "b": b_BHK}
     check_step("wkv7_step", keys, v_BHV, state_BHKV)
     inputs = (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK)
-    fits = state_BHKV.is_cuda and state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
-    if fits and FORMS.why_not_triton(v_BHV, state_BHKV.shape[2]) is None:
+    if _steps_in_triton(v_BHV, state_BHKV):
         from radlads.kernels.wkv7.triton_step import wkv7_step_triton
 
         return wkv7_step_triton(*inputs, state_BHKV)
     return wkv7_step_torch(*inputs, state_BHKV)
+
+
+def wkv7_delta_step(
+    r_BHK: Tensor,
+    log_decay_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    kk_BHK: Tensor,
+    iclr_BHK: Tensor,
+    state_BHKV: Tensor,
+) -> Tensor:
+    """`wkv7_step` with the delta rule's own arguments: the unit removal key kk and its learning rate (a = -kk,
+    b = kk ⊙ iclr), which then never go through memory. Raises ValueError for shapes that do not fit the state."""
+    keys = {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK, "kk": kk_BHK, "iclr": iclr_BHK}
+    check_step("wkv7_delta_step", keys, v_BHV, state_BHKV)
+    inputs = (r_BHK, log_decay_BHK, k_BHK, v_BHV, kk_BHK, iclr_BHK)
+    if _steps_in_triton(v_BHV, state_BHKV):
+        from radlads.kernels.wkv7.triton_step import wkv7_step_triton
+
+        return wkv7_step_triton(*inputs, state_BHKV, delta=True)
+    return wkv7_delta_step_torch(*inputs, state_BHKV)
+
+
+def _steps_in_triton(v: Tensor, state: Tensor) -> bool:
+    fits = state.is_cuda and state.dtype == torch.float32 and state.is_contiguous()
+    return fits and FORMS.why_not_triton(v, state.shape[2]) is None

@@ -26,3 +26,17 @@ def wkv7_step_torch(
         state_BHKV.mul_(w.exp().unsqueeze(-1)).addcmul_(b.unsqueeze(-1), read)
         state_BHKV.addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
         return (r.unsqueeze(-2) @ state_BHKV).squeeze(-2).to(v_BHV.dtype)
+
+
+def wkv7_delta_step_torch(
+    r_BHK: Tensor,
+    log_decay_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    kk_BHK: Tensor,
+    iclr_BHK: Tensor,
+    state_BHKV: Tensor,
+) -> Tensor:
+    """As `wkv7_step_torch` with a = -kk and b = kk ⊙ iclr, formed in the state's dtype."""
+    kk = kk_BHK.to(state_BHKV.dtype)
+    return wkv7_step_torch(r_BHK, log_decay_BHK, k_BHK, v_BHV, -kk, kk * iclr_BHK.to(kk.dtype), state_BHKV)

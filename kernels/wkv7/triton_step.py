@@ -13,9 +13,9 @@ from radlads.kernels.wkv7.triton_common import load_tile, store_tile
 @triton.jit
 def step_kernel(
     r, w, k, v, a, b, state, out,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr = False,
 ):  # fmt: skip
-    """BV columns of the state of one head of one sequence."""
+    """BV columns of the state of one head of one sequence. DELTA: a and b are the removal key and its learning rate."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // TILES, program % TILES
@@ -30,6 +30,9 @@ def step_kernel(
     removal = load_tile(b, head * K + x, x < K, MASK_K).to(tl.float32)
     key = load_tile(k, head * K + x, x < K, MASK_K).to(tl.float32)
     value = load_tile(v, head * V + y, y < V, MASK_V).to(tl.float32)
+    if DELTA:
+        removal *= reads
+        reads = -reads
     query = load_tile(r, head * K + x, x < K, MASK_K).to(tl.float32)
     if MASK_K or MASK_V:
         h = tl.load(state + at, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -54,10 +57,12 @@ def wkv7_step_triton(
     b_BHK: Tensor,
     state_BHKV: Tensor,
     *,
+    delta: bool = False,
     values: int | None = None,
     warps: int | None = None,
 ) -> Tensor:
-    """As `wkv7_step`, for a contiguous fp32 state. `values` (columns per program) and `warps` tune the launch."""
+    """As `wkv7_step`, or with `delta` as `wkv7_delta_step` (a is kk, b is iclr), for a contiguous fp32 state. `values`
+    (columns per program) and `warps` tune the launch."""
     B, H, K, V = state_BHKV.shape
     power = max(16, triton.next_power_of_2(V))
     masked = triton.next_power_of_2(K) != K  # narrow tiles by one warp were the fastest there
@@ -67,6 +72,14 @@ def wkv7_step_triton(
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
     step_kernel[(B * H * triton.cdiv(V, tile),)](
-        *inputs, state_BHKV, out, K=K, V=V, BK=triton.next_power_of_2(K), BV=tile, num_warps=warps
+        *inputs,
+        state_BHKV,
+        out,
+        K=K,
+        V=V,
+        BK=triton.next_power_of_2(K),
+        BV=tile,
+        DELTA=delta,
+        num_warps=warps,
     )
     return out

@@ -101,6 +101,11 @@ def test_step(K, V):
     out = torch.stack([wkv7_step_triton(*(x[:, t] for x in inputs), state) for t in range(3)], 1)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+    r, log_decay, k, v, a, _ = (x[:, 0] for x in inputs)
+    kk, iclr, other = -a, torch.rand_like(a), state.clone()
+    expected = wkv7_step_triton(r, log_decay, k, v, -kk, kk * iclr, state)
+    torch.testing.assert_close(wkv7_step_triton(r, log_decay, k, v, kk, iclr, other, delta=True), expected)
+    torch.testing.assert_close(other, state)
 
 
 def test_through_the_front_door():

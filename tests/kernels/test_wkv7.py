@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv7_inputs
-from radlads.kernels.wkv7 import wkv7, wkv7_step
+from radlads.kernels.wkv7 import wkv7, wkv7_delta_step, wkv7_step
 
 TINY = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 
@@ -117,6 +117,18 @@ def test_step_equals_prefill():
     assert running.data_ptr() == storage
     torch.testing.assert_close(stepped, out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(running, state, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_forms_the_removal_itself():
+    r, log_decay, k, v, a, _ = (x.detach()[:, 0] for x in wkv7_inputs(2, 1, 3, 16, 24))
+    kk, iclr = -a, torch.rand_like(a)
+    state = torch.randn(2, 3, 16, 24)
+    expected = state.clone()
+    out = wkv7_delta_step(r, log_decay, k, v, kk, iclr, state)
+    torch.testing.assert_close(out, wkv7_step(r, log_decay, k, v, -kk, kk * iclr, expected))
+    torch.testing.assert_close(state, expected)
+    with pytest.raises(ValueError, match="wkv7_delta_step: iclr must be"):
+        wkv7_delta_step(r, log_decay, k, v, kk, iclr[:, :1], state)
 
 
 def test_step_on_a_strided_state_and_low_precision_inputs():

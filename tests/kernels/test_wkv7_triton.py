@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from radlads.kernels.testing import outputs_and_gradients, relative_rms, wkv7_inputs
-from radlads.kernels.wkv7 import wkv7, wkv7_step
+from radlads.kernels.wkv7 import wkv7, wkv7_delta_step, wkv7_step
 
 pytest.importorskip("triton")
 
@@ -167,15 +167,17 @@ def test_heads_enough_for_the_fused_kernels_repeat_to_the_bit():
 
 
 @pytest.mark.gpu
-def test_step_on_the_gpu_can_be_captured():
-    inputs = [x.detach()[:, 0] for x in wkv7_inputs(3, 1, 4, 64, dtype=torch.bfloat16, device="cuda")]
-    state = torch.randn(3, 4, 64, 64, device="cuda")
+@pytest.mark.parametrize("step", [wkv7_step, wkv7_delta_step])
+@pytest.mark.parametrize(("B", "D"), [(3, 64), (13, 128)])  # tiles of a head, and whole heads
+def test_step_on_the_gpu_can_be_captured(B, D, step):
+    inputs = [x.detach()[:, 0] for x in wkv7_inputs(B, 1, 40, D, dtype=torch.bfloat16, device="cuda")]
+    state = torch.randn(B, 40, D, D, device="cuda")
     expected = state.cpu()
-    reference = wkv7_step(*(x.cpu() for x in inputs), expected)
-    wkv7_step(*inputs, state.clone())
+    reference = step(*(x.cpu() for x in inputs), expected)
+    step(*inputs, state.clone())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = wkv7_step(*inputs, state)
+        out = step(*inputs, state)
     graph.replay()
     torch.testing.assert_close(out.cpu(), reference)
     torch.testing.assert_close(state.cpu(), expected, rtol=1e-5, atol=1e-5)
