@@ -4,9 +4,10 @@
 
 Writes `kernels_<gpu>.md` and the raw rows as JSONL. Sections: `sweep` (every candidate of triton_tuning.py: errors
 against fp64 and the time of each kernel), `table` (the operator at the shapes that matter), `errors` (dtypes, ragged
-and packed sequences, repeated keys), `step` (decoding), `kl` (linear_kl and linear_ce), `torch` (the chunked form),
-`sdpa`, `fla` (flash-linear-attention, if it can be imported, and ours at the same shapes: peers.py makes its search
-short enough; alone it takes `--sections fla --budget 200`, each shape's rows as soon as they are known).
+and packed sequences, repeated keys), `step` (decoding; decode.py has fla beside it), `kl` (linear_kl and linear_ce),
+`torch` (the chunked form), `sdpa`, `fla` (flash-linear-attention, if it can be imported, and ours at the same shapes:
+peers.py makes its search short enough; alone it takes `--sections fla --budget 200`, each shape's rows as soon as they
+are known).
 
 Needs the package importable as `radlads`. Settings compile in parallel processes first; the sections run in a child
 process that may die (a bad setting can take the CUDA context with it) and is then started again after the fatal row.
@@ -260,47 +261,6 @@ def step(emit: Callable[..., None], done: set[str]) -> None:
                 return wkv7_step_triton(*inputs, state, values=values, warps=warps)
 
             emit(case=name, key=[B, H, D], us=triton.testing.do_bench_cudagraph(run, rep=20) * 1e3, floor=floor)
-    for B, H, D in ((64, 64, 64), (64, 40, 128)):
-        emit(case=f"B={B} H={H} D={D} in turns", key=[B, H, D], us=steps_in_turns(B, H, D))
-
-
-def steps_in_turns(B: int, H: int, D: int, *, steps: int = 20, rounds: int = 15) -> dict[str, float]:
-    """Median µs of one step in a graph of `steps`: ours as it is called, fla's if it can be imported, and the state
-    multiplied in place, which moves what every step must move."""
-    r, w, k, v, a, b = (x.detach()[:, 0].contiguous() for x in wkv7_inputs(B, 1, H, D, dtype=BF16, device=DEVICE))
-    kk, iclr = -a, torch.rand_like(a)
-    state = torch.randn(B, H, D, D, device=DEVICE)
-    runs: dict[str, Callable[[], object]] = {
-        "state times a number, in place": lambda: state.mul_(0.999),
-        "wkv7_step": lambda: wkv7_step_triton(r, w, k, v, a, b, state),
-        "wkv7_delta_step": lambda: wkv7_step_triton(r, w, k, v, kk, iclr, state, delta=True),
-    }
-    try:
-        from fla.ops.rwkv7.fused_recurrent import fused_mul_recurrent_rwkv7, fused_recurrent_rwkv7
-
-        long = [x[:, None] for x in (r, w, k, v, a, b, kk, iclr)]
-        options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
-        runs["fla fused_recurrent_rwkv7"] = lambda: fused_recurrent_rwkv7(*long[:6], **options)
-        runs["fla fused_mul_recurrent_rwkv7"] = lambda: fused_mul_recurrent_rwkv7(*long[:4], *long[6:], **options)
-    except ImportError as error:
-        say(f"fla left out: {error}")
-    graphs, times = {}, {name: [] for name in runs}
-    for name, run in runs.items():
-        run()
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for _ in range(steps):
-                run()
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            times[name].append(start.elapsed_time(stop) / steps * 1e3)
-    return {name: sorted(us)[rounds // 2] for name, us in times.items()}
 
 
 def products(hidden: Tensor, head: Tensor, rows: int = 4096) -> tuple[float, float, float]:

@@ -49,7 +49,7 @@ def once(run: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
     """Median milliseconds of each, the second of two calls a round. Taken in turns, in another order each round: a GPU
     at its power limit slows down as it warms, and what is timed first would look fastest."""
     order, shuffled = list(runs), random.Random(0)

@@ -42,7 +42,8 @@ def linear_kl(
     Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`, the metrics detached and `kl` with its τ²; without
     labels `ce` is 0. Gradients go to the student's hidden states and head, never to the teacher. bf16 and fp16 operands
     are multiplied with fp32 sums (fp64 stays fp64). `logits_dtype` is how logits wait between product and loss: None
-    is fp32; the operands' own dtype halves that traffic and rounds the logits as a plain head would.
+    is never on NVIDIA's Hopper (README.md) and fp32 elsewhere; the operands' own dtype rounds them as a plain head
+    would.
     Raises ValueError if shapes do not fit.
     """
     _check(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, labels_N, weight_N)

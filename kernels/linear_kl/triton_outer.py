@@ -1,7 +1,7 @@
 """The gradient of a head, block by block: gradᵀ hidden added to an fp32 sum that stays in memory. For NVIDIA's Hopper.
 
 A block's product is as large as the head and must be added to what earlier blocks left: 5 GB a block for a head of
-152,064 × 4,096, which a library's product reads and writes while its matrix units wait. Here a program sends its tile
+152,064 × 4,096, which a library's product reads and writes between its products. Here a program sends its tile
 off to be added by the memory (a reduction by the copy engine, one addition an entry, so the result is the same every
 time) and goes on with the next.
 

@@ -85,7 +85,7 @@ def values_kernel(
         x = start + tl.arange(0, BK)
         at_k = token[:, None] * (H * K) + head * K + x[None, :]
         in_k = rows[:, None] & (x < K)[None, :]
-        g, ge, m, _ = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
+        g, ge, m, _ = gates(load_tile(w, at_k, in_k, MASK_K), C, C // 2 + 1, CUMULATE_BY_DOT)
         write = tl.exp2(m[None, :] - g)
         ac = (load_tile(a, at_k, in_k, MASK_K) * tl.exp2(ge - m[None, :])).to(DT)
         kc = (load_tile(k, at_k, in_k, MASK_K) * write).to(DT)
@@ -181,7 +181,7 @@ def keys_kernel(
         dab = tl.dot(dx, tl.trans(u), dab, input_precision=IP)
         zq = tl.dot(do, tl.trans(h), zq, input_precision=IP)
         za = tl.dot(dx, tl.trans(h), za, input_precision=IP)
-    g, ge, m, _ = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
+    g, ge, m, _ = gates(load_tile(w, at_k, in_k, MASK_K), C, C // 2 + 1, CUMULATE_BY_DOT)
     write = tl.exp2(m[None, :] - g)
     read = tl.exp2(g - m[None, :])
     read_a = tl.exp2(ge - m[None, :])

@@ -71,8 +71,8 @@ def locate_sequence(n, cu_seqlens, offsets, T, num_chunks, PACKED: tl.constexpr)
 
 
 @triton.jit
-def gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
-    """In log2: inclusive and exclusive cumulative decay [C,K], its value after half of the rows and after all [K].
+def gates(w, C: tl.constexpr, BEFORE: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
+    """In log2: inclusive and exclusive cumulative decay [C,K], its value after BEFORE rows and after all [K].
 
     A bf16 decay times the ones of a triangle is exact, so the tensor cores may sum it; others are scanned in fp32.
     """
@@ -82,13 +82,13 @@ def gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
         g = tl.dot((i[:, None] >= i[None, :]).to(tl.bfloat16), w) * LOG2E
     else:
         g = tl.cumsum(own, 0)
-    middle = tl.sum(tl.where((i < C // 2)[:, None], own, 0.0), 0)
+    middle = tl.sum(tl.where((i < BEFORE)[:, None], own, 0.0), 0)
     return g, g - own, middle, tl.sum(own, 0)
 
 
 @triton.jit
 def centred_gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
-    """In log2: inclusive and exclusive cumulative decay [C,K], counted from the middle, as by `gates`."""
+    """In log2: inclusive and exclusive cumulative decay [C,K], counted from after half of the rows."""
     i = tl.arange(0, C)
     before = (i < C // 2)[None, :].to(tl.int32)
     if CUMULATE_BY_DOT:
@@ -96,7 +96,7 @@ def centred_gates(w, C: tl.constexpr, CUMULATE_BY_DOT: tl.constexpr):
         ge = tl.dot(((i[:, None] > i[None, :]).to(tl.int32) - before).to(tl.bfloat16), w)
         return g * LOG2E, ge * LOG2E
     else:
-        g, ge, middle, _ = gates(w, C, False)
+        g, ge, middle, _ = gates(w, C, C // 2, False)
         return g - middle[None, :], ge - middle[None, :]
 
 

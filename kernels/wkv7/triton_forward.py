@@ -42,7 +42,7 @@ def terms_kernel(
     in_k = (i < length)[:, None] & (x < K)[None, :]
     in_v = (i < length)[:, None] & (y < V)[None, :]
 
-    g, ge, m, last = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
+    g, ge, m, last = gates(load_tile(w, at_k, in_k, MASK_K), C, C // 2 + 1, CUMULATE_BY_DOT)
     store_tile(decay, program * K + x, last, x < K, K != BK)
     if STORE:
         store_tile(enter, program * K + x, m, x < K, K != BK)

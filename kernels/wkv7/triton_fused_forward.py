@@ -145,7 +145,7 @@ def fused_forward_kernel(
         at_v = token[:, None] * (H * V) + head * V + y[None, :]
         in_k = rows[:, None] & (x < K)[None, :]
         in_v = rows[:, None] & (y < V)[None, :]
-        g, ge, m, last = gates(load_tile(w, at_k, in_k, MASK_K), C, CUMULATE_BY_DOT)
+        g, ge, m, last = gates(load_tile(w, at_k, in_k, MASK_K), C, C // 2, CUMULATE_BY_DOT)
         xa, xb = load_tile(a, at_k, in_k, MASK_K), load_tile(b, at_k, in_k, MASK_K)
         xr, xk = load_tile(r, at_k, in_k, MASK_K), load_tile(k, at_k, in_k, MASK_K)
         xv = load_tile(v, at_v, in_v, MASK_V)

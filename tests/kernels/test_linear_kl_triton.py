@@ -87,7 +87,7 @@ def test_on_the_gpu(V, tau, logits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_product_is_as_good_as_logits_in_memory_on_the_gpu(dtype):
-    """Against fp64, near the teacher, where a gradient is a small difference; equal models have none at all."""
+    """Against fp64, near the teacher, where a gradient is a small difference; equal models have none but rounding."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("for NVIDIA's Hopper")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -110,4 +110,4 @@ def test_the_product_is_as_good_as_logits_in_memory_on_the_gpu(dtype):
     kl, metrics = linear_kl(hidden, head, hidden.detach(), head, temperature=1.5)
     assert kl.abs() < 1e-6
     assert metrics["top1_agreement"] == 1
-    assert (torch.autograd.grad(kl, hidden)[0] == 0).all()
+    assert torch.autograd.grad(kl, hidden)[0].abs().max() < 1e-6 * exact[0].abs().max()
