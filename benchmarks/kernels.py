@@ -4,7 +4,7 @@
 
 Writes `kernels_<gpu>.md` and the raw rows as JSONL. Sections: `sweep` (every candidate of triton_tuning.py: errors
 against fp64 and the time of each kernel), `table` (the operator at the shapes that matter), `errors` (dtypes, ragged
-and packed sequences, repeated keys), `step` (decoding; decode.py has fla beside it), `kl` (linear_kl and linear_ce),
+and packed sequences, repeated keys), `step` (decoding; decode.py has fla beside it), `kl` (linear_kl.py),
 `torch` (the chunked form), `sdpa`, `fla` (flash-linear-attention, if it can be imported, and ours at the same shapes:
 peers.py makes its search short enough; alone it takes `--sections fla --budget 200`, each shape's rows as soon as they
 are known).
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import linear_kl as linear_losses
 import torch
 import triton
 from peers import WORKERS, Case, Compilers, die_with_parent, search
 from torch import Tensor
 
-from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.triton_op import wkv7_triton
@@ -263,60 +263,9 @@ def step(emit: Callable[..., None], done: set[str]) -> None:
             emit(case=name, key=[B, H, D], us=triton.testing.do_bench_cudagraph(run, rep=20) * 1e3, floor=floor)
 
 
-def products(hidden: Tensor, head: Tensor, rows: int = 4096) -> tuple[float, float, float]:
-    """Milliseconds of the matrix products that a loss over all tokens cannot avoid."""
-    scale = hidden.shape[0] / rows
-    grad = torch.randn(rows, head.shape[0], device=DEVICE, dtype=BF16)
-    runs = (lambda: hidden[:rows] @ head.t(), lambda: grad @ head, lambda: grad.t() @ hidden[:rows])
-    product, back, outer = (milliseconds(run) * scale for run in runs)
-    return product, back, outer
-
-
 def kl(emit: Callable[..., None], done: set[str]) -> None:
-    N, D, V = 16384, 4096, 152064
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    student, teacher = (torch.randn(N, D, device=DEVICE, dtype=BF16, generator=generator) for _ in range(2))
-    head = (torch.randn(V, D, device=DEVICE, dtype=BF16, generator=generator) * D**-0.5).requires_grad_()
-    labels = torch.randint(0, V, (N,), device=DEVICE, generator=generator)
-    student.requires_grad_()
-    product, back, outer = products(student.detach(), head.detach())
-    emit(case="products", ms={"hidden @ head.T": product, "grad @ head": back, "grad.T @ hidden": outer})
-    small = slice(0, 256)
-    wide = [x.detach().float().requires_grad_() for x in (student[small], head)]
-    logits = wide[0] @ wide[1].t()
-    target = (teacher[small].float() @ wide[1].detach().t()).log_softmax(-1)
-    plain = torch.nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
-    plain = plain + 0.5 * torch.nn.functional.cross_entropy(logits, labels[small])
-    expected = torch.autograd.grad(plain, wide)
-    del logits, target
-    ours, _ = linear_kl(student[small], head, teacher[small], head.detach(), labels_N=labels[small], ce_weight=0.5)
-    found = torch.autograd.grad(ours, (student, head))
-    pairs = {"loss": (ours, plain), "d hidden": (found[0][small], expected[0]), "d head": (found[1], expected[1])}
-    emit(case="errors against fp32", errors={name: relative_rms(x, y) for name, (x, y) in pairs.items()})
-    del wide, expected, found, plain, ours, pairs
-    torch.cuda.empty_cache()
-    frozen = head.detach()
-    for name, floor, loss in (
-        ("linear_kl, frozen head", 2 * product + back, lambda: linear_kl(student, frozen, teacher, frozen)),
-        ("linear_kl, trained head", 2 * product + back + outer, lambda: linear_kl(student, head, teacher, frozen)),
-        ("linear_kl + ce, trained head", 2 * product + back + outer,
-         lambda: linear_kl(student, head, teacher, frozen, labels_N=labels, ce_weight=0.5)),
-        ("linear_ce, trained head", product + back + outer, lambda: linear_ce(student, head, labels)),
-    ):  # fmt: skip
-        emit(begin=name)
-        leaves = (student, head) if "trained" in name else (student,)
-
-        def run(loss=loss, leaves=leaves) -> object:
-            return torch.autograd.grad(loss()[0], leaves)
-
-        run()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        emit(case=name, both=milliseconds(run, rep=400), floor=floor, gib=peak)
+    for row in (*linear_losses.errors(), *linear_losses.losses(16384, 4096, 152064)):
+        emit(**row)
 
 
 def sdpa(emit: Callable[..., None], done: set[str]) -> None:

@@ -49,12 +49,16 @@ def _inside(z, x, V, EVEN: tl.constexpr):
 
 @triton.jit
 def _sums(
-    z, p, top, start, column, kept, V, cold, cold_other,
-    WIDTH: tl.constexpr, TEACHER: tl.constexpr, AGAINST: tl.constexpr, POWERED: tl.constexpr, SMOOTH: tl.constexpr,
-    EVEN: tl.constexpr,
+    z, p, top, start, column, kept, V, cold, cold_other, KIND: tl.constexpr
 ):  # fmt: skip
     """Writes the exponentials of a piece of the tile. Sums of them; of those at the other temperature; of them (or of
     the teacher's, p) times their exponents of 2; of the logits."""
+    WIDTH: tl.constexpr = KIND[0]
+    TEACHER: tl.constexpr = KIND[1]
+    AGAINST: tl.constexpr = KIND[2]
+    POWERED: tl.constexpr = KIND[3]
+    SMOOTH: tl.constexpr = KIND[4]
+    EVEN: tl.constexpr = KIND[5]
     x = column + tl.arange(0, WIDTH)
     plain = tl.zeros_like(top)
     if SMOOTH:
@@ -79,6 +83,11 @@ def _sums(
 
 
 @triton.jit
+def _added(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@triton.jit
 def product_kernel(
     hidden, head, kept, theirs, facts, n, V, stride_theirs, cold, cold_kl, cold_t, cold_other,
     D: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TEACHER: tl.constexpr,
@@ -99,6 +108,7 @@ def product_kernel(
         rows = start + tl.arange(0, BM)
         real = rows < n
         x = at + tl.arange(0, Q)
+        kind: tl.constexpr = (Q, TEACHER, AGAINST, POWERED, SMOOTH, EVEN)
         p0, p1, p2, p3 = 0, 0, 0, 0
         if AGAINST:  # asked for before anything is computed that could pass the time
             source = theirs + rows.to(tl.int64)[:, None] * stride_theirs + x[None, :]
@@ -112,21 +122,11 @@ def product_kernel(
         z2 = _inside(z2, x + 2 * Q, V, EVEN)
         z3 = _inside(z3, x + 3 * Q, V, EVEN)
         top = tl.max(tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)), 1)
-        total, other, cross, plain = _sums(
-            z0, p0, top, start, at, kept, V, cold, cold_other, Q, TEACHER, AGAINST, POWERED, SMOOTH, EVEN
-        )
-        a, b, c, d = _sums(
-            z1, p1, top, start, at + Q, kept, V, cold, cold_other, Q, TEACHER, AGAINST, POWERED, SMOOTH, EVEN
-        )
-        total, other, cross, plain = total + a, other + b, cross + c, plain + d
-        a, b, c, d = _sums(
-            z2, p2, top, start, at + 2 * Q, kept, V, cold, cold_other, Q, TEACHER, AGAINST, POWERED, SMOOTH, EVEN
-        )
-        total, other, cross, plain = total + a, other + b, cross + c, plain + d
-        a, b, c, d = _sums(
-            z3, p3, top, start, at + 3 * Q, kept, V, cold, cold_other, Q, TEACHER, AGAINST, POWERED, SMOOTH, EVEN
-        )
-        total, other, cross, plain = total + a, other + b, cross + c, plain + d
+        sums = _sums(z0, p0, top, start, at, kept, V, cold, cold_other, kind)
+        sums = _added(sums, _sums(z1, p1, top, start, at + Q, kept, V, cold, cold_other, kind))
+        sums = _added(sums, _sums(z2, p2, top, start, at + 2 * Q, kept, V, cold, cold_other, kind))
+        sums = _added(sums, _sums(z3, p3, top, start, at + 3 * Q, kept, V, cold, cold_other, kind))
+        total, other, cross, plain = sums
         mine = facts + rows.to(tl.int64) * (FACTS * PARTS) + tile // row_tiles
         if SMOOTH:
             tl.store(mine + 4 * PARTS, plain, mask=real)
