@@ -89,12 +89,12 @@ def default_tuning(K: int, V: int, backend: str) -> Tuning:
         return Tuning(32, 64, 4, 1, 64, 4)
     if backend == "hip":
         return Tuning(32, 32, 4, 1, 64, 4)
-    return Tuning(32, 32, 4, 2, 64, 8)  # longer chunks spill registers in keys_kernel
+    return Tuning(32, 32, 4, 2, 64, 4)  # longer chunks spill registers in keys_kernel
 
 
 def candidates(backend: str) -> list[Tuning]:
     """Settings worth measuring, the default first."""
-    others = ((32, 64, 4, 2, 64, 8), (32, 32, 4, 2, 64, 4), (64, 32, 4, 2, 32, 8), (64, 64, 4, 2, 64, 8))
+    others = ((32, 64, 4, 2, 64, 8), (32, 32, 4, 2, 64, 8), (64, 32, 4, 2, 32, 8), (64, 64, 4, 2, 64, 8))
     return [default_tuning(64, 64, backend), *(Tuning(*row) for row in others)]
 
 

@@ -160,6 +160,22 @@ def test_on_the_gpu_unaligned_inputs():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [2, 32])  # chunks in parallel, and a walk a head
+def test_a_long_document_in_more_programs_than_a_grid_has_rows_on_the_gpu(heads):
+    """At once and in two pieces with the state between: the same from the first token to the last."""
+    T = 2**17 if heads > 2 else 2**20
+    assert T * heads // 32 > 65_535
+    inputs = [x.detach() for x in wkv7_inputs(1, T, heads, 64, dtype=torch.bfloat16, device="cuda")]
+    with torch.no_grad():
+        out, final = wkv7(*inputs, output_final_state=True)
+        first, state = wkv7(*(x[:, : T // 2] for x in inputs), output_final_state=True)
+        second, last = wkv7(*(x[:, T // 2 :] for x in inputs), initial_state=state, output_final_state=True)
+    assert relative_rms(first, out[:, : T // 2]) < 3.5e-3
+    assert relative_rms(second, out[:, T // 2 :]) < 3.5e-3
+    assert relative_rms(last, final) < 3.5e-3
+
+
+@pytest.mark.gpu
 def test_heads_enough_for_the_fused_kernels_repeat_to_the_bit():
     inputs = wkv7_inputs(3, 100, 32, 64, dtype=torch.bfloat16, device="cuda")
     first, second = (outputs_and_gradients(wkv7, inputs) for _ in range(2))
