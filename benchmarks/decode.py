@@ -9,24 +9,18 @@ package importable as `radlads`.
 
 import argparse
 import json
-import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
+from linear_kl import in_turns, say
 from peers import Case, Compilers, search
 
 from radlads.kernels.testing import relative_rms, wkv7_inputs
 from radlads.kernels.wkv7 import wkv7_delta_step, wkv7_step
 
 STEPS, ROUNDS = 20, 25
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def draw(B: int, H: int, D: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -104,21 +98,14 @@ def main() -> None:
                 apart[name] = relative_rms(wkv7_step(*(x[n] for n in "rwkvab"), state.clone()), theirs[:, 0])
         runs |= beside
     graphs = {name: captured(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            times[name].append(start.elapsed_time(stop) / STEPS * 1e3)
-    medians = {name: statistics.median(us) for name, us in times.items()}
+    medians = {
+        name: ms / STEPS * 1e3 for name, ms in in_turns({n: g.replay for n, g in graphs.items()}, ROUNDS).items()
+    }
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     say(" ".join(versions.values()) + f"   {B} sequences, {H} heads of {D}")
     for name, us in medians.items():
         distance = f"  outputs {apart[name]:.1e} from ours" if name in apart else ""
-        say(f"{name:42s} {us:7.1f} us  fastest {min(times[name]):.1f}{distance}")
+        say(f"{name:42s} {us:7.1f} us{distance}")
     if options.out:
         found = {**versions, "shape": [B, H, D], "us": medians, "apart": apart}
         options.out.parent.mkdir(parents=True, exist_ok=True)

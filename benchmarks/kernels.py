@@ -264,8 +264,12 @@ def step(emit: Callable[..., None], done: set[str]) -> None:
 
 
 def kl(emit: Callable[..., None], done: set[str]) -> None:
-    for row in (*linear_losses.errors(), *linear_losses.losses(16384, 4096, 152064)):
-        emit(**row)
+    for name, rows in (("errors", linear_losses.errors()), ("losses", linear_losses.losses(16384, 4096, 152064))):
+        if name in done:
+            continue
+        emit(begin=name)
+        for row in rows:
+            emit(**row)
 
 
 def sdpa(emit: Callable[..., None], done: set[str]) -> None:

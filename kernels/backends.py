@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "chunked", "triton")
@@ -49,6 +50,13 @@ class Forms:
 
     def _triton(self) -> Any:
         return import_module(f"radlads.kernels.{self.name}.triton_op")
+
+
+def is_hopper(device: torch.device | None = None) -> bool:
+    """Whether this GPU (None: the current one) is of NVIDIA's Hopper generation."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from radlads.kernels.backends import is_hopper
 from radlads.kernels.linear_kl.products import HeadGradient, Operand, accumulate_dtype, waiting_dtype
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
 
@@ -127,9 +128,7 @@ def choose_products(batch: Batch) -> tuple[Callable[..., None], Callable[..., No
     """The product that sums its own rows and the one that adds to a sum in memory, on NVIDIA's Hopper and where nothing
     else was asked for; None: the library's products, and `choose_rows`."""
     device = batch.hidden.device
-    if device.type != "cuda" or batch.logits_dtype is not None or find_spec("triton") is None:
-        return None
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or not is_hopper(device) or batch.logits_dtype is not None or find_spec("triton") is None:
         return None
     from radlads.kernels.linear_kl.triton_outer import add_outer
     from radlads.kernels.linear_kl.triton_product import product_rows, takes

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from radlads.kernels.linear_kl.triton_product import quarters, resident
+
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of the head, of its width, tokens at a time
 WARPS, STAGES = 8, 4
 
@@ -41,9 +43,7 @@ def outer_kernel(
         z = tl.zeros([BM, BN], tl.float32)
         for k in range(0, n, BK):
             z = tl.dot(grad.load([k, row]).T, hidden.load([k, column]), z)
-        left, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        a, b = left.reshape(BM, 2, Q).permute(0, 2, 1).split()
-        c, d = right.reshape(BM, 2, Q).permute(0, 2, 1).split()
+        a, b, c, d = quarters(z, BM, BN)
         _send(total, row, column, a, BEGUN)
         _send(total, row, column + Q, b, BEGUN)
         _send(total, row, column + 2 * Q, c, BEGUN)
@@ -54,9 +54,7 @@ def add_outer(total_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor, begun: bool)
     """total (fp32) becomes gradᵀ hidden, or if it is `begun` has that added. 16-bit operands of one dtype, rows of
     multiples of 16 bytes."""
     (n, V), D = grad_nV.shape, hidden_nD.shape[1]
-    programs = triton.cdiv(V, ROWS) * triton.cdiv(D, COLUMNS)
-    if grad_nV.is_cuda:
-        programs = min(programs, torch.cuda.get_device_properties(grad_nV.device).multi_processor_count)
+    programs = resident(triton.cdiv(V, ROWS) * triton.cdiv(D, COLUMNS), grad_nV)
     with torch.cuda.device_of(grad_nV):
         outer_kernel[(programs,)](
             TensorDescriptor.from_tensor(grad_nV, [DEPTH, ROWS]),

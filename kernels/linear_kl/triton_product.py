@@ -7,7 +7,8 @@ the part's largest to 2^-25 of that. The teacher's product comes first; the stud
 so that KL is summed with fp32 logits of the student. Then `combine` makes the sums of the rows, and one elementwise
 kernel turns both exponentials into the gradient, in place.
 
-Every sum is over the rounded exponentials: both distributions sum to one, and equal logits give exactly nothing.
+Every sum is over the rounded exponentials: both distributions sum to one, and equal logits give nothing but the
+rounding of a few fp32 operations.
 
 Dims: n tokens of a tile, D width, V vocabulary, P parts of a row.
 """
@@ -33,7 +34,8 @@ _TEACHER = tl.constexpr(5)  # where the teacher's facts begin
 
 
 @triton.jit
-def _quarters(z, BM: tl.constexpr, BN: tl.constexpr):
+def quarters(z, BM: tl.constexpr, BN: tl.constexpr):
+    """The columns of a tile [BM,BN] in four pieces, which stay in the registers that they are in."""
     left, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
     a, b = left.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
     c, d = right.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
@@ -116,7 +118,7 @@ def product_kernel(
             p1 = tl.load(source + Q, mask=real[:, None], other=0.0)
             p2 = tl.load(source + 2 * Q, mask=real[:, None], other=0.0)
             p3 = tl.load(source + 3 * Q, mask=real[:, None], other=0.0)
-        z0, z1, z2, z3 = _quarters(z, BM, BN)
+        z0, z1, z2, z3 = quarters(z, BM, BN)
         z0 = _inside(z0, x, V, EVEN)
         z1 = _inside(z1, x + Q, V, EVEN)
         z2 = _inside(z2, x + 2 * Q, V, EVEN)
@@ -239,9 +241,22 @@ def gradient_kernel(
 
 
 def takes(hidden: Tensor, head: Tensor) -> bool:
-    """Whether the product can be of these: 16 bits, and rows that are multiples of 16 bytes, as copies want them."""
-    aligned = all(x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, head))
-    return aligned and hidden.dtype == head.dtype and hidden.dtype.itemsize == 2 and hidden.shape[1] > 0
+    """Whether the products can be of these: 16 bits, and rows of whole multiples of 16 bytes, one after the other, as
+    copies want them."""
+    D = hidden.shape[1]
+    if hidden.dtype != head.dtype or hidden.dtype.itemsize != 2 or D == 0 or D % 8:
+        return False
+    return all(
+        x.stride(1) == 1 and x.stride(0) >= D and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        for x in (hidden, head)
+    )
+
+
+def resident(tiles: int, x: Tensor) -> int:
+    """Programs that go through so many tiles: one a multiprocessor of the GPU that holds x, as its tiles fill it."""
+    if not x.is_cuda:
+        return tiles
+    return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def product_rows(
@@ -319,10 +334,7 @@ def _multiply(
 ) -> None:
     n, (V, D) = hidden.shape[0], head.shape
     parts = triton.cdiv(V, PART)
-    programs = triton.cdiv(n, TOKENS) * parts
-    if hidden.is_cuda:
-        programs = min(programs, torch.cuda.get_device_properties(hidden.device).multi_processor_count)
-    product_kernel[(programs,)](
+    product_kernel[(resident(triton.cdiv(n, TOKENS) * parts, hidden),)](
         TensorDescriptor.from_tensor(hidden, [TOKENS, DEPTH]),
         TensorDescriptor.from_tensor(head, [PART, DEPTH]),
         TensorDescriptor.from_tensor(kept, [TOKENS, PART // 4]),

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from radlads.kernels.backends import is_hopper
+
 # Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96
 FEWEST_HEADS_HOPPER = 28  # between what was measured at 16 and at 40: README.md
@@ -81,9 +83,7 @@ class Numerics:
 
 def hopper_here(device: torch.device | None = None) -> bool:
     """Whether this GPU is one of NVIDIA's Hopper generation and this Triton can compile hopper_*.py for it."""
-    if current_backend() != "cuda" or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9 and _gluon()
+    return current_backend() == "cuda" and is_hopper(device) and _gluon()
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
+from radlads.kernels.backends import is_hopper
 from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.kernels.testing import relative_rms
 
@@ -51,6 +52,26 @@ def test_the_products_compile(V, tempered, tmp_path):
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
 
 
+def test_what_the_products_take():
+    from radlads.kernels.linear_kl.triton_product import takes
+
+    hidden, head = torch.zeros(6, 32).bfloat16(), torch.zeros(40, 32).bfloat16()
+    assert takes(hidden, head)
+    assert takes(hidden[2:], head[:7])
+    assert takes(hidden[:, :24], head[:, :24])
+    refused = {
+        "a width of no multiple of 16 bytes, in rows that are one": (hidden[:, :20], head[:, :20]),
+        "not aligned": (hidden[:, 4:28], head[:, 4:28]),
+        "one row for all": (hidden[:1].expand(6, 32), head),
+        "columns first": (torch.zeros(32, 8).bfloat16().T, head),
+        "two dtypes": (hidden.half(), head),
+        "32 bits": (hidden.float(), head.float()),
+        "nothing": (hidden[:, :0], head[:, :0]),
+    }
+    for why, pair in refused.items():
+        assert not takes(*pair), why
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("logits", [None, torch.float32])
 @pytest.mark.parametrize("V", [1000, 50257, 152064])
@@ -88,7 +109,7 @@ def test_on_the_gpu(V, tau, logits):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_product_is_as_good_as_logits_in_memory_on_the_gpu(dtype):
     """Against fp64, near the teacher, where a gradient is a small difference; equal models have none but rounding."""
-    if torch.cuda.get_device_capability()[0] != 9:
+    if not is_hopper():
         pytest.skip("for NVIDIA's Hopper")
     generator = torch.Generator("cuda").manual_seed(0)
     N, D, V = 600, 256, 33000
