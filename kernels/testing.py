@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 DECAY_FLOOR = -0.6065306597126334  # -exp(-1/2): RWKV-7's log decay lies in (DECAY_FLOOR, 0)
 INPUT_NAMES = ("r", "log_decay", "k", "v", "a", "b")
@@ -106,6 +107,41 @@ def outputs_and_gradients(
     grads = torch.autograd.grad((out, state), leaves, (upstream(out), upstream(state)))
     names = [f"d {name}" for name in INPUT_NAMES[: len(inputs)]] + ["d initial_state"]
     return {"out": out, "state": state, **dict(zip(names, grads, strict=False))}
+
+
+def assert_autograd_rules(operator: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> None:
+    """What training code may ask of an autograd function, each bit-equal to one plain backward pass.
+
+    Non-reentrant activation checkpointing (twice nested too), a second backward pass over a retained graph, an output
+    that the loss does not use, and an input that needs no gradient. `operator(*inputs)` gives (output, second output
+    or None). Raises AssertionError.
+    """
+
+    def run(call: Callable[..., tuple[Tensor, Tensor | None]], used: int) -> list[list[Tensor]]:
+        out = call(*inputs)[used]
+        assert out is not None
+        loss = (out.float() * torch.linspace(-1, 1, out.shape[-1] if out.dim() else 1, device=out.device)).sum()
+        passes = [torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True) for _ in range(2)]
+        return [[torch.zeros_like(x) if g is None else g for g, x in zip(p, inputs, strict=True)] for p in passes]
+
+    def checkpointed(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+        return checkpoint(operator, *args, use_reentrant=False)
+
+    def nested(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+        return checkpoint(checkpointed, *args, use_reentrant=False)
+
+    num_outputs = 1 if operator(*inputs)[1] is None else 2
+    for used in range(num_outputs):
+        expected, again = run(operator, used)
+        assert any(bool(g.any()) for g in expected), f"output {used}: no gradient at all"
+        for name, found in (("a second backward pass", again), ("checkpointing", run(checkpointed, used)[0])):
+            assert all(map(torch.equal, expected, found)), f"output {used}: {name} changes the gradient"
+        assert all(map(torch.equal, expected, run(nested, used)[0])), f"output {used}: nested checkpointing differs"
+    for index in range(len(inputs)):
+        given = [x.detach() if i == index else x for i, x in enumerate(inputs)]
+        operator(*given)[0].float().sum().backward(inputs=[x for x in given if x.requires_grad])
+        for x in given:
+            x.grad = None
 
 
 @contextmanager

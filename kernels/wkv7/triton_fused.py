@@ -44,9 +44,9 @@ class FusedWkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        r, w, k, v, a, b, *saved = ctx.saved_tensors  # one read: non-reentrant checkpointing refuses a second
         with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
-            grads, dinitial = _backward(*ctx.call, inputs, saved, _aligned(dout), dfinal.contiguous())
+            grads, dinitial = _backward(*ctx.call, (r, w, k, v, a, b), tuple(saved), _aligned(dout), dfinal.contiguous())
         return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 

@@ -4,11 +4,20 @@ Triton decides when a kernel is defined whether it will be interpreted.
 The interpreter rounds to bf16 by cutting off, so bf16 has an allowance of its own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import triton
 
-from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv7_inputs
+from radlads.kernels.testing import (
+    DECAY_FLOOR,
+    assert_autograd_rules,
+    outputs_and_gradients,
+    poisoned_memory,
+    relative_rms,
+    wkv7_inputs,
+)
 from radlads.kernels.wkv7 import wkv7
 from radlads.kernels.wkv7.decay_range import WATCH, LogDecayRangeError
 from radlads.kernels.wkv7.triton_op import wkv7_triton
@@ -177,3 +186,9 @@ def test_fused_counts_every_token_of_each_half():
     wkv7_triton(*inputs, tuning=FUSED)
     with pytest.raises(LogDecayRangeError):
         WATCH.settle()
+
+
+@pytest.mark.parametrize("tuning", [None, FUSED, KEPT])
+@pytest.mark.parametrize("final", [False, True])
+def test_rules_of_autograd(tuning, final):
+    assert_autograd_rules(partial(wkv7_triton, tuning=tuning, output_final_state=final), wkv7_inputs(1, 40, 1, 16))

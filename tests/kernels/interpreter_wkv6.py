@@ -4,11 +4,20 @@ Triton decides when a kernel is defined whether it will be interpreted.
 The interpreter rounds to bf16 by cutting off, so bf16 has an allowance of its own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import triton
 
-from radlads.kernels.testing import WKV6_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv6_inputs
+from radlads.kernels.testing import (
+    WKV6_FLOOR,
+    assert_autograd_rules,
+    outputs_and_gradients,
+    poisoned_memory,
+    relative_rms,
+    wkv6_inputs,
+)
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv6.triton_op import Tuning, wkv6_triton
 
@@ -115,3 +124,8 @@ def test_through_the_front_door():
     torch.testing.assert_close(wkv6(*inputs, backend="triton")[0], wkv6(*inputs)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="float64 is not supported"):
         wkv6(*(x.double() for x in inputs), backend="triton")
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_rules_of_autograd(final):
+    assert_autograd_rules(partial(wkv6_triton, output_final_state=final), wkv6_inputs(1, 40, 1, 16))
