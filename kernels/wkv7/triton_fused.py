@@ -44,9 +44,9 @@ class FusedWkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        r, w, k, v, a, b, *saved = ctx.saved_tensors  # one read: non-reentrant checkpointing refuses a second
+        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second time
         with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
-            grads, dinitial = _backward(*ctx.call, (r, w, k, v, a, b), tuple(saved), _aligned(dout), dfinal.contiguous())
+            grads, dinitial = _backward(*ctx.call, saved[:6], saved[6:], _aligned(dout), dfinal.contiguous())
         return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 
