@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radlads.kernels.chosen import note_kernel
+
 BACKENDS = ("reference", "chunked", "triton")
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -25,31 +27,39 @@ class Forms:
     chunked: Operator
     meta: Operator
 
-    def choose(self, backend: str | None, v: Tensor, K: int) -> Operator:
-        """The form behind `backend`; None: Triton on a GPU where it applies, else chunked. Raises ValueError."""
+    def choose(self, backend: str | None, v: Tensor, K: int, dtype: torch.dtype) -> Operator:
+        """The form behind `backend`; None: Triton on a GPU where it applies, else chunked. Raises ValueError.
+
+        dtype: what r, k, v and the like are multiplied in (`common_dtype`).
+        """
         if v.is_meta:
             return self.meta
-        if backend is None:
-            backend = "triton" if v.is_cuda and self.why_not_triton(v, K) is None else "chunked"
-        if backend not in BACKENDS:
+        if backend is not None and backend not in BACKENDS:
             raise ValueError(f"{self.name}: unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-        if backend != "triton":
-            return self.reference if backend == "reference" else self.chunked
-        reason = self.why_not_triton(v, K)
-        if reason is not None:
+        reason = None if backend in ("reference", "chunked") else self.why_not_triton(v, K, dtype)
+        if backend == "triton" and reason is not None:
             raise ValueError(f"{self.name}: backend 'triton' cannot run here: {reason}")
-        operator: Operator = getattr(self._triton(), f"{self.name}_triton")
-        return operator
+        if backend == "triton" or (backend is None and v.is_cuda and reason is None):
+            operator: Operator = getattr(self._triton(), f"{self.name}_triton")
+            return operator  # notes itself which of its kernels it takes
+        note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "asked for")
+        return self.reference if backend == "reference" else self.chunked
 
-    def why_not_triton(self, v: Tensor, K: int) -> str | None:
+    def why_not_triton(self, v: Tensor, K: int, dtype: torch.dtype) -> str | None:
         """One line on why these tensors cannot go through the Triton kernels; None if they can."""
-        if not _triton_installed():
+        if not triton_installed():
             return "triton is not installed"
-        reason: str | None = self._triton().why_not_applicable(v, K)
+        reason: str | None = self._triton().why_not_applicable(v, K, dtype)
         return reason
 
     def _triton(self) -> Any:
         return import_module(f"radlads.kernels.{self.name}.triton_op")
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that all of them share; fp32 where they differ."""
+    dtypes = {x.dtype for x in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def is_hopper(device: torch.device | None = None) -> bool:
@@ -60,5 +70,5 @@ def is_hopper(device: torch.device | None = None) -> bool:
 
 
 @cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
     return find_spec("triton") is not None

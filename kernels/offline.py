@@ -42,6 +42,7 @@ from radlads.kernels.wkv7.triton_tuning import (
 )
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED_BYTES = {"sm_90": 232448, "gfx942": 65536}
 
 
 class _Utilities:
@@ -59,7 +60,7 @@ class _Driver:
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
-        self.utils = _Utilities(232448 if target.backend == "cuda" else 65536)
+        self.utils = _Utilities(SHARED_BYTES["sm_90" if target.backend == "cuda" else "gfx942"])
 
     def get_current_target(self) -> GPUTarget:
         return self.target

@@ -7,6 +7,8 @@ Needs torch only and imports nothing else, so that an exported model can carry t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -50,13 +52,14 @@ class PackedSlots:
         num_steps = int(steps.max()) if steps.numel() else 0
         counts = [int((steps > step).sum()) for step in range(num_steps)]
         sequence = torch.cat([order[:count] for count in counts]) if counts else order[:0]
-        step = torch.repeat_interleave(torch.arange(num_steps), torch.tensor(counts, dtype=torch.long))
-        position = step[:, None] * C + torch.arange(C)
+        host = partial(torch.arange, device="cpu")  # whatever torch's default device is
+        step = host(num_steps).repeat_interleave(torch.tensor(counts, dtype=torch.long, device="cpu"))
+        position = step[:, None] * C + host(C)
         live = position < length[sequence][:, None]
         token = (start[sequence][:, None] + position).where(live, 0).flatten()
         live = live.flatten()
-        place = torch.empty(int(bounds[-1]), dtype=torch.long)
-        place[token[live]] = torch.arange(token.numel())[live]
+        place = torch.empty(int(bounds[-1]), dtype=torch.long, device="cpu")
+        place[token[live]] = host(token.numel())[live]
         device = cu_seqlens.device
         self.H, self.C, self.num_steps = H, C, num_steps
         self.counts = [count * H for count in counts]

@@ -129,6 +129,8 @@ class Manifest(Sheet):
     """Numbers worth comparing, and small tables (lists of numbers); strict JSON, no NaN."""
     mlflow_run_id: str | None = None
     code: CodeVersion
+    kernels: dict[str, str] = Field(default_factory=dict)
+    """Operator → the kernel that ran it, and why no faster one; of the first rank."""
     created_at: datetime
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from radlads.kernels.backends import is_hopper
+from radlads.kernels.chosen import note_kernel
 from radlads.kernels.linear_kl.products import HeadGradient, Operand, accumulate_dtype, waiting_dtype
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
 
@@ -65,6 +67,8 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
     losses = RowLosses(*(torch.zeros(N, dtype=dtype, device=hidden.device) for _ in RowLosses._fields))
     grad_dtype = ours.grad_dtype if batch.want_hidden or batch.want_head else None
     fused, add_outer = choose_products(batch) or (None, None)
+    form = _form(batch, fused is not None, dtype)
+    note_kernel("linear_kl", form, None if fused else partial(_why_slower, batch))
     longest = MAX_BLOCK if fused is None else FUSED_BLOCK["trained" if batch.want_head else "frozen"]
     tiles = _Tiles(
         N, V, hidden.device, torch.float16 if fused else batch.logits_dtype or dtype, grad_dtype,
@@ -137,6 +141,27 @@ def choose_products(batch: Batch) -> tuple[Callable[..., None], Callable[..., No
     if batch.teacher is not None:
         pairs.append((batch.teacher, batch.teacher_head))
     return (product_rows, add_outer) if all(takes(*pair) for pair in pairs) else None
+
+
+def _form(batch: Batch, fused: bool, dtype: torch.dtype) -> str:
+    if fused:
+        return "triton, products that sum their rows"
+    rows = "plain torch" if choose_rows(batch.hidden.device, dtype) is torch_rows else "triton"
+    return f"library products, rows by {rows}"
+
+
+def _why_slower(batch: Batch) -> str:
+    """Why not the products that sum their own rows, for this batch."""
+    device = batch.hidden.device
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on a GPU"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not is_hopper(device):
+        return "the GPU is no Hopper"
+    if batch.logits_dtype is not None:
+        return "logits_dtype was asked for"
+    return f"hidden states and head of {batch.hidden.dtype}, or their alignment, do not fit the fused products"
 
 
 class _Tiles:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from radlads.kernels.backends import Forms
+from radlads.kernels.backends import Forms, common_dtype
 from radlads.kernels.check import check_bounds, check_inputs, check_step
 from radlads.kernels.meta import wkv6_meta
 from radlads.kernels.wkv6.chunked import wkv6_chunked
@@ -46,7 +46,8 @@ def wkv6(
     """
     keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK}
     check_inputs("wkv6", keys, v_BTHV, initial_state, cu_seqlens)
-    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1])
+    dtype = common_dtype(r_BTHK, k_BTHK, v_BTHV)
+    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1], dtype)
     if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
         check_bounds("wkv6", cu_seqlens, v_BTHV.shape[1])
     return operator(

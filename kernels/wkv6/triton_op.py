@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from radlads.kernels.backends import common_dtype
+from radlads.kernels.chosen import note_kernel
 from radlads.kernels.wkv6.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv6.triton_forward import out_kernel, scan_kernel
 
@@ -117,8 +119,8 @@ def current_backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def why_not_applicable(v: Tensor, K: int) -> str | None:
-    """Why these tensors cannot go through the Triton kernels; None if they can."""
+def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
+    """Why these tensors, multiplied in dtype, cannot go through the Triton kernels; None if they can."""
     if current_backend() != "interpreter" and not v.is_cuda:
         return f"the tensors are on {v.device}, not on a GPU"
     if v.dtype == torch.float64:
@@ -144,9 +146,9 @@ def wkv6_triton(
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
     backend = current_backend()
-    dtypes = {x.dtype for x in (r_BTHK, k_BTHK, v_BTHV)}
     tuning = tuning or default_tuning(K, V, backend)
-    numerics = numerics or choose_numerics(dtypes.pop() if len(dtypes) == 1 else torch.float32, backend)
+    numerics = numerics or choose_numerics(common_dtype(r_BTHK, k_BTHK, v_BTHV), backend)
+    note_kernel("wkv6", "triton")
     C = tuning.chunk
     by_bf16 = log_decay_BTHK.dtype == torch.bfloat16 and backend != "interpreter"
     if cu_seqlens is None:

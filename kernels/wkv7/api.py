@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from radlads.kernels.backends import Forms
+from radlads.kernels.backends import Forms, common_dtype, triton_installed
 from radlads.kernels.check import check_bounds, check_inputs, check_step
+from radlads.kernels.chosen import note_kernel
 from radlads.kernels.meta import wkv7_meta
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.reference import wkv7_reference
@@ -49,7 +50,8 @@ def wkv7(
     """
     keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK}
     check_inputs("wkv7", keys, v_BTHV, initial_state, cu_seqlens)
-    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1])
+    dtype = common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
+    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1], dtype)
     if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
         check_bounds("wkv7", cu_seqlens, v_BTHV.shape[1])
     return operator(
@@ -105,4 +107,6 @@ def wkv7_delta_step(
 
 def _steps_in_triton(v: Tensor, state: Tensor) -> bool:
     fits = state.is_cuda and state.dtype == torch.float32 and state.is_contiguous()
-    return fits and FORMS.why_not_triton(v, state.shape[2]) is None
+    fits = fits and v.dtype != torch.float64 and max(state.shape[2:]) <= 256 and triton_installed()
+    note_kernel("wkv7_step", "triton" if fits else "plain torch")
+    return fits

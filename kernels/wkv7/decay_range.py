@@ -58,7 +58,7 @@ class DecayWatch:
             return
         arrived = None
         if extremes.is_cuda:
-            host = torch.empty(2, pin_memory=True)
+            host = torch.empty(2, pin_memory=True, device="cpu")
             host.copy_(extremes, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()

@@ -72,7 +72,7 @@ def wkv7_split(
         initial_state = torch.zeros(bounds.numel() - 1, H, K, V, dtype=dtype, device=v_BTHV.device)
     inputs = (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     flat = (x.reshape(1, B * T, H, -1) for x in inputs)
-    out, final_state = _Split.apply(operator, pieces, dtype, torch.is_grad_enabled(), initial_state, *flat)
+    out, final_state = _Split.apply(operator, pieces, dtype, initial_state, *flat)
     return out.view(v_BTHV.shape), (final_state if output_final_state else None)
 
 
@@ -142,7 +142,6 @@ class _Split(torch.autograd.Function):
         operator: Operator,
         pieces: Pieces,
         dtype: torch.dtype,
-        grad: bool,
         initial_state: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -155,20 +154,22 @@ class _Split(torch.autograd.Function):
         _, moved = operator(r, w, k, wide, a, b, initial_state=start, **options)
         A, B = moved[..., V:], moved[..., :V]
         before = states_before(A, B, initial_state, pieces)
-        ctx.pieces, ctx.A, ctx.state_dtype = pieces, A, initial_state.dtype
-        wanted = grad and any(ctx.needs_input_grad)
-        with torch.set_grad_enabled(wanted):
-            leaves = [x.detach().requires_grad_(wanted) for x in (*inputs, before)]
-            out, final = operator(*leaves[:6], initial_state=leaves[6], **options)
-        ctx.inside = (out, final, leaves) if wanted else None
-        return out.detach(), final.detach()[pieces.last]
+        ctx.operator, ctx.pieces, ctx.state_dtype = operator, pieces, initial_state.dtype
+        ctx.save_for_backward(*inputs, before, A)
+        out, final = operator(*inputs, initial_state=before, **options)
+        return out, final[pieces.last]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        out, final, leaves = ctx.inside
+        *leaves, A = ctx.saved_tensors
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        with torch.enable_grad():  # again: a graph kept here would escape activation checkpointing
+            out, final = ctx.operator(
+                *leaves[:6], initial_state=leaves[6], cu_seqlens=ctx.pieces.bounds, output_final_state=True
+            )
         nothing = torch.zeros_like(final)
         (own,) = torch.autograd.grad((out, final), leaves[6:], (dout, nothing), retain_graph=True)
-        after, entering = gradients_after(ctx.A, own, dfinal, ctx.pieces)
-        grads = torch.autograd.grad((out, final), leaves[:6], (dout, after), retain_graph=True)
-        return None, None, None, None, entering[ctx.pieces.first].to(ctx.state_dtype), *grads
+        after, entering = gradients_after(A, own, dfinal, ctx.pieces)
+        grads = torch.autograd.grad((out, final), leaves[:6], (dout, after))
+        return None, None, None, entering[ctx.pieces.first].to(ctx.state_dtype), *grads

@@ -62,29 +62,58 @@ def terms_kernel(
     if STORE:
         store_tile(inverse, program * C * C + i[:, None] * C + i[None, :], inv, True, False)
     inv = inv.to(TT).to(DT)
-    W = tl.dot(inv, ac, input_precision=IP).to(DT)
-
     kc = (load_tile(k, at_k, in_k, MASK_K) * write).to(DT)
-    xv = load_tile(v, at_v, in_v, MASK_V).to(DT)
-    Aak = tl.where(strict, tl.dot(ac, tl.trans(kc), input_precision=IP), 0.0).to(DT)
-    U = tl.dot(inv, tl.dot(Aak, xv, input_precision=IP).to(DT), input_precision=IP).to(DT)
     leave = tl.exp2(last - m)[:, None]
-    come = tl.exp2(m)[None, :]
     bcT = tl.trans(bc)
-    step = tl.dot(bcT, W, input_precision=IP) * leave * come
-    at_kk = program * (K * K) + x[:, None] * K + x[None, :]
-    store_tile(L, at_kk, step, (x < K)[:, None] & (x < K)[None, :], K != BK)
-    new = tl.dot(bcT, U, tl.dot(tl.trans(kc), xv, input_precision=IP), input_precision=IP) * leave
-    at_kv = program * (K * V) + x[:, None] * V + y[None, :]
-    store_tile(N, at_kv, new, (x < K)[:, None] & (y < V)[None, :], (K != BK) or (V != BV))
-
-    qc = load_tile(r, at_k, in_k, MASK_K) * tl.exp2(g - m[None, :])
     lower = i[:, None] >= i[None, :]
-    Aqb = tl.where(lower, tl.dot(qc.to(DT), tl.trans(bc), input_precision=IP), 0.0).to(DT)
-    Aqk = tl.where(lower, tl.dot(qc.to(DT), tl.trans(kc), input_precision=IP), 0.0).to(DT)
-    store_tile(Q, at_k, tl.dot(Aqb, W, qc.to(tl.float32), input_precision=IP) * come, in_k, MASK_K)
-    out = tl.dot(Aqb, U, tl.dot(Aqk, xv, input_precision=IP), input_precision=IP)
-    store_tile(partial, at_v, out, in_v, MASK_V)
+    if BK > 128 or BV > 128:  # a tile of columns at a time: whole, [K,K] would not fit the registers
+        qc = (load_tile(r, at_k, in_k, MASK_K) * tl.exp2(g - m[None, :])).to(DT)
+        Aak = tl.where(strict, tl.dot(ac, tl.trans(kc), input_precision=IP), 0.0).to(DT)
+        Aqb = tl.where(lower, tl.dot(qc, bcT, input_precision=IP), 0.0).to(DT)
+        Aqk = tl.where(lower, tl.dot(qc, tl.trans(kc), input_precision=IP), 0.0).to(DT)
+        for tile in tl.static_range(BK // 64):
+            z = tile * 64 + tl.arange(0, 64)
+            at_z = (first + i)[:, None] * (H * K) + head * K + z[None, :]
+            in_z = (i < length)[:, None] & (z < K)[None, :]
+            gz, gez, mz, _ = gates(load_tile(w, at_z, in_z, MASK_K), C, C // 2 + 1, CUMULATE_BY_DOT)
+            az = (load_tile(a, at_z, in_z, MASK_K) * tl.exp2(gez - mz[None, :])).to(DT)
+            W = tl.dot(inv, az, input_precision=IP).to(DT)
+            come = tl.exp2(mz)[None, :]
+            step = tl.dot(bcT, W, input_precision=IP) * leave * come
+            at_kz = program * (K * K) + x[:, None] * K + z[None, :]
+            store_tile(L, at_kz, step, (x < K)[:, None] & (z < K)[None, :], K != BK)
+            qz = load_tile(r, at_z, in_z, MASK_K) * tl.exp2(gz - mz[None, :])
+            store_tile(Q, at_z, tl.dot(Aqb, W, qz.to(tl.float32), input_precision=IP) * come, in_z, MASK_K)
+        for tile in tl.static_range(BV // 64):
+            z = tile * 64 + tl.arange(0, 64)
+            at_z = (first + i)[:, None] * (H * V) + head * V + z[None, :]
+            in_z = (i < length)[:, None] & (z < V)[None, :]
+            xv = load_tile(v, at_z, in_z, MASK_V).to(DT)
+            U = tl.dot(inv, tl.dot(Aak, xv, input_precision=IP).to(DT), input_precision=IP).to(DT)
+            new = tl.dot(bcT, U, tl.dot(tl.trans(kc), xv, input_precision=IP), input_precision=IP) * leave
+            at_kz = program * (K * V) + x[:, None] * V + z[None, :]
+            store_tile(N, at_kz, new, (x < K)[:, None] & (z < V)[None, :], (K != BK) or (V != BV))
+            out = tl.dot(Aqb, U, tl.dot(Aqk, xv, input_precision=IP), input_precision=IP)
+            store_tile(partial, at_z, out, in_z, MASK_V)
+    else:
+        W = tl.dot(inv, ac, input_precision=IP).to(DT)
+        xv = load_tile(v, at_v, in_v, MASK_V).to(DT)
+        Aak = tl.where(strict, tl.dot(ac, tl.trans(kc), input_precision=IP), 0.0).to(DT)
+        U = tl.dot(inv, tl.dot(Aak, xv, input_precision=IP).to(DT), input_precision=IP).to(DT)
+        come = tl.exp2(m)[None, :]
+        step = tl.dot(bcT, W, input_precision=IP) * leave * come
+        at_kk = program * (K * K) + x[:, None] * K + x[None, :]
+        store_tile(L, at_kk, step, (x < K)[:, None] & (x < K)[None, :], K != BK)
+        new = tl.dot(bcT, U, tl.dot(tl.trans(kc), xv, input_precision=IP), input_precision=IP) * leave
+        at_kv = program * (K * V) + x[:, None] * V + y[None, :]
+        store_tile(N, at_kv, new, (x < K)[:, None] & (y < V)[None, :], (K != BK) or (V != BV))
+
+        qc = load_tile(r, at_k, in_k, MASK_K) * tl.exp2(g - m[None, :])
+        Aqb = tl.where(lower, tl.dot(qc.to(DT), tl.trans(bc), input_precision=IP), 0.0).to(DT)
+        Aqk = tl.where(lower, tl.dot(qc.to(DT), tl.trans(kc), input_precision=IP), 0.0).to(DT)
+        store_tile(Q, at_k, tl.dot(Aqb, W, qc.to(tl.float32), input_precision=IP) * come, in_k, MASK_K)
+        out = tl.dot(Aqb, U, tl.dot(Aqk, xv, input_precision=IP), input_precision=IP)
+        store_tile(partial, at_v, out, in_v, MASK_V)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from radlads.kernels.backends import common_dtype
+from radlads.kernels.chosen import note_kernel
 from radlads.kernels.wkv7.decay_range import WATCH, widest_log_decay
 from radlads.kernels.wkv7.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv7.triton_forward import scan_kernel, terms_kernel
 from radlads.kernels.wkv7.triton_fused import FusedWkv7
 from radlads.kernels.wkv7.triton_plan import Plan, make_plan, power
 from radlads.kernels.wkv7.triton_tuning import (
+    Call,
     Fused,
     Numerics,
     Tuning,
@@ -24,6 +28,8 @@ from radlads.kernels.wkv7.triton_tuning import (
     fused_tuning,
     hopper_here,
     hopper_takes,
+    name_form,
+    why_slower,
 )
 
 TRITON_TYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
@@ -50,10 +56,12 @@ def wkv7_triton(
     H, K, V = *k_BTHK.shape[2:], v_BTHV.shape[-1]
     num_sequences = k_BTHK.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     backend = current_backend()
-    dtype = _common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
+    dtype = common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
     if tuning is None and numerics is None:
+        call = Call(K, V, num_sequences * H, dtype, log_decay_BTHK.dtype, backend)
         hopper = hopper_takes(K, V, log_decay_BTHK.dtype) and hopper_here(v_BTHV.device)
-        tuning = fused_tuning(K, V, num_sequences * H, dtype, backend, hopper=hopper)
+        tuning = fused_tuning(K, V, call.heads, dtype, backend, hopper=hopper)
+        note_kernel("wkv7", name_form(tuning), partial(why_slower, tuning, call, v_BTHV.device))
     with torch.cuda.device(v_BTHV.device) if v_BTHV.is_cuda else nullcontext():
         if isinstance(tuning, Fused):
             plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
@@ -67,20 +75,19 @@ def wkv7_triton(
     return out, (final_state if output_final_state else None)
 
 
-def why_not_applicable(v: Tensor, K: int) -> str | None:
-    """Why these tensors cannot go through the Triton kernels; None if they can."""
-    if current_backend() != "interpreter" and not v.is_cuda:
+def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
+    """Why these tensors, multiplied in dtype, cannot go through the Triton kernels; None if they can."""
+    backend, wide = current_backend(), max(K, v.shape[-1])
+    if backend != "interpreter" and not v.is_cuda:
         return f"the tensors are on {v.device}, not on a GPU"
     if v.dtype == torch.float64:
         return "float64 is not supported"
-    if max(K, v.shape[-1]) > 256:
+    if wide > 256:
         return f"head sizes above 256 are not supported, got K={K}, V={v.shape[-1]}"
+    if wide > 128 and (backend == "hip" or (backend == "cuda" and dtype != torch.bfloat16)):
+        limit = "an AMD GPU" if backend == "hip" else f"a GPU in {str(dtype).removeprefix('torch.')}"
+        return f"head sizes above 128 do not fit the shared memory of {limit}, got K={K}, V={v.shape[-1]}"
     return None
-
-
-def _common_dtype(*tensors: Tensor) -> torch.dtype:
-    dtypes = {x.dtype for x in tensors}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 class _TritonWkv7(torch.autograd.Function):

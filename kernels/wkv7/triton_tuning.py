@@ -128,6 +128,45 @@ def fused_tuning(
     return Fused(1, 4, 1, 4, 2 if backend == "cuda" else 1)
 
 
+@dataclass(frozen=True)
+class Call:
+    """What the choice of kernels looks at; heads: of all sequences together."""
+
+    K: int
+    V: int
+    heads: int
+    dtype: torch.dtype
+    log_decay: torch.dtype
+    backend: str
+
+
+def name_form(tuning: Fused | None) -> str:
+    """The form of wkv7 that these settings stand for, for people; None: the kernels with chunks in parallel."""
+    if tuning is None:
+        return "triton, chunks in parallel"
+    return "triton, fused for Hopper" if tuning.hopper else "triton, fused"
+
+
+def why_slower(tuning: Fused | None, call: Call, device: torch.device | None) -> str:
+    """Why `fused_tuning` gave no faster kernels for this call, in one line; empty where there are none."""
+    hopper = call.backend == "cuda" and is_hopper(device)
+    if (tuning is not None and tuning.hopper) or call.backend == "interpreter" or (tuning is not None and not hopper):
+        return ""
+    sizes = f"K={call.K}, V={call.V}"
+    if hopper and not _gluon():
+        return "this Triton has no Gluon"
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"the inputs are {str(call.dtype).removeprefix('torch.')}, the fused kernels take 16 bits"
+    if hopper and call.log_decay.itemsize != 2:
+        return (
+            f"the log decay is {str(call.log_decay).removeprefix('torch.')}, the fused kernels for Hopper take 16 bits"
+        )
+    if max(call.K, call.V) > 128 or (hopper and not hopper_takes(call.K, call.V, call.log_decay)):
+        return f"the fused kernels do not take {sizes}"
+    least = FEWEST_HEADS_HOPPER if hopper else FEWEST_HEADS
+    return f"{call.heads} heads in all sequences would leave the GPU idle, the fused kernels are faster from {least}"
+
+
 def fused_candidates(K: int, V: int, backend: str) -> list[Fused]:
     """Settings of the fused kernels worth measuring, the default first."""
     default = fused_tuning(K, V, FEWEST_HEADS, torch.bfloat16, backend)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from radlads.kernels.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.ending import (
@@ -223,6 +224,7 @@ class Job:
             metrics=metrics,
             mlflow_run_id=self.spec.tracking.run_id if self.spec.tracking else None,
             code=code_version(),
+            kernels=chosen_kernels(),
             created_at=datetime.now(UTC),
         )
         return self.store.commit(self.output_prefix, self.output, manifest)
@@ -271,6 +273,7 @@ def open_job(path: Path) -> Job:
 def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
     clear_ending(job.scratch, job.rank)
+    forget_kernels()
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:

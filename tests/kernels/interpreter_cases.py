@@ -188,6 +188,22 @@ def test_fused_counts_every_token_of_each_half():
         WATCH.settle()
 
 
+@pytest.mark.parametrize("tuning", [None, FUSED])
+def test_any_default_device(tuning):
+    """With `meta`, a tensor that is made on the default device shows."""
+    inputs, bounds = wkv7_inputs(1, 40, 1, 16), torch.tensor([0, 9, 9, 40])
+    with torch.device("meta"):
+        out, _ = wkv7_triton(*inputs, tuning=tuning, cu_seqlens=bounds)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    assert all(x.device.type == "cpu" for x in (out, *gradients))
+
+
+@pytest.mark.parametrize(("T", "K", "V"), [(32, 256, 256), (37, 144, 200), (20, 136, 40), (20, 40, 136)])
+def test_wide_heads(T, K, V):
+    tuning = Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
+    assert_right(wkv7_inputs(1, T, 1, K, V), state_like(1, 1, K, V), tuning=tuning)
+
+
 @pytest.mark.parametrize("tuning", [None, FUSED, KEPT])
 @pytest.mark.parametrize("final", [False, True])
 def test_rules_of_autograd(tuning, final):

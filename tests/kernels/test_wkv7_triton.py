@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from radlads.kernels.wkv7 import wkv7, wkv7_delta_step, wkv7_step
 
 pytest.importorskip("triton")
 
+from radlads.kernels.wkv7 import triton_op
 from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_tuning import current_backend, fused_tuning, hopper_here, hopper_takes
 
@@ -32,17 +34,47 @@ def test_interpreted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [16, 64, 96, 128])
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_compiles(target, size, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "size", "ragged"),
+    [
+        *((target, size, True) for target in ("sm_90", "gfx942") for size in (16, 64, 96, 128)),
+        ("sm_90", 64, False),
+        ("sm_90", 256, False),
+    ],
+)
+def test_compiles(target, size, ragged, tmp_path):
+    """Every kernel that this size can take, and within the shared memory of the target."""
     count = 6
-    if size <= 64 or target == "sm_90":  # a larger head's tiles do not fit the shared memory of gfx942
+    if size <= 64 or (size <= 128 and target == "sm_90"):  # larger tiles do not fit the shared memory of gfx942
         count += 4
-    if size >= 64 and target == "sm_90":
+    if 64 <= size <= 128 and target == "sm_90":
         count += 2
-    code = f"from radlads.kernels.offline import compile_wkv7; assert len(compile_wkv7('{target}', {size}, {size})) == "
-    code += str(count)
+    code = f"""
+from radlads.kernels.offline import SHARED_BYTES, compile_wkv7
+found = compile_wkv7({target!r}, {size}, {size}, ragged={ragged})
+assert len(found) == {count}, sorted(found)
+too_large = {{name: kernel.metadata.shared for name, kernel in found.items()
+             if kernel.metadata.shared > SHARED_BYTES[{target!r}]}}
+assert not too_large, too_large
+"""
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size", "reason"),
+    [
+        ("cuda", torch.bfloat16, 256, None),
+        ("cuda", torch.float32, 128, None),
+        ("cuda", torch.float32, 192, "head sizes above 128 do not fit the shared memory of a GPU in float32"),
+        ("cuda", torch.float16, 136, "head sizes above 128 do not fit the shared memory of a GPU in float16"),
+        ("hip", torch.bfloat16, 136, "head sizes above 128 do not fit the shared memory of an AMD GPU"),
+        ("cuda", torch.bfloat16, 264, "head sizes above 256 are not supported"),
+    ],
+)
+def test_what_the_kernels_take(backend, dtype, size, reason, monkeypatch):
+    monkeypatch.setattr(triton_op, "current_backend", lambda: backend)
+    found = triton_op.why_not_applicable(SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 1, size)), size, dtype)
+    assert found is None if reason is None else found.startswith(reason)
 
 
 def test_without_a_gpu_triton_is_refused_in_one_line():

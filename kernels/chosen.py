@@ -1,0 +1,33 @@
+"""Which form of each operator ran, and why not a faster one: said once in the log, and kept for the manifest.
+
+Standard library only, so that whoever writes a manifest can ask without loading a kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+_log = logging.getLogger("radlads")
+_chosen: dict[str, dict[str, str]] = {}
+
+
+def note_kernel(operator: str, form: str, why: Callable[[], str] | None = None) -> None:
+    """Record that `form` ran a call of `operator`; logged the first time. why: asked then, why no faster form ran."""
+    forms = _chosen.setdefault(operator, {})
+    if form not in forms:
+        reason = forms[form] = "" if why is None else why()
+        _log.info("kernel %s: %s%s", operator, form, f" ({reason})" if reason else "")
+
+
+def chosen_kernels() -> dict[str, str]:
+    """Operator → the forms that ran in this process, each with the reason of its first call in brackets."""
+    return {
+        operator: "; ".join(f"{form} ({reason})" if reason else form for form, reason in forms.items())
+        for operator, forms in sorted(_chosen.items())
+    }
+
+
+def forget_kernels() -> None:
+    """Start a new record: for a process that runs several jobs, one after the other."""
+    _chosen.clear()
