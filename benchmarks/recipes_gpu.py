@@ -1,0 +1,368 @@
+"""Run shipped recipes at their true width on one GPU, with only layers, steps and rows of a step cut.
+
+    python benchmarks/recipes_gpu.py --out benchmarks/results/recipes_gpu.md
+    python benchmarks/recipes_gpu.py --recipes hrwkv7-reka-flash-3.1 --layers 2 --steps 1
+
+The teacher has random weights in its published shape. Every stage is the product's own job: plan, tokenize,
+transplant, align, choose, distill with every phase, finetune, evaluate, needle, publish; then the exported folder is
+loaded and generates. Contexts, micro-batches, bits, losses, LoRA, phases, checkpointing, kept layers and variants are
+the recipe's; documents are packed and kept apart, and one distill has cross-entropy spikes, which no shipped recipe
+sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import json
+import logging
+import math
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from radlads.deployments.twins import large_recipes, recipe_folder
+from radlads.tasks import stage as stage_module
+from radlads.tasks.job import JobSpec, UserError
+from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.pipeline import Pipeline, open_pipeline
+from radlads.tasks.section_choice import choice_data
+from radlads.tasks.specs import EvaluateSpec, NeedleSpec, PlanReport, PlanSpec, PublishSpec, StageSpec, TokenizeSpec
+from radlads.tasks.stage import Product, run_stage
+from radlads.tasks.stage_specs import choose_spec, planned_teacher, train_spec, transplant_spec
+
+logger = logging.getLogger("recipes_gpu")
+
+_REKA = {
+    "model_type": "llama", "hidden_size": 6144, "intermediate_size": 19648, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "head_dim": 96, "vocab_size": 100352, "rms_norm_eps": 1e-5, "rope_theta": 8e6,
+    "max_position_embeddings": 98304, "tie_word_embeddings": False,
+}  # fmt: skip
+_QWEN3 = {
+    "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "max_position_embeddings": 40960, "tie_word_embeddings": False,
+}  # fmt: skip
+_QWEN2 = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "max_position_embeddings": 32768, "tie_word_embeddings": False,
+}  # fmt: skip
+# The published shapes of the recipes' teachers, but for their layers.
+SHAPES: dict[str, dict[str, Any]] = {
+    "RekaAI/reka-flash-3": _REKA,
+    "RekaAI/reka-flash-3.1": _REKA,
+    "Qwen/Qwen3-8B": _QWEN3,
+    "Qwen/Qwen3-14B": _QWEN3 | {"hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 40},
+    "Qwen/Qwen2.5-7B-Instruct": _QWEN2,
+    "Qwen/Qwen2.5-32B-Instruct": _QWEN2
+    | {"hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_key_value_heads": 8},
+    "Qwen/Qwen2.5-72B-Instruct": _QWEN2
+    | {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8},
+}
+TRAINING = ("align", "distill", "finetune")
+
+
+@dataclass
+class Row:
+    """One stage of one recipe."""
+
+    recipe: str
+    stage: str
+    seconds: float
+    peak_gib: float
+    numbers: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+
+
+def cut_recipe(raw: dict[str, Any], folder: Path, *, layers: int, steps: int) -> dict[str, Any]:
+    """A recipe with its sizes but few layers, and few steps of two micro-batches; teacher and data are in `folder`."""
+    student = dict(raw["student"])
+    kept = student.get("attention_layers")
+    if isinstance(kept, dict):
+        probe = {"lengths": [96], "documents": 4, "heldout_tokens": 512, "context": 512}
+        student["attention_layers"] = kept | {"count": 1, "recall": probe}
+    elif kept:
+        student["attention_layers"] = [layers // 2]
+    texts = {"kind": "files", "paths": [str(folder / "stories.txt")], "separator": "<|endoftext|>"}
+    chats = {"kind": "files", "paths": [str(folder / "chat.jsonl")], "messages_field": "messages"}
+    cut = {
+        "name": raw["name"],
+        "teacher": raw["teacher"] | {"path": str(folder / "teacher")},
+        "student": student,
+        "data": {name: {"sources": [chats if name == "chat" else texts]} for name in raw["data"]},
+        "resources": {"device": "auto", "processes": 1, "zero_stage": raw.get("resources", {}).get("zero_stage", 1)},
+    }
+    cut |= {stage: _cut_section(raw[stage], steps) for stage in TRAINING if stage in raw}
+    evaluate = raw["evaluate"]
+    context = evaluate.get("context", 512)
+    cut["evaluate"] = {"data": evaluate["data"], "context": context, "heldout_tokens": 4 * context, "batch": 2}
+    lengths = [length for length in raw.get("needle", {}).get("lengths", []) if length <= 8192][:2]
+    if lengths:
+        haystack = {"haystack": texts["paths"], "haystack_separator": texts["separator"]}
+        cut["needle"] = {"lengths": lengths, "depths": [0.5], "batch": 2, **haystack}
+    return cut
+
+
+def _cut_section(section: dict[str, Any], steps: int) -> dict[str, Any]:
+    small = section | _sizes(section, {}, steps)
+    if "phases" in section:
+        small["phases"] = [phase | _sizes(section, phase, steps) for phase in section["phases"]]
+        small["tokens"] = sum(phase["tokens"] for phase in small["phases"])
+    return small | {"heldout_tokens": small["context"], "reset_at_documents": True}
+
+
+def _sizes(section: dict[str, Any], phase: dict[str, Any], steps: int) -> dict[str, int]:
+    own = section | phase
+    micro = own.get("micro_batch", own["batch"])
+    batch = min(own["batch"], 2 * min(micro, own["batch"]))
+    sizes = {"tokens": steps * batch * own["context"], "batch": batch}
+    return sizes if not phase or "batch" in phase else {"tokens": sizes["tokens"]}
+
+
+def write_inputs(shape: dict[str, Any], folder: Path, *, layers: int, device: torch.device) -> None:
+    """A teacher with random weights and the demo's tokenizer, stories, and chats made of them."""
+    demo = Path(str(resources.files("radlads.deployments.demo")))
+    tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(**shape, **ids, num_hidden_layers=layers, dtype="bfloat16")
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            teacher = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "teacher")
+    text = gzip.decompress((demo / "stories.txt.gz").read_bytes()).decode()
+    (folder / "stories.txt").write_text(text, encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    with (folder / "chat.jsonl").open("w", encoding="utf-8") as stream:
+        for first, second in zip(stories[::2], stories[1::2], strict=False):
+            words = (("user", f"Tell me about this. {first}"), ("assistant", second))
+            messages = [{"role": role, "content": content} for role, content in words]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+
+
+def convert(recipe: Path, name: str, work: Path) -> Iterator[Row]:
+    """Every stage of a recipe, one after the other, in this process; yields a row as each ends."""
+    places = {"store": str(work / "store"), "work": str(work / "work"), "tracking": "none"}
+    with (
+        open_pipeline(str(recipe), run=name, run_id=name, **places) as pipeline,
+        mock.patch.object(stage_module, "launch", _run_here),
+    ):
+        yield from _stages(pipeline, name)
+
+
+def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
+    wanted = pipeline.recipe
+    products: dict[str, Product] = {}
+
+    def run(stage: Any, spec: StageSpec, inputs: dict[str, Product], label: str | None = None) -> Row:
+        free_memory()
+        began = time.monotonic()
+        product = products[label or stage] = run_stage(pipeline.request(stage, spec, inputs))
+        return _row(name, label or stage, product, time.monotonic() - began)
+
+    yield run("plan", PlanSpec(recipe=wanted), {})
+    report = PlanReport.model_validate_json(
+        pipeline.store.read_file(pipeline.store.key(products["plan"].uri), "plan.json")
+    )
+    for data in wanted.datasets_used:
+        spec = TokenizeSpec(
+            name=data,
+            dataset=wanted.data[data],
+            files=report.files.get(data, ()),
+            tokenizer=report.tokenizer,
+            tokenizer_fingerprint=report.tokenizer_fingerprint,
+            teacher=None,
+        )
+        yield run("tokenize", spec, {}, f"tokenize {data}")
+    yield run("transplant", transplant_spec(wanted, report), {})
+    students = ["transplant"]
+    for stage in wanted.training_stages:
+        spec = train_spec(wanted, report, stage)
+        inputs = {"data": products[f"tokenize {spec.section.data}"], "student": products[students[-1]]}
+        yield run(stage, spec, inputs)
+        students.append(stage)
+        choice = choose_spec(wanted, report) if stage == "align" else None
+        if choice is not None:
+            data = choice_data(wanted)
+            given = {"student": products["align"]} | ({"data": products[f"tokenize {data}"]} if data else {})
+            yield run("choose", choice, given)
+            students.append("choose")
+    teacher = planned_teacher(report)
+    if wanted.evaluate:
+        inputs = {"student": products[students[-1]], "data": products[f"tokenize {wanted.evaluate.data}"]}
+        yield run("evaluate", EvaluateSpec(section=wanted.evaluate, teacher=teacher), inputs)
+    if wanted.needle:
+        spec = NeedleSpec(section=wanted.needle, teacher=teacher, training_length=max(wanted.needle.lengths))
+        yield run("needle", spec, {"student": products[students[-1]]})
+    made = {key.replace("tokenize ", "") + " data" * key.startswith("tokenize"): p for key, p in products.items()}
+    yield run("publish", PublishSpec(section=wanted.publish, recipe=wanted), made)
+    yield _reload(pipeline, name, products["publish"])
+
+
+def _run_here(spec: JobSpec, **_: Any) -> None:
+    """Instead of a launched job: its program, in this process."""
+    program = "train" if spec.stage in TRAINING else "tokens" if spec.stage == "tokenize" else spec.stage
+    scratch = Path(spec.scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "job.json").write_text(spec.model_dump_json(), encoding="utf-8")
+    reason = execute(import_module(f"radlads.tasks.jobs.{program}").main, Job(spec=spec))
+    if reason != "done":
+        raise UserError(json.loads((scratch / "exit.json").read_text(encoding="utf-8"))["message"])
+
+
+def _row(recipe: str, stage: str, product: Product, seconds: float) -> Row:
+    metrics = product.manifest.metrics
+    names = ("loss", "heldout/loss", "tokens_per_second", "kl", "student/needle", "teacher/needle")
+    numbers = {name: float(metrics[name]) for name in names if isinstance(metrics.get(name), int | float)}
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    row = Row(recipe, stage, seconds, peak, numbers, product.manifest.kernels)
+    logger.info("%s %s: %.1f s, %.1f GiB %s %s", recipe, stage, seconds, peak, numbers, row.kernels)
+    if not all(map(math.isfinite, numbers.values())):
+        raise UserError(f"{recipe} {stage}: not finite: {numbers}")
+    return row
+
+
+def _reload(pipeline: Pipeline, recipe: str, published: Product) -> Row:
+    """The exported folder by transformers alone: greedy tokens with and without a cache are the same."""
+    free_memory()
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(dir=pipeline.settings.work) as scratch:
+        folder = pipeline.store.fetch(pipeline.store.key(published.uri), Path(scratch)) / "model"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("Once upon a time there was a little dog.", return_tensors="pt").input_ids.to(device)
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits[:, -1].float()
+            seen = model(ids[:, :-1], use_cache=True).past_key_values
+            cached = model(ids[:, -1:], past_key_values=seen, use_cache=True).logits[:, -1].float()
+        error = ((whole - cached).norm() / whole.norm()).item()
+        if not error < 3e-2:
+            raise UserError(f"{recipe}: with a cache the exported model's logits differ by {error:.3f}")
+        model.generate(ids, max_new_tokens=8, do_sample=False)
+    del model
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return Row(recipe, "reload", time.monotonic() - began, peak, {"cached/uncached": error})
+
+
+def free_memory() -> None:
+    """Give back what the stage before held, and start counting the peak anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: what ran, how long, how much memory, on which kernels."""
+    lines = ["| recipe | stage | seconds | peak GiB | numbers | kernels |", "| :-- | :-- | --: | --: | :-- | :-- |"]
+    for row in rows:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.numbers.items())
+        kernels = "; ".join(f"{name}: {form}" for name, form in row.kernels.items())
+        lines.append(f"| {row.recipe} | {row.stage} | {row.seconds:.1f} | {row.peak_gib:.1f} | {numbers} | {kernels} |")
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """What it ran on, and with what."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{gpu}; torch {torch.__version__}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
+
+
+@contextmanager
+def workplace(given: str | None) -> Iterator[Path]:
+    """A folder for everything, removed afterwards unless it was given; in memory where there is room for it."""
+    if given:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        yield Path(given)
+        return
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
+        yield Path(folder)
+
+
+def main() -> int:
+    """Run the recipes asked for; 1 where one did not come to its end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="*", help="names; default: every shipped recipe of a large teacher")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--spikes", nargs="*", default=["prwkv7-reka-flash-3"], help="recipes whose distill gets them")
+    parser.add_argument("--twins", action="store_true", help="the recipes' tiny twins instead: a rehearsal on a CPU")
+    parser.add_argument("--work", help="folder to keep; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
+    parser.add_argument("--json", type=Path, help="the rows as JSON")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    known = dict(large_recipes())
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in options.recipes or known:
+        with workplace(options.work) as work:
+            try:
+                _convert_one(known[name], work, options, device, rows)
+            except Exception as error:  # the table of the others is worth having
+                logger.exception("%s failed", name)
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = f"{hardware()}\n\n`python benchmarks/recipes_gpu.py {shlex.join(sys.argv[1:])}`\n\n{table(rows)}\n"
+    text += "".join(f"\n**{name} failed:** {why}\n" for name, why in failed.items())
+    sys.stdout.write(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps({"rows": [vars(row) for row in rows], "failed": failed}), encoding="utf-8")
+    return 1 if failed else 0
+
+
+def _convert_one(
+    raw: dict[str, Any], work: Path, options: argparse.Namespace, device: torch.device, rows: list[Row]
+) -> None:
+    folder = work / raw["name"]
+    folder.mkdir()
+    if options.twins:
+        rows.extend(convert(recipe_folder() / f"tiny-{raw['name']}.yaml", raw["name"], folder))
+        return
+    began = time.monotonic()
+    shape = SHAPES[raw["teacher"]["path"]]
+    cut = cut_recipe(raw, folder, layers=options.layers, steps=options.steps)
+    if raw["name"] in options.spikes:
+        for phase in cut["distill"].get("phases", [cut["distill"]]):
+            phase["ce_spikes"] = {"every": 2, "weight": 0.1}
+    write_inputs(shape, folder, layers=options.layers, device=device)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(cut, sort_keys=False), encoding="utf-8")
+    rows.append(Row(raw["name"], "random teacher", time.monotonic() - began, 0.0))
+    rows.extend(convert(recipe, raw["name"], folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
