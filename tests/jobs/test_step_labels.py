@@ -5,6 +5,7 @@ Run as a program, this file is one rank: FOLDER RANK WORLD_SIZE TEACHER STUDENT.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -245,6 +246,22 @@ def test_a_job_without_labels_ends_as_the_recipes_fault(training, tmp_path, monk
     monkeypatch.setattr(train, "open_dataset", lambda folder: masked(open_dataset(folder), tmp_path, {}))
     assert execute(train.main, job) == "config"
     assert "is the assistant's: nothing would be learnt" in training.ending(job)["message"]
+
+
+def test_micro_batch_changes_no_curve_of_a_job(training, tmp_path, monkeypatch):
+    some = dict.fromkeys(("train", "heldout"), slice(20, None, 37))  # a label in most rows, none in some
+    monkeypatch.setattr(train, "open_dataset", lambda folder: masked(open_dataset(folder), tmp_path, some))
+    curves = []
+    for size in (1, 4):
+        settings = {"tokens": 6 * 128, "micro_batch": size, "assistant_only": True, "context": 32, "heldout_every": 3}
+        job = training.job("finetune", f"ragged-{size}", **settings)
+        assert execute(train.main, job) == "done", training.ending(job)
+        lines = map(json.loads, (job.output / "metrics.jsonl").read_text().splitlines())
+        names = ("loss", "accuracy", "grad_norm", "heldout/loss")
+        curves.append([{name: row[name] for name in names if name in row} for row in lines])
+    assert len(curves[0]) >= 6
+    for one, four in zip(*curves, strict=True):
+        assert one == pytest.approx(four, rel=1e-4)
 
 
 @pytest.mark.parametrize("case", ["finetune-0", "align-scaled_mse", "align-svd", "distill"])
