@@ -102,7 +102,7 @@ class _LossProbe(AttentionProbe):
 
     def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
         mixed = mixer(x_BTD, rope=rope, first=self._first, cu_seqlens=self._cu_seqlens)
-        self.losses[layer], self._first = self._loss(mixed.out.float(), wanted_BTD.float(), layer), mixed.first
+        self._found[layer], self._first = self._loss(mixed.out.float(), wanted_BTD.float(), layer), mixed.first
 
 
 class _Fit(AttentionProbe):

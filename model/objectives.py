@@ -1,5 +1,8 @@
 """What each training stage minimises: (batch) -> (loss, metrics), and which parameters it trains.
 
+Loss and metrics of a batch are means over its labels, which `Objective.num_labels` counts: whoever adds batches up
+(jobs/engine.py, jobs/heldout.py) weighs each by its labels, so that how text is cut into batches changes nothing.
+
 Dims: B batch, T context, D model width, N = B·T tokens.
 """
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.model.align_losses import ScaledMse, build_align_loss
+from radlads.model.align_losses import build_align_loss, no_spectrum
 from radlads.model.lora import lora_trains
 from radlads.model.modeling import RadladsForCausalLM, document_positions, parameter_group
 from radlads.model.precision import remember_buffers, restore_buffers
@@ -96,8 +99,12 @@ class Objective(nn.Module):
         return parts.final_norm in words and parts.layers not in words
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        """`(scalar fp32 loss, detached metrics)`."""
+        """`(scalar fp32 loss, detached metrics)`: means over the batch's labels, 0 where it has none."""
         raise NotImplementedError
+
+    def num_labels(self, batch: Mapping[str, Tensor]) -> int:
+        """How many tokens of a batch `forward` averages over: all that are predicted. Of a batch on the CPU."""
+        return batch["input_ids"][:, 1:].numel()
 
     def bounds(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """cu_seqlens [number of documents + 1] where the section resets at documents."""
@@ -121,6 +128,8 @@ class Align(Objective):
     def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__(section, student, teacher)
         self.layer_loss = build_align_loss(section, student.config.num_hidden_layers)
+        if fault := no_spectrum(section, student.config.hidden_size):
+            raise UserError(f"align: {fault}")
 
     def trainable(self, name: str) -> bool:
         return self.group(name) == "mixer"
@@ -133,8 +142,6 @@ class Align(Objective):
         losses = probe.losses
         if not losses:
             raise UserError("there is nothing to align: every layer stays softmax attention; drop the align stage")
-        if isinstance(self.layer_loss, ScaledMse):
-            losses = self.layer_loss.finish(losses)
         loss = torch.stack(list(losses.values())).mean()
         layers = {f"layer_{layer:02d}": value.detach() for layer, value in sorted(losses.items())}
         return loss, {"loss": loss.detach(), **layers}
@@ -196,12 +203,9 @@ class NextToken(Objective):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens = batch["input_ids"]
         labels = tokens[:, 1:]
-        if getattr(self.section, "assistant_only", False):
-            if "loss_mask" not in batch:
-                raise UserError(
-                    "assistant_only needs chat data: this dataset has no mask; set `messages_field` of its sources"
-                )
-            labels = labels.masked_fill(~batch["loss_mask"][:, 1:].bool(), _IGNORED)
+        counts = self._counts(batch)
+        if counts is not None:
+            labels = labels.masked_fill(~counts, _IGNORED)
         cu_seqlens = self.bounds(batch)
         if isinstance(self.student, RadladsForCausalLM):
             hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
@@ -214,6 +218,20 @@ class NextToken(Objective):
             label_smoothing=getattr(self.section, "label_smoothing", 0.0),
         )
         return loss, {"loss": loss.detach(), "ce": metrics["ce"], "accuracy": metrics["accuracy"]}
+
+    def num_labels(self, batch: Mapping[str, Tensor]) -> int:
+        counts = self._counts(batch)
+        return super().num_labels(batch) if counts is None else int(counts.sum())
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Whether each label [B,T] counts; None where all do."""
+        if not getattr(self.section, "assistant_only", False):
+            return None
+        if "loss_mask" not in batch:
+            raise UserError(
+                "assistant_only needs chat data: this dataset has no mask; set `messages_field` of its sources"
+            )
+        return batch["loss_mask"][:, 1:].bool()
 
 
 _OBJECTIVES: dict[str, type[Objective]] = {

@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from radlads.model.align_losses import LayerLoss, l2_loss
+from radlads.model.align_losses import LayerLoss, ScaledMse, l2_loss
 from radlads.model.mixer import FirstValues, Mixer
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.teacher import find_family
 
 
 class AttentionProbe:
-    """Context manager over a frozen teacher; `losses` fills, one scalar a layer, as the teacher runs.
+    """Context manager over a frozen teacher; what `losses` gives fills as the teacher runs.
 
     Every mixer sees the teacher's own normed input of its layer (teacher forcing), and its output is compared with the
     attention's after o_proj. Layers are independent but for the first layer's values, which are threaded with their
@@ -37,13 +37,19 @@ class AttentionProbe:
         cu_seqlens: Tensor | None = None,
     ) -> None:
         """cu_seqlens: as in `RadladsForCausalLM.hidden`."""
-        self.losses: dict[int, Tensor] = {}
+        self._found: dict[int, Tensor] = {}
         self._teacher = teacher
         self._student = student
         self._loss = loss
         self._cu_seqlens = cu_seqlens
         self._first: FirstValues | None = None
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """Layer → the mean of its loss over the sequences, once the teacher ran: scalars."""
+        found = self._loss.finish(self._found) if isinstance(self._loss, ScaledMse) else self._found
+        return {layer: loss_B.mean() for layer, loss_B in found.items()}
 
     def __enter__(self) -> Self:
         attentions = find_family(self._teacher.config).attention_modules(self._teacher)
@@ -60,7 +66,7 @@ class AttentionProbe:
         self._hooks.clear()
 
     def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
-        """Run one mixer and keep its loss."""
+        """Run one mixer and keep its loss of every sequence."""
 
         def run(x: Tensor, first: FirstValues | None) -> tuple[Tensor, FirstValues]:
             mixed = mixer(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
@@ -69,9 +75,9 @@ class AttentionProbe:
         x_BTD, wanted_BTD = x_BTD.detach(), wanted_BTD.detach()
         with torch.enable_grad():
             if self._student.gradient_checkpointing and self._student.training:
-                self.losses[layer], self._first = checkpoint(run, x_BTD, self._first, use_reentrant=False)
+                self._found[layer], self._first = checkpoint(run, x_BTD, self._first, use_reentrant=False)
             else:
-                self.losses[layer], self._first = run(x_BTD, self._first)
+                self._found[layer], self._first = run(x_BTD, self._first)
 
 
 class _Hook:

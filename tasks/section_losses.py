@@ -14,8 +14,8 @@ class Comprehensive(Section):
     """Weights of the seven terms of the `comprehensive` align loss (rwkv7_variants §7.2, V1; model/align_losses.py).
 
     The published code multiplies content by 1 − 0.3·q and context by 1 + 0.5·q at depth q = layer / layers; that is
-    done here too. `batch_independent` is the revision at the commit of cxa073 (no term depends on which sequences share
-    a batch, and the spectral term is a Frobenius norm), `svd` the one before it.
+    done here too. `batch_independent` is the revision at the commit of cxa073, whose spectral term is a Frobenius norm;
+    `svd` is the one before it, which compares leading singular values, here of each sequence and not of a micro-batch.
     """
 
     content: float = Field(default=1.0, ge=0)
@@ -158,7 +158,7 @@ class Finetune(Training):
     schedule: Schedule = Schedule(kind="constant")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     assistant_only: bool = False
-    """Chat data: only the assistant's tokens count."""
+    """Chat data: only the assistant's tokens count. A step without any is an error."""
     train_only: tuple[Literal["mixer", "decay", "token_shift"], ...] = ()
     """Only these parts of the mixers train; empty: all that `freeze` leaves. `[decay, token_shift]` is step 3a of
     2505.03005, which fits long contexts into little memory."""

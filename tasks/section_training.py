@@ -65,7 +65,8 @@ class Training(Section):
     batch: int = Field(gt=0)
     """Sequences per optimizer step, over all processes and accumulation steps."""
     micro_batch: int = Field(default=1, gt=0)
-    """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result."""
+    """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result, which is
+    normalised by the labels of the whole optimizer step."""
     mixer_rate: Rate
     rest_rate: Rate
     optimizer: Optimizer = Optimizer()

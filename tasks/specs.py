@@ -80,7 +80,7 @@ class PlanReport(Sheet):
     choice: AttentionChoice | None = None
     """A choice after align, its probe made to fit its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Dataset name → {bytes, bytes_per_token, tokens}: estimates from its first documents."""
+    """Dataset name → {bytes, bytes_per_token, tokens, assistant}: estimates from its first documents."""
     gpu_hours: float | None = None
     """Estimated, of all stages; None on a CPU."""
     dollars: float | None = None

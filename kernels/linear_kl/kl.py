@@ -112,17 +112,22 @@ class _LinearKl(torch.autograd.Function):
 
 def scaled_gradients(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients that the forward left (the head's in pieces), times the incoming scalar, in the dtypes of what they
-    belong to."""
+    belong to.
+
+    The scalar is not rounded to a lower precision first: where it weighs a batch among others, that would be another
+    weight. Of one dimension, it makes the product one in its own precision, whose result is rounded once.
+    """
     hidden, *pieces = ctx.saved_tensors
     hidden_dtype, head_dtype = ctx.dtypes
+    dloss = dloss.view(1)
     if hidden is not None:
-        hidden = (hidden * dloss.to(hidden.dtype)).to(hidden_dtype)
+        hidden = torch.mul(hidden, dloss, out=torch.empty_like(hidden, dtype=hidden_dtype))
     if not pieces:
         return hidden, None
     head = torch.empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=head_dtype, device=pieces[0].device)
     start = 0
     for piece in pieces:
-        torch.mul(piece, dloss.to(piece.dtype), out=head[start : start + len(piece)])
+        torch.mul(piece, dloss, out=head[start : start + len(piece)])
         start += len(piece)
     return hidden, head
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from radlads.model.align_losses import no_spectrum
 from radlads.model.lora import missing_target
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.chat import render_chat
@@ -104,21 +105,29 @@ def _check_context(stage: str, context: int, positions: int, findings: Findings)
 def check_dataset(
     name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, findings: Findings
 ) -> dict[str, Any]:
-    """Read the first documents of every source; returns {bytes, bytes_per_token, tokens}, None where unknown."""
+    """Read the first documents of every source; returns {bytes, bytes_per_token, tokens, assistant}; None: unknown.
+
+    assistant: whether assistant-only training finds a token that counts.
+    """
     total_bytes: float | None = 0.0
     total_tokens: float | None = 0.0
     ratio = None
+    assistant: bool | None = False
     if dataset.add_bos and tokenizer.bos_token_id is None:
         findings.faults.append(f"data.{name}.add_bos is on, but the tokenizer has no BOS token")
     for index, source in enumerate(dataset.sources):
         place = f"data.{name}.sources.{index}"
         if isinstance(source, SampleSource):
-            total_tokens = _add(total_tokens, source.tokens)
+            total_tokens, assistant = _add(total_tokens, source.tokens), True
             continue
         with findings.at(place):
             documents = first_documents(source, tokenizer=tokenizer, count=_PROBED)
             if not documents:
                 raise UserError("no document in it")
+            if any(_says_something(document, tokenizer) for document in documents):
+                assistant = True
+            elif len(documents) == _PROBED:  # there is more of it
+                assistant = assistant or None
             read, tokens = _measure(documents, tokenizer)
             ratio = read / max(1, tokens)
             if isinstance(source, RecallSource):
@@ -135,7 +144,15 @@ def check_dataset(
         "bytes": None if total_bytes is None else round(total_bytes),
         "bytes_per_token": ratio,
         "tokens": None if total_tokens is None else round(total_tokens),
+        "assistant": assistant,
     }
+
+
+def _says_something(document: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether some of a document counts in assistant-only training: text, or a word of the assistant."""
+    if document.messages is None:
+        return True
+    return any(start < end for start, end in render_chat(tokenizer, document.messages).assistant_spans)
 
 
 def _measure(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -187,15 +204,30 @@ def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None
             findings.faults.append(f"{stage}.{fault}")
 
 
-def check_masks(recipe: Recipe, findings: Findings) -> None:
-    """Assistant-only training needs chats."""
+def check_align(recipe: Recipe, width: int, findings: Findings) -> None:
+    """A loss must have the terms that it asks for. width: of the model."""
+    if recipe.align is not None and (fault := no_spectrum(recipe.align, width)):
+        findings.faults.append(f"align.{fault}")
+
+
+def check_masks(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
+    """Assistant-only training needs chats in which the assistant speaks. data: as check_dataset returned it, where it
+    was read."""
     if recipe.finetune is None or not recipe.finetune.assistant_only:
         return
-    sources = recipe.data[recipe.finetune.data].sources
+    name = recipe.finetune.data
+    sources = recipe.data[name].sources
     if not any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in sources):
-        findings.faults.append(
-            f"finetune.assistant_only is on, but no source of data.{recipe.finetune.data} has messages_field"
-        )
+        findings.faults.append(f"finetune.assistant_only is on, but no source of data.{name} has messages_field")
+        return
+    if name not in data or any(fault.startswith(f"data.{name}.sources.") for fault in findings.faults):
+        return  # not read
+    silent = f"finetune.assistant_only is on, but the assistant says nothing in data.{name}"
+    cure = "look at messages_field, the roles of the chats and the chat template"
+    if data[name]["assistant"] is False:
+        findings.faults.append(f"{silent}: nothing would be learnt; {cure}")
+    elif data[name]["assistant"] is None:
+        findings.warnings.append(f"{silent}'s first {_PROBED} chats; {cure}")
 
 
 def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:

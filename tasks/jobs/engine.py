@@ -2,7 +2,12 @@
 
 DeepSpeed shares the gradients and the optimizer among the ranks (ZeRO-0/1/2) and keeps fp32 masters of bf16
 parameters. The norm, the clip and the check for finite numbers are ours: one small all-reduce and one transfer to the
-host a step carry the norm, the loss, the metrics and the wish to stop together.
+host a step carry the norm, the loss, the metrics, the count of labels and the wish to stop together.
+
+Loss and gradient of a step are the means over its labels, whichever forward pass of whichever rank held them. DeepSpeed
+gives every forward pass the same part, so each is weighed by the share of its tokens that are labels, which the batch
+tells before it is on the device; gradient and metrics are divided by the share of the whole step once the all-reduce
+has told it. Where every token is a label, all of these are exactly 1.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
+from radlads.tasks.job import UserError
 from radlads.tasks.jobs.deepspeed_import import import_deepspeed
 from radlads.tasks.jobs.ending import NonFiniteError
 from radlads.tasks.jobs.parameter_groups import Named, optimizer_groups, select_trainable
@@ -32,7 +38,7 @@ _BUCKET = 50_000_000  # elements that travel in one reduction
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw, averaged over its sequences and over all ranks."""
+    """What a step saw, averaged over the labels of all its forward passes on all ranks."""
 
     metrics: dict[str, float]
     grad_norm: float
@@ -69,7 +75,8 @@ class Engine:
         """
         chosen = select_trainable(objective, section)
         self.parameters = dict(chosen["mixer"] + chosen["rest"])
-        self.device, self.num_micro, self.clip = device, num_micro, section.optimizer.clip
+        self.device, self.clip = device, section.optimizer.clip
+        self.micro_batch, self.num_micro = micro_batch, num_micro
         self._adam = _adamw(chosen, section)
         stage = 2 if offload else _usable_stage(zero_stage, dtype)
         config = _config(stage, dtype, micro_batch, num_micro, self._elements())
@@ -81,25 +88,37 @@ class Engine:
         self._make_state()
 
     def step(self, batches: Iterable[Batch], rates: Mapping[str, float], number: int, *, stop: bool) -> StepResult:
-        """Optimizer step `number`. Raises NonFiniteError on every rank before the optimizer moves."""
+        """Optimizer step `number`, of batches on the CPU, all of one context and none larger than micro_batch.
+
+        Raises NonFiniteError, and UserError for a step without a label, on every rank before the optimizer moves.
+        """
         self.objective.train()
         seen: dict[str, Tensor] = {}
+        labelled = 0.0
         for index, batch in enumerate(batches):
+            tokens = self.micro_batch * (batch["input_ids"].shape[1] - 1)
+            share = self.objective.num_labels(batch) / tokens
+            labelled += share
             loss, metrics = self._engine(
                 {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             )
             for name, value in ({"loss": loss} | metrics).items():
-                seen[name] = seen.get(name, 0) + value.detach().double() / self.num_micro
-            self._engine.backward(loss)
+                seen[name] = seen.get(name, 0) + share * value.detach().double() / self.num_micro
+            self._engine.backward(share * loss)
             if index < self.num_micro - 1:
                 self._engine.step()
-        result = self._agree(seen, stop)
+        result, share = self._agree(seen, labelled, stop)
+        if share == 0:
+            raise UserError(
+                f"step {number}: none of its tokens is a label, so there is nothing to learn from it; the optimizer "
+                "did not move. Use a larger batch or context, or data with more of what counts"
+            )
         if not (math.isfinite(result.grad_norm) and math.isfinite(result.metrics["loss"])):
             raise NonFiniteError(
                 f"step {number}: loss {result.metrics['loss']}, gradient norm {result.grad_norm}. The optimizer did "
                 "not move, the newest checkpoint is sound; lower the learning rate, or look at the data of this step"
             )
-        self._clip(result.grad_norm)
+        self._scale(min(1.0, self.clip / (result.grad_norm + 1e-6)) / share)
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]] * group["multiplier"]
         self._engine.step()
@@ -108,20 +127,27 @@ class Engine:
                 gradient.zero_()  # a parameter that the next step does not use must not find this step's
         return result
 
-    def _agree(self, seen: dict[str, Tensor], stop: bool) -> StepResult:
-        """Average over the ranks, and bring everything to the host at once."""
+    def _agree(self, seen: dict[str, Tensor], labelled: float, stop: bool) -> tuple[StepResult, float]:
+        """Average over the labels of all ranks, and bring everything to the host at once; and the step's share.
+
+        labelled: the shares of this rank's forward passes, added up.
+        """
         world = distributed.get_world_size()
         square = torch.nn.utils.get_total_norm(self._gradients()).double() ** 2
         if not self._sharded:
             square = square / world  # every rank holds the whole gradient
         means = [value.reshape(()).to(self.device) / world for value in seen.values()]
-        stops = torch.full((), float(stop), dtype=torch.float64, device=self.device)
-        told = torch.stack([square.to(self.device), stops, *means])
+        counts = [torch.full((), x, dtype=torch.float64, device=self.device) for x in (float(stop), labelled)]
+        told = torch.stack([square.to(self.device), *counts, *means])
         if world > 1:
             distributed.all_reduce(told)
-        total, stopping, *values = told.tolist()
-        metrics = dict(zip(seen, values, strict=True))
-        return StepResult(metrics, math.sqrt(total) if total >= 0 else math.nan, stopping > 0)
+        total, stopping, labelled, *values = told.tolist()
+        share = labelled / (self.num_micro * world)
+        if share == 0:
+            return StepResult(dict.fromkeys(seen, math.nan), math.nan, stopping > 0), share
+        metrics = {name: value / share for name, value in zip(seen, values, strict=True)}
+        norm = math.sqrt(total) / share if total >= 0 else math.nan
+        return StepResult(metrics, norm, stopping > 0), share
 
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the reduced gradient (all of it without ZeRO)."""
@@ -136,10 +162,10 @@ class Engine:
             return [master.grad for master in self._engine.optimizer.single_partition_of_fp32_groups]
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
-    def _clip(self, norm: float) -> None:
-        scale = self.clip / (norm + 1e-6)
-        if scale < 1:
-            torch._foreach_mul_(self._gradients(), scale)
+    def _scale(self, factor: float) -> None:
+        """Multiply this rank's part of the gradient."""
+        if factor != 1:
+            torch._foreach_mul_(self._gradients(), factor)
 
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
@@ -179,7 +205,7 @@ class Engine:
 
     def accumulate(self, micro_batch: int, num_micro: int) -> None:
         """Take this many sequences in this many forward passes a step from now on. Between steps only."""
-        self.num_micro = num_micro
+        self.micro_batch, self.num_micro = micro_batch, num_micro
         self._engine.set_train_micro_batch_size(micro_batch)
         self._engine.set_train_batch_size(micro_batch * num_micro * distributed.get_world_size())
         self._engine.micro_steps = 0  # DeepSpeed tells a step's last pass by the remainder of this count

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
+from radlads.model.objectives import Objective
 from radlads.tasks.jobs.engine import to_device
 from radlads.tasks.jobs.loader import TokenSplit
 
@@ -15,7 +16,7 @@ logger = logging.getLogger("radlads")
 
 @torch.no_grad()
 def heldout_metrics(
-    objective: nn.Module,
+    objective: Objective,
     split: TokenSplit,
     *,
     context: int,
@@ -25,12 +26,11 @@ def heldout_metrics(
     rank: int,
     world_size: int,
     document_ids: bool,
-    masked: bool,
 ) -> dict[str, float]:
-    """`heldout/<metric>` over the first rows of the split, up to max_tokens. Every rank calls it; {} without data.
+    """`heldout/<metric>` over the first rows of the split, up to max_tokens. Every rank calls it; {} without a label.
 
-    Each batch weighs as many labels as it has (masked: as its loss_mask counts), so that the result does not depend on
-    how the rows are shared out.
+    Each batch weighs as many labels as the objective counts in it, so that the result does not depend on how the rows
+    are shared out.
     """
     context = min(context, split.tokens - 1)
     if context < 1:
@@ -44,7 +44,7 @@ def heldout_metrics(
     totals: dict[str, torch.Tensor] = {}
     labels = 0
     for batch in batches:
-        weight = int(batch["loss_mask"][:, 1:].sum()) if masked else batch["input_ids"][:, 1:].numel()
+        weight = objective.num_labels(batch)
         if weight == 0:
             continue
         loss, metrics = objective(to_device(batch, device))
@@ -59,4 +59,7 @@ def heldout_metrics(
     if world_size > 1:
         distributed.all_reduce(told)
     count, *sums = told.tolist()
-    return {f"heldout/{name}": total / count for name, total in zip(totals, sums, strict=True)} if count else {}
+    if not count:
+        logger.warning("no token of the held-out rows is a label: no held-out loss")
+        return {}
+    return {f"heldout/{name}": total / count for name, total in zip(totals, sums, strict=True)}

@@ -22,6 +22,8 @@ from radlads.tasks.job import UserError
 from radlads.tasks.jobs.permutation import permute
 from radlads.tasks.recipe import Training
 
+# Of a mask that is read from beginning to end, at a time.
+_READ_TOKENS = 1 << 24
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Batch = dict[str, torch.Tensor]
@@ -67,6 +69,15 @@ class TokenSplit:
     def read_mask(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Whether each token of [start, stop) counts as a label, [stop - start] bool."""
         return self._read(self._masks, start, stop).astype(bool)
+
+    def labels(self, context: int) -> np.ndarray[Any, Any]:
+        """How many labels each whole row of this context has, [rows] int64: those that the masks count."""
+        count, labels = self.rows(context), []
+        size = max(1, _READ_TOKENS // context)
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            labels.append(self.read_mask(first * context + 1, last * context + 1).reshape(-1, context).sum(1))
+        return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
     def batch(self, rows: np.ndarray[Any, Any] | list[int], context: int, *, document_ids: bool = False) -> Batch:
         """The given rows as one batch. Raises IndexError for a row that does not exist."""

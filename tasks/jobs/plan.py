@@ -16,6 +16,7 @@ from radlads.model.teacher import find_family, load_teacher_config, teacher_warn
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs.checks import (
     Findings,
+    check_align,
     check_dataset,
     check_epochs,
     check_frozen,
@@ -78,9 +79,9 @@ def make_plan(
         raise UserError("\n".join(findings.faults))
     positions = getattr(subject.config, "max_position_embeddings", None)
     check_training(recipe, positions, resources.processes, findings)
-    check_masks(recipe, findings)
     check_frozen(recipe, findings)
     data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, findings)
+    check_masks(recipe, data, findings)
     networks = choice = None
     with findings.at("student"):
         choice = _choice(recipe, subject)
@@ -92,6 +93,7 @@ def make_plan(
         untied = recipe.student.untie_embeddings
         findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
     check_lora(recipe, networks.linear_names, findings)
+    check_align(recipe, networks.hidden, findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)

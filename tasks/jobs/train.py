@@ -18,6 +18,7 @@ from radlads.tasks.jobs.checkpoint import Checkpoints
 from radlads.tasks.jobs.common import Job, Preempted, run_job
 from radlads.tasks.jobs.engine import Engine, StepResult
 from radlads.tasks.jobs.heldout import heldout_metrics
+from radlads.tasks.jobs.labels import check_labels
 from radlads.tasks.jobs.loader import BatchPlan, TokenDataset, open_dataset, plan_batches
 from radlads.tasks.jobs.networks import Networks, export_model, load_networks
 from radlads.tasks.jobs.random_state import seed_everything
@@ -45,6 +46,7 @@ def main(job: Job) -> dict[str, Any]:
     calibration = calibrate_student(job, spec, networks, dataset)
     objective = build_objective(spec, networks.student, networks.teacher)
     plans = plan_batches(section, dataset.split("train"), job.world_size)
+    check_labels(section, plans)
     engine = Engine(
         objective,
         section,
@@ -66,7 +68,6 @@ def main(job: Job) -> dict[str, Any]:
         rank=job.rank,
         world_size=job.world_size,
         document_ids=section.reset_at_documents,
-        masked=getattr(section, "assistant_only", False),
     )
     with Checkpoints(job, engine, seed=section.seed, keep=section.keep_checkpoints) as checkpoints:
         start = checkpoints.restore()

@@ -170,6 +170,13 @@ def test_all_faults_are_told_at_once(recipe: Callable[..., Recipe]):
     assert len(str(caught.value).splitlines()) == 3
 
 
+def test_sequences_too_short_for_a_spectrum_are_told(recipe: Callable[..., Recipe]):
+    asked = {"align__loss": "comprehensive", "align__comprehensive": {"revision": "svd"}}
+    with pytest.raises(UserError, match=r"^align.comprehensive.revision svd .* \(8 tokens\), and context is 7"):
+        plan.make_plan(recipe(align__context=7, **asked), CPU)
+    plan.make_plan(recipe(align__context=8, **asked), CPU)
+
+
 def test_batch_must_divide_over_processes(recipe: Callable[..., Recipe]):
     with pytest.raises(UserError, match=r"align.batch \(4\) must be a multiple of the 3 processes"):
         plan.make_plan(recipe(), JobResources(device="cpu", processes=3, threads=1))
@@ -256,3 +263,30 @@ def test_judging_counts_every_model_that_is_judged(recipe: Callable[..., Recipe]
     asked, asked_less = stages["needle"]["flops"], fewer["needle"]["flops"]
     share = asked / asked_less
     assert 1.4 < share < 1.6, "a teacher and two students, where there were a teacher and one"
+
+
+@pytest.mark.parametrize("chats", [3, 64])
+def test_chats_in_which_the_assistant_is_silent_teach_nothing(
+    recipe: Callable[..., Recipe], tmp_path: Path, chats: int
+):
+    """A fault where all of them were read, a warning where there may be others."""
+    path = tmp_path / "chats.jsonl"
+    lines = [json.dumps({"m": [{"role": "user", "content": f"Where is ball {i}?"}]}) + "\n" for i in range(chats)]
+    path.write_text("".join(lines))
+    changes = {
+        "data__chats": {"sources": [{"kind": "files", "paths": [str(path)], "messages_field": "m"}]},
+        "finetune__data": "chats",
+        "finetune__tokens": 256,
+    }
+    silent = "finetune.assistant_only is on, but the assistant says nothing in data.chats"
+    if chats == 3:
+        with pytest.raises(UserError, match=f"^{silent}: nothing would be learnt"):
+            plan.make_plan(recipe(finetune__assistant_only=True, **changes), CPU)
+    else:
+        report = plan.make_plan(recipe(finetune__assistant_only=True, **changes), CPU)
+        assert any(w.startswith(f"{silent}'s first 64 chats") for w in report.warnings)
+    plan.make_plan(recipe(**changes), CPU)
+    answer = {"m": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Here."}]}
+    path.write_text("".join([*lines[1:], json.dumps(answer) + "\n"]))
+    report = plan.make_plan(recipe(finetune__assistant_only=True, **changes), CPU)
+    assert not any(silent in w for w in report.warnings)

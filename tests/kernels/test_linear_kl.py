@@ -176,6 +176,19 @@ def test_autocast_casts_as_linear_does():
     assert torch.autograd.grad(loss, student)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_incoming_scalar_is_not_rounded(dtype):
+    student, head, teacher, teacher_head, labels, _ = operands(dtype)
+    for loss, _ in (linear_ce(student, head, labels), linear_kl(student, head, teacher, teacher_head)):
+        whole = torch.autograd.grad(loss, (student, head), retain_graph=True)
+        third = torch.autograd.grad(loss / 3, (student, head))
+        for one, grad in zip(whole, third, strict=True):
+            # whole was rounded once itself, where its gradient waited in a wider precision
+            torch.testing.assert_close(grad.double(), one.double() / 3, rtol=torch.finfo(dtype).eps * 1.01, atol=1e-7)
+            mean = (grad.double() * one.double()).sum() / one.double().square().sum()
+            assert mean == pytest.approx(1 / 3, rel=2e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -69,7 +69,7 @@ def test_align_is_the_mean_over_layers_of_what_each_mixer_misses(make_teacher, m
 def test_a_perfect_mixer_has_no_loss_and_a_finite_gradient() -> None:
     wanted = torch.randn(2, 5, 8)
     out = wanted.clone().requires_grad_()
-    loss = l2_loss(out, wanted)
+    loss = l2_loss(out, wanted).sum()
     loss.backward()
     assert loss == 0
     assert torch.isfinite(out.grad).all()
