@@ -14,10 +14,11 @@ from prefect.settings import PREFECT_SERVER_ANALYTICS_ENABLED, temporary_setting
 from prefect.testing.utilities import prefect_test_harness
 
 from radlads.tasks import launch
+from radlads.tasks.identity import readings
 from radlads.tasks.job import CodeVersion, JobSpec, Manifest
 from radlads.tasks.recipe import parse_recipe
 from radlads.tasks.section_choice import AttentionChoice
-from radlads.tasks.specs import PlanReport, TeacherRef
+from radlads.tasks.specs import Pin, PlanReport, TeacherRef
 from radlads.tasks.store import open_store
 
 TRAINING = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
@@ -93,9 +94,13 @@ def product_files(spec):
         teacher = TeacherRef(path="demo", fingerprint="f")
         student = parse_recipe(spec.spec["recipe"]).student
         late = isinstance(student.attention_layers, AttentionChoice) and student.attention_layers.after_align
+        pins = {
+            reading.location: Pin(kind=reading.kind, place=reading.place, content=f"content of {reading.location}")
+            for reading in readings(parse_recipe(spec.spec["recipe"]))
+        }
         report = PlanReport(
             teacher=None if spec.spec["recipe"].get("pretrain") else teacher,
-            tokenizer="demo", tokenizer_fingerprint="t", files={}, teacher_parameters=10, student_parameters=12,
+            tokenizer="demo", tokenizer_fingerprint="t", pins=pins, teacher_parameters=10, student_parameters=12,
             mixer_parameters=3, num_layers=2,
             attention_layers=() if late else (1,), choice=student.attention_layers if late else None,
             stages={"align": {"tokens": 4096, "steps": 16, "context": 64, "batch": 4}},

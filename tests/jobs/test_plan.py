@@ -70,7 +70,7 @@ def test_a_good_recipe_is_added_up(
     size = sum(len(s.encode()) for s in stories)
     assert report.data["train"]["bytes"] == pytest.approx(size, rel=0.05)
     assert 2 < report.data["train"]["bytes_per_token"] < 8
-    assert [Path(f.path).name for f in report.files["train"]] == ["stories.txt"]
+    assert [Path(f.path).name for f in report.pins["data.train.sources.0.paths"].files] == ["stories.txt"]
     assert report.dollars is None
     assert manifest.metrics["student_parameters"] == report.student_parameters
 

@@ -1,0 +1,76 @@
+"""What the YAML files of an evaluation task name outside their folder."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from radlads.tasks.content import walk_files
+from radlads.tasks.job import UserError, first_line
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads the harness's YAML without running what its tags name."""
+
+
+_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def outside_files(folder: Path, yaml_names: Sequence[str]) -> list[tuple[str, Path]]:
+    """(as written, file) of every data file or included YAML file outside a task folder. yaml_names: its YAML files,
+    relative to it, as what they name is. Raises UserError for what cannot be read, or is of the web.
+    """
+    found: dict[str, Path] = {}
+    waiting = [folder / name for name in yaml_names]
+    while waiting:
+        for written, place in _named(waiting.pop(), folder):
+            if written in found or place.resolve().is_relative_to(folder):
+                continue
+            found[written] = place
+            if place.suffix in (".yaml", ".yml"):
+                waiting.append(place)
+    return sorted(found.items())
+
+
+def _named(path: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        return
+    options = config.get("dataset_kwargs") or {}
+    include = config.get("include")
+    for written in [include] if isinstance(include, str) else include or ():
+        place = path.parent / str(written)
+        yield str(written), place if place.is_file() else folder / str(written)
+    if isinstance(options, dict):
+        for key in ("data_files", "data_dir"):
+            for written in _strings(options.get(key)):
+                yield from _data(written, folder, path)
+    for written in _strings(config.get("dataset_path")):
+        if Path(folder, written).is_dir():
+            yield from _data(written, folder, path)
+
+
+def _data(written: str, folder: Path, where: Path) -> Iterator[tuple[str, Path]]:
+    if "://" in written:
+        raise UserError(f"{where} reads {written}, which may change at any time; put a copy beside it and name that")
+    place = folder / Path(written).expanduser()
+    if place.is_dir():
+        yield from ((f"{written}/{name}", place / name) for name in walk_files(place))
+        return
+    for name in sorted(glob.glob(str(place))):
+        yield written if name == str(place) else f"{written}: {Path(name).name}", Path(name)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
