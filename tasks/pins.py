@@ -98,10 +98,10 @@ def check_pins(spec: StageSpec, hashes: ContentHashes) -> None:
     teacher: TeacherRef | None = getattr(spec, "teacher", None)
     if teacher is not None and pinned_commit(teacher.fingerprint) is None:
         found = teacher_fingerprint(teacher.path, teacher.revision, hashes)
-        _same(found == teacher.fingerprint, f"the teacher at {teacher.path}")
+        _same(found, teacher.fingerprint, f"the teacher at {teacher.path}")
     if isinstance(spec, TokenizeSpec) and pinned_commit(spec.tokenizer_fingerprint) is None:
         found = tokenizer_fingerprint(spec.tokenizer, None, hashes)
-        _same(found == spec.tokenizer_fingerprint, f"the tokenizer at {spec.tokenizer}")
+        _same(found, spec.tokenizer_fingerprint, f"the tokenizer at {spec.tokenizer}")
 
 
 def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> PlanReport:
@@ -163,18 +163,24 @@ def _commit(path: str, pin: Pin | None) -> str | None:
 def _compare(pin: Pin, found: Pin, place: str) -> None:
     if found.content == pin.content:
         return
-    before = {file.path: file.sha256 for file in pin.files}
-    after = {file.path: file.sha256 for file in found.files}
-    differ = [f"{name} is gone" for name in before if name not in after]
-    differ += [name if name in before else f"{name} is new" for name in after if before.get(name) != after[name]]
-    _same(False, f"{place} ({differ[0]})" if differ else place)
+    before, after = ({file.path: file.sha256 for file in one.files} for one in (pin, found))
+    for name in (*before, *after):
+        if before.get(name) != after.get(name):
+            whole = name if pin.kind == "files" else f"{place}/{name}"
+            raise UserError(_changed(whole, "is new" if name not in before else "is gone" if name not in after else ""))
+    raise UserError(_changed(place))
 
 
-def _same(same: bool, what: str) -> None:
-    if not same:
-        raise UserError(
-            f"{what} changed since the run was planned; put it back, or start a new run with it as it is now"
-        )
+def _same(found: str, pinned: str, what: str) -> None:
+    if found != pinned:
+        raise UserError(_changed(what))
+
+
+def _changed(what: str, how: str = "") -> str:
+    more = f" (it {how})" if how else ""
+    return (
+        f"{what} changed since the run was planned{more}; put it back, or choose a new run name to use it as it is now"
+    )
 
 
 _Found = tuple[str, tuple[FileRef, ...]]

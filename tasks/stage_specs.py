@@ -103,7 +103,7 @@ def choose_spec(recipe: Recipe, report: PlanReport) -> ChooseSpec | None:
 
 
 def evaluate_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = False) -> EvaluateSpec:
-    """Held-out loss and tasks; other_teacher as in EvaluateSpec. Raises UserError where the recipe has no `evaluate`."""
+    """Held-out loss and tasks; other_teacher as in EvaluateSpec. Raises UserError where there is no `evaluate`."""
     if recipe.evaluate is None:
         raise UserError(f"the recipe '{recipe.name}' has no section `evaluate`")
     pins = pins_under(report, "evaluate", "section")

@@ -58,6 +58,8 @@ class FakeJobs:
     order: list[str] = field(default_factory=list)
     specs: dict[str, JobSpec] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
+    teacher: str = "f"
+    """Fingerprint of the teacher that the next plan sees."""
 
     def __call__(self, command, *, env, cwd, log, on_tick, grace_seconds):
         spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
@@ -75,7 +77,7 @@ class FakeJobs:
             (scratch / "exit.json").write_text(json.dumps({"reason": reason, "message": f"no luck with {spec.stage}"}))
             return 1
         output = scratch / "output"
-        for name, data in product_files(spec).items():
+        for name, data in product_files(spec, self.teacher).items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (output / name).write_bytes(data)
         store = open_store(spec.store)
@@ -89,9 +91,9 @@ class FakeJobs:
         return 0
 
 
-def product_files(spec):
+def product_files(spec, fingerprint="f"):
     if spec.stage == "plan":
-        teacher = TeacherRef(path="demo", fingerprint="f")
+        teacher = TeacherRef(path="demo", fingerprint=fingerprint, tokenizer_fingerprint="t")
         student = parse_recipe(spec.spec["recipe"]).student
         late = isinstance(student.attention_layers, AttentionChoice) and student.attention_layers.after_align
         pins = {
