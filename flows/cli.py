@@ -16,6 +16,7 @@ from radlads.flows import services
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.tasks.anchor import anchor_recipe
 from radlads.tasks.job import UserError
+from radlads.tasks.pipeline import recipe_of_run
 from radlads.tasks.recipe import list_recipes, load_recipe
 from radlads.tasks.settings import resolve_settings
 
@@ -129,8 +130,11 @@ def evaluate(
 ) -> None:
     """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
     changes = parse_overrides(overrides)
+    # Said at once when it is wrong, before Prefect is started.
     if recipe is not None:
-        load_recipe(recipe, changes)  # said at once when it is wrong, before Prefect is started
+        load_recipe(recipe, changes)
+    else:
+        recipe_of_run(judged_run, changes, store=store)
     services.use_services(services.read_services(resolve_settings().home))
     from radlads.flows.evaluate import radlads_evaluate
 

@@ -107,8 +107,8 @@ def check_pins(spec: StageSpec, hashes: ContentHashes) -> None:
 def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> PlanReport:
     """The report with the places that the recipe names now: folders move, and what a committed plan pinned does not.
 
-    A place that cannot be read here keeps what the plan saw: what was made from it stands, and what is yet to read it
-    says so. Raises UserError where another content is at a place that the plan did not see.
+    A moved folder that is not on this machine keeps what the plan saw: what was made from it stands, and what is yet to
+    read it says so. Raises UserError where another content is at a place that the plan did not see.
     """
     pins = dict(report.pins)
     for reading in readings(recipe):
@@ -118,6 +118,8 @@ def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> P
         try:
             found = pin_place(reading, hashes)
         except UserError as error:
+            if _last_names(pin.place) != _last_names(reading.place) or pin.revision != reading.revision:
+                raise UserError(f"{reading.location}: {error}") from error
             _log.warning("%s is left as the plan saw it: %s", reading.location, error)
             continue
         if found.content != pin.content:
@@ -133,6 +135,11 @@ def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> P
     elif _TOKENIZER in pins:
         (changes["tokenizer"],) = pins[_TOKENIZER].place
     return report.model_copy(update=changes)
+
+
+def _last_names(place: tuple[str, ...]) -> list[str]:
+    """Absolute places by their last names, which they keep where a folder moves; others, hub ids above all, whole."""
+    return [PurePosixPath(text).name if text.startswith("/") else text for text in place]
 
 
 def with_commits(dataset: Dataset, pins: Mapping[str, Pin], place: str) -> Dataset:

@@ -25,36 +25,42 @@ def outside_files(folder: Path, yaml_names: Sequence[str]) -> list[tuple[str, Pa
     relative to it, as what they name is. Raises UserError for what cannot be read, or is of the web.
     """
     found: dict[str, Path] = {}
-    waiting = [folder / name for name in yaml_names]
+    waiting, seen = [folder / name for name in yaml_names], set[Path]()
     while waiting:
-        for written, place in _named(waiting.pop(), folder):
-            if written in found or place.resolve().is_relative_to(folder):
-                continue
-            found[written] = place
-            if place.suffix in (".yaml", ".yml"):
-                waiting.append(place)
+        path = waiting.pop()
+        if path.resolve() in seen:
+            continue
+        seen.add(path.resolve())
+        config = _read(path)
+        included = list(_included(config, path.parent))
+        waiting += [place for _, place in included if place.is_file()]
+        for written, place in [*included, *_data_files(config, folder, path)]:
+            if place.is_file() and not place.resolve().is_relative_to(folder):
+                found[written] = place
     return sorted(found.items())
 
 
-def _named(path: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        return
-    options = config.get("dataset_kwargs") or {}
-    include = config.get("include")
-    for written in [include] if isinstance(include, str) else include or ():
-        place = path.parent / str(written)
-        yield str(written), place if place.is_file() else folder / str(written)
-    if isinstance(options, dict):
-        for key in ("data_files", "data_dir"):
-            for written in _strings(options.get(key)):
-                yield from _data(written, folder, path)
+    return config if isinstance(config, dict) else {}
+
+
+def _included(config: dict[str, Any], beside: Path) -> Iterator[tuple[str, Path]]:
+    for written in _strings(config.get("include")):
+        yield written, beside / written
+
+
+def _data_files(config: dict[str, Any], folder: Path, where: Path) -> Iterator[tuple[str, Path]]:
+    options = config.get("dataset_kwargs")
+    for key in ("data_files", "data_dir") if isinstance(options, dict) else ():
+        for written in _strings(options.get(key)):
+            yield from _data(written, folder, where)
     for written in _strings(config.get("dataset_path")):
         if Path(folder, written).is_dir():
-            yield from _data(written, folder, path)
+            yield from _data(written, folder, where)
 
 
 def _data(written: str, folder: Path, where: Path) -> Iterator[tuple[str, Path]]:

@@ -37,7 +37,7 @@ from radlads.tasks.jobs.plan_pins import pin_recipe, pinned_tokenizer
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
 from radlads.tasks.jobs.sources import first_line, load_tokenizer, pin_teacher, resolve_teacher_path
-from radlads.tasks.pins import with_commits
+from radlads.tasks.pins import pinned_commit, tokenizer_fingerprint, with_commits
 from radlads.tasks.section_choice import AttentionChoice, late_choice
 from radlads.tasks.section_memory import mlp_bits, teacher_bits
 from radlads.tasks.sections import Recipe
@@ -177,7 +177,8 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
     if recipe.pretrain is not None:
         tokenizer = None
         with findings.at("pretrain.tokenizer"):
-            tokenizer = load_tokenizer(recipe.pretrain.tokenizer)
+            commit = pinned_commit(tokenizer_fingerprint(recipe.pretrain.tokenizer, None, hashes))
+            tokenizer = load_tokenizer(recipe.pretrain.tokenizer, revision=commit)
         with findings.at("pretrain.config"):
             config = pretrain_config(recipe.pretrain.config, len(tokenizer) if tokenizer is not None else 1)
             if tokenizer is not None:

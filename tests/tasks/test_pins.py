@@ -167,15 +167,18 @@ def test_a_change_after_the_plan_is_said_in_one_line(tmp_path: Path, kind: str, 
 
 
 def test_what_a_task_names_outside_its_folder_is_content_too(tmp_path: Path) -> None:
-    shared = write(tmp_path / "shared", {"base.yaml": "dataset_path: json\n", "x.jsonl": "{}", "more/y.jsonl": "{}"})
+    shared = write(
+        tmp_path / "shared",
+        {"base": "include: root\n", "root": "dataset_path: json", "x.jsonl": "{}", "more/y.jsonl": "{}"},
+    )
     options = {"data_files": {"test": "../shared/x.jsonl", "train": "../shared/more/*.jsonl"}}
-    config = yaml.safe_dump({"task": "mine", "include": "../shared/base.yaml", "dataset_kwargs": options})
+    config = yaml.safe_dump({"task": "mine", "include": "../shared/base", "dataset_kwargs": options})
     task = write(tmp_path / "task", {"mine.yaml": config})
     seen = {digest(evaluate_of(task))}
-    for name in ("base.yaml", "x.jsonl", "more/y.jsonl"):
+    for name in ("x.jsonl", "more/y.jsonl", "root", "base"):
         (shared / name).write_text("{'a': 1}")
         seen.add(digest(evaluate_of(task)))
-    assert len(seen) == 4
+    assert len(seen) == 5
     write(task, {"mine.yaml": "task: mine\ndataset_kwargs: {data_files: 'https://example.org/x.json'}\n"})
     with pytest.raises(UserError, match="put a copy beside it"):
         digest(evaluate_of(task))
@@ -274,9 +277,20 @@ def test_a_run_goes_on_where_its_files_moved_and_not_with_others(tmp_path: Path,
     b.write_text("other")
     with pytest.raises(UserError, match=r"needle\.haystack names .*b/a\.txt, which holds something else"):
         follow_moves(recipe_of(b), report, ContentHashes())
-    gone = follow_moves(recipe_of(tmp_path / "gone.txt"), report, ContentHashes())
+    gone = follow_moves(recipe_of(tmp_path / "gone" / "a.txt"), report, ContentHashes())
     assert gone.pins == report.pins
     assert "left as the plan saw it" in caplog.text
+    with pytest.raises(UserError, match=r"needle\.haystack: no file matches"):
+        follow_moves(recipe_of(tmp_path / "gone" / "b.txt"), report, ContentHashes())
+
+
+@pytest.mark.usefixtures("cache")
+def test_another_teacher_of_the_hub_is_no_move(tmp_path: Path) -> None:
+    text = write(tmp_path, TEXTS) / "a.txt"
+    report = report_of(recipe_of(text))
+    for change in ({"path": "other/model"}, {"revision": LATER}):
+        with pytest.raises(UserError, match=r"teacher\.path"):
+            follow_moves(recipe_of(text, **change), report, ContentHashes())
 
 
 def test_hub_data_is_read_at_the_commit_that_was_pinned(tmp_path: Path) -> None:
