@@ -55,8 +55,8 @@ def _included(config: dict[str, Any], beside: Path) -> Iterator[tuple[str, Path]
 
 def _data_files(config: dict[str, Any], folder: Path, where: Path) -> Iterator[tuple[str, Path]]:
     options = config.get("dataset_kwargs")
-    for key in ("data_files", "data_dir") if isinstance(options, dict) else ():
-        for written in _strings(options.get(key)):
+    if isinstance(options, dict):
+        for written in (*_strings(options.get("data_files")), *_strings(options.get("data_dir"))):
             yield from _data(written, folder, where)
     for written in _strings(config.get("dataset_path")):
         if Path(folder, written).is_dir():
