@@ -16,7 +16,6 @@ from radlads.flows import services
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.tasks.anchor import anchor_recipe
 from radlads.tasks.job import UserError
-from radlads.tasks.pipeline import recipe_of_run
 from radlads.tasks.recipe import list_recipes, load_recipe
 from radlads.tasks.settings import resolve_settings
 
@@ -130,6 +129,8 @@ def evaluate(
 ) -> None:
     """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
     changes = parse_overrides(overrides)
+    from radlads.tasks.pipeline import recipe_of_run
+
     # Said at once when it is wrong, before Prefect is started.
     if recipe is not None:
         load_recipe(recipe, changes)

@@ -49,27 +49,34 @@ def pin_place(reading: Reading, hashes: ContentHashes) -> Pin:
 def pin_teacher(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False, hashes: ContentHashes | None = None
 ) -> TeacherRef:
-    """The teacher and its tokenizer, by what they hold.
+    """The teacher and its tokenizer, by what they hold. Raises UserError as teacher_revision does."""
+    hashes = hashes or ContentHashes()
+    pinned = teacher_revision(path, revision, trust_remote_code=trust_remote_code)
+    return TeacherRef(
+        path=path,
+        revision=pinned,
+        trust_remote_code=trust_remote_code,
+        fingerprint=teacher_fingerprint(path, pinned, hashes),
+        tokenizer_fingerprint=tokenizer_fingerprint(path, pinned, hashes),
+    )
+
+
+def teacher_revision(path: str, revision: str | None, *, trust_remote_code: bool) -> str | None:
+    """The commit of a teacher of the hub; the revision as it is of a folder.
 
     Raises UserError when it cannot be reached, has no safetensors, or is to run code of a commit that nobody named.
     """
-    hashes = hashes or ContentHashes()
     resolved = resolve_teacher_path(path)
-    if trust_remote_code and not Path(resolved).is_dir() and not is_commit(revision):
-        now = hub_commit(resolved, revision, "model")
+    if Path(resolved).is_dir():
+        _require_weights(Path(resolved))
+        return revision
+    commit = hub_commit(resolved, revision, "model")
+    if trust_remote_code and not is_commit(revision):
         raise UserError(
-            f"trust_remote_code runs code of '{path}', so the commit that was read must be named: `revision: {now}` is "
-            "the one that it is at now"
+            f"trust_remote_code runs code of '{path}', so the commit that was read must be named: "
+            f"`revision: {commit}` is the one that it is at now"
         )
-    fingerprint = teacher_fingerprint(path, revision, hashes)
-    commit = pinned_commit(fingerprint)
-    return TeacherRef(
-        path=path,
-        revision=commit or revision,
-        trust_remote_code=trust_remote_code,
-        fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(path, commit or revision, hashes),
-    )
+    return commit
 
 
 def teacher_fingerprint(path: str, revision: str | None, hashes: ContentHashes) -> str:
@@ -238,8 +245,7 @@ def _teacher(place: tuple[str, ...], revision: str | None, hashes: ContentHashes
     folder = Path(resolved)
     if not folder.is_dir():
         return f"hub:{resolved}@{hub_commit(resolved, revision, 'model')}", ()
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors weights (pickled .bin files are not read); convert them first")
+    _require_weights(folder)
     return _folder(folder, matching_files(folder, {*_MODEL_FILES, *_TOKENIZER_FILES}), hashes)
 
 
@@ -252,6 +258,11 @@ def _tokenizer(place: tuple[str, ...], revision: str | None, hashes: ContentHash
     if not names:
         raise UserError(f"{folder} holds no tokenizer files (looked for {', '.join(_TOKENIZER_FILES[:4])}, ...)")
     return _folder(folder, names, hashes, more=_class_hints(folder))
+
+
+def _require_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no .safetensors weights (pickled .bin files are not read); convert them first")
 
 
 def _class_hints(folder: Path) -> dict[str, Any] | None:

@@ -300,7 +300,6 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
             job.open_process_group()
         job.check_pins()
         metrics = main(job) or {}
-        job.check_pins()
         if job.rank == 0:
             job.commit(metrics)
         job.barrier()  # no rank may leave before the product exists: the launcher would take the others down

@@ -33,11 +33,11 @@ from radlads.tasks.jobs.choice_plan import choice_stage, plan_choice, planned_la
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.cost import UTILISATION, judging_flops, stage_cost, training_flops
 from radlads.tasks.jobs.memory import Memory, Networks, judging_memory
-from radlads.tasks.jobs.plan_pins import pin_recipe, pinned_tokenizer
+from radlads.tasks.jobs.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
-from radlads.tasks.jobs.sources import first_line, load_tokenizer, pin_teacher, resolve_teacher_path
-from radlads.tasks.pins import pinned_commit, tokenizer_fingerprint, with_commits
+from radlads.tasks.jobs.sources import first_line, load_tokenizer, resolve_teacher_path
+from radlads.tasks.pins import pin_teacher, pinned_commit, teacher_revision, tokenizer_fingerprint, with_commits
 from radlads.tasks.section_choice import AttentionChoice, late_choice
 from radlads.tasks.section_memory import mlp_bits, teacher_bits
 from radlads.tasks.sections import Recipe
@@ -85,8 +85,8 @@ def make_plan(
     positions = getattr(subject.config, "max_position_embeddings", None)
     check_training(recipe, positions, resources.processes, findings)
     check_frozen(recipe, findings)
-    pins = {} if sizes_only else pin_recipe(recipe, subject.teacher, findings, hashes)
-    data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, pins, findings)
+    hub = {} if sizes_only else pin_hub(recipe, findings)
+    data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)
     check_masks(recipe, data, findings)
     networks = choice = None
     with findings.at("student"):
@@ -105,13 +105,20 @@ def make_plan(
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
     if choice is not None:
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
-    faults = [*findings.faults, *(() if preview else findings.misfits)]
-    if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+    _refuse(findings, preview=preview)
+    # Last, since every byte is read: whatever else is wrong was said by now.
+    teacher, pins = subject.teacher, dict[str, Pin]()
+    if not sizes_only:
+        if teacher is not None:
+            with findings.at("teacher"):
+                trusted = teacher.trust_remote_code
+                teacher = pin_teacher(teacher.path, revision=teacher.revision, trust_remote_code=trusted, hashes=hashes)
+        pins = pin_contents(recipe, teacher, hub, findings, hashes)
+        _refuse(findings, preview=preview)
     return PlanReport(
-        teacher=subject.teacher,
+        teacher=teacher,
         tokenizer=subject.tokenizer_path,
-        tokenizer_fingerprint=pinned_tokenizer(subject.teacher, pins),
+        tokenizer_fingerprint=pinned_tokenizer(teacher, pins),
         pins=pins,
         teacher_parameters=networks.teacher_parameters,
         student_parameters=networks.student_parameters,
@@ -130,6 +137,12 @@ def make_plan(
         warnings=tuple(findings.warnings),
         misfits=tuple(findings.misfits),
     )
+
+
+def _refuse(findings: Findings, *, preview: bool) -> None:
+    faults = [*findings.faults, *(() if preview else findings.misfits)]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
 
 
 def _check_texts(
@@ -165,7 +178,7 @@ def _choice(recipe: Recipe, subject: _Subject) -> AttentionChoice | None:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is converted (or made): its config, its tokenizer, and the teacher pinned by content."""
+    """What is converted (or made): its config, its tokenizer, and the teacher, not pinned yet."""
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
@@ -195,10 +208,12 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
     with findings.at("teacher"):
         # Whether this model can teach at all is said before what its folder lacks.
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
-        teacher = pin_teacher(path, revision=recipe.teacher.revision, trust_remote_code=trusted, hashes=hashes)
-        config = load_teacher_config(resolve_teacher_path(path), revision=teacher.revision)
-        tokenizer = load_tokenizer(path, revision=teacher.revision, trust_remote_code=trusted)
-        return _Subject(config, tokenizer, path, teacher)
+        revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
+        config = load_teacher_config(resolve_teacher_path(path), revision=revision)
+        tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
+        return _Subject(
+            config, tokenizer, path, TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
+        )
     return None
 
 

@@ -52,6 +52,7 @@ def main(job: Job) -> dict[str, Any] | None:
     reader = Reader(spec.dataset.sources, tokenizer, samples)
     with_mask = any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in spec.dataset.sources)
     parts = list(_encode_parts(job, spec, reader, Encoder(tokenizer, *_encoder_options(spec, with_mask))))
+    job.check_pins()  # reading took long: what was read must be what was pinned
     if not parts:
         raise UserError(f"dataset '{spec.name}' has no documents")
     shutil.rmtree(job.output)

@@ -14,7 +14,7 @@ from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs import lmeval, plan_pins
 from radlads.tasks.jobs.checks import Findings
-from radlads.tasks.jobs.plan_pins import pin_recipe
+from radlads.tasks.jobs.plan_pins import pin_contents, pin_hub
 from radlads.tasks.jobs.task_datasets import check_commits, named_datasets
 from radlads.tasks.recipe import parse_recipe
 from radlads.tasks.sections import EvalTask
@@ -73,18 +73,25 @@ def recipe_of(folder: Path, name: str) -> Any:
 
 
 def test_the_plan_pins_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_pins, "hub_commit", lambda repo, revision, kind: LATER if revision == "v2" else COMMIT)
+    monkeypatch.setattr(
+        plan_pins, "hub_commit", lambda repo, revision, kind, key: LATER if revision == "v2" else COMMIT
+    )
     findings = Findings()
-    pins = pin_recipe(recipe_of(folder, "all"), None, findings, ContentHashes())
+    recipe = recipe_of(folder, "all")
+    pins = pin_contents(recipe, None, pin_hub(recipe, findings), findings, ContentHashes())
+    assert len(pins["evaluate.tasks.0.path"].files) == len(FILES)
     assert pins["evaluate.tasks.0.path"].commits == {"org/one": COMMIT, "org/two": LATER}
     assert findings.faults == []
 
-    def unknown(repo: str, revision: str | None, kind: str) -> str:
-        raise UserError(f"'{repo}' cannot be reached; pin one with `revision: <commit>`")
+    def unknown(repo: str, revision: str | None, kind: str, key: str) -> str:
+        raise UserError(f"'{repo}' cannot be reached; pin one with {key}")
 
     monkeypatch.setattr(plan_pins, "hub_commit", unknown)
-    pin_recipe(recipe_of(folder, "all"), None, findings, ContentHashes())
-    assert findings.faults == ["evaluate.tasks: 'org/one' cannot be reached; pin one with `revision: <commit>`"]
+    pin_hub(recipe_of(folder, "all"), findings)
+    assert findings.faults == [
+        "evaluate.tasks: 'org/one' cannot be reached; pin one with `dataset_kwargs: {revision: <commit>}` in a YAML "
+        "file of your own, given as the task's `path`"
+    ]
 
 
 def test_it_is_read_at_that_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

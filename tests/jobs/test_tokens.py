@@ -272,15 +272,19 @@ def test_a_changed_corpus_is_noticed(make_job: MakeJob, corpus: Path, tokenizer_
     assert len(said.splitlines()) == 1
 
 
-def test_a_corpus_that_changes_while_it_is_read_is_noticed(make_job: MakeJob, corpus: Path, tokenizer_folder: Path):
+def test_a_corpus_that_changes_while_it_is_read_is_noticed(
+    make_job: MakeJob, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     job = make_job("tokenize", spec_of([text_source(corpus)], tokenizer_folder))
+    encode = tokens._encode_parts
 
-    def main(job: Job) -> Any:
-        metrics = tokens.main(job)
+    def encode_and_change(*arguments: Any) -> Any:
+        yield from encode(*arguments)
         corpus.write_bytes(gzip.compress(b"another text"))
-        return metrics
 
-    assert execute(main, job) == "config"
+    monkeypatch.setattr(tokens, "_encode_parts", encode_and_change)
+    assert execute(tokens.main, job) == "config"
+    assert "changed since the run was planned" in json.loads((job.scratch / "exit.json").read_text())["message"]
     assert job.store.read_manifest(job.output_prefix) is None
 
 

@@ -332,6 +332,11 @@ def test_without_a_connection_the_cache_says_which_commit_it_is(cache: Path, kin
     assert hub_commit("org/name", "v2", kind) == LATER
     assert COMMIT in caplog.text
     assert hub_commit("org/unknown", LATER, kind) == LATER, "a commit is a commit"
+    (cache / f"{kind}s--org--fetched" / "snapshots" / LATER).mkdir(parents=True)
+    assert hub_commit("org/fetched", None, kind) == LATER
+    (cache / f"{kind}s--org--fetched" / "snapshots" / COMMIT).mkdir()
+    with pytest.raises(UserError, match="does not know which commit"):
+        hub_commit("org/fetched", None, kind)
     for repo, revision in (("org/unknown", None), ("org/name", "v3")):
         with pytest.raises(UserError, match="pin one with `revision: <commit>`") as raised:
             hub_commit(repo, revision, kind)
@@ -395,14 +400,16 @@ def test_the_probe_of_a_choice_follows_an_advice_without_a_new_plan(tmp_path: Pa
     values = {
         "name": "r", "teacher": {"path": "t"}, "align": {"tokens": 64, "context": 8, "batch": 2},
         "data": {"train": {"sources": [{"kind": "sample", "tokens": 9}]}},
-        "student": {"attention_layers": {"count": 1, "choose": "recall"}},
     }  # fmt: skip
-    recipe = parse_recipe(values)
-    report = report_of(recipe_of(write(tmp_path, TEXTS) / "a.txt")).model_copy(
-        update={"choice": recipe.student.attention_layers, "pins": {}}
-    )
-    values["student"] = {"attention_layers": {"count": 1, "choose": "recall", "recall": {"micro_batch": 2}}}
-    smaller = choose_spec(parse_recipe(values), report)
+    haystack = [str(write(tmp_path, TEXTS) / "a.txt")]
+
+    def asked(**probe: Any) -> dict[str, Any]:
+        choice = {"count": 1, "choose": "recall", "recall": {"haystack": haystack, **probe}}
+        return values | {"student": {"attention_layers": choice}}
+
+    recipe = parse_recipe(asked())
+    report = report_of(recipe).model_copy(update={"choice": recipe.student.attention_layers})
+    smaller = choose_spec(parse_recipe(asked(micro_batch=2)), report)
     assert smaller is not None
     assert smaller.section.recall.micro_batch == 2
     before = choose_spec(recipe, report)
