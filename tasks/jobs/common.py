@@ -108,11 +108,6 @@ class Job:
         """What files hold, each read once."""
         return ContentHashes(Path(self.spec.content_cache) if self.spec.content_cache else None)
 
-    def check_pins(self) -> None:
-        """Raises UserError where something that this job reads is not what the plan saw."""
-        if self.local_rank == 0:
-            check_pins(self.typed, self.hashes)
-
     @property
     def scratch(self) -> Path:
         """The job's own folder on this machine."""
@@ -298,7 +293,8 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         set_threads(job.spec.resources.threads)
         if job.world_size > 1:
             job.open_process_group()
-        job.check_pins()
+        if job.local_rank == 0:
+            check_pins(job.typed, job.hashes)
         metrics = main(job) or {}
         if job.rank == 0:
             job.commit(metrics)

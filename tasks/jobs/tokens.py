@@ -27,6 +27,7 @@ from radlads.tasks.jobs.reader import Reader
 from radlads.tasks.jobs.sampling import sample_sources
 from radlads.tasks.jobs.shards import Layout, write_dataset
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
+from radlads.tasks.pins import check_pins
 from radlads.tasks.recipe import FilesSource, HubSource, SampleSource
 from radlads.tasks.specs import TokenizeSpec
 
@@ -52,7 +53,7 @@ def main(job: Job) -> dict[str, Any] | None:
     reader = Reader(spec.dataset.sources, tokenizer, samples)
     with_mask = any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in spec.dataset.sources)
     parts = list(_encode_parts(job, spec, reader, Encoder(tokenizer, *_encoder_options(spec, with_mask))))
-    job.check_pins()  # reading took long: what was read must be what was pinned
+    check_pins(spec, job.hashes)  # reading took long: what was read must be what was pinned
     if not parts:
         raise UserError(f"dataset '{spec.name}' has no documents")
     shutil.rmtree(job.output)
