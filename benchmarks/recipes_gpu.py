@@ -45,9 +45,16 @@ from radlads.tasks.job import JobSpec, UserError
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.section_choice import choice_data
-from radlads.tasks.specs import EvaluateSpec, NeedleSpec, PlanReport, PlanSpec, PublishSpec, StageSpec, TokenizeSpec
+from radlads.tasks.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
 from radlads.tasks.stage import Product, run_stage
-from radlads.tasks.stage_specs import choose_spec, planned_teacher, train_spec, transplant_spec
+from radlads.tasks.stage_specs import (
+    choose_spec,
+    evaluate_spec,
+    needle_spec,
+    tokenize_spec,
+    train_spec,
+    transplant_spec,
+)
 
 logger = logging.getLogger("recipes_gpu")
 
@@ -195,15 +202,7 @@ def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
         pipeline.store.read_file(pipeline.store.key(products["plan"].uri), "plan.json")
     )
     for data in wanted.datasets_used:
-        spec = TokenizeSpec(
-            name=data,
-            dataset=wanted.data[data],
-            files=report.files.get(data, ()),
-            tokenizer=report.tokenizer,
-            tokenizer_fingerprint=report.tokenizer_fingerprint,
-            teacher=None,
-        )
-        yield run("tokenize", spec, {}, f"tokenize {data}")
+        yield run("tokenize", tokenize_spec(wanted, report, data), {}, f"tokenize {data}")
     yield run("transplant", transplant_spec(wanted, report), {})
     students = ["transplant"]
     for stage in wanted.training_stages:
@@ -217,13 +216,11 @@ def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
             given = {"student": products["align"]} | ({"data": products[f"tokenize {data}"]} if data else {})
             yield run("choose", choice, given)
             students.append("choose")
-    teacher = planned_teacher(report)
     if wanted.evaluate:
         inputs = {"student": products[students[-1]], "data": products[f"tokenize {wanted.evaluate.data}"]}
-        yield run("evaluate", EvaluateSpec(section=wanted.evaluate, teacher=teacher), inputs)
+        yield run("evaluate", evaluate_spec(wanted, report), inputs)
     if wanted.needle:
-        spec = NeedleSpec(section=wanted.needle, teacher=teacher, training_length=max(wanted.needle.lengths))
-        yield run("needle", spec, {"student": products[students[-1]]})
+        yield run("needle", needle_spec(wanted, report), {"student": products[students[-1]]})
     made = {key.replace("tokenize ", "") + " data" * key.startswith("tokenize"): p for key, p in products.items()}
     yield run("publish", PublishSpec(section=wanted.publish, recipe=wanted), made)
     yield _reload(pipeline, name, products["publish"])

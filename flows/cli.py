@@ -113,6 +113,43 @@ def run(
 
 
 @app.command()
+def evaluate(
+    judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are judged.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Judge by this recipe instead of the one that the run was made by.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the judgement; the same continues it.")] = None,
+    overrides: Overrides = None,
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+    work: Annotated[str | None, typer.Option(help="Folder for running jobs.")] = None,
+    other_teacher: Annotated[
+        bool, typer.Option("--other-teacher", help="The teacher may be another one than the models were made from.")
+    ] = False,
+) -> None:
+    """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
+    changes = parse_overrides(overrides)
+    from radlads.tasks.pipeline import recipe_of_run
+
+    # Said at once when it is wrong, before Prefect is started.
+    if recipe is not None:
+        load_recipe(recipe, changes)
+    else:
+        recipe_of_run(judged_run, changes, store=store)
+    services.use_services(services.read_services(resolve_settings().home))
+    from radlads.flows.evaluate import radlads_evaluate
+
+    name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
+    state = radlads_evaluate(
+        judged_run, recipe, name, changes or None, store, tracking, work, other_teacher, return_state=True
+    )
+    if not state.is_completed():
+        raise UserError(str(state.message))
+    for stage, uri in state.result().items():
+        _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     recipe: Annotated[str, typer.Option(help="Recipe to run instead of the smoke recipe.")] = "smoke",
     name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,

@@ -16,6 +16,7 @@ from radlads.tasks.job import StoreRef
 from radlads.tasks.launch import machine_resources
 from radlads.tasks.plan_table import plan_rows, short_count
 from radlads.tasks.recipe import Recipe
+from radlads.tasks.settings import resolve_settings
 from radlads.tasks.specs import PlanReport, PlanSpec
 from radlads.tasks.stage import StageRequest, run_stage
 from radlads.tasks.store import LocalStore
@@ -32,6 +33,7 @@ def plan_offline(
 
     gpus, gpu_memory_gib: plan for a machine with these instead of this one. sizes_only: as in PlanSpec.
     """
+    cache = resolve_settings().content_cache
     with tempfile.TemporaryDirectory(prefix="radlads-plan-") as folder:
         store = LocalStore(StoreRef(uri=f"{folder}/store"))
         request = StageRequest(
@@ -44,6 +46,7 @@ def plan_offline(
             store=store,
             resources=planned_resources(recipe.resources, gpus, gpu_memory_gib) or machine_resources(recipe.resources),
             scratch=Path(folder, "work"),
+            content_cache=cache if cache.parent.is_dir() else None,
         )
         run_stage(request)
         return PlanReport.model_validate_json(store.read_file("plan", "plan.json"))

@@ -150,7 +150,9 @@ def load_teacher(
         if is_nested(raw):
             model = load_text_part(path, parse_teacher_config(raw), dtype=dtype, revision=revision)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", revision=revision, trust_remote_code=False
+            )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot load the teacher '{path}': {_one_line(error)}") from error
     family.check(model)

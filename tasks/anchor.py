@@ -23,7 +23,8 @@ def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
 
 def _anchor(value: Any, folders: list[Path], key: str = "") -> Any:
     if isinstance(value, dict):
-        is_hub = value.get("kind") == "hub"
+        # `org/name` is a dataset of the hub, whatever folder has that name here; `./name` is a folder.
+        is_hub = value.get("kind") == "hub" and not str(value.get("path")).startswith(".")
         return {name: item if is_hub else _anchor(item, folders, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_place(item, folders) if key in _PATH_LISTS else _anchor(item, folders) for item in value]

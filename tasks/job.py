@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Stage = Literal[
     "plan",
@@ -30,6 +30,11 @@ ExitReason = Literal["done", "preempted", "config", "out-of-memory", "nonfinite"
 
 class UserError(Exception):
     """Something that the user can mend. The message is the whole story; no traceback is shown for it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class Sheet(BaseModel):
@@ -93,6 +98,8 @@ class JobSpec(Sheet):
     resources: JobResources
     scratch: str
     """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, what it is about to upload."""
+    content_cache: str | None = None
+    """File on this machine that remembers what large files hold; see tasks/content.py."""
 
 
 class FileEntry(Sheet):

@@ -102,7 +102,8 @@ def perform(
     def open_tracking(digest: str) -> TrackingRef | None:
         if pipeline.parent is None:
             return None
-        params = request.spec.model_dump(mode="json", exclude_none=True)
+        # Which files a pin is of stands in the manifest.
+        params = request.spec.model_dump(mode="json", exclude_none=True, exclude={"pins": {"__all__": {"files"}}})
         ref = open_stage_run(pipeline.parent, pipeline.run, label, params=params, tags={"radlads.digest": digest})
         if ref is not None:
             opened.append(ref)

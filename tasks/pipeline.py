@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.anchor import anchor_recipe
-from radlads.tasks.job import InputRef, Stage, TrackingRef, UserError
+from radlads.tasks.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef, UserError
 from radlads.tasks.launch import machine_resources
-from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe
+from radlads.tasks.pins import at_pinned_commits
+from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_text
 from radlads.tasks.settings import Settings, resolve_settings
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
@@ -52,6 +53,7 @@ class Pipeline:
             resources=self.resources,
             scratch=self.settings.work / self.run / stage,
             grace_seconds=self.settings.grace_seconds,
+            content_cache=self.settings.content_cache,
         )
         if stage != "tokenize":
             return request
@@ -71,7 +73,7 @@ class Plan:
 
 @contextmanager
 def open_pipeline(
-    recipe: str,
+    recipe: str | Recipe,
     *,
     overrides: Mapping[str, Any] | None = None,
     run: str | None = None,
@@ -82,11 +84,13 @@ def open_pipeline(
 ) -> Iterator[Pipeline]:
     """Check the recipe first of all, then open the store and MLflow, and close the MLflow run as the block ends.
 
-    run: the run's name; by default the recipe's name and the first part of `run_id`, which must be the same when the
-    run is retried. Raises UserError.
+    recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
+    and the first part of `run_id`, which must be the same when the run is retried. Raises UserError.
     """
-    asked = load_recipe(recipe, overrides)
-    asked = anchor_recipe(asked, recipe, Path.cwd())
+    if isinstance(recipe, Recipe):
+        asked = recipe
+    else:
+        asked = anchor_recipe(load_recipe(recipe, overrides), recipe, Path.cwd())
     name = run or f"{asked.name}-{run_id[:8]}"
     if not _RUN_NAME.fullmatch(name):
         raise UserError(f"'{name}' cannot be a run's name: letters, digits, '.', '_' and '-', at most 128 of them")
@@ -121,6 +125,24 @@ def _keep_recipe(pipeline: Pipeline) -> None:
     elif known != data:
         digest = hashlib.sha256(data).hexdigest()[:12]
         pipeline.store.put_if_absent(f"runs/{pipeline.run}/recipe-{digest}.yaml", data)
+
+
+def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store: str | None = None) -> Recipe:
+    """The recipe that a run was made by, with its teacher and its data of the hub at the commits that its plan pinned.
+
+    store: as of open_pipeline. Raises UserError.
+    """
+    place = open_store(resolve_settings(store=store).store)
+    data = place.get_bytes(f"runs/{run}/recipe.yaml") if _RUN_NAME.fullmatch(run) else None
+    if data is None:
+        raise UserError(f"there is no run '{run}' in {place.uri}")
+    where = f"the recipe of run '{run}'"
+    asked = anchor_recipe(recipe_of_text(data.decode("utf-8"), overrides, where=where), where, Path.cwd())
+    manifest = place.read_manifest(f"runs/{run}/plan")
+    if manifest is None or manifest.schema_version != SCHEMA_VERSION:
+        return asked  # nothing was pinned that this version can read
+    report = PlanReport.model_validate_json(place.read_file(f"runs/{run}/plan", "plan.json"))
+    return at_pinned_commits(asked, report.pins)
 
 
 def finished_students(pipeline: Pipeline, run: str) -> dict[str, Product]:

@@ -83,6 +83,7 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "parse_recipe",
+    "recipe_of_text",
 ]
 
 
@@ -102,10 +103,15 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     overrides: dotted key → value, e.g. {"distill.tokens": 1_000_000, "student.attention_layers": [3]}; None removes an
     optional section. Raises RecipeError, one line per fault.
     """
-    raw = _unshared(_read_yaml(name_or_path))
+    return recipe_of_text(_read_text(name_or_path), overrides, where=name_or_path)
+
+
+def recipe_of_text(text: str, overrides: Mapping[str, Any] | None = None, *, where: str) -> Recipe:
+    """A recipe from the YAML of its file, as load_recipe. Raises RecipeError."""
+    raw = _unshared(_parse_yaml(text, where))
     for key, value in (overrides or {}).items():
         _override(raw, key, value)
-    return parse_recipe(raw, where=name_or_path)
+    return parse_recipe(raw, where=where)
 
 
 def parse_recipe(raw: Any, *, where: str = "recipe") -> Recipe:
@@ -128,24 +134,26 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False) if breaks else text
 
 
-def _read_yaml(name_or_path: str) -> Any:
+def _read_text(name_or_path: str) -> str:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError(f"no recipe file at {name_or_path}")
-        text = path.read_text(encoding="utf-8")
-    else:
-        known = list_recipes()
-        if name_or_path not in known:
-            raise RecipeError(
-                f"no recipe named '{name_or_path}'{_did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
-                "shipped ones; a file of your own is given by its path, ending in .yaml)"
-            )
-        text = (resources.files("radlads.deployments") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+    known = list_recipes()
+    if name_or_path not in known:
+        raise RecipeError(
+            f"no recipe named '{name_or_path}'{_did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
+            "shipped ones; a file of your own is given by its path, ending in .yaml)"
+        )
+    return (resources.files("radlads.deployments") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+
+
+def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name_or_path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _unshared(value: Any) -> Any:

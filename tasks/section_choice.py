@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from radlads.tasks.section_base import Section
+from radlads.tasks.section_base import OPERATIONAL, Reads, Section
 
 if TYPE_CHECKING:
     from radlads.tasks.sections import Recipe, Student
@@ -59,7 +59,7 @@ class RecallProbe(Section):
     """Tokens of the documents that hide facts and ask for them, used in turn."""
     documents: int = Field(default=128, ge=_LEAST_DOCUMENTS)
     """At most."""
-    haystack: tuple[str, ...] = ()
+    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     data: str | None = None
     """Dataset whose held-out text the KL is measured on; None: the one that align learns from."""
@@ -67,7 +67,7 @@ class RecallProbe(Section):
     """At most."""
     context: int = Field(default=512, gt=1)
     """Tokens of a held-out window."""
-    micro_batch: int = Field(default=8, gt=0)
+    micro_batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     """Sequences of a forward pass."""
     budget: float = Field(default=0.05, gt=0, le=0.05)
     """Share of the run's training tokens that the forward passes of the choice may take."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from radlads.tasks.section_base import Section
+from radlads.tasks.section_base import OPERATIONAL, PLACE, Reads, Section
 from radlads.tasks.section_choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.section_losses import (
     Align,
@@ -62,11 +62,13 @@ __all__ = [
 class Teacher(Section):
     """The frozen softmax-attention model."""
 
-    path: str
+    path: Annotated[str, Reads("teacher")]
     """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
-    revision: str | None = None
+    revision: Annotated[str | None, PLACE] = None
+    """Of the hub: a branch, a tag or a commit. The plan pins the commit that it is."""
     trust_remote_code: bool = False
-    """Run the tokenizer's own code. A model's own code never runs: its family's class in transformers does."""
+    """Run the tokenizer's own code; of a hub id only with its commit as `revision`. A model's own code never runs: its
+    family's class in transformers does."""
     bits: FrozenBits = 16
     """8: the matrices of its layers are held in 8 bit while it teaches. Judged is always the teacher as it is."""
 
@@ -105,10 +107,12 @@ class HubSource(Section):
     """A dataset of the Hugging Face hub."""
 
     kind: Literal["hub"]
-    path: str
+    path: Annotated[str, Reads("dataset")]
+    """A hub id, or a local folder of data files by its absolute path."""
     subset: str | None = None
     split: str = "train"
-    revision: str | None = None
+    revision: Annotated[str | None, PLACE] = None
+    """A branch, a tag or a commit. The plan pins the commit that it is."""
     text_field: str = "text"
     messages_field: str | None = None
     """Chat data: the field that holds [{role, content}, ...]; rendered with the tokenizer's chat template."""
@@ -119,7 +123,7 @@ class FilesSource(Section):
     """Local parquet, jsonl, or text files, plain or gzipped (.gz)."""
 
     kind: Literal["files"]
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: Annotated[tuple[str, ...], Reads("files")] = Field(min_length=1)
     """Files or globs; relative to the recipe's folder or the working directory. `demo:NAME` is a file shipped with
     the demo teacher."""
     text_field: str = "text"
@@ -149,7 +153,7 @@ class RecallSource(Section):
     documents: int = Field(gt=0)
     lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
     """Document lengths in tokens, drawn from evenly."""
-    haystack: tuple[str, ...] = ()
+    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
     """Files (as in `files`) that the filler sentences come from; empty: the built-in filler."""
     haystack_separator: str | None = None
     seed: int = 1337
@@ -176,7 +180,7 @@ class EvalTask(Section):
     """One lm-evaluation-harness task."""
 
     name: str
-    path: str | None = None
+    path: Annotated[str | None, Reads("task")] = None
     """Folder with the task's YAML file, for tasks that the harness does not ship or that must run offline."""
     num_fewshot: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, gt=0)
@@ -188,7 +192,7 @@ class Evaluate(Section):
     data: str = "train"
     heldout_tokens: int = Field(default=65536, gt=0)
     context: int = Field(default=512, gt=1)
-    batch: int = Field(default=8, gt=0)
+    batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
     seed: int = 1234
 
@@ -200,11 +204,11 @@ class Needle(Section):
     """Prompt lengths in tokens, the question included."""
     depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     trials: int = Field(default=5, ge=5)
-    batch: int = Field(default=8, gt=0)
+    batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     max_new_tokens: int = Field(default=16, gt=0)
     training_length: int | None = Field(default=None, gt=0)
     """Drawn as a dashed line; None: the longest context of the training stages."""
-    haystack: tuple[str, ...] = ()
+    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     chat_template: bool = False
     seed: int = 1234
@@ -252,7 +256,7 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     needle: Needle | None = None
     publish: Publish = Publish()
-    resources: Resources = Resources()
+    resources: Annotated[Resources, OPERATIONAL] = Resources()
 
     @model_validator(mode="after")
     def _datasets_exist(self) -> Self:

@@ -25,6 +25,11 @@ class Settings:
     gpu_limit: str = "radlads-gpu"
     """Prefect's global concurrency limit that a job on a GPU holds."""
 
+    @property
+    def content_cache(self) -> Path:
+        """File that remembers what large files hold, so that a teacher is not read whole at every start."""
+        return self.work / "content.json"
+
 
 def resolve_settings(
     *,

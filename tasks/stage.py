@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
 from radlads.tasks.launch import JobCrashed, Progress, launch
 from radlads.tasks.metrics_record import catch_up
 from radlads.tasks.specs import StageSpec, spec_digest
-from radlads.tasks.store_base import Store, StoreError, conflict
+from radlads.tasks.store_base import StageConflict, Store, StoreError, conflict, older_schema
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
@@ -27,7 +27,7 @@ class StageRequest:
     """One stage of one run.
 
     inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
-    machine, kept until it is committed so that a retry can go on from it.
+    machine, kept until it is committed so that a retry can go on from it. content_cache: see tasks/content.py.
     """
 
     stage: Stage
@@ -40,6 +40,7 @@ class StageRequest:
     resources: JobResources
     scratch: Path
     grace_seconds: float = 60.0
+    content_cache: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -91,6 +92,7 @@ def run_stage(
         tracking=tracking,
         resources=request.resources,
         scratch=str(request.scratch),
+        content_cache=str(request.content_cache) if request.content_cache else None,
     )
     _restore_record(store, key, request.scratch)
     try:
@@ -116,6 +118,8 @@ def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
     manifest = store.read_manifest(key)
     if manifest is None:
         return None
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise StageConflict(older_schema(store.join(key), manifest))
     if manifest.digest != digest:
         raise conflict(store.join(key), manifest.digest, digest)
     store.verify(key, manifest)

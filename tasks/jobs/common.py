@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from radlads.kernels.chosen import chosen_kernels, forget_kernels
+from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.ending import (
@@ -33,6 +34,7 @@ from radlads.tasks.jobs.ending import (
     write_json,
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
+from radlads.tasks.pins import check_pins
 from radlads.tasks.specs import (
     ChooseSpec,
     EvaluateSpec,
@@ -100,6 +102,11 @@ class Job:
     def typed(self) -> Any:
         """The stage's part of the job as its own type (TrainSpec, EvaluateSpec, ...)."""
         return _SPEC_OF_STAGE[self.spec.stage].model_validate(self.spec.spec)
+
+    @cached_property
+    def hashes(self) -> ContentHashes:
+        """What files hold, each read once."""
+        return ContentHashes(Path(self.spec.content_cache) if self.spec.content_cache else None)
 
     @property
     def scratch(self) -> Path:
@@ -286,6 +293,8 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         set_threads(job.spec.resources.threads)
         if job.world_size > 1:
             job.open_process_group()
+        if job.local_rank == 0:
+            check_pins(job.typed, job.hashes)
         metrics = main(job) or {}
         if job.rank == 0:
             job.commit(metrics)

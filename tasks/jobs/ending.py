@@ -42,7 +42,8 @@ def explain(error: BaseException) -> tuple[ExitReason, str]:
     if isinstance(error, KeyboardInterrupt):
         return "preempted", "stopped from the keyboard"
     if _is_out_of_memory(error):
-        return "out-of-memory", f"{line}; use a smaller micro_batch, or gradient_checkpointing"
+        advice = "use a smaller micro_batch (evaluate, needle: batch), or gradient_checkpointing; no step is lost by it"
+        return "out-of-memory", f"{line}; {advice}"
     return "crash", line
 
 

@@ -16,9 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.jobs.bits import Estimate, Windows, check_finite, open_windows, score_windows, summarize
 from radlads.tasks.jobs.common import Job, run_job, write_json
-from radlads.tasks.jobs.judged import STUDENT, TEACHER, continue_ids, open_teacher, opened_student, student_names
+from radlads.tasks.jobs.judged import (
+    STUDENT,
+    TEACHER,
+    continue_ids,
+    open_teacher,
+    open_tokenizer,
+    opened_student,
+    student_names,
+)
+from radlads.tasks.jobs.loader import open_dataset
+from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.ranks import gather
-from radlads.tasks.jobs.sources import load_tokenizer
 from radlads.tasks.sections import EvalTask, Evaluate
 from radlads.tasks.specs import EvaluateSpec
 
@@ -35,11 +44,10 @@ def main(job: Job) -> dict[str, Any] | None:
     section = spec.section
     started = time.monotonic()
     windows = open_windows(job.input("data"), section.context, section.heldout_tokens)
+    check_data(open_dataset(job.input("data")).tokenizer_fingerprint, spec.teacher.tokenizer_fingerprint)
+    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     teacher = open_teacher(job, spec.teacher)
-    tokenizer = load_tokenizer(
-        spec.teacher.path, revision=spec.teacher.revision, trust_remote_code=spec.teacher.trust_remote_code
-    )
-    names = student_names(job)
     models: dict[str, dict[str, Estimate]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, str]] = []
@@ -58,6 +66,7 @@ def main(job: Job) -> dict[str, Any] | None:
         return None
     sheet = {
         "teacher": spec.teacher.model_dump(mode="json"),
+        "other_teacher": not own,
         "windows": len(windows),
         "context": windows.context,
         "tokens": len(windows) * windows.context,
@@ -127,10 +136,17 @@ def run_tasks(
             rank=job.rank,
             num_ranks=job.world_size,
         )
-        for task in section.tasks:
-            results[task.name][name] = run_task(lm, task, seed=section.seed)
+        for task, commits in zip(section.tasks, _commits(job), strict=True):
+            results[task.name][name] = run_task(lm, task, seed=section.seed, commits=commits)
             logger.info("%s on %s: %s", name, task.name, results[task.name][name])
     return results
+
+
+def _commits(job: Job) -> list[dict[str, str]]:
+    """Hub dataset → commit, of every task."""
+    spec: EvaluateSpec = job.typed
+    pins = [spec.pins.get(f"section.tasks.{index}.path") for index in range(len(spec.section.tasks))]
+    return [{} if pin is None else pin.commits for pin in pins]
 
 
 def _asked(task: EvalTask) -> dict[str, Any]:

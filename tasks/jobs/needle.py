@@ -19,10 +19,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.grid import flatten, make_cells, summarize
 from radlads.tasks.jobs.heatmap import draw_heatmap
-from radlads.tasks.jobs.judged import TEACHER, continue_ids, open_teacher, opened_student, student_names
+from radlads.tasks.jobs.judged import (
+    TEACHER,
+    continue_ids,
+    open_teacher,
+    open_tokenizer,
+    opened_student,
+    student_names,
+)
+from radlads.tasks.jobs.origin import check_judged
 from radlads.tasks.jobs.ranks import gather
 from radlads.tasks.jobs.recall import Case, build_case, load_filler
-from radlads.tasks.jobs.sources import expand_paths, load_tokenizer, resolve_file
+from radlads.tasks.jobs.sources import expand_paths, resolve_file
 from radlads.tasks.sections import Needle
 from radlads.tasks.specs import NeedleSpec
 
@@ -52,11 +60,9 @@ def main(job: Job) -> dict[str, Any] | None:
     spec: NeedleSpec = job.typed
     section = spec.section
     started = time.monotonic()
-    tokenizer = load_tokenizer(
-        spec.teacher.path, revision=spec.teacher.revision, trust_remote_code=spec.teacher.trust_remote_code
-    )
+    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     trials = make_trials(section, tokenizer)
-    names = student_names(job)
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
     total = len(trials) * (1 + len(names))
@@ -79,6 +85,8 @@ def main(job: Job) -> dict[str, Any] | None:
         return None
     hits = {name: [None if a.text is None else a.hit for a in given] for name, given in answers.items()}
     sheet = {
+        "teacher": spec.teacher.model_dump(mode="json"),
+        "other_teacher": not own,
         "lengths": list(section.lengths),
         "depths": list(section.depths),
         "trials": section.trials,

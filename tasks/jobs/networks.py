@@ -42,12 +42,13 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
     """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
     teacher, originals = _teacher(job, spec), None
     if isinstance(spec.section, Pretrain):
-        tokenizer = load_tokenizer(spec.section.tokenizer)
+        pin = spec.pins["section.tokenizer"]
+        tokenizer = load_tokenizer(spec.section.tokenizer, revision=pin.commit)
         student: Any = _fresh_model(spec.section, tokenizer)
         student = student.to(job.device, job.dtype)
     else:
         folder = job.input("student") / "model"
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=spec.trust_remote_code)
         student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, job.device)
         originals = open_weight_files(str(folder))
     if spec.section.gradient_checkpointing:

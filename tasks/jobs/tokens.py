@@ -26,7 +26,8 @@ from radlads.tasks.jobs.encode import Encoder, Part
 from radlads.tasks.jobs.reader import Reader
 from radlads.tasks.jobs.sampling import sample_sources
 from radlads.tasks.jobs.shards import Layout, write_dataset
-from radlads.tasks.jobs.sources import check_files, load_tokenizer, pinned_commit, tokenizer_fingerprint
+from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
+from radlads.tasks.pins import check_pins
 from radlads.tasks.recipe import FilesSource, HubSource, SampleSource
 from radlads.tasks.specs import TokenizeSpec
 
@@ -42,7 +43,6 @@ def main(job: Job) -> dict[str, Any] | None:
     spec: TokenizeSpec = job.typed
     started = time.monotonic()
     tokenizer = open_tokenizer(spec)
-    check_files(spec.dataset.sources, spec.files)
     wanted = {i: s for i, s in enumerate(spec.dataset.sources) if isinstance(s, SampleSource)}
     if wanted and spec.teacher is None:
         raise UserError("a `sample` source needs a teacher, and this recipe has none")
@@ -53,6 +53,7 @@ def main(job: Job) -> dict[str, Any] | None:
     reader = Reader(spec.dataset.sources, tokenizer, samples)
     with_mask = any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in spec.dataset.sources)
     parts = list(_encode_parts(job, spec, reader, Encoder(tokenizer, *_encoder_options(spec, with_mask))))
+    check_pins(spec, job.hashes)  # reading took long: what was read must be what was pinned
     if not parts:
         raise UserError(f"dataset '{spec.name}' has no documents")
     shutil.rmtree(job.output)
@@ -77,12 +78,9 @@ def main(job: Job) -> dict[str, Any] | None:
 
 
 def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer that the plan pinned. Raises UserError when it is another one by now."""
+    """The tokenizer that the plan pinned. Raises UserError."""
     revision = pinned_commit(spec.tokenizer_fingerprint)
-    if tokenizer_fingerprint(spec.tokenizer, revision) != spec.tokenizer_fingerprint:
-        raise UserError(f"the tokenizer at {spec.tokenizer} is not the one the plan saw; start a new run")
-    trusted = spec.teacher.trust_remote_code if spec.teacher else False
-    tokenizer = load_tokenizer(spec.tokenizer, revision=revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(spec.tokenizer, revision=revision, trust_remote_code=spec.trust_remote_code)
     if spec.dataset.add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"data.{spec.name}.add_bos is on, but the tokenizer has no BOS token")
     return tokenizer

@@ -38,6 +38,7 @@ def test_recipes_are_listed():
         (["plan", "nonsense.yaml"], "error: no recipe file at nonsense.yaml"),
         (["demo", "--recipe", "demo-teacher", "--set", "pretrain.tokens=-1"], "pretrain.tokens"),
         (["run", "demo-teacher", "--set", "tokens"], "write it as KEY=VALUE"),
+        (["evaluate", "nobody", "--recipe", "nonsense"], "error: no recipe named 'nonsense'"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, words):

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs import memory, plan
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.pins import pin_teacher
 from radlads.tasks.recipe import Recipe, parse_recipe
-from radlads.tasks.specs import PlanReport, PlanSpec
+from radlads.tasks.specs import PlanReport, PlanSpec, spec_digest
+from radlads.tasks.stage_specs import choose_spec, needle_spec, tokenize_spec
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
 GPUS = JobResources(device="cuda", processes=8, threads=4, zero_stage=1, dollars_per_gpu_hour=2.0)
@@ -70,9 +73,46 @@ def test_a_good_recipe_is_added_up(
     size = sum(len(s.encode()) for s in stories)
     assert report.data["train"]["bytes"] == pytest.approx(size, rel=0.05)
     assert 2 < report.data["train"]["bytes_per_token"] < 8
-    assert [Path(f.path).name for f in report.files["train"]] == ["stories.txt"]
+    assert [Path(f.path).name for f in report.pins["data.train.sources.0.paths"].files] == ["stories.txt"]
     assert report.dollars is None
     assert manifest.metrics["student_parameters"] == report.student_parameters
+
+
+def test_everything_that_is_read_is_pinned(recipe: Callable[..., Recipe], tmp_path: Path, teacher_folder: Path):
+    hay = [str(tmp_path / "stories.txt")]
+    choice = {"count": 1, "choose": "recall", "recall": {"haystack": hay, "lengths": [128], "documents": 4}}
+    asked = recipe(
+        needle__haystack=hay,
+        student__attention_layers=choice,
+        data__unused={"sources": [{"kind": "files", "paths": ["nowhere.txt"]}]},
+        distill__tokens=10**7,
+    )
+    report = plan.make_plan(asked, CPU)
+    where = {
+        "teacher.path",
+        "data.train.sources.0.paths",
+        "needle.haystack",
+        "student.attention_layers.recall.haystack",
+    }
+    assert set(report.pins) == where
+    assert report.teacher == pin_teacher(str(teacher_folder))
+    assert report.pins["teacher.path"].content == report.teacher.fingerprint
+    assert report.tokenizer_fingerprint == report.teacher.tokenizer_fingerprint
+    specs = [tokenize_spec(asked, report, "train"), needle_spec(asked, report), choose_spec(asked, report)]
+    assert [list(spec.pins) for spec in specs if spec is not None] == [
+        ["dataset.sources.0.paths"], ["section.haystack"], ["section.recall.haystack"]
+    ]  # fmt: skip
+    for spec in specs:
+        assert spec_digest("plan", spec, {})
+
+
+def test_nothing_is_read_whole_before_all_else_is_checked(recipe: Callable[..., Recipe]):
+    class Unread(ContentHashes):
+        def of_all(self, paths: Any) -> list[str]:
+            pytest.fail("hashed")
+
+    with pytest.raises(UserError, match=r"align\.tokens"):
+        plan.make_plan(recipe(align__tokens=64), CPU, hashes=Unread())
 
 
 @pytest.mark.parametrize(

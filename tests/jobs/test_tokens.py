@@ -17,14 +17,13 @@ import pytest
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs import tokens
 from radlads.tasks.jobs.chat import render_chat
-from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.documents import Document, iterate_documents
 from radlads.tasks.jobs.encode import Encoder
 from radlads.tasks.jobs.sources import (
     load_tokenizer,
     pin_teacher,
     resolve_file,
-    resolve_files,
     resolve_teacher_path,
     tokenizer_fingerprint,
 )
@@ -60,7 +59,6 @@ def spec_of(sources: list[dict[str, Any]], tokenizer: Path, teacher: Any = None,
     return TokenizeSpec(
         name="train",
         dataset=dataset,
-        files=resolve_files(dataset.sources),
         tokenizer=str(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(str(tokenizer)),
         teacher=teacher,
@@ -266,10 +264,28 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_a_changed_corpus_is_noticed(make_job: MakeJob, corpus: Path, tokenizer_folder: Path):
-    spec = spec_of([text_source(corpus)], tokenizer_folder)
+    job = make_job("tokenize", spec_of([text_source(corpus)], tokenizer_folder))
     corpus.write_bytes(gzip.compress(b"another text"))
-    with pytest.raises(UserError, match="not the file that the plan saw"):
-        tokens.main(make_job("tokenize", spec))
+    assert execute(tokens.main, job) == "config"
+    said = json.loads((job.scratch / "exit.json").read_text())["message"]
+    assert said.startswith(f"{corpus} changed since the run was planned")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_noticed(
+    make_job: MakeJob, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = make_job("tokenize", spec_of([text_source(corpus)], tokenizer_folder))
+    encode = tokens._encode_parts
+
+    def encode_and_change(*arguments: Any) -> Any:
+        yield from encode(*arguments)
+        corpus.write_bytes(gzip.compress(b"another text"))
+
+    monkeypatch.setattr(tokens, "_encode_parts", encode_and_change)
+    assert execute(tokens.main, job) == "config"
+    assert "changed since the run was planned" in json.loads((job.scratch / "exit.json").read_text())["message"]
+    assert job.store.read_manifest(job.output_prefix) is None
 
 
 def test_sampling_does_not_depend_on_restarts(make_job: MakeJob, run_main: Any, teacher_folder: Path):
@@ -311,9 +327,9 @@ def test_hub_datasets_are_streamed(tokenize: Any, stories: list[str], monkeypatc
         return [{"content": story} for story in stories]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    source = {"kind": "hub", "path": "org/stories", "revision": "abc", "text_field": "content", "max_documents": 50}
+    source = {"kind": "hub", "path": "org/stories", "revision": "a" * 40, "text_field": "content", "max_documents": 50}
     _, index = tokenize([source], heldout_fraction=0.2)
-    assert asked == [("org/stories", None, {"split": "train", "revision": "abc", "streaming": True})]
+    assert asked == [("org/stories", None, {"split": "train", "revision": "a" * 40, "streaming": True})]
     assert sum(split["documents"] for split in index["splits"].values()) == 50
 
 
