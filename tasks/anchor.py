@@ -24,10 +24,15 @@ def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
 def _anchor(value: Any, folders: list[Path], key: str = "") -> Any:
     if isinstance(value, dict):
         is_hub = value.get("kind") == "hub"
-        return {name: item if is_hub else _anchor(item, folders, name) for name, item in value.items()}
+        return {
+            name: item if is_hub and name != "chat_template" else _anchor(item, folders, name)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
         return [_place(item, folders) if key in _PATH_LISTS else _anchor(item, folders) for item in value]
     if key in _MODEL_PLACES and isinstance(value, str):
+        return _place(value, folders)
+    if key == "chat_template" and isinstance(value, str) and value.endswith(".jinja"):  # else a shipped one's name
         return _place(value, folders)
     return value
 

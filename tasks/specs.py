@@ -60,7 +60,7 @@ class PlanReport(Sheet):
     """Folder or hub id."""
     tokenizer_fingerprint: str
     files: dict[str, tuple[FileRef, ...]]
-    """Dataset name → its corpus files, globs resolved."""
+    """Dataset name → its corpus files, globs resolved, and chat templates that its sources name."""
     teacher_parameters: int
     student_parameters: int
     mixer_parameters: int
@@ -171,7 +171,7 @@ _OPERATIONAL = {
     "run_tokens",
 }
 
-_PLACES = {"path", "paths", "haystack", "tokenizer"}
+_PLACES = {"path", "paths", "haystack", "tokenizer", "chat_template"}
 
 
 def spec_digest(stage: Stage, spec: StageSpec, inputs: dict[str, InputRef]) -> str:

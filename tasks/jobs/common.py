@@ -70,6 +70,10 @@ _SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
 }
 
 _PROGRESS_SECONDS = 1.0
+_POLL_SECONDS = 0.2
+# Of one rank that works alone, while others wait: longer than the upload of the largest model.
+_STALL_SECONDS = 6 * 3600.0
+_COMMITTED = "committed.json"
 
 
 class NoRecord:
@@ -165,6 +169,9 @@ class Job:
         reference = self._reference(name)
         marker = self.scratch / "inputs" / f"{name}.json"
         if self.local_rank == 0:
+            marker.unlink(missing_ok=True)
+        self.barrier()  # what an earlier attempt left is gone
+        if self.local_rank == 0:
             folder = self.scratch / "inputs" / name
             folder.mkdir(parents=True, exist_ok=True)
             manifest = self.input_manifest(name)
@@ -175,7 +182,7 @@ class Job:
                 )
             found = self.store.fetch(self.store.key(reference.uri), folder)
             write_json(marker, {"folder": str(found)})
-        self.barrier()
+        self.wait_for(marker)
         self._inputs[name] = Path(json.loads(marker.read_text(encoding="utf-8"))["folder"])
         return self._inputs[name]
 
@@ -212,6 +219,20 @@ class Job:
             from torch import distributed
 
             distributed.barrier()
+
+    def wait_for(self, marker: Path) -> None:
+        """Wait for a file that one rank writes when it is done with what it does alone, however long that takes.
+
+        Not a collective, which has a time limit of its own. A rank that dies is the launcher's to notice; raises
+        TimeoutError when the first one reports no progress for `_STALL_SECONDS`.
+        """
+        began = time.time()
+        progress = self.scratch / "progress.json"
+        while not marker.exists():
+            seen = max(began, progress.stat().st_mtime if progress.is_file() else began)
+            if time.time() - seen > _STALL_SECONDS:
+                raise TimeoutError(f"waited for {marker.name}, but the first rank reports no progress")
+            time.sleep(_POLL_SECONDS)
 
     def commit(self, metrics: dict[str, Any]) -> Manifest:
         """Make `output` the stage's product: upload, verify, manifest last. One rank calls it."""
@@ -274,6 +295,8 @@ def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
     clear_ending(job.scratch, job.rank)
     forget_kernels()
+    if job.rank == 0:  # before it joins the others, who therefore never see that of an earlier attempt
+        (job.scratch / _COMMITTED).unlink(missing_ok=True)
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
@@ -287,9 +310,13 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         if job.world_size > 1:
             job.open_process_group()
         metrics = main(job) or {}
+        committed = job.scratch / _COMMITTED
         if job.rank == 0:
             job.commit(metrics)
-        job.barrier()  # no rank may leave before the product exists: the launcher would take the others down
+            write_json(committed, {})
+        # No rank may leave before the product exists: the launcher would take the others down.
+        job.wait_for(committed)
+        job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
         reason, message = explain(error)
         if reason == "crash":

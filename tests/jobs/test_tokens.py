@@ -16,7 +16,7 @@ import pytest
 
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs import tokens
-from radlads.tasks.jobs.chat import render_chat
+from radlads.tasks.jobs.chat import Rendered, open_chat_template
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.documents import Document, iterate_documents
 from radlads.tasks.jobs.encode import Encoder
@@ -28,6 +28,7 @@ from radlads.tasks.jobs.sources import (
     resolve_teacher_path,
     tokenizer_fingerprint,
 )
+from radlads.tasks.jobs.token_encoder import TokenEncoder
 from radlads.tasks.sections import Dataset, RecallSource
 from radlads.tasks.specs import TokenizeSpec
 
@@ -69,6 +70,10 @@ def spec_of(sources: list[dict[str, Any]], tokenizer: Path, teacher: Any = None,
 
 def text_source(path: Path) -> dict[str, Any]:
     return {"kind": "files", "paths": [str(path)], "separator": "<|endoftext|>"}
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Rendered:
+    return open_chat_template(TokenEncoder(tokenizer), None).render(messages)
 
 
 def stream(folder: Path, index: dict[str, Any], split: str) -> np.ndarray:
