@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -167,8 +168,13 @@ class ChatTemplate:
             return {key: self._hide(item) for key, item in value.items()}
         return [self._hide(item) for item in value] if isinstance(value, list) else value
 
+    @cached_property
+    def _written(self) -> re.Pattern[str]:
+        """What is hidden (group 1), or the text of a control token."""
+        return re.compile(f"{_HIDDEN}(.)|{self.encoder.special_pattern.pattern}", re.DOTALL)
+
     def _hidden(self, found: re.Match[str]) -> str:
-        return _HIDDEN + chr(_FIRST_PRIVATE + self.encoder.specials.index(found[0]))
+        return _HIDDEN + chr(_FIRST_PRIVATE + self.encoder.numbers[found[0]])
 
     def _reveal(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
         """What was hidden put back; spans are of the text with it hidden."""
@@ -177,13 +183,13 @@ class ChatTemplate:
         controls: list[Control] = []
         shifts: list[tuple[int, int]] = []  # (place in the text given, characters gained up to there)
         at = length = gained = 0
-        for found in re.finditer(f"{_HIDDEN}(.)|{self.encoder.special_pattern.pattern}", text, re.DOTALL):
+        for found in self._written.finditer(text):
             pieces.append(text[at : found.start()])
             length += found.start() - at
             at = found.end()
             if found[1] is None:
                 pieces.append(found[0])
-                controls.append(Control(length, length + len(found[0]), specials.index(found[0])))
+                controls.append(Control(length, length + len(found[0]), self.encoder.numbers[found[0]]))
             else:
                 pieces.append(specials[ord(found[1]) - _FIRST_PRIVATE])
                 gained += len(pieces[-1]) - 2

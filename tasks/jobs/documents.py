@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from radlads.tasks.jobs.text_files import (
     TEXT_SUFFIXES,
     clean,
     clean_documents,
+    damage,
     json_rows,
     no_field,
     parquet_rows,
@@ -46,7 +47,7 @@ class Document:
         """What the document's hash, and its size, are made of."""
         if self.text is not None:
             return self.text
-        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
+        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def iterate_documents(
         if samples is None:
             raise UserError("a `sample` source needs the teacher to be sampled first")
         # What a model says can hold a NUL, which is no fault that a user could mend.
-        reader = RowReader(replace=True)
-        return itertools.islice(reader.documents(json_rows(samples), str(samples), "line"), skip, None)
+        rows = RowReader(replace=True)
+        return itertools.islice(rows.documents(json_rows(samples), str(samples), "line"), skip, None)
     if isinstance(source, RecallSource):
         return _recall_documents(source, tokenizer, skip)
     reader = _hub_documents(source) if isinstance(source, HubSource) else _file_documents(source)
@@ -165,7 +166,16 @@ def _hub_documents(source: HubSource) -> Iterator[Document]:
         rows = load_dataset(source.path, source.subset, split=source.split, revision=source.revision, streaming=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"hub dataset '{source.path}' cannot be opened: {first_line(error)}") from error
-    return _row_reader(source).documents(enumerate(iter(rows), start=1), source.path, "row")
+    return _row_reader(source).documents(_numbered(rows, source.path), source.path, "row")
+
+
+def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield number, row
+    except ValueError as error:  # of the data; what the network does to it may pass, and is tried again
+        raise UserError(f"{name}, after row {number}: {damage(error)}") from error
 
 
 def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, skip: int) -> Iterator[Document]:

@@ -172,7 +172,16 @@ def tasks_table(products: Products) -> Table | None:
             (f"{name}, {metric}", measured(theirs), measured(task["student"].get(metric)), shots, limit, judged.short)
             for metric, theirs in task["teacher"].items()
         ]
-    return Table(("task", "teacher", "student", "few-shot", "examples", _SOURCE), rows, "", words=(_SOURCE,))
+    header = ("task", "teacher", "student", "few-shot", "examples", _SOURCE)
+    return Table(header, rows, _bos_note(next(iter(evaluation["tasks"].values()))), words=(_SOURCE,))
+
+
+def _bos_note(task: dict[str, Any]) -> str:
+    """What the harness's prompts begin with, without which scores cannot be compared with published ones."""
+    if "begins_with_bos" not in task:
+        return ""
+    begins = "Prompts begin with BOS" if task["begins_with_bos"] else "No prompt begins with BOS"
+    return f"{begins}, as {'the tokenizer does by itself' if task['add_bos'] is None else 'evaluate.add_bos says'}."
 
 
 def _tasks(products: Products) -> list[Block]:

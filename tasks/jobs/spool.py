@@ -13,7 +13,7 @@ import numpy as np
 from radlads.tasks.jobs.common import write_json
 from radlads.tasks.jobs.encode import Part
 
-_TYPES = {
+_TYPES: dict[str, np.dtype[Any]] = {
     "ids": np.dtype("<u4"),
     "lengths": np.dtype("<i8"),
     "num_bytes": np.dtype("<i8"),

@@ -8,7 +8,7 @@ are not special (`<think>`, `<tool_call>`) are vocabulary and always recognised.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,7 +45,13 @@ class TokenEncoder:
         """Texts of the control tokens, longest first, so that the first one that matches is the right one."""
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        return tuple(sorted((text for text in texts if text.strip()), key=lambda text: (-len(text), text)))
+        known = (text for text in texts if text.strip() and self._id(text) is not None)
+        return tuple(sorted(known, key=lambda text: (-len(text), text)))
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Text of a control token → which of `specials` it is."""
+        return {text: number for number, text in enumerate(self.specials)}
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -116,11 +122,11 @@ class TokenEncoder:
     @cached_property
     def _suspicious(self) -> frozenset[int]:
         ids = {self._id(text) for text in self.specials}
-        return frozenset(ids - {self.tokenizer.unk_token_id})
+        return frozenset(i for i in ids if i is not None and i != self.tokenizer.unk_token_id)
 
-    def _id(self, text: str) -> int:
+    def _id(self, text: str) -> int | None:
         found: Any = self.tokenizer.convert_tokens_to_ids(text)
-        return int(found)
+        return found if found != self.tokenizer.unk_token_id or text == self.tokenizer.unk_token else None
 
     @cached_property
     def _marks(self) -> tuple[str, ...]:
@@ -145,7 +151,7 @@ class TokenEncoder:
                     normalized=False,
                     special=False,
                 )
-                for mark, text in zip(self._marks, self.specials, strict=True)
+                for mark, text in self._pairs
             ]
         )
         backend.encode_special_tokens = True
@@ -153,10 +159,12 @@ class TokenEncoder:
 
     @cached_property
     def _id_of_mark(self) -> dict[int, int]:
-        return {
-            self._marked_backend.token_to_id(mark): self._id(text)
-            for mark, text in zip(self._marks, self.specials, strict=True)
-        }
+        ids = {self._marked_backend.token_to_id(mark): self._id(text) for mark, text in self._pairs}
+        return {mark: known for mark, known in ids.items() if mark is not None and known is not None}
+
+    @property
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        return zip(self._marks, self.specials, strict=True)
 
 
 @dataclass(frozen=True)
