@@ -33,6 +33,7 @@ from radlads.tasks.jobs.ending import (
     write_json,
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
+from radlads.tasks.jobs.waiting import wait_for
 from radlads.tasks.specs import (
     ChooseSpec,
     EvaluateSpec,
@@ -70,9 +71,6 @@ _SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
 }
 
 _PROGRESS_SECONDS = 1.0
-_POLL_SECONDS = 0.2
-# Of one rank that works alone, while others wait: longer than the upload of the largest model.
-_STALL_SECONDS = 6 * 3600.0
 _COMMITTED = "committed.json"
 
 
@@ -182,7 +180,7 @@ class Job:
                 )
             found = self.store.fetch(self.store.key(reference.uri), folder)
             write_json(marker, {"folder": str(found)})
-        self.wait_for(marker)
+        wait_for(marker, self.scratch)
         self._inputs[name] = Path(json.loads(marker.read_text(encoding="utf-8"))["folder"])
         return self._inputs[name]
 
@@ -219,20 +217,6 @@ class Job:
             from torch import distributed
 
             distributed.barrier()
-
-    def wait_for(self, marker: Path) -> None:
-        """Wait for a file that one rank writes when it is done with what it does alone, however long that takes.
-
-        Not a collective, which has a time limit of its own. A rank that dies is the launcher's to notice; raises
-        TimeoutError when the first one reports no progress for `_STALL_SECONDS`.
-        """
-        began = time.time()
-        progress = self.scratch / "progress.json"
-        while not marker.exists():
-            seen = max(began, progress.stat().st_mtime if progress.is_file() else began)
-            if time.time() - seen > _STALL_SECONDS:
-                raise TimeoutError(f"waited for {marker.name}, but the first rank reports no progress")
-            time.sleep(_POLL_SECONDS)
 
     def commit(self, metrics: dict[str, Any]) -> Manifest:
         """Make `output` the stage's product: upload, verify, manifest last. One rank calls it."""
@@ -315,7 +299,7 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
             job.commit(metrics)
             write_json(committed, {})
         # No rank may leave before the product exists: the launcher would take the others down.
-        job.wait_for(committed)
+        wait_for(committed, job.scratch)
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
         reason, message = explain(error)

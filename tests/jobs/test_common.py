@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 
 from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, StoreRef, UserError
-from radlads.tasks.jobs import common
+from radlads.tasks.jobs import waiting
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, execute, open_job
 from radlads.tasks.jobs.ending import write_ending, write_json
+from radlads.tasks.jobs.waiting import wait_for
 
 RECIPE = {"name": "x", "teacher": {"path": "t"}, "data": {"train": {"sources": [{"kind": "sample", "tokens": 1}]}}}
 
@@ -49,7 +50,6 @@ def ending(job: Job) -> dict:
 def test_ranks_wait_for_the_one_that_works_as_long_as_it_goes_on(job, monkeypatch):
     """Not at a collective, whose time limit a large corpus or a slow upload outlasts."""
     marker, progress = job.scratch / "committed.json", job.scratch / "progress.json"
-    other = Job(spec=job.spec, rank=1, world_size=2)
     clock = [1e9]
     ticks: list[float] = []
 
@@ -62,12 +62,12 @@ def test_ranks_wait_for_the_one_that_works_as_long_as_it_goes_on(job, monkeypatc
             write_json(progress, {"done": len(ticks)})
             os.utime(progress, (clock[0], clock[0]))
 
-    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: clock[0], sleep=sleep, monotonic=time.monotonic))
-    other.wait_for(marker)
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: clock[0], sleep=sleep))
+    wait_for(marker, job.scratch)
     assert len(ticks) == 5
     marker.unlink()
-    with pytest.raises(TimeoutError, match=r"waited for committed.json, but the first rank reports no progress"):
-        other.wait_for(marker)
+    with pytest.raises(TimeoutError, match=r"waited for committed\.json, but the rank that works alone reports no"):
+        wait_for(marker, job.scratch)
 
 
 def test_a_rank_does_not_take_what_an_earlier_attempt_left(job, monkeypatch):
