@@ -16,6 +16,7 @@ from radlads.tasks.jobs.numbers import (
     measured,
     percent,
     plain,
+    prompt_note,
     rate_of,
 )
 from radlads.tasks.jobs.products import TRAINING_STAGES, Product, Products
@@ -173,15 +174,7 @@ def tasks_table(products: Products) -> Table | None:
             for metric, theirs in task["teacher"].items()
         ]
     header = ("task", "teacher", "student", "few-shot", "examples", _SOURCE)
-    return Table(header, rows, _bos_note(next(iter(evaluation["tasks"].values()))), words=(_SOURCE,))
-
-
-def _bos_note(task: dict[str, Any]) -> str:
-    """What the harness's prompts begin with, without which scores cannot be compared with published ones."""
-    if "begins_with_bos" not in task:
-        return ""
-    begins = "Prompts begin with BOS" if task["begins_with_bos"] else "No prompt begins with BOS"
-    return f"{begins}, as {'the tokenizer does by itself' if task['add_bos'] is None else 'evaluate.add_bos says'}."
+    return Table(header, rows, prompt_note(next(iter(evaluation["tasks"].values()))), words=(_SOURCE,))
 
 
 def _tasks(products: Products) -> list[Block]:
