@@ -8,7 +8,7 @@ from typing import Any
 from radlads.tasks.recipe import Recipe, parse_recipe
 
 _PATH_LISTS = {"paths", "haystack"}
-_MODEL_PLACES = {"path", "tokenizer"}
+_SINGLE_PLACES = {"path", "tokenizer", "chat_template"}
 
 
 def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
@@ -30,9 +30,7 @@ def _anchor(value: Any, folders: list[Path], key: str = "") -> Any:
         }
     if isinstance(value, list):
         return [_place(item, folders) if key in _PATH_LISTS else _anchor(item, folders) for item in value]
-    if key in _MODEL_PLACES and isinstance(value, str):
-        return _place(value, folders)
-    if key == "chat_template" and isinstance(value, str) and value.endswith(".jinja"):  # else a shipped one's name
+    if key in _SINGLE_PLACES and isinstance(value, str):
         return _place(value, folders)
     return value
 

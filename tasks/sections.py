@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from radlads.tasks.chat_templates import SHIPPED
 from radlads.tasks.section_base import Section
 from radlads.tasks.section_choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.section_losses import (
@@ -117,6 +118,13 @@ class DocumentSource(Section):
     `separator` instead."""
     bad_characters: Literal["error", "replace"] = "error"
     """Bytes that are not UTF-8, lone surrogates and NUL: an error with the line, or U+FFFD in their place, counted."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _shipped_by_name(cls, value: str | None) -> str | None:
+        if value is None or value.endswith(".jinja") or value.startswith(SHIPPED):
+            return value
+        return f"{SHIPPED}{value}"
 
     @model_validator(mode="after")
     def _template_is_used(self) -> Self:

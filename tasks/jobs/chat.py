@@ -11,14 +11,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from radlads.tasks.chat_templates import SHIPPED, shipped_chat_templates
 from radlads.tasks.job import UserError
-from radlads.tasks.jobs.sources import first_line, read_chat_template, shipped_chat_templates
+from radlads.tasks.jobs.sources import first_line, resolve_file
 from radlads.tasks.jobs.token_encoder import Control, TokenEncoder
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -220,11 +222,14 @@ def _words(text: str, controls: Sequence[Control], start: int, end: int) -> tupl
 
 
 def open_chat_template(encoder: TokenEncoder, name: str | None, *, parse: bool = False) -> ChatTemplate:
-    """The template that a source asks for: shipped, a file, or (None) the tokenizer's own. Raises UserError where there
-    is none, where it writes today's date, or where the tokenizer lacks its control tokens."""
+    """The template that a source asks for: `template:NAME` for a shipped one, a file, or (None) the tokenizer's own.
+
+    Raises UserError where there is none, where it writes today's date, or where the tokenizer lacks its control tokens.
+    """
     if name is not None:
-        template = read_chat_template(name)
-        _check_known(encoder, template, name)
+        template = _read(resolve_file(name))
+        if name.startswith(SHIPPED):
+            _check_known(encoder, template, name.removeprefix(SHIPPED))
         return ChatTemplate(encoder, template, parse)
     tokenizer = encoder.tokenizer
     if not tokenizer.chat_template:
@@ -243,9 +248,14 @@ def open_chat_template(encoder: TokenEncoder, name: str | None, *, parse: bool =
     return ChatTemplate(encoder, template, parse)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the chat template {path} cannot be read: {first_line(error)}") from error
+
+
 def _check_known(encoder: TokenEncoder, template: str, name: str) -> None:
-    if name not in shipped_chat_templates():
-        return
     known = {token.content for token in encoder.tokenizer.added_tokens_decoder.values()}
     if missing := sorted(set(_TURN.findall(template)) - known):
         raise UserError(

@@ -5,7 +5,6 @@ A place may move; a fingerprint says what was there. Digests are made of fingerp
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -18,13 +17,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from radlads.tasks.chat_templates import SHIPPED, shipped_chat_template
 from radlads.tasks.job import UserError
 from radlads.tasks.sections import FilesSource, HubSource, RecallSource, Source
 from radlads.tasks.specs import FileRef, TeacherRef
 
 DEMO = "demo"
 _DEMO_FILE = "demo:"
-_TEMPLATE_FILE = "template:"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,42 +92,9 @@ def resolve_file(path: str) -> Path:
     chat template."""
     if path.startswith(_DEMO_FILE):
         return demo_folder() / path.removeprefix(_DEMO_FILE)
-    if path.startswith(_TEMPLATE_FILE):
-        return _chat_templates() / f"{path.removeprefix(_TEMPLATE_FILE)}.jinja"
+    if path.startswith(SHIPPED):
+        return shipped_chat_template(path)
     return Path(path).expanduser()
-
-
-def _chat_templates() -> Path:
-    return Path(str(resources.files("radlads.deployments"))) / "chat_templates"
-
-
-def shipped_chat_templates() -> list[str]:
-    """Names of the chat templates that are shipped."""
-    return sorted(path.stem for path in _chat_templates().glob("*.jinja"))
-
-
-def chat_template_file(name: str) -> str:
-    """The file of a source's `chat_template`: a .jinja file as it is, a shipped one as `template:NAME`.
-
-    Raises UserError for a name that is neither.
-    """
-    if name.endswith(".jinja"):
-        return name
-    shipped = shipped_chat_templates()
-    if name not in shipped:
-        close = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"no chat template '{name}' (a file ends with .jinja; shipped: {', '.join(shipped)}){hint}")
-    return f"{_TEMPLATE_FILE}{name}"
-
-
-def read_chat_template(name: str) -> str:
-    """The text of a source's `chat_template`. Raises UserError."""
-    path = resolve_file(chat_template_file(name))
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the chat template {path} cannot be read: {first_line(error)}") from error
 
 
 def expand_paths(patterns: Iterable[str]) -> list[str]:
@@ -140,7 +106,7 @@ def expand_paths(patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         local = resolve_file(pattern)
         if local.is_file():
-            matches = [pattern if pattern.startswith((_DEMO_FILE, _TEMPLATE_FILE)) else str(local.resolve())]
+            matches = [pattern if pattern.startswith((_DEMO_FILE, SHIPPED)) else str(local.resolve())]
         else:
             matches = sorted(str(Path(m).resolve()) for m in glob.glob(str(local), recursive=True) if Path(m).is_file())
         if not matches:
@@ -153,7 +119,7 @@ def expand_paths(patterns: Iterable[str]) -> list[str]:
 def source_patterns(source: Source) -> tuple[str, ...]:
     """The files that a source reads, as the recipe names them; its chat template is one of them."""
     if isinstance(source, FilesSource | HubSource):
-        template = () if source.chat_template is None else (chat_template_file(source.chat_template),)
+        template = () if source.chat_template is None else (source.chat_template,)
         return (*template, *(source.paths if isinstance(source, FilesSource) else ()))
     if isinstance(source, RecallSource):
         return source.haystack

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from radlads.tasks.chat_templates import shipped_chat_templates
 from radlads.tasks.job import UserError
-from radlads.tasks.jobs.chat import open_chat_template
+from radlads.tasks.jobs.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.documents import Document
 from radlads.tasks.jobs.encode import Encoder
 from radlads.tasks.jobs.messages import read_messages
-from radlads.tasks.jobs.sources import shipped_chat_templates
 from radlads.tasks.jobs.token_encoder import TokenEncoder
 from radlads.tasks.sections import FilesSource
 
@@ -139,9 +139,15 @@ def make_tokenizer(project_root: Path) -> Make:
     return make
 
 
+def open_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> ChatTemplate:
+    """As a source with this chat_template does."""
+    source = FilesSource(kind="files", paths=("x",), messages_field="m", chat_template=name)
+    return open_chat_template(TokenEncoder(tokenizer), source.chat_template)
+
+
 def said(tokenizer: PreTrainedTokenizerBase, messages: Any, template: str | None = None) -> str:
     """What the mask keeps."""
-    opened = open_chat_template(TokenEncoder(tokenizer), template)
+    opened = open_template(tokenizer, template)
     ids, _, mask = opened.encode(opened.render(read_messages(messages, "row 1")))
     return tokenizer.decode([i for i, kept in zip(ids, mask, strict=True) if kept])
 
@@ -160,12 +166,12 @@ def test_every_shipped_template_is_tested_here():
 def test_a_shipped_template_writes_its_familys_format_and_marks_the_assistant(make_tokenizer: Make, name: str):
     controls, bos, eos, text, words = FAMILIES[name]
     tokenizer = make_tokenizer(controls, bos, eos)
-    rendered = open_chat_template(TokenEncoder(tokenizer), name).render(TURNS)
+    rendered = open_template(tokenizer, name).render(TURNS)
     assert rendered.text == text
     assert "".join(rendered.text[a:b] for a, b in rendered.assistant_spans) == words
     assert said(tokenizer, TURNS, name) == words
     # transformers reads the marks alike.
-    tokenizer.chat_template = open_chat_template(TokenEncoder(tokenizer), name).template
+    tokenizer.chat_template = open_template(tokenizer, name).template
     theirs = tokenizer.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=True)
     kept = [i for i, m in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if m]
     assert tokenizer.decode(kept) == words
@@ -195,7 +201,7 @@ def test_a_generation_prompt_is_where_the_assistant_begins(make_tokenizer: Make)
     }
     for name, text in expected.items():
         tokenizer = make_tokenizer(*FAMILIES[name][:3])
-        assert open_chat_template(TokenEncoder(tokenizer), name).prompt("Hi").text == text
+        assert open_template(tokenizer, name).prompt("Hi").text == text
 
 
 def test_thoughts_of_earlier_turns_go_and_the_last_ones_are_the_assistants(make_tokenizer: Make):
@@ -223,7 +229,7 @@ def test_an_empty_thought_is_not_the_assistants_word(make_tokenizer: Make):
 def test_a_template_that_rewrites_history_is_refused_with_the_way_out(make_tokenizer: Make):
     tokenizer = make_tokenizer(template=QWEN3_NATIVE)
     with pytest.raises(UserError, match=r"row 7: the chat template rewrites earlier turns.*chat_template.*qwen3"):
-        open_chat_template(TokenEncoder(tokenizer), None).render(TURNS, "row 7")
+        open_template(tokenizer, None).render(TURNS, "row 7")
     assert said(tokenizer, TURNS, "qwen3") == "Yo!<|im_end|>See you.<|im_end|>"
 
 
@@ -261,7 +267,7 @@ def test_tool_calls_are_json_and_their_answers_a_users(make_tokenizer: Make):
     for messages in (turns, as_text):
         for name in ("qwen2.5", "qwen3"):
             assert said(tokenizer, messages, name) == call + "Sunny.<|im_end|>"
-    rendered = open_chat_template(TokenEncoder(tokenizer), "qwen3").render(read_messages(turns, ""))
+    rendered = open_template(tokenizer, "qwen3").render(read_messages(turns, ""))
     assert "<|im_start|>user\n<tool_response>\nSun\n</tool_response><|im_end|>\n" in rendered.text
     with pytest.raises(UserError, match="message 2 has tool_calls, of which the chat template knows nothing"):
         said(tokenizer, turns, "chatml")
@@ -312,7 +318,7 @@ def test_roles_that_a_template_drops_or_refuses_are_told(make_tokenizer: Make):
     for name in ("qwen3", "mistral-v7", "phi-3"):
         tokenizer = make_tokenizer(*FAMILIES[name][:3])
         with pytest.raises(UserError, match=r"row 3: the chat template refuses the chat: role 'critic'"):
-            open_chat_template(TokenEncoder(tokenizer), name).render(turns, "row 3")
+            open_template(tokenizer, name).render(turns, "row 3")
     silent = (
         "{% for m in messages %}{% if m.role != 'critic' %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
@@ -383,7 +389,7 @@ def test_real_words_and_a_real_tokenizer(shared_data: Path):
     for name in ("chatml", "qwen2.5"):
         assert said(tokenizer, turns, name) == "Au parc 🙂.<|im_end|>\n\nDe rien.<|im_end|>"
     assert said(tokenizer, turns, "qwen3") == "Au parc 🙂.<|im_end|>De rien.<|im_end|>"
-    plain = open_chat_template(TokenEncoder(tokenizer), "qwen2.5").render(TURNS)
+    plain = open_template(tokenizer, "qwen2.5").render(TURNS)
     assert plain.text == tokenizer.apply_chat_template(TURNS, tokenize=False)
-    ids, _, _ = open_chat_template(TokenEncoder(tokenizer), "qwen2.5").encode(plain)
+    ids, _, _ = open_template(tokenizer, "qwen2.5").encode(plain)
     assert ids == tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]

@@ -103,7 +103,7 @@ def test_chat_templates_are_anchored_where_they_are_files(tmp_path):
     (tmp_path / "a" / "mine.jinja").write_text("x")
     (tmp_path / "a" / "qwen3").mkdir()
     sources = anchor_recipe(load_recipe(path), path, tmp_path).data["a"].sources
-    assert [source.chat_template for source in sources] == [f"{tmp_path}/a/mine.jinja", "qwen3"]
+    assert [source.chat_template for source in sources] == [f"{tmp_path}/a/mine.jinja", "template:qwen3"]
     assert sources[0].path == "org/chats"
 
 
