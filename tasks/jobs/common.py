@@ -33,7 +33,7 @@ from radlads.tasks.jobs.ending import (
     write_json,
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
-from radlads.tasks.jobs.waiting import wait_for
+from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 from radlads.tasks.specs import (
     ChooseSpec,
     EvaluateSpec,
@@ -71,7 +71,6 @@ _SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
 }
 
 _PROGRESS_SECONDS = 1.0
-_COMMITTED = "committed.json"
 
 
 class NoRecord:
@@ -279,8 +278,7 @@ def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
     clear_ending(job.scratch, job.rank)
     forget_kernels()
-    if job.rank == 0:  # before it joins the others, who therefore never see that of an earlier attempt
-        (job.scratch / _COMMITTED).unlink(missing_ok=True)
+    forget_commit(job.scratch, job.rank)
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
@@ -294,12 +292,10 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         if job.world_size > 1:
             job.open_process_group()
         metrics = main(job) or {}
-        committed = job.scratch / _COMMITTED
         if job.rank == 0:
             job.commit(metrics)
-            write_json(committed, {})
-        # No rank may leave before the product exists: the launcher would take the others down.
-        wait_for(committed, job.scratch)
+            announce_commit(job.scratch)
+        wait_for_commit(job.scratch)  # no rank may leave before the product exists: the launcher would take it down
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
         reason, message = explain(error)
