@@ -295,7 +295,8 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         if job.rank == 0:
             job.commit(metrics)
             announce_commit(job.scratch)
-        wait_for_commit(job.scratch)  # no rank may leave before the product exists: the launcher would take it down
+        # No rank may leave before the product exists: the launcher would take the others down.
+        wait_for_commit(job.scratch)
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
         reason, message = explain(error)

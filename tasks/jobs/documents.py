@@ -84,7 +84,10 @@ class RowReader:
         return Document(text=text, where=where, replaced=replaced)
 
     def _chat(self, value: Any, where: str) -> Document:
-        messages, replaced = self._clean_deep(list(read_messages(value, where)), where)
+        try:
+            messages, replaced = self._clean_deep(list(read_messages(value, where)), where)
+        except RecursionError as error:
+            raise UserError(f"{where}: its messages are nested too deeply") from error
         return Document(messages=tuple(messages), where=where, replaced=replaced)
 
     def _clean_deep(self, value: Any, where: str) -> tuple[Any, int]:

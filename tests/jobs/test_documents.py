@@ -157,6 +157,12 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         {"messages_field": "m"},
         r"line 1, message 1: .*'image'",
     ),
+    "a chat nested deeply": (
+        "a.jsonl",
+        b'{"m": [{"role": "user", "content": "Hi", "x": ' + b"[" * 700 + b"]" * 700 + b"}]}",
+        {"messages_field": "m"},
+        "line 1: (its messages are nested too deeply|not usable JSON)",
+    ),
     "a chat as text": ("a.jsonl", b'{"m": "Hi"}', {"messages_field": "m"}, r"line 1: expected a list .* found text"),
     "a kind unknown": ("a.csv", b"text\none\n", {}, "unknown kind of file"),
 }
@@ -183,6 +189,7 @@ def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, name: str):
         ("a.jsonl", '{"text": "a\u2028b\x85c"}\n'.encode(), {}, ["a\u2028b\x85c"]),
         ("a.jsonl", b'{"text": "\\ud83d\\ude42"}', {}, ["🙂"]),
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n{"text": "one"}', {}, ["one"]),
+        ("a.jsonl", b'{"text": ""}\n{"text": []}\n{"text": "one"}', {}, ["one"]),
         ("a.parquet", parquet(["one", None, "", "two"], pa.large_string()), {}, ["one", "two"]),
     ],
 )
