@@ -8,7 +8,7 @@ from typing import Any
 from radlads.tasks.recipe import Recipe, parse_recipe
 
 _PATH_LISTS = {"paths", "haystack"}
-_MODEL_PLACES = {"path", "tokenizer"}
+_SINGLE_PLACES = {"path", "tokenizer", "chat_template"}
 
 
 def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
@@ -25,10 +25,13 @@ def _anchor(value: Any, folders: list[Path], key: str = "") -> Any:
     if isinstance(value, dict):
         # `org/name` is a dataset of the hub, whatever folder has that name here; `./name` is a folder.
         is_hub = value.get("kind") == "hub" and not str(value.get("path")).startswith(".")
-        return {name: item if is_hub else _anchor(item, folders, name) for name, item in value.items()}
+        return {
+            name: item if is_hub and name != "chat_template" else _anchor(item, folders, name)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
         return [_place(item, folders) if key in _PATH_LISTS else _anchor(item, folders) for item in value]
-    if key in _MODEL_PLACES and isinstance(value, str):
+    if key in _SINGLE_PLACES and isinstance(value, str):
         return _place(value, folders)
     return value
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from radlads.tasks.chat_templates import SHIPPED
 from radlads.tasks.section_base import OPERATIONAL, PLACE, Reads, Section
 from radlads.tasks.section_choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.section_losses import (
@@ -103,7 +104,38 @@ class Student(Section):
         return self
 
 
-class HubSource(Section):
+class DocumentSource(Section):
+    """What sources of documents that somebody else wrote have in common."""
+
+    text_field: str = "text"
+    messages_field: str | None = None
+    """Chat data: the field that holds [{role, content}, ...]."""
+    chat_template: Annotated[str | None, Reads("files")] = None
+    """What chats are rendered with: the name of a shipped template (chatml, llama-3, mistral-v3, mistral-v7, phi-3,
+    phi-4, phi-4-mini, qwen2.5, qwen3), or a file ending with .jinja; None: the tokenizer's own. Shipped ones mark the
+    assistant's words, so that chats of several turns can be masked."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What the text of a special token (`<|endoftext|>`, `</s>`) inside a document or a message is: text, or (parse)
+    that token. What a chat template itself writes is always parsed. A file whose documents are separated by it wants
+    `separator` instead."""
+    bad_characters: Literal["error", "replace"] = "error"
+    """Bytes that are not UTF-8, lone surrogates and NUL: an error with the line, or U+FFFD in their place, counted."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _shipped_by_name(cls, value: str | None) -> str | None:
+        if value is None or value.endswith(".jinja") or value.startswith(SHIPPED):
+            return value
+        return f"{SHIPPED}{value}"
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> Self:
+        if self.chat_template is not None and self.messages_field is None:
+            raise ValueError("chat_template is for chats; give messages_field, the field that holds them")
+        return self
+
+
+class HubSource(DocumentSource):
     """A dataset of the Hugging Face hub."""
 
     kind: Literal["hub"]
@@ -113,23 +145,19 @@ class HubSource(Section):
     split: str = "train"
     revision: Annotated[str | None, PLACE] = None
     """A branch, a tag or a commit. The plan pins the commit that it is."""
-    text_field: str = "text"
-    messages_field: str | None = None
-    """Chat data: the field that holds [{role, content}, ...]; rendered with the tokenizer's chat template."""
     max_documents: int | None = Field(default=None, gt=0)
 
 
-class FilesSource(Section):
+class FilesSource(DocumentSource):
     """Local parquet, jsonl, or text files, plain or gzipped (.gz)."""
 
     kind: Literal["files"]
     paths: Annotated[tuple[str, ...], Reads("files")] = Field(min_length=1)
     """Files or globs; relative to the recipe's folder or the working directory. `demo:NAME` is a file shipped with
     the demo teacher."""
-    text_field: str = "text"
-    messages_field: str | None = None
-    separator: str | None = None
-    """Text files only: what separates documents. None: every file is one document."""
+    separator: str | None = Field(default=None, min_length=1)
+    """Text files only: what separates documents, e.g. <|endoftext|>; it is no part of them. None: every file is one
+    document."""
     max_documents: int | None = Field(default=None, gt=0)
 
 
@@ -171,7 +199,8 @@ class Dataset(Section):
     shard_tokens: int = Field(default=1 << 22, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     add_bos: bool = False
-    """Put the tokenizer's BOS token before every document."""
+    """Put the tokenizer's BOS token before every document that does not begin with it; a chat whose template writes one
+    keeps that one."""
     seed: int = 1337
     """Order of the documents."""
 
@@ -194,6 +223,9 @@ class Evaluate(Section):
     context: int = Field(default=512, gt=1)
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
+    add_bos: bool | None = None
+    """Of the tasks' prompts, as `add_bos_token` of the harness's `hf` model. None, as published scores are made: what
+    the tokenizer does by itself."""
     seed: int = 1234
 
 
@@ -211,6 +243,9 @@ class Needle(Section):
     haystack: Annotated[tuple[str, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     chat_template: bool = False
+    """Ask in a user's message, rendered with the tokenizer's own chat template, which comes on top of the length."""
+    add_bos: bool | None = None
+    """Of the prompts. None: what the tokenizer does by itself."""
     seed: int = 1234
 
 

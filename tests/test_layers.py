@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACTS = {
     "recipe",
+    "chat_templates",
     "sections",
     "section_memory",
     "section_base",

@@ -34,6 +34,7 @@ from radlads.tasks.jobs.ending import (
     write_json,
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
+from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 from radlads.tasks.pins import check_pins
 from radlads.tasks.specs import (
     ChooseSpec,
@@ -172,6 +173,9 @@ class Job:
         reference = self._reference(name)
         marker = self.scratch / "inputs" / f"{name}.json"
         if self.local_rank == 0:
+            marker.unlink(missing_ok=True)
+        self.barrier()  # what an earlier attempt left is gone
+        if self.local_rank == 0:
             folder = self.scratch / "inputs" / name
             folder.mkdir(parents=True, exist_ok=True)
             manifest = self.input_manifest(name)
@@ -182,7 +186,7 @@ class Job:
                 )
             found = self.store.fetch(self.store.key(reference.uri), folder)
             write_json(marker, {"folder": str(found)})
-        self.barrier()
+        wait_for(marker, self.scratch)
         self._inputs[name] = Path(json.loads(marker.read_text(encoding="utf-8"))["folder"])
         return self._inputs[name]
 
@@ -281,6 +285,7 @@ def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
     clear_ending(job.scratch, job.rank)
     forget_kernels()
+    forget_commit(job.scratch, job.rank)
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
@@ -298,7 +303,10 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         metrics = main(job) or {}
         if job.rank == 0:
             job.commit(metrics)
-        job.barrier()  # no rank may leave before the product exists: the launcher would take the others down
+            announce_commit(job.scratch)
+        # No rank may leave before the product exists: the launcher would take the others down.
+        wait_for_commit(job.scratch)
+        job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
         reason, message = explain(error)
         if reason == "crash":

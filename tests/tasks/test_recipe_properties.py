@@ -92,6 +92,21 @@ def test_places_are_looked_for_beside_the_recipe_then_here(tmp_path):
     assert anchor_recipe(again, path, tmp_path) == again
 
 
+def test_chat_templates_are_anchored_where_they_are_files(tmp_path):
+    chats = "messages_field: m, chat_template"
+    path = write(
+        tmp_path / "a",
+        f"name: x\nteacher: {{path: t}}\ndata:\n  a:\n    sources:\n"
+        f"      - {{kind: hub, path: org/chats, {chats}: mine.jinja}}\n"
+        f"      - {{kind: files, paths: [c.jsonl], {chats}: qwen3}}\n",
+    )
+    (tmp_path / "a" / "mine.jinja").write_text("x")
+    (tmp_path / "a" / "qwen3").mkdir()
+    sources = anchor_recipe(load_recipe(path), path, tmp_path).data["a"].sources
+    assert [source.chat_template for source in sources] == [f"{tmp_path}/a/mine.jinja", "template:qwen3"]
+    assert sources[0].path == "org/chats"
+
+
 def test_the_same_recipe_in_another_folder_is_the_same_plan(tmp_path):
     digests = set()
     for name in ("a", "b"):
