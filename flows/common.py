@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from prefect.runtime import flow_run
 from prefect.states import Failed
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.store import StoreError
@@ -41,7 +42,12 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return flow_function(*args, **kwargs)
         except _EXPLAINED as error:
-            return Failed(message=str(error), data=error)
+            return Failed(message=hide(str(error)), data=error)
+        except Exception as error:
+            told = hide(str(error))
+            if told == str(error):
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {told}") from None  # Prefect keeps what is raised here
 
     return explained
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.anchor import anchor_recipe
+from radlads.tasks.files import file_errors
 from radlads.tasks.job import InputRef, Stage, TrackingRef, UserError
 from radlads.tasks.launch import machine_resources
 from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe
-from radlads.tasks.settings import Settings, resolve_settings
+from radlads.tasks.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
 from radlads.tasks.store import open_store
 from radlads.tasks.tracking import close_run, open_pipeline_run
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Pipeline:
@@ -85,12 +83,13 @@ def open_pipeline(
     run: the run's name; by default the recipe's name and the first part of `run_id`, which must be the same when the
     run is retried. Raises UserError.
     """
+    refuse_credentials(store=store, tracking=tracking)
     asked = load_recipe(recipe, overrides)
     asked = anchor_recipe(asked, recipe, Path.cwd())
-    name = run or f"{asked.name}-{run_id[:8]}"
-    if not _RUN_NAME.fullmatch(name):
-        raise UserError(f"'{name}' cannot be a run's name: letters, digits, '.', '_' and '-', at most 128 of them")
+    name = check_run_name(f"{asked.name}-{run_id[:8]}" if run is None else run)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
+    with file_errors(f"the work folder {settings.work}"):
+        settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(asked, name, settings, None)
     _keep_recipe(pipeline)
     if settings.tracking:
@@ -125,10 +124,11 @@ def _keep_recipe(pipeline: Pipeline) -> None:
 
 def finished_students(pipeline: Pipeline, run: str) -> dict[str, Product]:
     """Stage → model of another run in the same store, in the stages' order. Raises UserError where it has none."""
+    check_run_name(run)
     found = {}
     for stage in ("transplant", "align", "choose", "distill", "finetune"):
         key = f"runs/{run}/{stage}"
-        manifest = pipeline.store.read_manifest(key) if _RUN_NAME.fullmatch(run) else None
+        manifest = pipeline.store.read_manifest(key)
         if manifest is not None:
             found[stage] = Product(uri=pipeline.store.join(key), manifest=manifest, reused=True)
     if not found:

@@ -57,7 +57,7 @@ def test_overrides():
         "a.b": 1, "rate": 0.001, "tokens": 2_000_000, "layers": [1, 3], "stage": None, "name": "smoke",
         "text": "a=b", "on": True,
     }  # fmt: skip
-    with pytest.raises(UserError, match="not a YAML value"):
+    with pytest.raises(UserError, match=r"--set a:2:1: not valid YAML"):
         cli.parse_overrides(["a=[1"])
 
 
