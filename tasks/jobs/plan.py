@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from radlads.model.refusals import size_fault
 from radlads.model.teacher import find_family, load_teacher_config, teacher_warnings
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs.checks import (
@@ -34,7 +36,6 @@ from radlads.tasks.jobs.memory import Memory, Networks, judging_memory
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
 from radlads.tasks.jobs.sources import (
-    first_line,
     load_tokenizer,
     pin_teacher,
     resolve_files,
@@ -205,10 +206,12 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     model_type = values.pop("model_type", None)
     if not model_type:
         raise UserError("it needs a model_type, e.g. qwen3")
+    if fault := size_fault(values):
+        raise UserError(fault)
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"transformers refuses it: {first_line(error)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"transformers refuses it: {' '.join(str(error).split())[:300]}") from error
     find_family(config)
     return config
 
