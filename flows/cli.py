@@ -16,6 +16,7 @@ from rich.table import Table
 
 from radlads.flows import services
 from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.flows.service_password import password_file
 from radlads.tasks.anchor import anchor_recipe
 from radlads.tasks.credentials import hide
 from radlads.tasks.document import one_line
@@ -130,7 +131,7 @@ def run(
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
-    services.use_services(services.read_services(settings.home))
+    services.use_services(settings.home)
     from radlads.flows.convert import radlads
     from radlads.flows.pretrain import radlads_pretrain
 
@@ -203,6 +204,13 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     return changes
 
 
+@services_app.command("env")
+def env() -> None:
+    """Print what a shell needs to reach them, their password included: eval "$(radlads services env)"."""
+    for line in services.shell_settings(resolve_settings().home):
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _show(running: dict[str, services.Service]) -> None:
     table = Table("service", "where", "process", "log", box=None, header_style="bold")
     for name in ("prefect", "mlflow", "worker"):
@@ -212,6 +220,9 @@ def _show(running: dict[str, services.Service]) -> None:
         else:
             table.add_row(name, service.url or "", str(service.pid), service.log)
     _out.print(table)
+    if running:
+        where = password_file(resolve_settings().home)
+        _out.print(f"Both pages ask for user and password: {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

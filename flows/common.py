@@ -6,10 +6,11 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from prefect.runtime import flow_run
 from prefect.states import Failed
+from pydantic import WithJsonSchema
 
 from radlads.tasks.credentials import hide
 from radlads.tasks.job import UserError
@@ -19,6 +20,12 @@ from radlads.tasks.store import StoreError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _EXPLAINED = (UserError, StoreError, JobCrashed)
+
+
+# An address with a user and a password in it is refused by Prefect's server, before it is kept in its database.
+Address = Annotated[
+    str, WithJsonSchema({"type": "string", "not": {"pattern": "://[^/?#]*@"}, "description": "without a password"})
+]
 
 
 class _NoTraceback(logging.Filter):

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 import radlads.flows.convert
 from radlads.flows.services import Service
+from radlads.tasks.credentials import hide, with_credentials
 from radlads.tasks.job import UserError
 from radlads.tasks.recipe import load_recipe
 from radlads.tasks.settings import Settings
@@ -69,7 +70,7 @@ def run_demo(
 def mlflow_page(server: str, experiment: str) -> str:
     """Where the experiment's runs are compared; MLflow's first page is another. The server alone if unsure."""
     try:
-        with httpx.Client(base_url=server, trust_env=False, timeout=10) as client:
+        with httpx.Client(base_url=with_credentials(server), trust_env=False, timeout=10) as client:
             asked = {"experiment_name": experiment}
             answer = client.get("/api/2.0/mlflow/experiments/get-by-name", params=asked).raise_for_status().json()
     except httpx.HTTPError:
@@ -85,7 +86,7 @@ def deploy() -> None:
     command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"prefect deploy failed:\n{(done.stderr or done.stdout).strip()[-800:]}")
+        raise UserError(f"prefect deploy failed:\n{hide((done.stderr or done.stdout).strip())[-800:]}")
 
 
 def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path, name: str) -> Any:

@@ -42,6 +42,7 @@ def connect(uri: str) -> MlflowClient:
         (environment_variables.MLFLOW_DISABLE_TELEMETRY, True),
         (environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT, 10),
         (environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1),
+        (environment_variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),  # with the password in it
     ):
         if not setting.is_set():  # type: ignore[no-untyped-call]
             setting.set(value)  # type: ignore[no-untyped-call]

@@ -143,7 +143,7 @@ def _tracking_uri(uri: str) -> str:
                     head = stream.read(16)
                 if head and head != b"SQLite format 3\0":
                     raise UserError(f"{where} is a file of another kind, not an SQLite database")
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.parent.mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{path}"
     if uri.startswith(("http://", "https://")):
         return _web_address("tracking", uri)
