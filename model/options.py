@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radlads.model.mixer import low_rank_size
 from radlads.tasks.job import UserError
 
-
 _LARGEST = 1 << 16
 
 

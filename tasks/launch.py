@@ -115,6 +115,8 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     # DeepSpeed calls ninja and itself by name; a virtual environment that is not activated has them only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     env |= child_environment()
+    for library in ("GLOO", "NCCL"):  # one machine's ranks; by default they listen where other machines reach them
+        env.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     env |= {
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",

@@ -46,9 +46,15 @@ def test_so_is_one_that_is_to_be_made(key, value, told):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(b"[1]", "no config.json at"), (b"{", "no teacher at"), (b"\xff\xfe", "no teacher at"), (b'{"a": 1}', "no model_type"),
-     (b"[" * 50_000, "no teacher at"), (b'{"model_type": ["qwen3"]}', "no teacher family")],
-)  # fmt: skip
+    [
+        (b"[1]", "no config.json at"),
+        (b"{", "no teacher at"),
+        (b"\xff\xfe", "no teacher at"),
+        (b'{"a": 1}', "no model_type"),
+        (b"[" * 50_000, "no teacher at"),
+        (b'{"model_type": ["qwen3"]}', "no teacher family"),
+    ],
+)
 def test_a_config_that_is_none(tmp_path, text, told):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match=told) as caught:
