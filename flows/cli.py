@@ -132,12 +132,14 @@ def run(
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.convert import radlads
     from radlads.flows.pretrain import radlads_pretrain
 
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
+    with orchestrator():
+        state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
     if not state.is_completed():
         raise UserError(f"{state.message}\nto go on where it stopped: radlads run {recipe} --run {name}")
     for stage, uri in state.result().items():
@@ -160,10 +162,13 @@ def demo(
     home = resolve_settings().home
     with _out.status("starting Prefect and MLflow"):
         running = services.services_up(home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.demo import run_demo
 
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    sys.exit(0 if run_demo(_out, running, resolve_settings(), recipe, name, changes) else 1)
+    with orchestrator():
+        well = run_demo(_out, running, resolve_settings(), recipe, name, changes)
+    sys.exit(0 if well else 1)
 
 
 @services_app.command("up")

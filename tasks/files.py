@@ -17,6 +17,7 @@ _CURES = {
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "permission denied; choose another place, or change its permissions",
     errno.EPERM: "not permitted; choose another place, or change its permissions",
+    errno.EEXIST: "a file stands where a folder is needed",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.EISDIR: "this is a folder, not a file",
