@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import radlads.flows.convert
+from radlads.flows.service_password import password_file
 from radlads.flows.services import Service
 from radlads.tasks.credentials import hide, with_credentials
 from radlads.tasks.job import UserError
@@ -63,6 +64,7 @@ def run_demo(
         ("MLflow", mlflow_page(str(running["mlflow"].url), load_recipe(recipe).name)),
     ):
         out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"Both pages ask for user and password: {password_file(settings.home)}", soft_wrap=True)
     out.print("The services keep running for you to look around; `radlads services down` stops them.")
     return True
 

@@ -31,7 +31,7 @@ from radlads.tasks.document import DEEPEST, LARGEST, MOST_BYTES, MOST_VALUES, SU
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+_WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)|0o[0-7]+|0x[0-9a-fA-F]+")
 _PADDED = re.compile(r"[-+]?0[0-9_]+")
@@ -107,7 +107,7 @@ class _Builder:
     """Builds values from the parser's events, counting as it goes."""
 
     def __init__(self, text: str, where: str) -> None:
-        self._events: Iterator[Event] = yaml.parse(text, Loader=_LOADER)  # type: ignore[no-untyped-call]
+        self._events: Iterator[Event] = yaml.parse(text, Loader=_LOADER)
         self._where = where
         self._anchors: dict[str, Any] = {}
         self._count = 0
@@ -169,10 +169,10 @@ class _Builder:
                 raise self._fault(event, f"this key is {what}; put it in quotes")
             if key in lines:
                 raise self._fault(event, f"'{one_line(key, 60)}' stands here again; it is first in line {lines[key]}")
-            lines[key] = event.start_mark.line + 1
+            lines[key] = _place(event)[0]
             following = next(self._events)
             value = self._value(following, depth + 1)
-            if key == "<<" and event.implicit[0]:
+            if key == "<<" and isinstance(event, ScalarEvent) and event.implicit[0]:
                 for part in value if isinstance(value, list) else [value]:
                     if not isinstance(part, dict):
                         raise self._fault(following, "<< takes in a mapping, by its anchor: <<: *name")
@@ -182,8 +182,8 @@ class _Builder:
         return made if not merged else {**merged, **made}
 
     def _alias(self, event: AliasEvent, depth: int) -> Any:
-        value = self._anchors.get(event.anchor, self)
-        name = one_line(event.anchor, 40)
+        anchor = event.anchor or ""
+        value, name = self._anchors.get(anchor, self), one_line(anchor, 40)
         if value is self:
             raise self._fault(event, f"*{name} has no anchor &{name} before it")
         if value is _OPEN:
@@ -218,8 +218,14 @@ class _Builder:
             raise self._fault(event, str(error)) from None
 
     def _fault(self, event: Event, told: str) -> DocumentError:
-        mark = event.start_mark
-        return DocumentError(f"{self._where}:{mark.line + 1}:{mark.column + 1}: {told}")
+        line, column = _place(event)
+        return DocumentError(f"{self._where}:{line}:{column}: {told}")
+
+
+def _place(event: Event) -> tuple[int, int]:
+    """Line and column, counted from 1."""
+    mark = event.start_mark
+    return (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
 
 
 def _plain_scalar(text: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _LOOPBACK = "127.0.0.1"
 # Longer than any upload by one rank that the others wait for. A dead rank is noticed by the launcher, not by this.
@@ -45,7 +45,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
 
 def _loopback_store(rank: int, world_size: int) -> TCPStore:
     """The place where ranks find each other, at the port that the launcher gave them."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     port = int(os.environ["MASTER_PORT"])
     if rank > 0:

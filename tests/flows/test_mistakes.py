@@ -1,5 +1,7 @@
 """Mistakes that people make, and the one line that each gets: what, where, and what to do. Exit code 2, no traceback."""
 
+# ruff: noqa: E501 - tables, a mistake a line
+
 import os
 import subprocess
 import sys

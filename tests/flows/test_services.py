@@ -238,3 +238,24 @@ def test_a_state_file_of_another_kind(tmp_path, text):
     with pytest.raises(UserError, match="delete it") as caught:
         services.read_services(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_server_of_a_run_alone_asks_for_a_password_too():
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_SERVER_API_AUTH_STRING,
+        temporary_settings,
+    )
+
+    from radlads.flows.common import orchestrator
+
+    with temporary_settings(restore_defaults={PREFECT_API_URL, PREFECT_API_AUTH_STRING}), orchestrator():
+        assert len(PREFECT_SERVER_API_AUTH_STRING.value()) > 32
+        assert PREFECT_API_AUTH_STRING.value() == PREFECT_SERVER_API_AUTH_STRING.value()
+    own = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_API_AUTH_STRING: "a:b"}
+    with temporary_settings(own), orchestrator():
+        assert PREFECT_API_AUTH_STRING.value() == "a:b"
+    told = pytest.raises(UserError, match=r"Prefect at http://127.0.0.1:9/api: .* failed; start the services")
+    with temporary_settings(own), told, orchestrator():
+        raise httpx.ConnectError("All connection attempts failed")
