@@ -29,6 +29,8 @@ _SECRET_VARIABLES = (
     "PREFECT_SERVER_API_AUTH_STRING",
 )
 _SHORTEST_SECRET = 6
+_SURELY_SECRET = 16
+"""Characters of a secret that is no word of a recipe by chance."""
 _ADDRESS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)(?P<user>[^/?#]*)@(?P<host>[^/?#@]*)(?P<rest>.*)", re.S)
 _IN_ADDRESS = re.compile(r"://[^\s'\"<>]*@")
 _IN_QUERY = re.compile(
@@ -108,7 +110,7 @@ def find_secret(values: Any) -> Secret | None:
             return Secret(keys, "a signed address", "give the plain one; credentials belong in the jobs' environment")
         if _TOKEN.search(text):
             return Secret(keys, "an access key or token", "set it in the environment of the jobs (HF_TOKEN, AWS_...)")
-        if any(secret in text for secret in _secrets):
+        if any(len(secret) >= _SURELY_SECRET and secret in text for secret in _secrets):
             return Secret(keys, "a password or key of the environment", "leave it there alone")
     return None
 

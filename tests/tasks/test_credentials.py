@@ -130,6 +130,8 @@ def test_a_recipe_with_one_is_refused(place, value, what):
 
 
 def test_a_recipe_without_one_passes():
+    credentials.learn({"MLFLOW_TRACKING_PASSWORD": "student"})
+    assert find_secret({"student": {"path": "a student's folder"}}) is None
     assert find_secret({"a": ["hub/id", "https://huggingface.co/x", "s3://b/k", "me@example.com", "x: y@z"]}) is None
 
 
