@@ -92,7 +92,9 @@ class Rescue:
         self.name = name
         deployment = self.api.get("/deployments/name/radlads/full").json()["id"]
         asked = {"parameters": {"recipe": str(recipe), "run": name}}
-        self.flow_run = self.api.post(f"/deployments/{deployment}/create_flow_run", json=asked).json()["id"]
+        answer = self.api.post(f"/deployments/{deployment}/create_flow_run", json=asked)
+        assert answer.is_success, answer.text
+        self.flow_run = answer.json()["id"]
 
     def state(self):
         run = self.api.get(f"/flow_runs/{self.flow_run}").json()
