@@ -41,7 +41,8 @@ def test_what_an_alias_repeats_is_a_copy():
 
 @pytest.mark.parametrize(
     "text", ["010", "1e6", "0o17", "1_0", "yes", "null", "~", "", "1:30", "2024-01-01", "0x1f", ".nan", "a: b",
-             "\u2028", "\x85", "\ufeffx", "*a", "<<", "=", " x ", "\t", "\0", "é", "😀", "x\n", "#", "- a", "0b1", "1.", "1e400"]
+             "\u2028", "\x85", "\ufeffx", "*a", "<<", "=", " x ", "\t", "\0", "é", "😀", "x\n", "#", "- a",
+             "0b1", "1.", "1e400"]
 )  # fmt: skip
 def test_text_stays_text_for_every_reader(text):
     written = dump_yaml({"key": text, text or "k": 1})
