@@ -80,10 +80,14 @@ def services_up(home: Path, *, wait_seconds: float = _START_SECONDS) -> dict[str
             _write(home, running)
     for name in ("prefect", "mlflow"):
         _wait_until_healthy(running[name], wait_seconds)
+    for stale in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):  # of services that the shell knew before
+        os.environ.pop(stale, None)
     use_services(home)
     from radlads.deployments.bootstrap import WORK_POOL, bootstrap  # reads the server's address as it is imported
+    from radlads.flows.common import orchestrator
 
-    bootstrap()
+    with orchestrator():
+        bootstrap()
     if "worker" not in running:
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"]
         running["worker"] = _start(

@@ -34,15 +34,16 @@ def typed(*command, home, **more):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
 
 
-def radlads(*arguments, home):
-    return typed(sys.executable, "-m", "radlads.flows.cli", *arguments, home=home)
+def radlads(*arguments, home, **more):
+    return typed(sys.executable, "-m", "radlads.flows.cli", *arguments, home=home, **more)
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     """(folder, name → where it answers, user and password) of the services."""
     home = tmp_path_factory.mktemp("doors") / "home"
-    done = radlads("services", "up", home=home)
+    stale = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_API_AUTH_STRING": "radlads:of-other-services"}
+    done = radlads("services", "up", home=home, **stale)
     assert done.returncode == 0, done.stderr
     file = home / "services-password"
     assert str(file) in " ".join(done.stdout.split("\n"))
