@@ -167,7 +167,7 @@ def load_teacher_config(path: str, *, revision: str | None = None) -> PreTrained
     raw = read_config(path, revision=revision)
     try:
         return parse_teacher_config(raw)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"cannot read the config of the teacher '{path}': {_one_line(error)}") from error
 
 
@@ -223,9 +223,9 @@ def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """config.json as it is, so that models that transformers does not know can be refused by name. Raises UserError."""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"no teacher at '{path}': {_one_line(error)}") from error
-    if not raw:
+    if not raw or not isinstance(raw, dict):
         raise UserError(f"no config.json at '{path}'; a teacher is a Hugging Face folder or hub id")
     return raw
 

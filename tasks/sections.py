@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from radlads.tasks.chat_templates import SHIPPED
-from radlads.tasks.section_base import OPERATIONAL, PLACE, Reads, Section
+from radlads.tasks.section_base import OPERATIONAL, PLACE, Length, Place, Reads, Section, Seed
 from radlads.tasks.section_choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.section_losses import (
     Align,
@@ -63,7 +63,7 @@ __all__ = [
 class Teacher(Section):
     """The frozen softmax-attention model."""
 
-    path: Annotated[str, Reads("teacher")]
+    path: Annotated[Place, Reads("teacher")]
     """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
     revision: Annotated[str | None, PLACE] = None
     """Of the hub: a branch, a tag or a commit. The plan pins the commit that it is."""
@@ -110,7 +110,7 @@ class DocumentSource(Section):
     text_field: str = "text"
     messages_field: str | None = None
     """Chat data: the field that holds [{role, content}, ...]."""
-    chat_template: Annotated[str | None, Reads("files")] = None
+    chat_template: Annotated[Place | None, Reads("files")] = None
     """What chats are rendered with: the name of a shipped template (chatml, llama-3, mistral-v3, mistral-v7, phi-3,
     phi-4, phi-4-mini, qwen2.5, qwen3), or a file ending with .jinja; None: the tokenizer's own. Shipped ones mark the
     assistant's words, so that chats of several turns can be masked."""
@@ -139,7 +139,7 @@ class HubSource(DocumentSource):
     """A dataset of the Hugging Face hub."""
 
     kind: Literal["hub"]
-    path: Annotated[str, Reads("dataset")]
+    path: Annotated[Place, Reads("dataset")]
     """A hub id, or a local folder of data files by its absolute path."""
     subset: str | None = None
     split: str = "train"
@@ -152,7 +152,7 @@ class FilesSource(DocumentSource):
     """Local parquet, jsonl, or text files, plain or gzipped (.gz)."""
 
     kind: Literal["files"]
-    paths: Annotated[tuple[str, ...], Reads("files")] = Field(min_length=1)
+    paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
     """Files or globs; relative to the recipe's folder or the working directory. `demo:NAME` is a file shipped with
     the demo teacher."""
     separator: str | None = Field(default=None, min_length=1)
@@ -171,20 +171,20 @@ class SampleSource(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     batch: int = Field(default=64, gt=0)
     """Documents that are written at once. The text depends on it, so it is not taken from the machine."""
-    seed: int = 1337
+    seed: Seed = 1337
 
 
 class RecallSource(Section):
     """Synthetic needle documents: a haystack with facts to remember, then questions about them."""
 
     kind: Literal["recall"]
-    documents: int = Field(gt=0)
-    lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
+    documents: int = Field(gt=0, le=10**9)
+    lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
     """Document lengths in tokens, drawn from evenly."""
-    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
+    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Files (as in `files`) that the filler sentences come from; empty: the built-in filler."""
     haystack_separator: str | None = None
-    seed: int = 1337
+    seed: Seed = 1337
 
 
 Source = Annotated[HubSource | FilesSource | SampleSource | RecallSource, Field(discriminator="kind")]
@@ -201,7 +201,7 @@ class Dataset(Section):
     add_bos: bool = False
     """Put the tokenizer's BOS token before every document that does not begin with it; a chat whose template writes one
     keeps that one."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Order of the documents."""
 
 
@@ -209,7 +209,7 @@ class EvalTask(Section):
     """One lm-evaluation-harness task."""
 
     name: str
-    path: Annotated[str | None, Reads("task")] = None
+    path: Annotated[Place | None, Reads("task")] = None
     """Folder with the task's YAML file, for tasks that the harness does not ship or that must run offline."""
     num_fewshot: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, gt=0)
@@ -226,13 +226,13 @@ class Evaluate(Section):
     add_bos: bool | None = None
     """Of the tasks' prompts, as `add_bos_token` of the harness's `hf` model. None, as published scores are made: what
     the tokenizer does by itself."""
-    seed: int = 1234
+    seed: Seed = 1234
 
 
 class Needle(Section):
     """Needle in a haystack: a fact at a depth of a text, asked for at its end; the answer is generated and matched."""
 
-    lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
+    lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
     """Prompt lengths in tokens, the question included."""
     depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     trials: int = Field(default=5, ge=5)
@@ -240,13 +240,13 @@ class Needle(Section):
     max_new_tokens: int = Field(default=16, gt=0)
     training_length: int | None = Field(default=None, gt=0)
     """Drawn as a dashed line; None: the longest context of the training stages."""
-    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
+    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     chat_template: bool = False
     """Ask in a user's message, rendered with the tokenizer's own chat template, which comes on top of the length."""
     add_bos: bool | None = None
     """Of the prompts. None: what the tokenizer does by itself."""
-    seed: int = 1234
+    seed: Seed = 1234
 
 
 class Publish(Section):
@@ -261,10 +261,10 @@ class Resources(Section):
     """Where jobs run. Not part of any digest: the same recipe on more GPUs is the same run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: int | Literal["auto"] = "auto"
+    processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one a GPU, one on a CPU."""
     zero_stage: Literal[0, 1, 2] = 1
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0, le=4096)
     """CPU threads of one process; None: the machine's cores shared among them."""
     offload_optimizer: bool = False
     """Keep fp32 masters and Adam's moments in host memory, and step there. Slower; frees 12 bytes a trained number."""
@@ -274,16 +274,19 @@ class Resources(Section):
     """For the plan's and the report's cost."""
 
 
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
 class Recipe(Section):
     """One experiment worth naming."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str = ""
     sources: tuple[str, ...] = ()
     """Where the numbers come from: paper, section, model card; and what deviates from it."""
     teacher: Teacher | None = None
     student: Student = Student()
-    data: dict[str, Dataset] = Field(min_length=1)
+    data: dict[DatasetName, Dataset] = Field(min_length=1)
     pretrain: Pretrain | None = None
     align: Align | None = None
     distill: Distill | None = None

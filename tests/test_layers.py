@@ -11,6 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACTS = {
+    "credentials",
+    "document",
+    "files",
+    "yaml_reader",
     "recipe",
     "chat_templates",
     "sections",

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from radlads.kernels.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.content import ContentHashes
-from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError
+from radlads.tasks.credentials import HidingFormatter, learn
+from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError, read_job
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.ending import (
     EXIT_CODES,
@@ -36,17 +37,7 @@ from radlads.tasks.jobs.ending import (
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 from radlads.tasks.pins import check_pins
-from radlads.tasks.specs import (
-    ChooseSpec,
-    EvaluateSpec,
-    NeedleSpec,
-    PlanSpec,
-    PublishSpec,
-    StageSpec,
-    TokenizeSpec,
-    TrainSpec,
-    TransplantSpec,
-)
+from radlads.tasks.specs import parse_spec
 
 if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, starts without them
     import torch
@@ -57,20 +48,6 @@ if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, s
 logger = logging.getLogger("radlads")
 
 __all__ = ["Job", "NonFiniteError", "Preempted", "execute", "open_job", "run_job", "write_json"]
-
-_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
-    "plan": PlanSpec,
-    "tokenize": TokenizeSpec,
-    "transplant": TransplantSpec,
-    "pretrain": TrainSpec,
-    "align": TrainSpec,
-    "choose": ChooseSpec,
-    "distill": TrainSpec,
-    "finetune": TrainSpec,
-    "evaluate": EvaluateSpec,
-    "needle": NeedleSpec,
-    "publish": PublishSpec,
-}
 
 _PROGRESS_SECONDS = 1.0
 
@@ -102,7 +79,7 @@ class Job:
     @cached_property
     def typed(self) -> Any:
         """The stage's part of the job as its own type (TrainSpec, EvaluateSpec, ...)."""
-        return _SPEC_OF_STAGE[self.spec.stage].model_validate(self.spec.spec)
+        return parse_spec(self.spec.stage, self.spec.spec)
 
     @cached_property
     def hashes(self) -> ContentHashes:
@@ -253,7 +230,11 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
         sys.exit(EXIT_CODES["config"])
-    job = open_job(Path(sys.argv[1]))
+    try:
+        job = open_job(Path(sys.argv[1]))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_CODES["config"])
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)
     leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
@@ -262,7 +243,8 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
 
 def open_job(path: Path) -> Job:
     """Read job.json and find out which rank this process is. The one place of a job that reads the environment."""
-    spec = JobSpec.model_validate_json(path.read_text(encoding="utf-8"))
+    learn(os.environ)
+    spec = read_job(path)
     rank = int(os.environ.get("RANK", "0"))
     job = Job(
         spec=spec,
@@ -271,12 +253,10 @@ def open_job(path: Path) -> Job:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
     job.scratch.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s %(levelname)s {spec.stage}{f'[{rank}]' if job.world_size > 1 else ''} %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    ranks = f"[{rank}]" if job.world_size > 1 else ""
+    handler.setFormatter(HidingFormatter(f"%(asctime)s %(levelname)s {spec.stage}{ranks} %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if rank == 0 else logging.WARNING)
     quiet_libraries()
     return job
 

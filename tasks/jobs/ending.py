@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.job import ExitReason, UserError
 
 EXIT_CODES: dict[ExitReason, int] = {
@@ -61,7 +62,7 @@ def clear_ending(scratch: Path, rank: int) -> None:
 
 def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:
     """Write how a rank ended. The rank that fails first writes exit.json, whichever it is: it holds the cause."""
-    sheet = {"reason": reason, "message": message, "rank": rank}
+    sheet = {"reason": reason, "message": hide(message), "rank": rank}
     if rank > 0:
         write_json(_own_file(scratch, rank), sheet)
     if rank == 0 or reason not in ("done", "preempted"):

@@ -9,6 +9,7 @@ from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from radlads.tasks.specs import PlanSpec, spec_digest
 
 NAMES = st.text("abcdefghij", min_size=1, max_size=6)
+PLACES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
 RATES = st.fixed_dictionaries({"start": st.floats(0, 1), "final": st.floats(0, 1)})
 TRAININGS = st.fixed_dictionaries(
     {"tokens": st.integers(1, 10**12), "context": st.integers(2, 10**6), "batch": st.integers(1, 4096)},
@@ -23,15 +24,17 @@ TRAININGS = st.fixed_dictionaries(
     },
 )
 SOURCES = st.one_of(
-    st.fixed_dictionaries({"kind": st.just("files"), "paths": st.lists(st.text(min_size=1), min_size=1, max_size=3)}),
+    st.fixed_dictionaries({"kind": st.just("files"), "paths": st.lists(PLACES, min_size=1, max_size=3)}),
     st.fixed_dictionaries({"kind": st.just("hub"), "path": NAMES}, optional={"subset": st.none() | st.text()}),
-    st.fixed_dictionaries({"kind": st.just("sample"), "tokens": st.integers(1)}, optional={"top_p": st.floats(0.1, 1)}),
+    st.fixed_dictionaries(
+        {"kind": st.just("sample"), "tokens": st.integers(1, 2**53)}, optional={"top_p": st.floats(0.1, 1)}
+    ),
 )
 RECIPES = st.fixed_dictionaries(
     {
         "name": NAMES,
         "description": st.text(),
-        "teacher": st.fixed_dictionaries({"path": st.text(min_size=1)}),
+        "teacher": st.fixed_dictionaries({"path": PLACES}),
         "data": st.fixed_dictionaries(
             {"train": st.fixed_dictionaries({"sources": st.lists(SOURCES, min_size=1, max_size=3)})}
         ),
