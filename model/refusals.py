@@ -60,6 +60,18 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
+# How floating-point weights are kept; everything else that stands for weights is quantised.
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+_QUANTISED = "quantised; give the full-precision model that they were made from"
+
+
+def stored_refusal(name: str, dtype: str) -> str | None:
+    """Why a teacher's tensor that a file keeps as `dtype` (the format's word) is no weight; None where it is one."""
+    if dtype in _FULL_PRECISION:
+        return None
+    return f"teacher tensor {name} is kept as {dtype}: the teacher's weights are {_QUANTISED}"
+
+
 def refusal(raw: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot teach, in one line; None where nothing speaks against it."""
     model_type = str(raw.get("model_type") or "")
@@ -79,7 +91,12 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
         if model_type in types:
             return f"no teacher family for model_type '{model_type}': {reason}"
     if raw.get("quantization_config"):
-        return "the teacher's weights are quantised; give the full-precision model that they were made from"
+        return f"the teacher's weights are {_QUANTISED}"
+    if raw.get("transformers_weights"):
+        return (
+            f"the teacher's config.json names its weights (transformers_weights: {raw['transformers_weights']}); they "
+            "are read from model.safetensors or its index alone: rename them and remove the entry"
+        )
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radlads.model.weight_files import WeightFiles, WeightWriter, open_weight_files
+from radlads.model.weight_files import WeightWriter, open_weight_files
 from radlads.tasks.job import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -102,7 +102,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
     for damaged in (content[:-1], content[:20], b"", b"\xff" * 64, b"\x08" + b"\0" * 7 + b"no json!"):
         whole.write_bytes(damaged)
         with pytest.raises(UserError, match="no whole safetensors file") as caught:
-            WeightFiles([whole])
+            open_weight_files(str(tmp_path))
         assert "\n" not in str(caught.value)
 
 
