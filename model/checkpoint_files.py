@@ -105,7 +105,7 @@ def _what_else(present: Collection[str]) -> str:
         return "pickled weights are never read (loading one runs its code); convert them to safetensors first"
     if any(name.endswith(".gguf") for name in present):
         return "GGUF weights are quantised or renamed; give the model that they were made from"
-    return "it holds no safetensors weights"
+    return "it holds no .safetensors weights"
 
 
 def _read_index(index: Path) -> dict[str, str]:

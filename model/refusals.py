@@ -65,11 +65,9 @@ _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _QUANTISED = "quantised; give the full-precision model that they were made from"
 
 
-def stored_refusal(name: str, dtype: str) -> str | None:
-    """Why a teacher's tensor that a file keeps as `dtype` (the format's word) is no weight; None where it is one."""
-    if dtype in _FULL_PRECISION:
-        return None
-    return f"teacher tensor {name} is kept as {dtype}: the teacher's weights are {_QUANTISED}"
+def stored_refusal(dtype: str) -> str | None:
+    """Why a tensor that a file keeps as `dtype` (the format's word) is no weight; None where it is one."""
+    return None if dtype in _FULL_PRECISION else f"is kept as {dtype}: the weights are {_QUANTISED}"
 
 
 def refusal(raw: Mapping[str, Any]) -> str | None:

@@ -67,8 +67,8 @@ class TeacherWeights:
             if name is None or _COMPUTED.search(name):
                 self.left_out[disk_name] = _count(files.shape(disk_name))
                 continue
-            if reason := stored_refusal(disk_name, files.stored_dtype(disk_name)):
-                raise UserError(reason)
+            if reason := stored_refusal(files.stored_dtype(disk_name)):
+                raise UserError(f"teacher tensor {disk_name} {reason}")
             if found := _EXPERT.match(name):
                 part = "down_proj" if found["part"] == "down_proj" else "gate_up_proj"
                 parts = self._experts.setdefault(f"{found['experts']}.{part}", {})

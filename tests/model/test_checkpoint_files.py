@@ -89,7 +89,7 @@ def test_files_of_a_hub_cache_are_links(sharded: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("present", "words"),
     [
-        ([], "it holds no safetensors weights"),
+        ([], "it holds no .safetensors weights"),
         (["pytorch_model.bin"], "pickled weights are never read .*; convert them to safetensors first"),
         (["pytorch_model.bin", "pytorch_model.bin.index.json"], "pickled weights are never read"),
         (["consolidated.00.pth"], "pickled weights are never read"),

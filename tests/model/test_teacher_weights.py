@@ -163,7 +163,7 @@ def test_fresh_is_only_what_the_variant_adds(make_teacher, name: str) -> None:
         (lambda w: w.update({UP + "_scale": torch.ones(1)}), "has .*weight_scale, without a place"),
         (
             lambda w: w.update({UP: torch.ones(48, 16, dtype=torch.uint8)}),
-            "kept as U8: the teacher's weights are quant",
+            "kept as U8: the weights are quant",
         ),
         (
             lambda w: w.update({name.removeprefix("model."): w.pop(name) for name in list(w) if name != HEAD}),
