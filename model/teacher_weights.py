@@ -157,6 +157,17 @@ class TeacherWeights:
             return self._files.read(self._plain[name], start, stop)
         return self._files.read(self._plain[name], start, stop).transpose(1, 2).contiguous()
 
+    def load(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor to be held in a model: the file's own pages where they are what is wanted, else memory of its own.
+
+        Raises UserError for values that are not finite, in the file or in that dtype.
+        """
+        plain = name not in self._experts and name not in self._transposed
+        found = self._files.map(self._plain[name]) if plain else self.read(name)
+        tensor = found.to(dtype)
+        check_finite(f"teacher tensor {name}", tensor, source=found, mend=DAMAGED)
+        return tensor
+
     def _stacked_shape(self, name: str, parts: Mapping[tuple[int, str], str]) -> tuple[int, ...]:
         count = 1 + max(index for index, _ in parts)
         kinds = ("down_proj",) if name.endswith("down_proj") else ("gate_proj", "up_proj")
@@ -204,12 +215,9 @@ def load_causal_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or weights.dtype)
     model.tie_weights()
     weights.check_ties()
-    tied = set(model.all_tied_weights_keys)
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            found = weights.read(name)
-            tensor.copy_(found)
-            check_finite(f"teacher tensor {name}", tensor, source=found, mend=DAMAGED)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in model.all_tied_weights_keys:
+            tensor.data = weights.load(name, tensor.dtype)
     return model
 
 

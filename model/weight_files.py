@@ -1,4 +1,4 @@
-"""Read and write safetensors one tensor at a time: no file is mapped or held, so 72B parameters need little memory.
+"""Read and write safetensors one tensor at a time, so that 72B parameters need little memory.
 
 Which files are a checkpoint's: checkpoint_files.py. The format: safetensors_header.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ class WeightFiles:
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
         """entries: as `read_headers` finds them."""
         self._entries = dict(entries)
+        self._mapped: dict[Path, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -87,6 +89,22 @@ class WeightFiles:
         if count != raw.numel():
             raise UserError(f"{entry.path} ends within '{name}'; download it again")
         return raw.view(dtype).view(shape)
+
+    def map(self, name: str) -> Tensor:
+        """A tensor whose memory is the file's own pages, for a model that is held: ranks of a machine share them, and
+        what is written to the tensor stays its own. A tensor that cannot be mapped is read."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        count = math.prod(entry.shape)
+        if count == 0 or entry.offset % dtype.itemsize:
+            return self.read(name)
+        try:
+            if entry.path not in self._mapped:
+                with entry.path.open("rb") as stream:
+                    self._mapped[entry.path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read tensor {name} of {entry.path}: {error}") from error
+        flat = torch.frombuffer(self._mapped[entry.path], dtype=dtype, count=count, offset=entry.offset)
+        return flat.view(entry.shape)
 
 
 def open_weight_files(path: str, *, revision: str | None = None, download: bool = True) -> WeightFiles:

@@ -275,6 +275,26 @@ def test_precisions_may_be_mixed(saved, tmp_path: Path) -> None:
     assert weights.rounded() == {"F32": 34, "F16": 1}
 
 
+def own_kib() -> int:
+    """Memory of this process that is no file's."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+def test_a_loaded_teacher_is_the_pages_of_its_files(saved) -> None:
+    """Ranks of one machine share them until each moves its teacher to its device."""
+    folder = saved("llama", hidden_size=256, intermediate_size=8192, num_hidden_layers=4)
+    size = (folder / "model.safetensors").stat().st_size // 1024
+    assert size > 90_000
+    load_teacher(str(folder))
+    before = own_kib()
+    teacher = load_teacher(str(folder))
+    assert own_kib() - before < size / 4
+    with torch.no_grad():
+        teacher.model.norm.weight.zero_()
+    assert load_teacher(str(folder)).model.norm.weight.abs().sum() > 0
+
+
 def test_text_parts_under_two_prefixes_are_refused(make_vision_language, tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     make_vision_language("qwen3_vl", False).save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,28 @@ def test_a_file_that_the_index_lists_and_that_is_not_there_is_named(tmp_path: Pa
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002"):
         open_weight_files(str(tmp_path))
+
+
+def test_mapped_tensors_are_the_file_s_until_they_are_written_to(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    files = open_weight_files(str(tmp_path))
+    for name, tensor in tensors.items():
+        mapped = files.map(name)
+        assert (mapped.dtype, mapped.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(mapped, tensor)
+        if mapped.numel():
+            mapped.zero_()
+            assert torch.equal(files.read(name), tensor)
+
+
+def test_what_lies_between_two_numbers_is_read_instead(tmp_path: Path) -> None:
+    """A header of odd length, which the format allows, moves every tensor off its place."""
+    save_file({"t": torch.arange(6.0)}, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + length].rstrip() + b" "
+    header += b" " * (1 - len(header) % 2)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    mapped = open_weight_files(str(tmp_path)).map("t")
+    assert mapped.data_ptr() % 4 == 0
+    assert mapped.tolist() == list(range(6))
