@@ -70,6 +70,16 @@ def stored_refusal(dtype: str) -> str | None:
     return None if dtype in _FULL_PRECISION else f"is kept as {dtype}: the weights are {_QUANTISED}"
 
 
+def named_weights(raw: Mapping[str, Any]) -> str | None:
+    """What speaks against a config that names a file of weights, which transformers alone would read."""
+    if not raw.get("transformers_weights"):
+        return None
+    return (
+        f"config.json names its weights (transformers_weights: {raw['transformers_weights']}); they are read from "
+        "model.safetensors or its index alone: rename them and remove the entry"
+    )
+
+
 def refusal(raw: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot teach, in one line; None where nothing speaks against it."""
     model_type = str(raw.get("model_type") or "")
@@ -90,11 +100,8 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
             return f"no teacher family for model_type '{model_type}': {reason}"
     if raw.get("quantization_config"):
         return f"the teacher's weights are {_QUANTISED}"
-    if raw.get("transformers_weights"):
-        return (
-            f"the teacher's config.json names its weights (transformers_weights: {raw['transformers_weights']}); they "
-            "are read from model.safetensors or its index alone: rename them and remove the entry"
-        )
+    if reason := named_weights(raw):
+        return f"the teacher's {reason}"
     return None
 
 

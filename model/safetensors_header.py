@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 from radlads.tasks.job import UserError
 
-# A header of the format may not be longer.
-MAX_HEADER_BYTES = 100_000_000
+# Several times what the largest published checkpoints would need in one file. The format allows 100 MB, which would
+# take a minute and a gigabyte.
+MAX_HEADER_BYTES = 25_000_000
 # Bits of a number; every dtype of safetensors 0.8.
 _BITS = {
     "F4": 4,
@@ -28,6 +29,7 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
 }
+_KEYS = {"dtype", "shape", "data_offsets"}
 _POINTER = b"version https://git-lfs"
 
 
@@ -61,7 +63,7 @@ def parse_header(stream: BinaryIO, size: int, path: Path) -> dict[str, TensorEnt
         stream.seek(8)
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header claims {length} bytes; the format allows {MAX_HEADER_BYTES}")
+            raise ValueError(f"its header claims {length} bytes; up to {MAX_HEADER_BYTES} are read")
         if 8 + length > size:
             raise ValueError(f"its header is longer than the file ({size} bytes)")
         header = strict_json(stream.read(length).decode("utf-8"))
@@ -96,20 +98,21 @@ def short_name(name: str) -> str:
 
 
 def _entry(name: str, value: Any, path: Path, data_start: int) -> TensorEntry:
-    label = short_name(name)
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise ValueError(f"{label} lacks dtype, shape or data_offsets")
+    if not isinstance(value, dict) or not value.keys() >= _KEYS:
+        raise ValueError(f"{short_name(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{label} is of the unknown dtype {short_name(str(dtype))}")
+        raise ValueError(f"{short_name(name)} is of the unknown dtype {short_name(str(dtype))}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
-        raise ValueError(f"{label} has a shape or data_offsets that are no lists of sizes")
+        raise ValueError(f"{short_name(name)} has a shape or data_offsets that are no lists of sizes")
     # Bounded before it is multiplied: a header can claim sizes of thousands of digits.
     if any(dimension >= 2**63 for dimension in shape):
-        raise ValueError(f"{label} has a dimension beyond 2^63")
+        raise ValueError(f"{short_name(name)} has a dimension beyond 2^63")
     bits, (start, stop) = math.prod(shape) * _BITS[dtype], offsets
     if bits % 8 or stop - start != bits // 8:
-        raise ValueError(f"{label} is {dtype} {shape}, {bits // 8} bytes, but its data_offsets span {stop - start}")
+        raise ValueError(
+            f"{short_name(name)} is {dtype} {shape}, {bits // 8} bytes, but its data_offsets span {stop - start}"
+        )
     return TensorEntry(path, dtype, tuple(shape), data_start + start)
 
 

@@ -15,7 +15,7 @@ from radlads.model.checkpoint_files import read_headers
 from radlads.model.configuration import RadladsConfig
 from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.refusals import stored_refusal
+from radlads.model.refusals import named_weights, stored_refusal
 from radlads.model.teacher import find_family
 from radlads.model.variants import mixer_class, validate_options
 from radlads.tasks.job import UserError
@@ -126,6 +126,8 @@ def _read_config(folder: Path) -> RadladsConfig:
         model_type = raw.get("model_type") if isinstance(raw, dict) else None
         if model_type != RadladsConfig.model_type:
             raise UserError(f"{folder} holds a '{model_type}' model, not an exported student")
+        if reason := named_weights(raw):
+            raise UserError(f"the student in {folder} cannot be loaded: its {reason}")
         return RadladsConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"cannot read {path}: {type(error).__name__} {' '.join(str(error).split())[:300]}") from error

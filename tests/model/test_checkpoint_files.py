@@ -227,9 +227,9 @@ def test_headers_that_break_the_format_are_refused(tmp_path: Path, header: Any, 
 @pytest.mark.parametrize(
     ("header", "length", "words"),
     [
-        ("{}", 2**64 - 1, "its header claims 18446744073709551615 bytes; the format allows 100000000"),
-        ("{}", 100_000_001, "its header claims 100000001 bytes"),
-        ("{}", 99_000_000, "its header is longer than the file"),
+        ("{}", 2**64 - 1, "its header claims 18446744073709551615 bytes; up to 25000000 are read"),
+        ("{}", 25_000_001, "its header claims 25000001 bytes"),
+        ("{}", 25_000_000, "its header is longer than the file"),
         ("{" * 8, None, "Expecting property name"),
         ("[" * 100_000, None, "recursion"),
         (b"\xff\xfe{}", None, "utf-8"),
