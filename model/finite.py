@@ -26,11 +26,10 @@ def check_finite(label: str, tensor: Tensor, *, source: Tensor | None = None, me
     """
     if is_finite(tensor):
         return
+    count = int((~torch.isfinite(tensor.detach())).sum())
+    amount, be = ("1 value", "is") if count == 1 else (f"{count} values", "are")
+    kind = f"that {be} not finite"
     if source is not None and is_finite(source):
         worst = float(source.detach().abs().max())
         kind = f"that {str(tensor.dtype).removeprefix('torch.')} cannot hold (up to {worst:.3g})"
-    else:
-        kind = "that are not finite"
-    count = int((~torch.isfinite(tensor.detach())).sum())
-    verb = "value" if count == 1 else "values"
-    raise UserError(f"{label} has {count} {verb} {kind}{f'; {mend}' if mend else ''}")
+    raise UserError(f"{label} has {amount} {kind}{f'; {mend}' if mend else ''}")

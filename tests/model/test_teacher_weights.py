@@ -235,7 +235,7 @@ def test_a_tied_head_with_bad_values_is_not_called_untied(saved, tmp_path: Path)
     folder = saved(tie_word_embeddings=True)
     change_weights(folder, lambda w: w[EMBEDDINGS][5, 5:6].fill_(torch.nan))
     change_weights(folder, lambda w: w.update({HEAD: w[EMBEDDINGS].clone()}))
-    refused(folder, tmp_path, f"teacher tensor {EMBEDDINGS} has 1 value that are not finite", by_headers=False)
+    refused(folder, tmp_path, f"teacher tensor {EMBEDDINGS} has 1 value that is not finite", by_headers=False)
 
 
 def test_a_tied_config_with_a_head_of_its_own_is_refused(saved, tmp_path: Path) -> None:
