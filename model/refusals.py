@@ -75,8 +75,8 @@ def named_weights(raw: Mapping[str, Any]) -> str | None:
     if not raw.get("transformers_weights"):
         return None
     return (
-        f"config.json names its weights (transformers_weights: {raw['transformers_weights']}); they are read from "
-        "model.safetensors or its index alone: rename them and remove the entry"
+        f"config.json names its weights (transformers_weights: {str(raw['transformers_weights'])[:80]!r}); they are "
+        "read from model.safetensors or its index alone: rename them and remove the entry"
     )
 
 

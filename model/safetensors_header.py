@@ -69,7 +69,9 @@ def parse_header(stream: BinaryIO, size: int, path: Path) -> dict[str, TensorEnt
         header = strict_json(stream.read(length).decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
-        header.pop("__metadata__", None)
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError("its __metadata__ are no texts")
         entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
         _check_tiling(header, size - 8 - length)
     except (struct.error, ValueError, RecursionError) as error:
@@ -98,6 +100,8 @@ def short_name(name: str) -> str:
 
 
 def _entry(name: str, value: Any, path: Path, data_start: int) -> TensorEntry:
+    if not name.isprintable():
+        raise ValueError(f"{short_name(name)} is no name of a tensor")
     if not isinstance(value, dict) or not value.keys() >= _KEYS:
         raise ValueError(f"{short_name(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -212,7 +214,9 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         ({"t": entry(shape=(1,), offsets=(0, 4))}, "4 bytes follow the last tensor"),
         ({}, "8 bytes follow the last tensor"),
         ([], "its header is no JSON object"),
-        ({"\ud800\n" + "x" * 500: 3}, r"'\\ud800\\nxxx.* lacks dtype"),
+        ({"x" * 500: 3}, r"'xxx.*\.\.\.' lacks dtype"),
+        ({"\ud800\n" + "x" * 500: entry()}, r"'\\ud800\\nxxx.* is no name of a tensor"),
+        ({"__metadata__": {"format": 3}, "t": entry()}, "its __metadata__ are no texts"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -244,6 +248,29 @@ def test_headers_that_break_the_format_are_refused(tmp_path: Path, header: Any, 
 def test_headers_that_are_no_json_or_too_long_are_refused(tmp_path: Path, header: Any, length: Any, words: str) -> None:
     raw_file(tmp_path / "model.safetensors", header, length=length)
     refused(tmp_path, "no whole safetensors file: .*" + words)
+
+
+@given(data=st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_changed_files_are_refused_or_read_as_the_library_reads_them(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.ones(0, 2)}, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        piece = data.draw(
+            st.sampled_from([b"0", b"9", b"-", b'"', b",", b"[", b"]", b"a", b"F", b"", b"\xff", b"\0", b"1e9"])
+        )
+        content[place : place + data.draw(st.integers(0, 4))] = piece
+    path.write_bytes(content)
+    try:
+        files = open_weight_files(str(tmp_path))
+    except UserError:
+        return
+    library = load_file(path)
+    assert sorted(files.names()) == sorted(library)
+    for name, tensor in library.items():
+        assert torch.equal(files.read(name).nan_to_num(7.0), tensor.nan_to_num(7.0))
 
 
 def test_a_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path: Path) -> None:

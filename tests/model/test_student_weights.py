@@ -61,7 +61,7 @@ def change_config(folder: Path, **values: Any) -> None:
         (lambda f: change(f, **{UP: torch.ones(48, 32).char()}), f"its tensor {UP} is kept as I8: .*quantised"),
         (lambda f: change(f, **{UP: torch.full((48, 32), torch.nan)}), f"its tensor {UP} has 1536 values that are not"),
         (lambda f: change_config(f, tie_word_embeddings=True), "tie_word_embeddings is true, but it has a head of its"),
-        (lambda f: change_config(f, transformers_weights="x.safetensors"), "transformers_weights: x.safetensors"),
+        (lambda f: change_config(f, transformers_weights="x.safetensors"), "transformers_weights: .x.safetensors"),
         (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json: JSONDecodeError"),
         (lambda f: (f / "config.json").write_text("[]"), "holds a 'None' model, not an exported student"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "cannot read .*config.json: UnicodeDecodeError"),

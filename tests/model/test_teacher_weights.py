@@ -209,7 +209,7 @@ def test_weights_that_the_config_places_elsewhere_are_refused(saved) -> None:
     """transformers would read that file, and nobody else."""
     folder = saved()
     change_config(folder, transformers_weights="other.safetensors")
-    with pytest.raises(UserError, match=r"names its weights \(transformers_weights: other.safetensors\)"):
+    with pytest.raises(UserError, match=r"names its weights \(transformers_weights: 'other.safetensors'\)"):
         load_teacher(str(folder))
 
 
