@@ -60,6 +60,26 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
+# How floating-point weights are kept; everything else that stands for weights is quantised.
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+_QUANTISED = "quantised; give the full-precision model that they were made from"
+
+
+def stored_refusal(dtype: str) -> str | None:
+    """Why a tensor that a file keeps as `dtype` (the format's word) is no weight; None where it is one."""
+    return None if dtype in _FULL_PRECISION else f"is kept as {dtype}: the weights are {_QUANTISED}"
+
+
+def named_weights(raw: Mapping[str, Any]) -> str | None:
+    """What speaks against a config that names a file of weights, which transformers alone would read."""
+    if not raw.get("transformers_weights"):
+        return None
+    return (
+        f"config.json names its weights (transformers_weights: {str(raw['transformers_weights'])[:80]!r}); they are "
+        "read from model.safetensors or its index alone: rename them and remove the entry"
+    )
+
+
 def refusal(raw: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot teach, in one line; None where nothing speaks against it."""
     model_type = str(raw.get("model_type") or "")
@@ -79,7 +99,9 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
         if model_type in types:
             return f"no teacher family for model_type '{model_type}': {reason}"
     if raw.get("quantization_config"):
-        return "the teacher's weights are quantised; give the full-precision model that they were made from"
+        return f"the teacher's weights are {_QUANTISED}"
+    if reason := named_weights(raw):
+        return f"the teacher's {reason}"
     return None
 
 

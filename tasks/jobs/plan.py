@@ -39,6 +39,7 @@ from radlads.tasks.jobs.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.weight_check import check_teacher_weights
 from radlads.tasks.pins import pin_teacher, pinned_commit, teacher_revision, tokenizer_fingerprint, with_commits
 from radlads.tasks.section_choice import AttentionChoice, late_choice
 from radlads.tasks.section_memory import mlp_bits, teacher_bits
@@ -212,6 +213,7 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
         revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=revision)
+        findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
         return _Subject(
             config, tokenizer, path, TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
