@@ -43,6 +43,7 @@ from radlads.deployments.twins import large_recipes, recipe_folder
 from radlads.tasks import stage as stage_module
 from radlads.tasks.job import JobSpec, UserError
 from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.jobs.deepspeed_import import import_deepspeed
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.section_choice import choice_data
 from radlads.tasks.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
@@ -87,6 +88,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 TRAINING = ("align", "distill", "finetune")
 PEAK = "peak-bytes.txt"
+# Imported once, before anything forks.
+PROGRAMS = ("plan", "tokens", "transplant", "train", "choose", "evaluate", "needle", "publish")
 
 
 @dataclass
@@ -106,7 +109,7 @@ def cut_recipe(raw: dict[str, Any], folder: Path, *, layers: int, steps: int) ->
     student = dict(raw["student"])
     kept = student.get("attention_layers")
     if isinstance(kept, dict):
-        probe = {"lengths": [96], "documents": 4, "heldout_tokens": 512, "context": 512}
+        probe = {"lengths": [64], "documents": 4, "heldout_tokens": 256, "context": 256}
         student["attention_layers"] = kept | {"count": 1, "recall": probe}
     elif kept:
         student["attention_layers"] = [layers // 2]
@@ -344,6 +347,9 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
+    for program in PROGRAMS:
+        import_module(f"radlads.tasks.jobs.{program}")
+    import_deepspeed()
     names = options.recipes or [name for name, _ in large_recipes()]
     rows, failed = _lanes(names, options) if options.lanes > 1 else _sequence(names, options)
     text = f"{hardware()}\n\n`python benchmarks/recipes_gpu.py {shlex.join(sys.argv[1:])}`\n\n{table(rows)}\n"
