@@ -14,7 +14,8 @@ from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, 
 from radlads.tasks.launch import JobCrashed, Progress, launch
 from radlads.tasks.metrics_record import catch_up
 from radlads.tasks.specs import StageSpec, spec_digest
-from radlads.tasks.store_base import Store, StoreError, conflict
+from radlads.tasks.store_base import Store
+from radlads.tasks.store_errors import StoreError, conflict
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
