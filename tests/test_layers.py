@@ -32,6 +32,7 @@ CONTRACTS = {
     "store_proof",
     "s3_probe",
     "lease",
+    "holder",
     "scratch_lock",
     "s3_client",
     "tracking",

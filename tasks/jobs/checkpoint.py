@@ -129,8 +129,10 @@ class Checkpoints:
 
     def _commit(self, folder: Path, step: int) -> None:
         store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
+        self.job.confirm_lease()
         store.delete(prefix)  # what a corrupt or an abandoned attempt left; the checkpoint before it still stands
-        store.commit(prefix, folder, self._manifest(step))
+        store.commit(prefix, folder, self._manifest(step), guard=self.job.confirm_lease)
+        self.job.confirm_lease()
         store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
         for old in self._committed_steps()[self.keep :]:
             store.delete(f"{self.prefix}/{_name(old)}")

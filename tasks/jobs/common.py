@@ -29,6 +29,7 @@ from radlads.tasks.jobs.ending import (
     Preempted,
     clear_ending,
     explain,
+    keep_folder,
     write_ending,
     write_json,
 )
@@ -227,7 +228,14 @@ class Job:
             kernels=chosen_kernels(),
             created_at=datetime.now(UTC),
         )
-        return self.store.commit(self.output_prefix, self.output, manifest)
+        return self.store.commit(self.output_prefix, self.output, manifest, guard=self.confirm_lease)
+
+    def confirm_lease(self) -> None:
+        """Raises LeaseLost where another process makes this run by now: what this one has is not to be committed."""
+        if self.spec.lease is not None:
+            from radlads.tasks.lease import confirm_lease
+
+            confirm_lease(self.store, self.spec.lease)
 
 
 JobMain = Callable[[Job], dict[str, Any] | None]
@@ -272,13 +280,16 @@ def open_job(path: Path) -> Job:
 
 def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
-    clear_ending(job.scratch, job.rank)
-    forget_kernels()
-    reason, message = _attempt(main, job)
-    write_ending(job.scratch, job.rank, reason, message)
-    if job._record is not None:
-        job._record.close()
-    return reason
+    with keep_folder(job.scratch, job.local_rank) as alone:
+        if not alone:
+            return "crash"
+        clear_ending(job.scratch, job.rank)
+        forget_kernels()
+        reason, message = _attempt(main, job)
+        write_ending(job.scratch, job.rank, reason, message)
+        if job._record is not None:
+            job._record.close()
+        return reason
 
 
 def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
