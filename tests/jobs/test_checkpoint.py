@@ -102,10 +102,10 @@ def test_a_failed_upload_fails_the_job_and_the_last_good_checkpoint_stays(traini
     job = training.job("distill", "upload", **RATES)
     original = type(job.store).commit
 
-    def commit(self, prefix, folder, manifest):
+    def commit(self, prefix, folder, manifest, **options):
         if prefix.endswith("step-000012"):
             raise OSError("the disk is full")
-        return original(self, prefix, folder, manifest)
+        return original(self, prefix, folder, manifest, **options)
 
     monkeypatch.setattr(type(job.store), "commit", commit)
     assert execute(train.main, job) == "crash"
