@@ -29,6 +29,7 @@ BEAT_SECONDS = 10.0
 EXPIRY_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 5.0
+_TAKES = 20
 _LEASE_BYTES = 1 << 16
 _held: set[tuple[str, str]] = set()
 """Owners of this process: (store, owner). A lease of ours that is not among them was left by an earlier attempt."""
@@ -82,7 +83,11 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name=f"lease-{run}", daemon=True)
 
     def __enter__(self) -> Self:
+        attempts = 0
         while not self._take():
+            attempts += 1
+            if attempts == _TAKES:
+                raise StoreError(f"{self._store.join(self._key)}: others write it all the time; try again")
             time.sleep(_POLL_SECONDS / 10)
         _held.add((self._store.uri, self._mine.owner))
         self._thread.start()

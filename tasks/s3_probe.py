@@ -13,15 +13,21 @@ _UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 
 
 def probe_endpoint(client: Any, place: dict[str, str]) -> dict[str, bool]:
-    """Whether conditions are honoured: {"conditional_put", "conditional_replace", "conditional_multipart"}.
+    """Whether conditions are honoured: {"conditional_put", "conditional_replace", "conditional_multipart"}, and
+    "bare_etags": whether an ETag is known without its quotes only.
 
     place: Bucket and Key of an object to write and remove. Raises ClientError, BotoCoreError.
     """
     stale = client.put_object(**place, Body=b"0")["ETag"]
     try:
-        client.put_object(**place, Body=b"1")
         put = _is_refused(lambda: client.put_object(**place, Body=b"2", IfNoneMatch="*"))
-        replace = _is_refused(lambda: client.put_object(**place, Body=b"3", IfMatch=stale))
+        etag = client.put_object(**place, Body=b"1")["ETag"]
+        bare = _is_refused(lambda: client.put_object(**place, Body=b"1", IfMatch=etag))
+        if bare:
+            stale, etag = stale.strip('"'), etag.strip('"')
+        replace = not _is_refused(lambda: client.put_object(**place, Body=b"1", IfMatch=etag)) and _is_refused(
+            lambda: client.put_object(**place, Body=b"3", IfMatch=stale)
+        )
         upload = client.create_multipart_upload(**place)["UploadId"]
         part = client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"4")["ETag"]
         parts = {"Parts": [{"PartNumber": 1, "ETag": part}]}
@@ -32,7 +38,12 @@ def probe_endpoint(client: Any, place: dict[str, str]) -> dict[str, bool]:
             abort_upload(client, place, upload)
     finally:
         client.delete_object(**place)
-    return {"conditional_put": put, "conditional_replace": replace, "conditional_multipart": multipart}
+    return {
+        "conditional_put": put,
+        "conditional_replace": replace,
+        "conditional_multipart": multipart,
+        "bare_etags": bare,
+    }
 
 
 def abort_upload(client: Any, place: dict[str, str], upload: str) -> None:

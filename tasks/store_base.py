@@ -102,7 +102,8 @@ class Store(ABC):
 
     @abstractmethod
     def probe(self) -> dict[str, bool | str]:
-        """What the place can do: {"uri", "conditional_put", "conditional_replace", "conditional_multipart"}."""
+        """What the place can do: {"uri", "conditional_put", "conditional_replace", "conditional_multipart",
+        ...}."""
 
     # Products
 

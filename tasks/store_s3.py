@@ -26,6 +26,7 @@ from s3transfer.manager import TransferManager
 
 from radlads.tasks.job import FileEntry, Manifest, StoreRef
 from radlads.tasks.s3_client import MISSING, TAKEN, age_of, code_of, make_client, plain_errors, put_object, read_object
+from radlads.tasks.s3_copy import copy_noted, is_noted
 from radlads.tasks.s3_probe import abort_upload, probe_endpoint
 from radlads.tasks.store_base import Store
 from radlads.tasks.store_errors import CorruptArtifact, StoreError, StoreUnusable
@@ -35,8 +36,6 @@ from radlads.tasks.store_seal import Seal, part_size, seal_file
 
 _log = logging.getLogger(__name__)
 _PART_BYTES = 16 << 20
-_LARGEST_COPY = 5 << 30
-"""Bytes that one CopyObject takes."""
 _probed: dict[tuple[str | None, str], dict[str, bool]] = {}
 
 
@@ -88,12 +87,12 @@ class S3Store(Store):
 
     def replace(self, key: str, data: bytes, version: str) -> bool:
         """See Store. Where the endpoint ignores the condition: look, write, look again."""
-        if not self.probe()["conditional_replace"]:
+        if not (able := self.probe())["conditional_replace"]:
             found = self.read(key)
             if found is not None and found[1] == version:
                 self.put_bytes(key, data)
             return self.get_bytes(key) == data
-        return self._put_if(key, data, IfMatch=version)
+        return self._put_if(key, data, IfMatch=version.strip('"') if able["bare_etags"] else version)
 
     def age(self, key: str) -> float | None:
         """See Store."""
@@ -184,30 +183,24 @@ class S3Store(Store):
 
         Raises StoreError.
         """
-        natural, mark = f"{prefix}/{entry.path}", {"sha256": entry.sha256}
+        natural = f"{prefix}/{entry.path}"
         if self._is(natural, entry):
             return
         source, target = self._place(place_of(prefix, entry)), self._place(natural)
         try:
             with self._errors(natural):
-                if entry.size <= _LARGEST_COPY:
-                    self._client.copy_object(**target, CopySource=source, Metadata=mark, MetadataDirective="REPLACE")
-                else:
-                    extra = {"Metadata": mark, "MetadataDirective": "REPLACE"}
-                    self._client.copy(source, **target, ExtraArgs=extra, Config=self._transfer(entry.size))
+                copy_noted(self._client, source, target, entry, self._transfer(entry.size))
             if self._is(natural, entry):
                 return
-        except (StoreError, KeyError) as error:  # KeyError: an endpoint whose answer lacks what the SDK reads from it
+        except (StoreError, KeyError) as error:
             _log.warning("%s: cannot be copied on the server, so it is removed: %s", self.join(natural), error)
         self._delete_keys([natural])
 
     def _is(self, key: str, entry: FileEntry) -> bool:
-        """Whether an object is the entry's: as its copying noted, or by reading it."""
         found = self._head(key)
         if found is None or found["ContentLength"] != entry.size:
             return False
-        noted = {name.lower(): value for name, value in found["Metadata"].items()}.get("sha256")
-        return noted == entry.sha256 or self._read_back(key) == entry.sha256
+        return is_noted(found, entry) or self._read_back(key) == entry.sha256
 
     def _send(self, key: str, path: Path, seal: Seal) -> None:
         """Upload unless somebody else's object is there by then; what is there afterwards is for _holds to judge."""

@@ -31,6 +31,7 @@ CONTRACTS = {
     "store_names",
     "store_proof",
     "s3_probe",
+    "s3_copy",
     "lease",
     "holder",
     "scratch_lock",

@@ -34,6 +34,7 @@ from radlads.tasks.jobs.ending import (
     write_json,
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
+from radlads.tasks.lease import confirm_lease
 from radlads.tasks.specs import (
     ChooseSpec,
     EvaluateSpec,
@@ -233,8 +234,6 @@ class Job:
     def confirm_lease(self) -> None:
         """Raises LeaseLost where another process makes this run by now: what this one has is not to be committed."""
         if self.spec.lease is not None:
-            from radlads.tasks.lease import confirm_lease
-
             confirm_lease(self.store, self.spec.lease)
 
 

@@ -122,15 +122,22 @@ def test_endpoint_without_conditions_warns_once(rclone_endpoint, caplog, monkeyp
         for _ in range(2):
             assert S3Store(ref).probe() == {
                 "uri": "s3://art/warned", "conditional_put": False, "conditional_replace": False,
-                "conditional_multipart": False,
+                "conditional_multipart": False, "bare_etags": False,
             }  # fmt: skip
     assert len([r for r in caplog.records if "ignores conditional writes" in r.message]) == 1
 
 
 def test_probe_of_servers_that_honour_conditions(moto_endpoint):
     assert S3Store(StoreRef(uri="s3://art/probe", endpoint_url=moto_endpoint)).probe() == {
-        "uri": "s3://art/probe", "conditional_put": True, "conditional_replace": True, "conditional_multipart": True
+        "uri": "s3://art/probe", "conditional_put": True, "conditional_replace": True, "conditional_multipart": True,
+        "bare_etags": False,
     }  # fmt: skip
+
+
+def test_probe_of_a_server_that_knows_etags_without_quotes_only(ceph_endpoint):
+    able = S3Store(StoreRef(uri="s3://art/probe", endpoint_url=ceph_endpoint)).probe()
+    assert able["conditional_put"]
+    assert able["conditional_replace"]
 
 
 def test_missing_bucket(s3_endpoint):
