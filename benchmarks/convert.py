@@ -22,19 +22,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import Manifest
+from radlads.tasks.pins import follow_moves
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.section_choice import choice_data
-from radlads.tasks.specs import (
-    EvaluateSpec,
-    NeedleSpec,
-    PlanReport,
-    PlanSpec,
-    StageSpec,
-    TokenizeSpec,
-)
+from radlads.tasks.specs import PlanReport, PlanSpec, StageSpec
 from radlads.tasks.stage import Product, run_stage
-from radlads.tasks.stage_specs import choose_spec, train_spec, transplant_spec
+from radlads.tasks.stage_specs import (
+    choose_spec,
+    evaluate_spec,
+    needle_spec,
+    planned_teacher,
+    tokenize_spec,
+    train_spec,
+    transplant_spec,
+)
 
 logger = logging.getLogger("convert")
 COLUMNS = (
@@ -71,20 +74,11 @@ def run_stages(pipeline: Pipeline) -> dict[str, Any]:
 
     planned = run("plan", PlanSpec(recipe=wanted), {})
     report = PlanReport.model_validate_json(pipeline.store.read_file(pipeline.store.key(planned.uri), "plan.json"))
-    teacher = report.teacher
-    if teacher is None:
-        raise SystemExit(f"{wanted.name} makes a teacher and converts none")
+    report = follow_moves(wanted, report, ContentHashes(pipeline.settings.content_cache))
+    planned_teacher(report)
     data = {}
     for name in wanted.datasets_used:
-        spec = TokenizeSpec(
-            name=name,
-            dataset=wanted.data[name],
-            files=report.files.get(name, ()),
-            tokenizer=report.tokenizer,
-            tokenizer_fingerprint=report.tokenizer_fingerprint,
-            teacher=teacher if any(s.kind == "sample" for s in wanted.data[name].sources) else None,
-        )
-        data[name] = run("tokenize", spec, {}, f"tokenize {name}")
+        data[name] = run("tokenize", tokenize_spec(wanted, report, name), {}, f"tokenize {name}")
     students = {"transplant": run("transplant", transplant_spec(wanted, report), {})}
     for stage in wanted.training_stages:
         spec = train_spec(wanted, report, stage)
@@ -100,12 +94,10 @@ def run_stages(pipeline: Pipeline) -> dict[str, Any]:
     *earlier, last = students
     if wanted.evaluate:
         inputs = {"student": students[last], "data": data[wanted.evaluate.data], **{s: students[s] for s in earlier}}
-        numbers |= run("evaluate", EvaluateSpec(section=wanted.evaluate, teacher=teacher), inputs).manifest.metrics
+        numbers |= run("evaluate", evaluate_spec(wanted, report), inputs).manifest.metrics
         numbers.setdefault(f"kl/{last}", numbers["kl"])
     if wanted.needle:
-        length = wanted.needle.training_length or max(wanted.needle.lengths)
-        spec = NeedleSpec(section=wanted.needle, teacher=teacher, training_length=length)
-        numbers |= run("needle", spec, {"student": students[last]}).manifest.metrics
+        numbers |= run("needle", needle_spec(wanted, report), {"student": students[last]}).manifest.metrics
     return numbers
 
 

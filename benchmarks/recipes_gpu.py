@@ -13,18 +13,20 @@ sets.
 from __future__ import annotations
 
 import argparse
-import gc
 import gzip
 import json
 import logging
 import math
+import multiprocessing
+import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,9 +45,16 @@ from radlads.tasks.job import JobSpec, UserError
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.section_choice import choice_data
-from radlads.tasks.specs import EvaluateSpec, NeedleSpec, PlanReport, PlanSpec, PublishSpec, StageSpec, TokenizeSpec
+from radlads.tasks.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
 from radlads.tasks.stage import Product, run_stage
-from radlads.tasks.stage_specs import choose_spec, planned_teacher, train_spec, transplant_spec
+from radlads.tasks.stage_specs import (
+    choose_spec,
+    evaluate_spec,
+    needle_spec,
+    tokenize_spec,
+    train_spec,
+    transplant_spec,
+)
 
 logger = logging.getLogger("recipes_gpu")
 
@@ -77,6 +86,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8},
 }
 TRAINING = ("align", "distill", "finetune")
+PEAK = "peak-bytes.txt"
 
 
 @dataclass
@@ -136,7 +146,7 @@ def _sizes(section: dict[str, Any], phase: dict[str, Any], steps: int) -> dict[s
     return sizes if not phase or "batch" in phase else {"tokens": sizes["tokens"]}
 
 
-def write_inputs(shape: dict[str, Any], folder: Path, *, layers: int, device: torch.device) -> None:
+def write_inputs(shape: dict[str, Any], folder: Path, layers: int) -> None:
     """A teacher with random weights and the demo's tokenizer, stories, and chats made of them."""
     demo = Path(str(resources.files("radlads.deployments.demo")))
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
@@ -146,7 +156,7 @@ def write_inputs(shape: dict[str, Any], folder: Path, *, layers: int, device: to
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with device:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             teacher = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
@@ -168,7 +178,7 @@ def write_inputs(shape: dict[str, Any], folder: Path, *, layers: int, device: to
 
 
 def convert(recipe: Path, name: str, work: Path) -> Iterator[Row]:
-    """Every stage of a recipe, one after the other, in this process; yields a row as each ends."""
+    """Every stage of a recipe, one after the other; yields a row as each ends."""
     places = {"store": str(work / "store"), "work": str(work / "work"), "tracking": "none"}
     with (
         open_pipeline(str(recipe), run=name, run_id=name, **places) as pipeline,
@@ -182,25 +192,17 @@ def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
     products: dict[str, Product] = {}
 
     def run(stage: Any, spec: StageSpec, inputs: dict[str, Product], label: str | None = None) -> Row:
-        free_memory()
         began = time.monotonic()
-        product = products[label or stage] = run_stage(pipeline.request(stage, spec, inputs))
-        return _row(name, label or stage, product, time.monotonic() - began)
+        request = pipeline.request(stage, spec, inputs)
+        product = products[label or stage] = run_stage(request)
+        return _row(name, label or stage, product, time.monotonic() - began, request.scratch)
 
     yield run("plan", PlanSpec(recipe=wanted), {})
     report = PlanReport.model_validate_json(
         pipeline.store.read_file(pipeline.store.key(products["plan"].uri), "plan.json")
     )
     for data in wanted.datasets_used:
-        spec = TokenizeSpec(
-            name=data,
-            dataset=wanted.data[data],
-            files=report.files.get(data, ()),
-            tokenizer=report.tokenizer,
-            tokenizer_fingerprint=report.tokenizer_fingerprint,
-            teacher=None,
-        )
-        yield run("tokenize", spec, {}, f"tokenize {data}")
+        yield run("tokenize", tokenize_spec(wanted, report, data), {}, f"tokenize {data}")
     yield run("transplant", transplant_spec(wanted, report), {})
     students = ["transplant"]
     for stage in wanted.training_stages:
@@ -214,36 +216,49 @@ def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
             given = {"student": products["align"]} | ({"data": products[f"tokenize {data}"]} if data else {})
             yield run("choose", choice, given)
             students.append("choose")
-    teacher = planned_teacher(report)
     if wanted.evaluate:
         inputs = {"student": products[students[-1]], "data": products[f"tokenize {wanted.evaluate.data}"]}
-        yield run("evaluate", EvaluateSpec(section=wanted.evaluate, teacher=teacher), inputs)
+        yield run("evaluate", evaluate_spec(wanted, report), inputs)
     if wanted.needle:
-        spec = NeedleSpec(section=wanted.needle, teacher=teacher, training_length=max(wanted.needle.lengths))
-        yield run("needle", spec, {"student": products[students[-1]]})
+        yield run("needle", needle_spec(wanted, report), {"student": products[students[-1]]})
     made = {key.replace("tokenize ", "") + " data" * key.startswith("tokenize"): p for key, p in products.items()}
     yield run("publish", PublishSpec(section=wanted.publish, recipe=wanted), made)
     yield _reload(pipeline, name, products["publish"])
 
 
 def _run_here(spec: JobSpec, **_: Any) -> None:
-    """Instead of a launched job: its program, in this process."""
+    """Instead of a launched job: its program in a fork of this process, which has imported everything and no GPU."""
+    Path(spec.scratch).mkdir(parents=True, exist_ok=True)
+    (Path(spec.scratch) / "job.json").write_text(spec.model_dump_json(), encoding="utf-8")
+    if in_a_fork(_execute, spec) != 0:
+        ending = Path(spec.scratch) / "exit.json"
+        raise UserError(json.loads(ending.read_text(encoding="utf-8"))["message"] if ending.is_file() else "it crashed")
+
+
+def _execute(spec: JobSpec) -> None:
     program = "train" if spec.stage in TRAINING else "tokens" if spec.stage == "tokenize" else spec.stage
-    scratch = Path(spec.scratch)
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "job.json").write_text(spec.model_dump_json(), encoding="utf-8")
     reason = execute(import_module(f"radlads.tasks.jobs.{program}").main, Job(spec=spec))
-    if reason != "done":
-        raise UserError(json.loads((scratch / "exit.json").read_text(encoding="utf-8"))["message"])
+    if torch.cuda.is_initialized():
+        (Path(spec.scratch) / PEAK).write_text(str(torch.cuda.max_memory_allocated()), encoding="utf-8")
+    sys.exit(0 if reason == "done" else 1)
 
 
-def _row(recipe: str, stage: str, product: Product, seconds: float) -> Row:
+def in_a_fork(function: Callable[..., None], *arguments: Any) -> int:
+    """Exit code of a function in a forked child, with a GPU context of its own: what it held is gone afterwards."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode if child.exitcode is not None else 1
+
+
+def _row(recipe: str, stage: str, product: Product, seconds: float, scratch: Path) -> Row:
     metrics = product.manifest.metrics
     names = ("loss", "heldout/loss", "tokens_per_second", "kl", "student/needle", "teacher/needle")
     numbers = {name: float(metrics[name]) for name in names if isinstance(metrics.get(name), int | float)}
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    row = Row(recipe, stage, seconds, peak, numbers, product.manifest.kernels)
-    logger.info("%s %s: %.1f s, %.1f GiB %s %s", recipe, stage, seconds, peak, numbers, row.kernels)
+    peak = scratch / PEAK
+    gib = int(peak.read_text(encoding="utf-8")) / 2**30 if peak.is_file() else 0.0
+    row = Row(recipe, stage, seconds, gib, numbers, product.manifest.kernels)
+    logger.info("%s %s: %.1f s, %.1f GiB %s %s", recipe, stage, seconds, gib, numbers, row.kernels)
     if not all(map(math.isfinite, numbers.values())):
         raise UserError(f"{recipe} {stage}: not finite: {numbers}")
     return row
@@ -251,33 +266,35 @@ def _row(recipe: str, stage: str, product: Product, seconds: float) -> Row:
 
 def _reload(pipeline: Pipeline, recipe: str, published: Product) -> Row:
     """The exported folder by transformers alone: greedy tokens with and without a cache are the same."""
-    free_memory()
     began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(dir=pipeline.settings.work) as scratch:
         folder = pipeline.store.fetch(pipeline.store.key(published.uri), Path(scratch)) / "model"
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer("Once upon a time there was a little dog.", return_tensors="pt").input_ids.to(device)
-        with torch.no_grad():
-            whole = model(ids, use_cache=False).logits[:, -1].float()
-            seen = model(ids[:, :-1], use_cache=True).past_key_values
-            cached = model(ids[:, -1:], past_key_values=seen, use_cache=True).logits[:, -1].float()
-        error = ((whole - cached).norm() / whole.norm()).item()
-        if not error < 3e-2:
-            raise UserError(f"{recipe}: with a cache the exported model's logits differ by {error:.3f}")
-        model.generate(ids, max_new_tokens=8, do_sample=False)
-    del model
+        found = Path(scratch) / "reload.json"
+        if in_a_fork(_load_and_generate, folder, found) != 0:
+            raise UserError(f"{recipe}: the exported folder does not load and generate")
+        numbers = json.loads(found.read_text(encoding="utf-8"))
+    row = Row(recipe, "reload", time.monotonic() - began, numbers.pop("peak_gib"), numbers)
+    logger.info("%s reload: %s", recipe, numbers)
+    if not numbers["cached/uncached"] < 3e-2:
+        raise UserError(
+            f"{recipe}: with a cache the exported model's logits differ by {numbers['cached/uncached']:.3f}"
+        )
+    return row
+
+
+def _load_and_generate(folder: Path, found: Path) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Once upon a time there was a little dog.", return_tensors="pt").input_ids.to(device)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, -1].float()
+        seen = model(ids[:, :-1], use_cache=True).past_key_values
+        cached = model(ids[:, -1:], past_key_values=seen, use_cache=True).logits[:, -1].float()
+    model.generate(ids, max_new_tokens=8, do_sample=False)
+    error = ((whole - cached).norm() / whole.norm()).item()
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return Row(recipe, "reload", time.monotonic() - began, peak, {"cached/uncached": error})
-
-
-def free_memory() -> None:
-    """Give back what the stage before held, and start counting the peak anew."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    found.write_text(json.dumps({"cached/uncached": error, "peak_gib": peak}), encoding="utf-8")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -292,7 +309,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def hardware() -> str:
     """What it ran on, and with what."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout if shutil.which(asked[0]) else ""
+    gpu = told.splitlines()[0] if told else "no GPU"
     return f"{gpu}; torch {torch.__version__}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
 
 
@@ -320,19 +339,13 @@ def main() -> int:
     parser.add_argument("--work", help="folder to keep; default: a temporary one")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     parser.add_argument("--json", type=Path, help="the rows as JSON")
+    parser.add_argument("--vocab", type=int, help="entries of the vocabulary; default: the teacher's own")
+    parser.add_argument("--lanes", type=int, default=1, help="recipes at a time, on the one GPU")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    known = dict(large_recipes())
-    rows: list[Row] = []
-    failed: dict[str, str] = {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in options.recipes or known:
-        with workplace(options.work) as work:
-            try:
-                _convert_one(known[name], work, options, device, rows)
-            except Exception as error:  # the table of the others is worth having
-                logger.exception("%s failed", name)
-                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
+    names = options.recipes or [name for name, _ in large_recipes()]
+    rows, failed = _lanes(names, options) if options.lanes > 1 else _sequence(names, options)
     text = f"{hardware()}\n\n`python benchmarks/recipes_gpu.py {shlex.join(sys.argv[1:])}`\n\n{table(rows)}\n"
     text += "".join(f"\n**{name} failed:** {why}\n" for name, why in failed.items())
     sys.stdout.write(text)
@@ -343,9 +356,45 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _convert_one(
-    raw: dict[str, Any], work: Path, options: argparse.Namespace, device: torch.device, rows: list[Row]
-) -> None:
+def _sequence(names: Sequence[str], options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Rows of what ran, and recipe → why it did not come to its end."""
+    known = dict(large_recipes())
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name in names:
+        with workplace(options.work) as work:
+            try:
+                _convert_one(known[name], work, options, rows)
+            except Exception as error:  # the table of the others is worth having
+                logger.exception("%s failed", name)
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return rows, failed
+
+
+def _lanes(names: Sequence[str], options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """As `_sequence`, with the recipes shared out among processes that run side by side."""
+    given = ["--layers", str(options.layers), "--steps", str(options.steps), "--spikes", *options.spikes]
+    given += ["--vocab", str(options.vocab)] if options.vocab else []
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        shares = {f"{folder}/{lane}.json": names[lane :: options.lanes] for lane in range(options.lanes)}
+        running = [
+            subprocess.Popen([sys.executable, __file__, "--recipes", *share, "--json", found, *given])
+            for found, share in shares.items()
+        ]
+        for lane, (found, share) in zip(running, shares.items(), strict=True):
+            lane.wait()
+            if not Path(found).is_file():
+                failed |= dict.fromkeys(share, f"its lane ended with {lane.returncode}")
+                continue
+            result = json.loads(Path(found).read_text(encoding="utf-8"))
+            rows += [Row(**row) for row in result["rows"]]
+            failed |= result["failed"]
+    return rows, failed
+
+
+def _convert_one(raw: dict[str, Any], work: Path, options: argparse.Namespace, rows: list[Row]) -> None:
     folder = work / raw["name"]
     folder.mkdir()
     if options.twins:
@@ -356,8 +405,10 @@ def _convert_one(
     cut = cut_recipe(raw, folder, layers=options.layers, steps=options.steps)
     if raw["name"] in options.spikes:
         for phase in cut["distill"].get("phases", [cut["distill"]]):
-            phase["ce_spikes"] = {"every": 2, "weight": 0.1}
-    write_inputs(shape, folder, layers=options.layers, device=device)
+            phase["ce_spikes"] = {"every": 1, "weight": 0.1}
+    shape = shape | ({"vocab_size": options.vocab} if options.vocab else {})
+    if in_a_fork(write_inputs, shape, folder, options.layers) != 0:
+        raise UserError("the random teacher could not be made")
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(cut, sort_keys=False), encoding="utf-8")
     rows.append(Row(raw["name"], "random teacher", time.monotonic() - began, 0.0))

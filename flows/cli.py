@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from radlads.flows import services
 from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.flows.service_password import password_file
 from radlads.tasks.anchor import anchor_recipe
+from radlads.tasks.credentials import hide
+from radlads.tasks.document import one_line
+from radlads.tasks.files import explain_os_error
 from radlads.tasks.job import UserError
+from radlads.tasks.launch import JobCrashed
 from radlads.tasks.recipe import list_recipes, load_recipe
-from radlads.tasks.settings import resolve_settings
+from radlads.tasks.settings import check_run_name, resolve_settings
+from radlads.tasks.store import StoreError
+from radlads.tasks.yaml_reader import parse_yaml
 
 app = typer.Typer(
     name="radlads",
@@ -45,13 +54,32 @@ TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sql
 
 
 def main() -> None:
-    """Entry point: errors that the user can mend end in one line each, without a traceback."""
+    """Entry point. Exit code 2 and a line each: errors that the user can mend; 1 and one line: others that we know."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
-        for line in str(error).splitlines():
-            _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error).splitlines(), 2)
+    except (JobCrashed, StoreError) as error:
+        _fail(str(error).splitlines()[:1], 1)
+    except BrokenPipeError:  # whoever read our output left, as `head` does
+        _close_stdout()
+        sys.exit(1)
+    except OSError as error:
+        _fail([explain_os_error(error)], 2)
+
+
+def _fail(lines: list[str], code: int) -> NoReturn:
+    for line in lines:
+        _err.print(f"error: {hide(line)}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _close_stdout() -> None:
+    """What is still buffered has no reader; the interpreter would try to write it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -63,7 +91,7 @@ def recipes() -> None:
     for name in names:
         if name not in twins:
             mark = " *" if _TWIN + name in twins else ""
-            table.add_row(name + mark, " ".join(load_recipe(name).description.split()))
+            table.add_row(name + mark, escape(" ".join(load_recipe(name).description.split())))
     _out.print(table)
     _out.print(f"* has a twin for trying and testing, {_TWIN}NAME: the same but for its sizes", style="dim")
 
@@ -99,15 +127,64 @@ def run(
     """Run the pipeline in this process, with the services if they are up. Run it again to go on after a failure."""
     changes = parse_overrides(overrides)
     asked = load_recipe(recipe, changes)  # said at once when it is wrong, before Prefect is started
-    services.use_services(services.read_services(resolve_settings().home))
+    if name is not None:
+        check_run_name(name)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
+    tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
+    services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.convert import radlads
     from radlads.flows.pretrain import radlads_pretrain
 
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
+    with orchestrator():
+        state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
     if not state.is_completed():
         raise UserError(f"{state.message}\nto go on where it stopped: radlads run {recipe} --run {name}")
+    for stage, uri in state.result().items():
+        _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are judged.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Judge by this recipe instead of the one that the run was made by.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the judgement; the same continues it.")] = None,
+    overrides: Overrides = None,
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+    work: Annotated[str | None, typer.Option(help="Folder for running jobs.")] = None,
+    other_teacher: Annotated[
+        bool, typer.Option("--other-teacher", help="The teacher may be another one than the models were made from.")
+    ] = False,
+) -> None:
+    """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
+    changes = parse_overrides(overrides)
+    from radlads.tasks.pipeline import recipe_of_run
+
+    # Said at once when it is wrong, before Prefect is started.
+    if recipe is not None:
+        load_recipe(recipe, changes)
+    else:
+        recipe_of_run(judged_run, changes, store=store)
+    if name is not None:
+        check_run_name(name)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
+    tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
+    services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
+    from radlads.flows.evaluate import radlads_evaluate
+
+    name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
+    with orchestrator():
+        state = radlads_evaluate(
+            judged_run, recipe, name, changes or None, store, tracking, work, other_teacher, return_state=True
+        )
+    if not state.is_completed():
+        raise UserError(str(state.message))
     for stage, uri in state.result().items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
 
@@ -123,13 +200,18 @@ def demo(
     asked = load_recipe(recipe, changes)
     if recipe.endswith((".yaml", ".yml")):
         recipe = str(Path(recipe).absolute())  # the worker has a working directory of its own
+    if name is not None:
+        check_run_name(name)
     home = resolve_settings().home
     with _out.status("starting Prefect and MLflow"):
         running = services.services_up(home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.demo import run_demo
 
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    sys.exit(0 if run_demo(_out, running, resolve_settings(), recipe, name, changes) else 1)
+    with orchestrator():
+        well = run_demo(_out, running, resolve_settings(), recipe, name, changes)
+    sys.exit(0 if well else 1)
 
 
 @services_app.command("up")
@@ -162,23 +244,19 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise UserError(f"--set {pair}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
-        try:
-            changes[key] = _value(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {pair}: '{text}' is not a YAML value") from None
+            written = one_line(hide(pair), 60)
+            raise UserError(f"--set {written}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
+        if key in changes:
+            raise UserError(f"--set {one_line(key, 60)} is given twice; leave one of them out")
+        changes[key] = parse_yaml(text, where=f"--set {one_line(key, 60)}")
     return changes
 
 
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e6 for a word
-            number = float(value)
-        except ValueError:
-            return value
-        return int(number) if number.is_integer() else number
-    return value
+@services_app.command("env")
+def env() -> None:
+    """Print what a shell needs to reach them, their password included: eval "$(radlads services env)"."""
+    for line in services.shell_settings(resolve_settings().home):
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(running: dict[str, services.Service]) -> None:
@@ -190,6 +268,9 @@ def _show(running: dict[str, services.Service]) -> None:
         else:
             table.add_row(name, service.url or "", str(service.pid), service.log)
     _out.print(table)
+    if running:
+        where = password_file(resolve_settings().home)
+        _out.print(f"Both pages ask for user and password: {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import Any
 
 from prefect import flow
 
-from radlads.flows.common import explain_errors, run_identity
-from radlads.tasks.assess import evaluate, needle
-from radlads.tasks.pipeline import finished_students, open_pipeline
+from radlads.flows.common import Address, explain_errors, run_identity
+from radlads.tasks.assess import check_students, evaluate, needle
+from radlads.tasks.pipeline import finished_students, open_pipeline, recipe_of_run
 from radlads.tasks.prepare import plan, tokenize
 
 
@@ -16,29 +16,33 @@ from radlads.tasks.prepare import plan, tokenize
 @explain_errors
 def radlads_evaluate(
     judged_run: str,
-    recipe: str = "smoke",
+    recipe: str | None = None,
     run: str | None = None,
     overrides: dict[str, Any] | None = None,
-    store: str | None = None,
-    tracking: str | None = None,
+    store: Address | None = None,
+    tracking: Address | None = None,
     work: str | None = None,
+    other_teacher: bool = False,
 ) -> dict[str, str]:
     """Judge the models that `judged_run` made by the sections `evaluate` and `needle` of a recipe.
 
-    run: a name for this judgement, which has its own place; nothing of the judged run is changed. The other parameters
-    are those of the flow `radlads`.
+    recipe: by default the one that the judged run was made by. run: a name for this judgement, which has its own place;
+    nothing of the judged run is changed. other_teacher: the recipe's teacher may be another one than the models were
+    converted from; without it, that is refused. The other parameters are those of the flow `radlads`.
     """
     places = {"store": store, "tracking": tracking, "work": work}
-    with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
+    asked = recipe_of_run(judged_run, overrides, store=store) if recipe is None else recipe
+    with open_pipeline(asked, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
         wanted = pipeline.recipe
         students = finished_students(pipeline, judged_run)
 
         planned = plan(pipeline)
+        check_students(planned, students, other_teacher=other_teacher)
         judging = {}
         if wanted.evaluate:
             data = {wanted.evaluate.data: tokenize(pipeline, planned, name=wanted.evaluate.data)}
-            judging["evaluate"] = evaluate.submit(pipeline, planned, data, students)
+            judging["evaluate"] = evaluate.submit(pipeline, planned, data, students, other_teacher)
         if wanted.needle:
-            judging["needle"] = needle.submit(pipeline, planned, students)
+            judging["needle"] = needle.submit(pipeline, planned, students, other_teacher)
         judged = {stage: future.result() for stage, future in judging.items()}
         return {"run": pipeline.run, **{stage: product.uri for stage, product in judged.items()}}

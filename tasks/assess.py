@@ -4,52 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from radlads.tasks.job import UserError
+from radlads.tasks.job import SCHEMA_VERSION, UserError
 from radlads.tasks.observe import show_picture
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
-from radlads.tasks.specs import EvaluateSpec, NeedleSpec
+from radlads.tasks.specs import foreign_teacher
 from radlads.tasks.stage import Product
-from radlads.tasks.stage_specs import planned_teacher
+from radlads.tasks.stage_specs import evaluate_spec, needle_spec, planned_teacher
+from radlads.tasks.store_errors import older_schema
 from radlads.tasks.tracking import log_file
 
 
 @stage_task("evaluate")
-def evaluate(pipeline: Pipeline, plan: Plan, data: Mapping[str, Product], students: Mapping[str, Product]) -> Product:
+def evaluate(
+    pipeline: Pipeline,
+    plan: Plan,
+    data: Mapping[str, Product],
+    students: Mapping[str, Product],
+    other_teacher: bool = False,
+) -> Product:
     """Held-out loss, KL and tasks. students: stage → its model, in order; the last one is the student, the others show
-    what each stage brought."""
-    section = pipeline.recipe.evaluate
-    if section is None:
-        raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `evaluate`")
+    what each stage brought. other_teacher: they may have been made from another one than the plan's."""
+    spec = evaluate_spec(pipeline.recipe, plan.report, other_teacher=other_teacher)
     *earlier, last = students
-    inputs = {"student": students[last], "data": data[section.data], **{stage: students[stage] for stage in earlier}}
-    return perform(pipeline, "evaluate", EvaluateSpec(section=section, teacher=planned_teacher(plan.report)), inputs)
+    inputs = {
+        "student": students[last],
+        "data": data[spec.section.data],
+        **{stage: students[stage] for stage in earlier},
+    }
+    return perform(pipeline, "evaluate", spec, inputs)
 
 
 @stage_task("needle")
-def needle(pipeline: Pipeline, plan: Plan, students: Mapping[str, Product]) -> Product:
+def needle(pipeline: Pipeline, plan: Plan, students: Mapping[str, Product], other_teacher: bool = False) -> Product:
     """Retrieval over depth and length, by generation. The last of `students` is judged; beside a finetuned one, what it
-    was before, since finetuning can lose recall that every other number keeps."""
-    section = pipeline.recipe.needle
-    if section is None:
-        raise UserError(f"the recipe '{pipeline.recipe.name}' has no section `needle`")
-    spec = NeedleSpec(
-        section=section,
-        teacher=planned_teacher(plan.report),
-        training_length=section.training_length or longest_context(pipeline),
-    )
+    was before, since finetuning can lose recall that every other number keeps. other_teacher: as of evaluate."""
+    spec = needle_spec(pipeline.recipe, plan.report, other_teacher=other_teacher)
     inputs = {"student": list(students.values())[-1]}
     if "finetune" in students and "distill" in students:
         inputs["distill"] = students["distill"]
     product = perform(pipeline, "needle", spec, inputs)
     picture = pipeline.store.read_file(pipeline.store.key(product.uri), "needle.png")
-    show_picture(pipeline.run, "needle-heatmap", picture, f"Needle in a haystack, teacher and student: {pipeline.run}")
+    whose = " (not the student's own teacher)" if other_teacher else ""
+    show_picture(
+        pipeline.run, "needle-heatmap", picture, f"Needle in a haystack, teacher{whose} and student: {pipeline.run}"
+    )
     log_file(pipeline.parent, "needle.png", picture)
     return product
 
 
-def longest_context(pipeline: Pipeline) -> int:
-    """The longest context, in tokens, that a training stage of the recipe sees; the needle's own where none trains."""
-    recipe = pipeline.recipe
-    contexts = [one.longest_context for one in (recipe.align, recipe.distill, recipe.finetune) if one is not None]
-    return max(contexts, default=max(recipe.needle.lengths) if recipe.needle is not None else 1)
+def check_students(plan: Plan, students: Mapping[str, Product], *, other_teacher: bool) -> None:
+    """Raises UserError where models of another run were made from another teacher than the plan's, unless that is
+    meant. The jobs look again, into the models themselves."""
+    teacher = planned_teacher(plan.report)
+    for stage, product in students.items():
+        made_from = product.manifest.spec.get("teacher")
+        if other_teacher or made_from is None:
+            continue
+        if product.manifest.schema_version != SCHEMA_VERSION:
+            raise UserError(f"{older_schema(product.uri, product.manifest)}; or judge it with --other-teacher")
+        if made_from["fingerprint"] != teacher.fingerprint:
+            raise UserError(foreign_teacher(stage, made_from["fingerprint"], teacher.fingerprint))

@@ -14,7 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.credentials import child_environment
 from radlads.tasks.devices import count_cores, count_gpus, resolve_resources
+from radlads.tasks.files import private_folder, write_private
 from radlads.tasks.job import JobResources, JobSpec, UserError
 from radlads.tasks.recipe import Resources
 
@@ -70,11 +72,11 @@ def launch(
     gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again).
     """
     scratch = Path(spec.scratch)
-    scratch.mkdir(parents=True, exist_ok=True)
+    private_folder(scratch)
     for stale in ("exit.json", "progress.json"):
         (scratch / stale).unlink(missing_ok=True)
     job_json = scratch / "job.json"
-    job_json.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    write_private(job_json, spec.model_dump_json(indent=1))
     log = scratch / "log.txt"
     command = render_command(spec, job_json, port=_free_port())
     with log.open("a", encoding="utf-8") as stream:
@@ -112,6 +114,9 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
     # DeepSpeed calls ninja and itself by name; a virtual environment that is not activated has them only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
+    env |= child_environment()
+    for library in ("GLOO", "NCCL"):  # one machine's ranks; by default they listen where other machines reach them
+        env.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     env |= {
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",

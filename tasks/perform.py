@@ -13,6 +13,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Failed
 from prefect.tasks import Task
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.job import Stage, TrackingRef, UserError
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.observe import ProgressView, gpu_slot, show_link
@@ -67,7 +68,7 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
                 pipeline: Pipeline = args[0] if args else kwargs["pipeline"]
                 may_help = not isinstance(error, UserError)
                 error.add_note(f"{_RETRIES_NOTE}{pipeline.settings.retries if may_help else 0}")
-                return Failed(message=str(error), data=error)
+                return Failed(message=hide(str(error)), data=error)
 
         settings: dict[str, Any] = {
             "cache_policy": NO_CACHE,
@@ -102,7 +103,8 @@ def perform(
     def open_tracking(digest: str) -> TrackingRef | None:
         if pipeline.parent is None:
             return None
-        params = request.spec.model_dump(mode="json", exclude_none=True)
+        # Which files a pin is of stands in the manifest.
+        params = request.spec.model_dump(mode="json", exclude_none=True, exclude={"pins": {"__all__": {"files"}}})
         ref = open_stage_run(pipeline.parent, pipeline.run, label, params=params, tags={"radlads.digest": digest})
         if ref is not None:
             opened.append(ref)

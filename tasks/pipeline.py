@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.anchor import anchor_recipe
-from radlads.tasks.job import InputRef, Stage, TrackingRef, UserError
+from radlads.tasks.files import file_errors
+from radlads.tasks.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef, UserError
 from radlads.tasks.launch import machine_resources
 from radlads.tasks.lease import Lease
-from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe
+from radlads.tasks.pins import at_pinned_commits
+from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
 from radlads.tasks.scratch_lock import hold_folder
-from radlads.tasks.settings import Settings, resolve_settings
+from radlads.tasks.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
 from radlads.tasks.store import open_store
 from radlads.tasks.tracking import close_run, open_pipeline_run
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Pipeline:
@@ -61,6 +60,7 @@ class Pipeline:
             scratch=self.settings.work / self.run / stage,
             lease=self.lease,
             grace_seconds=self.settings.grace_seconds,
+            content_cache=self.settings.content_cache,
         )
         if stage != "tokenize":
             return request
@@ -80,7 +80,7 @@ class Plan:
 
 @contextmanager
 def open_pipeline(
-    recipe: str,
+    recipe: str | Recipe,
     *,
     overrides: Mapping[str, Any] | None = None,
     run: str | None = None,
@@ -92,15 +92,18 @@ def open_pipeline(
     """Check the recipe first of all, then open the store and MLflow, and close the MLflow run as the block ends.
 
     While the block runs, no other process makes the run: neither one that reaches the store, nor one on this machine.
-    run: the run's name; by default the recipe's name and the first part of `run_id`, which must be the same when the
-    run is retried. Raises UserError, RunHeld among them.
+    recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
+    and the first part of `run_id`, which must be the same when the run is retried. Raises UserError, such as RunHeld.
     """
-    asked = load_recipe(recipe, overrides)
-    asked = anchor_recipe(asked, recipe, Path.cwd())
-    name = run or f"{asked.name}-{run_id[:8]}"
-    if not _RUN_NAME.fullmatch(name):
-        raise UserError(f"'{name}' cannot be a run's name: letters, digits, '.', '_' and '-', at most 128 of them")
+    refuse_credentials(store=store, tracking=tracking)
+    if isinstance(recipe, Recipe):
+        asked = recipe
+    else:
+        asked = anchor_recipe(load_recipe(recipe, overrides), recipe, Path.cwd())
+    name = check_run_name(f"{asked.name}-{run_id[:8]}" if run is None else run)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
+    with file_errors(f"the work folder {settings.work}"):
+        settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(asked, name, settings, None)
     folder = settings.work / name
     with Lease(pipeline.store, name, folder) as lease, hold_folder(folder, "lock", what=f"the folder of run '{name}'"):
@@ -144,12 +147,31 @@ def _keep_recipe(pipeline: Pipeline) -> None:
         pipeline.store.put_if_absent(f"runs/{pipeline.run}/recipe-{digest}.yaml", data)
 
 
+def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store: str | None = None) -> Recipe:
+    """The recipe that a run was made by, with its teacher and its data of the hub at the commits that its plan pinned.
+
+    store: as of open_pipeline. Raises UserError.
+    """
+    place = open_store(resolve_settings(store=store).store)
+    data = place.get_bytes(f"runs/{check_run_name(run)}/recipe.yaml")
+    if data is None:
+        raise UserError(f"there is no run '{run}' in {place.uri}")
+    where = f"the recipe of run '{run}'"
+    asked = anchor_recipe(recipe_of_data(data, overrides, where=where), where, Path.cwd())
+    manifest = place.read_manifest(f"runs/{run}/plan")
+    if manifest is None or manifest.schema_version != SCHEMA_VERSION:
+        return asked  # nothing was pinned that this version can read
+    report = PlanReport.model_validate_json(place.read_file(f"runs/{run}/plan", "plan.json"))
+    return at_pinned_commits(asked, report.pins)
+
+
 def finished_students(pipeline: Pipeline, run: str) -> dict[str, Product]:
     """Stage → model of another run in the same store, in the stages' order. Raises UserError where it has none."""
+    check_run_name(run)
     found = {}
     for stage in ("transplant", "align", "choose", "distill", "finetune"):
         key = f"runs/{run}/{stage}"
-        manifest = pipeline.store.read_manifest(key) if _RUN_NAME.fullmatch(run) else None
+        manifest = pipeline.store.read_manifest(key)
         if manifest is not None:
             found[stage] = Product(uri=pipeline.store.join(key), manifest=manifest, reused=True)
     if not found:

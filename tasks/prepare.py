@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from radlads.tasks.content import ContentHashes
 from radlads.tasks.observe import show_link, show_table
 from radlads.tasks.perform import perform, stage_task
+from radlads.tasks.pins import follow_moves
 from radlads.tasks.pipeline import Pipeline, Plan
 from radlads.tasks.plan_table import plan_rows
-from radlads.tasks.recipe import SampleSource
-from radlads.tasks.specs import PlanReport, PlanSpec, TokenizeSpec
+from radlads.tasks.specs import PlanReport, PlanSpec
 from radlads.tasks.stage import Product
-from radlads.tasks.stage_specs import planned_teacher, transplant_spec
+from radlads.tasks.stage_specs import tokenize_spec, transplant_spec
 from radlads.tasks.tracking import run_url
 
 
@@ -26,16 +27,7 @@ def plan(pipeline: Pipeline) -> Plan:
 @stage_task("tokenize", run_name="tokenize {name}")
 def tokenize(pipeline: Pipeline, plan: Plan, name: str) -> Product:
     """Make one of the recipe's datasets, or find it made by another run."""
-    dataset, report = pipeline.recipe.data[name], plan.report
-    samples = any(isinstance(source, SampleSource) for source in dataset.sources)
-    spec = TokenizeSpec(
-        name=name,
-        dataset=dataset,
-        files=report.files.get(name, ()),
-        tokenizer=report.tokenizer,
-        tokenizer_fingerprint=report.tokenizer_fingerprint,
-        teacher=planned_teacher(plan.report) if samples else None,
-    )
+    spec = tokenize_spec(pipeline.recipe, plan.report, name)
     return perform(pipeline, "tokenize", spec, {}, label=f"tokenize {name}")
 
 
@@ -47,6 +39,8 @@ def transplant(pipeline: Pipeline, plan: Plan) -> Product:
 
 
 def read_plan(pipeline: Pipeline, product: Product) -> PlanReport:
-    """The report in a plan's product."""
+    """The report in a plan's product, with the places that the recipe names now. Raises UserError where one of them
+    holds something else than what was planned with."""
     key = pipeline.store.key(product.uri)
-    return PlanReport.model_validate_json(pipeline.store.read_file(key, "plan.json"))
+    report = PlanReport.model_validate_json(pipeline.store.read_file(key, "plan.json"))
+    return follow_moves(pipeline.recipe, report, ContentHashes(pipeline.settings.content_cache))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from radlads.tasks.section_base import Section
+from radlads.tasks.section_base import OPERATIONAL, Place, Reads, Section
 from radlads.tasks.section_training import Rate, Schedule, Training
 
 
@@ -72,7 +72,7 @@ class Phase(Section):
     tokens: int = Field(gt=0)
     context: int | None = Field(default=None, gt=1)
     batch: int | None = Field(default=None, gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
+    micro_batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
     mixer_rate: Rate | None = None
     rest_rate: Rate | None = None
     schedule: Schedule | None = None
@@ -177,7 +177,7 @@ class Pretrain(Training):
 
     config: dict[str, Any]
     """A Hugging Face config (model_type and its fields)."""
-    tokenizer: str
+    tokenizer: Annotated[Place, Reads("tokenizer")]
     """Folder or hub id of the tokenizer."""
     mixer_rate: Rate = Rate(start=1e-3, final=1e-4)
     rest_rate: Rate = Rate(start=1e-3, final=1e-4)

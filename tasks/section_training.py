@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from radlads.tasks.section_base import Section
+from radlads.tasks.section_base import OPERATIONAL, Section, Seed
 
 
 class Rate(Section):
@@ -64,7 +64,7 @@ class Training(Section):
     """Sequence length in tokens."""
     batch: int = Field(gt=0)
     """Sequences per optimizer step, over all processes and accumulation steps."""
-    micro_batch: int = Field(default=1, gt=0)
+    micro_batch: Annotated[int, OPERATIONAL] = Field(default=1, gt=0)
     """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result, which is
     normalised by the labels of the whole optimizer step."""
     mixer_rate: Rate
@@ -73,14 +73,14 @@ class Training(Section):
     schedule: Schedule = Schedule()
     freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
     """Parameter groups that do not train. `attention`: the kept softmax layers; `norms` includes the final one."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
-    seed: int = 1337
-    checkpoint_every: int = Field(default=500, gt=0)
+    seed: Seed = 1337
+    checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    heldout_every: int = Field(default=0, ge=0)
+    keep_checkpoints: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
+    heldout_every: Annotated[int, OPERATIONAL] = Field(default=0, ge=0)
     """Optimizer steps between held-out losses; 0: only at the end."""
     heldout_tokens: int = Field(default=16384, gt=0)
     reset_at_documents: bool = False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from radlads.tasks.job import InputRef, Sheet, Stage, stage_digest
+from radlads.tasks.identity import identity
+from radlads.tasks.job import InputRef, Sheet, Stage, UserError, first_fault, stage_digest
+from radlads.tasks.section_base import OPERATIONAL, PLACE, ReadsKind
 from radlads.tasks.section_choice import AttentionChoice, Calibration
 from radlads.tasks.section_memory import FrozenBits
 from radlads.tasks.sections import (
@@ -27,19 +28,52 @@ from radlads.tasks.sections import (
 class TeacherRef(Sheet):
     """A teacher, pinned by what it holds."""
 
-    path: str
-    revision: str | None = None
+    path: Annotated[str, PLACE]
+    revision: Annotated[str | None, PLACE] = None
     trust_remote_code: bool = False
+    """Of its tokenizer."""
     fingerprint: str
-    """Hub: the commit. Folder: sha256 over config, tokenizer and weight headers. Names the teacher in digests."""
+    """Hub: the commit. Folder: sha256 over config, tokenizer and weights. Names the teacher in digests."""
+    tokenizer_fingerprint: str = ""
+    """As TokenizeSpec has it; what datasets and students of this teacher are compared by."""
 
 
 class FileRef(Sheet):
-    """A corpus file, pinned by its content."""
+    """A file by its content."""
 
     path: str
+    """As it was found, or relative to the folder that was named."""
     size: int
     sha256: str
+
+
+class Pin(Sheet):
+    """What was at a place when the run was planned."""
+
+    kind: ReadsKind
+    place: tuple[str, ...]
+    """As the recipe names it."""
+    revision: str | None = None
+    """As the recipe names it."""
+    content: str
+    """sha256 over the files; of the hub `hub:<id>@<commit>`."""
+    commits: dict[str, str] = Field(default_factory=dict)
+    """Of an evaluation task: hub dataset that it reads → commit."""
+    files: tuple[FileRef, ...] = ()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of what is on the hub; None of what is on this machine."""
+        return self.content.rpartition("@")[2] if self.content.startswith("hub:") else None
+
+    @property
+    def named(self) -> Any:
+        """What stands for the place in a digest."""
+        return {"content": self.content, "commits": self.commits} if self.commits else self.content
+
+
+Pins = Annotated[dict[str, Pin], PLACE]
+"""Location of a field in the spec, dotted → what it names."""
 
 
 class PlanSpec(Sheet):
@@ -59,8 +93,8 @@ class PlanReport(Sheet):
     tokenizer: str
     """Folder or hub id."""
     tokenizer_fingerprint: str
-    files: dict[str, tuple[FileRef, ...]]
-    """Dataset name → its corpus files, globs resolved."""
+    pins: dict[str, Pin] = Field(default_factory=dict)
+    """Location of a field in the recipe, dotted → what it names."""
     teacher_parameters: int
     student_parameters: int
     mixer_parameters: int
@@ -98,11 +132,18 @@ class TokenizeSpec(Sheet):
 
     name: str
     dataset: Dataset
-    files: tuple[FileRef, ...]
-    tokenizer: str
+    pins: Pins = Field(default_factory=dict)
+    tokenizer: Annotated[str, PLACE]
     tokenizer_fingerprint: str
+    trust_remote_code: bool = False
+    """Of the tokenizer."""
     teacher: TeacherRef | None
     """Only where a source samples from the teacher."""
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """All files that the sources read."""
+        return tuple(file for pin in self.pins.values() for file in pin.files)
 
 
 class TransplantSpec(Sheet):
@@ -117,7 +158,10 @@ class TrainSpec(Sheet):
 
     objective: Literal["align", "distill", "finetune", "pretrain"]
     section: Annotated[Align | Distill | Finetune | Pretrain, Field()]
+    pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef | None
+    trust_remote_code: bool = False
+    """Of the student's tokenizer, which is the teacher's."""
     teacher_bits: FrozenBits = 16
     mlp_bits: FrozenBits = 16
     """Of the student's frozen MLPs."""
@@ -130,10 +174,11 @@ class ChooseSpec(Sheet):
     with the chosen layers restored), choose.json, choose.png."""
 
     section: AttentionChoice
+    pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef
     attention_rope: bool
     """Of the product; while it is scored, a restored layer has the teacher's rotary positions."""
-    run_tokens: int
+    run_tokens: Annotated[int, OPERATIONAL]
     """What the cost is a share of."""
 
 
@@ -141,14 +186,20 @@ class EvaluateSpec(Sheet):
     """Inputs: student, data, and one entry per earlier stage's model to be compared. Product: evaluate.json."""
 
     section: Evaluate
+    pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef
+    other_teacher: bool = False
+    """Whether the student may have been made from another teacher than this one."""
 
 
 class NeedleSpec(Sheet):
     """Inputs: student. Product: needle.json, needle.png."""
 
     section: Needle
+    pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef
+    other_teacher: bool = False
+    """As in EvaluateSpec."""
     training_length: int
 
 
@@ -159,43 +210,43 @@ class PublishSpec(Sheet):
     recipe: Recipe
 
 
+def foreign_teacher(name: str, made_from: str, judged_against: str) -> str:
+    """Why a student is not judged. made_from, judged_against: fingerprints of teachers."""
+    return (
+        f"'{name}' was converted from another teacher ({made_from[:20]}) than the one that it would be judged against "
+        f"({judged_against[:20]}); judge it by the recipe of its own run, or say that another teacher is meant "
+        "(--other-teacher, other_teacher=true)"
+    )
+
+
 StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | ChooseSpec | EvaluateSpec | NeedleSpec | PublishSpec
 
-# What changes how a product is made, not what it is: moving a folder or checkpointing more often is the same run.
-_OPERATIONAL = {
-    "micro_batch",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "heldout_every",
-    "resources",
-    "run_tokens",
+_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
+    "plan": PlanSpec,
+    "tokenize": TokenizeSpec,
+    "transplant": TransplantSpec,
+    "pretrain": TrainSpec,
+    "align": TrainSpec,
+    "choose": ChooseSpec,
+    "distill": TrainSpec,
+    "finetune": TrainSpec,
+    "evaluate": EvaluateSpec,
+    "needle": NeedleSpec,
+    "publish": PublishSpec,
 }
 
-_PLACES = {"path", "paths", "haystack", "tokenizer"}
+
+def parse_spec(stage: Stage, values: dict[str, Any]) -> StageSpec:
+    """The typed form of JobSpec.spec. Raises UserError."""
+    try:
+        return _SPEC_OF_STAGE[stage].model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"job.json: spec: {first_fault(error)}") from None
 
 
 def spec_digest(stage: Stage, spec: StageSpec, inputs: dict[str, InputRef]) -> str:
-    """The digest of a stage: of its spec without operational settings and without places, and of its inputs."""
-    return stage_digest(stage, _identity(spec.model_dump(mode="json")), inputs)
+    """The digest of a stage: of its spec without operational settings and with contents for places, and of its inputs.
 
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, dict):
-        # A place is dropped only where a fingerprint or a hash beside it names the content.
-        pinned = "fingerprint" in value or "sha256" in value
-        hidden = _OPERATIONAL | ({"path"} if pinned else set())
-        if "tokenizer_fingerprint" in value:
-            hidden |= {"tokenizer"}
-        kept = {key: item for key, item in value.items() if key not in hidden}
-        return {key: _placeless(item) if key in _PLACES else _identity(item) for key, item in kept.items()}
-    if isinstance(value, list | tuple):
-        return [_identity(item) for item in value]
-    return value
-
-
-def _placeless(value: Any) -> Any:
-    """An absolute place by its last name: the same recipe beside the same files in another folder is the same run.
-    What the files hold is pinned by the plan."""
-    if isinstance(value, list | tuple):
-        return [_placeless(item) for item in value]
-    return PurePosixPath(value).name if isinstance(value, str) and value.startswith("/") else value
+    Raises ValueError for a place that is not pinned.
+    """
+    return stage_digest(stage, identity(spec, getattr(spec, "pins", None)), inputs)

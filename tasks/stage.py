@@ -13,14 +13,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
 from radlads.tasks.launch import JobCrashed, Progress, launch
 from radlads.tasks.lease import Lease, LeaseLost
 from radlads.tasks.metrics_record import catch_up
 from radlads.tasks.scratch_lock import hold_folder
 from radlads.tasks.specs import StageSpec, spec_digest
 from radlads.tasks.store_base import Store
-from radlads.tasks.store_errors import StoreError, conflict
+from radlads.tasks.store_errors import StageConflict, StoreError, conflict, older_schema
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
@@ -34,6 +34,7 @@ class StageRequest:
 
     inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
     machine, kept until it is committed so that a retry can go on from it. lease: under which nobody else makes the run.
+    content_cache: see tasks/content.py.
     """
 
     stage: Stage
@@ -47,6 +48,7 @@ class StageRequest:
     scratch: Path
     grace_seconds: float = 60.0
     lease: Lease | None = None
+    content_cache: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -115,6 +117,7 @@ def _make(
         lease=lease.ref if lease is not None else None,
         resources=request.resources,
         scratch=str(request.scratch),
+        content_cache=str(request.content_cache) if request.content_cache else None,
     )
     _restore_record(store, key, request.scratch)
     try:
@@ -189,6 +192,8 @@ def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
     manifest = store.read_manifest(key)
     if manifest is None:
         return None
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise StageConflict(older_schema(store.join(key), manifest))
     if manifest.digest != digest:
         raise conflict(store.join(key), manifest.digest, digest)
     store.verify(key, manifest)

@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 from radlads.tasks.job import UserError
-from radlads.tasks.recipe import Recipe, Training
-from radlads.tasks.section_choice import run_tokens
+from radlads.tasks.pins import with_commits
+from radlads.tasks.recipe import Recipe, SampleSource, Training
+from radlads.tasks.section_choice import late_choice, run_tokens
 from radlads.tasks.section_memory import mlp_bits, teacher_bits
-from radlads.tasks.specs import ChooseSpec, PlanReport, TeacherRef, TrainSpec, TransplantSpec
+from radlads.tasks.specs import (
+    ChooseSpec,
+    EvaluateSpec,
+    NeedleSpec,
+    Pin,
+    PlanReport,
+    TeacherRef,
+    TokenizeSpec,
+    TrainSpec,
+    TransplantSpec,
+)
 
 TrainingStage = Literal["align", "distill", "finetune", "pretrain"]
 
@@ -18,6 +29,31 @@ def planned_teacher(report: PlanReport) -> TeacherRef:
     if report.teacher is None:
         raise UserError("this recipe makes a teacher (`pretrain`) and converts none; run it with radlads-pretrain")
     return report.teacher
+
+
+def pins_under(report: PlanReport, section: str, field: str) -> dict[str, Pin]:
+    """The pins of a section of the recipe, by their locations in a spec that has it as `field`."""
+    return {
+        f"{field}.{location.removeprefix(f'{section}.')}": pin
+        for location, pin in report.pins.items()
+        if location.startswith(f"{section}.")
+    }
+
+
+def tokenize_spec(recipe: Recipe, report: PlanReport, name: str) -> TokenizeSpec:
+    """One of the recipe's datasets."""
+    pins = pins_under(report, f"data.{name}", "dataset")
+    dataset = with_commits(recipe.data[name], pins, "dataset")
+    samples = any(isinstance(source, SampleSource) for source in dataset.sources)
+    return TokenizeSpec(
+        name=name,
+        dataset=dataset,
+        pins=pins,
+        tokenizer=report.tokenizer,
+        tokenizer_fingerprint=report.tokenizer_fingerprint,
+        trust_remote_code=_trusts_tokenizer(report),
+        teacher=planned_teacher(report) if samples else None,
+    )
 
 
 def transplant_spec(recipe: Recipe, report: PlanReport) -> TransplantSpec:
@@ -39,6 +75,8 @@ def train_spec(recipe: Recipe, report: PlanReport, stage: TrainingStage) -> Trai
         {
             "objective": stage,
             "section": section,
+            "pins": pins_under(report, stage, "section"),
+            "trust_remote_code": _trusts_tokenizer(report),
             # The finetune stage needs no teacher; naming one in its digest would tie it to what it does not use.
             "teacher": planned_teacher(report) if stage in ("align", "distill") else None,
             "teacher_bits": teacher_bits(recipe, stage),
@@ -50,11 +88,47 @@ def train_spec(recipe: Recipe, report: PlanReport, stage: TrainingStage) -> Trai
 
 def choose_spec(recipe: Recipe, report: PlanReport) -> ChooseSpec | None:
     """The choice of attention layers after align; None where the recipe leaves nothing to choose then."""
-    if report.choice is None:
+    choice, asked = report.choice, late_choice(recipe)
+    if choice is None or asked is None:
         return None
+    # The plan made the probe smaller where it had to; how many sequences are read at once may have changed since.
+    probe = choice.recall.model_copy(update={"micro_batch": asked.recall.micro_batch})
     return ChooseSpec(
-        section=report.choice,
+        section=choice.model_copy(update={"recall": probe}),
+        pins=pins_under(report, "student.attention_layers", "section"),
         teacher=planned_teacher(report),
         attention_rope=recipe.student.attention_rope,
         run_tokens=run_tokens(recipe),
     )
+
+
+def evaluate_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = False) -> EvaluateSpec:
+    """Held-out loss and tasks; other_teacher as in EvaluateSpec. Raises UserError where there is no `evaluate`."""
+    if recipe.evaluate is None:
+        raise UserError(f"the recipe '{recipe.name}' has no section `evaluate`")
+    pins = pins_under(report, "evaluate", "section")
+    teacher = planned_teacher(report)
+    return EvaluateSpec(section=recipe.evaluate, pins=pins, teacher=teacher, other_teacher=other_teacher)
+
+
+def needle_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = False) -> NeedleSpec:
+    """Retrieval by generation. other_teacher: as in NeedleSpec. Raises UserError where the recipe has no such stage."""
+    if recipe.needle is None:
+        raise UserError(f"the recipe '{recipe.name}' has no section `needle`")
+    return NeedleSpec(
+        section=recipe.needle,
+        pins=pins_under(report, "needle", "section"),
+        teacher=planned_teacher(report),
+        other_teacher=other_teacher,
+        training_length=recipe.needle.training_length or _longest_context(recipe),
+    )
+
+
+def _longest_context(recipe: Recipe) -> int:
+    """The longest context, in tokens, that a training stage of the recipe sees; the needle's own where none trains."""
+    contexts = [one.longest_context for one in (recipe.align, recipe.distill, recipe.finetune) if one is not None]
+    return max(contexts, default=max(recipe.needle.lengths) if recipe.needle is not None else 1)
+
+
+def _trusts_tokenizer(report: PlanReport) -> bool:
+    return report.teacher is not None and report.teacher.trust_remote_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from radlads.tasks.job import UserError
+from radlads.tasks.job import SCHEMA_VERSION, Manifest, UserError
 
 
 class StoreError(Exception):
@@ -26,6 +26,15 @@ def conflict(uri: str, existing: str, wanted: str) -> StageConflict:
     return StageConflict(
         f"{uri} already holds another result (digest {existing[:12]}, this recipe asks for {wanted[:12]}): "
         "nothing is overwritten; choose a new run name, or put the recipe back as it was"
+    )
+
+
+def older_schema(uri: str, manifest: Manifest) -> str:
+    """Why a product of another schema version is not compared with what is asked for."""
+    return (
+        f"{uri} was made by another version of radlads (schema {manifest.schema_version}, this one has "
+        f"{SCHEMA_VERSION}), so it cannot be told whether it is what is asked for; nothing is overwritten: choose a "
+        "new run name"
     )
 
 

@@ -97,7 +97,11 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
         "distill": "KL(teacher‖student) of the logits",
         "finetune": "next-token cross entropy",
     }
+    teacher = products.plan.teacher if products.plan is not None else None
     blocks: list[Block] = []
+    if teacher is not None:
+        named = f"`{teacher.fingerprint}`, its tokenizer `{teacher.tokenizer_fingerprint}`"
+        blocks.append(Text(f"- **teacher**: {teacher_name(recipe)}, by content {named}"))
     for stage in MODEL_STAGES:
         summary = choice_summary(products) if stage == "choose" else None
         if summary is not None:
@@ -113,7 +117,9 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
                 f"batch {batches}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
             )
         )
-    return blocks or [Text("Weights copied from the teacher; nothing was trained.")]
+    if not any(product for stage in TRAINING_STAGES if (product := products.of_stage(stage))):
+        blocks.append(Text("Weights copied from the teacher; nothing was trained."))
+    return blocks
 
 
 def _each(values: Iterable[int]) -> str:

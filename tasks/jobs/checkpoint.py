@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from radlads.tasks.job import Manifest, UserError
+from radlads.tasks.job import SCHEMA_VERSION, Manifest, UserError
 from radlads.tasks.jobs.checkpoint_sheet import KINDS, VERSION, open_checkpoint
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
@@ -34,6 +34,7 @@ from radlads.tasks.jobs.ending import write_json
 from radlads.tasks.jobs.engine import Engine
 from radlads.tasks.jobs.random_state import gather_random_states, seed_everything, write_random_state
 from radlads.tasks.store import CorruptArtifact
+from radlads.tasks.store_errors import older_schema
 
 logger = logging.getLogger("radlads")
 
@@ -193,6 +194,8 @@ class Checkpoints:
         store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
         try:
             manifest = store.read_manifest(prefix)
+            if manifest is not None and manifest.schema_version != SCHEMA_VERSION:
+                raise UserError(older_schema(store.join(prefix), manifest))
             if manifest is None or manifest.spec.get("checkpoint_of") != self.job.spec.digest:
                 raise UserError(
                     f"{store.join(prefix)} is a checkpoint of another recipe; choose a new run name, "

@@ -26,7 +26,9 @@ from radlads.tasks.jobs.choice_chart import draw_choice
 from radlads.tasks.jobs.choice_plan import difficulty_weights
 from radlads.tasks.jobs.choice_probe import make_quizzes, quiz_batches, text_batches
 from radlads.tasks.jobs.common import Job, NonFiniteError, run_job, write_json
+from radlads.tasks.jobs.judged import STUDENT, open_tokenizer
 from radlads.tasks.jobs.loader import open_dataset
+from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.ranks import gather
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.section_choice import Difficulty, RecallProbe
@@ -52,8 +54,10 @@ def main(job: Job) -> dict[str, Any] | None:
         device=job.device,
         revision=reference.revision,
     )
-    tokenizer = load_tokenizer(str(folder))
+    check_judged(job, [STUDENT], reference, open_tokenizer(reference), other_teacher=False)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=reference.trust_remote_code)
     if choice.choose == "recall":
+        check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)
         found = choose_by_recall(job, student, teacher, tokenizer, choice.count, choice.recall, spec.run_tokens)
     else:
         found = choose_by_difficulty(job, len(student.mixers()), choice.count, choice.difficulty)

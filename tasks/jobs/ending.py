@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.job import ExitReason, UserError
 from radlads.tasks.scratch_lock import FolderInUse, hold_folder
 
@@ -50,7 +51,8 @@ def explain(error: BaseException) -> tuple[ExitReason, str]:
     if isinstance(error, KeyboardInterrupt):
         return "preempted", "stopped from the keyboard"
     if _is_out_of_memory(error):
-        return "out-of-memory", f"{line}; use a smaller micro_batch, or gradient_checkpointing"
+        advice = "use a smaller micro_batch (evaluate, needle: batch), or gradient_checkpointing; no step is lost by it"
+        return "out-of-memory", f"{line}; {advice}"
     return "crash", line
 
 
@@ -89,7 +91,7 @@ def clear_ending(scratch: Path, rank: int) -> None:
 
 def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:
     """Write how a rank ended. The rank that fails first writes exit.json, whichever it is: it holds the cause."""
-    sheet = {"reason": reason, "message": message, "rank": rank}
+    sheet = {"reason": reason, "message": hide(message), "rank": rank}
     if rank > 0:
         write_json(_own_file(scratch, rank), sheet)
     if rank == 0 or reason not in ("done", "preempted"):

@@ -16,9 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.jobs.bits import Estimate, Windows, check_finite, open_windows, score_windows, summarize
 from radlads.tasks.jobs.common import Job, run_job, write_json
-from radlads.tasks.jobs.judged import STUDENT, TEACHER, continue_ids, open_teacher, opened_student, student_names
+from radlads.tasks.jobs.judged import (
+    STUDENT,
+    TEACHER,
+    continue_ids,
+    open_teacher,
+    open_tokenizer,
+    opened_student,
+    student_names,
+)
+from radlads.tasks.jobs.loader import open_dataset
+from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.ranks import gather
-from radlads.tasks.jobs.sources import load_tokenizer
 from radlads.tasks.sections import EvalTask, Evaluate
 from radlads.tasks.specs import EvaluateSpec
 
@@ -35,11 +44,10 @@ def main(job: Job) -> dict[str, Any] | None:
     section = spec.section
     started = time.monotonic()
     windows = open_windows(job.input("data"), section.context, section.heldout_tokens)
+    check_data(open_dataset(job.input("data")).tokenizer_fingerprint, spec.teacher.tokenizer_fingerprint)
+    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     teacher = open_teacher(job, spec.teacher)
-    tokenizer = load_tokenizer(
-        spec.teacher.path, revision=spec.teacher.revision, trust_remote_code=spec.teacher.trust_remote_code
-    )
-    names = student_names(job)
     models: dict[str, dict[str, Estimate]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, str]] = []
@@ -53,11 +61,12 @@ def main(job: Job) -> dict[str, Any] | None:
             if name == STUDENT:
                 samples = sample_texts(teacher, student, tokenizer, windows)
                 both = {TEACHER: teacher, STUDENT: student}
-                tasks = run_tasks(job, both, tokenizer, section, add_bos=windows.add_bos)
+                tasks = run_tasks(job, both, tokenizer, section)
     if job.rank != 0:
         return None
     sheet = {
         "teacher": spec.teacher.model_dump(mode="json"),
+        "other_teacher": not own,
         "windows": len(windows),
         "context": windows.context,
         "tokens": len(windows) * windows.context,
@@ -106,31 +115,38 @@ def run_tasks(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
-    *,
-    add_bos: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Task → {num_fewshot, limit, teacher: {metric: {value, stderr}}, student: {...}}. All ranks call it."""
+    """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}. All
+    ranks call it."""
     if not section.tasks:
         return {}
-    from radlads.tasks.jobs.lmeval import SharedHFLM, run_task  # the harness takes seconds to import
+    from radlads.tasks.jobs.lmeval import SharedHFLM, max_length_of, run_task  # the harness takes seconds to import
 
     # The student's config has no limit of its own: both are asked within the teacher's positions.
-    positions = getattr(models[TEACHER].config, "max_position_embeddings", None) or 2048
+    max_length = max_length_of(models[TEACHER], tokenizer)
     results: dict[str, dict[str, Any]] = {task.name: _asked(task) for task in section.tasks}
     for name, model in models.items():
         lm = SharedHFLM(
             model,
             tokenizer,
             batch=section.batch,
-            max_length=positions,
-            add_bos=add_bos,
+            max_length=max_length,
+            add_bos=section.add_bos,
             rank=job.rank,
             num_ranks=job.world_size,
         )
-        for task in section.tasks:
-            results[task.name][name] = run_task(lm, task, seed=section.seed)
+        for task, commits in zip(section.tasks, _commits(job), strict=True):
+            results[task.name] |= {"add_bos": section.add_bos, "begins_with_bos": lm.begins_with_bos}
+            results[task.name][name] = run_task(lm, task, seed=section.seed, commits=commits)
             logger.info("%s on %s: %s", name, task.name, results[task.name][name])
     return results
+
+
+def _commits(job: Job) -> list[dict[str, str]]:
+    """Hub dataset → commit, of every task."""
+    spec: EvaluateSpec = job.typed
+    pins = [spec.pins.get(f"section.tasks.{index}.path") for index in range(len(spec.section.tasks))]
+    return [{} if pin is None else pin.commits for pin in pins]
 
 
 def _asked(task: EvalTask) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.student import load_student
 from radlads.model.teacher import load_teacher
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.sources import resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.specs import TeacherRef
 
 STUDENT = "student"
@@ -35,6 +35,11 @@ def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
             revision=reference.revision,
         )
     )
+
+
+def open_tokenizer(reference: TeacherRef) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer."""
+    return load_tokenizer(reference.path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
 
 
 @contextmanager

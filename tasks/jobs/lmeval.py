@@ -6,9 +6,8 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,15 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.ranks import gather
 from radlads.tasks.jobs.sources import first_line
+from radlads.tasks.jobs.task_datasets import PinnedFactory, check_commits, named_datasets
+from radlads.tasks.places import resolve_task_folder
 from radlads.tasks.sections import EvalTask
 
 logger = logging.getLogger("radlads")
@@ -31,10 +33,12 @@ _BOOTSTRAP = 1000
 
 
 class SharedHFLM(HFLM):  # type: ignore[misc]
-    """The harness's own Hugging Face adapter around a loaded model.
+    """The harness's own Hugging Face adapter around a loaded model, with the harness's own settings: the scores are
+    those of `lm_eval --model hf` for the same model and tokenizer.
 
-    Every rank builds all requests and answers its share; answers are gathered, so every rank (and any number of
-    ranks) computes the same scores. To the harness each rank is alone.
+    add_bos: the harness's `add_bos_token`; None leaves BOS to the tokenizer, as the harness does. Every rank builds all
+    requests and answers its share; answers are gathered, so every rank (and any number of ranks) computes the same
+    scores. To the harness each rank is alone.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         *,
         batch: int,
         max_length: int,
-        add_bos: bool,
+        add_bos: bool | None,
         rank: int,
         num_ranks: int,
     ) -> None:
@@ -54,11 +58,15 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
             tokenizer=tokenizer,
             batch_size=batch,
             max_length=max_length,
-            truncation=True,
             add_bos_token=add_bos,
         )
         self._own_rank = rank
         self._num_ranks = num_ranks
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a prompt begins with BOS."""
+        return self.tokenizer.bos_token_id is not None and self.tok_encode("a")[:1] == [self.tokenizer.bos_token_id]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._share(super().loglikelihood, requests)
@@ -77,13 +85,21 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         return answers
 
 
-def check_tasks(tasks: Sequence[EvalTask]) -> list[str]:
-    """What is wrong with the tasks, one line each; offline tasks are built whole, others looked up by name."""
+def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the harness gives a model at most."""
+    return int(resolve_max_length(model.config, tokenizer))
+
+
+def check_tasks(tasks: Sequence[EvalTask], commits: Sequence[Mapping[str, str]] = ()) -> list[str]:
+    """What is wrong with the tasks, one line each; offline tasks are built whole, others looked up by name.
+
+    commits: of each task, as of run_task.
+    """
     faults: list[str] = []
-    for task in tasks:
+    for index, task in enumerate(tasks):
         if task.path is not None:
             try:
-                _load_offline(task)
+                _load_offline(task, commits[index] if commits else {})
             except UserError as error:
                 faults.append(f"evaluate.tasks: {error}")
         elif task.name not in _shipped().task_index:
@@ -91,10 +107,24 @@ def check_tasks(tasks: Sequence[EvalTask]) -> list[str]:
     return faults
 
 
-def run_task(lm: SharedHFLM, task: EvalTask, *, seed: int) -> dict[str, dict[str, float | None]]:
-    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it, all get the answer."""
-    loaded = _load_offline(task) if task.path else _shipped().load([task.name])
+def hub_datasets(task: EvalTask) -> dict[str, str | None]:
+    """Hub id → revision (None: not given) of every dataset that the task reads."""
+    if task.path is None:
+        return named_datasets(_shipped(), task.name, None)
+    return named_datasets(_offline_manager(task), task.name, resolve_task_folder(task.path))
+
+
+def run_task(
+    lm: SharedHFLM, task: EvalTask, *, seed: int, commits: Mapping[str, str] | None = None
+) -> dict[str, dict[str, float | None]]:
+    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it, all get the answer.
+
+    commits: hub dataset → commit that it is read at.
+    """
+    commits = commits or {}
+    loaded = _load_offline(task, commits) if task.path else _load_shipped(task, commits)
     for built in loaded["tasks"].values():
+        check_commits(task.name, built, commits)
         shots = built.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
         built.set_config(key="num_fewshot", value=shots or 0)
         built.set_fewshot_seed(seed=seed)
@@ -119,15 +149,29 @@ def _shipped() -> TaskManager:
     return TaskManager()
 
 
-def _load_offline(task: EvalTask) -> Any:
-    """The harness's TaskDict of one YAML file; relative data files in it are relative to its folder."""
-    folder = Path(task.path or "").expanduser().resolve()
-    if not folder.is_dir():
-        raise UserError(f"task '{task.name}': there is no folder {folder}")
+def _load_shipped(task: EvalTask, commits: Mapping[str, str]) -> Any:
+    manager = _shipped()
+    manager._factory = PinnedFactory(commits)
+    return manager.load([task.name])
+
+
+def _offline_manager(task: EvalTask) -> TaskManager:
+    """The harness's index of a task's folder alone. Raises UserError."""
+    try:
+        folder = resolve_task_folder(task.path or "")
+    except UserError as error:
+        raise UserError(f"task '{task.name}': {error}") from error
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     if task.name not in manager.task_index:
         found = ", ".join(manager.all_tasks) or "none"
         raise UserError(f"task '{task.name}': no YAML file in {folder} has it; tasks found: {found}")
+    return manager
+
+
+def _load_offline(task: EvalTask, commits: Mapping[str, str]) -> Any:
+    """The harness's TaskDict of one YAML file; relative data files in it are relative to its folder."""
+    manager, folder = _offline_manager(task), resolve_task_folder(task.path or "")
+    manager._factory = PinnedFactory(commits)
     with contextlib.chdir(folder):
         try:
             return manager.load([task.name])

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.export import export_student
+from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.objectives import needs_teacher
 from radlads.model.student import load_student
@@ -42,12 +43,13 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
     """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
     teacher, originals = _teacher(job, spec), None
     if isinstance(spec.section, Pretrain):
-        tokenizer = load_tokenizer(spec.section.tokenizer)
+        pin = spec.pins["section.tokenizer"]
+        tokenizer = load_tokenizer(spec.section.tokenizer, revision=pin.commit)
         student: Any = _fresh_model(spec.section, tokenizer)
         student = student.to(job.device, job.dtype)
     else:
         folder = job.input("student") / "model"
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=spec.trust_remote_code)
         student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, job.device)
         originals = open_weight_files(str(folder))
     if spec.section.gradient_checkpointing:
@@ -94,6 +96,8 @@ def export_model(networks: Networks, folder: Path) -> None:
     if isinstance(student, RadladsForCausalLM):
         export_student(student, networks.tokenizer, folder, originals=networks.originals)
         return
+    for name, tensor in student.state_dict().items():
+        check_finite(f"the model's tensor {name}", tensor, mend="no model was written")
     student.config.use_cache = True
     student.save_pretrained(folder, max_shard_size=4_000_000_000)
     networks.tokenizer.save_pretrained(folder)

@@ -6,13 +6,17 @@ Nothing is loaded and no device is used, so that whatever is wrong is said in th
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from radlads.model.refusals import size_fault
 from radlads.model.teacher import find_family, load_teacher_config, teacher_warnings
+from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs.checks import (
     Findings,
@@ -31,20 +35,16 @@ from radlads.tasks.jobs.choice_plan import choice_stage, plan_choice, planned_la
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.cost import UTILISATION, judging_flops, stage_cost, training_flops
 from radlads.tasks.jobs.memory import Memory, Networks, judging_memory
+from radlads.tasks.jobs.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
-from radlads.tasks.jobs.sources import (
-    first_line,
-    load_tokenizer,
-    pin_teacher,
-    resolve_files,
-    resolve_teacher_path,
-    tokenizer_fingerprint,
-)
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.weight_check import check_teacher_weights
+from radlads.tasks.pins import pin_teacher, pinned_commit, teacher_revision, tokenizer_fingerprint, with_commits
 from radlads.tasks.section_choice import AttentionChoice, late_choice
 from radlads.tasks.section_memory import mlp_bits, teacher_bits
 from radlads.tasks.sections import Recipe
-from radlads.tasks.specs import PlanReport, PlanSpec, TeacherRef
+from radlads.tasks.specs import Pin, PlanReport, PlanSpec, TeacherRef
 
 logger = logging.getLogger("radlads")
 
@@ -55,7 +55,9 @@ _USABLE = 0.95
 def main(job: Job) -> dict[str, Any]:
     """Write plan.json. Raises UserError with one line per fault."""
     spec: PlanSpec = job.typed
-    report = make_plan(spec.recipe, job.spec.resources, preview=spec.preview, sizes_only=spec.sizes_only)
+    report = make_plan(
+        spec.recipe, job.spec.resources, preview=spec.preview, sizes_only=spec.sizes_only, hashes=job.hashes
+    )
     (job.output / "plan.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
     for warning in report.warnings:
         logger.warning("%s", warning)
@@ -70,17 +72,24 @@ def main(job: Job) -> dict[str, Any]:
 
 
 def make_plan(
-    recipe: Recipe, resources: JobResources, *, preview: bool = False, sizes_only: bool = False
+    recipe: Recipe,
+    resources: JobResources,
+    *,
+    preview: bool = False,
+    sizes_only: bool = False,
+    hashes: ContentHashes | None = None,
 ) -> PlanReport:
     """Check everything and add it up; see PlanSpec for preview and sizes_only. Raises UserError with all faults."""
     findings = Findings()
-    subject = _open_subject(recipe, findings, sizes_only=sizes_only)
+    hashes = hashes or ContentHashes()
+    subject = _open_subject(recipe, findings, hashes, sizes_only=sizes_only)
     if subject is None:
         raise UserError("\n".join(findings.faults))
     positions = getattr(subject.config, "max_position_embeddings", None)
     check_training(recipe, positions, resources.processes, findings)
     check_frozen(recipe, findings)
-    data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, findings)
+    hub = {} if sizes_only else pin_hub(recipe, findings)
+    data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)
     check_masks(recipe, data, findings)
     networks = choice = None
     with findings.at("student"):
@@ -99,22 +108,21 @@ def make_plan(
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
     if choice is not None:
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
-    files = {}
-    for name in () if sizes_only else recipe.datasets_used:
-        if any(fault.startswith(f"data.{name}.sources.") for fault in findings.faults):
-            continue  # said already
-        with findings.at(f"data.{name}"):
-            files[name] = resolve_files(recipe.data[name].sources)
-    faults = [*findings.faults, *(() if preview else findings.misfits)]
-    if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+    _refuse(findings, preview=preview)
+    # Last, since every byte is read: whatever else is wrong was said by now.
+    teacher, pins = subject.teacher, dict[str, Pin]()
+    if not sizes_only:
+        if teacher is not None:
+            with findings.at("teacher"):
+                trusted = teacher.trust_remote_code
+                teacher = pin_teacher(teacher.path, revision=teacher.revision, trust_remote_code=trusted, hashes=hashes)
+        pins = pin_contents(recipe, teacher, hub, findings, hashes)
+        _refuse(findings, preview=preview)
     return PlanReport(
-        teacher=subject.teacher,
+        teacher=teacher,
         tokenizer=subject.tokenizer_path,
-        tokenizer_fingerprint=""
-        if subject.tokenizer is None
-        else tokenizer_fingerprint(subject.tokenizer_path, subject.revision),
-        files=files,
+        tokenizer_fingerprint=pinned_tokenizer(teacher, pins),
+        pins=pins,
         teacher_parameters=networks.teacher_parameters,
         student_parameters=networks.student_parameters,
         mixer_parameters=networks.mixer_parameters,
@@ -134,11 +142,24 @@ def make_plan(
     )
 
 
+def _refuse(findings: Findings, *, preview: bool) -> None:
+    faults = [*findings.faults, *(() if preview else findings.misfits)]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+
+
 def _check_texts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, findings: Findings
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    pins: Mapping[str, Pin],
+    findings: Findings,
 ) -> dict[str, dict[str, Any]]:
     """Everything that is read: datasets (returned by name, as check_dataset does), needles, benchmark tasks."""
-    data = {name: check_dataset(name, recipe.data[name], tokenizer, findings) for name in recipe.datasets_used}
+    data = {
+        name: check_dataset(name, with_commits(recipe.data[name], pins, f"data.{name}"), tokenizer, findings)
+        for name in recipe.datasets_used
+    }
     findings.warnings += [f"data.{name} is used by no stage" for name in recipe.data if name not in data]
     check_tokenizer(tokenizer, config, findings)
     check_heldout(recipe, data, findings)
@@ -147,7 +168,8 @@ def _check_texts(
     if recipe.evaluate is not None and recipe.evaluate.tasks:
         from radlads.tasks.jobs.lmeval import check_tasks  # the harness takes seconds to import
 
-        findings.faults += check_tasks(recipe.evaluate.tasks)
+        found = [pins.get(f"evaluate.tasks.{index}.path") for index in range(len(recipe.evaluate.tasks))]
+        findings.faults += check_tasks(recipe.evaluate.tasks, [pin.commits if pin else {} for pin in found])
     return data
 
 
@@ -159,23 +181,20 @@ def _choice(recipe: Recipe, subject: _Subject) -> AttentionChoice | None:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is converted (or made): its config, its tokenizer, and the teacher pinned by content."""
+    """What is converted (or made): its config, its tokenizer, and the teacher, not pinned yet."""
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_path: str
     teacher: TeacherRef | None
 
-    @property
-    def revision(self) -> str | None:
-        return self.teacher.revision if self.teacher else None
 
-
-def _open_subject(recipe: Recipe, findings: Findings, *, sizes_only: bool) -> _Subject | None:
+def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, sizes_only: bool) -> _Subject | None:
     if recipe.pretrain is not None:
         tokenizer = None
         with findings.at("pretrain.tokenizer"):
-            tokenizer = load_tokenizer(recipe.pretrain.tokenizer)
+            commit = pinned_commit(tokenizer_fingerprint(recipe.pretrain.tokenizer, None, hashes))
+            tokenizer = load_tokenizer(recipe.pretrain.tokenizer, revision=commit)
         with findings.at("pretrain.config"):
             config = pretrain_config(recipe.pretrain.config, len(tokenizer) if tokenizer is not None else 1)
             if tokenizer is not None:
@@ -192,10 +211,13 @@ def _open_subject(recipe: Recipe, findings: Findings, *, sizes_only: bool) -> _S
     with findings.at("teacher"):
         # Whether this model can teach at all is said before what its folder lacks.
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
-        teacher = pin_teacher(path, revision=recipe.teacher.revision, trust_remote_code=trusted)
-        config = load_teacher_config(resolve_teacher_path(path), revision=teacher.revision)
-        tokenizer = load_tokenizer(path, revision=teacher.revision, trust_remote_code=trusted)
-        return _Subject(config, tokenizer, path, teacher)
+        revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
+        config = load_teacher_config(resolve_teacher_path(path), revision=revision)
+        findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
+        tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
+        return _Subject(
+            config, tokenizer, path, TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
+        )
     return None
 
 
@@ -205,10 +227,12 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     model_type = values.pop("model_type", None)
     if not model_type:
         raise UserError("it needs a model_type, e.g. qwen3")
+    if fault := size_fault(values):
+        raise UserError(fault)
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"transformers refuses it: {first_line(error)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"transformers refuses it: {' '.join(str(error).split())[:300]}") from error
     find_family(config)
     return config
 

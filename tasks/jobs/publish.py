@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from radlads.model.checkpoint_files import find_weight_files
 from radlads.model.export import export_student
 from radlads.model.student import load_student
 from radlads.tasks.jobs.blocks import render_markdown
@@ -16,6 +17,7 @@ from radlads.tasks.jobs.curves import draw_layers, draw_losses
 from radlads.tasks.jobs.html_page import render_html
 from radlads.tasks.jobs.products import TRAINING_STAGES, Products
 from radlads.tasks.jobs.report_body import build_report
+from radlads.tasks.jobs.sources import load_tokenizer
 from radlads.tasks.jobs.verdicts import judge
 from radlads.tasks.recipe import dump_recipe
 from radlads.tasks.sections import Recipe
@@ -30,7 +32,8 @@ def main(job: Job) -> dict[str, Any]:
     recipe = spec.recipe
     products = Products(job)
     shutil.rmtree(job.output)
-    copy_model(products, job.scratch / "final", job.output / "model", spec.section.max_shard_bytes)
+    trusted = recipe.teacher is not None and recipe.teacher.trust_remote_code
+    copy_model(products, job.scratch / "final", job.output / "model", spec.section.max_shard_bytes, trusted)
     pictures = draw_pictures(products, job.output)
     verdicts = []
     if recipe.teacher is not None:
@@ -54,18 +57,20 @@ def main(job: Job) -> dict[str, Any]:
     return _metrics(products) | {"warnings": sum(verdict.level == "warning" for verdict in verdicts)}
 
 
-def copy_model(products: Products, scratch: Path, folder: Path, max_shard_bytes: int) -> None:
-    """The last stage's model; written anew where its shards are larger than asked for."""
+def copy_model(
+    products: Products, scratch: Path, folder: Path, max_shard_bytes: int, trust_remote_code: bool = False
+) -> None:
+    """The last stage's model; written anew where its shards are larger than asked for. trust_remote_code: of its
+    tokenizer."""
     scratch.mkdir(parents=True, exist_ok=True)
     source = products.fetch_model(scratch)
-    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    largest = max(path.stat().st_size for path in find_weight_files(str(source)))
     # A shard's file is its tensors, which the limit is about, and a header.
     if largest <= max_shard_bytes + max_shard_bytes // 100 or products.final.manifest.stage == "pretrain":
         shutil.copytree(source, folder)
         return
-    from transformers import AutoTokenizer
-
-    export_student(load_student(source), AutoTokenizer.from_pretrained(source), folder, max_shard_bytes=max_shard_bytes)
+    tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
+    export_student(load_student(source), tokenizer, folder, max_shard_bytes=max_shard_bytes)
 
 
 def draw_pictures(products: Products, folder: Path) -> list[str]:

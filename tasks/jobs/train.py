@@ -21,6 +21,7 @@ from radlads.tasks.jobs.heldout import heldout_metrics
 from radlads.tasks.jobs.labels import check_labels
 from radlads.tasks.jobs.loader import BatchPlan, TokenDataset, open_dataset, plan_batches
 from radlads.tasks.jobs.networks import Networks, export_model, load_networks
+from radlads.tasks.jobs.origin import check_training
 from radlads.tasks.jobs.random_state import seed_everything
 from radlads.tasks.jobs.schedule import learning_rates
 from radlads.tasks.jobs.training_report import memory_bytes, write_report
@@ -42,7 +43,7 @@ def main(job: Job) -> dict[str, Any]:
     lora = getattr(section, "lora", None)
     if lora is not None:
         add_lora(networks.student, lora)
-    dataset = _open_data(job, networks)
+    dataset = _open_data(job, spec, networks)
     calibration = calibrate_student(job, spec, networks, dataset)
     objective = build_objective(spec, networks.student, networks.teacher)
     plans = plan_batches(section, dataset.split("train"), job.world_size)
@@ -154,8 +155,9 @@ def _numbers(
     }
 
 
-def _open_data(job: Job, networks: Networks) -> TokenDataset:
+def _open_data(job: Job, spec: TrainSpec, networks: Networks) -> TokenDataset:
     dataset = open_dataset(job.input("data"))
+    check_training(spec, networks.student.config, dataset.tokenizer_fingerprint)
     embeddings: Any = networks.student.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if dataset.vocab_size > rows:

@@ -20,6 +20,7 @@ from radlads.model.teacher import load_generation_config, load_teacher, load_tea
 from radlads.model.teacher_weights import TeacherWeights, open_teacher_weights
 from radlads.model.transplant import TransplantReport, stream_transplant
 from radlads.tasks.jobs.common import Job, run_job
+from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.section_choice import listed_layers
 from radlads.tasks.specs import TransplantSpec
@@ -68,6 +69,7 @@ def main(job: Job) -> dict[str, Any]:
         max_shard_bytes=_MAX_SHARD_BYTES,
         on_progress=lambda done, total: job.progress(done, total, "tensors"),
     )
+    write_origin(student.config, reference)
     export_papers(student, tokenizer, folder)
     sheet = describe(report, weights, student)
     sheet |= {"seed": _SEED, "multipliers": scale, "teacher": reference.model_dump(mode="json")}

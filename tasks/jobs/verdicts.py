@@ -41,6 +41,8 @@ def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Ver
         if ratio <= BITS_PER_BYTE_RATIO
         else Verdict("warning", f"The student predicts text worse: its bits per byte are {distance}; {target}.")
     ]
+    if evaluation.get("other_teacher"):
+        verdicts.append(Verdict("warning", "It was judged against another teacher than it was converted from."))
     verdicts += _judge_stages(evaluation["models"], final_stage)
     if not evaluation["tasks"]:
         verdicts.append(Verdict("note", "No harness task was run; losses alone hide damage that generation shows."))

@@ -14,10 +14,11 @@ from prefect.settings import PREFECT_SERVER_ANALYTICS_ENABLED, temporary_setting
 from prefect.testing.utilities import prefect_test_harness
 
 from radlads.tasks import launch
+from radlads.tasks.identity import readings
 from radlads.tasks.job import CodeVersion, JobSpec, Manifest
 from radlads.tasks.recipe import parse_recipe
 from radlads.tasks.section_choice import AttentionChoice
-from radlads.tasks.specs import PlanReport, TeacherRef
+from radlads.tasks.specs import Pin, PlanReport, TeacherRef
 from radlads.tasks.store import open_store
 
 TRAINING = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
@@ -57,6 +58,8 @@ class FakeJobs:
     order: list[str] = field(default_factory=list)
     specs: dict[str, JobSpec] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
+    teacher: str = "f"
+    """Fingerprint of the teacher that the next plan sees."""
 
     def __call__(self, command, *, env, cwd, log, on_tick, grace_seconds):
         spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
@@ -74,7 +77,7 @@ class FakeJobs:
             (scratch / "exit.json").write_text(json.dumps({"reason": reason, "message": f"no luck with {spec.stage}"}))
             return 1
         output = scratch / "output"
-        for name, data in product_files(spec).items():
+        for name, data in product_files(spec, self.teacher).items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (output / name).write_bytes(data)
         store = open_store(spec.store)
@@ -88,14 +91,18 @@ class FakeJobs:
         return 0
 
 
-def product_files(spec):
+def product_files(spec, fingerprint="f"):
     if spec.stage == "plan":
-        teacher = TeacherRef(path="demo", fingerprint="f")
+        teacher = TeacherRef(path="demo", fingerprint=fingerprint, tokenizer_fingerprint="t")
         student = parse_recipe(spec.spec["recipe"]).student
         late = isinstance(student.attention_layers, AttentionChoice) and student.attention_layers.after_align
+        pins = {
+            reading.location: Pin(kind=reading.kind, place=reading.place, content=f"content of {reading.location}")
+            for reading in readings(parse_recipe(spec.spec["recipe"]))
+        }
         report = PlanReport(
             teacher=None if spec.spec["recipe"].get("pretrain") else teacher,
-            tokenizer="demo", tokenizer_fingerprint="t", files={}, teacher_parameters=10, student_parameters=12,
+            tokenizer="demo", tokenizer_fingerprint="t", pins=pins, teacher_parameters=10, student_parameters=12,
             mixer_parameters=3, num_layers=2,
             attention_layers=() if late else (1,), choice=student.attention_layers if late else None,
             stages={"align": {"tokens": 4096, "steps": 16, "context": 64, "batch": 4}},

@@ -1,6 +1,7 @@
 """The flow over fake jobs: order, inputs, what is reused, what a user is told."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import boto3
@@ -208,6 +209,62 @@ def test_judging_a_finished_run_again(recipe, places, jobs):
     assert made["needle"].endswith("runs/again/needle")
     state = radlads_evaluate("nobody", recipe, run="x", **places, return_state=True)
     assert "no finished model of a run 'nobody'" in state.message
+    state = radlads_evaluate("nobody", run="x", **places, return_state=True)
+    assert "there is no run 'nobody'" in state.message
+
+
+def test_a_run_is_judged_by_its_own_recipe(recipe, places, jobs):
+    radlads(recipe, run="r1", overrides={"needle.lengths": [32], "evaluate.context": 16}, **places)
+    Path(recipe).unlink()
+    radlads_evaluate("r1", run="again", overrides={"needle.trials": 6}, **places)
+    asked = jobs.specs["needle"].spec["section"]
+    assert (asked["lengths"], asked["trials"]) == ([32], 6)
+    assert jobs.specs["evaluate"].spec["section"]["context"] == 16
+    assert jobs.specs["evaluate"].spec["other_teacher"] is False
+    assert jobs.launched["tokenize"] == 1
+
+
+def test_another_teacher_judges_only_where_it_is_meant(recipe, places, jobs):
+    radlads(recipe, run="r1", **places)
+    jobs.launched.clear()
+    jobs.teacher = "another"
+    state = radlads_evaluate("r1", run="again", **places, return_state=True)
+    assert "'transplant' was converted from another teacher (f)" in state.message
+    assert "--other-teacher" in state.message
+    assert len(messages(state)) == 1
+    assert dict(jobs.launched) == {"plan": 1}
+    radlads_evaluate("r1", run="again", other_teacher=True, **places)
+    for stage in ("evaluate", "needle"):
+        assert jobs.specs[stage].spec["other_teacher"] is True
+        assert jobs.specs[stage].spec["teacher"]["fingerprint"] == "another"
+
+
+def test_another_text_under_the_same_name_is_said_before_anything_is_reused(recipe, places, jobs, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "recipe" / f"{name}.txt").write_text("A needle. In hay.")
+    asked = {"needle.haystack": ["a.txt"]}
+    radlads(recipe, run="r1", overrides=asked, **places)
+    jobs.launched.clear()
+    pin = jobs.specs["needle"].spec["pins"]["section.haystack"]
+    assert pin["place"] == [f"{tmp_path}/recipe/a.txt"]
+    state = radlads(recipe, run="r1", overrides={"needle.haystack": ["b.txt"]}, **places, return_state=True)
+    assert "needle.haystack names" in state.message
+    assert "choose a new run name" in state.message
+    assert not jobs.launched
+
+
+def test_a_run_of_another_schema_says_so(recipe, places, jobs, tmp_path):
+    radlads(recipe, run="r1", **places)
+    for path in (tmp_path / "store/runs/r1").glob("*/manifest.json"):
+        path.chmod(0o644)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    jobs.launched.clear()
+    again = radlads(recipe, run="r1", **places, return_state=True)
+    judged = radlads_evaluate("r1", run="again", **places, return_state=True)
+    for state in (again, judged):
+        assert "was made by another version of radlads (schema 1, this one has 2)" in state.message
+        assert len(messages(state)) == 1
+    assert dict(jobs.launched) == {"plan": 1}
 
 
 def test_pretraining(tmp_path, recipe, places, jobs):

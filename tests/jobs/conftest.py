@@ -22,9 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from radlads.model.export import export_student
 from radlads.model.student import build_student
 from radlads.model.transplant import transplant
+from radlads.tasks.content import ContentHashes
+from radlads.tasks.identity import readings
 from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, StoreRef
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.jobs.origin import write_origin
+from radlads.tasks.pins import pin_place, pin_teacher
 from radlads.tasks.recipe import Align, Distill, Finetune, Pretrain
 from radlads.tasks.specs import StageSpec, TeacherRef, TrainSpec, spec_digest
 from radlads.tasks.store import open_store
@@ -100,6 +104,15 @@ def teacher_folder(
     return folder
 
 
+def pinned(spec: StageSpec) -> StageSpec:
+    """The spec with everything that it reads pinned as it is now, as a plan would have done."""
+    if "pins" not in type(spec).model_fields:
+        return spec
+    hashes = ContentHashes()
+    pins = {reading.location: pin_place(reading, hashes) for reading in readings(spec)}
+    return spec.model_copy(update={"pins": pins | spec.pins})
+
+
 @pytest.fixture
 def make_job(tmp_path: Path) -> Callable[..., Job]:
     """make_job(stage, typed spec, {name: InputRef}) → a Job whose scratch and store are in tmp_path."""
@@ -113,7 +126,7 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
         threads: int = 1,
         resources: dict[str, Any] | None = None,
     ) -> Job:
-        inputs = inputs or {}
+        inputs, spec = inputs or {}, pinned(spec)
         store = StoreRef(uri=str(tmp_path / "store"))
         digest = spec_digest(stage, spec, inputs)
         name = f"{stage}-{digest[:12]}"
@@ -192,6 +205,7 @@ class Training:
 
     root: Path
     teacher: Path
+    reference: TeacherRef
     store: StoreRef
 
     def job(self, stage: Stage, name: str, *, resources: dict[str, Any] | None = None, **section: Any) -> Job:
@@ -211,8 +225,7 @@ class Training:
             settings |= {"tokenizer": str(self.teacher), "config": {"model_type": "qwen3", **_sizes(400)}}
         else:
             inputs["student"] = self._input("student")
-        teacher = TeacherRef(path=str(self.teacher), fingerprint="tiny")
-        spec = TrainSpec(objective=stage, section=kind(**settings), teacher=teacher)
+        spec = pinned(TrainSpec(objective=stage, section=kind(**settings), teacher=self.reference))
         job = JobSpec(
             stage=stage,
             run=name,
@@ -255,8 +268,10 @@ def training(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, s
     tokenizer.save_pretrained(root / "teacher")
     student = build_student(teacher.config, variant="rad_rwkv7", options={}, attention_layers=(), attention_rope=False)
     transplant(teacher, student)
+    reference = pin_teacher(str(root / "teacher"))
+    write_origin(student.config, reference)
     export_student(student, tokenizer, root / "student" / "model")
-    _write_stories(root / "data", tokenizer, stories)
+    _write_stories(root / "data", tokenizer, stories, reference.tokenizer_fingerprint)
     ref = StoreRef(uri=str(root / "store"))
     store = open_store(ref)
     for name in ("student", "data"):
@@ -264,10 +279,10 @@ def training(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, s
             stage=name, digest=name, spec={}, files=(), code=code_version(), created_at=datetime.now(UTC)
         )
         store.commit(name, root / name, manifest)
-    return Training(root, root / "teacher", ref)
+    return Training(root, root / "teacher", reference, ref)
 
 
-def _write_stories(folder: Path, tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> None:
+def _write_stories(folder: Path, tokenizer: PreTrainedTokenizerFast, stories: list[str], fingerprint: str) -> None:
     folder.mkdir()
     splits: dict[str, Any] = {}
     for split, texts in (("train", stories[20:]), ("heldout", stories[:20])):
@@ -285,4 +300,4 @@ def _write_stories(folder: Path, tokenizer: PreTrainedTokenizerFast, stories: li
             "boundaries_file": f"{split}-boundaries.bin",
         }
     index = {"dtype": "uint16", "eos_id": 2, "bos_id": 1, "vocab_size": len(tokenizer), "has_mask": False}
-    (folder / "index.json").write_text(json.dumps({**index, "splits": splits, "tokenizer_fingerprint": "tiny"}))
+    (folder / "index.json").write_text(json.dumps({**index, "splits": splits, "tokenizer_fingerprint": fingerprint}))

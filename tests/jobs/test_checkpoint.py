@@ -39,6 +39,17 @@ def stop_after(monkeypatch, step: int, error: type[BaseException] = StoppedError
     monkeypatch.setattr(Engine, "step", stepping)
 
 
+def steps_of(step):
+    """Engine.step, and the numbers of the steps that it took."""
+
+    def stepping(self, batches, rates, number, *, stop):
+        stepping.numbers.append(number)
+        return step(self, batches, rates, number, stop=stop)
+
+    stepping.numbers = []
+    return stepping
+
+
 def committed(job: Job) -> list[str]:
     keys = job.store.list(f"{job.output_prefix}/checkpoints")
     return sorted(key.split("/")[-2] for key in keys if key.endswith("/manifest.json"))
@@ -66,6 +77,24 @@ def test_resumed_from_a_checkpoint_the_curve_is_the_same_bit_for_bit(training, w
     if zero_stage == 1:
         assert curve == whole
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in whole], rel=1e-5)
+
+
+def test_following_the_advice_for_too_little_memory_costs_no_step(training, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 14, MemoryError)
+        job = training.job("distill", "advised", **RATES)
+        assert execute(train.main, job) == "out-of-memory"
+    advice = training.ending(job)["message"]
+    assert "micro_batch" in advice
+    assert "gradient_checkpointing" in advice
+    advised = training.job("distill", "advised", **RATES, micro_batch=1, gradient_checkpointing=True)
+    assert advised.spec.digest == job.spec.digest
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", recorded := steps_of(Engine.step))
+        assert execute(train.main, advised) == "done", training.ending(advised)
+    assert recorded.numbers == list(range(13, 21))
+    losses = [[loss for _, loss in curve] for curve in (training.curve(advised), whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_machine_that_has_not_seen_the_job_continues_it_with_its_record(training, whole, monkeypatch):

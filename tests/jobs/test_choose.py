@@ -19,7 +19,7 @@ from radlads.tasks.jobs.choice_probe import make_quizzes, quiz_batches
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.recall import build_quiz, load_filler
 from radlads.tasks.section_choice import AttentionChoice, RecallProbe
-from radlads.tasks.specs import ChooseSpec, TeacherRef
+from radlads.tasks.specs import ChooseSpec
 
 PROBE = {"lengths": (96, 128), "documents": 4, "heldout_tokens": 128, "context": 64, "micro_batch": 3}
 RUN_TOKENS = 400_000
@@ -38,7 +38,7 @@ def choose_job(training: Any, aligned: Job, make_job: Callable[..., Job]) -> Cal
         recall = RecallProbe(**{**PROBE, **probe}) if way == "recall" else RecallProbe()
         spec = ChooseSpec(
             section=AttentionChoice(count=1, choose=way, recall=recall),
-            teacher=TeacherRef(path=str(training.teacher), fingerprint="tiny"),
+            teacher=training.reference,
             attention_rope=False,
             run_tokens=run_tokens,
         )

@@ -18,7 +18,7 @@ from radlads.tasks.job import UserError
 from radlads.tasks.jobs import bits, evaluate, tokens, transplant
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.loader import open_dataset
-from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher, resolve_files, tokenizer_fingerprint
+from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher, tokenizer_fingerprint
 from radlads.tasks.sections import Dataset, Evaluate, Student
 from radlads.tasks.specs import EvaluateSpec, TokenizeSpec, TransplantSpec
 
@@ -34,7 +34,6 @@ def data(make_job: Any, run_main: Any, reference: Any, teacher_folder: Path, tmp
         TokenizeSpec(
             name="train",
             dataset=dataset,
-            files=resolve_files(dataset.sources),
             tokenizer=str(teacher_folder),
             tokenizer_fingerprint=tokenizer_fingerprint(str(teacher_folder)),
             teacher=None,

@@ -15,12 +15,13 @@ from radlads.kernels.meta import wkv7_meta
 from radlads.model.student import RadladsForCausalLM, build_student
 from radlads.model.transplant import transplant
 from radlads.tasks.job import JobResources
+from radlads.tasks.jobs import remedies
 from radlads.tasks.jobs.frozen import hold_student, hold_teacher
 from radlads.tasks.jobs.memory import Networks, training_memory
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
-from radlads.tasks.recipe import Align, Distill, Evaluate, Finetune, Recipe, Training, parse_recipe
-from radlads.tasks.specs import TeacherRef, TrainSpec
+from radlads.tasks.recipe import Align, Distill, Evaluate, Finetune, Needle, Recipe, Training, parse_recipe
+from radlads.tasks.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
 GIB = 1024**3
@@ -68,6 +69,38 @@ def bytes_held(*models: torch.nn.Module) -> int:
     buffers = [b for m in models for name, b in m.named_buffers() if name.endswith(("_int8", "_scale"))]
     tensors = [*(p for m in models for p in m.parameters()), *buffers]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_only_advice_that_changes_the_result_changes_the_digest() -> None:
+    section = Distill(
+        tokens=4096, context=64, batch=16, micro_batch=4, precision="fp32", phases=({"tokens": 4096, "micro_batch": 4},)
+    )
+    setting = Setting("distill", section, gpus(2, 80), teacher_bits=16, mlp_bits=16)
+
+    def digest(one: Setting) -> str:
+        bits = {"teacher_bits": one.teacher_bits, "mlp_bits": one.mlp_bits}
+        return spec_digest("distill", TrainSpec(objective="distill", section=one.section, teacher=TEACHER, **bits), {})
+
+    kept = {label: digest(changed) == digest(setting) for label, changed in remedies._steps(setting)}
+    assert kept == {
+        "distill.micro_batch: 2": True,
+        "distill.micro_batch: 1": True,
+        "distill.gradient_checkpointing: true": True,
+        "resources.zero_stage: 2": True,
+        "resources.offload_optimizer: true": True,
+        "teacher.bits: 8": False,
+        "4 GPUs": True,
+        "8 GPUs": True,
+        "16 GPUs": True,
+        "mlp in distill.freeze and student.mlp_bits: 8 (costs quality)": False,
+    }
+
+
+def test_the_batch_of_judging_is_no_part_of_a_digest() -> None:
+    evaluate = [EvaluateSpec(section=Evaluate(batch=batch), teacher=TEACHER) for batch in (1, 8)]
+    needle = [NeedleSpec(section=Needle(batch=batch), teacher=TEACHER, training_length=9) for batch in (1, 8)]
+    assert len({spec_digest("evaluate", spec, {}) for spec in evaluate}) == 1
+    assert len({spec_digest("needle", spec, {}) for spec in needle}) == 1
 
 
 @pytest.mark.parametrize(("model_type", "tied"), [("qwen3", False), ("qwen3", True), ("qwen3_moe", False)])

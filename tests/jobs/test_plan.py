@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.jobs import memory, plan
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.pins import pin_teacher
 from radlads.tasks.recipe import Recipe, parse_recipe
-from radlads.tasks.specs import PlanReport, PlanSpec
+from radlads.tasks.specs import PlanReport, PlanSpec, spec_digest
+from radlads.tasks.stage_specs import choose_spec, needle_spec, tokenize_spec
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
+CHAT = '{"m": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}'
 GPUS = JobResources(device="cuda", processes=8, threads=4, zero_stage=1, dollars_per_gpu_hour=2.0)
 
 
@@ -70,9 +74,46 @@ def test_a_good_recipe_is_added_up(
     size = sum(len(s.encode()) for s in stories)
     assert report.data["train"]["bytes"] == pytest.approx(size, rel=0.05)
     assert 2 < report.data["train"]["bytes_per_token"] < 8
-    assert [Path(f.path).name for f in report.files["train"]] == ["stories.txt"]
+    assert [Path(f.path).name for f in report.pins["data.train.sources.0.paths"].files] == ["stories.txt"]
     assert report.dollars is None
     assert manifest.metrics["student_parameters"] == report.student_parameters
+
+
+def test_everything_that_is_read_is_pinned(recipe: Callable[..., Recipe], tmp_path: Path, teacher_folder: Path):
+    hay = [str(tmp_path / "stories.txt")]
+    choice = {"count": 1, "choose": "recall", "recall": {"haystack": hay, "lengths": [128], "documents": 4}}
+    asked = recipe(
+        needle__haystack=hay,
+        student__attention_layers=choice,
+        data__unused={"sources": [{"kind": "files", "paths": ["nowhere.txt"]}]},
+        distill__tokens=10**7,
+    )
+    report = plan.make_plan(asked, CPU)
+    where = {
+        "teacher.path",
+        "data.train.sources.0.paths",
+        "needle.haystack",
+        "student.attention_layers.recall.haystack",
+    }
+    assert set(report.pins) == where
+    assert report.teacher == pin_teacher(str(teacher_folder))
+    assert report.pins["teacher.path"].content == report.teacher.fingerprint
+    assert report.tokenizer_fingerprint == report.teacher.tokenizer_fingerprint
+    specs = [tokenize_spec(asked, report, "train"), needle_spec(asked, report), choose_spec(asked, report)]
+    assert [list(spec.pins) for spec in specs if spec is not None] == [
+        ["dataset.sources.0.paths"], ["section.haystack"], ["section.recall.haystack"]
+    ]  # fmt: skip
+    for spec in specs:
+        assert spec_digest("plan", spec, {})
+
+
+def test_nothing_is_read_whole_before_all_else_is_checked(recipe: Callable[..., Recipe]):
+    class Unread(ContentHashes):
+        def of_all(self, paths: Any) -> list[str]:
+            pytest.fail("hashed")
+
+    with pytest.raises(UserError, match=r"align\.tokens"):
+        plan.make_plan(recipe(align__tokens=64), CPU, hashes=Unread())
 
 
 @pytest.mark.parametrize(
@@ -102,6 +143,36 @@ def test_faults_are_one_clear_line(recipe: Callable[..., Recipe], changes: dict[
     assert all(len(line) < 400 for line in str(caught.value).splitlines())
     several = {"student__options", "align__context"} & set(changes)
     assert len(str(caught.value).splitlines()) == (2 if several else 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "source", "message"),
+    [
+        ('{"m": [{"role": "user"}]}', {}, "chats.jsonl, line 1, message 1: the user message has no content"),
+        ('{"m": [{"role": "assistant", "content": "Yo"}]}', {}, "line 1: the chat begins with the assistant"),
+        ('{"n": 1}', {}, "line 1 has no field 'm'; it has: n"),
+        (CHAT, {"chat_template": "qwen-3"}, "no chat template 'qwen-3'"),
+        (CHAT, {"chat_template": "qwen3"}, "qwen3 is not for this tokenizer"),
+        (CHAT, {"chat_template": "mine.jinja"}, r"the chat template mine\.jinja cannot be read"),
+    ],
+)
+def test_chats_that_cannot_be_used_are_told_with_their_place(
+    recipe: Callable[..., Recipe], tmp_path: Path, rows: str, source: dict[str, str], message: str
+):
+    (tmp_path / "chats.jsonl").write_text(rows)
+    chats = {"kind": "files", "paths": [str(tmp_path / "chats.jsonl")], "messages_field": "m", **source}
+    with pytest.raises(UserError, match=rf"data\.train\.sources\.0: .*{message}") as caught:
+        plan.make_plan(recipe(data__train__sources=[chats]), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_text_of_special_tokens_in_the_data_is_warned_of(recipe: Callable[..., Recipe], tmp_path: Path):
+    (tmp_path / "one.txt").write_text("Once upon a time.<eos>" * 9)
+    one = {"kind": "files", "paths": [str(tmp_path / "one.txt")]}
+    warned = plan.make_plan(recipe(data__train__sources=[one]), CPU).warnings
+    assert any("data.train.sources.0" in line and "9 times" in line and "set separator" in line for line in warned)
+    quiet = [{**one, "separator": "<eos>"}, {**one, "special_tokens": "parse"}]
+    assert not any("special" in line for line in plan.make_plan(recipe(data__train__sources=quiet), CPU).warnings)
 
 
 def test_a_model_that_cannot_teach_is_refused_before_its_files_are_missed(

@@ -27,10 +27,10 @@ from radlads.tasks.specs import (
     PlanReport,
     PlanSpec,
     PublishSpec,
-    TokenizeSpec,
     TrainSpec,
     TransplantSpec,
 )
+from radlads.tasks.stage_specs import tokenize_spec
 
 
 @pytest.fixture
@@ -87,14 +87,7 @@ def run_all(
         stage(
             "tokenize",
             tokens.main,
-            TokenizeSpec(
-                name="train",
-                dataset=recipe.data["train"],
-                files=planned.files["train"],
-                tokenizer=planned.tokenizer,
-                tokenizer_fingerprint=planned.tokenizer_fingerprint,
-                teacher=None,
-            ),
+            tokenize_spec(recipe, planned, "train"),
             {},
             "data-train",
         )

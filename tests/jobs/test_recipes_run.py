@@ -14,8 +14,8 @@ from radlads.tasks.job import InputRef, JobResources, JobSpec, Stage, StoreRef
 from radlads.tasks.jobs import evaluate, plan, tokens, train, transplant
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.recipe import Recipe, load_recipe
-from radlads.tasks.specs import EvaluateSpec, PlanReport, StageSpec, TokenizeSpec, spec_digest
-from radlads.tasks.stage_specs import planned_teacher, train_spec, transplant_spec
+from radlads.tasks.specs import PlanReport, StageSpec, spec_digest
+from radlads.tasks.stage_specs import evaluate_spec, tokenize_spec, train_spec, transplant_spec
 
 RESOURCES = JobResources(device="cpu", processes=1, threads=1)
 
@@ -31,15 +31,7 @@ class Conversion:
     def run(self) -> PlanReport:
         report = plan.make_plan(self.recipe, RESOURCES)
         for name in self.recipe.datasets_used:
-            spec = TokenizeSpec(
-                name=name,
-                dataset=self.recipe.data[name],
-                files=report.files[name],
-                tokenizer=report.tokenizer,
-                tokenizer_fingerprint=report.tokenizer_fingerprint,
-                teacher=None,
-            )
-            self._job("tokenize", tokens, spec, {}, name=f"data-{name}")
+            self._job("tokenize", tokens, tokenize_spec(self.recipe, report, name), {}, name=f"data-{name}")
         self._job("transplant", transplant, transplant_spec(self.recipe, report), {})
         last = "transplant"
         for stage in self.recipe.training_stages:
@@ -48,7 +40,7 @@ class Conversion:
             last = stage
         section = self.recipe.evaluate
         assert section is not None
-        spec = EvaluateSpec(section=section, teacher=planned_teacher(report))
+        spec = evaluate_spec(self.recipe, report)
         self._job("evaluate", evaluate, spec, {"student": last, "data": f"data-{section.data}"})
         return report
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from radlads.tasks.job import InputRef, canonical_json
 from radlads.tasks.recipe import RecipeError, dump_recipe, list_recipes, load_recipe, parse_recipe
-from radlads.tasks.specs import FileRef, TeacherRef, TokenizeSpec, TrainSpec, spec_digest
+from radlads.tasks.specs import Pin, TeacherRef, TokenizeSpec, TrainSpec, spec_digest
 
 
 def minimal(**more: Any) -> dict[str, Any]:
@@ -140,7 +140,8 @@ def train_spec(**section: Any) -> TrainSpec:
 def test_a_digest_names_what_is_made_and_not_how_or_where() -> None:
     inputs = {"student": InputRef(uri="a", digest="1")}
     plain = spec_digest("align", train_spec(), inputs)
-    assert spec_digest("align", train_spec(micro_batch=2, checkpoint_every=7, keep_checkpoints=5), inputs) == plain
+    operational = {"micro_batch": 2, "checkpoint_every": 7, "keep_checkpoints": 5, "gradient_checkpointing": True}
+    assert spec_digest("align", train_spec(**operational), inputs) == plain
     moved = train_spec().model_copy(update={"teacher": TeacherRef(path="elsewhere", fingerprint="f")})
     assert spec_digest("align", moved, {"student": InputRef(uri="moved", digest="1")}) == plain
     other = train_spec().model_copy(update={"teacher": TeacherRef(path="a", fingerprint="g")})
@@ -158,19 +159,25 @@ def test_a_digest_is_sensitive_to_every_setting_of_the_product(section: dict[str
 def test_a_dataset_is_named_by_what_its_files_hold() -> None:
     recipe = parse_recipe(minimal())
 
-    def digest(path: str, sha256: str) -> str:
+    def digest(tokenizer: str, path: str, content: str) -> str:
+        pin = Pin(kind="files", place=(path,), content=content)
         spec = TokenizeSpec(
             name="train",
             dataset=recipe.data["train"],
-            files=(FileRef(path=path, size=3, sha256=sha256),),
-            tokenizer="here",
+            pins={"dataset.sources.0.paths": pin},
+            tokenizer=tokenizer,
             tokenizer_fingerprint="t",
             teacher=None,
         )
         return spec_digest("tokenize", spec, {})
 
-    assert digest("a.txt", "1") == digest("/moved/a.txt", "1")
-    assert digest("a.txt", "1") != digest("a.txt", "2")
+    assert digest("here", "a.txt", "1") == digest("there", "/moved/a.txt", "1")
+    assert digest("here", "a.txt", "1") != digest("here", "a.txt", "2")
+    unpinned = TokenizeSpec(
+        name="train", dataset=recipe.data["train"], tokenizer="here", tokenizer_fingerprint="t", teacher=None
+    )
+    with pytest.raises(ValueError, match=r"dataset\.sources\.0\.paths .* not pinned"):
+        spec_digest("tokenize", unpinned, {})
 
 
 JSON = st.recursive(
