@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck services-down clean
+.PHONY: help demo test drill lint typecheck services-down clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and 
 
 test: $(DEV_STAMP)  ## All tests that need no GPU
 	$(BIN)/python -m pytest
+
+drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes
+	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
 lint: $(DEV_STAMP)  ## Style, and types of the control plane
 	$(BIN)/ruff check .

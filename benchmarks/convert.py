@@ -56,10 +56,11 @@ def convert(recipe: str, name: str, overrides: dict[str, Any], work: Path) -> di
     """All stages of a recipe up to the judging; returns the numbers that its manifests hold."""
     places = {"store": str(work / "store"), "work": str(work / "work"), "tracking": "none"}
     with open_pipeline(recipe, overrides=overrides, run=name, run_id=name, **places) as pipeline:
-        return _stages(pipeline)
+        return run_stages(pipeline)
 
 
-def _stages(pipeline: Pipeline) -> dict[str, Any]:
+def run_stages(pipeline: Pipeline) -> dict[str, Any]:
+    """The stages that the pipeline's recipe has, up to the judging; returns the numbers that their manifests hold."""
     wanted, numbers = pipeline.recipe, {"stage seconds": {}, "stage speed": {}}
 
     def run(stage: Any, spec: StageSpec, inputs: dict[str, Product], label: str = "") -> Product:

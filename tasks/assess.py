@@ -11,7 +11,7 @@ from radlads.tasks.pipeline import Pipeline, Plan
 from radlads.tasks.specs import foreign_teacher
 from radlads.tasks.stage import Product
 from radlads.tasks.stage_specs import evaluate_spec, needle_spec, planned_teacher
-from radlads.tasks.store_base import older_schema
+from radlads.tasks.store_errors import older_schema
 from radlads.tasks.tracking import log_file
 
 

@@ -62,6 +62,14 @@ class StoreRef(Sheet):
     region: str | None = None
 
 
+class LeaseRef(Sheet):
+    """The lease under which a job works: it commits only while the lease still has this token."""
+
+    key: str
+    """Of lease.json in the store."""
+    token: int
+
+
 class TrackingRef(Sheet):
     """The MLflow run that a job continues."""
 
@@ -97,6 +105,7 @@ class JobSpec(Sheet):
     """The prefix that the job commits to, e.g. <store>/runs/<run>/align."""
     store: StoreRef
     tracking: TrackingRef | None = None
+    lease: LeaseRef | None = None
     resources: JobResources
     scratch: str = Field(pattern=r"^[^\x00-\x1f]+$")
     """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, what it is about to upload."""

@@ -124,7 +124,8 @@ def perform(
         ended = True
     finally:
         for ref in opened:
-            close_run(ref, "FINISHED" if ended else "FAILED")
+            if not pipeline.is_lost:
+                close_run(ref, "FINISHED" if ended else "FAILED")
     mirror_product(pipeline.parent, opened[0] if opened else None, label, product.uri, product.manifest)
     return product
 

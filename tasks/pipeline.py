@@ -14,8 +14,10 @@ from radlads.tasks.anchor import anchor_recipe
 from radlads.tasks.files import file_errors
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef, UserError
 from radlads.tasks.launch import machine_resources
+from radlads.tasks.lease import Lease
 from radlads.tasks.pins import at_pinned_commits
 from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
+from radlads.tasks.scratch_lock import hold_folder
 from radlads.tasks.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
@@ -34,8 +36,14 @@ class Pipeline:
         self.run = run
         self.settings = settings
         self.parent = parent
+        self.lease: Lease | None = None
         self.store = open_store(settings.store)
         self.resources = machine_resources(recipe.resources)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process makes this run by now: what is known of it elsewhere is no longer ours to change."""
+        return self.lease is not None and self.lease.is_lost
 
     def request(self, stage: Stage, spec: StageSpec, inputs: Mapping[str, Product]) -> StageRequest:
         """A stage of this run, as run_stage wants it. Datasets are shared between runs, the rest is the run's own."""
@@ -50,6 +58,7 @@ class Pipeline:
             store=self.store,
             resources=self.resources,
             scratch=self.settings.work / self.run / stage,
+            lease=self.lease,
             grace_seconds=self.settings.grace_seconds,
             content_cache=self.settings.content_cache,
         )
@@ -82,8 +91,9 @@ def open_pipeline(
 ) -> Iterator[Pipeline]:
     """Check the recipe first of all, then open the store and MLflow, and close the MLflow run as the block ends.
 
+    While the block runs, no other process makes the run: neither one that reaches the store, nor one on this machine.
     recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
-    and the first part of `run_id`, which must be the same when the run is retried. Raises UserError.
+    and the first part of `run_id`, which must be the same when the run is retried. Raises UserError, such as RunHeld.
     """
     refuse_credentials(store=store, tracking=tracking)
     if isinstance(recipe, Recipe):
@@ -95,22 +105,33 @@ def open_pipeline(
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(asked, name, settings, None)
-    _keep_recipe(pipeline)
-    if settings.tracking:
+    folder = settings.work / name
+    with Lease(pipeline.store, name, folder) as lease, hold_folder(folder, "lock", what=f"the folder of run '{name}'"):
+        pipeline.lease = lease
+        _keep_recipe(pipeline)
+        with _tracked(pipeline):
+            yield pipeline
+
+
+@contextmanager
+def _tracked(pipeline: Pipeline) -> Iterator[None]:
+    """The MLflow run above all stages, closed as the block ends; left alone where another process has taken over."""
+    if pipeline.settings.tracking:
         pipeline.parent = open_pipeline_run(
-            settings.tracking,
-            asked.name,
-            name,
-            params=asked.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+            pipeline.settings.tracking,
+            pipeline.recipe.name,
+            pipeline.run,
+            params=pipeline.recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
             tags={"radlads.store": pipeline.store.uri},
         )
     try:
-        yield pipeline
+        yield
     finally:
         error = sys.exception()
         ended = error is None
         stopped = error is not None and not isinstance(error, Exception)
-        close_run(pipeline.parent, "FINISHED" if ended else "KILLED" if stopped else "FAILED")
+        if not pipeline.is_lost:
+            close_run(pipeline.parent, "FINISHED" if ended else "KILLED" if stopped else "FAILED")
 
 
 def _keep_recipe(pipeline: Pipeline) -> None:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import base64
+import hashlib
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-from s3transfer.exceptions import S3UploadFailedError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from s3transfer.exceptions import RetriesExceededError, S3UploadFailedError
 
 from radlads.tasks.credentials import credentials_of, hide
 from radlads.tasks.job import StoreRef
-from radlads.tasks.store_base import StoreError, StoreUnusable
+from radlads.tasks.store_errors import StoreError, StoreUnusable, corrupt
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 TAKEN = {"412", "PreconditionFailed"}
 _DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
+_ALTERED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_ATTEMPTS = 4
+_PAUSE_SECONDS = 0.3
 
 
 def make_client(ref: StoreRef) -> Any:
@@ -69,21 +83,67 @@ def plain_errors(ref: StoreRef, bucket: str, what: str) -> Iterator[None]:
             raise StoreUnusable(f"{ref.uri}: {where} refuses these credentials ({code})") from None
         message = error.response.get("Error", {}).get("Message", "")
         raise StoreError(f"{what}: {where} answers {code}: {hide(message)}") from error
-    except (BotoCoreError, S3UploadFailedError) as error:
+    except (BotoCoreError, S3UploadFailedError, RetriesExceededError) as error:
         raise StoreError(f"{what}: {where}: {hide(' '.join(str(error).split()))}") from error
 
 
-def is_refused(write: Callable[[], Any]) -> bool:
-    """Whether a conditional write onto an existing object is refused, as it should be."""
+def put_object(client: Any, place: dict[str, str], data: bytes, *, sha256: bool, **condition: str) -> None:
+    """Write a small object with the checksums of what was meant, and again where they were not those of what arrived.
+
+    sha256: send that one too; not every endpoint knows the header. Raises ClientError.
+    """
+    sums = {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+    if sha256:
+        sums["ChecksumSHA256"] = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    for attempt in range(_ATTEMPTS):
+        try:
+            client.put_object(**place, Body=data, **sums, **condition)
+            return
+        except ClientError as error:
+            if code_of(error) not in _ALTERED or attempt == _ATTEMPTS - 1:
+                raise
+
+
+def read_object(client: Any, place: dict[str, str], limit: int | None) -> tuple[bytes, str] | None:
+    """(content, ETag) of a small object; None if there is none. limit: bytes; CorruptArtifact for more.
+
+    A body that breaks off is asked for again, as is one whose MD5 is not its ETag, until the same came twice: the ETag
+    of an encrypted object is no MD5. Raises ClientError, BotoCoreError.
+    """
+    before: bytes | None = None
+    for attempt in range(_ATTEMPTS):
+        time.sleep(attempt * _PAUSE_SECONDS)
+        try:
+            answer = client.get_object(**place)
+            length = answer["ContentLength"]
+            if limit is not None and length > limit:
+                raise corrupt(f"s3://{place['Bucket']}/{place['Key']}", f"it is {length:,} bytes long, none of ours is")
+            data: bytes = answer["Body"].read()
+        except ClientError as error:
+            if code_of(error) in MISSING:
+                return None
+            raise
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+            continue
+        etag = answer["ETag"]
+        if data == before or "-" in etag or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag.strip('"'):
+            return data, etag
+        before = data
+    raise StoreError(f"s3://{place['Bucket']}/{place['Key']}: every read gives another content; try again")
+
+
+def age_of(head: dict[str, Any]) -> float | None:
+    """Seconds since an object was written, from the answer to a HEAD request: both times are the endpoint's."""
+    date = head["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
     try:
-        write()
-    except ClientError as error:
-        if code_of(error) in TAKEN:
-            return True
-        if code_of(error) in _UNSUPPORTED:
-            return False
-        raise
-    return False
+        now = parsedate_to_datetime(date)
+    except (TypeError, ValueError):
+        return None
+    if now.tzinfo is None:
+        return None
+    return max(0.0, float((now - head["LastModified"]).total_seconds()))
 
 
 def code_of(error: ClientError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,11 +11,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
 from radlads.tasks.launch import JobCrashed, Progress, launch
+from radlads.tasks.lease import Lease, LeaseLost
 from radlads.tasks.metrics_record import catch_up
+from radlads.tasks.scratch_lock import hold_folder
 from radlads.tasks.specs import StageSpec, spec_digest
-from radlads.tasks.store_base import StageConflict, Store, StoreError, conflict, older_schema
+from radlads.tasks.store_base import Store
+from radlads.tasks.store_errors import StageConflict, StoreError, conflict, older_schema
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
@@ -27,7 +33,8 @@ class StageRequest:
     """One stage of one run.
 
     inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
-    machine, kept until it is committed so that a retry can go on from it. content_cache: see tasks/content.py.
+    machine, kept until it is committed so that a retry can go on from it. lease: under which nobody else makes the run.
+    content_cache: see tasks/content.py.
     """
 
     stage: Stage
@@ -40,6 +47,7 @@ class StageRequest:
     resources: JobResources
     scratch: Path
     grace_seconds: float = 60.0
+    lease: Lease | None = None
     content_cache: Path | None = None
 
     @property
@@ -77,8 +85,24 @@ def run_stage(
     """
     store, key, digest = request.store, request.output_key, request.digest
     committed = find_committed(store, key, digest)
-    if committed is not None:
-        return Product(uri=store.join(key), manifest=committed, reused=True)
+    if committed is None:
+        # Runs share datasets: whoever comes second waits, and takes what the first has made.
+        what = f"the folder {request.scratch}"
+        with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=math.inf) as waited:
+            committed = find_committed(store, key, digest) if waited else None
+            if committed is None:
+                return _make(request, open_tracking, on_progress, slot)
+    _finish(request, committed)
+    return Product(uri=store.join(key), manifest=committed, reused=True)
+
+
+def _make(
+    request: StageRequest,
+    open_tracking: Callable[[str], TrackingRef | None],
+    on_progress: Callable[[Progress], None] | None,
+    slot: AbstractContextManager[object] | None,
+) -> Product:
+    store, key, digest, lease = request.store, request.output_key, request.digest, request.lease
     tracking = open_tracking(digest)
     spec = JobSpec(
         stage=request.stage,
@@ -90,6 +114,7 @@ def run_stage(
         output_uri=store.join(key),
         store=store.ref,
         tracking=tracking,
+        lease=lease.ref if lease is not None else None,
         resources=request.resources,
         scratch=str(request.scratch),
         content_cache=str(request.content_cache) if request.content_cache else None,
@@ -97,17 +122,66 @@ def run_stage(
     _restore_record(store, key, request.scratch)
     try:
         with slot or nullcontext():
-            launch(spec, on_progress=on_progress, grace_seconds=request.grace_seconds)
+            launch(spec, on_progress=_while_ours(lease, on_progress), grace_seconds=request.grace_seconds)
     finally:
-        _keep_papers(store, key, request.scratch)
-        if tracking is not None:
-            catch_up(request.scratch / "metrics.jsonl", tracking)
+        if _is_ours(lease):
+            _keep_papers(store, key, request.scratch)
+            if tracking is not None:
+                catch_up(request.scratch / "metrics.jsonl", tracking)
     made = find_committed(store, key, digest)
     if made is None:
         raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
     _clear_scratch(request.scratch)
     _drop_checkpoints(store, key)
     return Product(uri=store.join(key), manifest=made, reused=False)
+
+
+def _while_ours(lease: Lease | None, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+    """on_progress, which stops the job by raising LeaseLost once another process makes the run."""
+
+    def look(progress: Progress) -> None:
+        if lease is not None:
+            lease.check()
+        if on_progress is not None:
+            on_progress(progress)
+
+    return look
+
+
+def _is_ours(lease: Lease | None) -> bool:
+    """Whether the job's papers and its MLflow run are still this process's to write."""
+    try:
+        if lease is not None:
+            lease.confirm()
+    except LeaseLost:
+        return False
+    except StoreError as error:  # nobody can say otherwise either
+        _log.warning("the lease could not be confirmed: %s", error)
+    return True
+
+
+def _finish(request: StageRequest, manifest: Manifest) -> None:
+    """What follows a commit, where the flow that saw it died before it got there."""
+    store, key, scratch = request.store, request.output_key, request.scratch
+    store.settle(key, manifest)
+    if store.list(f"{key}/checkpoints"):
+        _drop_checkpoints(store, key)
+    if _is_scratch_of(request):
+        kept = store.sizes(f"{key}/job")
+        here = {f"{key}/job/{name}": scratch / name for name in _PAPERS if (scratch / name).is_file()}
+        if any(kept.get(name) != path.stat().st_size for name, path in here.items()):
+            _keep_papers(store, key, scratch)
+        _clear_scratch(scratch)
+
+
+def _is_scratch_of(request: StageRequest) -> bool:
+    """Whether the folder is this run's, for this product: it may be another store's, or another run's dataset."""
+    try:
+        spec = JobSpec.model_validate_json((request.scratch / "job.json").read_bytes())
+    except (OSError, ValidationError):
+        return False
+    place = request.store.join(request.output_key)
+    return (spec.run, spec.digest, spec.output_uri) == (request.run, request.digest, place)
 
 
 def find_committed(store: Store, key: str, digest: str) -> Manifest | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from radlads.tasks.job import StoreRef
-from radlads.tasks.store_base import CorruptArtifact, StageConflict, Store, StoreError, StoreUnusable
+from radlads.tasks.store_base import Store
+from radlads.tasks.store_errors import CorruptArtifact, StageConflict, StoreError, StoreUnusable
 from radlads.tasks.store_local import LocalStore
 from radlads.tasks.store_s3 import S3Store
 

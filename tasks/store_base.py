@@ -1,80 +1,33 @@
 """What every store does alike: keys, the commit protocol, verified reading.
 
 No manifest, no artifact: a product's files are uploaded and verified first, and one conditional put of manifest.json
-makes them exist. Readers start from the manifest and check size and sha256 of what they use.
+makes them exist. Readers start from the manifest and check size and sha256 of what they use. What a single answer of a
+store says is no proof of damage: a product is called damaged when the same wrong content came twice and the store's
+own listing agrees with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import ValidationError
-
-from radlads.tasks.job import SCHEMA_VERSION, FileEntry, Manifest, StoreRef, UserError, canonical_json
-
-MANIFEST = "manifest.json"
-_FORBIDDEN = re.compile(r"[\\\x00-\x1f\x7f]")
-_PARALLEL_FILES = 8
-_Item = TypeVar("_Item")
-_Out = TypeVar("_Out")
-
-
-class StoreError(Exception):
-    """The store could not do what was asked."""
-
-
-class StoreUnusable(StoreError, UserError):  # noqa: N818
-    """The store cannot be reached as configured: no such bucket, no credentials, not a folder."""
-
-
-class CorruptArtifact(StoreError):  # noqa: N818
-    """A committed product is torn or altered: a file is missing, or its size or sha256 is not the manifest's."""
-
-
-class StageConflict(StoreError, UserError):  # noqa: N818
-    """Something else is already committed at this place."""
-
-
-def check_key(key: str) -> str:
-    """Return the key if it is a plain relative path with forward slashes. Raises StoreError otherwise."""
-    parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or _FORBIDDEN.search(key) or len(key.encode()) > 900:
-        raise StoreError(f"not a valid key: {key!r} (a relative path with forward slashes, without '.', '..' or '//')")
-    return key
-
-
-def hash_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and sha256 (hex) of a file."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
-
-
-class VerifiedFiles:
-    """Hashes of local files already read in this process; a changed size, time or inode asks for reading again."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int, int, int], str] = {}
-
-    def sha256(self, path: Path) -> str:
-        """sha256 (hex) of the file. Raises FileNotFoundError."""
-        status = os.stat(path)
-        key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
-        if key not in self._known:
-            self._known[key] = hash_file(path)[1]
-        return self._known[key]
+from radlads.tasks.job import FileEntry, Manifest, StoreRef, canonical_json
+from radlads.tasks.store_errors import StoreError, conflict, corrupt, unsteady
+from radlads.tasks.store_files import VerifiedFiles, clear_unlisted, parallel
+from radlads.tasks.store_names import (
+    MANIFEST,
+    MANIFEST_BYTES,
+    check_files,
+    check_key,
+    parse_manifest,
+    place_of,
+    product_files,
+)
+from radlads.tasks.store_proof import PAUSES, prove_file, prove_listing
 
 
 class Store(ABC):
@@ -108,8 +61,23 @@ class Store(ABC):
         """Write a small object, replacing what was there."""
 
     @abstractmethod
+    def read(self, key: str, *, limit: int | None = None) -> tuple[bytes, str] | None:
+        """(content, version) of a small object; None if there is none. version: changes with every write, for
+        `replace`. limit: bytes; raises CorruptArtifact for more."""
+
     def get_bytes(self, key: str) -> bytes | None:
         """Read a small object; None if there is none."""
+        found = self.read(key)
+        return None if found is None else found[0]
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, version: str) -> bool:
+        """Write a small object if it still has this version; whether what is there afterwards is `data`. Atomic as
+        far as the endpoint can: see probe."""
+
+    @abstractmethod
+    def age(self, key: str) -> float | None:
+        """Seconds since the object was written, by the store's own clock; None where that cannot be told."""
 
     @abstractmethod
     def sizes(self, prefix: str) -> dict[str, int]:
@@ -134,29 +102,33 @@ class Store(ABC):
 
     @abstractmethod
     def probe(self) -> dict[str, bool | str]:
-        """What the place can do: {"uri", "conditional_put", "conditional_multipart"}."""
+        """What the place can do: {"uri", "conditional_put", "conditional_replace", "conditional_multipart",
+        ...}."""
 
     # Products
 
-    def commit(self, prefix: str, folder: Path, manifest: Manifest) -> Manifest:
+    def commit(
+        self, prefix: str, folder: Path, manifest: Manifest, *, guard: Callable[[], None] = lambda: None
+    ) -> Manifest:
         """Make a folder the product at a prefix: upload every file, verify what arrived, write the manifest last.
 
         The manifest comes without `files`; the committed one is returned. The same digest already committed is
-        returned as it is. Raises StageConflict for another digest, CorruptArtifact if what arrived is not what was
-        sent, StoreError.
+        returned as it is. guard: called before the upload and once more before the manifest is written; raises where
+        this writer may write no longer. Raises StageConflict for another digest, CorruptArtifact if what arrived is
+        not what was sent, StoreError.
         """
         check_key(prefix)
         with self._exclusive(prefix):
             existing = self.read_manifest(prefix)
             if existing is not None:
                 return self._agree(prefix, existing, manifest)
-            paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            names = [path.relative_to(folder).as_posix() for path in paths]
-            if MANIFEST in names:
-                raise StoreError(f"{folder} holds a {MANIFEST} of its own; the store writes that one")
-            entries = parallel(lambda pair: self._upload(prefix, *pair), list(zip(names, paths, strict=True)))
+            guard()
+            entries = parallel(lambda pair: self._upload(prefix, *pair), product_files(folder))
             full = manifest.model_copy(update={"files": tuple(sorted(entries, key=lambda entry: entry.path))})
-            if self.put_if_absent(f"{prefix}/{MANIFEST}", _dump(full)):
+            data = _dump(full)
+            guard()
+            if self._publish(f"{prefix}/{MANIFEST}", data):
+                self.settle(prefix, full)
                 self._tidy(prefix)
                 return full
             existing = self.read_manifest(prefix)
@@ -164,40 +136,55 @@ class Store(ABC):
                 raise StoreError(f"{self.join(prefix)}: the manifest was refused, yet there is none; try again")
             return self._agree(prefix, existing, manifest)
 
+    def settle(self, prefix: str, manifest: Manifest) -> None:
+        """What follows a commit, and may be repeated: no unfinished attempt's file stays under the name of one of the
+        product's own, for those who read the place without its manifest."""
+        return
+
     def read_manifest(self, prefix: str) -> Manifest | None:
-        """The manifest at a prefix; None if nothing is committed there. Raises CorruptArtifact."""
-        data = self.get_bytes(f"{check_key(prefix)}/{MANIFEST}")
-        if data is None:
-            return None
-        try:
-            return Manifest.model_validate_json(data)
-        except ValidationError:
-            raise CorruptArtifact(f"{self.join(prefix)}/{MANIFEST} is not a manifest of this version") from None
+        """The manifest at a prefix; None if nothing is committed there. Raises CorruptArtifact, StoreError."""
+        key, seen, fault = f"{check_key(prefix)}/{MANIFEST}", b"", ""
+        for pause in PAUSES:
+            time.sleep(pause)
+            found = self.read(key, limit=MANIFEST_BYTES)
+            if found is None:
+                if key not in self.sizes(key):
+                    return None
+                fault = "it is listed and cannot be read"
+                continue
+            try:
+                return parse_manifest(found[0])
+            except StoreError as error:
+                fault = f"it is not a manifest of this version ({error})"
+                if found[0] == seen and self.sizes(key).get(key) == len(seen):
+                    raise corrupt(self.join(prefix), f"{MANIFEST} is not a manifest of this version: {error}") from None
+                seen = found[0]
+        raise unsteady(f"{self.join(prefix)}/{MANIFEST}", fault)
 
     def verify(self, prefix: str, manifest: Manifest) -> None:
-        """Check that every file of a product is there with its size (one listing; contents are checked by fetch).
+        """Check that every file of a product is there with its size (by listing; contents are checked by fetch).
 
-        Raises CorruptArtifact.
+        Raises CorruptArtifact where two listings agree on a fault, StoreError where they do not.
         """
-        sizes = self.sizes(prefix)
-        for entry in manifest.files:
-            size = sizes.get(place_of(prefix, entry))
-            if size != entry.size:
-                found = "missing" if size is None else f"{size} bytes long"
-                raise self._corrupt(prefix, f"{entry.path} is {found}, the manifest says {entry.size} bytes")
+        prove_listing(self.join(prefix), prefix, manifest, lambda: self.sizes(prefix))
 
     def fetch(self, prefix: str, into: Path, *, subset: str = "") -> Path:
-        """A local folder with the product's files, verified by size and sha256.
+        """A local folder that holds exactly the product's files, verified by size and sha256; returns `into`.
 
-        subset: only the files at or under this path ("model", "plan.json"). A store that is a folder returns its own;
-        others download into `into`, keeping what is already there and right. Raises StoreError if nothing is
-        committed at the prefix, CorruptArtifact.
+        subset: only the files at or under this path ("model", "plan.json"). into: the fetch's own folder; whatever else
+        lies in it is removed. A store that is a folder puts links there instead of copies, others download what is
+        not there yet. Treat the files as read-only. Raises StoreError if nothing is committed at the prefix,
+        CorruptArtifact.
         """
         manifest = self.open_manifest(prefix)
         wanted = [e for e in manifest.files if not subset or e.path == subset or e.path.startswith(subset + "/")]
         if subset and not wanted:
             raise StoreError(f"{self.join(prefix)} has no '{subset}'")
-        return self._open_files(prefix, wanted, into)
+        self._check_apart(into)
+        into.mkdir(parents=True, exist_ok=True)
+        clear_unlisted(into, [entry.path for entry in wanted])
+        self._open_files(prefix, wanted, into)
+        return into
 
     def read_file(self, prefix: str, path: str) -> bytes:
         """The content of one small file of a product, verified. Raises StoreError, CorruptArtifact."""
@@ -205,10 +192,16 @@ class Store(ABC):
         entry = next((e for e in manifest.files if e.path == path), None)
         if entry is None:
             raise StoreError(f"{self.join(prefix)} has no '{path}'")
-        data = self.get_bytes(place_of(prefix, entry))
-        if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise self._corrupt(prefix, f"{path} is missing or altered")
-        return data
+        kept = b""
+
+        def attempt() -> tuple[int, str] | None:
+            nonlocal kept
+            data = self.get_bytes(place_of(prefix, entry))
+            kept = data or b""
+            return None if data is None else (len(data), hashlib.sha256(data).hexdigest())
+
+        self._prove(prefix, entry, attempt)
+        return kept
 
     def open_manifest(self, prefix: str) -> Manifest:
         """The manifest at a prefix. Raises StoreError if nothing is committed there, CorruptArtifact."""
@@ -224,7 +217,8 @@ class Store(ABC):
         """Bring one file of a product under the prefix and verify what arrived. Raises CorruptArtifact."""
 
     @abstractmethod
-    def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> Path: ...
+    def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> None:
+        """Put the files into a folder, each verified. Raises CorruptArtifact, StoreError."""
 
     @abstractmethod
     def _delete_keys(self, keys: Sequence[str]) -> None: ...
@@ -237,23 +231,33 @@ class Store(ABC):
         """Keep other writers out during a commit, where the place offers a lock that dies with its holder."""
         return nullcontext()
 
+    def _check_apart(self, into: Path) -> None:
+        """Raises StoreError for a folder that a fetch must not clear."""
+        return
+
     # Shared by the kinds
 
-    def _check_local(self, prefix: str, entry: FileEntry, path: Path) -> None:
-        """Raises CorruptArtifact unless the local file is the entry's."""
-        try:
-            size = path.stat().st_size
-            good = size == entry.size and self._verified.sha256(path) == entry.sha256
-        except FileNotFoundError:
-            raise self._corrupt(prefix, f"{entry.path} is missing") from None
-        if not good:
-            what = f"{size} bytes long, not {entry.size}" if size != entry.size else "altered (another sha256)"
-            raise self._corrupt(prefix, f"{entry.path} is {what}")
+    def _publish(self, key: str, data: bytes) -> bool:
+        """put_if_absent, read back: what a writer believes to be committed can be read. Whether this call wrote it.
 
-    def _corrupt(self, prefix: str, fault: str) -> CorruptArtifact:
-        return CorruptArtifact(
-            f"{self.join(prefix)}: {fault}; delete this prefix to have it made again, or choose a new run name"
-        )
+        Raises StoreError where the place does not keep what it is given; nothing is committed then.
+        """
+        if not self.put_if_absent(key, data):
+            return False
+        for pause in PAUSES:
+            time.sleep(pause)
+            found = self.read(key)
+            if found is not None and found[0] == data:
+                return True
+            if found is not None:  # nobody else writes where a manifest is: this is ours, altered on its way
+                self.replace(key, data, found[1])
+        self._delete_keys([key])
+        raise StoreError(f"{self.uri}/{key}: what was written does not come back as it was sent; nothing is committed")
+
+    def _prove(self, prefix: str, entry: FileEntry, attempt: Callable[[], tuple[int, str] | None]) -> None:
+        """Call attempt until what it read, (size, sha256), is the entry's. Raises CorruptArtifact, StoreError."""
+        key = place_of(prefix, entry)
+        prove_file(self.join(prefix), entry, attempt, lambda: self.sizes(key).get(key))
 
     def _agree(self, prefix: str, existing: Manifest, wanted: Manifest) -> Manifest:
         if existing.digest == wanted.digest:
@@ -261,51 +265,15 @@ class Store(ABC):
         raise conflict(self.join(prefix), existing.digest, wanted.digest)
 
 
-def conflict(uri: str, existing: str, wanted: str) -> StageConflict:
-    """The error for a place that holds another digest."""
-    return StageConflict(
-        f"{uri} already holds another result (digest {existing[:12]}, this recipe asks for {wanted[:12]}): "
-        "nothing is overwritten; choose a new run name, or put the recipe back as it was"
-    )
-
-
-def older_schema(uri: str, manifest: Manifest) -> str:
-    """Why a product of another schema version is not compared with what is asked for."""
-    return (
-        f"{uri} was made by another version of radlads (schema {manifest.schema_version}, this one has "
-        f"{SCHEMA_VERSION}), so it cannot be told whether it is what is asked for; nothing is overwritten: choose a "
-        "new run name"
-    )
-
-
-def place_of(prefix: str, entry: FileEntry) -> str:
-    """The key at which a product's file lies."""
-    return f"{prefix}/{check_key(entry.stored_as or entry.path)}"
-
-
-def parallel(function: Callable[[_Item], _Out], items: Sequence[_Item], workers: int = _PARALLEL_FILES) -> list[_Out]:
-    """Apply the function to every item in threads; results in order. The first error is raised, the rest cancelled."""
-    with ThreadPoolExecutor(max_workers=max(1, min(workers, len(items)))) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-
-
-def read_blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The file's content in blocks."""
-    with path.open("rb") as stream:
-        while block := stream.read(size):
-            yield block
-
-
 def _dump(manifest: Manifest) -> bytes:
-    """The manifest as it is stored. Raises StoreError for NaN, which pydantic would silently write as null."""
+    """The manifest as it is stored. Raises StoreError for what no reader would take, and for NaN, which pydantic would
+    silently write as null."""
+    check_files(manifest.files)
     try:
         canonical_json({"metrics": manifest.metrics, "spec": manifest.spec})
     except ValueError:
         raise StoreError("a manifest is strict JSON: a metric or a spec value is NaN or infinite") from None
-    return manifest.model_dump_json(indent=1).encode() + b"\n"
+    data = manifest.model_dump_json(indent=1).encode() + b"\n"
+    if len(data) > MANIFEST_BYTES:
+        raise StoreError(f"a manifest of {len(data):,} bytes is too long: {len(manifest.files):,} files are too many")
+    return data

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from radlads.tasks.store_base import read_blocks
+from radlads.tasks.store_files import read_blocks
 
 _MAX_PARTS = 9000  # S3 allows 10,000 parts
 _MIB = 1 << 20

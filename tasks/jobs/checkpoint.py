@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -27,17 +27,17 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 from radlads.tasks.job import SCHEMA_VERSION, Manifest, UserError
+from radlads.tasks.jobs.checkpoint_sheet import KINDS, VERSION, open_checkpoint
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.ending import write_json
 from radlads.tasks.jobs.engine import Engine
 from radlads.tasks.jobs.random_state import gather_random_states, seed_everything, write_random_state
 from radlads.tasks.store import CorruptArtifact
-from radlads.tasks.store_base import older_schema
+from radlads.tasks.store_errors import older_schema
 
 logger = logging.getLogger("radlads")
 
-_VERSION = 1
 _SHARD_BYTES = 2 << 30
 _STEP = re.compile(r"/step-(\d+)/manifest\.json$")
 
@@ -92,7 +92,7 @@ class Checkpoints:
         write_json(
             folder / "checkpoint.json",
             {
-                "version": _VERSION,
+                "version": VERSION,
                 "step": step,
                 "adam_steps": self.engine.adam_steps(),
                 "seed": self.seed,
@@ -130,8 +130,10 @@ class Checkpoints:
 
     def _commit(self, folder: Path, step: int) -> None:
         store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
+        self.job.confirm_lease()
         store.delete(prefix)  # what a corrupt or an abandoned attempt left; the checkpoint before it still stands
-        store.commit(prefix, folder, self._manifest(step))
+        store.commit(prefix, folder, self._manifest(step), guard=self.job.confirm_lease)
+        self.job.confirm_lease()
         store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
         for old in self._committed_steps()[self.keep :]:
             store.delete(f"{self.prefix}/{_name(old)}")
@@ -163,10 +165,9 @@ class Checkpoints:
             seed_everything(self.seed + self.job.rank)
             return 0
         folder = self._fetched(step)
-        sheet = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        self._check(sheet, step)
-        self.engine.set_adam_steps(sheet["adam_steps"])
-        for name, tensors in _read_parameters(folder, sheet["parameters"]):
+        sheet = open_checkpoint(folder, step, {name: p.shape for name, p in self.engine.parameters.items()})
+        self.engine.set_adam_steps(sheet.adam_steps)
+        for name, tensors in _read_parameters(folder, sheet.parameters):
             self.engine.write(name, tensors)
         with safe_open(folder / "random.safetensors", "pt") as file:
             states = file.get_tensor("states")
@@ -224,16 +225,6 @@ class Checkpoints:
         self.job.barrier()
         return Path(json.loads(self._marker.read_text(encoding="utf-8"))["folder"])
 
-    def _check(self, sheet: dict[str, Any], step: int) -> None:
-        if sheet["version"] != _VERSION or sheet["step"] != step:
-            raise UserError(f"the checkpoint of step {step} was written by another version; choose a new run name")
-        missing = set(self.engine.parameters) ^ set(sheet["parameters"])
-        if missing:
-            raise UserError(
-                f"the checkpoint of step {step} and this job do not train the same parameters "
-                f"({len(missing)} differ, e.g. {min(missing)}); choose a new run name"
-            )
-
     def _restore_record(self, folder: Path, step: int) -> None:
         """The record up to the checkpoint, also on a machine that has not seen this job before."""
         saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
@@ -250,5 +241,4 @@ def _read_parameters(folder: Path, files: dict[str, str]) -> Iterator[tuple[str,
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(folder / file, "pt")) for file in dict.fromkeys(files.values())}
         for name, file in files.items():
-            kinds = ("param", "exp_avg", "exp_avg_sq")
-            yield name, {kind: opened[file].get_tensor(f"{kind}/{name}") for kind in kinds}
+            yield name, {kind: opened[file].get_tensor(f"{kind}/{name}") for kind in KINDS}

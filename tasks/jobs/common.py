@@ -31,11 +31,13 @@ from radlads.tasks.jobs.ending import (
     Preempted,
     clear_ending,
     explain,
+    keep_folder,
     write_ending,
     write_json,
 )
 from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
+from radlads.tasks.lease import confirm_lease
 from radlads.tasks.pins import check_pins
 from radlads.tasks.specs import parse_spec
 
@@ -215,7 +217,12 @@ class Job:
             kernels=chosen_kernels(),
             created_at=datetime.now(UTC),
         )
-        return self.store.commit(self.output_prefix, self.output, manifest)
+        return self.store.commit(self.output_prefix, self.output, manifest, guard=self.confirm_lease)
+
+    def confirm_lease(self) -> None:
+        """Raises LeaseLost where another process makes this run by now: what this one has is not to be committed."""
+        if self.spec.lease is not None:
+            confirm_lease(self.store, self.spec.lease)
 
 
 JobMain = Callable[[Job], dict[str, Any] | None]
@@ -263,14 +270,17 @@ def open_job(path: Path) -> Job:
 
 def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
-    clear_ending(job.scratch, job.rank)
-    forget_kernels()
-    forget_commit(job.scratch, job.rank)
-    reason, message = _attempt(main, job)
-    write_ending(job.scratch, job.rank, reason, message)
-    if job._record is not None:
-        job._record.close()
-    return reason
+    with keep_folder(job.scratch, job.local_rank) as alone:
+        if not alone:
+            return "crash"
+        clear_ending(job.scratch, job.rank)
+        forget_kernels()
+        forget_commit(job.scratch, job.rank)
+        reason, message = _attempt(main, job)
+        write_ending(job.scratch, job.rank, reason, message)
+        if job._record is not None:
+            job._record.close()
+        return reason
 
 
 def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from radlads.tasks.credentials import hide
 from radlads.tasks.job import ExitReason, UserError
+from radlads.tasks.scratch_lock import FolderInUse, hold_folder
+
+logger = logging.getLogger("radlads")
+
+_FOLDER_SECONDS = 60.0
 
 EXIT_CODES: dict[ExitReason, int] = {
     "done": 0,
@@ -53,6 +61,27 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def keep_folder(scratch: Path, local_rank: int) -> Iterator[bool]:
+    """One rank of a machine keeps the folder to its job; yields whether it can.
+
+    What an earlier attempt left running may end first. If it does not, this one leaves without a word in exit.json,
+    which is the other's.
+    """
+    if local_rank != 0:
+        yield True
+        return
+    with ExitStack() as stack:
+        what = f"the job's folder {scratch}"
+        try:
+            stack.enter_context(hold_folder(scratch, "job.lock", what=what, wait_seconds=_FOLDER_SECONDS))
+        except FolderInUse as error:
+            logger.error("%s", error)
+            yield False
+        else:
+            yield True
 
 
 def clear_ending(scratch: Path, rank: int) -> None:

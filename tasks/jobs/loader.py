@@ -8,7 +8,6 @@ optimizer step do not depend on how many processes share them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,9 @@ import numpy as np
 import torch
 
 from radlads.tasks.job import UserError
+from radlads.tasks.jobs.dataset_index import DatasetIndex, SplitIndex
 from radlads.tasks.jobs.permutation import permute
+from radlads.tasks.jobs.strict_json import SheetError, read_sheet
 from radlads.tasks.recipe import Training
 
 # Of a mask that is read from beginning to end, at a time.
@@ -214,30 +215,30 @@ def open_dataset(folder: Path) -> TokenDataset:
     """Read index.json and check that every file has the size that it says. Raises DatasetError."""
     path = folder / "index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        dtype = _DTYPES[index["dtype"]]
-        splits = {name: _open_split(folder, name, dtype, entry) for name, entry in index["splits"].items()}
+        index = read_sheet(path, DatasetIndex)
+        dtype = _DTYPES[index.dtype]
+        splits = {name: _open_split(folder, name, dtype, entry) for name, entry in index.splits.items()}
         for name in ("train", "heldout"):
             splits[name]
         return TokenDataset(
             folder=folder,
             splits=splits,
-            vocab_size=index["vocab_size"],
-            eos_id=index["eos_id"],
-            has_mask=index["has_mask"],
-            tokenizer_fingerprint=index["tokenizer_fingerprint"],
+            vocab_size=index.vocab_size,
+            eos_id=index.eos_id,
+            has_mask=index.has_mask,
+            tokenizer_fingerprint=index.tokenizer_fingerprint,
         )
     except FileNotFoundError:
         raise DatasetError(f"{folder} is not a dataset: it has no index.json") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{path} is torn or of another version ({error!r}); tokenize the dataset again") from error
+    except (SheetError, KeyError) as error:
+        raise DatasetError(f"{path} is torn or of another version ({error}); tokenize the dataset again") from None
 
 
-def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: dict[str, Any]) -> TokenSplit:
-    files = tuple(shard["file"] for shard in entry["shards"])
-    counts = tuple(int(shard["tokens"]) for shard in entry["shards"])
-    masks = tuple(entry.get("mask_files") or ())
-    boundaries = entry.get("boundaries_file")
+def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex) -> TokenSplit:
+    files = tuple(shard.file for shard in entry.shards)
+    counts = tuple(shard.tokens for shard in entry.shards)
+    masks = entry.mask_files or ()
+    boundaries = entry.boundaries_file
     for file, count in zip(files, counts, strict=True):
         _check_size(folder / file, count * dtype.itemsize)
     if masks:
@@ -246,9 +247,9 @@ def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: dict[str, 
         for file, count in zip(masks, counts, strict=True):
             _check_size(folder / file, count)
     if boundaries is not None:
-        _check_size(folder / boundaries, int(entry["documents"]) * 8)
-    if sum(counts) != entry["tokens"]:
-        raise DatasetError(f"{folder}: the {name} split says {entry['tokens']} tokens, its shards say {sum(counts)}")
+        _check_size(folder / boundaries, entry.documents * 8)
+    if sum(counts) != entry.tokens:
+        raise DatasetError(f"{folder}: the {name} split says {entry.tokens} tokens, its shards say {sum(counts)}")
     if any(count != counts[0] for count in counts[:-1]) or (counts and counts[-1] > counts[0]):
         raise DatasetError(f"{folder}: the shards of the {name} split are not of equal width")
     return TokenSplit(
@@ -259,9 +260,9 @@ def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: dict[str, 
         shard_tokens=counts,
         mask_files=masks,
         boundaries_file=boundaries,
-        tokens=int(entry["tokens"]),
-        documents=int(entry["documents"]),
-        bytes=int(entry["bytes"]),
+        tokens=entry.tokens,
+        documents=entry.documents,
+        bytes=entry.bytes,
     )
 
 

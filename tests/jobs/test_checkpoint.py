@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from radlads.model.objectives import build_objective
-from radlads.tasks.job import UserError
+from radlads.tasks.holder import this_process
+from radlads.tasks.job import LeaseRef, UserError
 from radlads.tasks.jobs import train
 from radlads.tasks.jobs.checkpoint import Checkpoints
 from radlads.tasks.jobs.common import Job, Preempted, execute
 from radlads.tasks.jobs.engine import Engine
 from radlads.tasks.jobs.random_state import read_random_state, seed_everything, write_random_state
+from radlads.tasks.lease import LeaseSheet
 from radlads.tasks.recipe import Rate
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3), "rest_rate": Rate(start=1e-3, final=1e-4)}
@@ -127,14 +129,37 @@ def test_a_corrupt_checkpoint_is_passed_over_and_replaced(training, whole, monke
     assert training.curve(job) == whole
 
 
+def test_a_job_whose_run_was_taken_over_publishes_no_checkpoint_and_says_why(training, monkeypatch):
+    """It slept; another process went on from step 6 and is at work. The next checkpoint is where it finds out."""
+    plain = training.job("distill", "fenced", **RATES)
+    store, key = plain.store, "runs/fenced/lease.json"
+    mine = LeaseSheet(token=3, owner="mine", holder=this_process(training.root))
+    far = mine.holder.model_copy(update={"host": "far", "user": "ada", "pid": 4242})
+    store.put_bytes(key, mine.model_dump_json().encode())
+    job = Job(spec=plain.spec.model_copy(update={"lease": LeaseRef(key=key, token=3)}))
+    original = Engine.step
+
+    def stepping(self, batches, rates, number, *, stop):
+        if number == 8:
+            theirs = mine.model_copy(update={"token": 4, "owner": "theirs", "holder": far})
+            store.put_bytes(key, theirs.model_dump_json().encode())
+        return original(self, batches, rates, number, stop=stop)
+
+    monkeypatch.setattr(Engine, "step", stepping)
+    assert execute(train.main, job) == "config"
+    assert "taken over by ada@far (pid 4242)" in training.ending(job)["message"]
+    assert committed(job) == ["step-000006"]
+    assert job.store.read_manifest(job.output_prefix) is None
+
+
 def test_a_failed_upload_fails_the_job_and_the_last_good_checkpoint_stays(training, monkeypatch):
     job = training.job("distill", "upload", **RATES)
     original = type(job.store).commit
 
-    def commit(self, prefix, folder, manifest):
+    def commit(self, prefix, folder, manifest, **options):
         if prefix.endswith("step-000012"):
             raise OSError("the disk is full")
-        return original(self, prefix, folder, manifest)
+        return original(self, prefix, folder, manifest, **options)
 
     monkeypatch.setattr(type(job.store), "commit", commit)
     assert execute(train.main, job) == "crash"

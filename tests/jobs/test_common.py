@@ -14,12 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, StoreRef, UserError
+from radlads.tasks.holder import this_process
+from radlads.tasks.job import InputRef, JobResources, JobSpec, LeaseRef, Manifest, StoreRef, UserError
 from radlads.tasks.jobs import waiting
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, execute, open_job
 from radlads.tasks.jobs.ending import write_ending, write_json
 from radlads.tasks.jobs.waiting import wait_for
+from radlads.tasks.lease import LeaseSheet
+from radlads.tasks.scratch_lock import hold_folder
 
 RECIPE = {"name": "x", "teacher": {"path": "t"}, "data": {"train": {"sources": [{"kind": "sample", "tokens": 1}]}}}
 
@@ -125,6 +128,24 @@ def test_an_earlier_attempts_ending_is_forgotten(job):
         assert not (job.scratch / "exit.json").exists()
 
     assert execute(main, job) == "done"
+
+
+def test_a_job_that_finds_another_in_its_folder_writes_nothing_there(job, monkeypatch, caplog):
+    monkeypatch.setattr("radlads.tasks.jobs.ending._FOLDER_SECONDS", 0.0)
+    with hold_folder(job.scratch, "job.lock", what="x"):
+        assert execute(lambda job: pytest.fail("ran"), job) == "crash"
+    assert f"(pid {os.getpid()})" in caplog.text
+    assert sorted(path.name for path in job.scratch.iterdir()) == ["job.json", "job.lock"]
+    assert execute(lambda job: {}, job) == "done"
+
+
+def test_what_another_process_has_taken_over_is_not_committed(job):
+    spec = job.spec.model_copy(update={"lease": LeaseRef(key="runs/r/lease.json", token=1)})
+    theirs = LeaseSheet(token=2, owner="theirs", holder=this_process(job.scratch))
+    job.store.put_bytes("runs/r/lease.json", theirs.model_dump_json().encode())
+    assert execute(lambda job: {}, Job(spec=spec)) == "config"
+    assert "was taken over by" in ending(job)["message"]
+    assert job.store.read_manifest("runs/r/publish") is None
 
 
 def test_the_rank_that_fails_first_names_the_cause(tmp_path):

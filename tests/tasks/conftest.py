@@ -104,9 +104,13 @@ def rclone_endpoint(s3_credentials, tmp_path_factory):
 @pytest.fixture(params=["local", "moto", "rclone", "ceph"])
 def store(request, tmp_path):
     """A fresh store of every kind."""
-    if request.param == "local":
+    return make_store(request.param, request, tmp_path)
+
+
+def make_store(kind, request, tmp_path):
+    if kind == "local":
         return LocalStore(StoreRef(uri=str(tmp_path / "store")))
-    endpoint = request.getfixturevalue(f"{request.param}_endpoint")
+    endpoint = request.getfixturevalue(f"{kind}_endpoint")
     return S3Store(StoreRef(uri=f"s3://art/t{next(_numbers)}", endpoint_url=endpoint))
 
 

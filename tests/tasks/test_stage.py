@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import shutil
+import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from radlads.tasks import launch
+from radlads.tasks import launch, stage
 from radlads.tasks.job import CodeVersion, JobResources, JobSpec, Manifest, StoreRef
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.recipe import parse_recipe
@@ -151,3 +154,62 @@ def test_checkpoints_go_once_the_product_is_committed_and_stay_while_it_is_not(a
     product = run_stage(ask())
     assert store.list("runs/r/plan/checkpoints") == []
     assert store.read_manifest("runs/r/plan") == product.manifest
+
+
+def test_what_a_flow_left_that_died_right_after_the_commit_goes_when_the_stage_is_reused(
+    ask, job, tmp_path, monkeypatch
+):
+    """Between the job's commit and the flow's tidying: optimizer states in the store, full scratch, papers not kept."""
+    store = ask().store
+    store.put_bytes("runs/r/plan/checkpoints/step-000005/state.safetensors", b"moments")
+    store.put_bytes("runs/r/plan/checkpoints/latest", b"step-000005\n")
+    store.put_bytes("runs/r/plan/job/metrics.jsonl", b"")
+
+    def died(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_keep_papers", died)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(ask())
+    (tmp_path / "work" / "metrics.jsonl").write_bytes(b'{"step": 1, "time": 1, "loss": 1.0}\n')
+    assert (tmp_path / "work" / "output").is_dir()
+    assert run_stage(ask()).reused
+    assert store.list("runs/r/plan/checkpoints") == []
+    assert store.get_bytes("runs/r/plan/job/metrics.jsonl") == b'{"step": 1, "time": 1, "loss": 1.0}\n'
+    assert b"=== attempt" in store.get_bytes("runs/r/plan/job/log.txt")
+    assert not (tmp_path / "work" / "output").exists()
+
+
+def test_the_scratch_of_another_store_is_left_alone_by_a_stage_that_is_reused(ask, job, tmp_path):
+    run_stage(ask())
+    other = ask()
+    moved = LocalStore(StoreRef(uri=str(tmp_path / "copy")))
+    shutil.copytree(tmp_path / "store", tmp_path / "copy", dirs_exist_ok=True)
+    (tmp_path / "work" / "output").mkdir()
+    (tmp_path / "work" / "log.txt").write_text("another store's")
+    assert run_stage(replace(other, store=moved)).reused
+    assert (tmp_path / "work" / "output").exists()
+    assert b"another store's" not in moved.get_bytes("runs/r/plan/job/log.txt")
+
+
+def test_a_dataset_that_another_process_is_making_is_waited_for(ask, job, monkeypatch):
+    entered, leave = threading.Event(), threading.Event()
+    run_job = launch.run_process
+
+    def slow(*args, **kwargs):
+        entered.set()
+        assert leave.wait(30)
+        return run_job(*args, **kwargs)
+
+    monkeypatch.setattr(launch, "run_process", slow)
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(run_stage(ask()))) for _ in range(2)]
+    threads[0].start()
+    assert entered.wait(30)
+    threads[1].start()
+    threading.Timer(0.5, leave.set).start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(product.reused for product in made) == [False, True]
+    assert job.runs == 1

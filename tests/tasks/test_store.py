@@ -58,6 +58,41 @@ def test_fetch_subset(store, folder, tmp_path):
         store.fetch("runs/a/align", tmp_path / "other", subset="mod")
 
 
+def test_what_is_fetched_is_what_is_listed_and_nothing_else(store, folder, tmp_path):
+    manifest = store.commit("runs/a/align", folder, sheet())
+    store.put_bytes("runs/a/align/model/modeling_extra.py", b"not of the product")
+    store.put_bytes("runs/a/align/job/log.txt", b"papers")
+    into, outside = tmp_path / "into", tmp_path / "outside"
+    (into / "model" / "weights.bin").mkdir(parents=True)
+    (into / "model" / "adapter.json").write_text("left by somebody")
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    (into / "link").symlink_to(outside)
+    for _ in range(2):
+        got = store.fetch("runs/a/align", into)
+        found = {path.relative_to(got).as_posix() for path in got.rglob("*") if not path.is_dir()}
+        assert found == {entry.path for entry in manifest.files}
+    store.fetch("runs/a/align", into, subset="model")
+    assert sorted(path.name for path in into.rglob("*")) == ["config.json", "model", "weights.bin"]
+    assert (outside / "kept").exists()
+
+
+def test_replace_takes_the_version_that_was_read(store):
+    assert not store.replace("runs/a/lease", b"0", "none")
+    store.put_bytes("runs/a/lease", b"1")
+    data, version = store.read("runs/a/lease")
+    assert store.replace("runs/a/lease", data + b"2", version)
+    assert store.replace("runs/a/lease", b"12", version), "an answer was lost: what is there is what was asked for"
+    assert not store.replace("runs/a/lease", b"3", version)
+    assert store.get_bytes("runs/a/lease") == b"12"
+
+
+def test_age_is_told_by_the_stores_own_clock(store):
+    assert store.age("runs/a/x") is None
+    store.put_bytes("runs/a/x", b"1")
+    assert 0 <= store.age("runs/a/x") < 30
+
+
 def test_nothing_there(store, tmp_path):
     assert store.read_manifest("runs/none/align") is None
     assert store.get_bytes("runs/none") is None
@@ -193,6 +228,45 @@ def test_bad_keys(store, key):
 def test_nan_is_refused(store, folder):
     with pytest.raises(StoreError, match="NaN"):
         store.commit("runs/a/align", folder, sheet(metrics={"loss": float("nan")}))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["A.txt", "a.txt"], "upper and lower case"),
+        (["x/.tmp-1"], "store's own"),
+        ([".objects/x"], "store's own"),
+        (["manifest.json"], "store's own"),
+        (["a\\b"], "not a valid key"),
+    ],
+)
+def test_names_that_no_store_keeps_apart_are_refused_before_anything_is_sent(store, tmp_path, names, words):
+    for name in names:
+        (tmp_path / "odd" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "odd" / name).write_text(name)
+    with pytest.raises(StoreError, match=words):
+        store.commit("runs/a/align", tmp_path / "odd", sheet())
+    assert store.list("runs/a/align") == []
+
+
+def test_a_folder_that_is_a_link_is_not_left_out_in_silence(store, folder, tmp_path):
+    (folder / "more").symlink_to(tmp_path)
+    with pytest.raises(StoreError, match="link to a folder"):
+        store.commit("runs/a/align", folder, sheet())
+
+
+def test_a_guard_that_objects_keeps_the_product_from_being_committed(store, folder):
+    asked = []
+
+    def guard():
+        asked.append(1)
+        if len(asked) == 2:
+            raise StoreUnusable("somebody else makes this now")
+
+    with pytest.raises(StoreUnusable):
+        store.commit("runs/a/align", folder, sheet(), guard=guard)
+    assert store.read_manifest("runs/a/align") is None
+    assert store.commit("runs/a/align", folder, sheet(), guard=lambda: None).files
 
 
 def test_many_files(store, tmp_path):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from radlads.tasks.job import StoreRef
-from radlads.tasks.store import LocalStore
+from radlads.tasks.store import CorruptArtifact, LocalStore, StoreError, StoreUnusable
 
 from .test_store import sheet
 
@@ -75,8 +75,86 @@ def test_leftovers_are_not_listed_and_tidied(store, folder, tmp_path):
 
 def test_an_altered_file_is_found_even_if_it_was_read_before(store, folder, tmp_path):
     store.commit("runs/a/align", folder, sheet())
-    path = store.fetch("runs/a/align", tmp_path / "unused") / "weights.bin"
-    assert path.parent == tmp_path / "store" / "runs" / "a" / "align", "a folder is read where it is"
-    path.write_bytes(b"y" * 1000)
-    with pytest.raises(Exception, match="altered"):
-        store.fetch("runs/a/align", tmp_path / "unused")
+    store.fetch("runs/a/align", tmp_path / "into")
+    (tmp_path / "store" / "runs" / "a" / "align" / "weights.bin").write_bytes(b"y" * 1000)
+    with pytest.raises(CorruptArtifact, match="altered"):
+        store.fetch("runs/a/align", tmp_path / "into")
+    assert list((tmp_path / "into").iterdir()) == [], "what failed is not left to be used"
+
+
+def test_what_is_fetched_are_links_not_copies(store, folder, tmp_path):
+    store.commit("runs/a/align", folder, sheet())
+    got = store.fetch("runs/a/align", tmp_path / "into")
+    assert (got / "weights.bin").samefile(tmp_path / "store/runs/a/align/weights.bin")
+    assert store.fetch("runs/a/align", tmp_path / "into") == got
+
+
+@pytest.mark.parametrize("without", [("link",), ("link", "symlink")])
+def test_a_filesystem_without_links_gets_copies(store, folder, tmp_path, monkeypatch, without):
+    store.commit("runs/a/align", folder, sheet())
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another device")
+
+    for name in without:
+        monkeypatch.setattr(os, name, refuse)
+    got = store.fetch("runs/a/align", tmp_path / "into") / "weights.bin"
+    assert got.read_bytes() == b"x" * 1000
+    assert got.is_symlink() == (without == ("link",))
+
+
+def test_a_file_stored_under_another_name_is_fetched_under_its_own(store, folder, tmp_path):
+    """As a bucket copied into a folder looks after two attempts: the file's own name holds the unfinished one's."""
+    manifest = store.commit("runs/a/align", folder, sheet())
+    entry = manifest.files[0].model_copy(update={"stored_as": f".objects/{manifest.files[0].sha256}"})
+    place = tmp_path / "store" / "runs" / "a" / "align"
+    (place / ".objects").mkdir()
+    (place / "weights.bin").rename(place / entry.stored_as)
+    (place / "weights.bin").write_bytes(b"older" * 200)
+    store.put_bytes(
+        "runs/a/align/manifest.json", manifest.model_copy(update={"files": (entry,)}).model_dump_json().encode()
+    )
+    got = store.fetch("runs/a/align", tmp_path / "into")
+    assert (got / "weights.bin").read_bytes() == b"x" * 1000
+    assert [path.name for path in got.iterdir()] == ["weights.bin"]
+
+
+@pytest.mark.parametrize("inner", ["weights.bin", "."])
+def test_a_link_out_of_the_store_is_not_followed(store, folder, tmp_path, inner):
+    store.commit("runs/a/align", folder, sheet())
+    place = tmp_path / "store" / "runs" / "a" / "align" / inner
+    outside = tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    with pytest.raises(StoreUnusable, match="leads out of the store"):
+        store.fetch("runs/a/align", tmp_path / "into")
+    with pytest.raises(StoreUnusable, match="leads out of the store"):
+        store.put_bytes("runs/a/align/weights.bin/x" if inner == "weights.bin" else "runs/a/align/x", b"")
+
+
+def test_deleting_a_link_leaves_what_it_links_to(store, folder, tmp_path):
+    store.commit("runs/a/align", folder, sheet())
+    place = tmp_path / "store" / "runs" / "a" / "align" / "weights.bin"
+    place.rename(tmp_path / "outside")
+    place.symlink_to(tmp_path / "outside")
+    store.delete("runs/a/align")
+    assert (tmp_path / "outside").read_bytes() == b"x" * 1000
+    assert not place.parent.exists()
+
+
+def test_a_fetch_does_not_clear_the_store(store, folder, tmp_path):
+    store.commit("runs/a/align", folder, sheet())
+    for into in (tmp_path, tmp_path / "store", tmp_path / "store" / "runs"):
+        with pytest.raises(StoreError, match="within one another"):
+            store.fetch("runs/a/align", into)
+    assert store.fetch("runs/a/align", tmp_path / "into")
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")])
+def test_errors_of_the_filesystem_are_one_line(store, folder, monkeypatch, number, words):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StoreUnusable, match=words):
+        store.commit("runs/a/align", folder, sheet())

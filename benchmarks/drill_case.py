@@ -1,0 +1,233 @@
+"""One case of the drill: a place of its own, the flow in it, who is killed when, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fault_proxy import FaultProxy, Rule
+
+from radlads.tasks.job import StoreRef
+from radlads.tasks.store import Store, open_store
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE / "recipes" / "drill.yaml"
+RUN, STAGE, STEPS = "r", "distill", 24
+PRODUCT = f"runs/{RUN}/{STAGE}"
+BUCKET = "drill"
+LIMIT_SECONDS = 300.0
+ORPHAN_SECONDS = 60.0
+Curve = list[tuple[int, str, float]]
+
+
+@dataclass
+class Place:
+    """A store and a scratch folder of one case, and the environment that its processes get."""
+
+    folder: Path
+    kind: str
+    proxy: FaultProxy | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def store(self) -> str:
+        """Its uri."""
+        return str(self.folder / "store") if self.proxy is None else f"s3://{BUCKET}/{self.folder.name}"
+
+    @property
+    def scratch(self) -> Path:
+        """Of the stage that is killed."""
+        return self.folder / "work" / RUN / STAGE
+
+    def open(self) -> Store:
+        """The store, past any fault."""
+        endpoint = self.proxy.endpoint if self.proxy else None
+        return open_store(StoreRef(uri=self.store, endpoint_url=endpoint))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Of the flow and everything below it."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RADLADS_", "PREFECT_", "MLFLOW_"))}
+        kept |= {"RADLADS_HOME": str(self.folder / "home"), "RADLADS_GRACE_SECONDS": "20", "RADLADS_RETRIES": "0"}
+        if self.proxy is not None:
+            kept["RADLADS_S3_ENDPOINT"] = self.proxy.endpoint
+        return kept | more
+
+    def start(self, command: list[str] | None = None, **more: str) -> subprocess.Popen[bytes]:
+        """Start the flow, or another command that runs it."""
+        places = [str(RECIPE), RUN, self.store, str(self.folder / "work")]
+        command = command or [sys.executable, str(HERE / "drill_flow.py"), *places]
+        with (self.folder / "flow.log").open("ab") as log:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment(**more), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def processes(self) -> dict[int, list[str]]:
+        """pid → command line of everything that works in this place."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            try:
+                words = Path("/proc", entry, "cmdline").read_bytes().decode(errors="replace").split("\0")
+                state = Path("/proc", entry, "stat").read_text().rsplit(")", 1)[1].split()[0]
+                cwd = os.readlink(f"/proc/{entry}/cwd")
+            except OSError:
+                continue
+            mine = cwd.startswith(str(self.folder)) or any(str(self.folder) in word for word in words)
+            if mine and state != "Z":
+                found[int(entry)] = words
+        return found
+
+    def rows(self) -> int:
+        """Steps on record in the scratch folder."""
+        try:
+            return (self.scratch / "metrics.jsonl").read_bytes().count(b'"loss"')
+        except FileNotFoundError:
+            return 0
+
+
+def find_victim(place: Place, victim: str, flow: int) -> int | None:
+    """The process id of the flow, the job's supervisor, DeepSpeed's launcher or the rank; None if it is not there."""
+    if victim == "flow":
+        return flow
+    found: dict[str, int] = {}
+    for pid, words in sorted(place.processes().items()):
+        if not any(STAGE in word for word in words):
+            continue
+        if "radlads.tasks.supervise" in words:
+            found["supervisor"] = pid
+        elif any("deepspeed" in word for word in words):
+            found["launcher"] = pid  # the innermost: the runner starts it
+        elif "radlads.tasks.jobs.train" in words:
+            found["rank"] = pid
+    return found.get(victim)
+
+
+def kill_when(
+    place: Place, flow: subprocess.Popen[bytes], victim: str, moment: Callable[[], bool], delay: float
+) -> bool:
+    """Wait for the moment, and a little, and kill -9 the victim; False where the flow ended before."""
+    while flow.poll() is None:
+        if moment():
+            time.sleep(delay)
+            pid = find_victim(place, victim, flow.pid)
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+                return True
+        time.sleep(0.001)
+    return False
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code; -999 for one that did not end in time, and was killed."""
+    try:
+        return process.wait(LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return -999
+
+
+def wait_for_nobody(place: Place) -> list[str]:
+    """Command lines of what still works in the place after a while."""
+    end = time.monotonic() + ORPHAN_SECONDS
+    while place.processes() and time.monotonic() < end:
+        time.sleep(0.1)
+    left = place.processes()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return [" ".join(words)[:120] for words in left.values()]
+
+
+def curve_of(store: Store, key: str | None = None) -> Curve:
+    """(step, metric, value) of what training computed, from the product's own record or from the one at a key."""
+    data = store.get_bytes(key) if key else store.read_file(PRODUCT, "metrics.jsonl")
+    rows = [json.loads(line) for line in (data or b"").decode().splitlines()]
+    kinds = ("loss", "grad_norm", "heldout/loss")
+    return [(row["step"], kind, row[kind]) for row in rows for kind in kinds if kind in row]
+
+
+def check(place: Place, whole: Curve) -> list[str]:
+    """What does not hold after the last attempt of a case; empty where all is well."""
+    faults = [f"still runs: {words}" for words in wait_for_nobody(place)]
+    store = place.open()
+    if store.read_manifest(PRODUCT) is None:
+        return [*faults, "nothing is committed"]
+    if curve_of(store) != whole:
+        faults.append("the product's curve is not the unbroken run's")
+    if curve_of(store, f"{PRODUCT}/job/metrics.jsonl") != whole:
+        faults.append("the record is not the unbroken run's")
+    if store.list(f"{PRODUCT}/checkpoints"):
+        faults.append("checkpoints of the committed stage are left")
+    manifests = [
+        key.rpartition("/")[0] for key in store.list("runs") + store.list("datasets") if key.endswith("/manifest.json")
+    ]
+    with tempfile.TemporaryDirectory(prefix="radlads-drill-") as into:
+        for prefix in manifests:
+            store.fetch(prefix, Path(into, "product"))
+    if len(manifests) < 4:
+        faults.append(f"only {len(manifests)} products are there")
+    lease = json.loads(store.get_bytes(f"runs/{RUN}/lease.json") or b"{}")
+    if not lease.get("released"):
+        faults.append("the lease was not given back")
+    return faults
+
+
+def copy_base(base: Path, place: Place) -> None:
+    """The stages before the one that is killed, so that no case makes them again."""
+    store = place.open()
+    for path in sorted(base.rglob("*")):
+        key = path.relative_to(base).as_posix()
+        if path.is_file() and not key.startswith((PRODUCT, ".locks")) and not key.endswith("lease.json"):
+            store.put_file(key, path)
+
+
+@contextmanager
+def open_place(folder: Path, kind: str, s3: str) -> Iterator[Place]:
+    """A place with a store of the kind: `folder`, or `s3` behind a proxy."""
+    folder.mkdir(parents=True)
+    if kind == "folder":
+        yield Place(folder, kind)
+        return
+    with FaultProxy(s3) as proxy:
+        yield Place(folder, kind, proxy)
+
+
+def hook(place: Place, flow: list[subprocess.Popen[bytes]], victim: str, done: threading.Event) -> Callable[[], None]:
+    """For a rule of the proxy: kill -9 the victim, the first time."""
+
+    def kill() -> None:
+        pid = find_victim(place, victim, flow[0].pid) if flow and not done.is_set() else None
+        if pid is not None:
+            done.set()
+            os.kill(pid, signal.SIGKILL)
+
+    return kill
+
+
+def remove(place: Place) -> None:
+    """Free the disk."""
+    shutil.rmtree(place.folder, ignore_errors=True)
+
+
+def rule_for(moment: str, step: int, act: str, kill: Callable[[], None]) -> Rule:
+    """The proxy's rule for a moment that only requests show."""
+    place = f"checkpoints/step-{step:06d}/"
+    pattern = {
+        "upload": rf"^[^?]*{place}(state|random|metrics|checkpoint)",
+        "checkpoint's manifest": rf"^[^?]*{place}manifest",
+        "commit": rf"^[^?]*{STAGE}/(model/|train\.json|metrics\.jsonl)",
+        "product's manifest": rf"^[^?]*{STAGE}/manifest",
+    }[moment]
+    return Rule("PUT|POST", pattern, act, hook=kill)

@@ -1,0 +1,40 @@
+"""The flow that the drill kills: every stage of a recipe up to the judging, without the orchestrator.
+
+    python benchmarks/drill_flow.py RECIPE RUN STORE WORK
+
+The store's endpoint and credentials come from the environment, as for `radlads run`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from convert import run_stages
+
+from radlads.tasks.job import UserError
+from radlads.tasks.launch import JobCrashed
+from radlads.tasks.pipeline import open_pipeline
+from radlads.tasks.store import StoreError
+
+logger = logging.getLogger("drill")
+
+
+def main() -> int:
+    """0 done, 2 for the user to mend, 3 to be tried again."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    recipe, run, store, work = sys.argv[1:]
+    try:
+        with open_pipeline(recipe, run=run, run_id=run, store=store, work=work, tracking="none") as pipeline:
+            run_stages(pipeline)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    except (JobCrashed, StoreError) as error:
+        logger.error("%s", error)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""One process at a time makes a run: who comes second is told, who is dead is followed, who was away is refused."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from radlads.tasks import launch, lease
+from radlads.tasks.job import CodeVersion, JobResources, JobSpec, Manifest
+from radlads.tasks.lease import Lease, LeaseLost, RunHeld, confirm_lease, lease_key
+from radlads.tasks.recipe import parse_recipe
+from radlads.tasks.scratch_lock import FolderInUse, hold_folder
+from radlads.tasks.specs import PlanSpec
+from radlads.tasks.stage import StageRequest, run_stage
+from radlads.tasks.store import StoreError
+
+from .conftest import make_store
+from .test_stage import RECIPE
+from .test_store import sheet
+
+KEY = lease_key("r")
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from radlads.tasks.job import StoreRef
+from radlads.tasks.lease import Lease
+from radlads.tasks.store import open_store
+with Lease(open_store(StoreRef.model_validate_json(sys.argv[1])), "r", Path(sys.argv[2])):
+    print("holds it", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 1.5)
+    monkeypatch.setattr(lease, "_POLL_SECONDS", 0.05)
+
+
+@pytest.fixture
+def store(request, tmp_path):
+    """A folder and a server that honours conditions; where a test says so, the others too."""
+    return make_store(getattr(request, "param", "local"), request, tmp_path)
+
+
+two = pytest.mark.parametrize("store", ["local", "moto"], indirect=True)
+every = pytest.mark.parametrize("store", ["local", "moto", "rclone", "ceph"], indirect=True)
+
+
+@pytest.fixture
+def other(store, tmp_path):
+    """Another process of this machine that holds the lease; it gives it back when its input ends."""
+    command = [sys.executable, "-c", OTHER, store.ref.model_dump_json(), str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "holds it\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def elsewhere(store, **changes):
+    """Write the lease of a process of another machine."""
+    found = lease._read(store, KEY)
+    now = Lease(store, "r", Path("/far"))._mine if found is None else found[0]
+    holder = now.holder.model_copy(update={"host": "far", "user": "ada", "machine": "another", "pid": 4242})
+    made = now.model_copy(update={"holder": holder, "owner": "theirs", **changes})
+    store.put_bytes(KEY, made.model_dump_json().encode())
+    return made
+
+
+@every
+def test_the_second_process_is_told_who_where_and_since_when(store, other, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(RunHeld) as said, Lease(store, "r", tmp_path):
+        pytest.fail("two hold it")
+    told = str(said.value)
+    assert f"(pid {other.pid}) since 20" in told
+    assert f"in {tmp_path}" in told
+    assert f"kill {other.pid}" in told
+    assert "\n" not in told
+    assert time.monotonic() - began < 5
+    other.communicate("")
+    with Lease(store, "r", tmp_path) as mine:
+        assert mine.ref.token == 2, "every holder has a higher token"
+
+
+@two
+def test_a_killed_holder_of_this_machine_is_followed_at_once(store, other, tmp_path, caplog):
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    with caplog.at_level(logging.WARNING), Lease(store, "r", tmp_path) as mine:
+        assert mine.ref.token == 2
+    assert f"(pid {other.pid})" in caplog.text
+    assert "is dead" in caplog.text
+
+
+@two
+def test_a_holder_elsewhere_that_lives_is_seen_to(store, tmp_path):
+    beat, stop = iter(range(1000)), threading.Event()
+    elsewhere(store)
+
+    def live():
+        while not stop.wait(0.05):
+            elsewhere(store, beat=next(beat))
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(RunHeld, match=r"ada@far \(pid 4242\)"), Lease(store, "r", tmp_path):
+            pytest.fail("two hold it")
+    finally:
+        stop.set()
+        thread.join()
+
+
+@two
+def test_a_silent_holder_elsewhere_is_followed_after_its_time(store, tmp_path, caplog, monkeypatch):
+    elsewhere(store, token=7)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING), Lease(store, "r", tmp_path) as mine:
+        assert mine.ref.token == 8
+    assert time.monotonic() - began > 0.2, "it was given time to show itself"
+    assert "ada@far (pid 4242)" in caplog.text
+    assert "it is taken over in" in caplog.text
+
+
+def test_a_lease_that_is_old_by_the_stores_clock_is_not_waited_for(store, tmp_path, monkeypatch):
+    elsewhere(store)
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 1000.0)
+    monkeypatch.setattr(type(store), "age", lambda *_: 1001.0)
+    began = time.monotonic()
+    with Lease(store, "r", tmp_path):
+        assert time.monotonic() - began < 10
+
+
+def test_the_same_process_may_take_it_again_but_not_twice(store, tmp_path, monkeypatch):
+    with Lease(store, "r", tmp_path) as first:
+        with pytest.raises(RunHeld, match=f"kill {os.getpid()}"), Lease(store, "r", tmp_path):
+            pytest.fail("two hold it")
+        with Lease(store, "another", tmp_path):
+            pass
+        assert first.ref.token == 1
+
+    def outage(*_, **__):
+        raise StoreError("out of reach")
+
+    with monkeypatch.context() as patch, Lease(store, "r", tmp_path) as second:
+        patch.setattr(type(store), "replace", outage)
+    with Lease(store, "r", tmp_path) as third:  # the one before could not be given back
+        assert (second.ref.token, third.ref.token) == (2, 3)
+
+
+@every
+def test_a_holder_that_was_away_finds_out_and_commits_nothing(store, tmp_path):
+    (tmp_path / "product").mkdir()
+    (tmp_path / "product" / "x").write_text("1")
+    with Lease(store, "r", tmp_path) as mine:
+        confirm_lease(store, mine.ref)
+        theirs = elsewhere(store, token=2)
+        for check in (mine.confirm, lambda: confirm_lease(store, mine.ref)):
+            with pytest.raises(LeaseLost, match=r"taken over by ada@far \(pid 4242\)"):
+                check()
+        with pytest.raises(LeaseLost):
+            store.commit("runs/r/align", tmp_path / "product", sheet(), guard=lambda: confirm_lease(store, mine.ref))
+        assert store.read_manifest("runs/r/align") is None
+        assert mine.is_lost
+    assert lease._read(store, KEY)[0] == theirs, "what is another's is not given back"
+
+
+def test_the_heartbeat_finds_out_by_itself(store, tmp_path):
+    with Lease(store, "r", tmp_path) as mine:
+        elsewhere(store, token=2)
+        end = time.monotonic() + 20
+        while not mine.is_lost:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        with pytest.raises(LeaseLost):
+            mine.check()
+
+
+@two
+def test_the_heartbeat_lives_through_an_outage_and_lost_answers(store, tmp_path, monkeypatch):
+    kind, beats = type(store), []
+    original = kind.replace
+
+    def unwell(self, key, data, version):
+        beats.append(1)
+        if len(beats) < 4:
+            raise StoreError("out of reach")
+        if len(beats) < 7:
+            return original(self, key, data, version) and False  # done, and nobody was told
+        return original(self, key, data, version)
+
+    monkeypatch.setattr(kind, "replace", unwell)
+    with Lease(store, "r", tmp_path) as mine:
+        end = time.monotonic() + 30
+        while len(beats) < 10:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        mine.confirm()
+    assert lease._read(store, KEY)[0].released
+
+
+@two
+def test_a_removed_lease_is_lost(store, tmp_path):
+    with Lease(store, "r", tmp_path) as mine:
+        store.delete(KEY)
+        with pytest.raises(LeaseLost, match="was removed"):
+            mine.confirm()
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\x00", b"[]", b'{"token": 0}', b"[" * 5000])
+def test_what_is_no_lease_is_said_in_one_line(tmp_path, data):
+    from radlads.tasks.job import StoreRef
+    from radlads.tasks.store import LocalStore
+
+    store = LocalStore(StoreRef(uri=str(tmp_path / "store")))
+    store.put_bytes(KEY, data)
+    with pytest.raises(Exception, match=r"is not a lease.*delete that file") as said, Lease(store, "r", tmp_path):
+        pytest.fail("taken")
+    assert "\n" not in str(said.value)
+
+
+# The folder on this machine
+
+
+def test_a_folder_is_one_processs(tmp_path):
+    with hold_folder(tmp_path, "lock", what="the folder of run 'r'"):
+        with pytest.raises(FolderInUse) as said, hold_folder(tmp_path, "lock", what="the folder of run 'r'"):
+            pytest.fail("two hold it")
+        assert f"(pid {os.getpid()}) since 20" in str(said.value)
+        assert "--work" in str(said.value)
+    with hold_folder(tmp_path, "lock", what="x") as waited:
+        assert not waited
+
+
+def test_a_folder_may_be_waited_for(tmp_path, caplog):
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with hold_folder(tmp_path, "lock", what="x"):
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(30)
+    threading.Timer(0.3, leave.set).start()
+    with hold_folder(tmp_path, "lock", what="the dataset", wait_seconds=30) as waited:
+        assert waited
+    assert "the dataset is in use by" in caplog.text
+    thread.join()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match="cannot work in"), hold_folder(tmp_path / "file" / "x", "lock", what="x"):
+        pass
+
+
+# Two writers of one run
+
+
+@pytest.fixture
+def ask(store, tmp_path):
+    """The request of a process for a stage of the run, under its lease."""
+
+    def make(held, name="work"):
+        return StageRequest(
+            stage="plan", run="r", recipe="tiny", spec=PlanSpec(recipe=parse_recipe(RECIPE)), inputs={},
+            output_key="runs/r/plan", store=store, scratch=tmp_path / name, lease=held,
+            resources=JobResources(device="cpu", processes=1, threads=1),
+        )  # fmt: skip
+
+    return make
+
+
+def record(steps):
+    return "".join(json.dumps({"step": step, "time": step, "loss": 1 / step}) + "\n" for step in range(1, steps + 1))
+
+
+def commit(store, spec):
+    scratch = Path(spec.scratch)
+    (scratch / "output").mkdir(exist_ok=True)
+    (scratch / "output" / "plan.json").write_text("{}")
+    manifest = Manifest(
+        stage=spec.stage, digest=spec.digest, spec=spec.spec, files=(), code=CodeVersion(sha=None, versions={}),
+        created_at=datetime.now(UTC),
+    )  # fmt: skip
+    guard = (lambda: confirm_lease(store, spec.lease)) if spec.lease else (lambda: None)
+    return store.commit(store.key(spec.output_uri), scratch / "output", manifest, guard=guard)
+
+
+@two
+def test_of_two_writers_one_makes_the_run_and_its_record_is_whole(store, ask, tmp_path, monkeypatch):
+    """The example that asked for the lease: the second process, once it was ended, left 88 rows of 160 on record."""
+    working, refused = threading.Event(), threading.Event()
+
+    def job(command, *, env, cwd, log, on_tick, grace_seconds):
+        spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
+        (cwd / "metrics.jsonl").write_text(record(88))
+        working.set()
+        assert refused.wait(30)
+        (cwd / "metrics.jsonl").write_text(record(160))
+        commit(store, spec)
+        (cwd / "exit.json").write_text('{"reason": "done", "message": ""}')
+        return 0
+
+    monkeypatch.setattr(launch, "run_process", job)
+    made = []
+
+    def first():
+        with Lease(store, "r", tmp_path) as held:
+            made.append(run_stage(ask(held)))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert working.wait(30)
+    with pytest.raises(RunHeld), Lease(store, "r", tmp_path) as held:
+        run_stage(ask(held, "second"))
+    with pytest.raises(FolderInUse), hold_folder(tmp_path / "work", "stage.lock", what="x"):
+        pass
+    refused.set()
+    thread.join(60)
+    assert made[0].manifest == store.read_manifest("runs/r/plan")
+    assert store.get_bytes("runs/r/plan/job/metrics.jsonl").decode() == record(160)
+    assert json.loads(store.get_bytes("runs/r/plan/job/exit.json"))["reason"] == "done"
+
+
+@two
+def test_a_stale_owner_writes_neither_product_nor_papers(store, ask, tmp_path, monkeypatch):
+    """The first process sleeps through its lease; the second makes the stage; then the first wakes up."""
+    store.put_bytes("runs/r/plan/job/metrics.jsonl", record(160).encode())
+
+    def job(command, *, env, cwd, log, on_tick, grace_seconds):
+        spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
+        (cwd / "metrics.jsonl").write_text(record(88))
+        elsewhere(store, token=spec.lease.token + 1)
+        (cwd / "progress.json").write_text('{"done": 1, "total": 2, "unit": "steps"}')
+        try:
+            commit(store, spec)
+        except LeaseLost as error:
+            (cwd / "exit.json").write_text(json.dumps({"reason": "config", "message": str(error)}))
+        return 2
+
+    monkeypatch.setattr(launch, "run_process", job)
+    with Lease(store, "r", tmp_path) as held:
+        with pytest.raises((launch.JobFailed, LeaseLost), match="taken over by ada@far"):
+            run_stage(ask(held))
+        assert held.is_lost
+    assert store.read_manifest("runs/r/plan") is None
+    assert store.get_bytes("runs/r/plan/job/metrics.jsonl").decode() == record(160)
+
+
+def test_a_job_is_stopped_once_the_run_is_anothers(store, ask, tmp_path, monkeypatch):
+    ticks = []
+
+    def job(command, *, env, cwd, log, on_tick, grace_seconds):
+        elsewhere(store, token=2)
+        for step in range(1, 600):
+            (cwd / "progress.json").write_text(json.dumps({"done": step, "total": 600, "unit": "steps"}))
+            ticks.append(step)
+            on_tick()
+            time.sleep(0.05)
+        return 0
+
+    monkeypatch.setattr(launch, "run_process", job)
+    with Lease(store, "r", tmp_path) as held, pytest.raises(LeaseLost):
+        run_stage(ask(held))
+    assert len(ticks) < 500
