@@ -55,7 +55,7 @@ def before(owner, name, when, how=signal.SIGKILL):
 
 def arm(scenario):
     if scenario == "mid-step":  # the tenth step has its gradients, the optimizer has not moved
-        before(Engine, "_clip", lambda *_: nth(10))
+        before(Engine, "_scale", lambda *_: nth(10))
     elif scenario == "mid-save":  # the state of step 8 is half written
         original = checkpoint.save_file
         def torn(tensors, path):
@@ -73,7 +73,7 @@ def arm(scenario):
     elif scenario == "mid-export":  # all is trained, the product is not committed
         before(LocalStore, "put_if_absent", lambda store, key, *_: key.endswith("distill/manifest.json"))
     elif scenario == "sigterm":
-        before(Engine, "_clip", lambda *_: nth(10), signal.SIGTERM)
+        before(Engine, "_scale", lambda *_: nth(10), signal.SIGTERM)
 
 codes = {}
 for scenario, path in json.loads(sys.argv[1]).items():
