@@ -27,7 +27,9 @@ from radlads.model.weight_files import WeightFiles
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_radlads.RadladsConfig",
+    "AutoModel": "modeling_radlads.RadladsModel",
     "AutoModelForCausalLM": "modeling_radlads.RadladsForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_radlads.RadladsForSequenceClassification",
 }
 _HEADER = "# Part of a model exported by radlads (Apache-2.0). Loaded by transformers with trust_remote_code=True.\n"
 # Module of the package → file name in the folder; what a module imports from the package follows it.
@@ -35,6 +37,8 @@ _FLAT = {
     "radlads.model.configuration": "configuration_radlads",
     "radlads.model.modeling": "modeling_radlads",
     "radlads.model.cache": "cache_radlads",
+    "radlads.model.documents": "documents_radlads",
+    "radlads.model.forward_pass": "forward_pass_radlads",
     "radlads.model.mixer": "mixer_radlads",
     "radlads.model.mixer_rwkv7": "mixer_rwkv7_radlads",
     "radlads.model.recurrence": "recurrence_radlads",
