@@ -86,7 +86,8 @@ class RadladsConfig(PreTrainedConfig):
 
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's config as its own class."""
-        raw = copy.deepcopy(self.teacher) | {"vocab_size": self.vocab_size}
+        raw = copy.deepcopy(self.teacher) 
+        raw |= {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
         if getattr(self, "_attn_implementation", None) is not None:
             config._attn_implementation = self._attn_implementation

@@ -51,7 +51,7 @@ def inputs(mixer: Mixer, B: int = 2, time: int = T) -> dict:
     rope, x = (angle.cos(), angle.sin()), torch.randn(B, time, D, generator=generator)
     giver = type(mixer)(mixer.shape, mixer.options, layer=0, num_layers=4, first=True)
     with torch.no_grad():
-        given = giver(torch.zeros(B, time, D), rope=rope).first
+        given = giver.mix(torch.zeros(B, time, D), rope=rope).first
     first = FirstValues(*(None if z is None else torch.randn(z.shape, generator=generator) for z in given))
     return {"x_BTD": x, "rope": rope, "first": first}
 
@@ -154,7 +154,7 @@ def test_packed_documents_are_strangers(mixer: Mixer) -> None:
 def test_bf16_is_close_to_fp32(mixer: Mixer) -> None:
     given = inputs(mixer)
     wanted = mixer.mix(**given).out
-    half = mixer.bfloat16()(
+    half = mixer.bfloat16().mix(
         given["x_BTD"].bfloat16(),
         rope=tuple(part.bfloat16() for part in given["rope"]),
         first=FirstValues(*(None if part is None else part.bfloat16() for part in given["first"])),
@@ -259,7 +259,7 @@ def test_first_layer_values_are_required_and_given(variant: str) -> None:
     given = inputs(mixer)
     wanted = given["first"]
     given["first"] = None
-    mixed = build(variant, {}, first=True)(**given)
+    mixed = build(variant, {}, first=True).mix(**given)
     assert [z is None for z in mixed.first] == [z is None for z in wanted]
     if wanted.v is not None:
         with pytest.raises(ValueError, match="first recurrent layer"):
