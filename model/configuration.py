@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+
+from radlads.model.releases import check_release
+
+check_release(transformers.__version__)  # before anything is used that older releases lack
 
 # Facts of a file rather than of an architecture: they would go stale, or name a place on some machine.
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
@@ -26,7 +30,7 @@ _MIRRORED = (
 )
 
 
-class RadladsConfig(PreTrainedConfig):
+class RadladsConfig(transformers.PreTrainedConfig):
     """Everything that defines a converted model.
 
     teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
@@ -84,11 +88,11 @@ class RadladsConfig(PreTrainedConfig):
         """Layers whose attention the teacher confined to a sliding window; where kept, they stay so."""
         return windowed_layers(self.teacher_config(), self.family.get("window", "none"))
 
-    def teacher_config(self) -> PreTrainedConfig:
+    def teacher_config(self) -> transformers.PreTrainedConfig:
         """The teacher's config as its own class."""
         raw = copy.deepcopy(self.teacher) 
         raw |= {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
-        config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+        config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
         if getattr(self, "_attn_implementation", None) is not None:
             config._attn_implementation = self._attn_implementation
         # Tensor and pipeline parallel plans split attention's projections, which a mixer has no plan for.
@@ -96,7 +100,7 @@ class RadladsConfig(PreTrainedConfig):
         return config
 
 
-def windowed_layers(config: PreTrainedConfig, rule: str) -> set[int]:
+def windowed_layers(config: transformers.PreTrainedConfig, rule: str) -> set[int]:
     """Layers with a sliding window: `none`; `all`, where the config gives a window; or by its `layer_types`.
 
     A family's code decides which of the three it is, and may ignore what its config says.

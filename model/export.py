@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.quantized import quantized_names
+from radlads.model.releases import TESTED
 from radlads.model.weight_files import WeightFiles
 
 _AUTO_MAP = {
@@ -45,6 +46,7 @@ _FLAT = {
     "radlads.model.recurrence_wkv7": "recurrence_wkv7_radlads",
     "radlads.model.token_shift": "token_shift_radlads",
     "radlads.model.precision": "precision_radlads",
+    "radlads.model.releases": "releases_radlads",
     "radlads.model.variants": "variants_radlads",
     "radlads.kernels.slots": "slots_radlads",
     "radlads.kernels.wkv6": "wkv6_radlads",
@@ -112,6 +114,7 @@ def export_papers(
     config.dtype = dtype or student.dtype
     config.architectures = [RadladsForCausalLM.__name__]
     config.auto_map = dict(_AUTO_MAP)
+    config.tested_transformers = list(TESTED)
     config.save_pretrained(folder)
     _savable(student.generation_config).save_pretrained(folder)
     for name, text in remote_code(student.config.variant).items():

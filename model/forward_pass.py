@@ -21,19 +21,13 @@ from transformers.utils import TransformersKwargs
 from radlads.model.cache import RadladsCache, RecurrentLayer
 from radlads.model.documents import check_bounds, document_bounds, document_positions, restart_bounds
 from radlads.model.mixer import FirstValues, MixerContext
+from radlads.model.releases import CACHE_NAMES, cache_keyword
 
 CONTEXT = "mixer_context"
 """The keyword that decoder layers hand down to attention."""
 # What family models take besides their named parameters: attention's options, and the loss's, which travel along.
 _PASSED_ON = {*TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters, "return_dict"}
 _PASSED_ON |= {"debug_io", "debug_io_dir", "prune_layers"}
-_CACHES = ("past_key_values", "cache")
-
-
-def cache_keyword(backbone: nn.Module) -> str:
-    """The name under which this release of transformers hands a cache to a model."""
-    parameters = inspect.signature(backbone.forward).parameters
-    return next(name for name in reversed(_CACHES) if name in parameters)
 
 
 class ForwardPass:
@@ -97,12 +91,12 @@ class ForwardPass:
         return (), given
 
     def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
-        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *_CACHES, "cu_seqlens"}
+        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens"}
         if unknown:
             raise TypeError(f"forward() got an unexpected keyword argument '{min(unknown)}'")
 
     def _take_cache(self, given: dict[str, Any]) -> Any:
-        caches = [given.pop(name, None) for name in _CACHES]
+        caches = [given.pop(name, None) for name in CACHE_NAMES]
         return next((cache for cache in caches if cache is not None), None)
 
     def _check_cache(self, cache: Any) -> None:

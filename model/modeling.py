@@ -16,9 +16,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from radlads.model.cache import RadladsCache, RecurrentLayer
 from radlads.model.configuration import RadladsConfig
-from radlads.model.forward_pass import ForwardPass, cache_keyword, keep_attention
+from radlads.model.forward_pass import ForwardPass, keep_attention
 from radlads.model.mixer import AttentionShape, Mixer, read_attention_shape
 from radlads.model.precision import remember_buffers, restore_buffers
+from radlads.model.releases import cache_keyword, check_calls
 from radlads.model.variants import mixer_class
 
 
@@ -37,7 +38,8 @@ def build_mixer(config: RadladsConfig, layer: int, shape: AttentionShape) -> Mix
 def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
     """Replace attention in a family's backbone, in place, in every layer that the config does not keep.
 
-    Raises ValueError where this code has other constants than the ones that the model was made with.
+    Raises ValueError where this code has other constants than the ones that the model was made with, and ImportError
+    under a release of transformers that calls the parts otherwise.
     """
     constants = mixer_class(config.variant).CONSTANTS
     if dict(config.constants) != constants:
@@ -47,6 +49,8 @@ def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
     parts = SimpleNamespace(**config.family)
     for i, layer in enumerate(getattr(backbone, parts.layers)):
         attention = getattr(layer, parts.attention)
+        if i == 0:
+            check_calls(backbone, layer, attention)
         if i in config.attention_layers:
             keep_attention(attention)
         else:
