@@ -90,7 +90,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
 
     def teacher_config(self) -> transformers.PreTrainedConfig:
         """The teacher's config as its own class."""
-        raw = copy.deepcopy(self.teacher) 
+        raw = copy.deepcopy(self.teacher)
         raw |= {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
         config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
         if getattr(self, "_attn_implementation", None) is not None:

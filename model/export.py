@@ -47,7 +47,6 @@ _FLAT = {
     "radlads.model.token_shift": "token_shift_radlads",
     "radlads.model.precision": "precision_radlads",
     "radlads.model.releases": "releases_radlads",
-    "radlads.model.variants": "variants_radlads",
     "radlads.kernels.slots": "slots_radlads",
     "radlads.kernels.wkv6": "wkv6_radlads",
     "radlads.kernels.wkv6.chunked": "wkv6_chunked_radlads",
@@ -125,7 +124,12 @@ def export_papers(
 
 def remote_code(variant: str) -> dict[str, str]:
     """File name → text of every Python file that the folder of a variant carries."""
-    flat = {**_FLAT, f"radlads.model.mixers.{variant}": f"{variant}_radlads"}
+    # transformers keeps modules by the folder's last name and the file's: what differs between variants differs in name.
+    own = {
+        "radlads.model.variants": f"{variant}_choice_radlads",
+        f"radlads.model.mixers.{variant}": f"{variant}_radlads",
+    }
+    flat = {**_FLAT, **own}
     written = {
         **_WRITTEN,
         "radlads.model.variants": (

@@ -53,8 +53,8 @@ def _satisfied(requirement: Requirement, target: Path) -> bool:
 
 
 def _pip(target: Path, requirement: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
-    subprocess.run(command, check=True)
+    options = ["--quiet", "--no-compile", "--no-deps", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, requirement], check=True)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,7 @@ def exported(make_teacher: MakeTeacher, make_student: MakeStudent, tmp_path_fact
     root = tmp_path_factory.mktemp("exported")
     characters = ["<pad>", "<bos>", "<eos>", *string.ascii_letters, *" .,'!?-"]
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     teacher = make_teacher("qwen3", tie_word_embeddings=True)
     teacher.save_pretrained(root / "teacher")
     tokenizer.save_pretrained(root / "teacher")
