@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ _FLAT = {
     "radlads.model.token_shift": "token_shift_radlads",
     "radlads.model.precision": "precision_radlads",
     "radlads.model.releases": "releases_radlads",
+    "radlads.model.variants": "variants_radlads",
     "radlads.kernels.slots": "slots_radlads",
     "radlads.kernels.wkv6": "wkv6_radlads",
     "radlads.kernels.wkv6.chunked": "wkv6_chunked_radlads",
@@ -124,12 +126,7 @@ def export_papers(
 
 def remote_code(variant: str) -> dict[str, str]:
     """File name → text of every Python file that the folder of a variant carries."""
-    # transformers keeps modules by the folder's last name and the file's: what differs between variants differs in name.
-    own = {
-        "radlads.model.variants": f"{variant}_choice_radlads",
-        f"radlads.model.mixers.{variant}": f"{variant}_radlads",
-    }
-    flat = {**_FLAT, **own}
+    flat = {**_FLAT, f"radlads.model.mixers.{variant}": f"{variant}_radlads"}
     written = {
         **_WRITTEN,
         "radlads.model.variants": (
@@ -151,6 +148,10 @@ def remote_code(variant: str) -> dict[str, str]:
         text = written[module] if module in written else _without_build_parts(_source(module))
         waiting += [match.group(2) for match in _IMPORT.finditer(text)]
         files[name] = _HEADER + _IMPORT.sub(lambda m: f"{m.group(1)}from .{_flat_name(flat, m.group(2))} import", text)
+    # One process may load several students whose folders are all called `model`. transformers finds a model's class by
+    # its config's, and takes config classes for the same where folder name and text are: so the text names the code.
+    code = hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()
+    files["configuration_radlads.py"] += f"\n# Goes with the code whose sha256 is {code}.\n"
     return files
 
 

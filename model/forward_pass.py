@@ -83,7 +83,7 @@ class ForwardPass:
             if given.get(flag) is None and getattr(self.config, flag, False):
                 given[flag] = True
         given[CONTEXT] = MixerContext(
-            keep_BT=None if mask is None or not converted else mask[:, -T:].bool(),
+            keep=None if mask is None or not converted else mask[:, -T:].bool(),
             cu_seqlens=bounds,
             attention_rope=self.config.attention_rope,
             cached=cache is not None,

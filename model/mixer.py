@@ -90,8 +90,8 @@ class MixerOutput(NamedTuple):
 class MixerContext:
     """What the mixers of one forward pass share; decoder layers hand it down to their attention as `mixer_context`."""
 
-    keep_BT: Tensor | None = None
-    """False at padding."""
+    keep: Tensor | None = None
+    """Bool [B,T], False at padding."""
     cu_seqlens: Tensor | None = None
     """int64 [N+1], document bounds in the flattened [B·T], row bounds included."""
     attention_rope: bool = False
@@ -168,15 +168,15 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, None]:
         """An attention module's call: `(output [B,T,D], no attention weights)`.
 
-        hidden_states: [B,T,D]. cache: past_key_values under its name from transformers 5.24 on. mixer_context: shared by
-        all layers of the pass, and updated. Of the rest, which is attention's alone, a mixer uses nothing. Raises
-        RuntimeError where a release of transformers hands the cache down otherwise.
+        hidden_states: [B,T,D]. cache: the name of past_key_values from transformers 5.24 on. mixer_context: shared by
+        the pass's layers, and updated. The rest is attention's alone. Raises RuntimeError where the cache of the pass
+        does not arrive.
         """
         cache = past_key_values if cache is None else cache
         if mixer_context.cached != (cache is not None):
             raise RuntimeError(
-                f"layer {self.layer} was {'not ' * mixer_context.cached}handed the cache of this pass: to generate while "
-                "gradient checkpointing is on, call eval() first; otherwise this transformers release is not supported"
+                f"layer {self.layer} was {'not ' * mixer_context.cached}handed a cache, unlike the model: to generate "
+                "while gradient checkpointing is on, call eval() first; else this transformers release is not supported"
             )
         memory = None if cache is None else cache.layers[self.layer]
         device, context = hidden_states.device, mixer_context
@@ -185,7 +185,7 @@ class Mixer(nn.Module):
             rope=position_embeddings,
             first=None if context.first is None else FirstValues(*(_moved(part, device) for part in context.first)),
             state=None if memory is None else memory.state,
-            keep_BT=_moved(context.keep_BT, device),
+            keep_BT=_moved(context.keep, device),
             cu_seqlens=_moved(context.cu_seqlens, device),
             output_state=memory is not None,
         )

@@ -31,7 +31,7 @@ def cache_keyword(model: Any) -> str:
 
 
 def check_calls(backbone: Any, layer: Any, attention: Any) -> None:
-    """Raise ImportError, in one line, where this release calls the parts of a family's model otherwise than mixers need.
+    """Raise ImportError, in one line, where this release calls a family's parts otherwise than mixers need.
 
     Keywords must go down from the model to attention, and the cache by one name from generate() to attention.
     """

@@ -39,8 +39,8 @@ def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], 
         Heading("Use"),
         Code(_USAGE, "python"),
         Text(
-            f"It needs `torch` and `transformers` (tested with {TESTED[0]} to {TESTED[1]}), nothing else: the model's code "
-            "is in this folder."
+            f"It needs `torch` and `transformers` (tested with {TESTED[0]} to {TESTED[1]}), nothing else: the model's "
+            "code is in this folder."
         ),
         Heading("How it was made"),
         *_making(products, recipe),

@@ -130,7 +130,7 @@ def live_bytes() -> type[LiveBytes]:
 
 @pytest.fixture(scope="session")
 def exported(make_teacher: MakeTeacher, make_student: MakeStudent, tmp_path_factory: Any) -> dict[str, Path]:
-    """Folders of a hybrid and a pure student, and of the hybrid's teacher, with a tokenizer of one token a character."""
+    """Folders of a hybrid and a pure student, and of the hybrid's teacher; a token is a character."""
     root = tmp_path_factory.mktemp("exported")
     characters = ["<pad>", "<bos>", "<eos>", *string.ascii_letters, *" .,'!?-"]
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))

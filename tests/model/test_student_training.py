@@ -116,7 +116,7 @@ def test_packed_rows_that_could_leak_are_refused(student: RadladsForCausalLM, to
         with pytest.raises(ValueError, match="no attention_mask and no cache"):
             student(tokens, cu_seqlens=torch.tensor([0, 21, 42]), **given)
     for bounds in ([0, 21], [1, 42], [0, 30, 21, 42]):
-        with pytest.raises(ValueError, match="must rise from 0 to .* 42"):
+        with pytest.raises(ValueError, match=r"must rise from 0 to .* 42"):
             student(tokens, cu_seqlens=torch.tensor(bounds))
     padded = torch.ones_like(tokens)
     padded[:, 3:6] = 0  # padding inside is none: positions go on behind it
