@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import can_return_tuple
 
 from radlads.model.cache import RadladsCache, RecurrentLayer
 from radlads.model.configuration import RadladsConfig
@@ -177,6 +178,7 @@ class RadladsModel(_WithBackbone):
         self._add_backbone(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The family's backbone's."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)

@@ -183,6 +183,7 @@ def test_the_other_auto_classes_know_the_folder(folder: Path, model: PreTrainedM
     with torch.no_grad():
         hidden = model.model(tokens).last_hidden_state
         assert torch.equal(bare(tokens).last_hidden_state, hidden)
+        assert torch.equal(bare(tokens, return_dict=False)[0], hidden)
         scores = classifier.score(hidden[:, -1])
         got = classifier(padded, attention_mask=(padded != 0).long(), labels=torch.tensor([0, 2]))
         torch.testing.assert_close(got.logits, scores)
