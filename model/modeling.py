@@ -88,13 +88,18 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         return object.__new__(_of_family(cls, MODEL_FOR_CAUSAL_LM_MAPPING[type(config.teacher_config())]))
 
     def __init__(self, config: RadladsConfig) -> None:
+        object.__setattr__(self, "_student_config", config)
         super().__init__(config.teacher_config())
+
+    def post_init(self) -> None:
+        """The family's `__init__` ends with this: attention is replaced before weights are initialised and tied."""
+        config = self.__dict__.pop("_student_config")
         convert_backbone(self.model, config)
         config._attn_implementation_internal = self.model.config._attn_implementation_internal
         self.config = config
         self.parts = SimpleNamespace(**config.family)
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.post_init()
+        super().post_init()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The family's class is made when a model is, so pickle cannot find it by its name.
