@@ -80,7 +80,6 @@ def test_trainer_gives_one_loss_and_gradient_however_a_step_is_split(exported, t
     for size, more in (
         (8, {}),
         (2, {}),
-        (2, {"gradient_checkpointing": True}),
         (2, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     ):
         arguments = TrainingArguments(
@@ -107,8 +106,7 @@ def test_sft_packs_accumulates_and_checkpoints(exported, tmp_path: Path, kind: s
     tokenizer, seen = AutoTokenizer.from_pretrained(exported[kind], trust_remote_code=True), []
     for size, more in (
         (8, {"gradient_checkpointing": False}),
-        (2, {"gradient_checkpointing": True}),
-        (4, {"gradient_checkpointing": True, "padding_free": True}),
+        (2, {"gradient_checkpointing": True, "padding_free": True}),
         (4, {"padding_free": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     ):
         torch.manual_seed(0)
