@@ -7,6 +7,7 @@ environment has is put beside it. `make test` does this once.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -38,7 +39,8 @@ def lowest() -> str:
 def install(release: str) -> None:
     """Fill one folder; one that is there stays as it is."""
     target, name = FOLDER / release, f"transformers=={lowest()}" if release == "lowest" else f"transformers{allowed()}"
-    if not target.is_dir():
+    if not (target / "transformers" / "__init__.py").is_file():
+        shutil.rmtree(target, ignore_errors=True)
         _pip(target, name)
     [found] = metadata.distributions(name="transformers", path=[str(target)])
     for line in found.requires or ():

@@ -23,7 +23,7 @@ SCRIPT = """
 import json, sys, tempfile, torch, transformers
 from transformers import AutoModelForCausalLM
 greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
-seen = {"version": transformers.__version__}
+seen = {"version": transformers.__version__, "from": transformers.__file__}
 tokens = torch.tensor(json.loads(sys.argv[1]))
 short = tokens[1:, :-5]
 rows = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1)])
@@ -83,7 +83,8 @@ def test_an_export_does_the_same_under_every_release(exported, tokens, project_r
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.split("RESULT")[1])
     version = seen.pop("version")
-    assert {"locked": version == transformers.__version__, "lowest": version == TESTED[0]}.get(release, True)
+    assert Path(seen.pop("from")).is_relative_to(path) == (release != "locked")
+    assert version == {"locked": transformers.__version__, "lowest": TESTED[0]}.get(release, version)
     for folder, got in seen.items():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         with torch.no_grad():
