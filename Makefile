@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+RELEASES_STAMP := .venv-transformers/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test drill lint typecheck services-down clean
@@ -25,10 +26,15 @@ $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(STAMP)
 
+$(RELEASES_STAMP): $(DEV_STAMP) tests/releases.py
+	rm -rf $(@D)
+	$(BIN)/python tests/releases.py
+	@touch $@
+
 demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and MLflow pages on loopback
 	$(BIN)/radlads demo
 
-test: $(DEV_STAMP)  ## All tests that need no GPU
+test: $(DEV_STAMP) $(RELEASES_STAMP)  ## All tests that need no GPU
 	$(BIN)/python -m pytest
 
 drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes

@@ -104,7 +104,7 @@ class _LossProbe(AttentionProbe):
     """The losses of stage 1 without their graphs."""
 
     def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
-        mixed = mixer(x_BTD, rope=rope, first=self._first, cu_seqlens=self._cu_seqlens)
+        mixed = mixer.mix(x_BTD, rope=rope, first=self._first, cu_seqlens=self._cu_seqlens)
         self._found[layer], self._first = self._loss(mixed.out.float(), wanted_BTD.float(), layer), mixed.first
 
 
@@ -151,7 +151,7 @@ class _Fit(AttentionProbe):
             seen: list[Tensor] = []
             hook = mixer.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
             try:
-                self._first_of_run = mixer(x_BTD, **given).first
+                self._first_of_run = mixer.mix(x_BTD, **given).first
             finally:
                 hook.remove()
             return seen[0].flatten(0, 1).float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,11 +24,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.quantized import quantized_names
+from radlads.model.releases import TESTED
 from radlads.model.weight_files import WeightFiles
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_radlads.RadladsConfig",
+    "AutoModel": "modeling_radlads.RadladsModel",
     "AutoModelForCausalLM": "modeling_radlads.RadladsForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_radlads.RadladsForSequenceClassification",
 }
 _HEADER = "# Part of a model exported by radlads (Apache-2.0). Loaded by transformers with trust_remote_code=True.\n"
 # Module of the package → file name in the folder; what a module imports from the package follows it.
@@ -35,12 +39,15 @@ _FLAT = {
     "radlads.model.configuration": "configuration_radlads",
     "radlads.model.modeling": "modeling_radlads",
     "radlads.model.cache": "cache_radlads",
+    "radlads.model.documents": "documents_radlads",
+    "radlads.model.forward_pass": "forward_pass_radlads",
     "radlads.model.mixer": "mixer_radlads",
     "radlads.model.mixer_rwkv7": "mixer_rwkv7_radlads",
     "radlads.model.recurrence": "recurrence_radlads",
     "radlads.model.recurrence_wkv7": "recurrence_wkv7_radlads",
     "radlads.model.token_shift": "token_shift_radlads",
     "radlads.model.precision": "precision_radlads",
+    "radlads.model.releases": "releases_radlads",
     "radlads.model.variants": "variants_radlads",
     "radlads.kernels.slots": "slots_radlads",
     "radlads.kernels.wkv6": "wkv6_radlads",
@@ -108,6 +115,7 @@ def export_papers(
     config.dtype = dtype or student.dtype
     config.architectures = [RadladsForCausalLM.__name__]
     config.auto_map = dict(_AUTO_MAP)
+    config.tested_transformers = list(TESTED)
     config.save_pretrained(folder)
     _savable(student.generation_config).save_pretrained(folder)
     for name, text in remote_code(student.config.variant).items():
@@ -140,6 +148,10 @@ def remote_code(variant: str) -> dict[str, str]:
         text = written[module] if module in written else _without_build_parts(_source(module))
         waiting += [match.group(2) for match in _IMPORT.finditer(text)]
         files[name] = _HEADER + _IMPORT.sub(lambda m: f"{m.group(1)}from .{_flat_name(flat, m.group(2))} import", text)
+    # One process may load several students whose folders are all called `model`. transformers finds a model's class by
+    # its config's, and takes config classes for the same where folder name and text are: so the text names the code.
+    code = hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()
+    files["configuration_radlads.py"] += f"\n# Goes with the code whose sha256 is {code}.\n"
     return files
 
 

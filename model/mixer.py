@@ -86,8 +86,27 @@ class MixerOutput(NamedTuple):
     state: MixerState | None
 
 
+@dataclass
+class MixerContext:
+    """What the mixers of one forward pass share; decoder layers hand it down to their attention as `mixer_context`."""
+
+    keep: Tensor | None = None
+    """Bool [B,T], False at padding."""
+    cu_seqlens: Tensor | None = None
+    """int64 [N+1], document bounds in the flattened [B·T], row bounds included."""
+    attention_rope: bool = False
+    """Whether the layers that stayed softmax attention rotate their queries and keys."""
+    cached: bool = False
+    """Whether the pass goes on from a cache, or fills one."""
+    first: FirstValues | None = None
+    """Set by the first recurrent layer: tensors of its graph, so that the gradient of deeper layers reaches it."""
+
+
 class Mixer(nn.Module):
-    """Base of the recurrent replacements of attention: the projections under the teacher's names, and its q/k norms."""
+    """Base of the recurrent replacements of attention: the projections under the teacher's names, and its q/k norms.
+
+    A decoder layer calls it as it calls the attention that it replaces; `mix` is what a variant defines.
+    """
 
     CONSTANTS: ClassVar[dict[str, float | str]] = {}
     """What defines the variant and is not an option; written into the exported config and compared on load."""
@@ -138,6 +157,46 @@ class Mixer(nn.Module):
 
     def forward(
         self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        cache: Any = None,
+        mixer_context: MixerContext,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """An attention module's call: `(output [B,T,D], no attention weights)`.
+
+        hidden_states: [B,T,D]. cache: the name of past_key_values from transformers 5.24 on. mixer_context: shared by
+        the pass's layers, and updated. The rest is attention's alone. Raises RuntimeError where the cache of the pass
+        does not arrive.
+        """
+        cache = past_key_values if cache is None else cache
+        if mixer_context.cached != (cache is not None):
+            raise RuntimeError(
+                f"layer {self.layer} was {'not ' * mixer_context.cached}handed a cache, unlike the model: to generate "
+                "while gradient checkpointing is on, call eval() first; else this transformers release is not supported"
+            )
+        memory = None if cache is None else cache.layers[self.layer]
+        device, context = hidden_states.device, mixer_context
+        mixed = self.mix(
+            hidden_states,
+            rope=position_embeddings,
+            first=None if context.first is None else FirstValues(*(_moved(part, device) for part in context.first)),
+            state=None if memory is None else memory.state,
+            keep_BT=_moved(context.keep, device),
+            cu_seqlens=_moved(context.cu_seqlens, device),
+            output_state=memory is not None,
+        )
+        if context.first is None:
+            context.first = mixed.first
+        if memory is not None:
+            memory.remember(mixed.state, hidden_states.shape[1])
+        return mixed.out, None
+
+    def mix(
+        self,
         x_BTD: Tensor,
         *,
         rope: tuple[Tensor, Tensor] | None = None,
@@ -154,6 +213,11 @@ class Mixer(nn.Module):
         cu_seqlens: int [N+1], document bounds in the flattened [B·T] (row bounds included); no state then.
         """
         raise NotImplementedError
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """On a layer's device, where layers are spread over several."""
+    return None if tensor is None else tensor.to(device)
 
 
 class HeadNorm(nn.Module):

@@ -139,7 +139,7 @@ class Rwkv7Mixer(Mixer):
         shifts = (getattr(self, f"x_{name}", None) for name in Branches._fields)
         return Branches(*(x_BTD if shift is None else x_BTD + change * shift for shift in shifts)), last
 
-    def forward(
+    def mix(
         self,
         x_BTD: Tensor,
         *,
@@ -150,7 +150,7 @@ class Rwkv7Mixer(Mixer):
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
     ) -> MixerOutput:
-        """See `radlads.model.mixer.Mixer.forward`."""
+        """See `radlads.model.mixer.Mixer.mix`."""
         x, shift = self._branches(x_BTD, state, keep_BT, cu_seqlens)
         r, k, v = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
         if self.design.first_values == "heads":

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.model.align_losses import build_align_loss, no_spectrum
+from radlads.model.documents import document_bounds, document_positions
 from radlads.model.lora import lora_trains
-from radlads.model.modeling import RadladsForCausalLM, document_positions, parameter_group
+from radlads.model.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.precision import remember_buffers, restore_buffers
 from radlads.model.probe import AttentionProbe
 from radlads.model.teacher import backbone, find_family
@@ -250,14 +251,6 @@ def build_objective(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrain
 def needs_teacher(objective: str) -> bool:
     """Whether a stage's objective runs the teacher, before anything is loaded."""
     return _OBJECTIVES[objective].needs_teacher
-
-
-def document_bounds(document_ids_BT: Tensor) -> Tensor:
-    """cu_seqlens int64 [N+1] over the flattened [B·T]: wherever the id changes, and at every row."""
-    starts = torch.ones_like(document_ids_BT, dtype=torch.bool)
-    starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
-    end = torch.tensor([document_ids_BT.numel()], device=document_ids_BT.device)
-    return torch.cat([starts.flatten().nonzero().flatten(), end])
 
 
 def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -69,12 +69,12 @@ class AttentionProbe:
         """Run one mixer and keep its loss of every sequence."""
 
         def run(x: Tensor, first: FirstValues | None) -> tuple[Tensor, FirstValues]:
-            mixed = mixer(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
+            mixed = mixer.mix(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
             return self._loss(mixed.out.float(), wanted_BTD.float(), layer), mixed.first
 
         x_BTD, wanted_BTD = x_BTD.detach(), wanted_BTD.detach()
         with torch.enable_grad():
-            if self._student.gradient_checkpointing and self._student.training:
+            if self._student.model.gradient_checkpointing and self._student.training:
                 self._found[layer], self._first = checkpoint(run, x_BTD, self._first, use_reentrant=False)
             else:
                 self._found[layer], self._first = run(x_BTD, self._first)

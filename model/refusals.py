@@ -10,7 +10,7 @@ from typing import Any
 _CONVERTED = re.compile(
     r"radlads|rwkv|liger|lolcats|hedgehog|linear_llama|mamba|retnet|gated_?delta|delta_?net|(?<![a-z])(gla|gsa|kda)(?![a-z])"
 )
-# Architectures whose attention or block is not the one that mixers and the student's layer loop stand in for.
+# Architectures whose attention mixers cannot stand in for, or that no family describes.
 _OTHER_BLOCKS = {
     ("glm", "glm4", "glm4v", "chatglm", "helium", "cohere", "cohere2", "ernie4_5"): (
         "its rotary positions turn neighbouring channels (interleaved), and mixers turn halves of a head"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from radlads.model.forward_pass import keep_attention
 from radlads.model.mixer import Mixer
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.teacher import find_family
@@ -25,14 +26,14 @@ def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
     restored, the next one plays its part, as it will in the product. Weights are shared, nothing is copied.
     """
     config = student.config
-    before = (list(config.attention_layers), config.attention_rope, list(student._recurrent))
+    before = (list(config.attention_layers), config.attention_rope)
     modules = {i: getattr(layer, student.parts.attention) for i, layer in enumerate(student._layers())}
     try:
         _restore(student, teacher, layers)
         config.attention_rope = True
         yield
     finally:
-        config.attention_layers, config.attention_rope, student._recurrent = before
+        config.attention_layers, config.attention_rope = before
         for i, module in modules.items():
             setattr(student._layers()[i], student.parts.attention, module)
 
@@ -74,10 +75,10 @@ def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
     for i in layers:
         attention = copy.copy(attentions[i])
         attention.config = student.model.config  # how masks are made is the student's config's business
+        keep_attention(attention)
         setattr(places[i], student.parts.attention, attention)
     student.config.attention_layers = sorted(kept)
-    student._recurrent = [i for i in range(len(places)) if i not in kept]
-    first = student._recurrent[0]
+    first = min(set(range(len(places))) - kept)
     mixer = getattr(places[first], student.parts.attention)
     setattr(places[first], student.parts.attention, _as_first(student, first, mixer))
 

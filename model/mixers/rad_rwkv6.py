@@ -132,7 +132,7 @@ class Mixer(BaseMixer):
             self.ln_x.weight.fill_(1.0)
             self.ln_x.bias.zero_()
 
-    def forward(
+    def mix(
         self,
         x_BTD: Tensor,
         *,
@@ -143,7 +143,7 @@ class Mixer(BaseMixer):
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
     ) -> MixerOutput:
-        """See `radlads.model.mixer.Mixer.forward`."""
+        """See `radlads.model.mixer.Mixer.mix`."""
         (x_r, x_k, x_v, x_w, x_g), last = self._shift(x_BTD, state, keep_BT, cu_seqlens)
         r, k, v = self.project(x_r, rope if self.options.rope else None, x_k_BTD=x_k, x_v_BTD=x_v)
         k, v = self.repeat(k), self.repeat(v)

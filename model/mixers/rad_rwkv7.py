@@ -127,7 +127,7 @@ class Mixer(BaseMixer):
             self.ln_x.weight.fill_(1.0)
             self.ln_x.bias.zero_()
 
-    def forward(
+    def mix(
         self,
         x_BTD: Tensor,
         *,
@@ -138,7 +138,7 @@ class Mixer(BaseMixer):
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
     ) -> MixerOutput:
-        """See `radlads.model.mixer.Mixer.forward`."""
+        """See `radlads.model.mixer.Mixer.mix`."""
         r, k, v = self.project(x_BTD, rope if self.options.rope else None)
         k, v = self.repeat(k), self.repeat(v)
         if self.v0 is None:

@@ -47,7 +47,7 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
     mixer, first = 0, None
     for module in list(student.mixers().values())[:2]:
-        mixer, mixed = _kept(partial(module, x, rope=rope, first=first), known)
+        mixer, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
         first = mixed.first
     layer: Any = getattr(inner, parts.layers)[0]
     mlp, norm = getattr(layer, parts.mlp), getattr(layer, parts.mlp_norm)

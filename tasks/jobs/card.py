@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from radlads.model.releases import TESTED
 from radlads.tasks.jobs.blocks import Block, Code, Heading, Text, Verdict, render_markdown
 from radlads.tasks.jobs.choice_report import choice_summary, choice_table
 from radlads.tasks.jobs.numbers import count
@@ -20,7 +21,7 @@ _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its id on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
@@ -37,7 +38,10 @@ def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], 
     blocks += [
         Heading("Use"),
         Code(_USAGE, "python"),
-        Text("It needs `torch` and `transformers`, nothing else: the model's code is in this folder."),
+        Text(
+            f"It needs `torch` and `transformers` (tested with {TESTED[0]} to {TESTED[1]}), nothing else: the model's "
+            "code is in this folder."
+        ),
         Heading("How it was made"),
         *_making(products, recipe),
         Heading("Limits"),

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import string
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
+from radlads.model.export import export_student
 from radlads.model.student import RadladsForCausalLM, build_student
 from radlads.model.transplant import transplant
 
@@ -49,7 +58,7 @@ def scramble(module: torch.nn.Module, scale: float = 0.2, seed: int = 1) -> None
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_teacher() -> MakeTeacher:
     def make(model_type: str = "qwen3", **changes: Any) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -63,7 +72,7 @@ def make_teacher() -> MakeTeacher:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_student() -> MakeStudent:
     """A student with its teacher's weights; `scrambled`: with random values in what the mixers add."""
 
@@ -84,6 +93,55 @@ def make_student() -> MakeStudent:
         return student.eval()
 
     return make
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every tensor storage that is alive and that was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._add(storage._cdata, storage.nbytes(), storage)
+        return made
+
+    def _add(self, key: int, size: int, storage: Any) -> None:
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+@pytest.fixture(scope="session")
+def live_bytes() -> type[LiveBytes]:
+    return LiveBytes
+
+
+@pytest.fixture(scope="session")
+def exported(make_teacher: MakeTeacher, make_student: MakeStudent, tmp_path_factory: Any) -> dict[str, Path]:
+    """Folders of a hybrid and a pure student, and of the hybrid's teacher; a token is a character."""
+    root = tmp_path_factory.mktemp("exported")
+    characters = ["<pad>", "<bos>", "<eos>", *string.ascii_letters, *" .,'!?-"]
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    teacher = make_teacher("qwen3", tie_word_embeddings=True)
+    teacher.save_pretrained(root / "teacher")
+    tokenizer.save_pretrained(root / "teacher")
+    hybrid, pure = make_student(teacher, attention_layers=(1,)), make_student(make_teacher("llama"), variant="hxa079")
+    export_student(hybrid, tokenizer, root / "export-hybrid")
+    export_student(pure, tokenizer, root / "export-pure")
+    return {"hybrid": root / "export-hybrid", "pure": root / "export-pure", "teacher": root / "teacher"}
 
 
 @pytest.fixture

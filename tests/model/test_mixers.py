@@ -51,7 +51,7 @@ def inputs(mixer: Mixer, B: int = 2, time: int = T) -> dict:
     rope, x = (angle.cos(), angle.sin()), torch.randn(B, time, D, generator=generator)
     giver = type(mixer)(mixer.shape, mixer.options, layer=0, num_layers=4, first=True)
     with torch.no_grad():
-        given = giver(torch.zeros(B, time, D), rope=rope).first
+        given = giver.mix(torch.zeros(B, time, D), rope=rope).first
     first = FirstValues(*(None if z is None else torch.randn(z.shape, generator=generator) for z in given))
     return {"x_BTD": x, "rope": rope, "first": first}
 
@@ -77,10 +77,10 @@ def mixer(request: pytest.FixtureRequest) -> Mixer:
 @torch.no_grad()
 def test_no_output_sees_the_future(mixer: Mixer) -> None:
     given = inputs(mixer)
-    before = mixer(**given).out
+    before = mixer.mix(**given).out
     changed = {**given, "x_BTD": given["x_BTD"].clone()}
     changed["x_BTD"][:, 20] += 1.0
-    after = mixer(**changed).out
+    after = mixer.mix(**changed).out
     close(after[:, :20], before[:, :20], 2e-6)  # rounding: the chunks that a pass is cut into depend on the decays
     assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 2e-5
 
@@ -88,10 +88,10 @@ def test_no_output_sees_the_future(mixer: Mixer) -> None:
 @torch.no_grad()
 def test_chunked_is_the_loop(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(mixer)
-    chunked = mixer(**given, output_state=True)
+    chunked = mixer.mix(**given, output_state=True)
     monkeypatch.setattr(recurrence_wkv7, "wkv7", lambda *a, **k: wkv7(*a, **k, backend="reference"))
     monkeypatch.setattr(rad_rwkv6, "wkv6", lambda *a, **k: wkv6(*a, **k, backend="reference"))
-    loop = mixer(**given, output_state=True)
+    loop = mixer.mix(**given, output_state=True)
     close(chunked.out, loop.out, 1e-5)
     close(chunked.state.wkv, loop.state.wkv, 1e-5)
     assert loop.state.wkv.dtype == torch.float32
@@ -100,9 +100,9 @@ def test_chunked_is_the_loop(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> N
 @torch.no_grad()
 def test_one_token_at_a_time_is_the_whole(mixer: Mixer) -> None:
     given = inputs(mixer)
-    whole, state, outs = mixer(**given).out, None, []
+    whole, state, outs = mixer.mix(**given).out, None, []
     for t in range(T):
-        mixed = mixer(**cut(given, slice(t, t + 1)), state=state, output_state=True)
+        mixed = mixer.mix(**cut(given, slice(t, t + 1)), state=state, output_state=True)
         state = mixed.state
         outs.append(mixed.out)
     close(torch.cat(outs, 1), whole, 2e-5)
@@ -114,9 +114,9 @@ def test_one_token_at_a_time_is_the_whole(mixer: Mixer) -> None:
 def test_a_sequence_can_be_split_anywhere(at: int, case: tuple) -> None:
     mixer = build(*case)
     given = inputs(mixer)
-    left = mixer(**cut(given, slice(0, at)), output_state=True)
-    right = mixer(**cut(given, slice(at, T)), state=left.state, output_state=True)
-    close(torch.cat([left.out, right.out], 1), mixer(**given).out, 2e-5)
+    left = mixer.mix(**cut(given, slice(0, at)), output_state=True)
+    right = mixer.mix(**cut(given, slice(at, T)), state=left.state, output_state=True)
+    close(torch.cat([left.out, right.out], 1), mixer.mix(**given).out, 2e-5)
 
 
 @torch.no_grad()
@@ -125,8 +125,8 @@ def test_padding_neither_decays_nor_writes(mixer: Mixer) -> None:
     pad = 6
     keep = torch.ones(2, T, dtype=torch.bool)
     keep[:, :pad] = False
-    padded = mixer(**given, keep_BT=keep, output_state=True)
-    plain = mixer(**cut(given, slice(pad, T)), output_state=True)
+    padded = mixer.mix(**given, keep_BT=keep, output_state=True)
+    plain = mixer.mix(**cut(given, slice(pad, T)), output_state=True)
     close(padded.out[:, pad:], plain.out, 1e-5)
     for held, wanted in zip(padded.state, plain.state, strict=True):
         assert (held is None) == (wanted is None)
@@ -137,24 +137,24 @@ def test_padding_neither_decays_nor_writes(mixer: Mixer) -> None:
 @torch.no_grad()
 def test_packed_documents_are_strangers(mixer: Mixer) -> None:
     given = inputs(mixer)
-    packed = mixer(**given, cu_seqlens=torch.tensor([0, 10, T, T + 1, 2 * T])).out
+    packed = mixer.mix(**given, cu_seqlens=torch.tensor([0, 10, T, T + 1, 2 * T])).out
     parts = [slice(0, 10), slice(10, T)]
     torch.testing.assert_close(
-        packed[0], torch.cat([mixer(**cut(given, part)).out[0] for part in parts]), atol=1e-5, rtol=1e-5
+        packed[0], torch.cat([mixer.mix(**cut(given, part)).out[0] for part in parts]), atol=1e-5, rtol=1e-5
     )
     parts = [slice(0, 1), slice(1, T)]
     torch.testing.assert_close(
-        packed[1], torch.cat([mixer(**cut(given, part)).out[1] for part in parts]), atol=1e-5, rtol=1e-5
+        packed[1], torch.cat([mixer.mix(**cut(given, part)).out[1] for part in parts]), atol=1e-5, rtol=1e-5
     )
     with pytest.raises(ValueError, match="exclude"):
-        mixer(**given, cu_seqlens=torch.tensor([0, T, 2 * T]), output_state=True)
+        mixer.mix(**given, cu_seqlens=torch.tensor([0, T, 2 * T]), output_state=True)
 
 
 @torch.no_grad()
 def test_bf16_is_close_to_fp32(mixer: Mixer) -> None:
     given = inputs(mixer)
-    wanted = mixer(**given).out
-    half = mixer.bfloat16()(
+    wanted = mixer.mix(**given).out
+    half = mixer.bfloat16().mix(
         given["x_BTD"].bfloat16(),
         rope=tuple(part.bfloat16() for part in given["rope"]),
         first=FirstValues(*(None if part is None else part.bfloat16() for part in given["first"])),
@@ -168,7 +168,7 @@ def test_every_parameter_learns(case: tuple) -> None:
     mixer = build(*case).train()
     given = inputs(mixer)
     first = FirstValues(*(None if part is None else part.requires_grad_() for part in given["first"]))
-    mixer(**{**given, "first": first}).out.square().sum().backward()
+    mixer.mix(**{**given, "first": first}).out.square().sum().backward()
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
     assert all(part.grad.abs().sum() > 0 for part in first if part is not None)
 
@@ -216,7 +216,7 @@ def test_rad_rwkv7_is_its_equations(form: str) -> None:
     mixer = build("rad_rwkv7", {"form": form})
     given = inputs(mixer)
     given = cut(given, slice(0, 12))
-    torch.testing.assert_close(mixer(**given).out, rad_rwkv7_by_hand(mixer, **given), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixer.mix(**given).out, rad_rwkv7_by_hand(mixer, **given), atol=1e-5, rtol=1e-4)
 
 
 def fresh(options: dict, layer: int = 1, first: bool = False) -> Mixer:
@@ -259,11 +259,11 @@ def test_first_layer_values_are_required_and_given(variant: str) -> None:
     given = inputs(mixer)
     wanted = given["first"]
     given["first"] = None
-    mixed = build(variant, {}, first=True)(**given)
+    mixed = build(variant, {}, first=True).mix(**given)
     assert [z is None for z in mixed.first] == [z is None for z in wanted]
     if wanted.v is not None:
         with pytest.raises(ValueError, match="first recurrent layer"):
-            mixer(**given)
+            mixer.mix(**given)
 
 
 def test_partial_rope_passes_the_rest() -> None:

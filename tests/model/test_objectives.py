@@ -59,7 +59,7 @@ def test_align_is_the_mean_over_layers_of_what_each_mixer_misses(make_teacher, m
     normed = teacher.model.layers[0].input_layernorm(x)
     rope = teacher.model.rotary_emb(x, torch.arange(20)[None])
     wanted, _ = teacher.model.layers[0].self_attn(normed, position_embeddings=rope, attention_mask=None)
-    got = student.mixers()[0](normed, rope=rope).out
+    got = student.mixers()[0].mix(normed, rope=rope).out
     by_hand = ((wanted - got).square().sum(-1).sqrt() / 32**0.5).mean()
     torch.testing.assert_close(metrics["layer_00"], by_hand.detach())
     mse = objective("align", student, teacher, loss="mse")(batch)[1]["layer_00"]

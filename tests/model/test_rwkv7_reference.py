@@ -57,7 +57,9 @@ class OfficialModel:
         x, first, after = self.norm("blocks.0.ln0", self.weights["emb.weight"][tokens_BT]), None, []
         for i, mixer in enumerate(self.mixers):
             state, last = (None, None) if memory is None else memory[i]
-            mixed, first, state = mixer(self.norm(f"blocks.{i}.ln1", x), first=first, state=state, output_state=True)
+            mixed, first, state = mixer.mix(
+                self.norm(f"blocks.{i}.ln1", x), first=first, state=state, output_state=True
+            )
             x = x + mixed
             inner = self.norm(f"blocks.{i}.ln2", x)
             previous, last = previous_tokens(inner, last_BD=last)

@@ -117,7 +117,7 @@ def test_what_cannot_work_is_refused(student, tokens) -> None:
         student.generate(tokens, **GREEDY, cache_implementation="static")
     with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
         student(tokens, attention_mask=torch.ones(2, 1, 21, 21))
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match="exactly one of"):
         student()
 
 

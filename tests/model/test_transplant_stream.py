@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from radlads.model.export import export_papers
@@ -157,36 +154,8 @@ def test_an_untied_student_has_a_head_of_its_own(make_teacher, stream, tmp_path:
     assert torch.equal(student.model.embed_tokens.weight, teacher.lm_head.weight)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor storage that is alive and that was made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._add(storage._cdata, storage.nbytes(), storage)
-        return made
-
-    def _add(self, key: int, size: int, storage: Any) -> None:
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def test_live_bytes_are_counted_once_and_until_the_last_view_goes() -> None:
-    with LiveBytes() as memory:
+def test_live_bytes_are_counted_once_and_until_the_last_view_goes(live_bytes) -> None:
+    with live_bytes() as memory:
         whole = torch.empty(1000)
         part = whole.view(torch.uint8)[:10]
         assert memory.live == 4000
@@ -198,7 +167,7 @@ def test_live_bytes_are_counted_once_and_until_the_last_view_goes() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "phi3"])
 def test_memory_is_a_tensor_and_a_mixer_whatever_the_depth(
-    make_teacher, stream, tmp_path: Path, model_type: str
+    make_teacher, stream, tmp_path: Path, live_bytes, model_type: str
 ) -> None:
     peaks = []
     for depth in (4, 12):
@@ -208,7 +177,7 @@ def test_memory_is_a_tensor_and_a_mixer_whatever_the_depth(
         gc.collect()
         gc.disable()
         try:
-            with LiveBytes() as memory:
+            with live_bytes() as memory:
                 folder, report, _ = stream(source, name=f"student-{depth}", attention_layers=(), max_shard_bytes=10**6)
         finally:
             gc.enable()

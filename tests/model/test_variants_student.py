@@ -164,7 +164,7 @@ def test_scaled_rope_reaches_the_mixers(make_teacher, make_student, tokens: Tens
         seen: list[tuple[Tensor, Tensor]] = []
 
         def remember(_mixer: Any, _args: Any, given: dict[str, Any], seen: list = seen) -> None:
-            seen.append(given["rope"])
+            seen.append(given["position_embeddings"])
 
         student = make_student(scaled, variant=variant)
         student.mixers()[1].register_forward_pre_hook(remember, with_kwargs=True)
