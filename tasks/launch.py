@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,10 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from radlads.tasks.devices import count_cores, count_gpus, resolve_resources
+from radlads.tasks.devices import count_cores, count_gpus, resolve_resources, visible_gpus
 from radlads.tasks.job import JobResources, JobSpec, UserError
+from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.recipe import Resources
 
+_log = logging.getLogger(__name__)
 _MODULES = {
     "plan": "plan",
     "tokenize": "tokens",
@@ -37,6 +41,8 @@ ATTEMPT = "=== attempt"
 """How the log of every attempt at a stage begins."""
 _LOG_LINES = 15
 _LONGEST_LINE = 300
+_LEFTOVER_SECONDS = 10.0
+_SUPERVISOR = "radlads.tasks.supervise"
 
 
 class JobFailed(UserError):  # noqa: N818 - named after how the job ended, as its siblings
@@ -76,14 +82,16 @@ def launch(
     job_json = scratch / "job.json"
     job_json.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     log = scratch / "log.txt"
-    command = render_command(spec, job_json, port=_free_port())
+    command = render_command(spec, job_json, port=_free_port(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    job = job_id(scratch)
+    _end_former_attempts(spec.stage, job, scratch, grace_seconds)
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"{ATTEMPT} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(command)}\n")
     begin = log.stat().st_size
     watcher = _Watcher(scratch, on_progress)
     code = run_process(
         command,
-        env=job_environment(os.environ, spec.resources),
+        env=job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
         cwd=scratch,
         log=log,
         on_tick=watcher.look,
@@ -93,16 +101,27 @@ def launch(
     check_ending(spec.stage, code, _read_json(scratch / "exit.json"), log, begin)
 
 
-def render_command(spec: JobSpec, job_json: Path, *, port: int) -> list[str]:
-    """The command line of a job. port: free on this machine, for the ranks to meet."""
+def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | None = None) -> list[str]:
+    """The command line of a job. port: free on this machine, for the ranks to meet. visible: CUDA_VISIBLE_DEVICES, of
+    which a job takes the first ones.
+
+    Everything is a module of this interpreter: a script beside it names its interpreter in a first line that cannot
+    hold a space. DeepSpeed's runner is left out: for one machine it only starts the launcher, ignoring which GPUs are
+    visible, and returns 0 when that one dies by a signal.
+    """
     program = _MODULES[spec.stage]
     module = f"radlads.tasks.jobs.{program}"
     sources = spec.spec.get("dataset", {}).get("sources", ()) if spec.stage == "tokenize" else ()
     samples = any(source.get("kind") == "sample" for source in sources)
     if program not in _DISTRIBUTED and not samples:
         return [sys.executable, "-m", module, str(job_json)]
-    processes = ["--num_gpus", str(spec.resources.processes), "--master_port", str(port)]
-    return ["deepspeed", "--no_local_rank", *processes, "--module", module, str(job_json)]
+    devices = [str(rank) for rank in range(spec.resources.processes)]
+    if spec.resources.device == "cuda":
+        devices = list(visible_gpus(visible) or devices)[: spec.resources.processes]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", f"--world_info={world}"]
+    meeting = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [*launcher, *meeting, "--module", module, str(job_json)]
 
 
 def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[str, str]:
@@ -110,7 +129,7 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     dropped = ("PREFECT_", "RADLADS_")
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
-    # DeepSpeed calls ninja and itself by name; a virtual environment that is not activated has them only here.
+    # Compilers of kernels call ninja by name; a virtual environment that is not activated has them only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     env |= {
         "PYTHONSAFEPATH": "1",
@@ -143,12 +162,19 @@ def run_process(
     on_tick is called about once a second. Whatever is raised in here, by a cancelled flow for one, stops the command
     and everything below it first.
     """
-    supervisor = [sys.executable, "-m", "radlads.tasks.supervise", "--parent", str(os.getpid())]
+    supervisor = [sys.executable, "-m", _SUPERVISOR, "--parent", str(os.getpid())]
     options = ["--grace", str(grace_seconds), "--log", str(log), "--"]
     # A session of its own: Ctrl-C and whoever stops the flow's process group reach the job through us, in order.
-    process = subprocess.Popen(
-        [*supervisor, *options, *command], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, start_new_session=True
-    )
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [*supervisor, *options, *command],
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
     try:
         while True:
             try:
@@ -159,6 +185,16 @@ def run_process(
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+def _end_former_attempts(stage: str, job: str, scratch: Path, grace_seconds: float) -> None:
+    """A retry beside what a former attempt left would train twice, into the same files."""
+    try:
+        ended = end_leftovers(job, seconds=grace_seconds + _LEFTOVER_SECONDS)
+    except BlockingIOError as error:
+        raise JobFailed(f"{stage}: {scratch} is in use: {error}; wait for its end, or stop it") from None
+    if ended:
+        _log.warning("%s: ended %d processes that a former attempt had left in %s", stage, ended, scratch)
 
 
 def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path, begin: int) -> None:

@@ -35,6 +35,7 @@ CONTRACTS = {
     "s3_client",
     "tracking",
     "metrics_record",
+    "process_tree",
 }
 TORCH = {
     "torch",

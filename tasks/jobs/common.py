@@ -33,7 +33,14 @@ from radlads.tasks.jobs.ending import (
     write_ending,
     write_json,
 )
-from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
+from radlads.tasks.jobs.group import (
+    die_with_launcher,
+    end_process,
+    join_group,
+    leave_group,
+    quiet_libraries,
+    set_threads,
+)
 from radlads.tasks.pins import check_pins
 from radlads.tasks.specs import (
     ChooseSpec,
@@ -249,6 +256,7 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
         sys.exit(EXIT_CODES["config"])
+    die_with_launcher()
     job = open_job(Path(sys.argv[1]))
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)

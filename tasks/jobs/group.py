@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
+
+from radlads.tasks.process_tree import MARK
 
 if TYPE_CHECKING:
     import torch
 
 # Longer than any upload by one rank that the others wait for. A dead rank is noticed by the launcher, not by this.
 _TIMEOUT = timedelta(hours=3)
+_PR_SET_PDEATHSIG = 1
 
 
 def join_group(device: torch.device, rank: int, world_size: int) -> None:
@@ -56,6 +61,13 @@ def end_process(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def die_with_launcher() -> None:
+    """Have the kernel end this rank as soon as the process that started it is dead; where a supervisor started the
+    job, and not a person, whose shell may go away."""
+    if MARK in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def set_threads(threads: int) -> None:
