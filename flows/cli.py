@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radlads.flows import services
+from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.tasks.anchor import anchor_recipe
 from radlads.tasks.job import UserError
@@ -105,10 +106,11 @@ def run(
 
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
-    if not state.is_completed():
-        raise UserError(f"{state.message}\nto go on where it stopped: radlads run {recipe} --run {name}")
-    for stage, uri in state.result().items():
+    places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    again = command_line("run", recipe, options=[("--run", name), *(("--set", p) for p in overrides or []), *places])
+    parameters = {"recipe": recipe, "run": name, "overrides": changes or None}
+    made = run_in_foreground(flow, {**parameters, "store": store, "tracking": tracking, "work": work}, again, err=_err)
+    for stage, uri in made.items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
 
 

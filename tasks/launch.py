@@ -20,6 +20,7 @@ from radlads.tasks.devices import count_cores, count_gpus, resolve_resources, vi
 from radlads.tasks.job import JobResources, JobSpec, UserError
 from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.recipe import Resources
+from radlads.tasks.stopping import REQUEST, Stopper
 
 _log = logging.getLogger(__name__)
 _MODULES = {
@@ -73,8 +74,9 @@ def launch(
     """Run a job to its end in its scratch folder. Whether there is a product is for the caller to check.
 
     on_progress: called about once a second while there is something new. grace_seconds: what a job that is stopped
-    gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again).
+    gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again), RunStopped.
     """
+    REQUEST.check()
     scratch = Path(spec.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     for stale in ("exit.json", "progress.json"):
@@ -98,7 +100,16 @@ def launch(
         grace_seconds=grace_seconds,
     )
     watcher.look()
-    check_ending(spec.stage, code, _read_json(scratch / "exit.json"), log, begin)
+    ending = _read_json(scratch / "exit.json")
+    if REQUEST.asked_at is not None and (ending or {}).get("reason") != "done":
+        REQUEST.where.append(_where(spec.stage, watcher.last, (ending or {}).get("reason") == "preempted"))
+        REQUEST.check()
+    check_ending(spec.stage, code, ending, log, begin)
+
+
+def _where(stage: str, last: Progress | None, orderly: bool) -> str:
+    at = f" at {last.done:,.0f} of {last.total:,.0f} {last.unit}" if last is not None else ""
+    return f"{stage}{at}" if orderly else f"{stage}{at}, killed before it could save that"
 
 
 def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | None = None) -> list[str]:
@@ -159,8 +170,8 @@ def run_process(
 ) -> int:
     """Run a command under the supervisor until it ends; its exit code. The seam that tests replace.
 
-    on_tick is called about once a second. Whatever is raised in here, by a cancelled flow for one, stops the command
-    and everything below it first.
+    on_tick is called about once a second. A person's wish to stop (stopping.py) is passed on to the command. Whatever
+    is raised in here, by a cancelled flow for one, stops the command and everything below it first.
     """
     supervisor = [sys.executable, "-m", _SUPERVISOR, "--parent", str(os.getpid())]
     options = ["--grace", str(grace_seconds), "--log", str(log), "--"]
@@ -175,12 +186,14 @@ def run_process(
             stderr=stream,
             start_new_session=True,
         )
+    stopper = Stopper(lambda: process.send_signal(signal.SIGTERM))
     try:
         while True:
             try:
                 return process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 on_tick()
+                stopper.look()
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -224,11 +237,12 @@ class _Watcher:
 
     def __init__(self, scratch: Path, report: Callable[[Progress], None] | None) -> None:
         self._scratch, self._report = scratch, report
-        self._last: Progress | None = None
+        self.last: Progress | None = None
+        """What was seen last."""
 
     def look(self) -> None:
         told = _read_json(self._scratch / "progress.json")
-        if self._report is None or told is None:
+        if told is None:
             return
         progress = Progress(
             done=float(told["done"]),
@@ -236,9 +250,10 @@ class _Watcher:
             unit=str(told["unit"]),
             metrics=_last_metrics(self._scratch / "metrics.jsonl"),
         )
-        if progress != self._last:
-            self._last = progress
-            self._report(progress)
+        if progress != self.last:
+            self.last = progress
+            if self._report is not None:
+                self._report(progress)
 
 
 def _last_metrics(path: Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
-from prefect.states import Failed
+from prefect.states import Cancelled, Failed
 from prefect.tasks import Task
 
 from radlads.tasks.job import Stage, TrackingRef, UserError
@@ -19,6 +19,7 @@ from radlads.tasks.observe import ProgressView, gpu_slot, show_link
 from radlads.tasks.pipeline import Pipeline
 from radlads.tasks.specs import StageSpec, TokenizeSpec
 from radlads.tasks.stage import Product, replay_record, run_stage
+from radlads.tasks.stopping import REQUEST, RunStopped
 from radlads.tasks.store import StoreError
 from radlads.tasks.tracking import close_run, mirror_product, open_stage_run, run_url
 
@@ -62,7 +63,10 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
         @functools.wraps(function)
         def explained(*args: Any, **kwargs: Any) -> Any:
             try:
+                REQUEST.check()
                 return function(*args, **kwargs)
+            except RunStopped as error:
+                return Cancelled(message=str(error), data=error)
             except (UserError, StoreError, JobCrashed) as error:
                 pipeline: Pipeline = args[0] if args else kwargs["pipeline"]
                 may_help = not isinstance(error, UserError)
