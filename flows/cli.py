@@ -152,6 +152,24 @@ def evaluate(
 
 
 @app.command()
+def sync(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+) -> None:
+    """Send MLflow what it lacks of a run's numbers, after an outage; a run that ends does that by itself."""
+    from radlads.tasks.mirror import sync_run
+    from radlads.tasks.store import open_store
+
+    services.use_services(services.read_services(resolve_settings().home))
+    settings = resolve_settings(store=store, tracking=tracking)
+    if not settings.tracking:
+        raise UserError("there is no MLflow to send anything to: --tracking is 'none'")
+    stages = sync_run(open_store(settings.store), settings.tracking, name)
+    _out.print(f"MLflow has all of {name}: {', '.join(stages)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     recipe: Annotated[str, typer.Option(help="Recipe to run instead of the smoke recipe.")] = "smoke",
     name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
@@ -168,7 +186,9 @@ def demo(
     from radlads.flows.demo import run_demo
 
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    sys.exit(0 if run_demo(_out, running, resolve_settings(), recipe, name, changes) else 1)
+    options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or [])]
+    again = command_line("demo", options=options)
+    sys.exit(run_demo(_out, running, resolve_settings(), recipe, name, changes, again))
 
 
 @services_app.command("up")

@@ -104,7 +104,6 @@ def _interruptible(ending: _Ending) -> Iterator[None]:
     if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return
-    quiet = _Quiet()
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         if not REQUEST.running:
@@ -114,8 +113,6 @@ def _interruptible(ending: _Ending) -> Iterator[None]:
         REQUEST.ask()
 
     signal.signal(signal.SIGINT, on_interrupt)
-    for handler in logging.getLogger("prefect").handlers:
-        handler.addFilter(quiet)
     try:
         yield
     finally:
@@ -127,13 +124,15 @@ class _Quiet(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
-        return REQUEST.asked_at is None
+        return False
 
 
 def _end_in_time(ending: _Ending) -> None:
     """Ends the process when an orderly end takes too long. The supervisors of its jobs see that, and end those."""
     while REQUEST.asked_at is None:
         time.sleep(_LOOK_SECONDS)
+    for handler in logging.getLogger("prefect").handlers:
+        handler.addFilter(_Quiet())
     ending.waiting()
     while True:
         ends = [REQUEST.asked_at + _LONGEST_SECONDS]

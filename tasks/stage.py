@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
 from radlads.tasks.launch import JobCrashed, Progress, launch
-from radlads.tasks.metrics_record import catch_up
 from radlads.tasks.specs import StageSpec, spec_digest
 from radlads.tasks.store_base import StageConflict, Store, StoreError, conflict, older_schema
 
@@ -94,14 +92,12 @@ def run_stage(
         scratch=str(request.scratch),
         content_cache=str(request.content_cache) if request.content_cache else None,
     )
-    _restore_record(store, key, request.scratch)
+    restore_record(store, key, request.scratch)
     try:
         with slot or nullcontext():
             launch(spec, on_progress=on_progress, grace_seconds=request.grace_seconds)
     finally:
         _keep_papers(store, key, request.scratch)
-        if tracking is not None:
-            catch_up(request.scratch / "metrics.jsonl", tracking)
     made = find_committed(store, key, digest)
     if made is None:
         raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
@@ -126,16 +122,8 @@ def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
     return manifest
 
 
-def replay_record(store: Store, key: str, tracking: TrackingRef | None) -> None:
-    """Send the record of a committed stage to an MLflow run that does not have it."""
-    if tracking is not None:
-        with tempfile.TemporaryDirectory(prefix="radlads-record-") as folder:
-            _restore_record(store, key, Path(folder))
-            catch_up(Path(folder, "metrics.jsonl"), tracking)
-
-
-def _restore_record(store: Store, key: str, scratch: Path) -> None:
-    """On a machine that has not seen this stage yet, the record of earlier attempts comes from the store."""
+def restore_record(store: Store, key: str, scratch: Path) -> None:
+    """In a folder that has not seen this stage yet, the record of earlier attempts comes from the store."""
     scratch.mkdir(parents=True, exist_ok=True)
     for name in _CONTINUED:
         if not (scratch / name).exists():
