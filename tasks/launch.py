@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from radlads.tasks.devices import count_cores, count_gpus, resolve_resources, visible_gpus
+from radlads.tasks.gpu_lock import hold_gpus
 from radlads.tasks.job import JobResources, JobSpec, UserError
 from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.recipe import Resources
@@ -230,6 +232,13 @@ def machine_resources(wanted: Resources) -> JobResources:
     return resolve_resources(
         wanted, num_gpus=count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")), num_cores=count_cores()
     )
+
+
+def hold_devices(resources: JobResources, purpose: str) -> AbstractContextManager[None]:
+    """Have what a job computes on to itself during the block: its GPUs; nothing on a CPU. purpose: told to others."""
+    if resources.device == "cpu":
+        return nullcontext()
+    return hold_gpus(resources.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), purpose)
 
 
 class _Watcher:

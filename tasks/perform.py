@@ -14,7 +14,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Failed
 from prefect.tasks import Task
 
-from radlads.tasks.job import Stage, TrackingRef, UserError
+from radlads.tasks.job import JobResources, Stage, TrackingRef, UserError
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.mirror import kept_stage, mirror_stage, stage_params
 from radlads.tasks.observe import ProgressView, gpu_slot, show_link
@@ -121,7 +121,9 @@ def perform(
             request,
             open_tracking=open_tracking,
             on_progress=ProgressView(pipeline.run, label).show,
-            slot=gpu_slot(pipeline.settings.gpu_limit, _device(pipeline, stage, spec)),
+            slot=gpu_slot(
+                pipeline.settings.gpu_limit, _computes_on(pipeline, stage, spec), f"{label} of {pipeline.run}"
+            ),
         )
     except BaseException:
         if opened:
@@ -146,7 +148,9 @@ def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | Non
     close_run(failed, "KILLED" if REQUEST.asked_at is not None else "FAILED")
 
 
-def _device(pipeline: Pipeline, stage: Stage, spec: StageSpec) -> str:
+def _computes_on(pipeline: Pipeline, stage: Stage, spec: StageSpec) -> JobResources:
     """What the stage's job computes on. Only tokenizing that samples from a teacher needs more than the CPU."""
     samples = isinstance(spec, TokenizeSpec) and spec.teacher is not None
-    return pipeline.resources.device if samples or stage not in ("plan", "tokenize", "publish") else "cpu"
+    if samples or stage not in ("plan", "tokenize", "publish"):
+        return pipeline.resources
+    return pipeline.resources.model_copy(update={"device": "cpu"})
