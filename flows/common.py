@@ -6,12 +6,14 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Failed
 
+from radlads.tasks.disk import explain_disk
 from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.stopping import REQUEST, RunStopped
@@ -82,6 +84,11 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
             return Cancelled(message=str(error), data=error)
         except _EXPLAINED as error:
             return Failed(message=str(error), data=error)
+        except OSError as error:
+            told = explain_disk(error, Path.cwd())
+            if told is None:
+                raise
+            return Failed(message=str(told), data=told)
         finally:
             REQUEST.running = False
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.devices import count_cores, count_gpus, resolve_resources, visible_gpus
+from radlads.tasks.disk import describe_full
 from radlads.tasks.gpu_lock import hold_gpus
 from radlads.tasks.job import JobResources, JobSpec, UserError
 from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
@@ -39,7 +40,9 @@ _MODULES = {
     "publish": "publish",
 }
 _DISTRIBUTED = {"train", "choose", "evaluate", "needle"}
-_FINAL = {"config", "out-of-memory", "nonfinite"}
+_FINAL = {"config", "out-of-memory", "disk-full", "nonfinite"}
+_DISK_FULL = 5
+"""The exit code of a job that found no room, perhaps not even for exit.json."""
 ATTEMPT = "=== attempt"
 """How the log of every attempt at a stage begins."""
 _LOG_LINES = 15
@@ -220,6 +223,8 @@ def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path
         return
     if reason in _FINAL:
         raise JobFailed(f"{stage}: {message}")
+    if code == _DISK_FULL and reason is None:
+        raise JobFailed(f"{stage}: {describe_full(log.parent)}")
     if reason == "preempted":
         raise JobPreempted(f"{stage} was stopped before its end; a retry continues from its newest checkpoint")
     what = message if reason == "crash" else f"ended with {_describe(code)} and did not say why"

@@ -137,7 +137,7 @@ def _keep_papers(store: Store, key: str, scratch: Path) -> None:
         for name in _PAPERS:
             if (scratch / name).is_file():
                 store.put_file(f"{key}/job/{name}", scratch / name)
-    except StoreError as error:  # must not hide why the job ended
+    except (StoreError, OSError) as error:  # must not hide why the job ended
         _log.warning("the papers of %s stay in %s: %s", key, scratch, error)
 
 

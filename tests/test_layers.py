@@ -36,6 +36,7 @@ CONTRACTS = {
     "tracking",
     "metrics_record",
     "process_tree",
+    "disk",
 }
 TORCH = {
     "torch",

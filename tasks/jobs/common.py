@@ -30,6 +30,7 @@ from radlads.tasks.jobs.ending import (
     Preempted,
     clear_ending,
     explain,
+    keep_reserve,
     write_ending,
     write_json,
 )
@@ -292,12 +293,16 @@ def execute(main: JobMain, job: Job) -> ExitReason:
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
-        job._record.close()
+        try:
+            job._record.close()
+        except OSError as error:  # how the job ended is written already
+            logger.warning("the end of the record was not written: %s", error)
     return reason
 
 
 def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
     try:
+        keep_reserve(job.scratch, job.rank)
         set_threads(job.spec.resources.threads)
         if job.world_size > 1:
             job.open_process_group()
@@ -308,7 +313,7 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
             job.commit(metrics)
         job.barrier()  # no rank may leave before the product exists: the launcher would take the others down
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
-        reason, message = explain(error)
+        reason, message = explain(error, job.scratch)
         if reason == "crash":
             logger.exception("the job failed")
         elif reason != "preempted":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -58,8 +59,9 @@ def leave_group(*, orderly: bool) -> None:
 def end_process(exit_code: int) -> NoReturn:
     """End this process now: everything is written, and taking torch apart object by object takes over a second."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log may lie on a full disk; the exit code still tells
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(exit_code)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import boto3
@@ -15,8 +16,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from radlads.flows.convert import radlads
 from radlads.flows.evaluate import radlads_evaluate
 from radlads.flows.pretrain import radlads_pretrain
-from radlads.tasks import launch, metrics_record, tracking
-from radlads.tasks.job import JobSpec, StoreRef
+from radlads.tasks import gpu_lock, launch, metrics_record, pipeline, tracking
+from radlads.tasks.job import JobResources, JobSpec, StoreRef
 from radlads.tasks.mirror import sync_run
 from radlads.tasks.recipe import load_recipe
 from radlads.tasks.store import StageConflict, open_store
@@ -135,6 +136,7 @@ def test_absent_stages_are_left_out(recipe, places, jobs):
         ({"run": "a/b"}, "cannot be a run's name"),
         ({"store": "gs://x"}, "neither s3://"),
         ({"tracking": "mlruns"}, "not an MLflow server"),
+        ({"work": "/dev/null/x"}, "lies below what is not a folder"),
     ],
 )
 def test_bad_requests_end_at_once_in_one_line(recipe, places, jobs, change, words):
@@ -321,6 +323,27 @@ def test_the_same_run_in_another_store_has_a_curve_of_its_own(recipe, places, jo
     stages, parents = curves(uri, "shared")
     assert stages == sorted(WHOLE * 2)
     assert parents == ["FINISHED"] * 2
+
+
+def test_evaluate_and_needle_do_not_share_a_gpu(recipe, places, jobs, monkeypatch, tmp_path):
+    """They are started together, and nobody made a concurrency limit for this server."""
+    gpu = JobResources(device="cuda", processes=1, threads=1)
+    monkeypatch.setattr(pipeline, "machine_resources", lambda wanted: gpu)
+    monkeypatch.setattr(gpu_lock, "_PLACES", (tmp_path,))
+    running, most = [], []
+
+    def run(command, **named):
+        running.append(command)
+        most.append(len(running))
+        time.sleep(0.7 if "evaluate" in command[-1] or "needle" in command[-1] else 0)
+        code = jobs(command, **named)
+        running.remove(command)
+        return code
+
+    monkeypatch.setattr(launch, "run_process", run)
+    radlads(recipe, run="r1", overrides=dict.fromkeys(["align", "finetune"]), **places)
+    assert {"evaluate", "needle"} <= set(jobs.launched)
+    assert max(most) == 1
 
 
 def test_judging_a_finished_run_again(recipe, places, jobs):
