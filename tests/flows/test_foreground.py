@@ -7,12 +7,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelled, Completed, Running
+from rich.console import Console
 
+from radlads.flows import demo, services
 from radlads.flows.foreground import command_line
+from radlads.tasks.settings import resolve_settings
 
 # `radlads`, with a job that only waits: for SIGTERM, upon which it "saves" as a training job does, unless `stubborn`.
 PROGRAM = """
@@ -147,6 +154,57 @@ def test_a_failure_is_said_once(terminal, mode, helps):
     assert (out + err).count("no luck today") == 1
     assert (out + err).count("--run r1") == 1
     assert helps in err
+
+
+RUN = uuid4()
+
+
+class FakeApi:
+    """As much of Prefect's client as the demo uses: a run that trains until it is cancelled."""
+
+    def __init__(self):
+        self.states = []
+        self.looks = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read_deployment_by_name(self, name):
+        return SimpleNamespace(id=1)
+
+    def create_flow_run_from_deployment(self, *_, **__):
+        return SimpleNamespace(id=RUN)
+
+    def read_flow_run(self, flow_run_id):
+        self.looks += 1
+        if self.looks == 2:
+            raise KeyboardInterrupt
+        return SimpleNamespace(state=Cancelled() if self.states else Running())
+
+    def read_task_runs(self, **_):
+        return [SimpleNamespace(name="plan", state=Completed()), SimpleNamespace(name="align", state=Running())]
+
+    def set_flow_run_state(self, flow_run_id, state):
+        self.states.append((flow_run_id, state.type))
+
+
+def test_ctrl_c_in_the_demo_cancels_the_run(tmp_path, monkeypatch):
+    (tmp_path / "work/r1/align").mkdir(parents=True)
+    (tmp_path / "work/r1/align/progress.json").write_text('{"done": 12, "total": 50, "unit": "steps"}')
+    api, out = FakeApi(), StringIO()
+    monkeypatch.setattr(demo, "deploy", lambda: None)
+    monkeypatch.setattr(demo, "get_client", lambda **_: api)
+    monkeypatch.setattr(demo, "_LOOK_SECONDS", 0)
+    settings = resolve_settings(
+        store=str(tmp_path), work=str(tmp_path / "work"), tracking="none", environment={"RADLADS_HOME": str(tmp_path)}
+    )
+    running = {"prefect": services.Service("prefect", 1, 0, "http://127.0.0.1:9", "log")}
+    assert demo.run_demo(Console(file=out), running, settings, "smoke", "r1", {}, "radlads demo --run r1") == 130
+    assert api.states == [(RUN, "CANCELLING")]
+    assert out.getvalue().splitlines()[-1] == "stopped in align at 12/50 steps; to go on: radlads demo --run r1"
 
 
 def test_the_command_is_quoted():
