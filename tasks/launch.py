@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from radlads.tasks.disk import describe_full
 from radlads.tasks.gpu_lock import hold_gpus
 from radlads.tasks.job import JobResources, JobSpec, UserError
 from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
+from radlads.tasks.progress import Progress, Watcher, log_end, read_json
 from radlads.tasks.recipe import Resources
 from radlads.tasks.stopping import REQUEST, Stopper
 
@@ -45,8 +45,6 @@ _DISK_FULL = 5
 """The exit code of a job that found no room, perhaps not even for exit.json."""
 ATTEMPT = "=== attempt"
 """How the log of every attempt at a stage begins."""
-_LOG_LINES = 15
-_LONGEST_LINE = 300
 _LEFTOVER_SECONDS = 10.0
 _SUPERVISOR = "radlads.tasks.supervise"
 
@@ -61,16 +59,6 @@ class JobCrashed(Exception):  # noqa: N818
 
 class JobPreempted(JobCrashed):
     """The job was asked to stop and did so in order."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a running job is, and its last numbers."""
-
-    done: float
-    total: float
-    unit: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def launch(
@@ -95,7 +83,7 @@ def launch(
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"{ATTEMPT} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(command)}\n")
     begin = log.stat().st_size
-    watcher = _Watcher(scratch, on_progress)
+    watcher = Watcher(scratch, on_progress)
     code = run_process(
         command,
         env=job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
@@ -105,7 +93,7 @@ def launch(
         grace_seconds=grace_seconds,
     )
     watcher.look()
-    ending = _read_json(scratch / "exit.json")
+    ending = read_json(scratch / "exit.json")
     if REQUEST.asked_at is not None and (ending or {}).get("reason") != "done":
         REQUEST.where.append(_where(spec.stage, watcher.last, (ending or {}).get("reason") == "preempted"))
         REQUEST.check()
@@ -228,7 +216,7 @@ def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path
     if reason == "preempted":
         raise JobPreempted(f"{stage} was stopped before its end; a retry continues from its newest checkpoint")
     what = message if reason == "crash" else f"ended with {_describe(code)} and did not say why"
-    tail = "\n".join(_tail(log, begin))
+    tail = "\n".join(log_end(log, begin))
     raise JobCrashed(f"{stage} crashed: {what}\nThe end of {log}:\n{tail}")
 
 
@@ -246,54 +234,6 @@ def hold_devices(resources: JobResources, purpose: str) -> AbstractContextManage
     return hold_gpus(resources.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), purpose)
 
 
-class _Watcher:
-    """Reads progress.json and the end of metrics.jsonl, and passes on what is new."""
-
-    def __init__(self, scratch: Path, report: Callable[[Progress], None] | None) -> None:
-        self._scratch, self._report = scratch, report
-        self.last: Progress | None = None
-        """What was seen last."""
-
-    def look(self) -> None:
-        told = _read_json(self._scratch / "progress.json")
-        if told is None:
-            return
-        progress = Progress(
-            done=float(told["done"]),
-            total=float(told["total"]),
-            unit=str(told["unit"]),
-            metrics=_last_metrics(self._scratch / "metrics.jsonl"),
-        )
-        if progress != self.last:
-            self.last = progress
-            if self._report is not None:
-                self._report(progress)
-
-
-def _last_metrics(path: Path) -> dict[str, float]:
-    lines = _last_lines(path, 0, 4096)
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        return {key: value for key, value in row.items() if key != "time" and isinstance(value, int | float)}
-    return {}
-
-
-def _tail(log: Path, begin: int) -> list[str]:
-    lines = [line[:_LONGEST_LINE] for line in _last_lines(log, begin, 32768) if line.strip()]
-    return [f"  {line}" for line in lines[-_LOG_LINES:]] or ["  (it is empty)"]
-
-
-def _last_lines(path: Path, begin: int, size: int) -> list[str]:
-    if not path.exists():
-        return []
-    with path.open("rb") as stream:
-        stream.seek(max(begin, path.stat().st_size - size))
-        return stream.read().decode(errors="replace").splitlines()
-
-
 def _describe(code: int) -> str:
     # DeepSpeed's launcher passes a rank's negative code on as one byte; a shell-like one adds 128 to the signal.
     number = 256 - code if code > 192 else code - 128
@@ -303,14 +243,6 @@ def _describe(code: int) -> str:
         return f"exit code {code}"
     hint = ", as when the machine runs out of memory" if name == "SIGKILL" else ""
     return f"exit code {code} ({name}{hint})"
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _free_port() -> int:

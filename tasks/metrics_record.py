@@ -107,7 +107,10 @@ class MetricsRecord:
             self._mirror.stop(timeout_seconds)
             self._mirror = None
         if self._stream is not None:
-            self._stream.close()
+            try:
+                self._stream.close()
+            except OSError as error:  # a row that found no room, which the writer has heard of already
+                _log.warning("the end of %s was not written: %s", self.path, error)
             self._stream = None
 
     def _note(self, kind: str, values: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
 
 from radlads.tasks.job import JobResources
-from radlads.tasks.launch import Progress, hold_devices
+from radlads.tasks.launch import hold_devices
+from radlads.tasks.progress import Progress
 
 _log = logging.getLogger("prefect.radlads")
 _UPDATE_SECONDS = 2.0

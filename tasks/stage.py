@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
-from radlads.tasks.launch import JobCrashed, Progress, launch
+from radlads.tasks.launch import JobCrashed, launch
+from radlads.tasks.progress import Progress
 from radlads.tasks.specs import StageSpec, spec_digest
 from radlads.tasks.store_base import StageConflict, Store, StoreError, conflict, older_schema
 

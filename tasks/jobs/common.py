@@ -28,9 +28,8 @@ from radlads.tasks.jobs.ending import (
     EXIT_CODES,
     NonFiniteError,
     Preempted,
-    clear_ending,
     explain,
-    keep_reserve,
+    prepare_ending,
     write_ending,
     write_json,
 )
@@ -288,21 +287,17 @@ def open_job(path: Path) -> Job:
 
 def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
-    clear_ending(job.scratch, job.rank)
     forget_kernels()
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
-        try:
-            job._record.close()
-        except OSError as error:  # how the job ended is written already
-            logger.warning("the end of the record was not written: %s", error)
+        job._record.close()
     return reason
 
 
 def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
     try:
-        keep_reserve(job.scratch, job.rank)
+        prepare_ending(job.scratch, job.rank)
         set_threads(job.spec.resources.threads)
         if job.world_size > 1:
             job.open_process_group()

@@ -63,17 +63,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def keep_reserve(scratch: Path, rank: int) -> None:
-    """Take the room that writing down an ending needs, for the case that the disk is full by then."""
+def prepare_ending(scratch: Path, rank: int) -> None:
+    """Forget how an earlier attempt ended, and take the room that writing down this one's end needs, for the case that
+    the disk is full by then."""
+    _own_file(scratch, rank).unlink(missing_ok=True)
     with _reserve(scratch, rank).open("wb") as file:
         file.write(os.urandom(_RESERVE_BYTES))  # nothing that a file system could store in less
         file.flush()
         os.fsync(file.fileno())
-
-
-def clear_ending(scratch: Path, rank: int) -> None:
-    """Forget how an earlier attempt ended."""
-    _own_file(scratch, rank).unlink(missing_ok=True)
 
 
 def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:

@@ -23,6 +23,7 @@ from radlads.tasks.launch import (
     render_command,
     run_process,
 )
+from radlads.tasks.progress import Watcher
 from radlads.tasks.recipe import Resources
 
 CPU = JobResources(device="cpu", processes=2, threads=3)
@@ -206,7 +207,7 @@ def test_resources():
 
 def test_progress_of_a_job_that_writes_nonsense(tmp_path):
     (tmp_path / "progress.json").write_text("{")
-    watcher = launching._Watcher(tmp_path, lambda progress: pytest.fail("reported"))
+    watcher = Watcher(tmp_path, lambda progress: pytest.fail("reported"))
     watcher.look()
     (tmp_path / "progress.json").write_text(json.dumps([1]))
     watcher.look()
