@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 from radlads.tasks.job import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {
-    errno.EROFS: "is on a read-only file system",
-    errno.EACCES: "is closed to this user",
+    errno.EROFS: "is on a read-only file system; choose other folders with --work and --store",
+    errno.EACCES: "may not be read or written by this user",
     errno.ENOTDIR: "lies below what is not a folder",
 }
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+_MOST_ENTRIES = 20_000
 _CURE = "free some space, or choose other folders with --work and --store"
 
 
@@ -42,7 +44,7 @@ def explain_disk(error: BaseException, place: Path) -> UserError | None:
         if number in _FULL or any(text in str(cause) for text in _FULL_TEXTS):
             return DiskFull(describe_full(named or place))
         if cause is error and number in _REFUSED and named is not None:
-            return UserError(f"{named} {_REFUSED[number]}; choose other folders with --work and --store")
+            return UserError(f"{named} {_REFUSED[number]}")
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -58,11 +60,20 @@ def describe_full(place: Path) -> str:
     """One line about a full disk: what it has, and what lies in `place` itself."""
     folder = next(path for path in (place, *place.absolute().parents) if path.is_dir())
     usage = shutil.disk_usage(folder)
-    own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return (
-        f"the disk is full at {place}: {_gib(usage.free)} of {_gib(usage.total)} are left, the files in {folder} take "
-        f"{_gib(own)}; {_CURE}"
-    )
+    own = _size(folder)
+    told = "" if own is None else f", the files in {folder} take {_gib(own)}"
+    return f"the disk is full at {place}: {_gib(usage.free)} of {_gib(usage.total)} are left{told}; {_CURE}"
+
+
+def _size(folder: Path) -> int | None:
+    """Bytes of the files below; None where there are too many to look at, or some vanish meanwhile."""
+    entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
+    if len(entries) > _MOST_ENTRIES:
+        return None
+    try:
+        return sum(path.stat().st_size for path in entries if path.is_file() and not path.is_symlink())
+    except OSError:
+        return None
 
 
 def _gib(size: float) -> str:

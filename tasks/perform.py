@@ -143,6 +143,8 @@ def perform(
 def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | None) -> None:
     """Bring MLflow up to date with what the store has of a stage. How it ended is for the store to say, and not what
     this process went through: another one may have made the product. failed: the run to close where it is silent."""
+    if not pipeline.settings.tracking:
+        return
     parent = pipeline.tracked()
     kept = None
     with suppress(StoreError, OSError):  # of the store, which the job's own end tells of
@@ -150,7 +152,7 @@ def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | Non
     if parent is not None and kept is not None and mirror_stage(pipeline.store, parent, kept):
         if kept.ending is not None:
             return
-    elif pipeline.settings.tracking:
+    else:
         pipeline.behind = True
     close_run(failed, "KILLED" if REQUEST.asked_at is not None else "FAILED")
 

@@ -108,7 +108,10 @@ def test_need_is_said_before_it_is_met(tmp_path):
         (OSError(errno.EDQUOT, "Disk quota exceeded", "{place}/x"), "the disk is full at {place}/x: "),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full at {place}: "),
         (OSError(errno.EROFS, "Read-only file system", "{place}/x"), "{place}/x is on a read-only file system"),
-        (PermissionError(errno.EACCES, "Permission denied", "{place}/x"), "{place}/x is closed to this user"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "{place}/x"),
+            "{place}/x may not be read or written",
+        ),
     ],
 )
 def test_errors_in_one_line(tmp_path, error, words):
