@@ -142,12 +142,13 @@ def evaluate(
     from radlads.flows.evaluate import radlads_evaluate
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
-    state = radlads_evaluate(
-        judged_run, recipe, name, changes or None, store, tracking, work, other_teacher, return_state=True
-    )
-    if not state.is_completed():
-        raise UserError(str(state.message))
-    for stage, uri in state.result().items():
+    places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or []), *places]
+    flags = ["--other-teacher"] if other_teacher else []
+    again = command_line("evaluate", judged_run, *flags, options=options)
+    parameters = {"judged_run": judged_run, "recipe": recipe, "run": name, "overrides": changes or None, "store": store,
+                  "tracking": tracking, "work": work, "other_teacher": other_teacher}  # fmt: skip
+    for stage, uri in run_in_foreground(radlads_evaluate, parameters, again, err=_err).items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from radlads.kernels.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError
+from radlads.tasks.jobs import group
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.ending import (
     EXIT_CODES,
@@ -32,14 +33,6 @@ from radlads.tasks.jobs.ending import (
     prepare_ending,
     write_ending,
     write_json,
-)
-from radlads.tasks.jobs.group import (
-    die_with_launcher,
-    end_process,
-    join_group,
-    leave_group,
-    quiet_libraries,
-    set_threads,
 )
 from radlads.tasks.pins import check_pins
 from radlads.tasks.specs import (
@@ -218,7 +211,7 @@ class Job:
 
     def open_process_group(self) -> None:
         """Join the other ranks (gloo on a CPU, nccl on a GPU); a no-op once joined."""
-        join_group(self.device, self.rank, self.world_size)
+        group.join_group(self.device, self.rank, self.world_size)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -256,12 +249,12 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
         sys.exit(EXIT_CODES["config"])
-    die_with_launcher()
+    group.die_with_launcher()
     job = open_job(Path(sys.argv[1]))
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)
-    leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
-    end_process(EXIT_CODES[reason])
+    group.leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
+    group.end_process(EXIT_CODES[reason])
 
 
 def open_job(path: Path) -> Job:
@@ -281,7 +274,7 @@ def open_job(path: Path) -> Job:
         format=f"%(asctime)s %(levelname)s {spec.stage}{f'[{rank}]' if job.world_size > 1 else ''} %(message)s",
         datefmt="%H:%M:%S",
     )
-    quiet_libraries()
+    group.quiet_libraries()
     return job
 
 
@@ -298,7 +291,7 @@ def execute(main: JobMain, job: Job) -> ExitReason:
 def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
     try:
         prepare_ending(job.scratch, job.rank)
-        set_threads(job.spec.resources.threads)
+        group.set_threads(job.spec.resources.threads)
         if job.world_size > 1:
             job.open_process_group()
         if job.local_rank == 0:
