@@ -1,24 +1,47 @@
 """Makes what the deployments need in Prefect: `python -m radlads.deployments.bootstrap`. Safe to run again.
 
-A process work pool `radlads`, the global concurrency limit `radlads-gpu`, which a job on a GPU holds so that two
-pipeline runs do not share it, and an automation that marks runs whose process is gone (zombies.py). What is there
-already, a limit that somebody raised for one, is left as it is.
+A process work pool `radlads`, whose jobs are flow runs and no other command, the global concurrency limit
+`radlads-gpu`, which a job on a GPU holds so that two pipeline runs do not share it, and an automation that marks runs
+whose process is gone (zombies.py). What is there already, a limit that somebody raised for one, is left as it is,
+except that the pool's template is put back.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.workers.process import ProcessWorker
 
 from radlads.deployments.zombies import ask_after_runs, make_automation
 
 _log = logging.getLogger(__name__)
 WORK_POOL = "radlads"
 GPU_LIMIT = "radlads-gpu"
+# Prefect's own template lets a flow run bring a shell command and an environment; this one takes neither.
+JOB_TEMPLATE: dict[str, Any] = {
+    "job_configuration": {"working_dir": "{{ working_dir }}", "stream_output": "{{ stream_output }}"},
+    "variables": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "working_dir": {
+                "title": "Working Directory",
+                "description": "Where relative places in a run's parameters are looked for.",
+                "type": "string",
+                "pattern": "^/",
+            },
+            "stream_output": {
+                "title": "Stream Output",
+                "description": "Whether the worker's log has what flow runs print.",
+                "type": "boolean",
+                "default": True,
+            },
+        },
+    },
+}
 
 
 def bootstrap(gpu_slots: int = 1) -> list[str]:
@@ -31,15 +54,17 @@ def bootstrap(gpu_slots: int = 1) -> list[str]:
 
 def _make_work_pool(client: SyncPrefectClient) -> list[str]:
     try:
-        client.read_work_pool(WORK_POOL)
+        pool = client.read_work_pool(WORK_POOL)
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
         try:
-            client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template))
+            client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=JOB_TEMPLATE))
         except ObjectAlreadyExists:
             return []
         return [f"work pool {WORK_POOL}"]
-    return []
+    if pool.base_job_template == JOB_TEMPLATE:
+        return []
+    client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template=JOB_TEMPLATE))
+    return [f"template of the work pool {WORK_POOL}"]
 
 
 def _make_gpu_limit(client: SyncPrefectClient, slots: int) -> list[str]:

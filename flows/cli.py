@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from radlads.flows import services
 from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.flows.service_password import password_file
 from radlads.tasks.anchor import anchor_recipe
+from radlads.tasks.credentials import hide
+from radlads.tasks.document import one_line
+from radlads.tasks.files import explain_os_error
 from radlads.tasks.job import UserError
+from radlads.tasks.launch import JobCrashed
 from radlads.tasks.recipe import list_recipes, load_recipe
-from radlads.tasks.settings import resolve_settings
+from radlads.tasks.settings import check_run_name, resolve_settings
+from radlads.tasks.store import StoreError
+from radlads.tasks.yaml_reader import parse_yaml
 
 app = typer.Typer(
     name="radlads",
@@ -46,13 +55,32 @@ TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sql
 
 
 def main() -> None:
-    """Entry point: errors that the user can mend end in one line each, without a traceback."""
+    """Entry point. Exit code 2 and a line each: errors that the user can mend; 1 and one line: others that we know."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
-        for line in str(error).splitlines():
-            _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error).splitlines(), 2)
+    except (JobCrashed, StoreError) as error:
+        _fail(str(error).splitlines()[:1], 1)
+    except BrokenPipeError:  # whoever read our output left, as `head` does
+        _close_stdout()
+        sys.exit(1)
+    except OSError as error:
+        _fail([explain_os_error(error)], 2)
+
+
+def _fail(lines: list[str], code: int) -> NoReturn:
+    for line in lines:
+        _err.print(f"error: {hide(line)}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _close_stdout() -> None:
+    """What is still buffered has no reader; the interpreter would try to write it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -64,7 +92,7 @@ def recipes() -> None:
     for name in names:
         if name not in twins:
             mark = " *" if _TWIN + name in twins else ""
-            table.add_row(name + mark, " ".join(load_recipe(name).description.split()))
+            table.add_row(name + mark, escape(" ".join(load_recipe(name).description.split())))
     _out.print(table)
     _out.print(f"* has a twin for trying and testing, {_TWIN}NAME: the same but for its sizes", style="dim")
 
@@ -100,7 +128,12 @@ def run(
     """Run the pipeline in this process, with the services if they are up. Run it again to go on after a failure."""
     changes = parse_overrides(overrides)
     asked = load_recipe(recipe, changes)  # said at once when it is wrong, before Prefect is started
-    services.use_services(services.read_services(resolve_settings().home))
+    if name is not None:
+        check_run_name(name)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
+    tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
+    services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.convert import radlads
     from radlads.flows.pretrain import radlads_pretrain
 
@@ -108,8 +141,10 @@ def run(
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
     again = command_line("run", recipe, options=[("--run", name), *(("--set", p) for p in overrides or []), *places])
-    parameters = {"recipe": recipe, "run": name, "overrides": changes or None}
-    made = run_in_foreground(flow, {**parameters, "store": store, "tracking": tracking, "work": work}, again, err=_err)
+    parameters: dict[str, Any] = {"recipe": recipe, "run": name, "overrides": changes or None}
+    parameters |= {"store": store, "tracking": tracking, "work": work}
+    with orchestrator():
+        made = run_in_foreground(flow, parameters, again, err=_err)
     for stage, uri in made.items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
 
@@ -138,7 +173,12 @@ def evaluate(
         load_recipe(recipe, changes)
     else:
         recipe_of_run(judged_run, changes, store=store)
-    services.use_services(services.read_services(resolve_settings().home))
+    if name is not None:
+        check_run_name(name)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
+    tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
+    services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.evaluate import radlads_evaluate
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
@@ -148,7 +188,9 @@ def evaluate(
     again = command_line("evaluate", judged_run, *flags, options=options)
     parameters = {"judged_run": judged_run, "recipe": recipe, "run": name, "overrides": changes or None, "store": store,
                   "tracking": tracking, "work": work, "other_teacher": other_teacher}  # fmt: skip
-    for stage, uri in run_in_foreground(radlads_evaluate, parameters, again, err=_err).items():
+    with orchestrator():
+        made = run_in_foreground(radlads_evaluate, parameters, again, err=_err)
+    for stage, uri in made.items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -162,7 +204,7 @@ def sync(
     from radlads.tasks.mirror import sync_run
     from radlads.tasks.store import open_store
 
-    services.use_services(services.read_services(resolve_settings().home))
+    services.use_services(resolve_settings().home)
     settings = resolve_settings(store=store, tracking=tracking)
     if not settings.tracking:
         raise UserError("there is no MLflow to send anything to: --tracking is 'none'")
@@ -181,15 +223,20 @@ def demo(
     asked = load_recipe(recipe, changes)
     if recipe.endswith((".yaml", ".yml")):
         recipe = str(Path(recipe).absolute())  # the worker has a working directory of its own
+    if name is not None:
+        check_run_name(name)
     home = resolve_settings().home
     with _out.status("starting Prefect and MLflow"):
         running = services.services_up(home)
+    from radlads.flows.common import orchestrator
     from radlads.flows.demo import run_demo
 
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or [])]
     again = command_line("demo", options=options)
-    sys.exit(run_demo(_out, running, resolve_settings(), recipe, name, changes, again))
+    with orchestrator():
+        code = run_demo(_out, running, resolve_settings(), recipe, name, changes, again)
+    sys.exit(code)
 
 
 @services_app.command("up")
@@ -222,23 +269,19 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise UserError(f"--set {pair}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
-        try:
-            changes[key] = _value(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {pair}: '{text}' is not a YAML value") from None
+            written = one_line(hide(pair), 60)
+            raise UserError(f"--set {written}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
+        if key in changes:
+            raise UserError(f"--set {one_line(key, 60)} is given twice; leave one of them out")
+        changes[key] = parse_yaml(text, where=f"--set {one_line(key, 60)}")
     return changes
 
 
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e6 for a word
-            number = float(value)
-        except ValueError:
-            return value
-        return int(number) if number.is_integer() else number
-    return value
+@services_app.command("env")
+def env() -> None:
+    """Print what a shell needs to reach them, their password included: eval "$(radlads services env)"."""
+    for line in services.shell_settings(resolve_settings().home):
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(running: dict[str, services.Service]) -> None:
@@ -250,6 +293,9 @@ def _show(running: dict[str, services.Service]) -> None:
         else:
             table.add_row(name, service.url or "", str(service.pid), service.log)
     _out.print(table)
+    if running:
+        where = password_file(resolve_settings().home)
+        _out.print(f"Both pages ask for user and password: {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

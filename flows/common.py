@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import functools
 import logging
+import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
+import httpx
 from prefect.client.schemas.objects import State
+from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_SERVER_API_AUTH_STRING,
+    PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
+    temporary_settings,
+)
 from prefect.states import Cancelled, Failed
+from pydantic import WithJsonSchema
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.disk import explain_disk
+from radlads.tasks.document import one_line
 from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.stopping import REQUEST, RunStopped
@@ -22,6 +36,12 @@ from radlads.tasks.store import StoreError
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _EXPLAINED = (UserError, StoreError, JobCrashed)
+
+
+# An address with a user and a password in it is refused by Prefect's server, before it is kept in its database.
+Address = Annotated[
+    str, WithJsonSchema({"type": "string", "not": {"pattern": "://[^/?#]*@"}, "description": "without a password"})
+]
 
 
 class _NoTraceback(logging.Filter):
@@ -83,16 +103,39 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
         except RunStopped as error:
             return Cancelled(message=str(error), data=error)
         except _EXPLAINED as error:
-            return Failed(message=str(error), data=error)
-        except OSError as error:
-            told = explain_disk(error, Path.cwd())
-            if told is None:
+            return Failed(message=hide(str(error)), data=error)
+        except Exception as error:
+            disk = explain_disk(error, Path.cwd()) if isinstance(error, OSError) else None
+            if disk is not None:
+                return Failed(message=hide(str(disk)), data=disk)
+            told = hide(str(error))
+            if told == str(error):
                 raise
-            return Failed(message=str(told), data=told)
+            raise RuntimeError(f"{type(error).__name__}: {told}") from None  # Prefect keeps what is raised here
         finally:
             REQUEST.running = False
 
     return explained
+
+
+@contextmanager
+def orchestrator() -> Iterator[None]:
+    """Prefect for the length of a run. The server that it starts where there is none asks for a password, too.
+
+    Raises UserError, one line, where a server cannot be reached or refuses us. What a flow itself raises is in its
+    state.
+    """
+    word = f"radlads:{secrets.token_urlsafe(24)}"
+    own = {PREFECT_API_AUTH_STRING: word, PREFECT_SERVER_API_AUTH_STRING: word, PREFECT_SERVER_CORS_ALLOWED_ORIGINS: ""}
+    try:
+        with temporary_settings(own) if PREFECT_API_URL.value() is None else nullcontext():
+            yield
+    except (httpx.HTTPError, PrefectException, RuntimeError) as error:
+        where = PREFECT_API_URL.value() or "its own database"
+        raise UserError(
+            f"Prefect at {where}: {one_line(hide(str(error)), 200)}; start the services (radlads services up), set "
+            "PREFECT_API_AUTH_STRING to the server's password, or unset PREFECT_API_URL to do without a server"
+        ) from None
 
 
 def run_identity() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from radlads.flows.common import explain_errors, run_identity
+from radlads.flows.common import Address, explain_errors, run_identity
 from radlads.tasks.assess import evaluate, needle
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.prepare import plan, tokenize, transplant
@@ -21,8 +21,8 @@ def radlads(
     recipe: str = "smoke",
     run: str | None = None,
     overrides: dict[str, Any] | None = None,
-    store: str | None = None,
-    tracking: str | None = None,
+    store: Address | None = None,
+    tracking: Address | None = None,
     work: str | None = None,
 ) -> dict[str, str]:
     """Convert the recipe's teacher. Stages that the recipe does not have are left out.

@@ -23,7 +23,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 import radlads.flows.convert
 from radlads.flows.foreground import EXIT_INTERRUPTED
+from radlads.flows.service_password import password_file
 from radlads.flows.services import Service
+from radlads.tasks.credentials import hide, with_credentials
 from radlads.tasks.job import UserError
 from radlads.tasks.recipe import load_recipe
 from radlads.tasks.settings import Settings
@@ -74,6 +76,7 @@ def run_demo(
         ("MLflow", mlflow_page(str(running["mlflow"].url), load_recipe(recipe).name)),
     ):
         out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"Both pages ask for user and password: {password_file(settings.home)}", soft_wrap=True)
     out.print("The services keep running for you to look around; `radlads services down` stops them.")
     return 0
 
@@ -81,7 +84,7 @@ def run_demo(
 def mlflow_page(server: str, experiment: str) -> str:
     """Where the experiment's runs are compared; MLflow's first page is another. The server alone if unsure."""
     try:
-        with httpx.Client(base_url=server, trust_env=False, timeout=10) as client:
+        with httpx.Client(base_url=with_credentials(server), trust_env=False, timeout=10) as client:
             asked = {"experiment_name": experiment}
             answer = client.get("/api/2.0/mlflow/experiments/get-by-name", params=asked).raise_for_status().json()
     except httpx.HTTPError:
@@ -97,7 +100,7 @@ def deploy() -> None:
     command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"prefect deploy failed:\n{(done.stderr or done.stdout).strip()[-800:]}")
+        raise UserError(f"prefect deploy failed:\n{hide((done.stderr or done.stdout).strip())[-800:]}")
 
 
 @dataclass

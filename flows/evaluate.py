@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from radlads.flows.common import explain_errors, run_identity
+from radlads.flows.common import Address, explain_errors, run_identity
 from radlads.tasks.assess import check_students, evaluate, needle
 from radlads.tasks.pipeline import finished_students, open_pipeline, recipe_of_run
 from radlads.tasks.prepare import plan, tokenize
@@ -19,8 +19,8 @@ def radlads_evaluate(
     recipe: str | None = None,
     run: str | None = None,
     overrides: dict[str, Any] | None = None,
-    store: str | None = None,
-    tracking: str | None = None,
+    store: Address | None = None,
+    tracking: Address | None = None,
     work: str | None = None,
     other_teacher: bool = False,
 ) -> dict[str, str]:

@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobFailed
 from radlads.tasks.stopping import REQUEST
@@ -89,7 +91,7 @@ class _Ending:
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        self._err.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._err.print(hide(text), markup=False, highlight=False, soft_wrap=True)
 
     def waiting(self) -> None:
         """Somebody at a terminal should know why nothing seems to happen."""
@@ -167,7 +169,8 @@ def _start_temporary_server() -> None:
         except (RuntimeError, OSError) as error:
             failed.append(error)
 
-    thread = threading.Thread(target=start, name="radlads-prefect-server", daemon=True)
+    # The settings that hold here, its password among them, are the context's.
+    thread = threading.Thread(target=copy_context().run, args=[start], name="radlads-prefect-server", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_LOOK_SECONDS)

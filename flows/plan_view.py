@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
 from radlads.tasks.devices import planned_resources
 from radlads.tasks.job import StoreRef
-from radlads.tasks.launch import machine_resources
+from radlads.tasks.launch import JobCrashed, machine_resources
 from radlads.tasks.plan_table import plan_rows, short_count
 from radlads.tasks.recipe import Recipe
 from radlads.tasks.settings import resolve_settings
@@ -29,12 +31,14 @@ _WIDEST = 160
 def plan_offline(
     recipe: Recipe, *, gpus: int | None = None, gpu_memory_gib: float | None = None, sizes_only: bool = False
 ) -> PlanReport:
-    """Run the plan job in a folder that is thrown away. Raises JobFailed with what is wrong with the recipe.
+    """Run the plan job in a folder that is thrown away. Raises JobFailed with what is wrong with the recipe, JobCrashed
+    with the place of the log, which is kept then.
 
     gpus, gpu_memory_gib: plan for a machine with these instead of this one. sizes_only: as in PlanSpec.
     """
     cache = resolve_settings().content_cache
-    with tempfile.TemporaryDirectory(prefix="radlads-plan-") as folder:
+    folder = tempfile.mkdtemp(prefix="radlads-plan-")
+    try:
         store = LocalStore(StoreRef(uri=f"{folder}/store"))
         request = StageRequest(
             stage="plan",
@@ -49,7 +53,14 @@ def plan_offline(
             content_cache=cache if cache.parent.is_dir() else None,
         )
         run_stage(request)
-        return PlanReport.model_validate_json(store.read_file("plan", "plan.json"))
+        report = PlanReport.model_validate_json(store.read_file("plan", "plan.json"))
+    except JobCrashed as error:
+        raise JobCrashed(f"{str(error).splitlines()[0]}; its log is {folder}/work/log.txt") from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return report
 
 
 def _active(parameters: int, report: PlanReport) -> str:
@@ -72,11 +83,11 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
     kept = ", ".join(str(layer) for layer in report.attention_layers) or "none"
     if report.choice is not None:
         kept = f"{report.choice.count}, chosen by {report.choice.choose} after align"
-    out.print(f"[bold]{recipe.name}[/]: {' '.join(recipe.description.split())}")
+    out.print(f"[bold]{recipe.name}[/]: {escape(' '.join(recipe.description.split()))}")
     if report.teacher is not None:
         active = _active(report.teacher_parameters, report)
         out.print(
-            f"teacher   {report.teacher.path}, {report.teacher_parameters:,} parameters{active}, "
+            f"teacher   {escape(report.teacher.path)}, {report.teacher_parameters:,} parameters{active}, "
             f"{report.num_layers} layers"
         )
         groups = ", ".join(f"{group} {short_count(count)}" for group, count in report.groups.items())
@@ -106,4 +117,4 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
         price = f", about {report.dollars:,.2f} dollars" if report.dollars is not None else ""
         out.print(f"in all    {report.gpu_hours:,.1f} GPU hours{price} (estimated)")
     for warning in report.warnings:
-        out.print(f"[yellow]warning[/]   {warning}")
+        out.print(f"[yellow]warning[/]   {escape(warning)}")

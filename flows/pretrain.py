@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from radlads.flows.common import explain_errors, run_identity
+from radlads.flows.common import Address, explain_errors, run_identity
 from radlads.tasks.job import UserError
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.prepare import plan, tokenize
@@ -20,8 +20,8 @@ def radlads_pretrain(
     recipe: str = "demo-teacher",
     run: str | None = None,
     overrides: dict[str, Any] | None = None,
-    store: str | None = None,
-    tracking: str | None = None,
+    store: Address | None = None,
+    tracking: Address | None = None,
     work: str | None = None,
 ) -> dict[str, str]:
     """Train the recipe's `pretrain` section from nothing. The parameters are those of the flow `radlads`."""

@@ -1,12 +1,15 @@
 """The Prefect server, its worker and the MLflow server on loopback: started, watched over and stopped together.
 
-What runs is written to `.radlads/services.json`; a process is ours only if it was started when that file says.
+What runs is written to `.radlads/services.json`; a process is ours only if it was started when that file says. Both
+servers ask for the password in `.radlads/services-password`, which only this user can read; it goes to child processes
+in their environment, and never onto a command line or into a log.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,13 +18,18 @@ import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
+from radlads.flows.door import LOOPBACK, own_origins
+from radlads.flows.service_password import make_password, read_password
+from radlads.tasks.credentials import learn, take_credentials
+from radlads.tasks.files import file_errors, private_folder, write_private
 from radlads.tasks.job import UserError
 
-_HOST = "127.0.0.1"
+HOST = "127.0.0.1"
 _PORTS = {"prefect": 4200, "mlflow": 5000}
 _HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
 _START_SECONDS = 240.0
@@ -46,6 +54,8 @@ class Service:
     started: float
     url: str | None
     log: str
+    guarded: bool = False
+    """It asks for the password. What an older release started does not."""
 
     def is_alive(self) -> bool:
         """Whether the very process runs."""
@@ -59,7 +69,11 @@ class Service:
 
 def services_up(home: Path, *, wait_seconds: float = _START_SECONDS) -> dict[str, Service]:
     """Start what does not run yet, wait until it answers, and make work pool and limits. Raises UserError."""
-    home.mkdir(parents=True, exist_ok=True)
+    with file_errors(f"the folder {home}"):
+        home.mkdir(parents=True, exist_ok=True)
+    password = make_password(home)
+    if not all(service.guarded for service in read_services(home).values()):
+        services_down(home)
     running = read_services(home)
     for name in ("prefect", "mlflow"):
         if name not in running:
@@ -67,13 +81,19 @@ def services_up(home: Path, *, wait_seconds: float = _START_SECONDS) -> dict[str
             _write(home, running)
     for name in ("prefect", "mlflow"):
         _wait_until_healthy(running[name], wait_seconds)
-    use_services(running)
+    for stale in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):  # of services that the shell knew before
+        os.environ.pop(stale, None)
+    use_services(home)
     from radlads.deployments.bootstrap import WORK_POOL, bootstrap  # reads the server's address as it is imported
+    from radlads.flows.common import orchestrator
 
-    bootstrap()
+    with orchestrator():
+        bootstrap()
     if "worker" not in running:
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"]
-        running["worker"] = _start(home, "worker", command, None, _environment(home) | service_settings(running))
+        running["worker"] = _start(
+            home, "worker", command, None, _environment(home) | service_settings(running, password)
+        )
         _write(home, running)
     return running
 
@@ -92,9 +112,14 @@ def read_services(home: Path) -> dict[str, Service]:
     """What was started from here and still runs."""
     try:
         known = json.loads(_state_file(home).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        services = {str(name): _service(fields) for name, fields in known.items()}
+    except FileNotFoundError:
         return {}
-    services = {name: Service(**fields) for name, fields in known.items()}
+    except OSError as error:
+        raise UserError(f"cannot read {_state_file(home)}: {error.strerror}; is it another user's?") from None
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        raise UserError(f"{_state_file(home)} is not what `radlads services up` wrote; delete it, and end by hand "
+                        "what still runs") from None  # fmt: skip
     return {name: service for name, service in services.items() if service.is_alive()}
 
 
@@ -109,44 +134,79 @@ def is_healthy(service: Service) -> bool:
         return False
 
 
-def service_settings(running: Mapping[str, Service]) -> dict[str, str]:
-    """Variables that point Prefect and the pipelines at the services."""
+def service_settings(running: Mapping[str, Service], password: str | None) -> dict[str, str]:
+    """Variables that point Prefect and the pipelines at the services, the password in them."""
     settings = {**_QUIET, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": _HEARTBEAT_SECONDS}
     if "prefect" in running:
         settings["PREFECT_API_URL"] = f"{running['prefect'].url}/api"
+        if password:
+            settings["PREFECT_API_AUTH_STRING"] = password
     if "mlflow" in running:
-        settings["RADLADS_TRACKING"] = str(running["mlflow"].url)
+        url = str(running["mlflow"].url)
+        settings["RADLADS_TRACKING"] = url.replace("://", f"://{password}@", 1) if password else url
     return settings
 
 
-def use_services(running: Mapping[str, Service]) -> None:
-    """Point this process at the services; before Prefect is imported. What the user set already stays."""
+def use_services(home: Path) -> None:
+    """Point this process at the services that run; before Prefect is imported. What the user set already stays, and
+    the password goes to no server but ours."""
     _bypass_proxies(os.environ)
-    for key, value in service_settings(running).items():
+    running = read_services(home)
+    settings = service_settings(running, read_password(home) if running else None)
+    if os.environ.get("PREFECT_API_URL", settings.get("PREFECT_API_URL")) != settings.get("PREFECT_API_URL"):
+        settings.pop("PREFECT_API_AUTH_STRING", None)
+    for key, value in settings.items():
         os.environ.setdefault(key, value)
+    learn(os.environ)
+    take_credentials(settings.get("RADLADS_TRACKING", ""))
     # Without a server, Prefect starts one for the length of a run; a busy machine takes its time over that.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 
+def shell_settings(home: Path) -> list[str]:
+    """Lines for a shell that point `prefect`, and `radlads` started elsewhere, at the services. Raises UserError where
+    they do not run."""
+    running = read_services(home)
+    if "prefect" not in running or "mlflow" not in running:
+        raise UserError("the services do not run; start them with: radlads services up")
+    settings = service_settings(running, read_password(home)) | {"NO_PROXY": _with_loopback(os.environ)}
+    return [f"export {key}={shlex.quote(value)}" for key, value in settings.items()]
+
+
 def _start_server(home: Path, name: str) -> Service:
     port = _free_port(_PORTS[name])
-    url = f"http://{_HOST}:{port}"
+    url = f"http://{HOST}:{port}"
     env = _environment(home)
-    address = ["--host", _HOST, "--port", str(port)]
+    origins = ",".join(own_origins(port))
     if name == "prefect":
-        command = [sys.executable, "-m", "prefect", "server", "start", *address]
-        env["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # the page asks port 4200 otherwise, whatever the server's is
+        private_folder(home / "prefect")
+        env |= {
+            "PREFECT_SERVER_API_AUTH_STRING": make_password(home),
+            "PREFECT_SERVER_API_HOST": HOST,
+            "PREFECT_SERVER_API_PORT": str(port),
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
+            "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # the page asks port 4200 otherwise, whatever the server's is
+        }
     else:
-        data = ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
-        files = ["--artifacts-destination", str(home / "mlflow-artifacts"), "--serve-artifacts"]
-        command = [sys.executable, "-m", "mlflow", "server", *data, *files, *address, "--workers", "1"]
+        private_folder(home / "mlflow-artifacts")
+        env |= {
+            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{home}/mlflow.db",
+            "_MLFLOW_SERVER_REGISTRY_STORE": f"sqlite:///{home}/mlflow.db",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "mlflow-artifacts"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name},{name}:*" for name in LOOPBACK[:2]),
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": origins,
+        }
+    command = [sys.executable, "-m", "radlads.flows.serve", name, str(port), str(home)]
     return _start(home, name, command, url, env)
 
 
 def _environment(home: Path) -> dict[str, str]:
     """What every service gets: the user's environment, a Prefect database of our own, places that do not depend on
     the working directory."""
-    env = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    other_servers = ("PREFECT_API_", "PREFECT_SERVER_", "MLFLOW_SERVER_", "MLFLOW_TRACKING_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(other_servers)}
     # Safe path: whatever lies in the working directory must not shadow a module.
     env |= {**_QUIET, "PREFECT_HOME": str(home / "prefect"), "RADLADS_HOME": str(home), "PYTHONSAFEPATH": "1"}
     _bypass_proxies(env)
@@ -154,15 +214,17 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _bypass_proxies(env: MutableMapping[str, str]) -> None:
+    env["NO_PROXY"] = env["no_proxy"] = _with_loopback(env)
+
+
+def _with_loopback(env: Mapping[str, str]) -> str:
     known = env.get("NO_PROXY") or env.get("no_proxy") or ""
-    if _HOST not in known:
-        env["NO_PROXY"] = env["no_proxy"] = ",".join(part for part in (known, _HOST, "localhost") if part)
+    return known if HOST in known else ",".join(part for part in (known, HOST, "localhost") if part)
 
 
 def _start(home: Path, name: str, command: list[str], url: str | None, env: dict[str, str]) -> Service:
-    log = home / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as stream:
+    log = private_folder(home / "logs") / f"{name}.log"
+    with file_errors(str(log)), log.open("ab") as stream:
         process = subprocess.Popen(
             command,
             cwd=home.parent,
@@ -172,8 +234,10 @@ def _start(home: Path, name: str, command: list[str], url: str | None, env: dict
             stderr=stream,
             start_new_session=True,
             preexec_fn=_hear_interrupts,
+            umask=-1 if url is None else 0o077,  # what the worker makes may be shared, as the user's own umask says
         )
-    return Service(name=name, pid=process.pid, started=psutil.Process(process.pid).create_time(), url=url, log=str(log))
+    started = psutil.Process(process.pid).create_time()
+    return Service(name=name, pid=process.pid, started=started, url=url, log=str(log), guarded=True)
 
 
 def _hear_interrupts() -> None:
@@ -220,11 +284,11 @@ def _free_port(wanted: int) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((_HOST, port))
+                probe.bind((HOST, port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise UserError(f"no free port on {_HOST}")
+    raise UserError(f"no free port on {HOST}")
 
 
 def _state_file(home: Path) -> Path:
@@ -232,7 +296,11 @@ def _state_file(home: Path) -> Path:
 
 
 def _write(home: Path, running: Mapping[str, Service]) -> None:
-    text = json.dumps({name: asdict(service) for name, service in running.items()}, indent=1)
-    temporary = _state_file(home).with_suffix(".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(_state_file(home))
+    write_private(_state_file(home), json.dumps({name: asdict(service) for name, service in running.items()}, indent=1))
+
+
+def _service(fields: Any) -> Service:
+    service = Service(**fields)
+    if not (isinstance(service.pid, int) and service.pid > 0 and isinstance(service.started, int | float)):
+        raise ValueError("not a process")
+    return service

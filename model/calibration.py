@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from radlads.model.align_losses import LayerLoss, l2_loss
+from radlads.model.finite import check_finite
 from radlads.model.mixer import Mixer
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.objectives import plain_hidden
@@ -77,7 +78,7 @@ def calibrate(
     """Fit the parts of every mixer, one after the other: value, iclr, decay, gate. Changes the student in place.
 
     batches: input ids [B,T]. Deterministic. Returns layer → part → what was done: the shift of each head (offsets), the
-    change of each channel's gain (gate). Raises ValueError for an unknown part.
+    change of each channel's gain (gate). Raises ValueError for an unknown part, UserError for a fit that is not finite.
     """
     unknown = sorted(set(parts) - {*_OFFSETS, "gate"})
     if unknown:
@@ -94,6 +95,8 @@ def calibrate(
             done = fit.settle(layer, mixer)
             if done is not None:
                 report[layer][part] = done
+                for name, tensor in mixer.state_dict().items():
+                    check_finite(f"{name} of layer {layer}, calibrated by its {part},", tensor)
     return report
 
 
@@ -226,7 +229,8 @@ class _ShiftFit(_Fit):
         # Offsets are of query heads, or of the kv heads that several of those share.
         heads = offset.numel() // mixer.shape.head_dim
         left = left.unflatten(1, (heads, -1)).sum(-1)
-        best = left.argmin(0)  # of equal ones the first: the smallest shift
+        # Of equal ones the first: the smallest shift. NaN is the least to argmin, and no fit.
+        best = left.where(left.isfinite(), torch.inf).argmin(0)
         shifts = torch.tensor(SHIFTS, dtype=torch.float64, device=best.device)[best]
         offset.add_(shifts.repeat_interleave(mixer.shape.head_dim).view_as(offset).to(offset.dtype))
         return [float(shift) for shift in shifts]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.quantized import quantized_names
 from radlads.model.weight_files import WeightFiles
@@ -83,7 +84,7 @@ def export_student(
 
     dtype: of the weights written; None keeps the student's. originals: the files that the student was loaded from;
     weights that it holds in 8 bit are written as they are there. Weights left in the folder by an earlier try are
-    replaced.
+    replaced. Raises UserError, before the index is written, for values that are not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +203,8 @@ def _save_weights(
             key: (originals.read(key).to(dtype) if state[key].is_meta else state[key].cpu()).contiguous()
             for key in keys
         }
+        for key, tensor in shard.items():
+            check_finite(f"the student's tensor {key}", tensor, mend="no model was written")
         save_file(shard, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from radlads.model.finite import check_finite
 from radlads.tasks.job import UserError
 
 _FACTORS = ("lora_a", "lora_b")
@@ -76,10 +77,12 @@ def add_lora(student: nn.Module, section: Any) -> list[str]:
 
 
 def merge_lora(student: nn.Module) -> None:
-    """Make plain modules of all that `add_lora` changed."""
+    """Make plain modules of all that `add_lora` changed. Raises UserError for a sum that is not finite."""
     for name, module in list(student.named_modules()):
         if isinstance(module, LoraLinear):
-            _replace(student, name, module.merged())
+            plain = module.merged()
+            check_finite(f"{name}.weight, merged with its low-rank update,", plain.weight)
+            _replace(student, name, plain)
 
 
 def lora_trains(student: nn.Module, name: str) -> bool | None:

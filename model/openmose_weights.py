@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.openmose import MARKER, PUBLISHED_MARKERS, TENSOR_NAMES, OpenMoseModel, inspect_openmose
+from radlads.model.refusals import stored_refusal
 from radlads.model.student import student_config
 from radlads.model.teacher import find_family
 from radlads.model.weight_files import WeightFiles, WeightWriter, open_weight_files
@@ -118,6 +120,7 @@ def export_openmose(
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in openmose_tensors(student, marker=marker)}
     writer = WeightWriter(Path(folder), layout, max_shard_bytes=max_shard_bytes)
     for name, tensor in openmose_tensors(student, marker=marker):
+        check_finite(f"the student's tensor {name}", tensor)
         writer.write(name, tensor)
     writer.close()
 
@@ -146,7 +149,11 @@ def _read(
         # Vectors come as [1,1,A] or [A], by the age of the file.
         if _without_ones(shape) != _without_ones(needed):
             raise UserError(f"'{name}' is {tuple(shape)} in the checkpoint and {tuple(needed)} in the student")
-        yield ours, files.read(name).view(needed)
+        if reason := stored_refusal(files.stored_dtype(name)):
+            raise UserError(f"the checkpoint's tensor '{name}' {reason}")
+        tensor = files.read(name).view(needed)
+        check_finite(f"the checkpoint's tensor '{name}'", tensor)
+        yield ours, tensor
 
 
 def _our_name(name: str, parts: SimpleNamespace, recurrent: set[int]) -> str:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radlads.model.mixer import low_rank_size
 from radlads.tasks.job import UserError
 
+_LARGEST = 1 << 16
+
 
 class Rank(NamedTuple):
     """A published rank: max(floor, max(1, round(width^exponent · scale / 32)) · 32), rounding half to even."""
@@ -32,10 +34,14 @@ class MixerOptions(BaseModel):
     def parse(cls, values: Mapping[str, Any], *, variant: str) -> Self:
         """Validate `student.options` of a recipe. Raises UserError, one line per fault."""
         try:
-            return cls.model_validate(dict(values))
+            options = cls.model_validate(dict(values))
         except ValidationError as error:
             lines = [f"student.options of {variant}: {cls._explain(fault)}" for fault in error.errors()]
             raise UserError("\n".join(lines)) from None
+        for name, value in options:
+            if isinstance(value, int) and value > _LARGEST:
+                raise UserError(f"student.options of {variant}: {name} is {value}; at most {_LARGEST:,} can be built")
+        return options
 
     def resolve(self, hidden_size: int, width: int) -> Self:
         """The same options with everything that depends on the teacher's sizes written out.
@@ -61,7 +67,7 @@ class MixerOptions(BaseModel):
             close = difflib.get_close_matches(place, known, n=1, cutoff=0.6)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             return f"unknown key '{place}'{hint}"
-        return f"{place}: {fault['msg'].removeprefix('Value error, ')} (given: {fault.get('input')!r})"
+        return f"{place}: {fault['msg'].removeprefix('Value error, ')} (given: {repr(fault.get('input'))[:80]})"
 
 
 class Rwkv7Options(MixerOptions):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from radlads.model.finite import check_finite
 from radlads.tasks.job import UserError
 
 _GROUP = 128
@@ -123,7 +124,7 @@ def quantize_frozen(
 
     bits: 16 leaves everything as it is. select: of the names in `model.named_parameters()`. device: where the 8-bit
     matrices are made and stay, one at a time, so that the model need not fit there before; None: where each is.
-    Raises ValueError for other bits, or a selected matrix that trains.
+    Raises ValueError for other bits, or a selected matrix that trains, UserError for values that are not finite.
     """
     if bits not in (8, 16):
         raise ValueError(f"frozen weights are held in 8 or 16 bits, not {bits}")
@@ -137,6 +138,7 @@ def quantize_frozen(
         assert parameter is not None
         if parameter.requires_grad:
             raise ValueError(f"{name} trains, so it cannot be held in 8 bit")
+        check_finite(f"{name}, which is to be held in 8 bit,", parameter)
         _put(owner, own, *quantize(parameter.detach().to(device or parameter.device)))
         done.append(name)
     return done

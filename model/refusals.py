@@ -26,14 +26,68 @@ _OTHER_BLOCKS = {
     ),
     ("gpt_oss",): "its attention has learned sinks, which no mixer has a place for",
 }
+# The largest sizes of a config, far above any published model: building begins with loops over some of them.
+_MOST = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 4096,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 31,
+    "num_experts": 8192,
+    "num_local_experts": 8192,
+    "num_experts_per_tok": 8192,
+    "sliding_window": 1 << 31,
+}
+_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "moe_intermediate_size"}
+
+
+def size_fault(raw: Mapping[str, Any]) -> str | None:
+    """What is wrong with the numbers and lists of a config, in one line, before anything is built from them."""
+    for name, most in _MOST.items():
+        value = raw.get(name, 1)
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            return f"{name} is {repr(value)[:40]} in its config; a whole number from 1 to {most:,} is needed"
+    for name in ("layer_types", "architectures"):
+        value = raw.get(name) or ()
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            return f"{name} is {repr(value)[:40]} in its config; a list of texts is needed"
+    return None
+
+
+# How floating-point weights are kept; everything else that stands for weights is quantised.
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+_QUANTISED = "quantised; give the full-precision model that they were made from"
+
+
+def stored_refusal(dtype: str) -> str | None:
+    """Why a tensor that a file keeps as `dtype` (the format's word) is no weight; None where it is one."""
+    return None if dtype in _FULL_PRECISION else f"is kept as {dtype}: the weights are {_QUANTISED}"
+
+
+def named_weights(raw: Mapping[str, Any]) -> str | None:
+    """What speaks against a config that names a file of weights, which transformers alone would read."""
+    if not raw.get("transformers_weights"):
+        return None
+    return (
+        f"config.json names its weights (transformers_weights: {str(raw['transformers_weights'])[:80]!r}); they are "
+        "read from model.safetensors or its index alone: rename them and remove the entry"
+    )
 
 
 def refusal(raw: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot teach, in one line; None where nothing speaks against it."""
     model_type = str(raw.get("model_type") or "")
-    names = [model_type, *(raw.get("architectures") or ())]
     if not model_type:
         return "the teacher's config.json has no model_type, so its architecture cannot be told"
+    if fault := size_fault(raw):
+        return fault
+    names = [model_type, *(raw.get("architectures") or ())]
     if any(_CONVERTED.search(_spaced(name)) for name in names):
         return f"the teacher ({', '.join(names)}) is a linear-attention model already; give the softmax model behind it"
     if any(kind not in ("full_attention", "sliding_attention") for kind in raw.get("layer_types") or ()):
@@ -45,7 +99,9 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
         if model_type in types:
             return f"no teacher family for model_type '{model_type}': {reason}"
     if raw.get("quantization_config"):
-        return "the teacher's weights are quantised; give the full-precision model that they were made from"
+        return f"the teacher's weights are {_QUANTISED}"
+    if reason := named_weights(raw):
+        return f"the teacher's {reason}"
     return None
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from radlads.model.checkpoint_files import read_headers
 from radlads.model.configuration import RadladsConfig
+from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.refusals import named_weights, stored_refusal
 from radlads.model.teacher import find_family
 from radlads.model.variants import mixer_class, validate_options
 from radlads.tasks.job import UserError
@@ -87,16 +91,13 @@ def load_student(
 ) -> RadladsForCausalLM:
     """Load an exported folder with this package's own classes (its remote code is not run), in eval mode.
 
-    dtype: None keeps the saved one. Raises UserError when it is no exported student, or a tensor is missing, left over
-    or misshapen.
+    dtype: None keeps the saved one. Raises UserError when it is no exported student, its files are not whole or not one
+    set, a tensor is missing, left over or misshapen, or values are not finite.
     """
-    config_path = Path(folder) / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"no exported student in {folder}: config.json is missing")
-    model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
-    if model_type != RadladsConfig.model_type:
-        raise UserError(f"{folder} holds a '{model_type}' model, not an exported student")
-    config = RadladsConfig.from_pretrained(folder)
+    config = _read_config(Path(folder))
+    for name, entry in read_headers(str(folder)).items():
+        if reason := stored_refusal(entry.dtype):
+            raise UserError(f"the student in {folder} cannot be loaded: its tensor {name} {reason}")
     try:
         student, report = RadladsForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
@@ -106,4 +107,27 @@ def load_student(
     faults = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for kind, names in report.items() if names]
     if faults:
         raise UserError(f"the student in {folder} does not fit its config: {'; '.join(faults)}")
+    if config.tie_word_embeddings and not student.all_tied_weights_keys:
+        raise UserError(
+            f"the student in {folder} does not fit its config: tie_word_embeddings is true, but it has a head of its "
+            "own, other than its embeddings"
+        )
+    for name, tensor in student.state_dict().items():
+        check_finite(f"the student in {folder} cannot be used: its tensor {name}", tensor)
     return student.to(device).eval()
+
+
+def _read_config(folder: Path) -> RadladsConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no exported student in {folder}: config.json is missing")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if model_type != RadladsConfig.model_type:
+            raise UserError(f"{folder} holds a '{model_type}' model, not an exported student")
+        if reason := named_weights(raw):
+            raise UserError(f"the student in {folder} cannot be loaded: its {reason}")
+        return RadladsConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
+        raise UserError(f"cannot read {path}: {type(error).__name__} {' '.join(str(error).split())[:300]}") from error

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from radlads.model.configuration import windowed_layers
 from radlads.model.refusals import refusal
-from radlads.model.teacher_weights import load_text_part
+from radlads.model.teacher_weights import load_causal_model
 from radlads.model.vision_language import is_nested, text_config
 from radlads.tasks.job import UserError
 
@@ -141,21 +141,17 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Load a folder or hub id, frozen and in eval mode; of a vision-language model its text part.
 
-    dtype: None keeps the checkpoint's. The model's code is transformers' own, even where the folder brings another.
-    Raises UserError when there is nothing to load, no family, or parts are missing.
+    dtype: None keeps the checkpoint's. The model's code is transformers' own, even where the folder brings another, and
+    its tensors are those that `open_teacher_weights` names, which transplant reads too. Raises UserError when there is
+    nothing to load, no family, parts are missing, tensors do not fit the config, or values are not finite.
     """
-    raw = read_config(path, revision=revision)
-    family = find_family(raw)
+    config = load_teacher_config(path, revision=revision)
     try:
-        if is_nested(raw):
-            model = load_text_part(path, parse_teacher_config(raw), dtype=dtype, revision=revision)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", revision=revision, trust_remote_code=False
-            )
+        model = load_causal_model(path, config, dtype=dtype, revision=revision)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot load the teacher '{path}': {_one_line(error)}") from error
-    family.check(model)
+    find_family(config).check(model)
+    model.generation_config = load_generation_config(path, config, revision=revision)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -167,7 +163,7 @@ def load_teacher_config(path: str, *, revision: str | None = None) -> PreTrained
     raw = read_config(path, revision=revision)
     try:
         return parse_teacher_config(raw)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"cannot read the config of the teacher '{path}': {_one_line(error)}") from error
 
 
@@ -223,9 +219,9 @@ def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """config.json as it is, so that models that transformers does not know can be refused by name. Raises UserError."""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"no teacher at '{path}': {_one_line(error)}") from error
-    if not raw:
+    if not raw or not isinstance(raw, dict):
         raise UserError(f"no config.json at '{path}'; a teacher is a Hugging Face folder or hub id")
     return raw
 

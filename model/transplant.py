@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from radlads.model.finite import check_finite
 from radlads.model.mixer import Mixer
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.teacher_weights import TeacherWeights
+from radlads.model.teacher_weights import DAMAGED, TeacherWeights, check_ties
 from radlads.model.weight_files import WeightWriter
 from radlads.tasks.job import UserError
-
-# Rows that are compared at once where two tensors have to be equal.
-_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def trace_origins(
     if misshapen:
         raise UserError(f"the student does not fit this teacher: {'; '.join(sorted(misshapen)[:3])}")
     own = [name for name, origin in origins.items() if origin.source is None and origin.tied_to is None]
-    orphans = sorted(name for name in own if student.parameter_group(name) != "mixer")
+    orphans = sorted(name for name in own if student.parameter_group(name) != "mixer" or _given(name, mixers, parts))
     homeless = sorted(shapes.keys() - {origin.source for origin in origins.values()})
     if orphans or homeless:
         raise UserError(
@@ -97,7 +95,7 @@ def transplant(
 ) -> TransplantReport:
     """Copy every tensor that both have, converting to the student's dtype and device, and the generation defaults.
 
-    scale and what is raised: see `trace_origins`.
+    scale: see `trace_origins`. Raises UserError: there too, and for values that are not finite.
     """
     source, target = teacher.state_dict(), student.state_dict()
     origins = trace_origins(student, {name: tensor.shape for name, tensor in source.items()}, scale=scale)
@@ -105,10 +103,13 @@ def transplant(
     def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return source[name][start:stop]
 
-    _check_ties(origins, {name: tensor.shape for name, tensor in source.items()}, read)
+    ties = {o.source: origins[o.tied_to].source for o in origins.values() if o.tied_to and o.source}
+    check_ties(ties, {name: tensor.shape for name, tensor in source.items()}, read)
     for name, origin in origins.items():
         if origin.source is not None and origin.tied_to is None:
-            target[name].copy_(_take(origin, read))
+            taken = _take(origin, read)
+            target[name].copy_(taken)
+            check_finite(f"teacher tensor {origin.source}", target[name], source=taken, mend=DAMAGED)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return _report(origins)
 
@@ -129,10 +130,10 @@ def stream_transplant(
 
     In memory at a time: one tensor of the teacher (the experts of a layer are one) and one fresh mixer. A mixer starts
     from `seed` and its layer's number, so that nothing depends on the order or on how the files are cut. on_progress:
-    tensors done and in all. What is raised: see `trace_origins`.
+    tensors done and in all. Raises UserError: see `trace_origins`, and for values that are not finite.
     """
     origins = trace_origins(student, weights.shapes, scale=scale)
-    _check_ties(origins, weights.shapes, weights.read)
+    weights.check_ties()
     own = {name: tensor for name, tensor in student.state_dict().items() if origins[name].tied_to is None}
     layout = {name: (dtype if t.is_floating_point() else t.dtype, t.shape) for name, t in own.items()}
     writer = WeightWriter(folder, layout, max_shard_bytes=max_shard_bytes)
@@ -141,7 +142,11 @@ def stream_transplant(
     try:
         for done, name in enumerate(own):
             origin = origins[name]
-            writer.write(name, nursery.take(name) if origin.source is None else _take(origin, weights.read))
+            taken = nursery.take(name) if origin.source is None else _take(origin, weights.read)
+            written = taken.to(layout[name][0])
+            label = f"fresh tensor {name}" if origin.source is None else f"teacher tensor {origin.source}"
+            check_finite(label, written, source=taken, mend=DAMAGED if origin.source else "")
+            writer.write(name, written)
             on_progress(done + 1, len(own))
         writer.close()
     finally:
@@ -213,6 +218,11 @@ def _projection(name: str, mixers: Mapping[int, Mixer], parts: object) -> str | 
     return letter if layer in mixers and kind == "proj" and letter in ("q", "k", "v", "o") else None
 
 
+def _given(name: str, mixers: Mapping[int, Mixer], parts: object) -> bool:
+    """Whether a mixer's tensor is one that the teacher has to give: a projection, or a norm of q and k."""
+    return _projection(name, mixers, parts) is not None or _split(name, parts)[1].startswith(("q_norm.", "k_norm."))
+
+
 def _split(name: str, parts: object) -> tuple[int, str]:
     """`model.layers.3.self_attn.q_proj.weight` → (3, "q_proj.weight"); (-1, "") outside attention and mixers."""
     words = name.split(".")
@@ -227,20 +237,3 @@ def _split(name: str, parts: object) -> tuple[int, str]:
 def _take(origin: Origin, read: Callable[..., Tensor]) -> Tensor:
     tensor = read(origin.source, *(origin.rows or ()))
     return tensor if origin.factor == 1.0 else (tensor.float() * origin.factor).to(tensor.dtype)
-
-
-def _check_ties(
-    origins: Mapping[str, Origin], shapes: Mapping[str, Sequence[int]], read: Callable[..., Tensor]
-) -> None:
-    """Raise UserError where the student ties what the teacher's own tensors have different numbers for."""
-    for name, origin in origins.items():
-        if origin.tied_to is None or origin.source is None:
-            continue
-        owner = origins[origin.tied_to].source
-        for start in range(0, shapes[origin.source][0], _BLOCK):
-            stop = min(start + _BLOCK, shapes[origin.source][0])
-            if not torch.equal(read(origin.source, start, stop), read(owner, start, stop)):
-                raise UserError(
-                    f"the student ties {name}, but the teacher's own tensors differ there; "
-                    "untie the teacher's config (tie_word_embeddings: false)"
-                )

@@ -1,27 +1,26 @@
-"""Read and write safetensors one tensor at a time: no file is mapped or held, so 72B parameters need little memory.
+"""Read and write safetensors one tensor at a time, so that 72B parameters need little memory.
 
-The format (safetensors 0.x): 8 bytes little endian, the length of a JSON header {name: {dtype, shape, data_offsets}},
-the header, the tensors' bytes, row-major.
+Which files are a checkpoint's: checkpoint_files.py. The format: safetensors_header.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from transformers.utils import cached_file
 
+from radlads.model.checkpoint_files import INDEX, SINGLE, read_headers
+from radlads.model.safetensors_header import TensorEntry
 from radlads.tasks.job import UserError
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,31 +36,23 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# A header of the format may not be longer.
-_MAX_HEADER = 100_000_000
-
-
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the beginning of the file."""
 
 
 class WeightFiles:
     """The tensors of a checkpoint's safetensors files, by the names that they have there."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        """Reads the headers alone. Raises UserError for a file that is no safetensors, or cut short."""
-        self.paths = tuple(paths)
-        self._entries: dict[str, _Entry] = {}
-        for path in self.paths:
-            self._entries |= _read_header(path)
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        """entries: as `read_headers` finds them."""
+        self._entries = dict(entries)
+        self._mapped: dict[Path, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, each once."""
+        return list(dict.fromkeys(entry.path for entry in self._entries.values()))
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -69,70 +60,57 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def stored_dtype(self, name: str) -> str:
+        """As the format spells it: F32, BF16, I8, ..."""
         return self._entries[name].dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises UserError for a kind of number that no weight is kept in (F4, F8_E8M0, ...)."""
+        dtype = self._entries[name].dtype
+        if dtype not in _DTYPES:
+            raise UserError(f"tensor {name} of {self._entries[name].path} is {dtype}, which is not read")
+        return _DTYPES[dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor of its own memory; start, stop: rows of its first axis, the only ones that are read."""
-        entry = self._entries[name]
-        shape = entry.shape
+        entry, dtype = self._entries[name], self.dtype(name)
+        shape, offset = entry.shape, entry.offset
         if shape:
             stop = shape[0] if stop is None else stop
-            row_bytes = math.prod(shape[1:]) * entry.dtype.itemsize
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
             offset, shape = entry.offset + start * row_bytes, (stop - start, *shape[1:])
-        else:
-            offset = entry.offset
-        raw = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
-        with entry.path.open("rb") as stream:
-            stream.seek(offset)
-            if stream.readinto(memoryview(raw.numpy())) != raw.numel():
-                raise UserError(f"{entry.path} ends within '{name}'; download it again")
-        return raw.view(entry.dtype).view(shape)
+        raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        try:
+            with entry.path.open("rb") as stream:
+                stream.seek(offset)
+                count = stream.readinto(memoryview(raw.numpy()))
+        except OSError as error:
+            raise UserError(f"cannot read tensor {name} of {entry.path}: {error.strerror}") from error
+        if count != raw.numel():
+            raise UserError(f"{entry.path} ends within '{name}'; download it again")
+        return raw.view(dtype).view(shape)
+
+    def map(self, name: str) -> Tensor:
+        """A tensor whose memory is the file's own pages, for a model that is held: ranks of a machine share them, and
+        what is written to the tensor stays its own. A tensor that cannot be mapped is read."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        count = math.prod(entry.shape)
+        if count == 0 or entry.offset % dtype.itemsize:
+            return self.read(name)
+        try:
+            if entry.path not in self._mapped:
+                with entry.path.open("rb") as stream:
+                    self._mapped[entry.path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read tensor {name} of {entry.path}: {error}") from error
+        flat = torch.frombuffer(self._mapped[entry.path], dtype=dtype, count=count, offset=entry.offset)
+        return flat.view(entry.shape)
 
 
-def open_weight_files(path: str, *, revision: str | None = None) -> WeightFiles:
-    """The safetensors files of a folder or hub id, as its index lists them. Raises UserError when one is missing."""
-
-    def find(name: str) -> Path | None:
-        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
-
-    try:
-        index = find(_INDEX)
-        names = [_SINGLE]
-        if index is not None:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = {name: find(name) for name in names}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the weights of '{path}': {' '.join(str(error).split())[:300]}") from error
-    missing = [name for name, found in paths.items() if found is None]
-    if missing:
-        raise UserError(
-            f"'{path}' lacks {missing[0]}; weights are read from {_SINGLE}, or from the files that {_INDEX} lists"
-        )
-    return WeightFiles(found for found in paths.values() if found is not None)
-
-
-def _read_header(path: Path) -> dict[str, _Entry]:
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size, _MAX_HEADER):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        entries = {}
-        for name, value in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = value["data_offsets"]
-            dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
-            if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
-                raise ValueError(f"'{name}' does not fit in it")
-            entries[name] = _Entry(path, dtype, shape, 8 + length + start)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {' '.join(str(error).split())[:200]}") from error
-    return entries
+def open_weight_files(path: str, *, revision: str | None = None, download: bool = True) -> WeightFiles:
+    """The safetensors files of a folder or hub id, their headers read and checked. Raises UserError: see
+    `read_headers`. download: False is for looking at sizes; of a hub id nothing can be read then."""
+    return WeightFiles(read_headers(path, revision=revision, download=download))
 
 
 class WeightWriter:
@@ -193,7 +171,7 @@ class WeightWriter:
                 "metadata": {"total_size": sum(map(self._size, self._layout))},
                 "weight_map": {name: self._file(shard) for shard, name in self._order},
             }
-            (self._folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
     def abandon(self) -> None:
         """Close and remove a file that was begun."""
@@ -210,7 +188,7 @@ class WeightWriter:
 
     def _file(self, shard: int) -> str:
         count = len(self._shards)
-        return _SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        return SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
 
     def _partial(self, shard: int) -> Path:
         return self._folder / f"{self._file(shard)}.partial"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.files import file_errors
 from radlads.tasks.recipe import Recipe, parse_recipe
 
 _PATH_LISTS = {"paths", "haystack"}
-_MODEL_PLACES = {"path", "tokenizer"}
+_SINGLE_PLACES = {"path", "tokenizer", "chat_template"}
 
 
 def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
@@ -18,18 +19,22 @@ def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
     """
     given = Path(name_or_path)
     folders = [given.expanduser().absolute().parent, here] if given.suffix in (".yaml", ".yml") else [here]
-    return parse_recipe(_anchor(recipe.model_dump(mode="json"), folders), where=name_or_path)
+    return parse_recipe(_anchor(recipe.model_dump(mode="json"), folders, where=name_or_path), where=name_or_path)
 
 
-def _anchor(value: Any, folders: list[Path], key: str = "") -> Any:
+def _anchor(value: Any, folders: list[Path], key: str = "", *, where: str) -> Any:
     if isinstance(value, dict):
         # `org/name` is a dataset of the hub, whatever folder has that name here; `./name` is a folder.
         is_hub = value.get("kind") == "hub" and not str(value.get("path")).startswith(".")
-        return {name: item if is_hub else _anchor(item, folders, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_place(item, folders) if key in _PATH_LISTS else _anchor(item, folders) for item in value]
-    if key in _MODEL_PLACES and isinstance(value, str):
-        return _place(value, folders)
+        return {
+            name: item if is_hub and name != "chat_template" else _anchor(item, folders, name, where=where)
+            for name, item in value.items()
+        }
+    if isinstance(value, list) and key not in _PATH_LISTS:
+        return [_anchor(item, folders, where=where) for item in value]
+    if isinstance(value, list) or (key in _SINGLE_PLACES and isinstance(value, str)):
+        with file_errors(f"{where}: {key}"):
+            return [_place(item, folders) for item in value] if isinstance(value, list) else _place(value, folders)
     return value
 
 

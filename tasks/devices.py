@@ -10,6 +10,9 @@ from pathlib import Path
 from radlads.tasks.job import JobResources, UserError
 from radlads.tasks.recipe import Resources
 
+_MOST_GPUS = 4096
+_MOST_GIB = 100_000
+
 
 def count_gpus(visible: str | None) -> int:
     """Number of GPUs. visible: CUDA_VISIBLE_DEVICES, which wins over what is built in; None if it is not set."""
@@ -71,8 +74,11 @@ def planned_resources(wanted: Resources, gpus: int | None, gpu_memory_gib: float
     if memory is None:
         raise UserError(f"how much memory has each of the {gpus} GPUs? add --gpu-memory, in GiB")
     count = gpus if gpus is not None else (wanted.processes if wanted.processes != "auto" else 1)
-    if count < 1 or memory <= 0:
-        raise UserError(f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory")
+    if not 1 <= count <= _MOST_GPUS or not 0 < memory <= _MOST_GIB:
+        raise UserError(
+            f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory; at most "
+            f"{_MOST_GPUS} of {_MOST_GIB} GiB"
+        )
     return JobResources(
         device="cuda",
         processes=count,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 2
+_MOST_JOB_BYTES = 64 << 20
 
 Stage = Literal[
     "plan",
@@ -40,7 +42,7 @@ def first_line(error: BaseException) -> str:
 class Sheet(BaseModel):
     """Base of what crosses a process boundary: frozen, strict, JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class InputRef(Sheet):
@@ -96,7 +98,7 @@ class JobSpec(Sheet):
     store: StoreRef
     tracking: TrackingRef | None = None
     resources: JobResources
-    scratch: str
+    scratch: str = Field(pattern=r"^[^\x00-\x1f]+$")
     """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, what it is about to upload."""
     content_cache: str | None = None
     """File on this machine that remembers what large files hold; see tasks/content.py."""
@@ -139,6 +141,34 @@ class Manifest(Sheet):
     kernels: dict[str, str] = Field(default_factory=dict)
     """Operator → the kernel that ran it, and why no faster one; of the first rank."""
     created_at: datetime
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that a schema found wrong, and where, in one line; values are not repeated."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in fault["loc"][:8])
+    told = f"{place}: {fault['msg']}" if place else fault["msg"]
+    return " ".join(told.encode("unicode_escape").decode().split())[:300]
+
+
+def read_job(path: Path) -> JobSpec:
+    """The job that a file describes. Raises UserError, one line, for a file that is no job.json of this version."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MOST_JOB_BYTES + 1)
+        if len(data) > _MOST_JOB_BYTES:
+            raise UserError(f"{path} is larger than {_MOST_JOB_BYTES:,} bytes; it is no job.json")
+        spec = JobSpec.model_validate_json(data)
+        canonical_json(spec.spec).encode()
+    except ValidationError as error:
+        raise UserError(f"{path} is no job.json of this version: {first_fault(error)}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is no job.json of this version: it holds what JSON cannot") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if spec.schema_version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {spec.schema_version}, this program reads {SCHEMA_VERSION}")
+    return spec
 
 
 def canonical_json(value: Any) -> str:

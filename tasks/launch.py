@@ -16,8 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.credentials import child_environment
 from radlads.tasks.devices import count_cores, count_gpus, resolve_resources, visible_gpus
 from radlads.tasks.disk import describe_full
+from radlads.tasks.files import private_folder, write_private
 from radlads.tasks.gpu_lock import hold_gpus
 from radlads.tasks.job import JobResources, JobSpec, UserError
 from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
@@ -71,11 +73,11 @@ def launch(
     """
     REQUEST.check()
     scratch = Path(spec.scratch)
-    scratch.mkdir(parents=True, exist_ok=True)
+    private_folder(scratch)
     for stale in ("exit.json", "progress.json"):
         (scratch / stale).unlink(missing_ok=True)
     job_json = scratch / "job.json"
-    job_json.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    write_private(job_json, spec.model_dump_json(indent=1))
     log = scratch / "log.txt"
     command = render_command(spec, job_json, port=_free_port(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
     job = job_id(scratch)
@@ -135,6 +137,9 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
     # Compilers of kernels call ninja by name; a virtual environment that is not activated has them only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
+    env |= child_environment()
+    for library in ("GLOO", "NCCL"):  # one machine's ranks; by default they listen where other machines reach them
+        env.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     env |= {
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",

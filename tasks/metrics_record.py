@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from radlads.tasks.credentials import hide, with_credentials
 from radlads.tasks.job import TrackingRef
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ _NOT_METRICS = {"step", "time"}
 
 
 def connect(uri: str) -> MlflowClient:
-    """An MLflow client that gives up in seconds instead of minutes, and does not phone home."""
+    """An MLflow client that gives up in seconds instead of minutes, and does not phone home. uri: without user and
+    password, which this process knows."""
     from mlflow import MlflowClient, environment_variables
     from mlflow.telemetry.client import set_telemetry_client
 
@@ -39,12 +41,13 @@ def connect(uri: str) -> MlflowClient:
         (environment_variables.MLFLOW_DISABLE_TELEMETRY, True),
         (environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT, 10),
         (environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1),
+        (environment_variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),  # with the password in it
     ):
         if not setting.is_set():  # type: ignore[no-untyped-call]
             setting.set(value)  # type: ignore[no-untyped-call]
     set_telemetry_client()  # type: ignore[no-untyped-call] # again: the first time, at import, it did not know
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=with_credentials(uri))
 
 
 def latest_metrics(client: MlflowClient, run_id: str) -> dict[str, tuple[int, float]]:
@@ -181,7 +184,7 @@ class _Mirror(threading.Thread):
             if not self._failing:
                 _log.warning(
                     "MLflow at %s: %s; the record is %s, MLflow is caught up later",
-                    self._ref.uri, " ".join(str(error).split())[:300], self._path,
+                    self._ref.uri, hide(" ".join(str(error).split()))[:300], self._path,
                 )  # fmt: skip
             self._failing = True
             self._sent = None  # some of it may have arrived: ask again

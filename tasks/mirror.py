@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from radlads.tasks.job import InputRef, JobSpec, Manifest, Stage, TrackingRef, UserError
@@ -31,6 +30,7 @@ from radlads.tasks.tracking import (
     open_stage_run,
     settle_run,
 )
+from radlads.tasks.yaml_reader import read_yaml
 
 _log = logging.getLogger(__name__)
 _DATASETS = "datasets/"
@@ -163,12 +163,12 @@ def _recipe(store: Store, run: str) -> tuple[str, dict[str, Any]]:
     data = store.get_bytes(f"runs/{run}/recipe.yaml")
     if data is None:
         raise UserError(f"the run '{run}' in {store.uri} has no recipe.yaml")
-    raw = yaml.safe_load(data)
+    raw = read_yaml(data, where=f"recipe.yaml of '{run}'")
     try:
         recipe = parse_recipe(raw, where=f"recipe.yaml of '{run}'")
     except UserError as error:  # of another version of the project; its name is all that is needed
         _log.warning("the parameters of '%s' are not sent to MLflow: %s", run, error)
-        return str(raw["name"]), {}
+        return str(raw.get("name") if isinstance(raw, dict) else run), {}
     return recipe.name, recipe_params(recipe)
 
 

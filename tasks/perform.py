@@ -14,6 +14,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Failed
 from prefect.tasks import Task
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.disk import explain_disk
 from radlads.tasks.job import JobResources, Stage, TrackingRef, UserError
 from radlads.tasks.launch import JobCrashed
@@ -74,13 +75,13 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
                 pipeline: Pipeline = args[0] if args else kwargs["pipeline"]
                 may_help = not isinstance(error, UserError)
                 error.add_note(f"{_RETRIES_NOTE}{pipeline.settings.retries if may_help else 0}")
-                return Failed(message=str(error), data=error)
+                return Failed(message=hide(str(error)), data=error)
             except OSError as error:
                 pipeline = args[0] if args else kwargs["pipeline"]
                 told = explain_disk(error, pipeline.settings.work)
                 if told is None:
                     raise
-                return Failed(message=str(told), data=told)
+                return Failed(message=hide(str(told)), data=told)
 
         settings: dict[str, Any] = {
             "cache_policy": NO_CACHE,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.anchor import anchor_recipe
+from radlads.tasks.files import file_errors
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef, UserError
 from radlads.tasks.launch import machine_resources
 from radlads.tasks.mirror import recipe_params, sync_run
 from radlads.tasks.pins import at_pinned_commits
-from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_text
-from radlads.tasks.settings import Settings, resolve_settings
+from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
+from radlads.tasks.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
 from radlads.tasks.stopping import REQUEST, RunStopped
@@ -28,7 +28,6 @@ from radlads.tasks.tracking import Ending, RunIdentity, close_run, open_pipeline
 
 _log = logging.getLogger(__name__)
 _TRY_AGAIN_SECONDS = 60.0
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Pipeline:
@@ -110,14 +109,15 @@ def open_pipeline(
     recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
     and the first part of `run_id`, which must be the same when the run is retried. Raises UserError.
     """
+    refuse_credentials(store=store, tracking=tracking)
     if isinstance(recipe, Recipe):
         asked = recipe
     else:
         asked = anchor_recipe(load_recipe(recipe, overrides), recipe, Path.cwd())
-    name = run or f"{asked.name}-{run_id[:8]}"
-    if not _RUN_NAME.fullmatch(name):
-        raise UserError(f"'{name}' cannot be a run's name: letters, digits, '.', '_' and '-', at most 128 of them")
+    name = check_run_name(f"{asked.name}-{run_id[:8]}" if run is None else run)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
+    with file_errors(f"the work folder {settings.work}"):
+        settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(asked, name, settings)
     _keep_recipe(pipeline)
     pipeline.tracked()
@@ -161,11 +161,11 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
     store: as of open_pipeline. Raises UserError.
     """
     place = open_store(resolve_settings(store=store).store)
-    data = place.get_bytes(f"runs/{run}/recipe.yaml") if _RUN_NAME.fullmatch(run) else None
+    data = place.get_bytes(f"runs/{check_run_name(run)}/recipe.yaml")
     if data is None:
         raise UserError(f"there is no run '{run}' in {place.uri}")
     where = f"the recipe of run '{run}'"
-    asked = anchor_recipe(recipe_of_text(data.decode("utf-8"), overrides, where=where), where, Path.cwd())
+    asked = anchor_recipe(recipe_of_data(data, overrides, where=where), where, Path.cwd())
     manifest = place.read_manifest(f"runs/{run}/plan")
     if manifest is None or manifest.schema_version != SCHEMA_VERSION:
         return asked  # nothing was pinned that this version can read
@@ -175,10 +175,11 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
 
 def finished_students(pipeline: Pipeline, run: str) -> dict[str, Product]:
     """Stage → model of another run in the same store, in the stages' order. Raises UserError where it has none."""
+    check_run_name(run)
     found = {}
     for stage in ("transplant", "align", "choose", "distill", "finetune"):
         key = f"runs/{run}/{stage}"
-        manifest = pipeline.store.read_manifest(key) if _RUN_NAME.fullmatch(run) else None
+        manifest = pipeline.store.read_manifest(key)
         if manifest is not None:
             found[stage] = Product(uri=pipeline.store.join(key), manifest=manifest, reused=True)
     if not found:

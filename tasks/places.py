@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+from radlads.tasks.chat_templates import SHIPPED, shipped_chat_template
 from radlads.tasks.job import UserError
 
 DEMO = "demo"
@@ -64,14 +65,17 @@ def resolve_task_folder(path: str) -> Path:
 
 
 def resolve_file(path: str) -> Path:
-    """A corpus file's place on this machine; `demo:NAME` is shipped with the demo teacher."""
+    """A corpus file's place on this machine; `demo:NAME` is shipped with the demo teacher, `template:NAME` is a shipped
+    chat template."""
     if path.startswith(_DEMO_FILE):
         return demo_folder() / path.removeprefix(_DEMO_FILE)
+    if path.startswith(SHIPPED):
+        return shipped_chat_template(path)
     return Path(path).expanduser()
 
 
 def expand_paths(patterns: Iterable[str]) -> list[str]:
-    """Every file that the paths and globs name, in a stable order; `demo:` files keep that name.
+    """Every file that the paths and globs name, in a stable order; shipped files (`demo:`, `template:`) keep that name.
 
     Raises UserError for a pattern that matches nothing.
     """
@@ -79,7 +83,7 @@ def expand_paths(patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         local = resolve_file(pattern)
         if local.is_file():
-            matches = [pattern if pattern.startswith(_DEMO_FILE) else str(local.resolve())]
+            matches = [pattern if pattern.startswith((_DEMO_FILE, SHIPPED)) else str(local.resolve())]
         else:
             matches = sorted(str(Path(m).resolve()) for m in glob.glob(str(local), recursive=True) if Path(m).is_file())
         if not matches:

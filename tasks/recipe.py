@@ -14,10 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from radlads.tasks.job import UserError
+from radlads.tasks.credentials import find_secret, hide
+from radlads.tasks.document import MOST_BYTES, DocumentError, one_line, plain_values, shown
+from radlads.tasks.files import file_errors
 from radlads.tasks.sections import (
     Align,
     CeSpikes,
@@ -48,6 +49,7 @@ from radlads.tasks.sections import (
     Training,
     TransplantScale,
 )
+from radlads.tasks.yaml_reader import dump_yaml, read_yaml
 
 __all__ = [
     "Align",
@@ -83,11 +85,15 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "parse_recipe",
-    "recipe_of_text",
+    "recipe_of_data",
 ]
 
 
-class RecipeError(UserError):
+_MOST_FAULTS = 20
+_LONGEST_WORD = 64
+
+
+class RecipeError(DocumentError):
     """A recipe that cannot be used; the message says what is wrong, where, and how to mend it."""
 
 
@@ -101,80 +107,82 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     """Read a shipped recipe by name, or a YAML file by path, and apply typed overrides.
 
     overrides: dotted key → value, e.g. {"distill.tokens": 1_000_000, "student.attention_layers": [3]}; None removes an
-    optional section. Raises RecipeError, one line per fault.
+    optional section. Raises DocumentError, one line per fault.
     """
-    return recipe_of_text(_read_text(name_or_path), overrides, where=name_or_path)
+    where = one_line(hide(name_or_path), 200)
+    return recipe_of_data(_read_data(name_or_path, where), overrides, where=where)
 
 
-def recipe_of_text(text: str, overrides: Mapping[str, Any] | None = None, *, where: str) -> Recipe:
-    """A recipe from the YAML of its file, as load_recipe. Raises RecipeError."""
-    raw = _unshared(_parse_yaml(text, where))
-    for key, value in (overrides or {}).items():
+def recipe_of_data(data: bytes, overrides: Mapping[str, Any] | None = None, *, where: str) -> Recipe:
+    """A recipe from the YAML of its file, as load_recipe. Raises DocumentError."""
+    raw = read_yaml(data, where=where)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise RecipeError(f"overrides: a mapping of dotted keys to values is asked for, not {shown(overrides)}")
+    for key, value in plain_values(overrides or {}, where="overrides").items():
         _override(raw, key, value)
     return parse_recipe(raw, where=where)
 
 
 def parse_recipe(raw: Any, *, where: str = "recipe") -> Recipe:
-    """Validate a mapping into a Recipe. Raises RecipeError."""
+    """Validate a mapping into a Recipe. Raises DocumentError."""
+    where = one_line(hide(where))
     if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of sections, this is a {type(raw).__name__}")
+        kinds = {type(None): "empty", list: "a list", str: "text"}
+        raise RecipeError(f"{where}: a recipe is a mapping of sections, this is {kinds.get(type(raw), shown(raw))}")
+    raw = plain_values(raw, where=where)
+    secret = find_secret(raw)
+    if secret is not None:
+        raise RecipeError(
+            f"{where}: {one_line('.'.join(secret.keys), 120)}: {secret.what} stands here, and recipes are written down "
+            f"in several places; {secret.cure}"
+        )
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(fault, raw)}" for fault in _without_echoes(error.errors())]
+        faults = _without_echoes(error.errors(include_context=False, include_url=False))
+        lines = [f"{where}: {_explain(fault, raw)}" for fault in faults[:_MOST_FAULTS]]
+        if len(faults) > _MOST_FAULTS:
+            lines.append(f"{where}: and {len(faults) - _MOST_FAULTS} more faults like these")
         raise RecipeError("\n".join(lines)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; load_recipe of it gives the same recipe."""
-    values = recipe.model_dump(mode="json")
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    # PyYAML writes Unicode's own line breaks as they are and reads them as spaces.
-    breaks = any(mark in text for mark in "\x85\u2028\u2029")
-    return yaml.safe_dump(values, sort_keys=False) if breaks else text
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
-def _read_text(name_or_path: str) -> str:
+def _read_data(name_or_path: str, where: str) -> bytes:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RecipeError(f"no recipe file at {name_or_path}")
-        return path.read_text(encoding="utf-8")
+        with file_errors(where):
+            if path.is_dir():
+                raise RecipeError(f"{where} is a folder, not a recipe file")
+            if not path.is_file():
+                raise RecipeError(f"no recipe file at {where}")
+            with path.open("rb") as stream:
+                return stream.read(MOST_BYTES + 1)
     known = list_recipes()
     if name_or_path not in known:
         raise RecipeError(
-            f"no recipe named '{name_or_path}'{_did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
+            f"no recipe named '{where}'{_did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
             "shipped ones; a file of your own is given by its path, ending in .yaml)"
         )
-    return (resources.files("radlads.deployments") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which nothing is there twice: an override of one use of a YAML anchor must not change the others."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_unshared(item) for item in value]
-    return value
+    return (resources.files("radlads.deployments") / "recipes" / f"{name_or_path}.yaml").read_bytes()
 
 
 def _override(raw: Any, dotted: str, value: Any) -> None:
     """Set raw[a][b][c] = value for the key 'a.b.c', making missing mappings on the way."""
     *parents, last = dotted.split(".")
+    if not all((*parents, last)):
+        raise RecipeError(f"override '{one_line(dotted, 120)}': write keys with one dot between them, as align.tokens")
+    dotted = one_line(dotted, 120)
     node = raw
     for part in parents:
         child = node.get(part) if isinstance(node, dict) else None
         if child is None and isinstance(node, dict):
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"override '{dotted}': '{part}' is not a section that holds other keys")
+            raise RecipeError(f"override '{dotted}': '{one_line(part, 60)}' is not a section that holds other keys")
         node = child
     if not isinstance(node, dict):
         raise RecipeError(f"override '{dotted}': there is no section to put it into")
@@ -206,13 +214,14 @@ def _keys_written(fault: Any, raw: Any) -> list[str]:
 
 def _explain(fault: Any, raw: Any) -> str:
     location = _keys_written(fault, raw)
-    place = ".".join(location) or "recipe"
+    place = one_line(".".join(location), 200) or "recipe"
     if fault["type"] == "extra_forbidden":
-        return f"{place}: unknown key '{location[-1]}'{_did_you_mean(location[-1], _known_keys(fault['loc'][:-1]))}"
+        word = location[-1]
+        return f"{place}: unknown key '{one_line(word, 60)}'{_did_you_mean(word, _known_keys(fault['loc'][:-1]))}"
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
     given = fault.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{place}: {message}{shown}"
+    told = f" (given: {shown(given)})" if isinstance(given, str | int | float | bool) else ""
+    return f"{place}: {one_line(message)}{told}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
@@ -236,5 +245,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
+    if len(word) > _LONGEST_WORD:
+        return ""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

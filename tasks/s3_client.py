@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from s3transfer.exceptions import S3UploadFailedError
 
+from radlads.tasks.credentials import credentials_of, hide
 from radlads.tasks.job import StoreRef
 from radlads.tasks.store_base import StoreError, StoreUnusable
 
@@ -22,7 +23,10 @@ _UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 
 
 def make_client(ref: StoreRef) -> Any:
-    """A boto3 S3 client. Credentials come from the SDK's own chain."""
+    """A boto3 S3 client. Credentials come from the SDK's own chain, or from the endpoint's address as it was given.
+
+    Raises StoreUnusable for an address that cannot be one.
+    """
     own = ref.endpoint_url is not None
     host = urlsplit(ref.endpoint_url).hostname if ref.endpoint_url else None
     config = Config(
@@ -39,7 +43,14 @@ def make_client(ref: StoreRef) -> Any:
     )
     region = ref.region or ("us-east-1" if own else None)
     session = boto3.session.Session()  # the default one keeps the first credentials it sees
-    return session.client("s3", endpoint_url=ref.endpoint_url, region_name=region, config=config)
+    keys: dict[str, str] = {}
+    if given := credentials_of(ref.endpoint_url or ""):
+        access, _, secret = given.partition(":")
+        keys = {"aws_access_key_id": unquote(access), "aws_secret_access_key": unquote(secret)}
+    try:
+        return session.client("s3", endpoint_url=ref.endpoint_url, region_name=region, config=config, **keys)
+    except (BotoCoreError, ValueError) as error:
+        raise StoreUnusable(f"{ref.uri}: {hide(' '.join(str(error).split()))}") from None
 
 
 @contextmanager
@@ -57,9 +68,9 @@ def plain_errors(ref: StoreRef, bucket: str, what: str) -> Iterator[None]:
         if code in _DENIED:
             raise StoreUnusable(f"{ref.uri}: {where} refuses these credentials ({code})") from None
         message = error.response.get("Error", {}).get("Message", "")
-        raise StoreError(f"{what}: {where} answers {code}: {message}") from error
+        raise StoreError(f"{what}: {where} answers {code}: {hide(message)}") from error
     except (BotoCoreError, S3UploadFailedError) as error:
-        raise StoreError(f"{what}: {where}: {' '.join(str(error).split())}") from error
+        raise StoreError(f"{what}: {where}: {hide(' '.join(str(error).split()))}") from error
 
 
 def is_refused(write: Callable[[], Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from radlads.tasks.section_base import OPERATIONAL, Reads, Section
+from radlads.tasks.section_base import OPERATIONAL, Length, Place, Reads, Section, Seed
 
 if TYPE_CHECKING:
     from radlads.tasks.sections import Recipe, Student
@@ -55,11 +55,11 @@ class RecallProbe(Section):
     Inference only. The probe is made smaller than asked for where it would take more than `budget` of the run.
     """
 
-    lengths: tuple[int, ...] = Field(default=(256, 512), min_length=1)
+    lengths: tuple[Length, ...] = Field(default=(256, 512), min_length=1)
     """Tokens of the documents that hide facts and ask for them, used in turn."""
-    documents: int = Field(default=128, ge=_LEAST_DOCUMENTS)
+    documents: int = Field(default=128, ge=_LEAST_DOCUMENTS, le=1_000_000)
     """At most."""
-    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
+    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     data: str | None = None
     """Dataset whose held-out text the KL is measured on; None: the one that align learns from."""
@@ -71,7 +71,7 @@ class RecallProbe(Section):
     """Sequences of a forward pass."""
     budget: float = Field(default=0.05, gt=0, le=0.05)
     """Share of the run's training tokens that the forward passes of the choice may take."""
-    seed: int = 1234
+    seed: Seed = 1234
 
     @model_validator(mode="after")
     def _a_window_fits(self) -> Self:
@@ -87,7 +87,7 @@ class AttentionChoice(Section):
     planned. difficulty, recall: found out after an align of all layers, by the stage `choose`.
     """
 
-    count: int = Field(gt=0)
+    count: int = Field(gt=0, le=10_000)
     choose: Literal["even", "last", "difficulty", "recall"]
     difficulty: Difficulty = Difficulty()
     recall: RecallProbe = RecallProbe()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from radlads.tasks.section_base import OPERATIONAL, Reads, Section
+from radlads.tasks.section_base import OPERATIONAL, Place, Reads, Section
 from radlads.tasks.section_training import Rate, Schedule, Training
 
 
@@ -177,7 +177,7 @@ class Pretrain(Training):
 
     config: dict[str, Any]
     """A Hugging Face config (model_type and its fields)."""
-    tokenizer: Annotated[str, Reads("tokenizer")]
+    tokenizer: Annotated[Place, Reads("tokenizer")]
     """Folder or hub id of the tokenizer."""
     mixer_rate: Rate = Rate(start=1e-3, final=1e-4)
     rest_rate: Rate = Rate(start=1e-3, final=1e-4)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from radlads.tasks.section_base import OPERATIONAL, Section
+from radlads.tasks.section_base import OPERATIONAL, Section, Seed
 
 
 class Rate(Section):
@@ -76,7 +76,7 @@ class Training(Section):
     gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
-    seed: int = 1337
+    seed: Seed = 1337
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)

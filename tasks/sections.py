@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from radlads.tasks.section_base import OPERATIONAL, PLACE, Reads, Section
+from radlads.tasks.chat_templates import SHIPPED
+from radlads.tasks.section_base import OPERATIONAL, PLACE, Length, Place, Reads, Section, Seed
 from radlads.tasks.section_choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.section_losses import (
     Align,
@@ -62,7 +63,7 @@ __all__ = [
 class Teacher(Section):
     """The frozen softmax-attention model."""
 
-    path: Annotated[str, Reads("teacher")]
+    path: Annotated[Place, Reads("teacher")]
     """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
     revision: Annotated[str | None, PLACE] = None
     """Of the hub: a branch, a tag or a commit. The plan pins the commit that it is."""
@@ -103,33 +104,60 @@ class Student(Section):
         return self
 
 
-class HubSource(Section):
+class DocumentSource(Section):
+    """What sources of documents that somebody else wrote have in common."""
+
+    text_field: str = "text"
+    messages_field: str | None = None
+    """Chat data: the field that holds [{role, content}, ...]."""
+    chat_template: Annotated[Place | None, Reads("files")] = None
+    """What chats are rendered with: the name of a shipped template (chatml, llama-3, mistral-v3, mistral-v7, phi-3,
+    phi-4, phi-4-mini, qwen2.5, qwen3), or a file ending with .jinja; None: the tokenizer's own. Shipped ones mark the
+    assistant's words, so that chats of several turns can be masked."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What the text of a special token (`<|endoftext|>`, `</s>`) inside a document or a message is: text, or (parse)
+    that token. What a chat template itself writes is always parsed. A file whose documents are separated by it wants
+    `separator` instead."""
+    bad_characters: Literal["error", "replace"] = "error"
+    """Bytes that are not UTF-8, lone surrogates and NUL: an error with the line, or U+FFFD in their place, counted."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _shipped_by_name(cls, value: str | None) -> str | None:
+        if value is None or value.endswith(".jinja") or value.startswith(SHIPPED):
+            return value
+        return f"{SHIPPED}{value}"
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> Self:
+        if self.chat_template is not None and self.messages_field is None:
+            raise ValueError("chat_template is for chats; give messages_field, the field that holds them")
+        return self
+
+
+class HubSource(DocumentSource):
     """A dataset of the Hugging Face hub."""
 
     kind: Literal["hub"]
-    path: Annotated[str, Reads("dataset")]
+    path: Annotated[Place, Reads("dataset")]
     """A hub id, or a local folder of data files by its absolute path."""
     subset: str | None = None
     split: str = "train"
     revision: Annotated[str | None, PLACE] = None
     """A branch, a tag or a commit. The plan pins the commit that it is."""
-    text_field: str = "text"
-    messages_field: str | None = None
-    """Chat data: the field that holds [{role, content}, ...]; rendered with the tokenizer's chat template."""
     max_documents: int | None = Field(default=None, gt=0)
 
 
-class FilesSource(Section):
+class FilesSource(DocumentSource):
     """Local parquet, jsonl, or text files, plain or gzipped (.gz)."""
 
     kind: Literal["files"]
-    paths: Annotated[tuple[str, ...], Reads("files")] = Field(min_length=1)
+    paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
     """Files or globs; relative to the recipe's folder or the working directory. `demo:NAME` is a file shipped with
     the demo teacher."""
-    text_field: str = "text"
-    messages_field: str | None = None
-    separator: str | None = None
-    """Text files only: what separates documents. None: every file is one document."""
+    separator: str | None = Field(default=None, min_length=1)
+    """Text files only: what separates documents, e.g. <|endoftext|>; it is no part of them. None: every file is one
+    document."""
     max_documents: int | None = Field(default=None, gt=0)
 
 
@@ -143,20 +171,20 @@ class SampleSource(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     batch: int = Field(default=64, gt=0)
     """Documents that are written at once. The text depends on it, so it is not taken from the machine."""
-    seed: int = 1337
+    seed: Seed = 1337
 
 
 class RecallSource(Section):
     """Synthetic needle documents: a haystack with facts to remember, then questions about them."""
 
     kind: Literal["recall"]
-    documents: int = Field(gt=0)
-    lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
+    documents: int = Field(gt=0, le=10**9)
+    lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
     """Document lengths in tokens, drawn from evenly."""
-    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
+    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Files (as in `files`) that the filler sentences come from; empty: the built-in filler."""
     haystack_separator: str | None = None
-    seed: int = 1337
+    seed: Seed = 1337
 
 
 Source = Annotated[HubSource | FilesSource | SampleSource | RecallSource, Field(discriminator="kind")]
@@ -171,8 +199,9 @@ class Dataset(Section):
     shard_tokens: int = Field(default=1 << 22, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     add_bos: bool = False
-    """Put the tokenizer's BOS token before every document."""
-    seed: int = 1337
+    """Put the tokenizer's BOS token before every document that does not begin with it; a chat whose template writes one
+    keeps that one."""
+    seed: Seed = 1337
     """Order of the documents."""
 
 
@@ -180,7 +209,7 @@ class EvalTask(Section):
     """One lm-evaluation-harness task."""
 
     name: str
-    path: Annotated[str | None, Reads("task")] = None
+    path: Annotated[Place | None, Reads("task")] = None
     """Folder with the task's YAML file, for tasks that the harness does not ship or that must run offline."""
     num_fewshot: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, gt=0)
@@ -194,13 +223,16 @@ class Evaluate(Section):
     context: int = Field(default=512, gt=1)
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
-    seed: int = 1234
+    add_bos: bool | None = None
+    """Of the tasks' prompts, as `add_bos_token` of the harness's `hf` model. None, as published scores are made: what
+    the tokenizer does by itself."""
+    seed: Seed = 1234
 
 
 class Needle(Section):
     """Needle in a haystack: a fact at a depth of a text, asked for at its end; the answer is generated and matched."""
 
-    lengths: tuple[int, ...] = Field(default=(256, 512, 1024), min_length=1)
+    lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
     """Prompt lengths in tokens, the question included."""
     depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     trials: int = Field(default=5, ge=5)
@@ -208,10 +240,13 @@ class Needle(Section):
     max_new_tokens: int = Field(default=16, gt=0)
     training_length: int | None = Field(default=None, gt=0)
     """Drawn as a dashed line; None: the longest context of the training stages."""
-    haystack: Annotated[tuple[str, ...], Reads("files")] = ()
+    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     chat_template: bool = False
-    seed: int = 1234
+    """Ask in a user's message, rendered with the tokenizer's own chat template, which comes on top of the length."""
+    add_bos: bool | None = None
+    """Of the prompts. None: what the tokenizer does by itself."""
+    seed: Seed = 1234
 
 
 class Publish(Section):
@@ -226,10 +261,10 @@ class Resources(Section):
     """Where jobs run. Not part of any digest: the same recipe on more GPUs is the same run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: int | Literal["auto"] = "auto"
+    processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one a GPU, one on a CPU."""
     zero_stage: Literal[0, 1, 2] = 1
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0, le=4096)
     """CPU threads of one process; None: the machine's cores shared among them."""
     offload_optimizer: bool = False
     """Keep fp32 masters and Adam's moments in host memory, and step there. Slower; frees 12 bytes a trained number."""
@@ -239,16 +274,19 @@ class Resources(Section):
     """For the plan's and the report's cost."""
 
 
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
 class Recipe(Section):
     """One experiment worth naming."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str = ""
     sources: tuple[str, ...] = ()
     """Where the numbers come from: paper, section, model card; and what deviates from it."""
     teacher: Teacher | None = None
     student: Student = Student()
-    data: dict[str, Dataset] = Field(min_length=1)
+    data: dict[DatasetName, Dataset] = Field(min_length=1)
     pretrain: Pretrain | None = None
     align: Align | None = None
     distill: Distill | None = None

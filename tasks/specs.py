@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from radlads.tasks.identity import identity
-from radlads.tasks.job import InputRef, Sheet, Stage, stage_digest
+from radlads.tasks.job import InputRef, Sheet, Stage, UserError, first_fault, stage_digest
 from radlads.tasks.section_base import OPERATIONAL, PLACE, ReadsKind
 from radlads.tasks.section_choice import AttentionChoice, Calibration
 from radlads.tasks.section_memory import FrozenBits
@@ -220,6 +220,28 @@ def foreign_teacher(name: str, made_from: str, judged_against: str) -> str:
 
 
 StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | ChooseSpec | EvaluateSpec | NeedleSpec | PublishSpec
+
+_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
+    "plan": PlanSpec,
+    "tokenize": TokenizeSpec,
+    "transplant": TransplantSpec,
+    "pretrain": TrainSpec,
+    "align": TrainSpec,
+    "choose": ChooseSpec,
+    "distill": TrainSpec,
+    "finetune": TrainSpec,
+    "evaluate": EvaluateSpec,
+    "needle": NeedleSpec,
+    "publish": PublishSpec,
+}
+
+
+def parse_spec(stage: Stage, values: dict[str, Any]) -> StageSpec:
+    """The typed form of JobSpec.spec. Raises UserError."""
+    try:
+        return _SPEC_OF_STAGE[stage].model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"job.json: spec: {first_fault(error)}") from None
 
 
 def spec_digest(stage: Stage, spec: StageSpec, inputs: dict[str, InputRef]) -> str:

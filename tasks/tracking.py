@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.job import Manifest, TrackingRef
 from radlads.tasks.metrics_record import MetricsRecord, connect, latest_metrics
 
@@ -265,7 +266,7 @@ def _outage_is_no_error(uri: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - the boundary to a mirror that we can do without
         if uri not in _reported:
-            _log.warning("MLflow at %s: %s; going on without it", uri, " ".join(str(error).split())[:300])
+            _log.warning("MLflow at %s: %s; going on without it", uri, hide(" ".join(str(error).split()))[:300])
         _reported.add(uri)
     else:
         _reported.discard(uri)

@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACTS = {
+    "credentials",
+    "document",
+    "files",
+    "yaml_reader",
     "recipe",
+    "chat_templates",
     "sections",
     "section_memory",
     "section_base",

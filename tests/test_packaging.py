@@ -40,6 +40,12 @@ def test_package_data_exists() -> None:
             assert list(folder.glob(pattern)), (package, pattern)
 
 
+def test_recipes_and_chat_templates_are_package_data() -> None:
+    patterns = SETUP["tool"]["setuptools"]["package-data"]["radlads.deployments"]
+    listed = {path for pattern in patterns for path in (ROOT / "deployments").glob(pattern)}
+    assert listed == {path for end in ("yaml", "jinja") for path in (ROOT / "deployments").rglob(f"*.{end}")}
+
+
 def test_every_direct_dependency_is_pinned() -> None:
     pinned = {
         line.split("==")[0].strip().lower().replace("_", "-")

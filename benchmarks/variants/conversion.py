@@ -35,6 +35,7 @@ from radlads.tasks.jobs.reader import Reader
 from radlads.tasks.jobs.schedule import learning_rates
 from radlads.tasks.jobs.shards import Layout, write_dataset
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tokenizer_fingerprint
+from radlads.tasks.jobs.spool import Spool
 from radlads.tasks.recipe import Recipe, Training
 from radlads.tasks.section_choice import Calibration
 from radlads.tasks.specs import TeacherRef, TrainSpec
@@ -293,8 +294,12 @@ def make_data(recipe: Recipe, work: Path) -> None:
         if (folder / "index.json").is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        encoder = Encoder(tokenizer, dataset.add_bos, dataset.heldout_fraction, with_mask=False)
-        parts = [encoder.encode(*batch) for batch in Reader(dataset.sources, tokenizer).batches(4 << 20)]
+        encoder = Encoder(
+            tokenizer, dataset.add_bos, dataset.heldout_fraction, with_mask=False, sources=dataset.sources
+        )
+        spool = Spool(work / f"{name}-encoded")
+        for batch in Reader(dataset.sources, tokenizer).batches(4 << 20, spool.state):
+            spool.append(encoder.encode(*batch))
         layout = Layout(
             shard_tokens=dataset.shard_tokens,
             max_tokens=dataset.max_tokens,
@@ -306,4 +311,4 @@ def make_data(recipe: Recipe, work: Path) -> None:
             tokenizer_fingerprint=tokenizer_fingerprint(TEACHER.path),
             with_mask=False,
         )
-        write_dataset(parts, folder, layout)
+        write_dataset(spool.read(), folder, layout)

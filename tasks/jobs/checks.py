@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from radlads.model.align_losses import no_spectrum
 from radlads.model.lora import missing_target
 from radlads.tasks.job import UserError
-from radlads.tasks.jobs.chat import render_chat
+from radlads.tasks.jobs.chat import open_chat_template
 from radlads.tasks.jobs.documents import Document, first_documents
+from radlads.tasks.jobs.encode import Encoder, Part
 from radlads.tasks.jobs.frozen import trained_mlp
 from radlads.tasks.jobs.recall import build_case, load_filler
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.jobs.token_encoder import TokenEncoder, prompt_frame
 from radlads.tasks.section_memory import freezes_mlp, teacher_bits
 from radlads.tasks.sections import (
     Dataset,
@@ -28,6 +31,7 @@ from radlads.tasks.sections import (
     RecallSource,
     Recipe,
     SampleSource,
+    Source,
     Training,
 )
 
@@ -124,11 +128,14 @@ def check_dataset(
             documents = first_documents(source, tokenizer=tokenizer, count=_PROBED)
             if not documents:
                 raise UserError("no document in it")
-            if any(_says_something(document, tokenizer) for document in documents):
+            part = _encode_beginnings(source, documents, tokenizer, dataset.add_bos)
+            if part.mask.any():
                 assistant = True
             elif len(documents) == _PROBED:  # there is more of it
                 assistant = assistant or None
-            read, tokens = _measure(documents, tokenizer)
+            if specials := part.counts.get("special_tokens_as_text", 0):
+                findings.warnings.append(_special_text(place, specials, len(documents), source))
+            read, tokens = int(part.num_bytes.sum()), len(part.ids)
             ratio = read / max(1, tokens)
             if isinstance(source, RecallSource):
                 total_tokens = _add(total_tokens, source.documents * sum(source.lengths) / len(source.lengths))
@@ -148,20 +155,22 @@ def check_dataset(
     }
 
 
-def _says_something(document: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether some of a document counts in assistant-only training: text, or a word of the assistant."""
-    if document.messages is None:
-        return True
-    return any(start < end for start, end in render_chat(tokenizer, document.messages).assistant_spans)
-
-
-def _measure(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """(bytes, tokens) of some documents; renders the chats among them, which shows whether they can be."""
-    texts = [render_chat(tokenizer, d.messages).text if d.messages is not None else d.text or "" for d in documents]
+def _encode_beginnings(
+    source: Source, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, add_bos: bool
+) -> Part:
+    """The beginnings of some documents, encoded. Raises UserError for what cannot be."""
     # The beginning is enough to measure, and a document can be a whole book.
-    texts = [text[:20_000] for text in texts]
-    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    return sum(len(text.encode()) for text in texts), tokens
+    beginnings = [d if d.text is None else dataclasses.replace(d, text=d.text[:20_000]) for d in documents]
+    return Encoder(tokenizer, add_bos, 0.0, with_mask=True, sources=(source,)).encode(beginnings, {})
+
+
+def _special_text(place: str, count: int, documents: int, source: Source) -> str:
+    parted = isinstance(source, FilesSource) and source.separator is None and source.messages_field is None
+    hint = "; if it stands between documents, set separator" if parted else ""
+    return (
+        f"{place}: the text of special tokens (such as <|endoftext|>) stands {count} times in the first {documents} "
+        f"documents, and is taken as text; special_tokens: parse takes it for the tokens{hint}"
+    )
 
 
 def _size_of(source: FilesSource | HubSource, read: int, documents: int) -> float | None:
@@ -267,12 +276,15 @@ def check_needle(
         outside = [depth for depth in section.depths if not 0 <= depth <= 1]
         if outside:
             raise UserError(f"depths are shares from 0 to 1 (given: {outside[0]})")
-        if section.chat_template and not tokenizer.chat_template:
-            raise UserError("chat_template is on, but the tokenizer has no chat template")
+        if section.chat_template:
+            if not tokenizer.chat_template:
+                raise UserError("chat_template is on, but the tokenizer has no chat template")
+            open_chat_template(TokenEncoder(tokenizer), None).prompt("What does the red dog say?")
         filler = load_filler(
             [resolve_file(name) for name in expand_paths(section.haystack)], section.haystack_separator
         )
-        build_case(tokenizer, filler, length=min(section.lengths), depth=0.5, rng=random.Random(0))
+        frame = prompt_frame(tokenizer, section.add_bos)
+        build_case(tokenizer, filler, length=min(section.lengths), depth=0.5, rng=random.Random(0), frame=frame)
         beyond = [length for length in section.lengths if positions is not None and length > positions]
         if beyond:
             findings.warnings.append(

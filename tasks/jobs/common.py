@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from radlads.kernels.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.content import ContentHashes
-from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError
+from radlads.tasks.credentials import HidingFormatter, learn
+from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError, read_job
 from radlads.tasks.jobs import group
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.ending import (
@@ -34,18 +35,9 @@ from radlads.tasks.jobs.ending import (
     write_ending,
     write_json,
 )
+from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 from radlads.tasks.pins import check_pins
-from radlads.tasks.specs import (
-    ChooseSpec,
-    EvaluateSpec,
-    NeedleSpec,
-    PlanSpec,
-    PublishSpec,
-    StageSpec,
-    TokenizeSpec,
-    TrainSpec,
-    TransplantSpec,
-)
+from radlads.tasks.specs import parse_spec
 
 if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, starts without them
     import torch
@@ -56,20 +48,6 @@ if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, s
 logger = logging.getLogger("radlads")
 
 __all__ = ["Job", "NonFiniteError", "Preempted", "execute", "open_job", "run_job", "write_json"]
-
-_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
-    "plan": PlanSpec,
-    "tokenize": TokenizeSpec,
-    "transplant": TransplantSpec,
-    "pretrain": TrainSpec,
-    "align": TrainSpec,
-    "choose": ChooseSpec,
-    "distill": TrainSpec,
-    "finetune": TrainSpec,
-    "evaluate": EvaluateSpec,
-    "needle": NeedleSpec,
-    "publish": PublishSpec,
-}
 
 _PROGRESS_SECONDS = 1.0
 
@@ -101,7 +79,7 @@ class Job:
     @cached_property
     def typed(self) -> Any:
         """The stage's part of the job as its own type (TrainSpec, EvaluateSpec, ...)."""
-        return _SPEC_OF_STAGE[self.spec.stage].model_validate(self.spec.spec)
+        return parse_spec(self.spec.stage, self.spec.spec)
 
     @cached_property
     def hashes(self) -> ContentHashes:
@@ -172,6 +150,9 @@ class Job:
         reference = self._reference(name)
         marker = self.scratch / "inputs" / f"{name}.json"
         if self.local_rank == 0:
+            marker.unlink(missing_ok=True)
+        self.barrier()  # what an earlier attempt left is gone
+        if self.local_rank == 0:
             folder = self.scratch / "inputs" / name
             folder.mkdir(parents=True, exist_ok=True)
             manifest = self.input_manifest(name)
@@ -182,7 +163,7 @@ class Job:
                 )
             found = self.store.fetch(self.store.key(reference.uri), folder)
             write_json(marker, {"folder": str(found)})
-        self.barrier()
+        wait_for(marker, self.scratch)
         self._inputs[name] = Path(json.loads(marker.read_text(encoding="utf-8"))["folder"])
         return self._inputs[name]
 
@@ -250,7 +231,11 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
         sys.exit(EXIT_CODES["config"])
     group.die_with_launcher()
-    job = open_job(Path(sys.argv[1]))
+    try:
+        job = open_job(Path(sys.argv[1]))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_CODES["config"])
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)
     group.leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
@@ -259,7 +244,8 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
 
 def open_job(path: Path) -> Job:
     """Read job.json and find out which rank this process is. The one place of a job that reads the environment."""
-    spec = JobSpec.model_validate_json(path.read_text(encoding="utf-8"))
+    learn(os.environ)
+    spec = read_job(path)
     rank = int(os.environ.get("RANK", "0"))
     job = Job(
         spec=spec,
@@ -268,12 +254,10 @@ def open_job(path: Path) -> Job:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
     job.scratch.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s %(levelname)s {spec.stage}{f'[{rank}]' if job.world_size > 1 else ''} %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    ranks = f"[{rank}]" if job.world_size > 1 else ""
+    handler.setFormatter(HidingFormatter(f"%(asctime)s %(levelname)s {spec.stage}{ranks} %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if rank == 0 else logging.WARNING)
     group.quiet_libraries()
     return job
 
@@ -281,6 +265,7 @@ def open_job(path: Path) -> Job:
 def execute(main: JobMain, job: Job) -> ExitReason:
     """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
     forget_kernels()
+    forget_commit(job.scratch, job.rank)
     reason, message = _attempt(main, job)
     write_ending(job.scratch, job.rank, reason, message)
     if job._record is not None:
@@ -299,7 +284,10 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         metrics = main(job) or {}
         if job.rank == 0:
             job.commit(metrics)
-        job.barrier()  # no rank may leave before the product exists: the launcher would take the others down
+            announce_commit(job.scratch)
+        # No rank may leave before the product exists: the launcher would take the others down.
+        wait_for_commit(job.scratch)
+        job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
         reason, message = explain(error, job.scratch)
         if reason == "crash":

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs.chat import render_chat
-from radlads.tasks.jobs.common import write_json
+from radlads.tasks.jobs.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.documents import Document
-
-_ARRAYS = ("ids", "lengths", "num_bytes", "hashes", "heldout", "mask", "token_bytes")
+from radlads.tasks.jobs.token_encoder import Frame, TokenEncoder
+from radlads.tasks.recipe import FilesSource, HubSource, Source
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,21 @@ class Part:
     """UTF-8 bytes that each token of the held-out documents stands for; they sum to num_bytes. EOS and BOS: 0."""
     state: dict[str, Any]
     """Where the reader stood after these documents."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What was met in them: special_tokens_as_text, special_tokens_parsed, replaced_characters,
+    chats_without_assistant."""
 
-    def save(self, folder: Path) -> None:
-        """Write into a folder that appears whole or not at all."""
-        temporary = folder.with_name(f".{folder.name}")
-        temporary.mkdir(parents=True, exist_ok=True)
-        for name in _ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        write_json(temporary / "state.json", self.state)
-        temporary.rename(folder)
 
-    @classmethod
-    def load(cls, folder: Path) -> Part:
-        """Open a saved part; the arrays stay on disk until they are read."""
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        return cls(**arrays, state=json.loads((folder / "state.json").read_text(encoding="utf-8")))
+@dataclass
+class _Encoded:
+    """One document between the tokenizer and its Part."""
+
+    text: str
+    ids: list[int]
+    spans: np.ndarray | None
+    """Characters of each token; None where they are not needed, or not known."""
+    mask: list[int] | None = None
+    """Of a chat."""
 
 
 @dataclass(frozen=True)
@@ -65,78 +63,97 @@ class Encoder:
     add_bos: bool
     heldout_fraction: float
     with_mask: bool
+    sources: Sequence[Source] = ()
+    """What the documents' `source` numbers mean; without them, documents are encoded by the defaults of a source."""
 
     def encode(self, documents: Sequence[Document], state: dict[str, Any]) -> Part:
         """Encode in order. Raises UserError for a chat that its template refuses."""
-        chats = [render_chat(self.tokenizer, d.messages) if d.messages is not None else None for d in documents]
-        texts = [c.text if c else (d.text or "") for c, d in zip(chats, documents, strict=True)]
+        counts: Counter[str] = Counter()
         hashes = [document_hash(document) for document in documents]
         heldout = [is_heldout(value, self.heldout_fraction) for value in hashes]
-        offsets_needed = [c is not None or h for c, h in zip(chats, heldout, strict=True)]
-        ids, offsets = self._tokenize(texts, offsets_needed)
-
+        encoded = self._encode(documents, heldout, counts)
+        frame = Frame(self.tokenizer.bos_token_id if self.add_bos else None, self.tokenizer.eos_token_id)
+        ids: list[list[int]] = []
         masks: list[np.ndarray] = []
         token_bytes: list[np.ndarray] = []
-        for index, text in enumerate(texts):
-            chat, spans = chats[index], offsets[index]
+        for one, held in zip(encoded, heldout, strict=True):
+            before, after = frame.around(one.ids)
+            ids.append([*before, *one.ids, *after])
             if self.with_mask:
-                masks.append(_chat_mask(spans, chat.assistant_spans) if chat else np.ones(len(ids[index]), np.uint8))
-            if heldout[index]:
-                token_bytes.append(_bytes_per_token(text, spans, len(ids[index])))
-        frame = _Frame(self.tokenizer.bos_token_id if self.add_bos else None, self.tokenizer.eos_token_id)
-        chat_end = [0 if chat else 1 for chat in chats]
+                # The end of a text is to be learned; a chat's own end-of-turn token says where it ends.
+                inner = [1] * len(one.ids) if one.mask is None else one.mask
+                end = [1 if one.mask is None else 0] * len(after)
+                masks.append(np.array([*([0] * len(before)), *inner, *end], np.uint8))
+            if held:
+                sizes = _bytes_per_token(one.text, one.spans, len(one.ids))
+                token_bytes.append(np.pad(sizes, (len(before), len(after))))
+        counts["replaced_characters"] += sum(document.replaced for document in documents)
         return Part(
-            ids=_flat([frame.ids(i) for i in ids], np.uint32),
-            lengths=np.array([len(i) + frame.extra for i in ids], np.int64),
-            num_bytes=np.array([len(text.encode()) for text in texts], np.int64),
+            ids=_flat(ids, np.uint32),
+            lengths=np.array([len(i) for i in ids], np.int64),
+            num_bytes=np.array([len(one.text.encode()) for one in encoded], np.int64),
             hashes=np.array(hashes, np.uint64),
             heldout=np.array(heldout, np.bool_),
-            mask=_flat([frame.wrap(m, end) for m, end in zip(masks, chat_end, strict=True)] if masks else [], np.uint8),
-            token_bytes=_flat([frame.wrap(b, 0) for b in token_bytes], np.uint32),
+            mask=_flat(masks, np.uint8),
+            token_bytes=_flat(token_bytes, np.uint32),
             state=state,
+            counts={name: count for name, count in counts.items() if count},
         )
 
-    def _tokenize(
-        self, texts: list[str], offsets_needed: list[bool]
-    ) -> tuple[list[list[int]], list[np.ndarray | None]]:
-        """ids [documents][tokens] and, where needed and known, character spans [tokens, 2]."""
-        ids: list[list[int]] = [[] for _ in texts]
-        offsets: list[np.ndarray | None] = [None for _ in texts]
-        for wanted in (False, True):
-            chosen = [i for i, needed in enumerate(offsets_needed) if needed == wanted]
-            if not chosen:
-                continue
-            encoded = self.tokenizer(
-                [texts[i] for i in chosen],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_offsets_mapping=wanted and self.tokenizer.is_fast,
-                verbose=False,
-            )
-            for position, i in enumerate(chosen):
-                ids[i] = encoded["input_ids"][position]
-                if "offset_mapping" in encoded:
-                    offsets[i] = np.array(encoded["offset_mapping"][position], np.int64).reshape(-1, 2)
-        return ids, offsets
+    def _encode(self, documents: Sequence[Document], heldout: list[bool], counts: Counter[str]) -> list[_Encoded]:
+        encoded: dict[int, _Encoded] = {}
+        # Texts that want the same of the tokenizer go to it together.
+        for parse in (False, True):
+            for held in (False, True):
+                chosen = [
+                    i
+                    for i, document in enumerate(documents)
+                    if document.messages is None and self._parses(document) == parse and heldout[i] == held
+                ]
+                texts = [documents[i].text or "" for i in chosen]
+                found = self._tokens.encode_texts(texts, parse=parse, offsets=held)
+                for i, text, (ids, spans) in zip(chosen, texts, found, strict=True):
+                    encoded[i] = _Encoded(text, ids, spans)
+                    counts[_count_of(parse)] += self._tokens.count_specials(text)
+        for i, document in enumerate(documents):
+            if document.messages is not None:
+                encoded[i] = self._encode_chat(document, counts)
+        return [encoded[i] for i in range(len(documents))]
+
+    def _encode_chat(self, document: Document, counts: Counter[str]) -> _Encoded:
+        rendered = self._template(document.source).render(document.messages or (), document.where or "a chat")
+        ids, spans, mask = self._template(document.source).encode(rendered)
+        counts["special_tokens_as_text"] += self._tokens.count_specials(rendered.text) - len(rendered.controls)
+        counts["chats_without_assistant"] += not any(mask)
+        return _Encoded(rendered.text, ids, spans, mask)
+
+    @cached_property
+    def _tokens(self) -> TokenEncoder:
+        return TokenEncoder(self.tokenizer)
+
+    @cached_property
+    def _templates(self) -> dict[int, ChatTemplate]:
+        return {}
+
+    def _template(self, number: int) -> ChatTemplate:
+        if number not in self._templates:
+            source = self._source(number)
+            name = source.chat_template if source else None
+            parse = source is not None and source.special_tokens == "parse"
+            self._templates[number] = open_chat_template(self._tokens, name, parse=parse)
+        return self._templates[number]
+
+    def _parses(self, document: Document) -> bool:
+        source = self._source(document.source)
+        return source is not None and source.special_tokens == "parse"
+
+    def _source(self, number: int) -> FilesSource | HubSource | None:
+        source = self.sources[number] if number < len(self.sources) else None
+        return source if isinstance(source, FilesSource | HubSource) else None
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """What stands around a document's tokens: perhaps BOS before, always EOS after."""
-
-    bos: int | None
-    eos: int
-
-    @property
-    def extra(self) -> int:
-        return 1 if self.bos is None else 2
-
-    def ids(self, ids: list[int]) -> list[int]:
-        return [*([] if self.bos is None else [self.bos]), *ids, self.eos]
-
-    def wrap(self, values: np.ndarray, end: int) -> np.ndarray:
-        before = np.zeros(self.extra - 1, values.dtype)
-        return np.concatenate([before, values, np.array([end], values.dtype)])
+def _count_of(parse: bool) -> str:
+    return "special_tokens_parsed" if parse else "special_tokens_as_text"
 
 
 def document_hash(document: Document) -> int:
@@ -151,16 +168,6 @@ def is_heldout(value: int, fraction: float) -> bool:
 
 def _flat(pieces: list[Any], dtype: Any) -> np.ndarray:
     return np.concatenate([np.asarray(p, dtype) for p in pieces]) if pieces else np.zeros(0, dtype)
-
-
-def _chat_mask(spans: np.ndarray | None, assistant: Sequence[tuple[int, int]]) -> np.ndarray:
-    """1 for the tokens whose characters overlap what the assistant said. [tokens]"""
-    if spans is None:
-        raise UserError("chats need a fast tokenizer (tokenizer.json), which tells where in the text each token is")
-    mask = np.zeros(len(spans), np.uint8)
-    for start, end in assistant:
-        mask[(spans[:, 0] < end) & (spans[:, 1] > start)] = 1
-    return mask
 
 
 def _bytes_per_token(text: str, spans: np.ndarray | None, num_tokens: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.credentials import hide
 from radlads.tasks.disk import DiskFull, explain_disk
 from radlads.tasks.job import ExitReason, UserError
 
@@ -75,7 +76,7 @@ def prepare_ending(scratch: Path, rank: int) -> None:
 
 def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:
     """Write how a rank ended. The rank that fails first writes exit.json, whichever it is: it holds the cause."""
-    sheet = {"reason": reason, "message": message, "rank": rank}
+    sheet = {"reason": reason, "message": hide(message), "rank": rank}
     try:
         _reserve(scratch, rank).unlink(missing_ok=True)
         if rank > 0:

@@ -61,7 +61,7 @@ def main(job: Job) -> dict[str, Any] | None:
             if name == STUDENT:
                 samples = sample_texts(teacher, student, tokenizer, windows)
                 both = {TEACHER: teacher, STUDENT: student}
-                tasks = run_tasks(job, both, tokenizer, section, add_bos=windows.add_bos)
+                tasks = run_tasks(job, both, tokenizer, section)
     if job.rank != 0:
         return None
     sheet = {
@@ -115,28 +115,28 @@ def run_tasks(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
-    *,
-    add_bos: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Task → {num_fewshot, limit, teacher: {metric: {value, stderr}}, student: {...}}. All ranks call it."""
+    """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}. All
+    ranks call it."""
     if not section.tasks:
         return {}
-    from radlads.tasks.jobs.lmeval import SharedHFLM, run_task  # the harness takes seconds to import
+    from radlads.tasks.jobs.lmeval import SharedHFLM, max_length_of, run_task  # the harness takes seconds to import
 
     # The student's config has no limit of its own: both are asked within the teacher's positions.
-    positions = getattr(models[TEACHER].config, "max_position_embeddings", None) or 2048
+    max_length = max_length_of(models[TEACHER], tokenizer)
     results: dict[str, dict[str, Any]] = {task.name: _asked(task) for task in section.tasks}
     for name, model in models.items():
         lm = SharedHFLM(
             model,
             tokenizer,
             batch=section.batch,
-            max_length=positions,
-            add_bos=add_bos,
+            max_length=max_length,
+            add_bos=section.add_bos,
             rank=job.rank,
             num_ranks=job.world_size,
         )
         for task, commits in zip(section.tasks, _commits(job), strict=True):
+            results[task.name] |= {"add_bos": section.add_bos, "begins_with_bos": lm.begins_with_bos}
             results[task.name][name] = run_task(lm, task, seed=section.seed, commits=commits)
             logger.info("%s on %s: %s", name, task.name, results[task.name][name])
     return results

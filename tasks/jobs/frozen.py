@@ -49,6 +49,14 @@ def hold_student(
     if teacher is not None:
         shareable = held_once(spec.objective, spec.section, spec.teacher_bits, spec.mlp_bits)
         shared = share_frozen(student, teacher, lambda name: student.parameter_group(name) in shareable)
+        own = [n for n, _ in student.named_parameters() if student.parameter_group(n) in shareable and n not in shared]
+        if spec.objective == "align" and own:
+            logger.warning(
+                "%d frozen tensors of the student are not the teacher's, first %s: they are held twice, and the "
+                "teacher is not quite the one that the student was made from",
+                len(own),
+                own[0],
+            )
     if spec.mlp_bits == 8:
         mlps = {name for name, _ in student.named_parameters() if student.parameter_group(name) == "mlp"} - {*shared}
         for name in mlps:

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
@@ -15,14 +16,19 @@ from radlads.tasks.process_tree import MARK
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+_LOOPBACK = "127.0.0.1"
 # Longer than any upload by one rank that the others wait for. A dead rank is noticed by the launcher, not by this.
 _TIMEOUT = timedelta(hours=3)
 _PR_SET_PDEATHSIG = 1
 
 
 def join_group(device: torch.device, rank: int, world_size: int) -> None:
-    """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port."""
+    """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port.
+
+    Ranks meet on loopback: torch's store asks nobody who they are, and listens on every interface unless told.
+    """
     import torch
     from torch import distributed
     from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -35,12 +41,23 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=HashStore() if world_size == 1 else None,
+        store=HashStore() if world_size == 1 else _loopback_store(rank, world_size),
         rank=rank,
         world_size=world_size,
         timeout=_TIMEOUT,
         device_id=device if on_gpu else None,
     )
+
+
+def _loopback_store(rank: int, world_size: int) -> TCPStore:
+    """The place where ranks find each other, at the port that the launcher gave them."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    port = int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return TCPStore(_LOOPBACK, port, world_size, is_master=False, timeout=_TIMEOUT)
+    listener = socket.create_server((_LOOPBACK, port), backlog=world_size)
+    return TCPStore(_LOOPBACK, port, world_size, True, timeout=_TIMEOUT, master_listen_fd=listener.detach())
 
 
 def leave_group(*, orderly: bool) -> None:

@@ -15,6 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,10 +33,12 @@ _BOOTSTRAP = 1000
 
 
 class SharedHFLM(HFLM):  # type: ignore[misc]
-    """The harness's own Hugging Face adapter around a loaded model.
+    """The harness's own Hugging Face adapter around a loaded model, with the harness's own settings: the scores are
+    those of `lm_eval --model hf` for the same model and tokenizer.
 
-    Every rank builds all requests and answers its share; answers are gathered, so every rank (and any number of
-    ranks) computes the same scores. To the harness each rank is alone.
+    add_bos: the harness's `add_bos_token`; None leaves BOS to the tokenizer, as the harness does. Every rank builds all
+    requests and answers its share; answers are gathered, so every rank (and any number of ranks) computes the same
+    scores. To the harness each rank is alone.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         *,
         batch: int,
         max_length: int,
-        add_bos: bool,
+        add_bos: bool | None,
         rank: int,
         num_ranks: int,
     ) -> None:
@@ -55,11 +58,15 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
             tokenizer=tokenizer,
             batch_size=batch,
             max_length=max_length,
-            truncation=True,
             add_bos_token=add_bos,
         )
         self._own_rank = rank
         self._num_ranks = num_ranks
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a prompt begins with BOS."""
+        return self.tokenizer.bos_token_id is not None and self.tok_encode("a")[:1] == [self.tokenizer.bos_token_id]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._share(super().loglikelihood, requests)
@@ -76,6 +83,11 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         for rank, given in enumerate(gather(answer(mine, disable_tqdm=True) if mine else [], self._num_ranks)):
             answers[rank :: self._num_ranks] = given
         return answers
+
+
+def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the harness gives a model at most."""
+    return int(resolve_max_length(model.config, tokenizer))
 
 
 def check_tasks(tasks: Sequence[EvalTask], commits: Sequence[Mapping[str, str]] = ()) -> list[str]:

@@ -64,11 +64,11 @@ class TokenSplit:
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Tokens [start, stop) of the stream, [stop - start] in the shards' dtype."""
-        return self._read(self._shards, start, stop)
+        return self._read(self.shard_files, self.dtype, start, stop)
 
     def read_mask(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Whether each token of [start, stop) counts as a label, [stop - start] bool."""
-        return self._read(self._masks, start, stop).astype(bool)
+        return self._read(self.mask_files, np.dtype(np.uint8), start, stop).astype(bool)
 
     def labels(self, context: int) -> np.ndarray[Any, Any]:
         """How many labels each whole row of this context has, [rows] int64: those that the masks count."""
@@ -100,24 +100,17 @@ class TokenSplit:
         for start in range(0, len(mine), batch_size):
             yield self.batch(mine[start : start + batch_size], context, **options)
 
-    @cached_property
-    def _shards(self) -> list[np.ndarray[Any, Any]]:
-        return [np.memmap(self.folder / name, dtype=self.dtype, mode="r") for name in self.shard_files]
-
-    @cached_property
-    def _masks(self) -> list[np.ndarray[Any, Any]]:
-        return [np.memmap(self.folder / name, dtype=np.uint8, mode="r") for name in self.mask_files]
-
-    def _read(self, shards: list[np.ndarray[Any, Any]], start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _read(self, files: tuple[str, ...], dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray[Any, Any]:
         if not 0 <= start < stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of a split that has {self.tokens}")
         width = self.shard_tokens[0]
         pieces = []
         while start < stop:
             shard, offset = divmod(start, width)
-            piece = shards[shard][offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
+            # Opened for each read: a map a shard is more than a process may hold of a large corpus.
+            count = min(stop - start, self.shard_tokens[shard] - offset)
+            pieces.append(np.fromfile(self.folder / files[shard], dtype, count, offset=offset * dtype.itemsize))
+            start += count
         return np.concatenate(pieces)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from radlads.tasks.jobs.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.grid import flatten, make_cells, summarize
 from radlads.tasks.jobs.heatmap import draw_heatmap
@@ -31,6 +32,7 @@ from radlads.tasks.jobs.origin import check_judged
 from radlads.tasks.jobs.ranks import gather
 from radlads.tasks.jobs.recall import Case, build_case, load_filler
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.jobs.token_encoder import BARE, TokenEncoder, prompt_frame
 from radlads.tasks.sections import Needle
 from radlads.tasks.specs import NeedleSpec
 
@@ -92,6 +94,7 @@ def main(job: Job) -> dict[str, Any] | None:
         "trials": section.trials,
         "training_length": spec.training_length,
         "max_new_tokens": section.max_new_tokens,
+        "prompt_begins_with_bos": trials[0].case.prompt_ids[0] == tokenizer.bos_token_id,
         "models": summarize(trials, hits, spec.training_length),
         "cells": make_cells(trials, hits),
         "examples": _examples(trials, answers),
@@ -110,23 +113,25 @@ def make_trials(section: Needle, tokenizer: PreTrainedTokenizerBase) -> list[Tri
     """Every prompt of the grid, shortest lengths first; a pure function of the section. Raises UserError."""
     paths = [resolve_file(name) for name in expand_paths(section.haystack)]
     filler = load_filler(paths, section.haystack_separator)
+    template = open_chat_template(TokenEncoder(tokenizer), None) if section.chat_template else None
+    # Around a chat stands what its template writes; what is asked for in a chat is a text without a frame.
+    frame = prompt_frame(tokenizer, section.add_bos) if template is None else BARE
     trials: list[Trial] = []
     for length in sorted(set(section.lengths)):
         for depth in dict.fromkeys(section.depths):
             for number in range(section.trials):
                 rng = random.Random(f"{section.seed}:{length}:{depth}:{number}")
-                case = build_case(tokenizer, filler, length=length, depth=depth, rng=rng)
-                trials.append(
-                    Trial(length, depth, number, _as_chat(tokenizer, case) if section.chat_template else case)
-                )
+                case = build_case(tokenizer, filler, length=length, depth=depth, rng=rng, frame=frame)
+                trials.append(Trial(length, depth, number, _as_chat(template, case, section) if template else case))
     return trials
 
 
-def _as_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
+def _as_chat(template: ChatTemplate, case: Case, section: Needle) -> Case:
     """The prompt as a user's message; the template's own tokens come on top of the length."""
-    message = {"role": "user", "content": case.prompt}
-    text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-    return Case(text, tokenizer(text, add_special_tokens=False)["input_ids"], case.answer)
+    rendered = template.prompt(case.prompt)
+    ids, _, _ = template.encode(rendered)
+    before, _ = (prompt_frame(template.encoder.tokenizer, True) if section.add_bos else BARE).around(ids)
+    return Case(rendered.text, [*before, *ids], case.answer)
 
 
 def _ask_shared(

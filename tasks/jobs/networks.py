@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.export import export_student
+from radlads.model.finite import check_finite
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.objectives import needs_teacher
 from radlads.model.student import load_student
@@ -98,6 +99,8 @@ def export_model(networks: Networks, folder: Path) -> None:
     if isinstance(student, RadladsForCausalLM):
         export_student(student, networks.tokenizer, folder, originals=networks.originals)
         return
+    for name, tensor in student.state_dict().items():
+        check_finite(f"the model's tensor {name}", tensor, mend="no model was written")
     student.config.use_cache = True
     student.save_pretrained(folder, max_shard_size=4_000_000_000)
     networks.tokenizer.save_pretrained(folder)

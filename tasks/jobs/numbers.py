@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 NONE = "–"
 
@@ -61,3 +62,11 @@ def gibibytes(size: float | None) -> str:
 def dollars(value: float | None) -> str:
     """$12.30."""
     return NONE if value is None else f"${value:,.2f}"
+
+
+def prompt_note(task: Mapping[str, Any]) -> str:
+    """What a task's prompts began with, without which its scores cannot be compared with published ones."""
+    if "begins_with_bos" not in task:
+        return ""
+    way = "which is the tokenizer's own way" if task["add_bos"] is None else "as evaluate.add_bos says"
+    return f"Prompts begin {'with' if task['begins_with_bos'] else 'without'} BOS, {way}."

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from radlads.model.refusals import size_fault
 from radlads.model.teacher import find_family, load_teacher_config, teacher_warnings
 from radlads.tasks.content import ContentHashes
 from radlads.tasks.job import JobResources, UserError
@@ -36,7 +38,8 @@ from radlads.tasks.jobs.memory import Memory, Networks, judging_memory
 from radlads.tasks.jobs.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.sizes import count_networks, describe_device
-from radlads.tasks.jobs.sources import first_line, load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.weight_check import check_teacher_weights
 from radlads.tasks.pins import pin_teacher, pinned_commit, teacher_revision, tokenizer_fingerprint, with_commits
 from radlads.tasks.section_choice import AttentionChoice, late_choice
 from radlads.tasks.section_memory import mlp_bits, teacher_bits
@@ -210,6 +213,7 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
         revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=revision)
+        findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
         return _Subject(
             config, tokenizer, path, TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
@@ -223,10 +227,12 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     model_type = values.pop("model_type", None)
     if not model_type:
         raise UserError("it needs a model_type, e.g. qwen3")
+    if fault := size_fault(values):
+        raise UserError(fault)
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"transformers refuses it: {first_line(error)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"transformers refuses it: {' '.join(str(error).split())[:300]}") from error
     find_family(config)
     return config
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from radlads.model.checkpoint_files import find_weight_files
 from radlads.model.export import export_student
 from radlads.model.student import load_student
 from radlads.tasks.jobs.blocks import render_markdown
@@ -63,7 +64,7 @@ def copy_model(
     tokenizer."""
     scratch.mkdir(parents=True, exist_ok=True)
     source = products.fetch_model(scratch)
-    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    largest = max(path.stat().st_size for path in find_weight_files(str(source)))
     # A shard's file is its tensors, which the limit is about, and a header.
     if largest <= max_shard_bytes + max_shard_bytes // 100 or products.final.manifest.stage == "pretrain":
         shutil.copytree(source, folder)

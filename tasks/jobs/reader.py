@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Reader:
             if document is None:
                 del open_ones[index]
                 continue
-            batch.append(document)
+            batch.append(replace(document, source=index))
             length = len(document.canonical.encode())
             size += length
             documents[index] += 1

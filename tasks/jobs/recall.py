@@ -12,7 +12,6 @@ place is a depth: 0 is the beginning of the haystack, 1 its end, just before the
 
 from __future__ import annotations
 
-import gzip
 import random
 import re
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.job import UserError
+from radlads.tasks.jobs.text_files import clean_documents
+from radlads.tasks.jobs.token_encoder import BARE, Frame, text_ids
 
 _BUILT_IN_FILLER = (
     "The grass is green.",
@@ -87,15 +88,14 @@ class Quiz:
 def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
     """Sentences of the given text files (plain or .gz), in order; of the built-in filler where no file is given.
 
-    separator: what parts documents; it never appears in a sentence. Raises UserError for a file without sentences.
+    separator: what parts documents; it never appears in a sentence. Raises UserError for a file without sentences, and
+    for one that cannot be read.
     """
     if not paths:
         return list(_BUILT_IN_FILLER)
     sentences: list[str] = []
     for path in map(Path, paths):
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-        documents = text.split(separator) if separator else [text]
+        documents = [document for _, document, _ in clean_documents(path, separator)]
         found = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
         if not found:
             raise UserError(f"{path}: no sentences to make a haystack of; give a text file in `haystack`")
@@ -123,22 +123,25 @@ def build_case(
     depth: float,
     rng: random.Random,
     num_facts: int = 1,
+    frame: Frame = BARE,
 ) -> Case:
     """A prompt of at most `length` tokens, less than a sentence short of it, with the asked fact at `depth` in [0, 1].
 
-    The other num_facts − 1 facts are distractors at random depths. Raises UserError when the length cannot hold
+    The other num_facts − 1 facts are distractors at random depths. frame: what stands before the prompt, counted in its
+    length. Raises UserError when the length cannot hold
     facts and question.
     """
     facts = draw_facts(rng, num_facts)
     asked = facts[0]
     fixed = [fact.sentence for fact in facts] + [asked.question]
+    length -= len(frame.before)
     sentences = _filler_of(tokenizer, filler, _room(tokenizer, fixed, length), rng)
     while True:
         places = [(depth, asked.sentence)] + [(rng.random(), fact.sentence) for fact in facts[1:]]
         prompt = " ".join([*_insert(sentences, places), asked.question])
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        (ids,) = text_ids(tokenizer, [prompt])
         if len(ids) <= length:
-            return Case(prompt, ids, asked.value)
+            return Case(prompt, [*frame.before, *ids], asked.value)
         # Joined text can take a token more than its parts; give up a sentence.
         if not sentences:
             raise UserError(_too_short(length, len(ids)))
@@ -195,7 +198,7 @@ def build_quiz(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, len
             text += f" {fact.value}"
             bounds.append(_count(tokenizer, text))
             text += "."
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        (ids,) = text_ids(tokenizer, [text])
         if len(ids) <= length:
             break
         if not sentences:
@@ -214,7 +217,7 @@ def vocabulary() -> list[str]:
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(text_ids(tokenizer, [text])[0])
 
 
 def _room(tokenizer: PreTrainedTokenizerBase, fixed: Sequence[str], length: int, *, strict: bool = True) -> int:
@@ -237,9 +240,7 @@ def _filler_of(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], room: 
     while room > 0:
         # Batches keep the tokenizer's call overhead away.
         batch = [filler[(index + i) % len(filler)] for i in range(16)]
-        for sentence, ids in zip(
-            batch, tokenizer([" " + s for s in batch], add_special_tokens=False)["input_ids"], strict=True
-        ):
+        for sentence, ids in zip(batch, text_ids(tokenizer, [" " + s for s in batch]), strict=True):
             if len(ids) > room:
                 return chosen
             chosen.append(sentence)

@@ -16,6 +16,7 @@ from radlads.tasks.jobs.numbers import (
     measured,
     percent,
     plain,
+    prompt_note,
     rate_of,
 )
 from radlads.tasks.jobs.products import TRAINING_STAGES, Product, Products
@@ -172,7 +173,8 @@ def tasks_table(products: Products) -> Table | None:
             (f"{name}, {metric}", measured(theirs), measured(task["student"].get(metric)), shots, limit, judged.short)
             for metric, theirs in task["teacher"].items()
         ]
-    return Table(("task", "teacher", "student", "few-shot", "examples", _SOURCE), rows, "", words=(_SOURCE,))
+    header = ("task", "teacher", "student", "few-shot", "examples", _SOURCE)
+    return Table(header, rows, prompt_note(next(iter(evaluation["tasks"].values()))), words=(_SOURCE,))
 
 
 def _tasks(products: Products) -> list[Block]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class ShardWriter:
 
 
 def write_dataset(
-    parts: Sequence[Part],
+    corpus: Part,
     folder: Path,
     layout: Layout,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -88,7 +88,7 @@ def write_dataset(
     Documents are taken in reading order up to max_tokens, then shuffled by the seed. Raises UserError when the
     training or the held-out split would be empty.
     """
-    documents = _Documents(parts, layout.max_tokens)
+    documents = _Documents(corpus, layout.max_tokens)
     order = np.random.Generator(np.random.PCG64(layout.seed)).permutation(documents.count)
     heldout = documents.heldout_or_smallest()
     written = 0
@@ -150,24 +150,23 @@ def _write_split(
 
 
 class _Documents:
-    """The documents of all parts as one list, in reading order, cut where max_tokens is reached."""
+    """The documents of a corpus in reading order, cut where max_tokens is reached."""
 
-    def __init__(self, parts: Sequence[Part], max_tokens: int | None) -> None:
-        self.parts = parts
-        lengths = np.concatenate([p.lengths for p in parts])
+    def __init__(self, corpus: Part, max_tokens: int | None) -> None:
+        self.corpus = corpus
+        lengths, heldout = np.asarray(corpus.lengths), np.asarray(corpus.heldout)
         self.count = len(lengths)
         if max_tokens is not None:
             self.count = int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right"))
             if self.count == 0:
                 raise UserError(f"max_tokens ({max_tokens}) is smaller than the first document ({lengths[0]} tokens)")
-        self.part_of = np.repeat(np.arange(len(parts)), [len(p.lengths) for p in parts])[: self.count]
         self.lengths = lengths[: self.count]
-        self.starts = np.concatenate([_starts(p.lengths) for p in parts])[: self.count]
-        self.heldout = np.concatenate([p.heldout for p in parts])[: self.count]
+        self.heldout = heldout[: self.count]
+        self.starts = _starts(self.lengths)
         # Only held-out documents have bytes per token, so these start elsewhere.
-        self.byte_starts = np.concatenate([_starts(p.lengths * p.heldout) for p in parts])[: self.count]
-        self.num_bytes = np.concatenate([p.num_bytes for p in parts])[: self.count]
-        self.hashes = np.concatenate([p.hashes for p in parts])[: self.count]
+        self.byte_starts = _starts(self.lengths * self.heldout)
+        self.num_bytes = np.asarray(corpus.num_bytes)[: self.count]
+        self.hashes = np.asarray(corpus.hashes)[: self.count]
         self.total = int(self.lengths.sum())
 
     def heldout_or_smallest(self) -> np.ndarray:
@@ -178,16 +177,16 @@ class _Documents:
         return smallest
 
     def ids(self, document: int) -> np.ndarray:
-        return self._slice(self.parts[self.part_of[document]].ids, self.starts[document], document)
+        return self._slice(self.corpus.ids, self.starts[document], document)
 
     def mask(self, document: int) -> np.ndarray:
-        return self._slice(self.parts[self.part_of[document]].mask, self.starts[document], document)
+        return self._slice(self.corpus.mask, self.starts[document], document)
 
     def token_bytes(self, document: int) -> np.ndarray:
         if not self.heldout[document]:  # chosen late, by heldout_or_smallest: spread its bytes evenly
             ends = np.arange(1, self.lengths[document] + 1) * self.num_bytes[document] // self.lengths[document]
             return np.diff(ends, prepend=0)
-        return self._slice(self.parts[self.part_of[document]].token_bytes, self.byte_starts[document], document)
+        return self._slice(self.corpus.token_bytes, self.byte_starts[document], document)
 
     def _slice(self, values: np.ndarray, start: int, document: int) -> np.ndarray:
         return np.asarray(values[start : start + self.lengths[document]])

@@ -11,10 +11,9 @@ import multiprocessing
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from radlads.tasks.jobs.reader import Reader
 from radlads.tasks.jobs.sampling import sample_sources
 from radlads.tasks.jobs.shards import Layout, write_dataset
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
+from radlads.tasks.jobs.spool import Spool
 from radlads.tasks.pins import check_pins
 from radlads.tasks.recipe import FilesSource, HubSource, SampleSource
 from radlads.tasks.specs import TokenizeSpec
@@ -51,14 +51,15 @@ def main(job: Job) -> dict[str, Any] | None:
         return None
 
     reader = Reader(spec.dataset.sources, tokenizer, samples)
-    with_mask = any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in spec.dataset.sources)
-    parts = list(_encode_parts(job, spec, reader, Encoder(tokenizer, *_encoder_options(spec, with_mask))))
+    spool = Spool(job.scratch / "encoded" / job.spec.digest[:16])
+    _encode(job, spec, reader, _make_encoder(spec, tokenizer), spool)
     check_pins(spec, job.hashes)  # reading took long: what was read must be what was pinned
-    if not parts:
+    if not spool.tokens:
         raise UserError(f"dataset '{spec.name}' has no documents")
+    _warn_of(spool.counts)
     shutil.rmtree(job.output)
     index = write_dataset(
-        parts,
+        spool.read(),
         job.output,
         Layout(
             shard_tokens=spec.dataset.shard_tokens,
@@ -69,12 +70,12 @@ def main(job: Job) -> dict[str, Any] | None:
             add_bos=spec.dataset.add_bos,
             vocab_size=len(tokenizer),
             tokenizer_fingerprint=spec.tokenizer_fingerprint,
-            with_mask=with_mask,
+            with_mask=_has_chats(spec),
         ),
     )
     for number, path in samples.items():
         shutil.copyfile(path, job.output / f"samples-{number}.jsonl")
-    return _metrics(index, time.monotonic() - started)
+    return _metrics(index, time.monotonic() - started) | dict(spool.counts)
 
 
 def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
@@ -86,32 +87,43 @@ def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _encoder_options(spec: TokenizeSpec, with_mask: bool) -> tuple[bool, float, bool]:
-    return spec.dataset.add_bos, spec.dataset.heldout_fraction, with_mask
+def _has_chats(spec: TokenizeSpec) -> bool:
+    return any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in spec.dataset.sources)
 
 
-def _encode_parts(job: Job, spec: TokenizeSpec, reader: Reader, encoder: Encoder) -> Iterator[Part]:
-    """Parts in reading order, from the scratch folder where they are there, until there are enough tokens."""
-    folder = job.scratch / "parts" / job.spec.digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+def _make_encoder(spec: TokenizeSpec, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    dataset = spec.dataset
+    return Encoder(tokenizer, dataset.add_bos, dataset.heldout_fraction, _has_chats(spec), dataset.sources)
+
+
+def _encode(job: Job, spec: TokenizeSpec, reader: Reader, encoder: Encoder, spool: Spool) -> None:
+    """Fill the spool in reading order, after what it holds, until there are enough tokens."""
     enough = spec.dataset.max_tokens or float("inf")
     total_bytes = max(1, sum(file.size for file in spec.files))
-    tokens, number, state = 0, 0, None
-    while tokens < enough and (done := folder / f"part-{number:06d}").exists():
-        part = Part.load(done)
-        tokens, number, state = tokens + len(part.ids), number + 1, part.state
-        yield part
-    if number:
-        logger.info("reusing %d finished parts, %d tokens", number, tokens)
-    batches = reader.batches(_PART_BYTES, state)
+    if spool.parts:
+        logger.info("reusing %d finished parts, %d tokens", spool.parts, spool.tokens)
+    if spool.tokens >= enough:
+        return
+    batches = reader.batches(_PART_BYTES, spool.state)
     with _encoding(spec, encoder, job.spec.resources.threads, total_bytes) as encode:
-        for path in _in_order(encode, batches, folder, number) if tokens < enough else ():
-            part = Part.load(path)
-            tokens += len(part.ids)
-            _report(job, tokens, enough, sum(part.state["bytes"]), total_bytes)
-            yield part
-            if tokens >= enough:
+        for part in _in_order(encode, batches):
+            spool.append(part)
+            _report(job, spool.tokens, enough, sum(part.state["bytes"]), total_bytes)
+            if spool.tokens >= enough:
                 break
+
+
+def _warn_of(counts: Mapping[str, int]) -> None:
+    if count := counts.get("special_tokens_as_text"):
+        logger.warning(
+            "the text of special tokens stands %d times in the documents, and is text; `special_tokens: parse` on the "
+            "source takes it for the tokens, `separator` parts a text file's documents by it",
+            count,
+        )
+    if count := counts.get("replaced_characters"):
+        logger.warning("%d characters that are no text were replaced by U+FFFD", count)
+    if count := counts.get("chats_without_assistant"):
+        logger.warning("%d chats hold no word of an assistant", count)
 
 
 def _report(job: Job, tokens: int, enough: float, read_bytes: int, total_bytes: int) -> None:
@@ -122,16 +134,14 @@ def _report(job: Job, tokens: int, enough: float, read_bytes: int, total_bytes: 
     logger.info("tokenized %d tokens of %.1f MB", tokens, read_bytes / 1e6)
 
 
-Encode = Callable[[list[Document], dict[str, Any], Path], "Future[Path]"]
+Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 
 
-def _in_order(
-    encode: Encode, batches: Iterator[tuple[list[Document], dict[str, Any]]], folder: Path, first: int
-) -> Iterator[Path]:
+def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, Any]]]) -> Iterator[Part]:
     """Encoded parts in order, with a few batches under way ahead of the one that is waited for."""
-    ahead: deque[Future[Path]] = deque()
-    for number, (documents, state) in enumerate(batches, start=first):
-        ahead.append(encode(documents, state, folder / f"part-{number:06d}"))
+    ahead: deque[Future[Part]] = deque()
+    for documents, state in batches:
+        ahead.append(encode(documents, state))
         if len(ahead) >= 2 * (multiprocessing.cpu_count() + 1) or ahead[0].done():
             yield ahead.popleft().result()
     while ahead:
@@ -140,42 +150,36 @@ def _in_order(
 
 @contextmanager
 def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
-    """A function that encodes a batch into a part's folder: here, or in worker processes for a large corpus."""
+    """A function that encodes a batch: here, or in worker processes for a large corpus."""
     hub = any(isinstance(source, HubSource) for source in spec.dataset.sources)
     if threads == 1 or not (hub or total_bytes >= _POOL_FROM_BYTES):
 
-        def encode_here(documents: list[Document], state: dict[str, Any], folder: Path) -> Future[Path]:
-            future: Future[Path] = Future()
-            future.set_result(_encode_to(encoder, documents, state, folder))
+        def encode_here(documents: list[Document], state: dict[str, Any]) -> Future[Part]:
+            future: Future[Part] = Future()
+            future.set_result(encoder.encode(documents, state))
             return future
 
         yield encode_here
         return
     # Spawned, not forked: the tokenizer's and torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(), encoder.with_mask))
+    pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(),))
     try:
-        yield lambda documents, state, folder: pool.submit(_encode_in_worker, documents, state, folder)
+        yield lambda documents, state: pool.submit(_encode_in_worker, documents, state)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _encode_to(encoder: Encoder, documents: Sequence[Document], state: dict[str, Any], folder: Path) -> Path:
-    if not folder.exists():
-        encoder.encode(documents, state).save(folder)
-    return folder
 
 
 _worker_encoder: list[Encoder] = []
 
 
-def _open_worker(spec_json: str, with_mask: bool) -> None:
+def _open_worker(spec_json: str) -> None:
     spec = TokenizeSpec.model_validate_json(spec_json)
-    _worker_encoder.append(Encoder(open_tokenizer(spec), *_encoder_options(spec, with_mask)))
+    _worker_encoder.append(_make_encoder(spec, open_tokenizer(spec)))
 
 
-def _encode_in_worker(documents: list[Document], state: dict[str, Any], folder: Path) -> Path:
-    return _encode_to(_worker_encoder[0], documents, state, folder)
+def _encode_in_worker(documents: list[Document], state: dict[str, Any]) -> Part:
+    return _worker_encoder[0].encode(documents, state)
 
 
 def _metrics(index: dict[str, Any], seconds: float) -> dict[str, Any]:

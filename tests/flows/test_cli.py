@@ -58,7 +58,7 @@ def test_overrides():
         "a.b": 1, "rate": 0.001, "tokens": 2_000_000, "layers": [1, 3], "stage": None, "name": "smoke",
         "text": "a=b", "on": True,
     }  # fmt: skip
-    with pytest.raises(UserError, match="not a YAML value"):
+    with pytest.raises(UserError, match=r"--set a:2:1: not valid YAML"):
         cli.parse_overrides(["a=[1"])
 
 
@@ -92,9 +92,12 @@ def test_settings_point_at_what_runs():
         "prefect": Service("prefect", 1, 0, "http://127.0.0.1:4201", "log"),
         "mlflow": Service("mlflow", 1, 0, "http://127.0.0.1:5001", "log"),
     }
-    found = services.service_settings(running)
+    found = services.service_settings(running, None)
     assert found["PREFECT_API_URL"] == "http://127.0.0.1:4201/api"
     assert found["RADLADS_TRACKING"] == "http://127.0.0.1:5001"
+    found = services.service_settings(running, "radlads:word")
+    assert found["PREFECT_API_AUTH_STRING"] == "radlads:word"
+    assert found["RADLADS_TRACKING"] == "http://radlads:word@127.0.0.1:5001"
 
 
 def test_a_service_that_does_not_start_says_why(tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.flows import Flow
+from prefect.workers.process import ProcessWorker
 
-from radlads.deployments.bootstrap import GPU_LIMIT, WORK_POOL, bootstrap
+from radlads.deployments.bootstrap import GPU_LIMIT, JOB_TEMPLATE, WORK_POOL, bootstrap
 from radlads.deployments.zombies import AUTOMATION
 from radlads.tasks.settings import resolve_settings
 
@@ -46,5 +48,9 @@ def test_bootstrap_is_idempotent(monkeypatch, tmp_path):
         client._client.patch(f"/v2/concurrency_limits/{limit.id}", content=json.dumps({"limit": 3}))
         assert bootstrap() == []
         assert client.read_global_concurrency_limit_by_name(GPU_LIMIT).limit == 3
+        open_to_commands = WorkPoolUpdate(base_job_template=ProcessWorker.get_default_base_job_template())
+        client.update_work_pool(WORK_POOL, open_to_commands)
+        assert bootstrap() == [f"template of the work pool {WORK_POOL}"]
+        assert client.read_work_pool(WORK_POOL).base_job_template == JOB_TEMPLATE
     monkeypatch.chdir(tmp_path)
     assert resolve_settings().gpu_limit == GPU_LIMIT

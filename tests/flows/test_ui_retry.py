@@ -75,8 +75,13 @@ class Rescue:
         self.radlads("services", "up")
         services = json.loads((self.home / "services.json").read_text())
         self.page = services["prefect"]["url"]
-        self.api = httpx.Client(base_url=f"{self.page}/api", trust_env=False, timeout=60)
-        env = {**self.env, "PREFECT_API_URL": f"{self.page}/api", "PREFECT_HOME": str(self.home / "prefect")}
+        self.password = (self.home / "services-password").read_text().strip()
+        auth = tuple(self.password.split(":"))
+        self.api = httpx.Client(base_url=f"{self.page}/api", auth=auth, trust_env=False, timeout=60)
+        env = {
+            **self.env, "PREFECT_API_URL": f"{self.page}/api", "PREFECT_API_AUTH_STRING": self.password,
+            "PREFECT_HOME": str(self.home / "prefect"),
+        }  # fmt: skip
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         subprocess.run(deploy, cwd=ROOT, env=env, check=True, capture_output=True)
 
@@ -87,7 +92,9 @@ class Rescue:
         self.name = name
         deployment = self.api.get("/deployments/name/radlads/full").json()["id"]
         asked = {"parameters": {"recipe": str(recipe), "run": name}}
-        self.flow_run = self.api.post(f"/deployments/{deployment}/create_flow_run", json=asked).json()["id"]
+        answer = self.api.post(f"/deployments/{deployment}/create_flow_run", json=asked)
+        assert answer.is_success, answer.text
+        self.flow_run = answer.json()["id"]
 
     def state(self):
         run = self.api.get(f"/flow_runs/{self.flow_run}").json()
@@ -120,6 +127,10 @@ class Rescue:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1400, "height": 1000})
+            page.goto(f"{self.page}/login")
+            page.get_by_role("textbox").fill(self.password)
+            page.get_by_role("button", name="Login").click()
+            page.wait_for_url("**/dashboard**")
             page.goto(f"{self.page}/runs/flow-run/{self.flow_run}")
             page.get_by_role("button", name="Retry").click(timeout=60_000)
             page.get_by_role("dialog").get_by_role("button", name="Retry").click()

@@ -10,13 +10,16 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, StoreRef, UserError
+from radlads.tasks.jobs import waiting
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, execute, open_job
 from radlads.tasks.jobs.ending import write_ending, write_json
+from radlads.tasks.jobs.waiting import wait_for
 
 RECIPE = {"name": "x", "teacher": {"path": "t"}, "data": {"train": {"sources": [{"kind": "sample", "tokens": 1}]}}}
 
@@ -42,6 +45,40 @@ def job(tmp_path) -> Job:
 
 def ending(job: Job) -> dict:
     return json.loads((job.scratch / "exit.json").read_text())
+
+
+def test_ranks_wait_for_the_one_that_works_as_long_as_it_goes_on(job, monkeypatch):
+    """Not at a collective, whose time limit a large corpus or a slow upload outlasts."""
+    marker, progress = job.scratch / "committed.json", job.scratch / "progress.json"
+    clock = [1e9]
+    ticks: list[float] = []
+
+    def sleep(_seconds: float) -> None:
+        ticks.append(clock[0])
+        clock[0] += 4 * 3600
+        if len(ticks) == 5:
+            write_json(marker, {})
+        elif len(ticks) < 5:
+            write_json(progress, {"done": len(ticks)})
+            os.utime(progress, (clock[0], clock[0]))
+
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: clock[0], sleep=sleep))
+    wait_for(marker, job.scratch)
+    assert len(ticks) == 5
+    marker.unlink()
+    with pytest.raises(TimeoutError, match=r"waited for committed\.json, but the rank that works alone reports no"):
+        wait_for(marker, job.scratch)
+
+
+def test_a_rank_does_not_take_what_an_earlier_attempt_left(job, monkeypatch):
+    write_json(job.scratch / "committed.json", {})
+    seen: list[bool] = []
+    monkeypatch.setattr(Job, "open_process_group", lambda self: seen.append((self.scratch / "committed.json").exists()))
+    monkeypatch.setattr(Job, "barrier", lambda _: None)
+    job.world_size = 2
+    assert execute(lambda _: None, job) == "done"
+    assert seen == [False]
+    assert (job.scratch / "committed.json").exists()
 
 
 def test_a_job_that_ends_well_is_committed(job):

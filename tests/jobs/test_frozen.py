@@ -104,6 +104,23 @@ def test_a_student_whose_mlps_have_moved_keeps_its_own(training, monkeypatch):
     assert mlps == ["model.layers.0.mlp.up_proj.weight"]
 
 
+def test_align_says_when_the_teacher_is_not_the_one_that_the_student_was_made_from(training, monkeypatch, caplog):
+    load = networks.load_teacher
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        teacher = load(*args, **kwargs)
+        with torch.no_grad():
+            teacher.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] += 0.5
+        return teacher
+
+    job = make(training, "align", "other-teacher")
+    load_networks(job, job.typed)
+    assert "not the teacher's" not in caplog.text
+    monkeypatch.setattr(networks, "load_teacher", other)
+    load_networks(job, job.typed)
+    assert "1 frozen tensors of the student are not the teacher's, first model.layers.1.mlp.up_proj" in caplog.text
+
+
 @pytest.mark.parametrize(("stage", "mlp_bits"), [("align", 16), ("distill", 8), ("distill", 16), ("finetune", 8)])
 def test_8_bit_stages_learn_and_export_what_they_froze_as_it_was(training, stage, mlp_bits):
     job = make(

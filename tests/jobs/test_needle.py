@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from radlads.tasks.job import UserError
@@ -68,6 +69,29 @@ def test_a_chat_template_goes_around_the_prompt(teacher_folder: Path):
     assert prompt.startswith("<|user|>")
     assert prompt.endswith("<|assistant|>")
     assert tokenizer.decode(trials[0].case.prompt_ids) == prompt
+
+
+@pytest.mark.parametrize("habit", [False, True])
+@pytest.mark.parametrize("chat", ["no", "without BOS", "with BOS"])
+@pytest.mark.parametrize("add_bos", [None, False, True])
+def test_a_prompt_has_one_bos_where_the_tokenizer_or_the_recipe_wants_it(
+    tokenizer_folder: Path, habit: bool, chat: str, add_bos: bool | None
+):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    if habit:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    if chat == "with BOS":
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    section = SECTION.model_copy(update={"chat_template": chat != "no", "add_bos": add_bos, "lengths": (160,)})
+    trials = needle.make_trials(section, tokenizer)
+    wanted = chat == "with BOS" or (add_bos if add_bos is not None else habit and chat == "no")
+    for trial in trials:
+        ids = trial.case.prompt_ids
+        assert ids.count(tokenizer.bos_token_id) == wanted
+        assert (ids[0] == tokenizer.bos_token_id) is wanted
+        assert chat != "no" or len(ids) <= 160
 
 
 def test_prompts_too_short_are_refused(teacher_folder: Path):

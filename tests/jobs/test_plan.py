@@ -19,6 +19,7 @@ from radlads.tasks.specs import PlanReport, PlanSpec, spec_digest
 from radlads.tasks.stage_specs import choose_spec, needle_spec, tokenize_spec
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
+CHAT = '{"m": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}'
 GPUS = JobResources(device="cuda", processes=8, threads=4, zero_stage=1, dollars_per_gpu_hour=2.0)
 
 
@@ -142,6 +143,36 @@ def test_faults_are_one_clear_line(recipe: Callable[..., Recipe], changes: dict[
     assert all(len(line) < 400 for line in str(caught.value).splitlines())
     several = {"student__options", "align__context"} & set(changes)
     assert len(str(caught.value).splitlines()) == (2 if several else 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "source", "message"),
+    [
+        ('{"m": [{"role": "user"}]}', {}, "chats.jsonl, line 1, message 1: the user message has no content"),
+        ('{"m": [{"role": "assistant", "content": "Yo"}]}', {}, "line 1: the chat begins with the assistant"),
+        ('{"n": 1}', {}, "line 1 has no field 'm'; it has: n"),
+        (CHAT, {"chat_template": "qwen-3"}, "no chat template 'qwen-3'"),
+        (CHAT, {"chat_template": "qwen3"}, "qwen3 is not for this tokenizer"),
+        (CHAT, {"chat_template": "mine.jinja"}, r"the chat template mine\.jinja cannot be read"),
+    ],
+)
+def test_chats_that_cannot_be_used_are_told_with_their_place(
+    recipe: Callable[..., Recipe], tmp_path: Path, rows: str, source: dict[str, str], message: str
+):
+    (tmp_path / "chats.jsonl").write_text(rows)
+    chats = {"kind": "files", "paths": [str(tmp_path / "chats.jsonl")], "messages_field": "m", **source}
+    with pytest.raises(UserError, match=rf"data\.train\.sources\.0: .*{message}") as caught:
+        plan.make_plan(recipe(data__train__sources=[chats]), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_text_of_special_tokens_in_the_data_is_warned_of(recipe: Callable[..., Recipe], tmp_path: Path):
+    (tmp_path / "one.txt").write_text("Once upon a time.<eos>" * 9)
+    one = {"kind": "files", "paths": [str(tmp_path / "one.txt")]}
+    warned = plan.make_plan(recipe(data__train__sources=[one]), CPU).warnings
+    assert any("data.train.sources.0" in line and "9 times" in line and "set separator" in line for line in warned)
+    quiet = [{**one, "separator": "<eos>"}, {**one, "special_tokens": "parse"}]
+    assert not any("special" in line for line in plan.make_plan(recipe(data__train__sources=quiet), CPU).warnings)
 
 
 def test_a_model_that_cannot_teach_is_refused_before_its_files_are_missed(

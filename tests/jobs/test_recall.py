@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.tasks.job import UserError
-from radlads.tasks.jobs.recall import build_case, build_document, draw_facts, load_filler
+from radlads.tasks.jobs.recall import build_case, build_document, build_quiz, draw_facts, load_filler
+from radlads.tasks.jobs.token_encoder import prompt_frame
 
 FILLER = [f"This is filler sentence number {word}." for word in "one two three four five six seven eight".split()]
 
@@ -31,6 +32,24 @@ def test_prompt_fits_its_length_and_holds_the_fact_at_its_depth(
     assert case.answer in haystack
     assert case.answer not in question
     assert haystack.index(" says ") / len(haystack) == pytest.approx(depth, abs=0.25)
+
+
+def test_a_prompts_bos_counts_in_its_length(tokenizer: PreTrainedTokenizerBase) -> None:
+    frame = prompt_frame(tokenizer, True)
+    case = build_case(tokenizer, FILLER, length=128, depth=0.5, rng=random.Random(7), frame=frame)
+    assert case.prompt_ids == [tokenizer.bos_token_id, *tokenizer(case.prompt, add_special_tokens=False)["input_ids"]]
+    assert 104 < len(case.prompt_ids) <= 128
+    assert prompt_frame(tokenizer) == prompt_frame(tokenizer, False)  # this tokenizer puts none by itself
+
+
+def test_a_control_token_in_a_haystack_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    filler = [f"{sentence} <|endoftext|>" for sentence in FILLER]
+    case = build_case(tokenizer, filler, length=400, depth=0.5, rng=random.Random(7))
+    quiz = build_quiz(tokenizer, filler, length=400, rng=random.Random(7))
+    for text, ids in ((case.prompt, case.prompt_ids), (quiz.text, quiz.ids)):
+        assert "<|endoftext|>" in text
+        assert tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids) == text
 
 
 def test_distractors_have_other_keys_and_are_not_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from radlads.tasks.job import UserError
-from radlads.tasks.jobs import tokens
-from radlads.tasks.jobs.chat import render_chat
+from radlads.tasks.jobs import spool, tokens
+from radlads.tasks.jobs.chat import Rendered, open_chat_template
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.documents import Document, iterate_documents
 from radlads.tasks.jobs.encode import Encoder
+from radlads.tasks.jobs.loader import open_dataset
 from radlads.tasks.jobs.sources import (
     load_tokenizer,
     pin_teacher,
@@ -27,7 +31,8 @@ from radlads.tasks.jobs.sources import (
     resolve_teacher_path,
     tokenizer_fingerprint,
 )
-from radlads.tasks.sections import Dataset, RecallSource
+from radlads.tasks.jobs.token_encoder import TokenEncoder
+from radlads.tasks.sections import Dataset, FilesSource, RecallSource
 from radlads.tasks.specs import TokenizeSpec
 
 MakeJob = Callable[..., Job]
@@ -67,6 +72,10 @@ def spec_of(sources: list[dict[str, Any]], tokenizer: Path, teacher: Any = None,
 
 def text_source(path: Path) -> dict[str, Any]:
     return {"kind": "files", "paths": [str(path)], "separator": "<|endoftext|>"}
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Rendered:
+    return open_chat_template(TokenEncoder(tokenizer), None).render(messages)
 
 
 def stream(folder: Path, index: dict[str, Any], split: str) -> np.ndarray:
@@ -153,6 +162,145 @@ def test_a_restart_reuses_finished_parts(
     fresh = make_job("tokenize", spec, scratch="fresh")
     run_main(tokens.main, fresh)
     assert hashes(Path(fresh.spec.output_uri)) == resumed
+
+
+def test_a_part_that_was_not_finished_is_forgotten(
+    make_job: MakeJob, run_main: Any, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tokens, "_PART_BYTES", 4000)
+    spec = spec_of([text_source(corpus)], tokenizer_folder)
+    whole = make_job("tokenize", spec, scratch="whole")
+    run_main(tokens.main, whole)
+    expected = hashes(Path(whole.spec.output_uri))
+    (Path(whole.spec.output_uri) / "manifest.json").unlink()
+    torn = make_job("tokenize", spec, scratch="torn")
+    write_sheet, written = spool.write_json, []
+
+    def failing(path: Path, value: Any) -> None:
+        if len(written) == 2:
+            raise OSError("no space left on device")
+        written.append(value["parts"])
+        write_sheet(path, value)
+
+    monkeypatch.setattr(spool, "write_json", failing)
+    with pytest.raises(OSError, match="no space"):
+        tokens.main(torn)
+    monkeypatch.setattr(spool, "write_json", write_sheet)
+    (folder,) = (torn.scratch / "encoded").iterdir()
+    assert (folder / "ids.bin").stat().st_size > 4 * json.loads((folder / "spool.json").read_text())["sizes"]["ids"]
+    run_main(tokens.main, make_job("tokenize", spec, scratch="torn"))
+    assert hashes(Path(torn.spec.output_uri)) == expected
+
+
+def test_any_number_of_parts_takes_a_few_maps_and_handles(
+    make_job: MakeJob, run_main: Any, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tokens, "_PART_BYTES", 1)
+    monkeypatch.setattr(spool.os, "fsync", lambda _: None)
+    write = tokens.write_dataset
+    maps: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        index = write(*arguments)
+        maps.append(Path("/proc/self/maps").read_text().count(str(job.scratch)))
+        return index
+
+    monkeypatch.setattr(tokens, "write_dataset", counting)
+    spec = spec_of([text_source(corpus)], tokenizer_folder, shard_tokens=100)
+    job = make_job("tokenize", spec)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, hard))
+    try:
+        run_main(tokens.main, job)
+        split = open_dataset(Path(job.spec.output_uri)).split("train")
+        assert len(split.shard_files) > 100
+        assert len(split.read(0, split.tokens)) == split.tokens  # reading them takes no handle a shard either
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert json.loads(next(job.scratch.glob("encoded/*/spool.json")).read_text())["parts"] == 200
+    assert 0 < maps[0] <= 7
+
+
+SPECIAL = ["One <eos> two.", "<bos>Three.", "Four <|user|> and <pad>."]
+
+
+@pytest.fixture
+def special_corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "special.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*SPECIAL, *map(str, range(40))]))
+    return path
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+def test_the_text_of_a_special_token_is_text_unless_asked(
+    tokenizer_folder: Path, special_corpus: Path, special_tokens: str, add_bos: bool
+):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    source = FilesSource(kind="files", paths=(str(special_corpus),), special_tokens=special_tokens)
+    part = Encoder(tokenizer, add_bos, 1.0, with_mask=True, sources=(source,)).encode(
+        list(iterate_documents(source, tokenizer=tokenizer)), {}
+    )
+    documents = np.split(part.ids, np.cumsum(part.lengths)[:-1])
+    for text, ids, kept in zip(SPECIAL, documents, np.split(part.mask, np.cumsum(part.lengths)[:-1]), strict=False):
+        inner = tokenizer(text, add_special_tokens=False, split_special_tokens=special_tokens == "text")["input_ids"]
+        begins = add_bos and inner[0] != tokenizer.bos_token_id
+        assert ids.tolist() == [*[tokenizer.bos_token_id] * begins, *inner, tokenizer.eos_token_id]
+        assert kept.tolist() == [*[0] * begins, *[1] * (len(inner) + 1)]
+    special = [int(np.isin(ids, [*tokenizer.all_special_ids, 3, 4]).sum()) - 1 - add_bos for ids in documents[:3]]
+    assert special == ([0, 0, 0] if special_tokens == "text" else [1, 1 - add_bos, 2])
+    assert part.counts == {"special_tokens_as_text" if special_tokens == "text" else "special_tokens_parsed": 4}
+    assert part.token_bytes.sum() == part.num_bytes.sum() == sum(len(t) for t in [*SPECIAL, *map(str, range(40))])
+
+
+def test_special_tokens_in_text_are_counted_and_told(tokenize: Any, special_corpus: Path, caplog: Any, make_job: Any):
+    source = {"kind": "files", "paths": [str(special_corpus)]}
+    folder, _ = tokenize([source], heldout_fraction=0.2)
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+    assert metrics["special_tokens_as_text"] == 4
+    assert "stands 4 times in the documents" in caplog.text
+
+
+def test_a_separator_is_no_part_of_a_document_whatever_it_is(tokenize: Any, corpus: Path, tokenizer_folder: Path):
+    folder, index = tokenize([text_source(corpus)])
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    assert "endoftext" not in tokenizer.decode(stream(folder, index, "train"))
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+    assert "special_tokens_as_text" not in metrics
+
+
+def test_a_tokenizer_that_makes_control_tokens_out_of_text_is_told():
+    words = models.WordLevel({"<unk>": 0, "<eos>": 1, "one": 2}, unk_token="<unk>")
+    backend = Tokenizer(words)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    encoder = TokenEncoder(tokenizer)
+    assert encoder.encode_texts(["one two"])[0][0] == [2, 0]
+    with pytest.raises(UserError, match="makes the control token '<eos>' out of plain text"):
+        encoder.encode_texts(["one <eos>"])
+    assert encoder.encode_texts(["one <eos>"], parse=True)[0][0] == [2, 1]
+
+
+def test_a_chat_template_is_pinned_by_its_content(tmp_path: Path, make_job: MakeJob, tokenizer_folder: Path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"m": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n')
+
+    def digest(template: str | None) -> str:
+        source = {"kind": "files", "paths": [str(chats)], "messages_field": "m", "chat_template": template}
+        return make_job("tokenize", spec_of([source], tokenizer_folder)).spec.digest
+
+    own = []
+    for place, text in (("a", "{{ messages }}"), ("b", "{{ messages }}"), ("c", "{{ messages }}!")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "mine.jinja").write_text(text)
+        own.append(digest(str(tmp_path / place / "mine.jinja")))
+    assert own[0] == own[1] != own[2]
+    assert len({*own, digest(None), digest("chatml"), digest("qwen3")}) == 5
+    spec = spec_of(
+        [{"kind": "files", "paths": [str(chats)], "messages_field": "m", "chat_template": "qwen3"}], tokenizer_folder
+    )
+    assert {file.path for file in make_job("tokenize", spec).typed.files} == {"template:qwen3", str(chats)}
 
 
 def test_max_tokens_takes_from_every_source(tokenize: Any, corpus: Path, tmp_path: Path, tokenizer_folder: Path):
@@ -276,13 +424,13 @@ def test_a_corpus_that_changes_while_it_is_read_is_noticed(
     make_job: MakeJob, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     job = make_job("tokenize", spec_of([text_source(corpus)], tokenizer_folder))
-    encode = tokens._encode_parts
+    encode = tokens._encode
 
-    def encode_and_change(*arguments: Any) -> Any:
-        yield from encode(*arguments)
+    def encode_and_change(*arguments: Any) -> None:
+        encode(*arguments)
         corpus.write_bytes(gzip.compress(b"another text"))
 
-    monkeypatch.setattr(tokens, "_encode_parts", encode_and_change)
+    monkeypatch.setattr(tokens, "_encode", encode_and_change)
     assert execute(tokens.main, job) == "config"
     assert "changed since the run was planned" in json.loads((job.scratch / "exit.json").read_text())["message"]
     assert job.store.read_manifest(job.output_prefix) is None

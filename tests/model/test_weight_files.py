@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radlads.model.weight_files import WeightFiles, WeightWriter, open_weight_files
+from radlads.model.weight_files import WeightWriter, open_weight_files
 from radlads.tasks.job import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -102,7 +103,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
     for damaged in (content[:-1], content[:20], b"", b"\xff" * 64, b"\x08" + b"\0" * 7 + b"no json!"):
         whole.write_bytes(damaged)
         with pytest.raises(UserError, match="no whole safetensors file") as caught:
-            WeightFiles([whole])
+            open_weight_files(str(tmp_path))
         assert "\n" not in str(caught.value)
 
 
@@ -111,3 +112,28 @@ def test_a_file_that_the_index_lists_and_that_is_not_there_is_named(tmp_path: Pa
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002"):
         open_weight_files(str(tmp_path))
+
+
+def test_mapped_tensors_are_the_file_s_until_they_are_written_to(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    files = open_weight_files(str(tmp_path))
+    for name, tensor in tensors.items():
+        mapped = files.map(name)
+        assert (mapped.dtype, mapped.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(mapped, tensor)
+        if mapped.numel():
+            mapped.zero_()
+            assert torch.equal(files.read(name), tensor)
+
+
+def test_what_lies_between_two_numbers_is_read_instead(tmp_path: Path) -> None:
+    """A header of odd length, which the format allows, moves every tensor off its place."""
+    save_file({"t": torch.arange(6.0)}, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + length].rstrip() + b" "
+    header += b" " * (1 - len(header) % 2)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    mapped = open_weight_files(str(tmp_path)).map("t")
+    assert mapped.data_ptr() % 4 == 0
+    assert mapped.tolist() == list(range(6))

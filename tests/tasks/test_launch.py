@@ -229,7 +229,7 @@ def test_a_launched_job_in_a_checkout_whose_path_has_a_space(tmp_path, monkeypat
     monkeypatch.setattr(sys, "executable", str(checkout / "venv" / "bin" / "python"))
     resources = JobResources(device="cpu", processes=1, threads=1)
     asked = job(scratch=checkout / "work", resources=resources, spec={"section": 1})
-    with pytest.raises(JobCrashed, match=r"align crashed: ValidationError: .* for TrainSpec"):
+    with pytest.raises(JobFailed, match=r"align: job\.json: spec: objective: Field required"):
         launch(asked)
     log = (checkout / "work" / "log.txt").read_text()
     assert f"spawned with command: ['{checkout}/venv/bin/python', '-u', '-m', 'radlads.tasks.jobs.train'" in log

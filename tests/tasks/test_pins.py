@@ -228,7 +228,7 @@ def test_every_byte_of_a_teacher_counts(tmp_path: Path, name: str) -> None:
     assert (after.tokenizer_fingerprint == before.tokenizer_fingerprint) == (
         name in ("model.safetensors", "generation_config.json")
     )
-    spec = needle_of("").model_copy(
+    spec = needle_of("unused").model_copy(
         update={"section": Needle(), "teacher": before.model_copy(update={"path": str(moved)})}
     )
     with pytest.raises(UserError, match=r"the teacher at .* changed since the run was planned"):

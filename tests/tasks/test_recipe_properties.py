@@ -9,6 +9,7 @@ from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from radlads.tasks.specs import PlanSpec, spec_digest
 
 NAMES = st.text("abcdefghij", min_size=1, max_size=6)
+PLACES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
 RATES = st.fixed_dictionaries({"start": st.floats(0, 1), "final": st.floats(0, 1)})
 TRAININGS = st.fixed_dictionaries(
     {"tokens": st.integers(1, 10**12), "context": st.integers(2, 10**6), "batch": st.integers(1, 4096)},
@@ -23,15 +24,17 @@ TRAININGS = st.fixed_dictionaries(
     },
 )
 SOURCES = st.one_of(
-    st.fixed_dictionaries({"kind": st.just("files"), "paths": st.lists(st.text(min_size=1), min_size=1, max_size=3)}),
+    st.fixed_dictionaries({"kind": st.just("files"), "paths": st.lists(PLACES, min_size=1, max_size=3)}),
     st.fixed_dictionaries({"kind": st.just("hub"), "path": NAMES}, optional={"subset": st.none() | st.text()}),
-    st.fixed_dictionaries({"kind": st.just("sample"), "tokens": st.integers(1)}, optional={"top_p": st.floats(0.1, 1)}),
+    st.fixed_dictionaries(
+        {"kind": st.just("sample"), "tokens": st.integers(1, 2**53)}, optional={"top_p": st.floats(0.1, 1)}
+    ),
 )
 RECIPES = st.fixed_dictionaries(
     {
         "name": NAMES,
         "description": st.text(),
-        "teacher": st.fixed_dictionaries({"path": st.text(min_size=1)}),
+        "teacher": st.fixed_dictionaries({"path": PLACES}),
         "data": st.fixed_dictionaries(
             {"train": st.fixed_dictionaries({"sources": st.lists(SOURCES, min_size=1, max_size=3)})}
         ),
@@ -90,6 +93,21 @@ def test_places_are_looked_for_beside_the_recipe_then_here(tmp_path):
     again = anchor_recipe(load_recipe(path), path, tmp_path / "here")
     assert again.needle.haystack == (f"{tmp_path}/here/nowhere.txt",)
     assert anchor_recipe(again, path, tmp_path) == again
+
+
+def test_chat_templates_are_anchored_where_they_are_files(tmp_path):
+    chats = "messages_field: m, chat_template"
+    path = write(
+        tmp_path / "a",
+        f"name: x\nteacher: {{path: t}}\ndata:\n  a:\n    sources:\n"
+        f"      - {{kind: hub, path: org/chats, {chats}: mine.jinja}}\n"
+        f"      - {{kind: files, paths: [c.jsonl], {chats}: qwen3}}\n",
+    )
+    (tmp_path / "a" / "mine.jinja").write_text("x")
+    (tmp_path / "a" / "qwen3").mkdir()
+    sources = anchor_recipe(load_recipe(path), path, tmp_path).data["a"].sources
+    assert [source.chat_template for source in sources] == [f"{tmp_path}/a/mine.jinja", "template:qwen3"]
+    assert sources[0].path == "org/chats"
 
 
 def test_the_same_recipe_in_another_folder_is_the_same_plan(tmp_path):

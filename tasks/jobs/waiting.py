@@ -1,0 +1,44 @@
+"""How ranks wait for one of them that works alone: fetching an input, tokenizing, committing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from radlads.tasks.jobs.ending import write_json
+
+_COMMITTED = "committed.json"
+_POLL_SECONDS = 0.2
+# Longer than the upload of the largest model, which reports no progress.
+_STALL_SECONDS = 6 * 3600.0
+
+
+def wait_for(marker: Path, scratch: Path) -> None:
+    """Wait for a file that the working rank writes when it is done, however long that takes.
+
+    Not at a collective, which has a time limit of its own. A rank that dies is the launcher's to notice; raises
+    TimeoutError when the job reports no progress for `_STALL_SECONDS`.
+    """
+    began = time.time()
+    progress = scratch / "progress.json"
+    while not marker.exists():
+        seen = max(began, progress.stat().st_mtime if progress.is_file() else began)
+        if time.time() - seen > _STALL_SECONDS:
+            raise TimeoutError(f"waited for {marker.name}, but the rank that works alone reports no progress")
+        time.sleep(_POLL_SECONDS)
+
+
+def forget_commit(scratch: Path, rank: int) -> None:
+    """Forget that an earlier attempt committed. Called before the ranks join, so that none sees what it left."""
+    if rank == 0:
+        (scratch / _COMMITTED).unlink(missing_ok=True)
+
+
+def announce_commit(scratch: Path) -> None:
+    """Say that the product is committed."""
+    write_json(scratch / _COMMITTED, {})
+
+
+def wait_for_commit(scratch: Path) -> None:
+    """Wait until the product is committed."""
+    wait_for(scratch / _COMMITTED, scratch)

@@ -1,0 +1,45 @@
+"""Ranks meet where other machines cannot reach them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+from radlads.tasks.job import JobResources
+from radlads.tasks.launch import job_environment
+
+RANK = """
+import json, os, sys
+import psutil, torch
+from torch import distributed
+from radlads.tasks.jobs.group import join_group, leave_group
+rank = int(os.environ["RANK"])
+join_group(torch.device("cpu"), rank, 2)
+numbers = torch.tensor([rank + 1.0])
+distributed.all_reduce(numbers)
+listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
+sys.stdout.write(json.dumps({"sum": numbers.item(), "listening": listening}))
+sys.stdout.flush()
+distributed.barrier()
+leave_group(orderly=True)
+"""
+
+
+def test_two_ranks_listen_on_loopback_alone():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = job_environment(os.environ, JobResources(device="cpu", processes=2, threads=1)) | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        told = json.loads(rank.communicate(timeout=120)[0])
+        assert rank.returncode == 0
+        assert told["sum"] == 3
+        assert set(told["listening"]) == {"127.0.0.1"}

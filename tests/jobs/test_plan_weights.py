@@ -1,0 +1,118 @@
+"""plan and transplant of teachers whose files are damaged: refused from their headers, before anything is made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from radlads.tasks.job import JobResources, UserError
+from radlads.tasks.jobs import plan, transplant
+from radlads.tasks.jobs.sources import pin_teacher, teacher_fingerprint
+from radlads.tasks.recipe import parse_recipe
+from radlads.tasks.sections import Student
+from radlads.tasks.specs import PlanReport, TransplantSpec
+
+# One family is enough here: tests/model/test_teacher_weights.py has them all.
+pytestmark = pytest.mark.parametrize("teacher_folder", ["qwen3"], indirect=True)
+CPU = JobResources(device="cpu", processes=1, threads=1)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(teacher_folder: Path, tmp_path: Path) -> Path:
+    """A copy of a teacher, to be damaged."""
+    return Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+
+
+@pytest.fixture
+def make_plan(folder: Path, tmp_path: Path, stories: list[str]) -> Callable[[], PlanReport]:
+    (tmp_path / "stories.txt").write_text("\n---\n".join(stories))
+    training = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
+    source = {"kind": "files", "paths": [str(tmp_path / "*.txt")], "separator": "\n---\n"}
+    recipe = parse_recipe(
+        {
+            "name": "tiny",
+            "teacher": {"path": str(folder)},
+            "student": {"attention_layers": [1]},
+            "data": {"train": {"sources": [source]}},
+            "align": training,
+        }
+    )
+    return lambda: plan.make_plan(recipe, CPU)
+
+
+def cut(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()} | tensors
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def second_set(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "model-00001-of-00001.safetensors")
+    placed = dict.fromkeys(load_file(folder / WEIGHTS), "model-00001-of-00001.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": placed}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, "is no whole safetensors file: .*does not fit in it: .*download it again"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 100), "its header claims 18446744073709551615 bytes"),
+        (lambda f: (f / WEIGHTS).write_bytes(b""), "is no whole safetensors file"),
+        (lambda f: (f / WEIGHTS).rename(f / "model.fp16.safetensors"), "it has only model.fp16.safetensors"),
+        (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled weights are never read"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "a PEFT adapter .* beside whole weights"),
+        (second_set, "holds two sets of weights"),
+        (lambda f: change(f, **{Q: None}), f"lacks {Q}, which its config asks for"),
+        (lambda f: change(f, **{Q: torch.ones(3, 3)}), r"q_proj.weight is \(3, 3\) in the checkpoint and"),
+        (lambda f: change(f, **{Q: torch.ones(32, 32).char()}), "q_proj.weight is kept as I8: .*quantised"),
+        (lambda f: change(f, extra=torch.ones(1)), "has extra, without a place"),
+    ],
+)
+def test_damaged_weights_are_refused_by_the_plan(make_plan: Any, folder: Path, damage: Any, words: str) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=f"^teacher: .*{words}") as caught:
+        make_plan()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_that_are_rounded_are_warned_about(make_plan: Any, folder: Path) -> None:
+    assert not any("rounded" in line for line in make_plan().warnings)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (line,) = [line for line in make_plan().warnings if "rounded" in line]
+    assert line.startswith(
+        f"{len(load_file(folder / WEIGHTS))} of the teacher's tensors are kept as F32 and are rounded"
+    )
+
+
+def test_a_teacher_is_pinned_by_the_files_that_are_read(folder: Path) -> None:
+    before = teacher_fingerprint(str(folder))
+    save_file({"a": torch.ones(2)}, folder / "consolidated.safetensors")
+    assert teacher_fingerprint(str(folder)) == before
+    change(folder, **{Q: load_file(folder / WEIGHTS)[Q] + 1})
+    assert teacher_fingerprint(str(folder)) != before
+
+
+def test_values_that_are_not_finite_end_the_transplant_with_their_name(
+    make_plan: Any, make_job: Any, run_main: Any, folder: Path
+) -> None:
+    bad = load_file(folder / WEIGHTS)[Q]
+    bad[1, 2:4] = torch.nan
+    change(folder, **{Q: bad})
+    assert make_plan().num_layers == 2
+    job = make_job("transplant", TransplantSpec(teacher=pin_teacher(str(folder)), student=Student()))
+    with pytest.raises(UserError, match=f"^teacher tensor {Q} has 2 values that are not finite; the file is damaged"):
+        transplant.main(job)
