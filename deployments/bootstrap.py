@@ -1,8 +1,9 @@
 """Makes what the deployments need in Prefect: `python -m radlads.deployments.bootstrap`. Safe to run again.
 
-A process work pool `radlads`, whose jobs are flow runs and no other command, and the global concurrency limit
-`radlads-gpu`, which a job on a GPU holds so that two pipeline runs do not share it. What is there already, a limit that
-somebody raised for one, is left as it is, except that the pool's template is put back.
+A process work pool `radlads`, whose jobs are flow runs and no other command, the global concurrency limit
+`radlads-gpu`, which a job on a GPU holds so that two pipeline runs do not share it, and an automation that marks runs
+whose process is gone (zombies.py). What is there already, a limit that somebody raised for one, is left as it is,
+except that the pool's template is put back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from radlads.deployments.zombies import ask_after_runs, make_automation
 
 _log = logging.getLogger(__name__)
 WORK_POOL = "radlads"
@@ -44,7 +47,9 @@ JOB_TEMPLATE: dict[str, Any] = {
 def bootstrap(gpu_slots: int = 1) -> list[str]:
     """Make what is missing; what that was. gpu_slots: jobs that may use this machine's GPUs at once."""
     with get_client(sync_client=True) as client:
-        return [*_make_work_pool(client), *_make_gpu_limit(client, gpu_slots)]
+        made = [*_make_work_pool(client), *_make_gpu_limit(client, gpu_slots), *make_automation(client)]
+        ask_after_runs(client)
+        return made
 
 
 def _make_work_pool(client: SyncPrefectClient) -> list[str]:

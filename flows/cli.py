@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radlads.flows import services
+from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.flows.service_password import password_file
 from radlads.tasks.anchor import anchor_recipe
@@ -138,11 +139,13 @@ def run(
 
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    again = command_line("run", recipe, options=[("--run", name), *(("--set", p) for p in overrides or []), *places])
+    parameters: dict[str, Any] = {"recipe": recipe, "run": name, "overrides": changes or None}
+    parameters |= {"store": store, "tracking": tracking, "work": work}
     with orchestrator():
-        state = flow(recipe, name, changes or None, store, tracking, work, return_state=True)
-    if not state.is_completed():
-        raise UserError(f"{state.message}\nto go on where it stopped: radlads run {recipe} --run {name}")
-    for stage, uri in state.result().items():
+        made = run_in_foreground(flow, parameters, again, err=_err)
+    for stage, uri in made.items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -179,14 +182,34 @@ def evaluate(
     from radlads.flows.evaluate import radlads_evaluate
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
+    places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or []), *places]
+    flags = ["--other-teacher"] if other_teacher else []
+    again = command_line("evaluate", judged_run, *flags, options=options)
+    parameters = {"judged_run": judged_run, "recipe": recipe, "run": name, "overrides": changes or None, "store": store,
+                  "tracking": tracking, "work": work, "other_teacher": other_teacher}  # fmt: skip
     with orchestrator():
-        state = radlads_evaluate(
-            judged_run, recipe, name, changes or None, store, tracking, work, other_teacher, return_state=True
-        )
-    if not state.is_completed():
-        raise UserError(str(state.message))
-    for stage, uri in state.result().items():
+        made = run_in_foreground(radlads_evaluate, parameters, again, err=_err)
+    for stage, uri in made.items():
         _out.print(f"{stage:12} {uri}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sync(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+) -> None:
+    """Send MLflow what it lacks of a run's numbers, after an outage; a run that ends does that by itself."""
+    from radlads.tasks.mirror import sync_run
+    from radlads.tasks.store import open_store
+
+    services.use_services(resolve_settings().home)
+    settings = resolve_settings(store=store, tracking=tracking)
+    if not settings.tracking:
+        raise UserError("there is no MLflow to send anything to: --tracking is 'none'")
+    stages = sync_run(open_store(settings.store), settings.tracking, name)
+    _out.print(f"MLflow has all of {name}: {', '.join(stages)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,9 +232,11 @@ def demo(
     from radlads.flows.demo import run_demo
 
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or [])]
+    again = command_line("demo", options=options)
     with orchestrator():
-        well = run_demo(_out, running, resolve_settings(), recipe, name, changes)
-    sys.exit(0 if well else 1)
+        code = run_demo(_out, running, resolve_settings(), recipe, name, changes, again)
+    sys.exit(code)
 
 
 @services_app.command("up")

@@ -8,9 +8,11 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import httpx
+from prefect.client.schemas.objects import State
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 from prefect.settings import (
@@ -20,13 +22,15 @@ from prefect.settings import (
     PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
     temporary_settings,
 )
-from prefect.states import Failed
+from prefect.states import Cancelled, Failed
 from pydantic import WithJsonSchema
 
 from radlads.tasks.credentials import hide
+from radlads.tasks.disk import explain_disk
 from radlads.tasks.document import one_line
 from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobCrashed
+from radlads.tasks.stopping import REQUEST, RunStopped
 from radlads.tasks.store import StoreError
 
 _P = ParamSpec("_P")
@@ -48,8 +52,42 @@ class _NoTraceback(logging.Filter):
         return not (record.exc_info and isinstance(record.exc_info[1], _EXPLAINED))
 
 
+class SaidOnce(logging.Filter):
+    """Keeps Prefect's engine from saying one failure for the task, for its retry and for the flow, each time whole.
+
+    The first says it, what follows only names the state. by_caller: whoever called the flow says how it ended.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_caller = False
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged; it may be shortened."""
+        text = record.getMessage()
+        if text.startswith(_RETRIED) and isinstance(record.args, tuple) and isinstance(record.args[1], State):
+            record.msg, record.args = "%s\ntrying again %s", (record.args[1].message, record.args[-1])
+            return True
+        if not text.startswith(_ENDED):
+            return True
+        if self.by_caller:
+            return False
+        name, _, message = text.removeprefix(_ENDED).partition("(")
+        if message in self._said:
+            record.msg, record.args = f"{_ENDED}{name}", ()
+        elif name != "Completed":
+            self._said.add(message)
+        return True
+
+
+_ENDED = "Finished in state "
+_RETRIED = "Task run failed with state:"
+ENDINGS = SaidOnce()
 for _name in ("prefect.flow_runs", "prefect.engine"):
     logging.getLogger(_name).addFilter(_NoTraceback())
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(ENDINGS)
 
 
 def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -58,15 +96,24 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(flow_function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+        REQUEST.running = True
         try:
+            REQUEST.check()
             return flow_function(*args, **kwargs)
+        except RunStopped as error:
+            return Cancelled(message=str(error), data=error)
         except _EXPLAINED as error:
             return Failed(message=hide(str(error)), data=error)
         except Exception as error:
+            disk = explain_disk(error, Path.cwd()) if isinstance(error, OSError) else None
+            if disk is not None:
+                return Failed(message=hide(str(disk)), data=disk)
             told = hide(str(error))
             if told == str(error):
                 raise
             raise RuntimeError(f"{type(error).__name__}: {told}") from None  # Prefect keeps what is raised here
+        finally:
+            REQUEST.running = False
 
     return explained
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,11 +16,13 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import TaskRunSort
+from prefect.states import Cancelling
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import radlads.flows.convert
+from radlads.flows.foreground import EXIT_INTERRUPTED
 from radlads.flows.service_password import password_file
 from radlads.flows.services import Service
 from radlads.tasks.credentials import hide, with_credentials
@@ -29,6 +32,7 @@ from radlads.tasks.settings import Settings
 
 _DEPLOYMENT = "radlads/smoke"
 _LOOK_SECONDS = 1.0
+_CANCEL_SECONDS = 15.0
 
 
 def run_demo(
@@ -38,8 +42,10 @@ def run_demo(
     recipe: str,
     name: str,
     overrides: Mapping[str, Any],
-) -> bool:
-    """Run the deployment radlads/smoke to its end; whether it went well."""
+    again: str,
+) -> int:
+    """Run the deployment radlads/smoke to its end; the exit code. again: the command that goes on with this run, which
+    Ctrl-C cancels."""
     deploy()
     parameters = {"recipe": recipe, "run": name, "overrides": dict(overrides) or None, "store": settings.store.uri}
     began = time.monotonic()
@@ -48,13 +54,19 @@ def run_demo(
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, name=name)
         page = f"{running['prefect'].url}/runs/flow-run/{flow_run.id}"
         out.print(f"run [bold]{name}[/]: {page}", soft_wrap=True)
-        state = _watch(out, client, flow_run.id, settings.work, name)
+        seen = _Seen()
+        try:
+            state = _watch(out, client, flow_run.id, settings.work, name, seen)
+        except KeyboardInterrupt:
+            _cancel(client, flow_run.id)
+            out.print(f"{seen.describe()}; to go on: {again}", markup=False, highlight=False, soft_wrap=True)
+            return EXIT_INTERRUPTED
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     if not state.is_completed():
         out.print(f"[red]{state.name}[/] after {minutes}:{seconds:02}: ", end="")
         out.print(state.message or "", markup=False, highlight=False, soft_wrap=True)
         out.print(f"Prefect   {page} (Retry continues where it stopped)", soft_wrap=True)
-        return False
+        return 1
     product = Path(settings.store.uri) / "runs" / name
     out.print(f"[green]done[/] in {minutes}:{seconds:02}")
     for what, place in (
@@ -66,7 +78,7 @@ def run_demo(
         out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"Both pages ask for user and password: {password_file(settings.home)}", soft_wrap=True)
     out.print("The services keep running for you to look around; `radlads services down` stops them.")
-    return True
+    return 0
 
 
 def mlflow_page(server: str, experiment: str) -> str:
@@ -91,16 +103,47 @@ def deploy() -> None:
         raise UserError(f"prefect deploy failed:\n{hide((done.stderr or done.stdout).strip())[-800:]}")
 
 
-def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path, name: str) -> Any:
-    """Show the run until it ends; its final state."""
+@dataclass
+class _Seen:
+    """The stages at work when they were last looked at, each with how far it was."""
+
+    at: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """ "stopped in align at 120/500 steps, loss 1.2" """
+        return f"stopped in {' and '.join(self.at)}" if self.at else "stopped between two stages"
+
+
+def _cancel(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """Have the worker stop the run, and wait for that, though not for long; another Ctrl-C ends the wait."""
+    try:
+        client.set_flow_run_state(flow_run_id, Cancelling(message="stopped at the terminal"))
+        end = time.monotonic() + _CANCEL_SECONDS
+        while time.monotonic() < end:
+            state = client.read_flow_run(flow_run_id).state
+            if state is not None and state.is_final():
+                return
+            time.sleep(_LOOK_SECONDS)
+    except (KeyboardInterrupt, httpx.HTTPError):
+        return
+
+
+def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path, name: str, seen: _Seen) -> Any:
+    """Show the run until it ends; its final state. seen: kept up to date."""
     view = _View(out)
     with view.shown():
         while True:
             flow_run = client.read_flow_run(flow_run_id)
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+            at = []
             for task_run in client.read_task_runs(flow_run_filter=wanted, sort=TaskRunSort.EXPECTED_START_TIME_ASC):
                 if task_run.state is not None and not task_run.state.is_pending():  # it has no name of its own yet
-                    view.show(task_run.name, task_run.state.name or "", scratch_of(work, name, task_run.name))
+                    scratch = scratch_of(work, name, task_run.name)
+                    view.show(task_run.name, task_run.state.name or "", scratch)
+                    if task_run.state.is_running():
+                        told = read_progress(scratch)[2]
+                        at.append(f"{task_run.name} at {told}" if told else task_run.name)
+            seen.at = at
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
             time.sleep(_LOOK_SECONDS)

@@ -17,8 +17,7 @@ _MOST_GIB = 100_000
 def count_gpus(visible: str | None) -> int:
     """Number of GPUs. visible: CUDA_VISIBLE_DEVICES, which wins over what is built in; None if it is not set."""
     if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        return len(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
+        return len(visible_gpus(visible))
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -32,6 +31,12 @@ def count_gpus(visible: str | None) -> int:
     if Path("/dev/kfd").exists():  # AMD
         return len(list(Path("/dev/dri").glob("renderD*")))
     return 0
+
+
+def visible_gpus(visible: str | None) -> tuple[str, ...]:
+    """The names in CUDA_VISIBLE_DEVICES, up to the first -1; none where it is not set."""
+    names = [name.strip() for name in (visible or "").split(",")]
+    return tuple(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
 
 
 def count_cores() -> int:

@@ -27,7 +27,7 @@ Stage = Literal[
     "publish",
 ]
 
-ExitReason = Literal["done", "preempted", "config", "out-of-memory", "nonfinite", "crash"]
+ExitReason = Literal["done", "preempted", "config", "out-of-memory", "disk-full", "nonfinite", "crash"]
 
 
 class UserError(Exception):

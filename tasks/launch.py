@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from radlads.tasks.credentials import child_environment
-from radlads.tasks.devices import count_cores, count_gpus, resolve_resources
+from radlads.tasks.devices import count_cores, count_gpus, resolve_resources, visible_gpus
+from radlads.tasks.disk import describe_full
 from radlads.tasks.files import private_folder, write_private
+from radlads.tasks.gpu_lock import hold_gpus
 from radlads.tasks.job import JobResources, JobSpec, UserError
+from radlads.tasks.process_tree import MARK, end_leftovers, job_id, new_mark
+from radlads.tasks.progress import Progress, Watcher, log_end, read_json
 from radlads.tasks.recipe import Resources
+from radlads.tasks.stopping import REQUEST, Stopper
 
+_log = logging.getLogger(__name__)
 _MODULES = {
     "plan": "plan",
     "tokenize": "tokens",
@@ -34,11 +42,13 @@ _MODULES = {
     "publish": "publish",
 }
 _DISTRIBUTED = {"train", "choose", "evaluate", "needle"}
-_FINAL = {"config", "out-of-memory", "nonfinite"}
+_FINAL = {"config", "out-of-memory", "disk-full", "nonfinite"}
+_DISK_FULL = 5
+"""The exit code of a job that found no room, perhaps not even for exit.json."""
 ATTEMPT = "=== attempt"
 """How the log of every attempt at a stage begins."""
-_LOG_LINES = 15
-_LONGEST_LINE = 300
+_LEFTOVER_SECONDS = 10.0
+_SUPERVISOR = "radlads.tasks.supervise"
 
 
 class JobFailed(UserError):  # noqa: N818 - named after how the job ended, as its siblings
@@ -53,24 +63,15 @@ class JobPreempted(JobCrashed):
     """The job was asked to stop and did so in order."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a running job is, and its last numbers."""
-
-    done: float
-    total: float
-    unit: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
 def launch(
     spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
 ) -> None:
     """Run a job to its end in its scratch folder. Whether there is a product is for the caller to check.
 
     on_progress: called about once a second while there is something new. grace_seconds: what a job that is stopped
-    gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again).
+    gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again), RunStopped.
     """
+    REQUEST.check()
     scratch = Path(spec.scratch)
     private_folder(scratch)
     for stale in ("exit.json", "progress.json"):
@@ -78,33 +79,55 @@ def launch(
     job_json = scratch / "job.json"
     write_private(job_json, spec.model_dump_json(indent=1))
     log = scratch / "log.txt"
-    command = render_command(spec, job_json, port=_free_port())
+    command = render_command(spec, job_json, port=_free_port(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    job = job_id(scratch)
+    _end_former_attempts(spec.stage, job, scratch, grace_seconds)
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"{ATTEMPT} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(command)}\n")
     begin = log.stat().st_size
-    watcher = _Watcher(scratch, on_progress)
+    watcher = Watcher(scratch, on_progress)
     code = run_process(
         command,
-        env=job_environment(os.environ, spec.resources),
+        env=job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
         cwd=scratch,
         log=log,
         on_tick=watcher.look,
         grace_seconds=grace_seconds,
     )
     watcher.look()
-    check_ending(spec.stage, code, _read_json(scratch / "exit.json"), log, begin)
+    ending = read_json(scratch / "exit.json")
+    if REQUEST.asked_at is not None and (ending or {}).get("reason") != "done":
+        REQUEST.where.append(_where(spec.stage, watcher.last, (ending or {}).get("reason") == "preempted"))
+        REQUEST.check()
+    check_ending(spec.stage, code, ending, log, begin)
 
 
-def render_command(spec: JobSpec, job_json: Path, *, port: int) -> list[str]:
-    """The command line of a job. port: free on this machine, for the ranks to meet."""
+def _where(stage: str, last: Progress | None, orderly: bool) -> str:
+    at = f" at {last.done:,.0f} of {last.total:,.0f} {last.unit}" if last is not None else ""
+    return f"{stage}{at}" if orderly else f"{stage}{at}, killed before it could save that"
+
+
+def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | None = None) -> list[str]:
+    """The command line of a job. port: free on this machine, for the ranks to meet. visible: CUDA_VISIBLE_DEVICES, of
+    which a job takes the first ones.
+
+    Everything is a module of this interpreter: a script beside it names its interpreter in a first line that cannot
+    hold a space. DeepSpeed's runner is left out: for one machine it only starts the launcher, ignoring which GPUs are
+    visible, and returns 0 when that one dies by a signal.
+    """
     program = _MODULES[spec.stage]
     module = f"radlads.tasks.jobs.{program}"
     sources = spec.spec.get("dataset", {}).get("sources", ()) if spec.stage == "tokenize" else ()
     samples = any(source.get("kind") == "sample" for source in sources)
     if program not in _DISTRIBUTED and not samples:
         return [sys.executable, "-m", module, str(job_json)]
-    processes = ["--num_gpus", str(spec.resources.processes), "--master_port", str(port)]
-    return ["deepspeed", "--no_local_rank", *processes, "--module", module, str(job_json)]
+    devices = [str(rank) for rank in range(spec.resources.processes)]
+    if spec.resources.device == "cuda":
+        devices = list(visible_gpus(visible) or devices)[: spec.resources.processes]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", f"--world_info={world}"]
+    meeting = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [*launcher, *meeting, "--module", module, str(job_json)]
 
 
 def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[str, str]:
@@ -112,7 +135,7 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     dropped = ("PREFECT_", "RADLADS_")
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
-    # DeepSpeed calls ninja and itself by name; a virtual environment that is not activated has them only here.
+    # Compilers of kernels call ninja by name; a virtual environment that is not activated has them only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     env |= child_environment()
     for library in ("GLOO", "NCCL"):  # one machine's ranks; by default they listen where other machines reach them
@@ -145,25 +168,44 @@ def run_process(
 ) -> int:
     """Run a command under the supervisor until it ends; its exit code. The seam that tests replace.
 
-    on_tick is called about once a second. Whatever is raised in here, by a cancelled flow for one, stops the command
-    and everything below it first.
+    on_tick is called about once a second. A person's wish to stop (stopping.py) is passed on to the command. Whatever
+    is raised in here, by a cancelled flow for one, stops the command and everything below it first.
     """
-    supervisor = [sys.executable, "-m", "radlads.tasks.supervise", "--parent", str(os.getpid())]
+    supervisor = [sys.executable, "-m", _SUPERVISOR, "--parent", str(os.getpid())]
     options = ["--grace", str(grace_seconds), "--log", str(log), "--"]
     # A session of its own: Ctrl-C and whoever stops the flow's process group reach the job through us, in order.
-    process = subprocess.Popen(
-        [*supervisor, *options, *command], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, start_new_session=True
-    )
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [*supervisor, *options, *command],
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    stopper = Stopper(lambda: process.send_signal(signal.SIGTERM))
     try:
         while True:
             try:
                 return process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
                 on_tick()
+                stopper.look()
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+def _end_former_attempts(stage: str, job: str, scratch: Path, grace_seconds: float) -> None:
+    """A retry beside what a former attempt left would train twice, into the same files."""
+    try:
+        ended = end_leftovers(job, seconds=grace_seconds + _LEFTOVER_SECONDS)
+    except BlockingIOError as error:
+        raise JobFailed(f"{stage}: {scratch} is in use: {error}; wait for its end, or stop it") from None
+    if ended:
+        _log.warning("%s: ended %d processes that a former attempt had left in %s", stage, ended, scratch)
 
 
 def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path, begin: int) -> None:
@@ -174,10 +216,12 @@ def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path
         return
     if reason in _FINAL:
         raise JobFailed(f"{stage}: {message}")
+    if code == _DISK_FULL and reason is None:
+        raise JobFailed(f"{stage}: {describe_full(log.parent)}")
     if reason == "preempted":
         raise JobPreempted(f"{stage} was stopped before its end; a retry continues from its newest checkpoint")
     what = message if reason == "crash" else f"ended with {_describe(code)} and did not say why"
-    tail = "\n".join(_tail(log, begin))
+    tail = "\n".join(log_end(log, begin))
     raise JobCrashed(f"{stage} crashed: {what}\nThe end of {log}:\n{tail}")
 
 
@@ -188,50 +232,11 @@ def machine_resources(wanted: Resources) -> JobResources:
     )
 
 
-class _Watcher:
-    """Reads progress.json and the end of metrics.jsonl, and passes on what is new."""
-
-    def __init__(self, scratch: Path, report: Callable[[Progress], None] | None) -> None:
-        self._scratch, self._report = scratch, report
-        self._last: Progress | None = None
-
-    def look(self) -> None:
-        told = _read_json(self._scratch / "progress.json")
-        if self._report is None or told is None:
-            return
-        progress = Progress(
-            done=float(told["done"]),
-            total=float(told["total"]),
-            unit=str(told["unit"]),
-            metrics=_last_metrics(self._scratch / "metrics.jsonl"),
-        )
-        if progress != self._last:
-            self._last = progress
-            self._report(progress)
-
-
-def _last_metrics(path: Path) -> dict[str, float]:
-    lines = _last_lines(path, 0, 4096)
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        return {key: value for key, value in row.items() if key != "time" and isinstance(value, int | float)}
-    return {}
-
-
-def _tail(log: Path, begin: int) -> list[str]:
-    lines = [line[:_LONGEST_LINE] for line in _last_lines(log, begin, 32768) if line.strip()]
-    return [f"  {line}" for line in lines[-_LOG_LINES:]] or ["  (it is empty)"]
-
-
-def _last_lines(path: Path, begin: int, size: int) -> list[str]:
-    if not path.exists():
-        return []
-    with path.open("rb") as stream:
-        stream.seek(max(begin, path.stat().st_size - size))
-        return stream.read().decode(errors="replace").splitlines()
+def hold_devices(resources: JobResources, purpose: str) -> AbstractContextManager[None]:
+    """Have what a job computes on to itself during the block: its GPUs; nothing on a CPU. purpose: told to others."""
+    if resources.device == "cpu":
+        return nullcontext()
+    return hold_gpus(resources.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), purpose)
 
 
 def _describe(code: int) -> str:
@@ -243,14 +248,6 @@ def _describe(code: int) -> str:
         return f"exit code {code}"
     hint = ", as when the machine runs out of memory" if name == "SIGKILL" else ""
     return f"exit code {code} ({name}{hint})"
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _free_port() -> int:

@@ -1,8 +1,8 @@
 """metrics.jsonl, the record of a job's numbers, and its mirror in MLflow.
 
 A row is written and flushed at once. A thread of its own reads the file behind the writer and sends what MLflow does
-not have yet; what it has is kept as a tag of the run, beside the numbers themselves, so that any later process can go
-on from there. Rows carry their time: sending one again changes nothing.
+not have yet. What it has, MLflow itself is asked: the last step of each metric; so any later process can go on from
+there, and no step of a metric is ever sent twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _log = logging.getLogger(__name__)
-_MARK = "radlads.mirrored"
 _METRICS_PER_BATCH = 1000
 _READ_BYTES = 1 << 18
 _FLUSH_SECONDS = 2.0
@@ -49,6 +48,12 @@ def connect(uri: str) -> MlflowClient:
     set_telemetry_client()  # type: ignore[no-untyped-call] # again: the first time, at import, it did not know
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=with_credentials(uri))
+
+
+def latest_metrics(client: MlflowClient, run_id: str) -> dict[str, tuple[int, float]]:
+    """Metric → its last step that MLflow has, and the value there."""
+    data = client.get_run(run_id).data
+    return {metric.key: (int(metric.step), float(metric.value)) for metric in data.to_proto().metrics}
 
 
 class MetricsRecord:
@@ -105,7 +110,10 @@ class MetricsRecord:
             self._mirror.stop(timeout_seconds)
             self._mirror = None
         if self._stream is not None:
-            self._stream.close()
+            try:
+                self._stream.close()
+            except OSError as error:  # a row that found no room, which the writer has heard of already
+                _log.warning("the end of %s was not written: %s", self.path, error)
             self._stream = None
 
     def _note(self, kind: str, values: dict[str, Any]) -> None:
@@ -179,16 +187,17 @@ class _Mirror(threading.Thread):
                     self._ref.uri, hide(" ".join(str(error).split()))[:300], self._path,
                 )  # fmt: skip
             self._failing = True
+            self._sent = None  # some of it may have arrived: ask again
             return False
         self._failing = False
         return True
 
     def _send(self) -> None:
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import Metric
 
         client = connect(self._ref.uri)
         if self._sent is None:
-            self._sent = _unpack(client.get_run(self._ref.run_id).data.tags.get(_MARK))
+            self._sent = {key: step for key, (step, _) in latest_metrics(client, self._ref.run_id).items()}
         while True:
             with self._lock:
                 generation = self._generation
@@ -207,8 +216,6 @@ class _Mirror(threading.Thread):
                 sent[metric.key] = max(metric.step, sent.get(metric.key, -1))
             for first in range(0, len(metrics), _METRICS_PER_BATCH):
                 client.log_batch(self._ref.run_id, metrics=metrics[first : first + _METRICS_PER_BATCH])
-            if metrics:
-                client.log_batch(self._ref.run_id, tags=[RunTag(_MARK, _pack(sent))])
             self._sent = sent
             with self._lock:
                 if self._generation == generation:
@@ -279,17 +286,3 @@ def _notes_path(path: Path) -> Path:
 def _read_notes(path: Path) -> dict[str, Any]:
     notes = _notes_path(path)
     return dict(json.loads(notes.read_bytes())) if notes.exists() else {}
-
-
-def _pack(steps: Mapping[str, int]) -> str:
-    """Metric → last step sent, short: most metrics are at the same step."""
-    top = max(steps.values(), default=-1)
-    return json.dumps({"*": top, "keys": sorted(k for k, s in steps.items() if s == top),
-                       "behind": {k: s for k, s in steps.items() if s != top}})  # fmt: skip
-
-
-def _unpack(text: str | None) -> dict[str, int]:
-    if not text:
-        return {}
-    packed = json.loads(text)
-    return {**dict.fromkeys(packed["keys"], packed["*"]), **packed["behind"]}

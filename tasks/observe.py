@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +23,9 @@ from prefect.artifacts import (
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
 
-from radlads.tasks.launch import Progress
+from radlads.tasks.job import JobResources
+from radlads.tasks.launch import hold_devices
+from radlads.tasks.progress import Progress
 
 _log = logging.getLogger("prefect.radlads")
 _UPDATE_SECONDS = 2.0
@@ -90,12 +92,18 @@ def show_link(run: str, label: str, url: str | None, text: str) -> None:
             create_link_artifact(link=url, link_text=text, key=artifact_key(run, label), description=text)
 
 
-def gpu_slot(limit: str, device: str) -> AbstractContextManager[object]:
-    """Wait for the machine's GPUs, which one job at a time has to itself; nothing to wait for on a CPU.
+@contextmanager
+def gpu_slot(limit: str, resources: JobResources, purpose: str) -> Iterator[None]:
+    """Wait for the GPUs that a job computes on and have them to itself; nothing to wait for on a CPU.
 
-    The slot is leased: it comes back by itself when its holder dies. A limit that does not exist limits nothing.
+    Prefect's limit is for all runs of a server; it is leased, and comes back by itself when its holder dies, but one
+    that does not exist limits nothing. The machine's own lock holds with and without a server.
     """
-    return concurrency(limit, occupy=1, strict=False) if device == "cuda" else nullcontext()
+    if resources.device == "cpu":
+        yield
+        return
+    with concurrency(limit, occupy=1, strict=False), hold_devices(resources, purpose):
+        yield
 
 
 def artifact_key(*parts: str) -> str:

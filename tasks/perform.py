@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
-from prefect.states import Failed
+from prefect.states import Cancelled, Failed
 from prefect.tasks import Task
 
 from radlads.tasks.credentials import hide
-from radlads.tasks.job import Stage, TrackingRef, UserError
+from radlads.tasks.disk import explain_disk
+from radlads.tasks.job import JobResources, Stage, TrackingRef, UserError
 from radlads.tasks.launch import JobCrashed
+from radlads.tasks.mirror import kept_stage, mirror_stage, stage_params
 from radlads.tasks.observe import ProgressView, gpu_slot, show_link
 from radlads.tasks.pipeline import Pipeline
 from radlads.tasks.specs import StageSpec, TokenizeSpec
-from radlads.tasks.stage import Product, replay_record, run_stage
+from radlads.tasks.stage import Product, StageRequest, run_stage
+from radlads.tasks.stopping import REQUEST, RunStopped
 from radlads.tasks.store import StoreError
-from radlads.tasks.tracking import close_run, mirror_product, open_stage_run, run_url
+from radlads.tasks.tracking import close_run, open_stage_run, run_url
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -63,12 +67,21 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
         @functools.wraps(function)
         def explained(*args: Any, **kwargs: Any) -> Any:
             try:
+                REQUEST.check()
                 return function(*args, **kwargs)
+            except RunStopped as error:
+                return Cancelled(message=str(error), data=error)
             except (UserError, StoreError, JobCrashed) as error:
                 pipeline: Pipeline = args[0] if args else kwargs["pipeline"]
                 may_help = not isinstance(error, UserError)
                 error.add_note(f"{_RETRIES_NOTE}{pipeline.settings.retries if may_help else 0}")
                 return Failed(message=hide(str(error)), data=error)
+            except OSError as error:
+                pipeline = args[0] if args else kwargs["pipeline"]
+                told = explain_disk(error, pipeline.settings.work)
+                if told is None:
+                    raise
+                return Failed(message=hide(str(told)), data=told)
 
         settings: dict[str, Any] = {
             "cache_policy": NO_CACHE,
@@ -101,36 +114,53 @@ def perform(
     opened: list[TrackingRef] = []
 
     def open_tracking(digest: str) -> TrackingRef | None:
-        if pipeline.parent is None:
+        params = stage_params(request.spec.model_dump(mode="json"))
+        parent = pipeline.tracked()
+        ref = open_stage_run(parent, label, digest, params=params) if parent is not None else None
+        if ref is None:
+            pipeline.behind = pipeline.behind or bool(pipeline.settings.tracking)
             return None
-        # Which files a pin is of stands in the manifest.
-        params = request.spec.model_dump(mode="json", exclude_none=True, exclude={"pins": {"__all__": {"files"}}})
-        ref = open_stage_run(pipeline.parent, pipeline.run, label, params=params, tags={"radlads.digest": digest})
-        if ref is not None:
-            opened.append(ref)
-            show_link(pipeline.run, f"{label}-mlflow", run_url(ref), f"{label} in MLflow")
+        opened.append(ref)
+        show_link(pipeline.run, f"{label}-mlflow", run_url(ref), f"{label} in MLflow")
         return ref
 
-    ended = False
     try:
         product = run_stage(
             request,
             open_tracking=open_tracking,
             on_progress=ProgressView(pipeline.run, label).show,
-            slot=gpu_slot(pipeline.settings.gpu_limit, _device(pipeline, stage, spec)),
+            slot=gpu_slot(
+                pipeline.settings.gpu_limit, _computes_on(pipeline, stage, spec), f"{label} of {pipeline.run}"
+            ),
         )
-        if product.reused and product.manifest.mlflow_run_id is None:  # made while MLflow was out of reach
-            replay_record(pipeline.store, request.output_key, open_tracking(request.digest))
-        ended = True
-    finally:
-        for ref in opened:
-            if not pipeline.is_lost:
-                close_run(ref, "FINISHED" if ended else "FAILED")
-    mirror_product(pipeline.parent, opened[0] if opened else None, label, product.uri, product.manifest)
+    except BaseException:
+        if opened:
+            _mirror(pipeline, request, opened[0])
+        raise
+    _mirror(pipeline, request, None)
     return product
 
 
-def _device(pipeline: Pipeline, stage: Stage, spec: StageSpec) -> str:
+def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | None) -> None:
+    """Bring MLflow up to date with what the store has of a stage. How it ended is for the store to say, and not what
+    this process went through: another one may have made the product. failed: the run to close where it is silent."""
+    if not pipeline.settings.tracking or pipeline.is_lost:
+        return
+    parent = pipeline.tracked()
+    kept = None
+    with suppress(StoreError, OSError):  # of the store, which the job's own end tells of
+        kept = kept_stage(pipeline.store, request.output_key)
+    if parent is not None and kept is not None and mirror_stage(pipeline.store, parent, kept):
+        if kept.ending is not None:
+            return
+    else:
+        pipeline.behind = True
+    close_run(failed, "KILLED" if REQUEST.asked_at is not None else "FAILED")
+
+
+def _computes_on(pipeline: Pipeline, stage: Stage, spec: StageSpec) -> JobResources:
     """What the stage's job computes on. Only tokenizing that samples from a teacher needs more than the CPU."""
     samples = isinstance(spec, TokenizeSpec) and spec.teacher is not None
-    return pipeline.resources.device if samples or stage not in ("plan", "tokenize", "publish") else "cpu"
+    if samples or stage not in ("plan", "tokenize", "publish"):
+        return pipeline.resources
+    return pipeline.resources.model_copy(update={"device": "cpu"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,28 +17,35 @@ from radlads.tasks.files import file_errors
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef, UserError
 from radlads.tasks.launch import machine_resources
 from radlads.tasks.lease import Lease
+from radlads.tasks.mirror import recipe_params, sync_run
 from radlads.tasks.pins import at_pinned_commits
 from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
 from radlads.tasks.scratch_lock import hold_folder
 from radlads.tasks.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
-from radlads.tasks.store import open_store
-from radlads.tasks.tracking import close_run, open_pipeline_run
+from radlads.tasks.stopping import REQUEST, RunStopped
+from radlads.tasks.store import StoreError, open_store, store_id
+from radlads.tasks.tracking import Ending, RunIdentity, close_run, open_pipeline_run
+
+_log = logging.getLogger(__name__)
+_TRY_AGAIN_SECONDS = 60.0
 
 
 class Pipeline:
     """What every stage of a run shares. Not a dataclass: the orchestrator would walk through it at every call.
 
-    parent: the MLflow run of the whole pipeline; None without MLflow.
+    parent: the MLflow run of the whole pipeline; None while there is none. behind: MLflow lacks something of this run.
     """
 
-    def __init__(self, recipe: Recipe, run: str, settings: Settings, parent: TrackingRef | None) -> None:
+    def __init__(self, recipe: Recipe, run: str, settings: Settings) -> None:
         self.recipe = recipe
         self.run = run
         self.settings = settings
-        self.parent = parent
+        self.parent: TrackingRef | None = None
         self.lease: Lease | None = None
+        self.behind = False
+        self._tried_at = -math.inf
         self.store = open_store(settings.store)
         self.resources = machine_resources(recipe.resources)
 
@@ -44,6 +53,21 @@ class Pipeline:
     def is_lost(self) -> bool:
         """Whether another process makes this run by now: what is known of it elsewhere is no longer ours to change."""
         return self.lease is not None and self.lease.is_lost
+
+    def tracked(self) -> TrackingRef | None:
+        """The MLflow run of the whole pipeline, opened when first asked for; None without MLflow. After an outage it is
+        tried again now and then."""
+        if self.parent is None and self.settings.tracking and time.monotonic() - self._tried_at >= _TRY_AGAIN_SECONDS:
+            self._tried_at = time.monotonic()
+            self.parent = open_pipeline_run(
+                self.settings.tracking,
+                self.recipe.name,
+                RunIdentity(store=store_id(self.store), run=self.run),
+                params=recipe_params(self.recipe),
+                tags={"radlads.store": self.store.uri},
+            )
+            self.behind = self.behind or self.parent is None
+        return self.parent
 
     def request(self, stage: Stage, spec: StageSpec, inputs: Mapping[str, Product]) -> StageRequest:
         """A stage of this run, as run_stage wants it. Datasets are shared between runs, the rest is the run's own."""
@@ -104,34 +128,33 @@ def open_pipeline(
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pipeline = Pipeline(asked, name, settings, None)
+    pipeline = Pipeline(asked, name, settings)
     folder = settings.work / name
     with Lease(pipeline.store, name, folder) as lease, hold_folder(folder, "lock", what=f"the folder of run '{name}'"):
         pipeline.lease = lease
         _keep_recipe(pipeline)
-        with _tracked(pipeline):
+        pipeline.tracked()
+        try:
             yield pipeline
+        except BaseException as error:
+            stopped = isinstance(error, RunStopped) or not isinstance(error, Exception)
+            _close(pipeline, "KILLED" if stopped else "FAILED")
+            raise
+        _close(pipeline, "FINISHED")
 
 
-@contextmanager
-def _tracked(pipeline: Pipeline) -> Iterator[None]:
-    """The MLflow run above all stages, closed as the block ends; left alone where another process has taken over."""
-    if pipeline.settings.tracking:
-        pipeline.parent = open_pipeline_run(
-            pipeline.settings.tracking,
-            pipeline.recipe.name,
-            pipeline.run,
-            params=pipeline.recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
-            tags={"radlads.store": pipeline.store.uri},
-        )
+def _close(pipeline: Pipeline, ending: Ending) -> None:
+    """Say in MLflow how the run ended, with whatever an outage has kept from it."""
+    if pipeline.is_lost:
+        return
+    told = close_run(pipeline.parent, ending)
+    if not (pipeline.behind or not told) or REQUEST.asked_at is not None:  # whoever stopped it does not wait for this
+        return
     try:
-        yield
-    finally:
-        error = sys.exception()
-        ended = error is None
-        stopped = error is not None and not isinstance(error, Exception)
-        if not pipeline.is_lost:
-            close_run(pipeline.parent, "FINISHED" if ended else "KILLED" if stopped else "FAILED")
+        sync_run(pipeline.store, pipeline.settings.tracking, pipeline.run)
+        close_run(pipeline.tracked(), ending)
+    except (UserError, StoreError) as error:
+        _log.warning("%s; `radlads sync %s` does that", error, pipeline.run)
 
 
 def _keep_recipe(pipeline: Pipeline) -> None:

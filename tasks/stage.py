@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
-from radlads.tasks.launch import JobCrashed, Progress, launch
+from radlads.tasks.launch import JobCrashed, launch
 from radlads.tasks.lease import Lease, LeaseLost
-from radlads.tasks.metrics_record import catch_up
+from radlads.tasks.progress import Progress
 from radlads.tasks.scratch_lock import hold_folder
 from radlads.tasks.specs import StageSpec, spec_digest
 from radlads.tasks.store_base import Store
@@ -119,15 +118,13 @@ def _make(
         scratch=str(request.scratch),
         content_cache=str(request.content_cache) if request.content_cache else None,
     )
-    _restore_record(store, key, request.scratch)
+    restore_record(store, key, request.scratch)
     try:
         with slot or nullcontext():
             launch(spec, on_progress=_while_ours(lease, on_progress), grace_seconds=request.grace_seconds)
     finally:
         if _is_ours(lease):
             _keep_papers(store, key, request.scratch)
-            if tracking is not None:
-                catch_up(request.scratch / "metrics.jsonl", tracking)
     made = find_committed(store, key, digest)
     if made is None:
         raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
@@ -200,16 +197,8 @@ def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
     return manifest
 
 
-def replay_record(store: Store, key: str, tracking: TrackingRef | None) -> None:
-    """Send the record of a committed stage to an MLflow run that does not have it."""
-    if tracking is not None:
-        with tempfile.TemporaryDirectory(prefix="radlads-record-") as folder:
-            _restore_record(store, key, Path(folder))
-            catch_up(Path(folder, "metrics.jsonl"), tracking)
-
-
-def _restore_record(store: Store, key: str, scratch: Path) -> None:
-    """On a machine that has not seen this stage yet, the record of earlier attempts comes from the store."""
+def restore_record(store: Store, key: str, scratch: Path) -> None:
+    """In a folder that has not seen this stage yet, the record of earlier attempts comes from the store."""
     scratch.mkdir(parents=True, exist_ok=True)
     for name in _CONTINUED:
         if not (scratch / name).exists():
@@ -223,7 +212,7 @@ def _keep_papers(store: Store, key: str, scratch: Path) -> None:
         for name in _PAPERS:
             if (scratch / name).is_file():
                 store.put_file(f"{key}/job/{name}", scratch / name)
-    except StoreError as error:  # must not hide why the job ended
+    except (StoreError, OSError) as error:  # must not hide why the job ended
         _log.warning("the papers of %s stay in %s: %s", key, scratch, error)
 
 

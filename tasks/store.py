@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 from radlads.tasks.job import StoreRef
 from radlads.tasks.store_base import Store
 from radlads.tasks.store_errors import CorruptArtifact, StageConflict, StoreError, StoreUnusable
@@ -17,6 +19,7 @@ __all__ = [
     "StoreError",
     "StoreUnusable",
     "open_store",
+    "store_id",
 ]
 
 
@@ -27,3 +30,16 @@ def open_store(ref: StoreRef) -> Store:
     if "://" in ref.uri and not ref.uri.startswith("file://"):
         raise StoreUnusable(f"the store {ref.uri} is neither s3://bucket/prefix nor a folder")
     return LocalStore(ref)
+
+
+def store_id(store: Store) -> str:
+    """What tells this store from every other one, also where two are folders of one name on two machines. Kept in the
+    store itself, so that it moves with it. Raises StoreError."""
+    key = "store-id"
+    known = store.get_bytes(key)
+    if known is None:
+        store.put_if_absent(key, uuid.uuid4().hex.encode())
+        known = store.get_bytes(key)  # another process may have been first
+    if known is None:
+        raise StoreError(f"{store.join(key)} was written and is not there")
+    return known.decode(errors="replace").strip()

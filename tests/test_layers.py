@@ -49,6 +49,8 @@ CONTRACTS = {
     "s3_client",
     "tracking",
     "metrics_record",
+    "process_tree",
+    "disk",
 }
 TORCH = {
     "torch",

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
+from radlads.tasks.disk import need_space
 from radlads.tasks.job import SCHEMA_VERSION, Manifest, UserError
 from radlads.tasks.jobs.checkpoint_sheet import KINDS, VERSION, open_checkpoint
 from radlads.tasks.jobs.code_version import code_version
@@ -39,6 +40,7 @@ from radlads.tasks.store_errors import older_schema
 logger = logging.getLogger("radlads")
 
 _SHARD_BYTES = 2 << 30
+_STATE_BYTES = 12  # of a parameter: its fp32 master and two moments
 _STEP = re.compile(r"/step-(\d+)/manifest\.json$")
 
 
@@ -81,6 +83,7 @@ class Checkpoints:
         if self.job.rank == 0:
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.mkdir(parents=True)
+            need_space(folder, _STATE_BYTES * self._num_parameters(), f"the checkpoint of step {step}")
         parameters = self._write_parameters(folder)
         states = gather_random_states(self.job.device)
         if self.job.rank != 0:
@@ -102,6 +105,9 @@ class Checkpoints:
         )
         self._upload = threading.Thread(target=self._upload_quietly, args=(folder, step), daemon=True)
         self._upload.start()
+
+    def _num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.engine.parameters.values())
 
     def _write_parameters(self, folder: Path) -> dict[str, str]:
         """Shards of parameters and moments; returns parameter name → file. The other ranks only take part."""

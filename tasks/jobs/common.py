@@ -24,18 +24,18 @@ from radlads.kernels.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.content import ContentHashes
 from radlads.tasks.credentials import HidingFormatter, learn
 from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError, read_job
+from radlads.tasks.jobs import group
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.ending import (
     EXIT_CODES,
     NonFiniteError,
     Preempted,
-    clear_ending,
     explain,
     keep_folder,
+    prepare_ending,
     write_ending,
     write_json,
 )
-from radlads.tasks.jobs.group import end_process, join_group, leave_group, quiet_libraries, set_threads
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 from radlads.tasks.lease import confirm_lease
 from radlads.tasks.pins import check_pins
@@ -194,7 +194,7 @@ class Job:
 
     def open_process_group(self) -> None:
         """Join the other ranks (gloo on a CPU, nccl on a GPU); a no-op once joined."""
-        join_group(self.device, self.rank, self.world_size)
+        group.join_group(self.device, self.rank, self.world_size)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -237,6 +237,7 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
         sys.exit(EXIT_CODES["config"])
+    group.die_with_launcher()
     try:
         job = open_job(Path(sys.argv[1]))
     except UserError as error:
@@ -244,8 +245,8 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
         sys.exit(EXIT_CODES["config"])
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)
-    leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
-    end_process(EXIT_CODES[reason])
+    group.leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
+    group.end_process(EXIT_CODES[reason])
 
 
 def open_job(path: Path) -> Job:
@@ -264,7 +265,7 @@ def open_job(path: Path) -> Job:
     ranks = f"[{rank}]" if job.world_size > 1 else ""
     handler.setFormatter(HidingFormatter(f"%(asctime)s %(levelname)s {spec.stage}{ranks} %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.INFO if rank == 0 else logging.WARNING)
-    quiet_libraries()
+    group.quiet_libraries()
     return job
 
 
@@ -273,7 +274,6 @@ def execute(main: JobMain, job: Job) -> ExitReason:
     with keep_folder(job.scratch, job.local_rank) as alone:
         if not alone:
             return "crash"
-        clear_ending(job.scratch, job.rank)
         forget_kernels()
         forget_commit(job.scratch, job.rank)
         reason, message = _attempt(main, job)
@@ -285,7 +285,8 @@ def execute(main: JobMain, job: Job) -> ExitReason:
 
 def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
     try:
-        set_threads(job.spec.resources.threads)
+        prepare_ending(job.scratch, job.rank)
+        group.set_threads(job.spec.resources.threads)
         if job.world_size > 1:
             job.open_process_group()
         if job.local_rank == 0:
@@ -298,7 +299,7 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         wait_for_commit(job.scratch)
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
-        reason, message = explain(error)
+        reason, message = explain(error, job.scratch)
         if reason == "crash":
             logger.exception("the job failed")
         elif reason != "preempted":

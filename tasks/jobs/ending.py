@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.credentials import hide
+from radlads.tasks.disk import DiskFull, explain_disk
 from radlads.tasks.job import ExitReason, UserError
 from radlads.tasks.scratch_lock import FolderInUse, hold_folder
 
@@ -20,12 +21,15 @@ logger = logging.getLogger("radlads")
 
 _FOLDER_SECONDS = 60.0
 
+
+_RESERVE_BYTES = 64 << 10
 EXIT_CODES: dict[ExitReason, int] = {
     "done": 0,
     "crash": 1,
     "config": 2,
     "out-of-memory": 3,
     "nonfinite": 4,
+    "disk-full": 5,
     "preempted": 75,
 }
 
@@ -38,12 +42,12 @@ class Preempted(BaseException):
     """The job was asked to stop. A BaseException, so that no handler of ordinary errors takes it for one."""
 
 
-def explain(error: BaseException) -> tuple[ExitReason, str]:
-    """The reason and the one line for an exception that ended a job."""
+def explain(error: BaseException, scratch: Path) -> tuple[ExitReason, str]:
+    """The reason and the one line for an exception that ended a job which writes to `scratch`."""
     text = " ".join(str(error).split())
     line = f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
     if isinstance(error, UserError):
-        return "config", str(error)
+        return "disk-full" if isinstance(error, DiskFull) else "config", str(error)
     if isinstance(error, NonFiniteError):
         return "nonfinite", str(error)
     if isinstance(error, Preempted):
@@ -53,6 +57,9 @@ def explain(error: BaseException) -> tuple[ExitReason, str]:
     if _is_out_of_memory(error):
         advice = "use a smaller micro_batch (evaluate, needle: batch), or gradient_checkpointing; no step is lost by it"
         return "out-of-memory", f"{line}; {advice}"
+    disk = explain_disk(error, scratch)
+    if disk is not None:
+        return "disk-full" if isinstance(disk, DiskFull) else "config", str(disk)
     return "crash", line
 
 
@@ -84,18 +91,31 @@ def keep_folder(scratch: Path, local_rank: int) -> Iterator[bool]:
             yield True
 
 
-def clear_ending(scratch: Path, rank: int) -> None:
-    """Forget how an earlier attempt ended."""
+def prepare_ending(scratch: Path, rank: int) -> None:
+    """Forget how an earlier attempt ended, and take the room that writing down this one's end needs, for the case that
+    the disk is full by then."""
     _own_file(scratch, rank).unlink(missing_ok=True)
+    with _reserve(scratch, rank).open("wb") as file:
+        file.write(os.urandom(_RESERVE_BYTES))  # nothing that a file system could store in less
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:
     """Write how a rank ended. The rank that fails first writes exit.json, whichever it is: it holds the cause."""
     sheet = {"reason": reason, "message": hide(message), "rank": rank}
-    if rank > 0:
-        write_json(_own_file(scratch, rank), sheet)
-    if rank == 0 or reason not in ("done", "preempted"):
-        write_json(scratch / "exit.json", sheet, keep_existing=True)
+    try:
+        _reserve(scratch, rank).unlink(missing_ok=True)
+        if rank > 0:
+            write_json(_own_file(scratch, rank), sheet)
+        if rank == 0 or reason not in ("done", "preempted"):
+            write_json(scratch / "exit.json", sheet, keep_existing=True)
+    except OSError as error:  # the exit code has the reason, and the log the message if anything can be written at all
+        logger.error("%s: %s; this ending is not in exit.json: %s", reason, message, error)
+
+
+def _reserve(scratch: Path, rank: int) -> Path:
+    return scratch / f".reserve-{rank}"
 
 
 def _own_file(scratch: Path, rank: int) -> Path:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
+
+from radlads.tasks.process_tree import MARK
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
 _LOOPBACK = "127.0.0.1"
 # Longer than any upload by one rank that the others wait for. A dead rank is noticed by the launcher, not by this.
 _TIMEOUT = timedelta(hours=3)
+_PR_SET_PDEATHSIG = 1
 
 
 def join_group(device: torch.device, rank: int, world_size: int) -> None:
@@ -70,9 +76,17 @@ def leave_group(*, orderly: bool) -> None:
 def end_process(exit_code: int) -> NoReturn:
     """End this process now: everything is written, and taking torch apart object by object takes over a second."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log may lie on a full disk; the exit code still tells
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(exit_code)
+
+
+def die_with_launcher() -> None:
+    """Have the kernel end this rank as soon as the process that started it is dead; where a supervisor started the
+    job, and not a person, whose shell may go away."""
+    if MARK in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def set_threads(threads: int) -> None:

@@ -17,6 +17,7 @@ from radlads.model.objectives import needs_teacher
 from radlads.model.student import load_student
 from radlads.model.teacher import load_teacher
 from radlads.model.weight_files import WeightFiles, open_weight_files
+from radlads.tasks.disk import need_space
 from radlads.tasks.job import UserError
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.frozen import hold_student, hold_teacher
@@ -93,6 +94,8 @@ def export_model(networks: Networks, folder: Path) -> None:
     student: Any = networks.student
     student.eval()
     shutil.rmtree(folder, ignore_errors=True)  # what an attempt that died here left
+    size = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    need_space(folder.parent, size, "the model")
     if isinstance(student, RadladsForCausalLM):
         export_student(student, networks.tokenizer, folder, originals=networks.originals)
         return

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
-from prefect.settings import PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+from prefect.settings import (
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY,
+    temporary_settings,
+)
 from prefect.testing.utilities import prefect_test_harness
 
 from radlads.tasks import launch
@@ -41,7 +45,9 @@ RECIPE = {
 @pytest.fixture(scope="session")
 def prefect_server():
     with (
-        temporary_settings({PREFECT_SERVER_ANALYTICS_ENABLED: False}),
+        temporary_settings(
+            {PREFECT_SERVER_ANALYTICS_ENABLED: False, PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY: timedelta(seconds=1)}
+        ),
         prefect_test_harness(server_startup_timeout=180),
     ):
         yield

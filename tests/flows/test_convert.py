@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import boto3
@@ -15,7 +16,9 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from radlads.flows.convert import radlads
 from radlads.flows.evaluate import radlads_evaluate
 from radlads.flows.pretrain import radlads_pretrain
-from radlads.tasks.job import StoreRef
+from radlads.tasks import gpu_lock, launch, metrics_record, pipeline, tracking
+from radlads.tasks.job import JobResources, JobSpec, StoreRef
+from radlads.tasks.mirror import sync_run
 from radlads.tasks.recipe import load_recipe
 from radlads.tasks.store import StageConflict, open_store
 
@@ -198,6 +201,148 @@ def test_mlflow_is_caught_up_by_the_next_attempt(recipe, places, jobs, tmp_path)
     assert len(align) == 1
     assert [metric.value for metric in client.get_metric_history(align[0].info.run_id, "loss")] == [0.5]
     assert "product.json" in {item.path for item in client.list_artifacts(align[0].info.run_id)}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def mlflow(database, monkeypatch):
+    """A tracking database that can be away: (uri, away: a set that makes it so while it holds something)."""
+    away = set()
+    real = metrics_record.connect
+
+    def connect(uri):
+        if away:
+            raise ConnectionError("down")
+        return real(uri)
+
+    monkeypatch.setattr(metrics_record, "connect", connect)
+    monkeypatch.setattr(tracking, "connect", connect)
+    return database, away
+
+
+def curves(uri, name):
+    """(stage, values of its curve, status) of every stage's run, and the statuses of the runs above them."""
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    parents = {run.info.run_id: run.info.status for run in runs if run.data.tags.get("radlads.run") == name}
+    found = [
+        (run.info.run_name, [m.value for m in client.get_metric_history(run.info.run_id, "loss")], run.info.status)
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") in parents
+    ]
+    return sorted(found), list(parents.values())
+
+
+SHORT = dict.fromkeys(["distill", "finetune", "evaluate", "needle"])
+WHOLE = sorted((stage, [0.5], "FINISHED") for stage in ["plan", "tokenize train", "transplant", "align", "publish"])
+
+
+def goes_away_in(jobs, stage, away):
+    """MLflow is gone once a stage's job is at work, and stays away."""
+    real = jobs.__call__
+
+    def run(command, **named):
+        if JobSpec.model_validate_json(Path(command[-1]).read_text()).stage == stage:
+            away.add(stage)
+        return real(command, **named)
+
+    return run
+
+
+def test_an_outage_that_outlives_the_run_is_made_up_for_by_a_command(recipe, places, jobs, mlflow, monkeypatch):
+    uri, away = mlflow
+    monkeypatch.setattr(launch, "run_process", goes_away_in(jobs, "align", away))
+    radlads(recipe, run="outlived", overrides=SHORT, **{**places, "tracking": uri})
+    away.clear()
+    stages, _ = curves(uri, "outlived")
+    assert ("align", [], "RUNNING") in stages
+    assert "publish" not in {name for name, *_ in stages}
+    for _ in range(2):
+        sync_run(open_store(StoreRef(uri=places["store"])), uri, "outlived")
+        assert curves(uri, "outlived") == (WHOLE, ["FINISHED"])
+
+
+def test_an_outage_that_ends_before_the_run_is_made_up_for_at_its_end(recipe, places, jobs, mlflow, monkeypatch):
+    uri, away = mlflow
+    real = goes_away_in(jobs, "align", away)
+
+    def run(command, **named):
+        if "publish" in command[-1]:
+            away.clear()
+        return real(command, **named)
+
+    monkeypatch.setattr(launch, "run_process", run)
+    radlads(recipe, run="ended", overrides=SHORT, **{**places, "tracking": uri})
+    assert curves(uri, "ended") == (WHOLE, ["FINISHED"])
+
+
+def test_a_failed_run_is_failed_and_a_finished_one_finished(recipe, places, jobs, mlflow, monkeypatch):
+    uri, _ = mlflow
+    monkeypatch.setenv("RADLADS_RETRIES", "0")
+    jobs.failures["align"] = ["crash"]
+    for made in (False, True):
+        try:
+            raise KeyError("somebody calls the flow while they handle an error")
+        except KeyError:
+            state = radlads(recipe, run="failed", overrides=SHORT, **{**places, "tracking": uri}, return_state=True)
+        assert state.is_completed() == made
+        stages, parents = curves(uri, "failed")
+        assert parents == ["FINISHED" if made else "FAILED"]
+        assert {name: status for name, _, status in stages}["align"] == ("FINISHED" if made else "FAILED")
+    assert curves(uri, "failed")[0] == WHOLE
+
+
+def test_who_loses_a_race_does_not_call_the_product_of_the_other_failed(recipe, places, jobs, mlflow, monkeypatch):
+    """Two processes of one run: this one is ended after the other one has committed."""
+    uri, _ = mlflow
+    monkeypatch.setenv("RADLADS_RETRIES", "0")
+    real = jobs.__call__
+
+    def run(command, **named):
+        code = real(command, **named)
+        if "align" in command[-1] and jobs.launched["align"] == 1:
+            (Path(command[-1]).parent / "exit.json").write_text('{"reason": "crash", "message": "ended"}')
+        return code
+
+    monkeypatch.setattr(launch, "run_process", run)
+    assert radlads(recipe, run="raced", overrides=SHORT, **{**places, "tracking": uri}, return_state=True).is_failed()
+    stages, parents = curves(uri, "raced")
+    assert {name: status for name, _, status in stages}["align"] == "FINISHED"
+    assert parents == ["FAILED"]
+
+
+def test_the_same_run_in_another_store_has_a_curve_of_its_own(recipe, places, jobs, mlflow, tmp_path):
+    uri, _ = mlflow
+    for store in ("one", "two", "one"):
+        radlads(recipe, run="shared", overrides=SHORT, **{**places, "store": str(tmp_path / store), "tracking": uri})
+    stages, parents = curves(uri, "shared")
+    assert stages == sorted(WHOLE * 2)
+    assert parents == ["FINISHED"] * 2
+
+
+def test_evaluate_and_needle_do_not_share_a_gpu(recipe, places, jobs, monkeypatch, tmp_path):
+    """They are started together, and nobody made a concurrency limit for this server."""
+    gpu = JobResources(device="cuda", processes=1, threads=1)
+    monkeypatch.setattr(pipeline, "machine_resources", lambda wanted: gpu)
+    monkeypatch.setattr(gpu_lock, "_PLACES", (tmp_path,))
+    running, most = [], []
+
+    def run(command, **named):
+        running.append(command)
+        most.append(len(running))
+        time.sleep(0.7 if "evaluate" in command[-1] or "needle" in command[-1] else 0)
+        code = jobs(command, **named)
+        running.remove(command)
+        return code
+
+    monkeypatch.setattr(launch, "run_process", run)
+    radlads(recipe, run="r1", overrides=dict.fromkeys(["align", "finetune"]), **places)
+    assert {"evaluate", "needle"} <= set(jobs.launched)
+    assert max(most) == 1
 
 
 def test_judging_a_finished_run_again(recipe, places, jobs):

@@ -12,6 +12,7 @@ from prefect.flows import Flow
 from prefect.workers.process import ProcessWorker
 
 from radlads.deployments.bootstrap import GPU_LIMIT, JOB_TEMPLATE, WORK_POOL, bootstrap
+from radlads.deployments.zombies import AUTOMATION
 from radlads.tasks.settings import resolve_settings
 
 PREFECT_YAML = Path(__file__).resolve().parent.parent.parent / "prefect.yaml"
@@ -39,7 +40,7 @@ def test_nothing_is_pulled():
 
 @pytest.mark.usefixtures("prefect_server")
 def test_bootstrap_is_idempotent(monkeypatch, tmp_path):
-    assert bootstrap() == [f"work pool {WORK_POOL}", f"concurrency limit {GPU_LIMIT}"]
+    assert bootstrap() == [f"work pool {WORK_POOL}", f"concurrency limit {GPU_LIMIT}", f"automation {AUTOMATION}"]
     with get_client(sync_client=True) as client:
         assert client.read_work_pool(WORK_POOL).type == "process"
         limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)

@@ -7,6 +7,7 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 
+from radlads.flows.common import ENDINGS
 from radlads.flows.convert import radlads
 from radlads.tasks import perform
 from radlads.tasks.training import align
@@ -63,6 +64,20 @@ def test_a_crash_is_not_tried_for_ever(recipe, places, jobs, monkeypatch):
     state = radlads(**arguments(recipe, places), return_state=True)
     assert state.is_failed()
     assert jobs.launched["align"] == 3
+
+
+def test_each_failure_is_said_once(recipe, places, jobs, monkeypatch, caplog):
+    monkeypatch.setenv("RADLADS_RETRIES", "1")
+    monkeypatch.setattr(align_task(), "retry_delay_seconds", 0)
+    monkeypatch.setattr(ENDINGS, "_said", set())
+    jobs.failures["align"] = ["crash", "out-of-memory"]
+    state = radlads(**arguments(recipe, places), return_state=True)
+    assert state.is_failed()
+    said = [record.getMessage() for record in caplog.records if "no luck with align" in record.getMessage()]
+    assert [line.splitlines()[0] for line in said] == [
+        "align crashed: no luck with align", "Finished in state Failed('align: no luck with align')",
+    ]  # fmt: skip
+    assert said[0].splitlines()[-1].startswith("trying again ")
 
 
 @pytest.mark.parametrize("reason", ["config", "out-of-memory", "nonfinite"])

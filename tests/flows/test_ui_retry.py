@@ -190,7 +190,7 @@ def test_a_killed_run_is_rescued_in_the_page(rescue, tmp_path):
 def test_a_cancelled_run_leaves_no_process(rescue, tmp_path):
     rescue.run(write_recipe(tmp_path), "cancelled")
     rescue.wait_for((rescue.product("align") / "checkpoints" / "latest").exists, "a checkpoint of align")
-    assert len(rescue.processes("align")) >= 4, "supervisor, two launchers, a rank"
+    assert len(rescue.processes("align")) >= 4, "supervisor, its warden, launcher, rank"
     rescue.api.post(f"/flow_runs/{rescue.flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
     rescue.wait_for(lambda: rescue.state()[0] == "CANCELLED", "the cancellation")
     rescue.wait_for(lambda: not rescue.processes("align"), "the end of the job", seconds=90)

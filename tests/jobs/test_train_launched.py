@@ -16,6 +16,7 @@ import pytest
 
 from radlads.tasks.jobs import train
 from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.launch import render_command
 from radlads.tasks.recipe import Rate
 
 pytestmark = pytest.mark.slow
@@ -27,13 +28,13 @@ SETTINGS = {
 }
 
 
-def launch(job: Job, *, processes: int = 2) -> subprocess.Popen[bytes]:
+def launch(job: Job) -> subprocess.Popen[bytes]:
     """Start the job as the control plane does; its output is log.txt."""
     folder = Path(sys.executable).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [folder / "deepspeed", "--no_local_rank", "--num_gpus", str(processes), "--master_port", str(port)]
+    command = render_command(job.spec, Path("job.json"), port=port)
     environment = os.environ | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
@@ -42,7 +43,7 @@ def launch(job: Job, *, processes: int = 2) -> subprocess.Popen[bytes]:
     }
     with (job.scratch / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [*command, "--module", "radlads.tasks.jobs.train", "job.json"],
+            command,
             cwd=job.scratch,
             env=environment,
             stdout=log,

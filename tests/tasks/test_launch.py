@@ -1,5 +1,6 @@
 """Command lines as text, endings as errors, and a real process behind the seam."""
 
+import base64
 import json
 import sys
 import textwrap
@@ -22,9 +23,15 @@ from radlads.tasks.launch import (
     render_command,
     run_process,
 )
+from radlads.tasks.progress import Watcher
 from radlads.tasks.recipe import Resources
 
 CPU = JobResources(device="cpu", processes=2, threads=3)
+WORLD = base64.urlsafe_b64encode(b'{"localhost": ["0", "1"]}').decode()
+LAUNCHER = (
+    f"PYTHON -u -m deepspeed.launcher.launch --no_local_rank --world_info={WORLD} "
+    "--master_addr=127.0.0.1 --master_port=29511"
+)
 
 
 def job(stage="align", scratch="/work", spec=None, resources=CPU):
@@ -41,14 +48,12 @@ def job(stage="align", scratch="/work", spec=None, resources=CPU):
         ("tokenize", {}, "PYTHON -m radlads.tasks.jobs.tokens /work/job.json"),
         (
             "tokenize", {"dataset": {"sources": [{"kind": "files"}, {"kind": "sample"}]}},
-            "deepspeed --no_local_rank --num_gpus 2 --master_port 29511 "
-            "--module radlads.tasks.jobs.tokens /work/job.json",
+            f"{LAUNCHER} --module radlads.tasks.jobs.tokens /work/job.json",
         ),
         ("transplant", {}, "PYTHON -m radlads.tasks.jobs.transplant /work/job.json"),
         ("publish", {}, "PYTHON -m radlads.tasks.jobs.publish /work/job.json"),
         *(
-            (stage, {}, "deepspeed --no_local_rank --num_gpus 2 --master_port 29511 "
-             f"--module radlads.tasks.jobs.{module} /work/job.json")
+            (stage, {}, f"{LAUNCHER} --module radlads.tasks.jobs.{module} /work/job.json")
             for stage, module in [
                 ("pretrain", "train"), ("align", "train"), ("distill", "train"), ("finetune", "train"),
                 ("evaluate", "evaluate"), ("needle", "needle"),
@@ -202,7 +207,42 @@ def test_resources():
 
 def test_progress_of_a_job_that_writes_nonsense(tmp_path):
     (tmp_path / "progress.json").write_text("{")
-    watcher = launching._Watcher(tmp_path, lambda progress: pytest.fail("reported"))
+    watcher = Watcher(tmp_path, lambda progress: pytest.fail("reported"))
     watcher.look()
     (tmp_path / "progress.json").write_text(json.dumps([1]))
     watcher.look()
+
+
+def test_gpus_that_are_visible_are_the_ones_used():
+    gpus = JobResources(device="cuda", processes=2, threads=1)
+    command = render_command(job(resources=gpus), Path("/work/job.json"), port=1, visible="3,GPU-ab,5")
+    world = next(part.removeprefix("--world_info=") for part in command if part.startswith("--world_info="))
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": ["3", "GPU-ab"]}
+
+
+@pytest.mark.slow
+def test_a_launched_job_in_a_checkout_whose_path_has_a_space(tmp_path, monkeypatch):
+    """DeepSpeed's launcher, a rank of it, and its reason all the way back."""
+    checkout = tmp_path / "my checkout é"
+    checkout.mkdir()
+    (checkout / "venv").symlink_to(Path(sys.executable).parent.parent, target_is_directory=True)
+    monkeypatch.setattr(sys, "executable", str(checkout / "venv" / "bin" / "python"))
+    resources = JobResources(device="cpu", processes=1, threads=1)
+    asked = job(scratch=checkout / "work", resources=resources, spec={"section": 1})
+    with pytest.raises(JobFailed, match=r"align: job\.json: spec: objective: Field required"):
+        launch(asked)
+    log = (checkout / "work" / "log.txt").read_text()
+    assert f"spawned with command: ['{checkout}/venv/bin/python', '-u', '-m', 'radlads.tasks.jobs.train'" in log
+
+
+def test_a_job_that_cannot_be_started_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "render_command", lambda *_, **__: [str(tmp_path / "no such program")])
+    with pytest.raises(JobCrashed, match="no such program: No such file or directory"):
+        launch(job(scratch=tmp_path))
+
+
+def test_a_supervisor_that_does_not_start_says_why(tmp_path, monkeypatch):
+    fake_program(monkeypatch, tmp_path, "")
+    monkeypatch.setattr(launching, "_SUPERVISOR", "radlads.tasks.none_such")
+    with pytest.raises(JobCrashed, match="No module named"):
+        launch(job(scratch=tmp_path))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from radlads.tasks.process_tree import MARK, WARDEN, end_leftovers, job_id, new_mark, processes, read_proc
+
 # A stand-in for DeepSpeed's launcher: it puts two ranks into sessions of their own, as torchrun does, and each rank has
 # a helper. `mode` says how a rank takes SIGTERM.
 LAUNCHER = """
@@ -163,3 +165,66 @@ def test_a_parent_that_is_already_dead(tmp_path):
     done = subprocess.run([sys.executable, "-m", "radlads.tasks.supervise", *options], check=False)
     assert done.returncode == 143
     assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_survives_a_killed_supervisor(tree):
+    """Not even ranks that have left for sessions of their own, with helpers of theirs."""
+    parent, supervisor, pids = tree("stubborn", grace=600)
+    began = time.monotonic()
+    os.kill(supervisor, signal.SIGKILL)
+    wait_until(lambda: gone(pids), seconds=10)
+    assert time.monotonic() - began < 3
+    assert parent.wait(timeout=10) == 256 - signal.SIGKILL
+
+
+def test_the_warden_goes_with_an_ended_job(tree):
+    parent, supervisor, _ = tree("dies", grace=5)
+    (warden,) = [process.pid for process in processes() if process.parent == supervisor and comm(process.pid) == WARDEN]
+    os.kill(supervisor, signal.SIGTERM)
+    parent.wait(timeout=30)
+    assert not alive(warden)
+
+
+def test_a_command_that_cannot_be_started_is_in_the_log(tmp_path):
+    assert supervise(tmp_path, str(tmp_path / "no such program")).returncode == 127
+    assert (tmp_path / "log.txt").read_text() == f"cannot start {tmp_path}/no such program: No such file or directory\n"
+
+
+def orphan(tmp_path, mark):
+    """A process in a session of its own with a mark; as a former attempt could leave one."""
+    env = {**os.environ, MARK: mark} if mark else os.environ
+    return subprocess.Popen(["sleep", "1000"], env=env, start_new_session=True, cwd=tmp_path)
+
+
+def test_a_new_attempt_ends_what_a_former_one_left_and_nothing_else(tmp_path):
+    job, other = job_id(tmp_path / "align"), job_id(tmp_path / "distill")
+    left = [orphan(tmp_path, new_mark(job)) for _ in range(2)]
+    spared = [orphan(tmp_path, mark) for mark in (new_mark(other), f"{job}x/1", f"x{job}/1", None)]
+    assert end_leftovers(job, seconds=5) == 2
+    assert [process.wait(timeout=5) for process in left] == [-signal.SIGKILL] * 2
+    assert all(process.poll() is None for process in spared)
+    assert end_leftovers(job, seconds=5) == 0
+    for process in spared:
+        process.kill()
+        process.wait()
+
+
+def test_a_job_that_somebody_runs_is_left_alone(tree, tmp_path, monkeypatch):
+    job = job_id(tmp_path)
+    monkeypatch.setenv(MARK, new_mark(job))
+    parent, supervisor, pids = tree("saves", grace=20)
+    with pytest.raises(BlockingIOError, match=f"process {parent.pid} runs it"):
+        end_leftovers(job, seconds=5)
+    assert all(alive(pid) for pid in pids.values())
+    # Its parent is killed: the supervisor stops the job in order, and is waited for.
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: parent_of(supervisor) != parent.pid)
+    assert end_leftovers(job, seconds=20) >= len(pids)
+    assert gone(pids)
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+
+
+def comm(pid):
+    return read_proc(pid, "comm").decode().strip()

@@ -1,16 +1,28 @@
 """MLflow runs are found again, never duplicated; an outage neither slows nor fails anything and is made up for."""
 
 import json
+import shutil
 import threading
 import time
+from datetime import UTC, datetime
 
 import pytest
 from mlflow import MlflowClient
 
 from radlads.tasks import metrics_record
-from radlads.tasks.job import TrackingRef
+from radlads.tasks.job import CodeVersion, Manifest, StoreRef, TrackingRef
 from radlads.tasks.metrics_record import catch_up
-from radlads.tasks.tracking import MetricsRecord, close_run, log_params, open_pipeline_run, open_stage_run
+from radlads.tasks.store import LocalStore, store_id
+from radlads.tasks.tracking import (
+    MetricsRecord,
+    RunIdentity,
+    close_run,
+    log_file,
+    log_params,
+    mirror_product,
+    open_pipeline_run,
+    open_stage_run,
+)
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -22,7 +34,7 @@ def uri(tmp_path_factory):
 
 @pytest.fixture
 def ref(uri, request):
-    return open_pipeline_run(uri, "recipe", request.node.name)
+    return open_pipeline_run(uri, "recipe", RunIdentity(store="s", run=request.node.name))
 
 
 def history(ref, key):
@@ -31,15 +43,16 @@ def history(ref, key):
 
 
 def test_a_retry_finds_its_runs_again(uri):
-    parent = open_pipeline_run(uri, "recipe", "run-1", params={"recipe": {"align": {"tokens": 5}}})
-    child = open_stage_run(parent, "run-1", "align", params={"tokens": 5})
+    one = RunIdentity(store="s", run="run-1")
+    parent = open_pipeline_run(uri, "recipe", one, params={"recipe": {"align": {"tokens": 5}}})
+    child = open_stage_run(parent, "align", "d1", params={"tokens": 5, "none": None})
     close_run(child, "FAILED")
     close_run(parent, "FAILED")
-    again = open_pipeline_run(uri, "recipe", "run-1", params={"recipe": {"align": {"tokens": 6}}})
+    again = open_pipeline_run(uri, "recipe", one, params={"recipe": {"align": {"tokens": 6}}})
     assert again == parent
-    assert open_stage_run(again, "run-1", "align", params={"tokens": 6}) == child
-    assert open_stage_run(again, "run-1", "distill") != child
-    assert open_pipeline_run(uri, "recipe", "run-2") != parent
+    assert open_stage_run(again, "align", "d1", params={"tokens": 6}) == child
+    assert open_stage_run(again, "align", "d2") != child
+    assert open_pipeline_run(uri, "recipe", RunIdentity(store="s", run="run-2")) != parent
     client = MlflowClient(uri)
     run = client.get_run(child.run_id)
     assert run.info.status == "RUNNING"
@@ -48,6 +61,31 @@ def test_a_retry_finds_its_runs_again(uri):
     assert client.get_run(parent.run_id).data.params == {"recipe.align.tokens": "5"}
     log_params(child, {"tokens": 7, "other": 1})
     assert client.get_run(child.run_id).data.params == {"tokens": "5", "other": "1"}
+
+
+def test_stores_that_share_a_server_do_not_share_runs(uri):
+    runs = [open_pipeline_run(uri, "recipe", RunIdentity(store=store, run="run-3")) for store in ("s", "t", "s")]
+    assert runs[0] == runs[2] != runs[1]
+
+
+def test_a_store_is_known_wherever_it_is(tmp_path):
+    first, second = (LocalStore(StoreRef(uri=str(tmp_path / name))) for name in ("one", "two"))
+    assert store_id(first) == store_id(first) != store_id(second)
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    assert store_id(LocalStore(StoreRef(uri=str(tmp_path / "moved")))) == store_id(first)
+
+
+def test_numbers_of_a_product_are_shown_once(uri, ref):
+    def product(loss, at):
+        return Manifest(
+            stage="align", digest="d", spec={}, files=(), metrics={"loss": loss, "table": [1, 2]},
+            code=CodeVersion(sha=None, versions={}), created_at=datetime.fromtimestamp(at, UTC),
+        )  # fmt: skip
+
+    stage = open_stage_run(ref, "align", "d")
+    for loss, at in ((0.5, 100), (0.5, 100), (0.5, 200), (0.25, 300)):
+        assert mirror_product(ref, stage, "align", "/store/align", product(loss, at))
+    assert history(ref, "align/loss") == [(0, 0.5), (1, 0.25)]
 
 
 def test_rows_reach_file_and_mlflow(tmp_path, ref):
@@ -107,8 +145,9 @@ def test_outage_is_neither_slow_nor_fatal(tmp_path):
 
 
 def test_no_run_without_a_server():
-    assert open_pipeline_run(NOWHERE, "recipe", "run") is None
-    close_run(None, "FAILED")
+    assert open_pipeline_run(NOWHERE, "recipe", RunIdentity(store="s", run="run")) is None
+    assert not close_run(TrackingRef(uri=NOWHERE, experiment="x", run_id="0" * 32), "FAILED")
+    assert close_run(None, "FAILED")
 
 
 def test_mlflow_is_caught_up_after_an_outage(tmp_path, ref, monkeypatch):
@@ -130,6 +169,37 @@ def test_mlflow_is_caught_up_after_an_outage(tmp_path, ref, monkeypatch):
     client = MlflowClient(ref.uri)
     assert client.get_run(ref.run_id).data.params["late"] == "True"
     assert [item.path for item in client.list_artifacts(ref.run_id)] == ["needle.png"]
+
+
+def test_no_step_is_sent_twice_when_an_answer_was_lost(tmp_path, ref, monkeypatch):
+    """The rows arrived, the answer did not; then the job went back and computed other numbers for the same steps."""
+    path = tmp_path / "metrics.jsonl"
+    real = MlflowClient.log_batch
+
+    def deaf(self, run_id, *arguments, **named):
+        real(self, run_id, *arguments, **named)
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", deaf)
+        record = MetricsRecord(path, ref)
+        for step in range(1, 8):
+            record.log(step, {"loss": float(step)})
+        record.close(timeout_seconds=5)
+    record = MetricsRecord(path, ref)
+    record.rewind(5)
+    for step in range(6, 11):
+        record.log(step, {"loss": step + 0.5})
+    record.close()
+    assert [step for step, _ in history(ref, "loss")] == list(range(1, 11))
+
+
+def test_a_folder_whose_name_has_a_space(tmp_path):
+    folder = tmp_path / "my checkout é"
+    folder.mkdir()
+    made = open_pipeline_run(f"sqlite:///{folder}/mlflow.db", "recipe", RunIdentity(store="s", run="r"))
+    log_file(made, "report.md", b"hello")
+    assert [path.name for path in folder.rglob("report.md")] == ["report.md"]
 
 
 def test_server_comes_back_while_the_job_runs(tmp_path, ref, monkeypatch):

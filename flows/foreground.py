@@ -1,0 +1,186 @@
+"""A run in this process, for a person at a terminal: Ctrl-C ends it in order, and its end is said once.
+
+The first Ctrl-C asks the jobs for a checkpoint, the second one does without; in either case the process is gone within
+twenty seconds, whatever else hangs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from radlads.tasks.credentials import hide
+from radlads.tasks.job import UserError
+from radlads.tasks.launch import JobFailed
+from radlads.tasks.stopping import REQUEST
+
+EXIT_INTERRUPTED = 130
+_LONGEST_SECONDS = 18.0
+_LONGEST_HURRY_SECONDS = 8.0
+_LOOK_SECONDS = 0.1
+
+
+def command_line(command: str, *arguments: str, options: Sequence[tuple[str, str | None]]) -> str:
+    """The same command again, quoted for a shell. options: name → value; one without a value is left out."""
+    words = ["radlads", command, *arguments]
+    for name, value in options:
+        if value is not None:
+            words += [name, value]
+    return shlex.join(words)
+
+
+def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> dict[str, str]:
+    """Run a flow to its end; stage → uri of its product. again: the command that goes on with this run.
+
+    Raises UserError with the one explanation, and what helps; ends the process with 130 after Ctrl-C.
+    """
+    from radlads.flows.common import ENDINGS
+
+    ending = _Ending(again, err)
+    with _interruptible(ending):
+        try:
+            _start_temporary_server()
+            ENDINGS.by_caller = True
+            state = flow(**parameters, return_state=True)
+        except KeyboardInterrupt:  # nothing of the run was at work
+            REQUEST.ask()
+            state = None
+        if REQUEST.asked_at is not None and (state is None or not state.is_completed()):
+            ending.stopped(begun=state is not None)
+            raise SystemExit(EXIT_INTERRUPTED)
+    if state.is_completed():
+        made: dict[str, str] = state.result()
+        return made
+    error = state.result(raise_on_failure=False)
+    raise UserError("\n".join([state.message or str(error), *_advice(error, again)]))
+
+
+def _advice(error: Any, again: str) -> list[str]:
+    """The command that goes on, where that helps: not where the same request would be refused again."""
+    if isinstance(error, JobFailed):
+        return [f"once that is mended, to go on where it stopped: {again}"]
+    return [] if isinstance(error, UserError) else [f"to go on where it stopped: {again}"]
+
+
+class _Ending:
+    """Says once how an interrupted run ended, whoever comes first."""
+
+    def __init__(self, again: str, err: Console) -> None:
+        self._again, self._err = again, err
+        self._lock = threading.Lock()
+        self._said = False
+
+    def stopped(self, *, begun: bool) -> None:
+        """One line: where it stopped, and the command that goes on if there is something to go on with."""
+        with self._lock:
+            if not self._said:
+                text = f"{REQUEST.describe()}; to go on: {self._again}" if begun else "stopped before the run began"
+                self.say(text)
+            self._said = True
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        self._err.print(hide(text), markup=False, highlight=False, soft_wrap=True)
+
+    def waiting(self) -> None:
+        """Somebody at a terminal should know why nothing seems to happen."""
+        if self._err.is_terminal:
+            self.say("stopping as soon as the job has saved a checkpoint; Ctrl-C again: at once")
+
+
+@contextmanager
+def _interruptible(ending: _Ending) -> Iterator[None]:
+    """While the flow is at work, Ctrl-C is a request that jobs see; otherwise a KeyboardInterrupt as ever."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if not REQUEST.running:
+            raise KeyboardInterrupt
+        if REQUEST.asked_at is None:
+            threading.Thread(target=_end_in_time, args=[ending], name="radlads-deadline", daemon=True).start()
+        REQUEST.ask()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Quiet(logging.Filter):
+    """Once a person has stopped the run, what Prefect says about that is not what they want to read."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        return False
+
+
+def _end_in_time(ending: _Ending) -> None:
+    """Ends the process when an orderly end takes too long. The supervisors of its jobs see that, and end those."""
+    while REQUEST.asked_at is None:
+        time.sleep(_LOOK_SECONDS)
+    for handler in logging.getLogger("prefect").handlers:
+        handler.addFilter(_Quiet())
+    ending.waiting()
+    while True:
+        ends = [REQUEST.asked_at + _LONGEST_SECONDS]
+        if REQUEST.hurried_at is not None:
+            ends.append(REQUEST.hurried_at + _LONGEST_HURRY_SECONDS)
+        if time.monotonic() >= min(ends):
+            break
+        time.sleep(_LOOK_SECONDS)
+    ending.stopped(begun=True)
+    _kill_temporary_server()
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _start_temporary_server() -> None:
+    """Where no Prefect server is set, start the temporary one now, out of reach of Ctrl-C.
+
+    A terminal sends that to every process in the foreground. The server would stop first, and each message to it be
+    tried again for minutes. It inherits the signals that the thread which starts it has blocked.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    failed: list[Exception] = []
+
+    def start() -> None:
+        from prefect.server.api.server import SubprocessASGIServer
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            SubprocessASGIServer().start()
+        except (RuntimeError, OSError) as error:
+            failed.append(error)
+
+    # The settings that hold here, its password among them, are the context's.
+    thread = threading.Thread(target=copy_context().run, args=[start], name="radlads-prefect-server", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_SECONDS)
+    if failed:
+        raise UserError(f"Prefect's temporary server did not start: {failed[0]}; try `radlads services up`")
+
+
+def _kill_temporary_server() -> None:
+    from prefect.server.api.server import SubprocessASGIServer
+
+    for server in list(SubprocessASGIServer._instances.values()):
+        if server.server_process is not None:
+            server.server_process.kill()

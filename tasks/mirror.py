@@ -1,0 +1,179 @@
+"""Brings MLflow up to date with what the store holds of a run: the products, and the record of every job.
+
+MLflow is a mirror and may have been away for any length of time. What it lacks is found by asking it, so doing this
+again adds nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from radlads.tasks.job import InputRef, JobSpec, Manifest, Stage, TrackingRef, UserError
+from radlads.tasks.metrics_record import catch_up
+from radlads.tasks.recipe import Recipe, parse_recipe
+from radlads.tasks.stage import restore_record
+from radlads.tasks.store import Store, StoreError, store_id
+from radlads.tasks.tracking import (
+    Ending,
+    RunIdentity,
+    mirror_product,
+    open_pipeline_run,
+    open_stage_run,
+    settle_run,
+)
+from radlads.tasks.yaml_reader import read_yaml
+
+_log = logging.getLogger(__name__)
+_DATASETS = "datasets/"
+
+
+@dataclass(frozen=True)
+class KeptStage:
+    """What the store holds of a stage that was begun. manifest: None while nothing is committed."""
+
+    key: str
+    stage: str
+    digest: str
+    spec: Mapping[str, Any]
+    inputs: Mapping[str, InputRef]
+    manifest: Manifest | None
+    reason: str | None
+    """How its last job ended."""
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return f"tokenize {self.spec['name']}" if self.stage == "tokenize" else self.stage
+
+    @property
+    def ending(self) -> Ending | None:
+        """As MLflow says it; None while it may be running."""
+        if self.manifest is not None:
+            return "FINISHED"
+        return None if self.reason is None else "KILLED" if self.reason == "preempted" else "FAILED"
+
+
+def sync_run(store: Store, uri: str, run: str) -> list[str]:
+    """Send MLflow whatever it lacks of a run; the labels of the stages, in their order.
+
+    uri: MLflow's. Raises UserError where the store has no such run or MLflow cannot be brought up to date.
+    """
+    kept = list(kept_stages(store, run))
+    if not kept:
+        raise UserError(f"there is no run '{run}' in {store.uri}")
+    experiment, params = _recipe(store, run)
+    identity = RunIdentity(store=store_id(store), run=run)
+    parent = open_pipeline_run(uri, experiment, identity, params=params, running=False)
+    if parent is None or not all(mirror_stage(store, parent, one) for one in kept):
+        raise UserError(f"MLflow at {uri} could not be brought up to date with '{run}'; try again when it answers")
+    ended = _ending(kept)
+    if ended is not None:
+        settle_run(parent, ended)
+    return [one.label for one in kept]
+
+
+def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage) -> bool:
+    """Send MLflow whatever it lacks of one stage; whether it has all of it now."""
+    ref = open_stage_run(parent, kept.label, kept.digest, params=stage_params(kept.spec), running=False)
+    if ref is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="radlads-record-") as folder:
+        restore_record(store, kept.key, Path(folder))
+        whole = catch_up(Path(folder, "metrics.jsonl"), ref)
+    if kept.manifest is not None:
+        whole &= mirror_product(parent, ref, kept.label, store.join(kept.key), kept.manifest)
+    if kept.ending is not None:
+        whole &= settle_run(ref, kept.ending, kept.manifest.created_at if kept.manifest else None)
+    return whole
+
+
+def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:
+    """What the store holds of a run, stage after stage; a dataset before the stages that read it."""
+    seen: set[str] = set()
+    for stage in get_args(Stage):
+        kept = kept_stage(store, f"runs/{run}/{stage}")
+        if kept is None:
+            continue
+        for uri in (ref.uri for ref in kept.inputs.values()):
+            with suppress(StoreError):  # a product of another store
+                key = store.key(uri)
+                if key.startswith(_DATASETS) and key not in seen:
+                    seen.add(key)
+                    dataset = kept_stage(store, key)
+                    if dataset is not None:
+                        yield dataset
+        yield kept
+
+
+def kept_stage(store: Store, key: str) -> KeptStage | None:
+    """What the store holds at a stage's place; None where nothing was begun."""
+    manifest = store.read_manifest(key)
+    data = store.get_bytes(f"{key}/job/job.json")
+    begun: JobSpec | Manifest | None = manifest
+    if begun is None and data is not None:
+        with suppress(ValidationError):  # of another version of the project, and it made nothing
+            begun = JobSpec.model_validate_json(data)
+    if begun is None:
+        return None
+    return KeptStage(
+        key=key,
+        stage=begun.stage,
+        digest=begun.digest,
+        spec=begun.spec,
+        inputs=begun.inputs,
+        manifest=manifest,
+        reason=_reason(store, key),
+    )
+
+
+def _ending(kept: list[KeptStage]) -> Ending | None:
+    """How a run ended, as far as its stages tell: one that publishes, or only judges, is finished with that."""
+    made = {one.stage for one in kept if one.manifest is not None}
+    whole = len(made) == len({one.stage for one in kept})
+    judged = not made & {"transplant", "pretrain"} and bool(made & {"evaluate", "needle"})
+    if "publish" in made or (whole and judged):
+        return "FINISHED"
+    return next((one.ending for one in kept if one.ending in ("FAILED", "KILLED")), None)
+
+
+def recipe_params(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe asks for, as far as it differs from the defaults."""
+    return recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+
+
+def stage_params(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage was asked for, as MLflow shows it. Which files a pin is of stands in the manifest."""
+    pins = {
+        name: {key: value for key, value in pin.items() if key != "files"} for name, pin in spec.get("pins", {}).items()
+    }
+    return {**spec, "pins": pins} if pins else dict(spec)
+
+
+def _recipe(store: Store, run: str) -> tuple[str, dict[str, Any]]:
+    """The name of a run's recipe, which is its experiment in MLflow, and its parameters."""
+    data = store.get_bytes(f"runs/{run}/recipe.yaml")
+    if data is None:
+        raise UserError(f"the run '{run}' in {store.uri} has no recipe.yaml")
+    raw = read_yaml(data, where=f"recipe.yaml of '{run}'")
+    try:
+        recipe = parse_recipe(raw, where=f"recipe.yaml of '{run}'")
+    except UserError as error:  # of another version of the project; its name is all that is needed
+        _log.warning("the parameters of '%s' are not sent to MLflow: %s", run, error)
+        return str(raw.get("name") if isinstance(raw, dict) else run), {}
+    return recipe.name, recipe_params(recipe)
+
+
+def _reason(store: Store, key: str) -> str | None:
+    data = store.get_bytes(f"{key}/job/exit.json")
+    with suppress(ValueError, AttributeError):
+        return str(json.loads(data)["reason"]) if data else None
+    return None

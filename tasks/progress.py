@@ -1,0 +1,81 @@
+"""What a running job tells through the files in its scratch folder: how far it is, its last numbers, its log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_LOG_LINES = 15
+_LONGEST_LINE = 300
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a running job is, and its last numbers."""
+
+    done: float
+    total: float
+    unit: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Watcher:
+    """Reads progress.json and the end of metrics.jsonl, and passes on what is new."""
+
+    def __init__(self, scratch: Path, report: Callable[[Progress], None] | None) -> None:
+        self._scratch, self._report = scratch, report
+        self.last: Progress | None = None
+        """What was seen last."""
+
+    def look(self) -> None:
+        """Pass on what is new."""
+        told = read_json(self._scratch / "progress.json")
+        if told is None:
+            return
+        progress = Progress(
+            done=float(told["done"]),
+            total=float(told["total"]),
+            unit=str(told["unit"]),
+            metrics=_last_metrics(self._scratch / "metrics.jsonl"),
+        )
+        if progress != self.last:
+            self.last = progress
+            if self._report is not None:
+                self._report(progress)
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    lines = _last_lines(path, 0, 4096)
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        return {key: value for key, value in row.items() if key != "time" and isinstance(value, int | float)}
+    return {}
+
+
+def log_end(log: Path, begin: int) -> list[str]:
+    """The last lines of a log, as far as they come after byte `begin`."""
+    lines = [line[:_LONGEST_LINE] for line in _last_lines(log, begin, 32768) if line.strip()]
+    return [f"  {line}" for line in lines[-_LOG_LINES:]] or ["  (it is empty)"]
+
+
+def _last_lines(path: Path, begin: int, size: int) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open("rb") as stream:
+        stream.seek(max(begin, path.stat().st_size - size))
+        return stream.read().decode(errors="replace").splitlines()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file that holds an object; None where it does not, or not yet."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

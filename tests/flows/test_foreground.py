@@ -1,0 +1,213 @@
+"""Ctrl-C at a terminal, and how the end of a run in the foreground is said: once, with what helps."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelled, Completed, Running
+from rich.console import Console
+
+from radlads.flows import demo, services
+from radlads.flows.foreground import command_line
+from radlads.tasks.settings import resolve_settings
+
+# `radlads`, with a job that only waits: for SIGTERM, upon which it "saves" as a training job does, unless `stubborn`.
+PROGRAM = """
+    import sys
+    from pathlib import Path
+    from radlads.tasks import launch
+    from radlads.flows import cli
+    program, mode, *sys.argv[1:] = sys.argv[1:]
+    launch.render_command = lambda spec, job_json, **_: [sys.executable, program, mode, str(job_json)]
+    cli.main()
+"""
+JOB = """
+    import json, os, signal, sys, time
+    mode = sys.argv[1]
+    def ending(reason, message):
+        open("exit.json", "w").write(json.dumps({"reason": reason, "message": message}))
+        os._exit(75)
+    if mode == "saves":
+        signal.signal(signal.SIGTERM, lambda *_: ending("preempted", ""))
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode in ("config", "crash"):
+        ending(mode, "no luck today")
+    open("progress.json", "w").write('{"done": 120, "total": 500, "unit": "steps"}')
+    open("pid", "w").write(str(os.getpid()))
+    time.sleep(1000)
+"""
+
+
+class Terminal:
+    """A command in a process group of its own, as a shell starts it in the foreground."""
+
+    def __init__(self, folder, recipe, mode, *, api):
+        (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
+        (folder / "job.py").write_text(textwrap.dedent(JOB))
+        self.folder = folder
+        self.arguments = [
+            "run", recipe, "--run", "r1", "--set", "align.tokens=8192", "--set", "student.attention_layers=[0, 1]",
+            "--store", str(folder / "my store"), "--tracking", "none",
+        ]  # fmt: skip
+        env = {**os.environ, "RADLADS_HOME": str(folder / "home"), "RADLADS_RETRIES": "0", "NO_COLOR": "1"}
+        env["PREFECT_HOME"] = str(folder / "prefect")
+        env.pop("PREFECT_API_URL", None)
+        if api:
+            env["PREFECT_API_URL"] = api
+        command = [sys.executable, str(folder / "program.py"), str(folder / "job.py"), mode, *self.arguments]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for_job(self):
+        pid = self.folder / "home/work/r1/plan/pid"
+        end = time.monotonic() + 120
+        while not (pid.exists() and pid.read_text()):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        time.sleep(1.5)  # until the launcher has read how far it is
+        return int(pid.read_text())
+
+    def interrupt(self):
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self, seconds):
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def terminal(tmp_path, recipe, request):
+    started = []
+
+    def start(mode, *, server):
+        api = None
+        if server:
+            request.getfixturevalue("prefect_server")
+            api = PREFECT_API_URL.value()
+        started.append(Terminal(tmp_path, recipe, mode, api=api))
+        return started[0]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+
+
+def said(err):
+    """Lines on the terminal after the beginning of the run, without Prefect's own times."""
+    return [line for line in err.splitlines() if "stopped" in line or "error" in line.lower() or "Traceback" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", [True, False])
+def test_ctrl_c_ends_a_run_in_order(terminal, server):
+    run = terminal("saves", server=server)
+    pid = run.wait_for_job()
+    before = time.monotonic()
+    run.interrupt()
+    code, out, err = run.end(30)
+    assert time.monotonic() - before < 20
+    assert code == 130
+    (line,) = said(out + err)
+    where, _, again = line.partition("; to go on: ")
+    assert where == "stopped in plan at 120 of 500 steps"
+    assert shlex.split(again) == ["radlads", *run.arguments]
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_job(terminal):
+    run = terminal("stubborn", server=True)
+    pid = run.wait_for_job()
+    before = time.monotonic()
+    run.interrupt()
+    time.sleep(0.5)
+    run.interrupt()
+    code, out, err = run.end(30)
+    assert time.monotonic() - before < 10
+    assert code == 130
+    (line,) = said(out + err)
+    assert line.startswith("stopped in plan at 120 of 500 steps, killed before it could save that; to go on: ")
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "helps"), [("crash", "to go on where it stopped: "), ("config", "once that is mended")]
+)
+def test_a_failure_is_said_once(terminal, mode, helps):
+    run = terminal(mode, server=True)
+    code, out, err = run.end(120)
+    assert code == 2
+    assert (out + err).count("no luck today") == 1
+    assert (out + err).count("--run r1") == 1
+    assert helps in err
+
+
+RUN = uuid4()
+
+
+class FakeApi:
+    """As much of Prefect's client as the demo uses: a run that trains until it is cancelled."""
+
+    def __init__(self):
+        self.states = []
+        self.looks = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read_deployment_by_name(self, name):
+        return SimpleNamespace(id=1)
+
+    def create_flow_run_from_deployment(self, *_, **__):
+        return SimpleNamespace(id=RUN)
+
+    def read_flow_run(self, flow_run_id):
+        self.looks += 1
+        if self.looks == 2:
+            raise KeyboardInterrupt
+        return SimpleNamespace(state=Cancelled() if self.states else Running())
+
+    def read_task_runs(self, **_):
+        return [SimpleNamespace(name="plan", state=Completed()), SimpleNamespace(name="align", state=Running())]
+
+    def set_flow_run_state(self, flow_run_id, state):
+        self.states.append((flow_run_id, state.type))
+
+
+def test_ctrl_c_in_the_demo_cancels_the_run(tmp_path, monkeypatch):
+    (tmp_path / "work/r1/align").mkdir(parents=True)
+    (tmp_path / "work/r1/align/progress.json").write_text('{"done": 12, "total": 50, "unit": "steps"}')
+    api, out = FakeApi(), StringIO()
+    monkeypatch.setattr(demo, "deploy", lambda: None)
+    monkeypatch.setattr(demo, "get_client", lambda **_: api)
+    monkeypatch.setattr(demo, "_LOOK_SECONDS", 0)
+    settings = resolve_settings(
+        store=str(tmp_path), work=str(tmp_path / "work"), tracking="none", environment={"RADLADS_HOME": str(tmp_path)}
+    )
+    running = {"prefect": services.Service("prefect", 1, 0, "http://127.0.0.1:9", "log")}
+    assert demo.run_demo(Console(file=out), running, settings, "smoke", "r1", {}, "radlads demo --run r1") == 130
+    assert api.states == [(RUN, "CANCELLING")]
+    assert out.getvalue().splitlines()[-1] == "stopped in align at 12/50 steps; to go on: radlads demo --run r1"
+
+
+def test_the_command_is_quoted():
+    options = [("--run", "r1"), ("--set", "a=[1, 2]"), ("--store", None), ("--tracking", "http://x/?a&b")]
+    line = command_line("run", "my recipe.yaml", options=options)
+    assert line == "radlads run 'my recipe.yaml' --run r1 --set 'a=[1, 2]' --tracking 'http://x/?a&b'"
