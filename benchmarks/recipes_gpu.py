@@ -43,7 +43,6 @@ from radlads.deployments.twins import large_recipes, recipe_folder
 from radlads.tasks import stage as stage_module
 from radlads.tasks.job import JobSpec, UserError
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.deepspeed_import import import_deepspeed
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.section_choice import choice_data
 from radlads.tasks.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
@@ -349,7 +348,8 @@ def main() -> int:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
     for program in PROGRAMS:
         import_module(f"radlads.tasks.jobs.{program}")
-    import_deepspeed()
+    if torch.cuda.is_initialized():
+        raise SystemExit("an import has taken the GPU, so that no fork could use it")
     names = options.recipes or [name for name, _ in large_recipes()]
     rows, failed = _lanes(names, options) if options.lanes > 1 else _sequence(names, options)
     text = f"{hardware()}\n\n`python benchmarks/recipes_gpu.py {shlex.join(sys.argv[1:])}`\n\n{table(rows)}\n"

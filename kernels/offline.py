@@ -92,7 +92,7 @@ def compile_wkv7(
     target = TARGETS[name]
     driver.set_active(_Driver(target))
     tuning = tuning or default_tuning(K, V, target.backend)
-    numerics = numerics or choose_numerics(dtype, target.backend)
+    numerics = numerics or choose_numerics(dtype, target.backend, wide=max(K, V) > 128)
     return {
         kernel.fn.__name__: kernel.warmup(*arguments, grid=(1,), **options)
         for kernel, arguments, options in (

@@ -68,7 +68,7 @@ def wkv7_triton(
             out, final_state = FusedWkv7.apply(plan, tuning, store, initial_state, *inputs)
         else:
             tuning = tuning or default_tuning(K, V, backend)
-            numerics = numerics or choose_numerics(dtype, backend)
+            numerics = numerics or choose_numerics(dtype, backend, wide=max(K, V) > 128)
             WATCH.look(log_decay_BTHK, widest_log_decay(tuning.chunk))
             plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
             out, final_state = _TritonWkv7.apply(plan, tuning, numerics, store, initial_state, *inputs)

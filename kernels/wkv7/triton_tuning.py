@@ -205,17 +205,22 @@ def candidates(K: int, V: int, backend: str) -> list[Tuning]:
     return list(dict.fromkeys([default, *found]))
 
 
-def choose_numerics(dtype: torch.dtype, backend: str) -> Numerics:
-    """What kernels make of bf16 keeps ten bits in products (tf32) and goes through memory as fp32.
+def choose_numerics(dtype: torch.dtype, backend: str, *, wide: bool = False) -> Numerics:
+    """What kernels make of bf16 keeps ten bits in products (tf32), and goes through memory as fp32 where that fits.
 
-    Through memory as bf16, one key that repeats through a document left errors of 0.99e-2 in the gradient of a (1.07e-2
-    at 256 channels); as fp32 0.77e-2. Products in three passes (tf32x3) leave 0.69e-2, at ten times the time.
+    As bf16 through memory, one key that repeats through a document left errors of 0.99e-2 in the gradient of a; as fp32
+    0.77e-2. Products in three passes (tf32x3) leave 0.69e-2, at ten times the time. wide: heads over 128 channels; their
+    tiles, and AMD's, fit the shared memory as bf16 alone (1.07e-2 at 256 channels).
     """
     if backend == "interpreter":
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         return Numerics(tl.float32, tl.float32, store, torch.float32, "ieee")
     if dtype == torch.bfloat16:
-        return Numerics(tl.float32, tl.float32, torch.float32, torch.float16, "tf32" if backend == "cuda" else "ieee")
+        if wide or backend == "hip":
+            raw, store = tl.bfloat16, torch.bfloat16
+        else:
+            raw, store = tl.float32, torch.float32
+        return Numerics(tl.float32, raw, store, torch.float16, "tf32" if backend == "cuda" else "ieee")
     precision = "ieee" if backend == "hip" else "tf32" if dtype == torch.float16 else "tf32x3"
     return Numerics(tl.float32, tl.float32, torch.float32, torch.float32, precision)
 

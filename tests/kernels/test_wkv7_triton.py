@@ -97,8 +97,9 @@ def test_which_kernels_walk():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("period", [None, 1, 4])
-@pytest.mark.parametrize("size", [16, 64, 96, 128])
+@pytest.mark.parametrize(
+    ("size", "period"), [*((size, period) for size in (16, 64, 96, 128) for period in (None, 1, 4)), (256, None)]
+)
 def test_on_the_gpu(size, period):
     special = {} if period is None else {"period": period, "iclr": 0.98, "log_decay": -1e-3}
     inputs = wkv7_inputs(2, 333, 2, size, dtype=torch.bfloat16, device="cuda", **special)

@@ -117,7 +117,6 @@ SMOKE = load_recipe("smoke")
 TOKENIZE = TokenizeSpec(
     name="train",
     dataset=next(iter(SMOKE.data.values())),
-    files=(),
     tokenizer="t",
     tokenizer_fingerprint="f",
     teacher=None,
