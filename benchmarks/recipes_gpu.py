@@ -346,8 +346,9 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
-    for program in PROGRAMS:
-        import_module(f"radlads.tasks.jobs.{program}")
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # torchao asks for the GPU as it is imported
+        for program in PROGRAMS:
+            import_module(f"radlads.tasks.jobs.{program}")
     if torch.cuda.is_initialized():
         raise SystemExit("an import has taken the GPU, so that no fork could use it")
     names = options.recipes or [name for name, _ in large_recipes()]

@@ -209,8 +209,8 @@ def choose_numerics(dtype: torch.dtype, backend: str, *, wide: bool = False) -> 
     """What kernels make of bf16 keeps ten bits in products (tf32), and goes through memory as fp32 where that fits.
 
     As bf16 through memory, one key that repeats through a document left errors of 0.99e-2 in the gradient of a; as fp32
-    0.77e-2. Products in three passes (tf32x3) leave 0.69e-2, at ten times the time. wide: heads over 128 channels; their
-    tiles, and AMD's, fit the shared memory as bf16 alone (1.07e-2 at 256 channels).
+    0.77e-2. Products in three passes (tf32x3) leave 0.69e-2, at ten times the time. wide: heads over 128 channels;
+    their tiles, and AMD's, fit the shared memory as bf16 alone (1.07e-2 at 256 channels).
     """
     if backend == "interpreter":
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
