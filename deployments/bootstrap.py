@@ -22,7 +22,12 @@ WORK_POOL = "radlads"
 GPU_LIMIT = "radlads-gpu"
 # Prefect's own template lets a flow run bring a shell command and an environment; this one takes neither.
 JOB_TEMPLATE: dict[str, Any] = {
-    "job_configuration": {"working_dir": "{{ working_dir }}", "stream_output": "{{ stream_output }}"},
+    "job_configuration": {
+        "working_dir": "{{ working_dir }}",
+        "stream_output": "{{ stream_output }}",
+        # A run that stops sending these is marked as crashed: zombies.py.
+        "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"},
+    },
     "variables": {
         "type": "object",
         "additionalProperties": False,

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import disk_offload, infer_auto_device_map
+from accelerate import PartialState, disk_offload, infer_auto_device_map
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -45,6 +45,17 @@ def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreT
 @pytest.fixture(scope="module", params=("hybrid", "pure"))
 def folder(request: pytest.FixtureRequest, exported: dict[str, Path]) -> Path:
     return exported[request.param]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process group, nor its variables, that another test has left: accelerate would take this process for one of
+    several."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    PartialState._reset_state()
 
 
 @pytest.fixture

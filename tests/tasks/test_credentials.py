@@ -21,7 +21,7 @@ from radlads.tasks.settings import refuse_credentials, resolve_settings
 from radlads.tasks.specs import PlanSpec
 from radlads.tasks.stage import run_stage
 from radlads.tasks.store import open_store
-from radlads.tasks.tracking import open_pipeline_run
+from radlads.tasks.tracking import RunIdentity, open_pipeline_run
 
 WORD = "Open%2FSesame-93"
 PLAIN = "Open/Sesame-93"
@@ -236,5 +236,5 @@ def test_a_launched_job_writes_none(moto_endpoint, mlflow_server, tmp_path, monk
             assert secret.encode() not in data, name
     assert product.manifest.stage == "plan"
     assert WORD not in repr(open_store(pipeline.settings.store).ref) + repr(pipeline.settings)
-    assert open_pipeline_run(pipeline.settings.tracking, "e", "r") is None
+    assert open_pipeline_run(pipeline.settings.tracking, "e", RunIdentity(store="s", run="r")) is None
     assert WORD not in caplog.text
