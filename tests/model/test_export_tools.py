@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState, disk_offload, infer_auto_device_map
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -49,12 +49,10 @@ def folder(request: pytest.FixtureRequest, exported: dict[str, Path]) -> Path:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process group, nor its variables, that another test has left: accelerate would take this process for one of
-    several."""
+    """Without the variables of a process group that another test has opened: accelerate would take this process for one
+    of several."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
     PartialState._reset_state()
 
 
