@@ -108,7 +108,7 @@ def cut_recipe(raw: dict[str, Any], folder: Path, *, layers: int, steps: int) ->
     student = dict(raw["student"])
     kept = student.get("attention_layers")
     if isinstance(kept, dict):
-        probe = {"lengths": [64], "documents": 4, "heldout_tokens": 256, "context": 256}
+        probe = {"lengths": [64], "documents": 4, "heldout_tokens": 128, "context": 128}
         student["attention_layers"] = kept | {"count": 1, "recall": probe}
     elif kept:
         student["attention_layers"] = [layers // 2]
@@ -345,6 +345,7 @@ def main() -> int:
     parser.add_argument("--lanes", type=int, default=1, help="recipes at a time, on the one GPU")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lanes share the GPU's memory
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # torchao asks for the GPU as it is imported
         for program in PROGRAMS:
