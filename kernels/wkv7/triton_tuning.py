@@ -19,7 +19,7 @@ from radlads.kernels.backends import is_hopper
 
 # Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96
-FEWEST_HEADS_HOPPER = 28  # between what was measured at 16 and at 40: README.md
+FEWEST_HEADS_HOPPER = 18  # between what was measured at 16 and at 32: README.md
 HOPPER_MULTIPROCESSORS = 132
 
 
