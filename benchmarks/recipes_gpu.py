@@ -287,7 +287,7 @@ def _reload(pipeline: Pipeline, recipe: str, published: Product) -> Row:
 def _load_and_generate(folder: Path, found: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids = tokenizer("Once upon a time there was a little dog.", return_tensors="pt").input_ids.to(device)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits[:, -1].float()
