@@ -26,7 +26,7 @@ from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobCrashed
 from radlads.tasks.recipe import list_recipes, load_recipe
 from radlads.tasks.settings import check_run_name, resolve_settings
-from radlads.tasks.store import StoreError
+from radlads.tasks.store import StoreError, open_store
 from radlads.tasks.yaml_reader import parse_yaml
 
 app = typer.Typer(
@@ -131,6 +131,7 @@ def run(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
+    open_store(settings.store)  # said before Prefect takes its time, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator
@@ -166,6 +167,7 @@ def evaluate(
 ) -> None:
     """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
     changes = parse_overrides(overrides)
+    check_run_name(judged_run)
     from radlads.tasks.pipeline import recipe_of_run
 
     # Said at once when it is wrong, before Prefect is started.
@@ -176,6 +178,7 @@ def evaluate(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
+    open_store(settings.store)  # said before Prefect takes its time, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator
@@ -202,8 +205,8 @@ def sync(
 ) -> None:
     """Send MLflow what it lacks of a run's numbers, after an outage; a run that ends does that by itself."""
     from radlads.tasks.mirror import sync_run
-    from radlads.tasks.store import open_store
 
+    check_run_name(name)
     services.use_services(resolve_settings().home)
     settings = resolve_settings(store=store, tracking=tracking)
     if not settings.tracking:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,15 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             return f"{name} is {repr(value)[:40]} in its config; a whole number from 1 to {most:,} is needed"
+    positions = raw.get("rope_parameters")
+    for name, value in (
+        ("rms_norm_eps", raw.get("rms_norm_eps")),
+        ("rope_theta", raw.get("rope_theta")),
+        ("rope_parameters.rope_theta", positions.get("rope_theta") if isinstance(positions, Mapping) else None),
+    ):
+        # What is no number at all is transformers' to say.
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            return f"{name} is {value} in its config; a number above 0 is needed"
     for name in ("layer_types", "architectures"):
         value = raw.get(name) or ()
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):

@@ -21,6 +21,8 @@ from radlads.model.refusals import stored_refusal
 from radlads.model.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.job import UserError
 
+# What the constructors of models raise for values that do not fit each other, or that they do not know.
+_REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError)
 DAMAGED = "the file is damaged, or the model diverged when it was made: download it again"
 # Rows that are compared at once where two tensors have to be equal.
 _BLOCK = 4096
@@ -41,6 +43,17 @@ _EXPERT = re.compile(
     r"^(?P<experts>.*\.mlp\.experts)\.(?P<index>\d{1,6})\.(?P<part>gate_proj|up_proj|down_proj)\.weight$"
 )
 _FUSED_EXPERTS = re.compile(r"^.*\.mlp\.experts\.(gate_up_proj|down_proj)$")
+
+
+def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """The config's causal language model on the meta device. Raises UserError for a config that makes none."""
+    causal_models: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return causal_models.from_config(copy.deepcopy(config))
+    except _REFUSALS as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"transformers cannot build the model of this config: {told}") from error
 
 
 class TeacherWeights:
@@ -106,8 +119,7 @@ class TeacherWeights:
             raise UserError(f"the teacher's config.json asks for the dtype {self.dtype}, in which no model computes")
         if layers > len(self.shapes):  # before as many are built
             raise UserError(f"the teacher's config has {layers} layers, its checkpoint {len(self.shapes)} tensors")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = build_empty(config)
         tied = dict(model.all_tied_weights_keys)
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if missing := [name for name in wanted if name not in self.shapes and name not in tied]:

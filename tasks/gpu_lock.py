@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import pwd
 import re
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.devices import visible_gpus
+from radlads.tasks.holder import user_name
 from radlads.tasks.stopping import REQUEST
 
 _log = logging.getLogger("prefect.radlads")
@@ -111,7 +111,12 @@ def _take(handle: int) -> bool:
 
 
 def _sign(handle: int, purpose: str) -> None:
-    sheet = {"user": _user(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "for": purpose}
+    sheet = {
+        "user": user_name(),
+        "pid": os.getpid(),
+        "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "for": purpose,
+    }
     with contextlib.suppress(OSError):  # only readable, or the disk is full: it is locked all the same
         data = json.dumps(sheet).encode()
         os.pwrite(handle, data, 0)
@@ -124,13 +129,6 @@ def _holder(handle: int) -> str:
         return f"held by {told['for']} (process {told['pid']} of {told['user']} since {told['since']})"
     except (ValueError, KeyError, TypeError):
         return "held by another process"
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
 
 
 def _shared_folder() -> Path:

@@ -41,7 +41,7 @@ class Holder(Sheet):
 def this_process(work: Path) -> Holder:
     """This process. work: the folder that it works in."""
     return Holder(
-        user=_user(),
+        user=user_name(),
         host=socket.gethostname(),
         pid=os.getpid(),
         machine=_machine(),
@@ -51,7 +51,8 @@ def this_process(work: Path) -> Holder:
     )
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Who runs this process."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # a container without a passwd entry

@@ -140,7 +140,7 @@ class HubSource(DocumentSource):
 
     kind: Literal["hub"]
     path: Annotated[Place, Reads("dataset")]
-    """A hub id, or a local folder of data files by its absolute path."""
+    """A hub id, or a local folder of data files: an absolute path, or one that begins with `./`."""
     subset: str | None = None
     split: str = "train"
     revision: Annotated[str | None, PLACE] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,6 @@ class Seal:
     sha256: str
     md5: bytes
     etags: frozenset[str]
-
-    @property
-    def md5_base64(self) -> str:
-        """As the Content-MD5 header wants it."""
-        return base64.b64encode(self.md5).decode()
 
 
 def part_size(size: int, smallest: int) -> int:

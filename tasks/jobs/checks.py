@@ -257,11 +257,16 @@ def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Find
 
 
 def check_heldout(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
-    """Warn where less text is held out than evaluate wants to score."""
+    """Warn where less text is held out than evaluate wants to score; none would end the run at its last stage."""
     if recipe.evaluate is None or not data[recipe.evaluate.data]["tokens"]:
         return
     held = round(data[recipe.evaluate.data]["tokens"] * recipe.data[recipe.evaluate.data].heldout_fraction)
-    if held < recipe.evaluate.heldout_tokens:
+    if held == 0:
+        findings.faults.append(
+            f"evaluate scores held-out text, and next to nothing of data.{recipe.evaluate.data} is held out; raise its "
+            "heldout_fraction, or give it more text"
+        )
+    elif held < recipe.evaluate.heldout_tokens:
         findings.warnings.append(
             f"evaluate.heldout_tokens is {recipe.evaluate.heldout_tokens}, but about {held} tokens of "
             f"data.{recipe.evaluate.data} are held out; all of them are scored"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -290,11 +289,6 @@ def _gib(size: float) -> str:
 def _sum(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
-
-
-def plan_of(folder: Path) -> PlanReport:
-    """Read a committed plan."""
-    return PlanReport.model_validate_json((folder / "plan.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -36,20 +36,27 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a teacher folder, a student's folder or a hub id, of the class that it names.
 
-    Raises UserError when there is none, it has no EOS token, or its class is not to be had: transformers then takes
-    another one without a word, which may split text otherwise.
+    Raises UserError when there is none, its files are damaged, it has no EOS token, or its class is not to be had:
+    transformers then takes another one without a word, which may split text otherwise.
     """
     resolved = resolve_tokenizer_path(path)
     try:
         config = get_tokenizer_config(resolved, revision=revision)
         _check_class_is_known(path, config, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever its files lead to: the tokenizers library raises nothing narrower
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
     own = _own_classes(config)
     loaded = type(tokenizer).__name__
     if own and trust_remote_code and loaded not in own:
         raise UserError(f"the tokenizer of {path} is {own[0]} of its own code, but transformers loaded {loaded}")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"the tokenizer of {path} has no vocabulary, which is what transformers makes of a folder without one; put "
+            "the model's tokenizer.json and tokenizer_config.json there"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no EOS token; set `eos_token` in its tokenizer_config.json")
     return tokenizer

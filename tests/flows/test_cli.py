@@ -39,6 +39,12 @@ def test_recipes_are_listed():
         (["demo", "--recipe", "demo-teacher", "--set", "pretrain.tokens=-1"], "pretrain.tokens"),
         (["run", "demo-teacher", "--set", "tokens"], "write it as KEY=VALUE"),
         (["evaluate", "nobody", "--recipe", "nonsense"], "error: no recipe named 'nonsense'"),
+        (["evaluate", "../nobody", "--recipe", "smoke"], "'../nobody' cannot be a run's name"),
+        (["sync", ""], "'' cannot be a run's name"),
+        (
+            ["run", "smoke", "--store", "/dev/null/store", "--tracking", "none"],
+            "the store /dev/null/store cannot be",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, words):

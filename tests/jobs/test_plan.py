@@ -278,6 +278,12 @@ def test_epochs_and_long_contexts_are_warned_about(recipe: Callable[..., Recipe]
     assert report.stages["finetune"]["epochs"] > 10
 
 
+def test_evaluate_needs_text_that_is_held_out(recipe: Callable[..., Recipe]):
+    """The run would end at its last stage otherwise."""
+    with pytest.raises(UserError, match=r"next to nothing of data.train is held out; raise its heldout_fraction"):
+        plan.make_plan(recipe(data__train__heldout_fraction=1e-9), CPU)
+
+
 def test_pretrain_is_planned_without_a_teacher(recipe: Callable[..., Recipe], tokenizer_folder: Path):
     raw = recipe().model_dump(mode="json")
     config = {

@@ -88,6 +88,34 @@ def test_damaged_weights_are_refused_by_the_plan(make_plan: Any, folder: Path, d
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "nonsense"}, {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}]
+)
+def test_a_config_that_makes_no_model_is_refused_in_one_line(
+    make_plan: Any, folder: Path, changes: dict[str, Any]
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=r"^teacher: (transformers cannot build|cannot read the config).*nonsense.*$"):
+        make_plan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_parameters.rope_theta is 0"),
+    ],
+)
+def test_numbers_that_give_no_numbers_are_refused(
+    make_plan: Any, folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=f"^teacher: {words} in its config; a number above 0 is needed$"):
+        make_plan()
+
+
 def test_weights_that_are_rounded_are_warned_about(make_plan: Any, folder: Path) -> None:
     assert not any("rounded" in line for line in make_plan().warnings)
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}

@@ -77,6 +77,32 @@ def test_what_cannot_be_had_is_refused(own: Any, changes: dict[str, Any], truste
         load_tokenizer(str(own(**changes)), trust_remote_code=trusted)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE"}}'),  # a bare Exception of the library
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("special_tokens_map.json", "3"),
+    ],
+)
+def test_damaged_files_end_in_one_line(tmp_path: Path, teacher_folder: Path, name: str, text: str) -> None:
+    folder = shutil.copytree(teacher_folder, tmp_path / "damaged")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=r"^no usable tokenizer in .*/damaged: .*$"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path, family: str) -> None:
+    """For Qwen's, transformers makes one that knows no word and turns every text into nothing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(UserError, match=r"has no vocabulary|no usable tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2TokenizerFast", None])
 def test_classes_that_transformers_has_are_as_ever(own: Any, named: str | None, teacher_folder: Path) -> None:
     ours = load_tokenizer(str(own(tokenizer_class=named, auto_map=None)))
