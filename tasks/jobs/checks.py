@@ -213,10 +213,17 @@ def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None
             findings.faults.append(f"{stage}.{fault}")
 
 
-def check_align(recipe: Recipe, width: int, findings: Findings) -> None:
-    """A loss must have the terms that it asks for. width: of the model."""
-    if recipe.align is not None and (fault := no_spectrum(recipe.align, width)):
+def check_align(recipe: Recipe, width: int, kept: int, num_layers: int, findings: Findings) -> None:
+    """A loss must have the terms that it asks for, and mixers to align. width: of the model; kept: softmax layers."""
+    if recipe.align is None:
+        return
+    if fault := no_spectrum(recipe.align, width):
         findings.faults.append(f"align.{fault}")
+    if kept == num_layers:
+        findings.faults.append(
+            f"student.attention_layers keeps all {num_layers} layers, so there is nothing to align: name fewer, or "
+            "drop the section `align`"
+        )
 
 
 def check_masks(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:

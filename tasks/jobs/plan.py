@@ -96,12 +96,13 @@ def make_plan(
         networks = count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
+    layers: tuple[int, ...] = ()
     if recipe.teacher is not None:
         layers = planned_layers(recipe.student, networks.num_layers)
         untied = recipe.student.untie_embeddings
         findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
     check_lora(recipe, networks.linear_names, findings)
-    check_align(recipe, networks.hidden, findings)
+    check_align(recipe, networks.hidden, len(layers), networks.num_layers, findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)

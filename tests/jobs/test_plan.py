@@ -248,6 +248,12 @@ def test_sequences_too_short_for_a_spectrum_are_told(recipe: Callable[..., Recip
     plan.make_plan(recipe(align__context=8, **asked), CPU)
 
 
+def test_a_student_without_a_mixer_has_nothing_to_align(recipe: Callable[..., Recipe]):
+    with pytest.raises(UserError, match=r"attention_layers keeps all 2 layers, so there is nothing to align"):
+        plan.make_plan(recipe(student__attention_layers=[0, 1]), CPU)
+    plan.make_plan(recipe(student__attention_layers=[1]), CPU)
+
+
 def test_batch_must_divide_over_processes(recipe: Callable[..., Recipe]):
     with pytest.raises(UserError, match=r"align.batch \(4\) must be a multiple of the 3 processes"):
         plan.make_plan(recipe(), JobResources(device="cpu", processes=3, threads=1))
