@@ -168,7 +168,7 @@ def evaluate(
     """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
     changes = parse_overrides(overrides)
     check_run_name(judged_run)
-    from radlads.tasks.pipeline import recipe_of_run
+    from radlads.tasks.pipeline import finished_students, recipe_of_run
 
     # Said at once when it is wrong, before Prefect is started.
     if recipe is not None:
@@ -178,7 +178,7 @@ def evaluate(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
-    open_store(settings.store)  # said before Prefect takes its time, too
+    finished_students(open_store(settings.store), judged_run)  # said before Prefect takes its time, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator

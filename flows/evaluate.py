@@ -34,7 +34,7 @@ def radlads_evaluate(
     asked = recipe_of_run(judged_run, overrides, store=store) if recipe is None else recipe
     with open_pipeline(asked, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
         wanted = pipeline.recipe
-        students = finished_students(pipeline, judged_run)
+        students = finished_students(pipeline.store, judged_run)
 
         planned = plan(pipeline)
         check_students(planned, students, other_teacher=other_teacher)

@@ -58,6 +58,8 @@ def parse_header(stream: BinaryIO, size: int, path: Path) -> dict[str, TensorEnt
     """As `read_header`, of an open file of `size` bytes that error messages call `path`."""
     try:
         start = stream.read(8)
+        if len(start) < 8:
+            raise ValueError(f"it has {size} bytes")
         if (start + stream.read(len(_POINTER) - 8)).startswith(_POINTER):
             raise ValueError("it is the pointer that Git LFS leaves in place of the file; run `git lfs pull`")
         stream.seek(8)

@@ -222,7 +222,10 @@ def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"no teacher at '{path}': {_one_line(error)}") from error
     if not raw or not isinstance(raw, dict):
-        raise UserError(f"no config.json at '{path}'; a teacher is a Hugging Face folder or hub id")
+        raise UserError(
+            f"no teacher at '{path}': its config.json is not there or holds no settings; a teacher is a Hugging Face "
+            "folder or hub id"
+        )
     return raw
 
 

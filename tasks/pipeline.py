@@ -25,7 +25,7 @@ from radlads.tasks.settings import Settings, check_run_name, refuse_credentials,
 from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
 from radlads.tasks.stopping import REQUEST, RunStopped
-from radlads.tasks.store import StoreError, open_store, store_id
+from radlads.tasks.store import Store, StoreError, open_store, store_id
 from radlads.tasks.tracking import Ending, RunIdentity, close_run, open_pipeline_run
 
 _log = logging.getLogger(__name__)
@@ -188,15 +188,15 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
     return at_pinned_commits(asked, report.pins)
 
 
-def finished_students(pipeline: Pipeline, run: str) -> dict[str, Product]:
-    """Stage → model of another run in the same store, in the stages' order. Raises UserError where it has none."""
+def finished_students(store: Store, run: str) -> dict[str, Product]:
+    """Stage → model of a run, in the stages' order. Raises UserError where it has none."""
     check_run_name(run)
     found = {}
     for stage in ("transplant", "align", "choose", "distill", "finetune"):
         key = f"runs/{run}/{stage}"
-        manifest = pipeline.store.read_manifest(key)
+        manifest = store.read_manifest(key)
         if manifest is not None:
-            found[stage] = Product(uri=pipeline.store.join(key), manifest=manifest, reused=True)
+            found[stage] = Product(uri=store.join(key), manifest=manifest, reused=True)
     if not found:
-        raise UserError(f"there is no finished model of a run '{run}' in {pipeline.store.uri}")
+        raise UserError(f"there is no finished model of a run '{run}' in {store.uri}")
     return found

@@ -47,7 +47,7 @@ def test_so_is_one_that_is_to_be_made(key, value, told):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (b"[1]", "no config.json at"),
+        (b"[1]", "its config.json is not there or holds no settings"),
         (b"{", "no teacher at"),
         (b"\xff\xfe", "no teacher at"),
         (b'{"a": 1}', "no model_type"),
