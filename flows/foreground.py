@@ -23,6 +23,7 @@ from rich.console import Console
 from radlads.tasks.credentials import hide
 from radlads.tasks.job import UserError
 from radlads.tasks.launch import JobFailed
+from radlads.tasks.process_tree import end_with_me
 from radlads.tasks.stopping import REQUEST
 
 EXIT_INTERRUPTED = 130
@@ -176,11 +177,17 @@ def _start_temporary_server() -> None:
         thread.join(_LOOK_SECONDS)
     if failed:
         raise UserError(f"Prefect's temporary server did not start: {failed[0]}; try `radlads services up`")
+    for pid in _temporary_servers():
+        end_with_me(pid)
+
+
+def _temporary_servers() -> list[int]:
+    from prefect.server.api.server import SubprocessASGIServer
+
+    started = [server.server_process for server in SubprocessASGIServer._instances.values()]
+    return [process.pid for process in started if process is not None and process.poll() is None]
 
 
 def _kill_temporary_server() -> None:
-    from prefect.server.api.server import SubprocessASGIServer
-
-    for server in list(SubprocessASGIServer._instances.values()):
-        if server.server_process is not None:
-            server.server_process.kill()
+    for pid in _temporary_servers():
+        os.kill(pid, signal.SIGKILL)

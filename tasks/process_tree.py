@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterable
@@ -23,6 +25,30 @@ WARDEN = "radlads-warden"
 _SUPERVISOR = b"radlads.tasks.supervise"
 _TICK_SECONDS = 0.1
 _KILL_SECONDS = 30.0
+
+
+_GUARD = "import signal, sys; sys.stdin.buffer.read(); signal.pidfd_send_signal(int(sys.argv[1]), signal.SIGKILL)"
+
+
+def end_with_me(pid: int) -> None:
+    """Have a child that sets no parent-death signal of its own killed when this process ends, in whatever way.
+
+    A small process waits for the end of a pipe that only this one holds open, and kills by a descriptor of the child.
+    """
+    descriptor = os.pidfd_open(pid)
+    reading, _held_until_the_end = os.pipe()
+    try:
+        subprocess.Popen(
+            [sys.executable, "-I", "-c", _GUARD, str(descriptor)],
+            stdin=reading,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[descriptor],
+            start_new_session=True,
+        )
+    finally:
+        os.close(descriptor)
+        os.close(reading)
 
 
 @dataclass(frozen=True)

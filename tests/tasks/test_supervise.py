@@ -185,6 +185,25 @@ def test_the_warden_goes_with_an_ended_job(tree):
     assert not alive(warden)
 
 
+def test_a_server_goes_with_the_process_that_started_it(tmp_path):
+    """Killed with -9: no handler, and no thread of it, is left to end anything."""
+    script = (
+        "import subprocess, time; from radlads.tasks.process_tree import end_with_me\n"
+        "server = subprocess.Popen(['sleep', '1000']); end_with_me(server.pid); print(server.pid, flush=True)\n"
+        "time.sleep(1000)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    server = int(starter.stdout.readline())
+    time.sleep(0.3)  # the guard is there
+    assert read_proc(server, "stat")
+    starter.kill()
+    starter.wait()
+    end = time.monotonic() + 5
+    while any(process.pid == server for process in processes()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_a_command_that_cannot_be_started_is_in_the_log(tmp_path):
     assert supervise(tmp_path, str(tmp_path / "no such program")).returncode == 127
     assert (tmp_path / "log.txt").read_text() == f"cannot start {tmp_path}/no such program: No such file or directory\n"
