@@ -69,13 +69,18 @@ def other(store, tmp_path):
 
 
 def elsewhere(store, **changes):
-    """Write the lease of a process of another machine."""
-    found = lease._read(store, KEY)
-    now = Lease(store, "r", Path("/far"))._mine if found is None else found[0]
-    holder = now.holder.model_copy(update={"host": "far", "user": "ada", "machine": "another", "pid": 4242})
-    made = now.model_copy(update={"holder": holder, "owner": "theirs", **changes})
-    store.put_bytes(KEY, made.model_dump_json().encode())
-    return made
+    """Write the lease of a process of another machine, on condition as that one would: between two beats of ours."""
+    while True:
+        found = lease._read(store, KEY)
+        now = Lease(store, "r", Path("/far"))._mine if found is None else found[0]
+        holder = now.holder.model_copy(update={"host": "far", "user": "ada", "machine": "another", "pid": 4242})
+        made = now.model_copy(update={"holder": holder, "owner": "theirs", **changes})
+        data = made.model_dump_json().encode()
+        if found is None:
+            store.put_bytes(KEY, data)
+            return made
+        if store.replace(KEY, data, found[1]):
+            return made
 
 
 @every
@@ -161,7 +166,8 @@ def test_the_same_process_may_take_it_again_but_not_twice(store, tmp_path, monke
 
 
 @every
-def test_a_holder_that_was_away_finds_out_and_commits_nothing(store, tmp_path):
+def test_a_holder_that_was_away_finds_out_and_commits_nothing(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 1000)  # away: a beat on its way would overwrite what is put below
     (tmp_path / "product").mkdir()
     (tmp_path / "product" / "x").write_text("1")
     with Lease(store, "r", tmp_path) as mine:
