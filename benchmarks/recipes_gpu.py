@@ -267,7 +267,8 @@ def _row(recipe: str, stage: str, product: Product, seconds: float, scratch: Pat
 
 
 def _reload(pipeline: Pipeline, recipe: str, published: Product) -> Row:
-    """The exported folder by transformers alone: greedy tokens with and without a cache are the same."""
+    """The exported folder by transformers alone: it generates, and its next token's logits, read with and without a
+    cache, differ by no more than bf16's rounding through all layers (0.8 to 0.9 % in what was measured)."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=pipeline.settings.work) as scratch:
         folder = pipeline.store.fetch(pipeline.store.key(published.uri), Path(scratch)) / "model"

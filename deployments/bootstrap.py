@@ -16,6 +16,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoo
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from radlads.deployments.zombies import ask_after_runs, make_automation
+from radlads.tasks.settings import HEARTBEAT_SECONDS
 
 _log = logging.getLogger(__name__)
 WORK_POOL = "radlads"
@@ -26,7 +27,7 @@ JOB_TEMPLATE: dict[str, Any] = {
         "working_dir": "{{ working_dir }}",
         "stream_output": "{{ stream_output }}",
         # A run that stops sending these is marked as crashed: zombies.py.
-        "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"},
+        "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
     },
     "variables": {
         "type": "object",

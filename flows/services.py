@@ -28,13 +28,13 @@ from radlads.flows.service_password import make_password, read_password
 from radlads.tasks.credentials import learn, take_credentials
 from radlads.tasks.files import file_errors, private_folder, write_private
 from radlads.tasks.job import UserError
+from radlads.tasks.settings import HEARTBEAT_SECONDS
 
 HOST = "127.0.0.1"
 _PORTS = {"prefect": 4200, "mlflow": 5000}
 _HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
 _START_SECONDS = 240.0
 _STOP_SECONDS = 15.0
-_HEARTBEAT_SECONDS = "60"  # of a flow run; deployments/zombies.py waits for several
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -136,7 +136,7 @@ def is_healthy(service: Service) -> bool:
 
 def service_settings(running: Mapping[str, Service], password: str | None) -> dict[str, str]:
     """Variables that point Prefect and the pipelines at the services, the password in them."""
-    settings = {**_QUIET, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": _HEARTBEAT_SECONDS}
+    settings = {**_QUIET, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
     if "prefect" in running:
         settings["PREFECT_API_URL"] = f"{running['prefect'].url}/api"
         if password:

@@ -15,6 +15,8 @@ from radlads.tasks.document import one_line
 from radlads.tasks.files import file_errors
 from radlads.tasks.job import StoreRef, UserError
 
+HEARTBEAT_SECONDS = 60
+"""Between two signs of life of a flow run; deployments/zombies.py waits for several."""
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9]")
 _DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+[a-z0-9_]+)?://")

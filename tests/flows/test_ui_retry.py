@@ -83,7 +83,11 @@ class Rescue:
             "PREFECT_HOME": str(self.home / "prefect"),
         }  # fmt: skip
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        subprocess.run(deploy, cwd=ROOT, env=env, check=True, capture_output=True)
+        try:
+            subprocess.run(deploy, cwd=ROOT, env=env, check=True, capture_output=True)
+        except subprocess.CalledProcessError:
+            self.stop()  # a fixture that fails here is not torn down
+            raise
 
     def stop(self):
         self.radlads("services", "down")
