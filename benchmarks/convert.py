@@ -22,12 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from radlads.tasks.content import ContentHashes
-from radlads.tasks.job import Manifest
-from radlads.tasks.pins import follow_moves
+from radlads.tasks.contracts.job import Manifest
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.pins import follow_moves
+from radlads.tasks.contracts.recipe.choice import choice_data
+from radlads.tasks.contracts.specs import PlanReport, PlanSpec, StageSpec
 from radlads.tasks.pipeline import Pipeline, open_pipeline
-from radlads.tasks.section_choice import choice_data
-from radlads.tasks.specs import PlanReport, PlanSpec, StageSpec
 from radlads.tasks.stage import Product, run_stage
 from radlads.tasks.stage_specs import (
     choose_spec,

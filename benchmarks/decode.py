@@ -17,7 +17,7 @@ import triton
 from linear_kl import in_turns, say
 from peers import Case, Compilers, search
 
-from radlads.kernels.testing import relative_rms, wkv7_inputs
+from radlads.kernels.shared.testing import relative_rms, wkv7_inputs
 from radlads.kernels.wkv7 import wkv7_delta_step, wkv7_step
 
 STEPS, ROUNDS = 20, 25

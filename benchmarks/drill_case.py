@@ -18,8 +18,8 @@ from pathlib import Path
 
 from fault_proxy import FaultProxy, Rule
 
-from radlads.tasks.job import StoreRef
-from radlads.tasks.store import Store, open_store
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store.open import Store, open_store
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "recipes" / "drill.yaml"
@@ -105,11 +105,11 @@ def find_victim(place: Place, victim: str, flow: int) -> int | None:
     for pid, words in sorted(place.processes().items()):
         if not any(STAGE in word for word in words):
             continue
-        if "radlads.tasks.supervise" in words:
+        if "radlads.tasks.launchers.supervise" in words:
             found["supervisor"] = pid
         elif any("deepspeed" in word for word in words):
             found["launcher"] = pid  # the innermost: the runner starts it
-        elif "radlads.tasks.jobs.train" in words:
+        elif "radlads.tasks.jobs.train.train" in words:
             found["rank"] = pid
     return found.get(victim)
 

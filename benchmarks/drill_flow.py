@@ -12,10 +12,10 @@ import sys
 
 from convert import run_stages
 
-from radlads.tasks.job import UserError
-from radlads.tasks.launch import JobCrashed
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.launchers.local import JobCrashed
 from radlads.tasks.pipeline import open_pipeline
-from radlads.tasks.store import StoreError
 
 logger = logging.getLogger("drill")
 

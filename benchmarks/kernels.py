@@ -28,7 +28,7 @@ import triton
 from peers import WORKERS, Case, Compilers, die_with_parent, search
 from torch import Tensor
 
-from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, relative_rms, wkv7_inputs
+from radlads.kernels.shared.testing import DECAY_FLOOR, outputs_and_gradients, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_step import wkv7_step_triton

@@ -28,7 +28,7 @@ from torch import Tensor
 from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings
 from radlads.kernels.linear_kl.triton_rows import triton_rows
-from radlads.kernels.testing import relative_rms
+from radlads.kernels.shared.testing import relative_rms
 
 BF16 = torch.bfloat16
 GIB = 2**30

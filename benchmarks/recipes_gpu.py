@@ -41,11 +41,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from radlads.deployments.twins import large_recipes, recipe_folder
 from radlads.tasks import stage as stage_module
-from radlads.tasks.job import JobSpec, UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobSpec
+from radlads.tasks.contracts.recipe.choice import choice_data
+from radlads.tasks.contracts.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.pipeline import Pipeline, open_pipeline
-from radlads.tasks.section_choice import choice_data
-from radlads.tasks.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
 from radlads.tasks.stage import Product, run_stage
 from radlads.tasks.stage_specs import (
     choose_spec,

@@ -22,7 +22,7 @@ import triton
 from peers import Case, Compilers, search
 from torch import Tensor
 
-from radlads.kernels.testing import WKV6_FLOOR, outputs_and_gradients, relative_rms, wkv6_inputs
+from radlads.kernels.shared.testing import WKV6_FLOOR, outputs_and_gradients, relative_rms, wkv6_inputs
 from radlads.kernels.wkv6.chunked import wkv6_chunked
 from radlads.kernels.wkv6.triton_op import Tuning, candidates, current_backend, wkv6_triton
 

@@ -16,7 +16,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoo
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from radlads.deployments.zombies import ask_after_runs, make_automation
-from radlads.tasks.settings import HEARTBEAT_SECONDS
+from radlads.tasks.contracts.settings import HEARTBEAT_SECONDS
 
 _log = logging.getLogger(__name__)
 WORK_POOL = "radlads"

@@ -18,16 +18,16 @@ from radlads.flows import services
 from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.flows.service_password import password_file
-from radlads.tasks.anchor import anchor_recipe
-from radlads.tasks.credentials import hide
-from radlads.tasks.document import one_line
-from radlads.tasks.files import explain_os_error
-from radlads.tasks.job import UserError
-from radlads.tasks.launch import JobCrashed
-from radlads.tasks.recipe import list_recipes, load_recipe
-from radlads.tasks.settings import check_run_name, resolve_settings
-from radlads.tasks.store import StoreError, open_store
-from radlads.tasks.yaml_reader import parse_yaml
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.credentials import hide
+from radlads.tasks.contracts.parsing.document import one_line
+from radlads.tasks.contracts.parsing.files import explain_os_error
+from radlads.tasks.contracts.parsing.yaml_reader import parse_yaml
+from radlads.tasks.contracts.recipe.recipe import list_recipes, load_recipe
+from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+from radlads.tasks.contracts.store.open import StoreError, open_store
+from radlads.tasks.launchers.local import JobCrashed
 
 app = typer.Typer(
     name="radlads",

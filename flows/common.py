@@ -25,13 +25,13 @@ from prefect.settings import (
 from prefect.states import Cancelled, Failed
 from pydantic import WithJsonSchema
 
-from radlads.tasks.credentials import hide
-from radlads.tasks.disk import explain_disk
-from radlads.tasks.document import one_line
-from radlads.tasks.job import UserError
-from radlads.tasks.launch import JobCrashed
-from radlads.tasks.stopping import REQUEST, RunStopped
-from radlads.tasks.store import StoreError
+from radlads.tasks.contracts.disk import explain_disk
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.credentials import hide
+from radlads.tasks.contracts.parsing.document import one_line
+from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -8,10 +8,10 @@ from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
 from radlads.tasks.assess import evaluate, needle
+from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.prepare import plan, tokenize, transplant
 from radlads.tasks.report import publish
-from radlads.tasks.section_choice import late_choice
 from radlads.tasks.training import align, choose, distill, finetune
 
 

@@ -25,10 +25,10 @@ import radlads.flows.convert
 from radlads.flows.foreground import EXIT_INTERRUPTED
 from radlads.flows.service_password import password_file
 from radlads.flows.services import Service
-from radlads.tasks.credentials import hide, with_credentials
-from radlads.tasks.job import UserError
-from radlads.tasks.recipe import load_recipe
-from radlads.tasks.settings import Settings
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.settings import Settings
 
 _DEPLOYMENT = "radlads/smoke"
 _LOOK_SECONDS = 1.0

@@ -20,11 +20,11 @@ from typing import Any
 
 from rich.console import Console
 
-from radlads.tasks.credentials import hide
-from radlads.tasks.job import UserError
-from radlads.tasks.launch import JobFailed
-from radlads.tasks.process_tree import end_with_me
-from radlads.tasks.stopping import REQUEST
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.credentials import hide
+from radlads.tasks.contracts.process_tree import end_with_me
+from radlads.tasks.launchers.local import JobFailed
+from radlads.tasks.launchers.stopping import REQUEST
 
 EXIT_INTERRUPTED = 130
 _LONGEST_SECONDS = 18.0

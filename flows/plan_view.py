@@ -13,15 +13,15 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from radlads.tasks.devices import planned_resources
-from radlads.tasks.job import StoreRef
-from radlads.tasks.launch import JobCrashed, machine_resources
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.recipe.recipe import Recipe
+from radlads.tasks.contracts.settings import resolve_settings
+from radlads.tasks.contracts.specs import PlanReport, PlanSpec
+from radlads.tasks.contracts.store.open import LocalStore
+from radlads.tasks.launchers.devices import planned_resources
+from radlads.tasks.launchers.local import JobCrashed, machine_resources
 from radlads.tasks.plan_table import plan_rows, short_count
-from radlads.tasks.recipe import Recipe
-from radlads.tasks.settings import resolve_settings
-from radlads.tasks.specs import PlanReport, PlanSpec
 from radlads.tasks.stage import StageRequest, run_stage
-from radlads.tasks.store import LocalStore
 
 _LEGEND = "GiB on each device. adam: gradients and optimizer; rest: activations, logits, buffers"
 

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.prepare import plan, tokenize
 from radlads.tasks.report import publish

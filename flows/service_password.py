@@ -6,8 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
-from radlads.tasks.files import write_private
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.files import write_private
 
 
 def password_file(home: Path) -> Path:

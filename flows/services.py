@@ -25,10 +25,10 @@ import psutil
 
 from radlads.flows.door import LOOPBACK, own_origins
 from radlads.flows.service_password import make_password, read_password
-from radlads.tasks.credentials import learn, take_credentials
-from radlads.tasks.files import file_errors, private_folder, write_private
-from radlads.tasks.job import UserError
-from radlads.tasks.settings import HEARTBEAT_SECONDS
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.credentials import learn, take_credentials
+from radlads.tasks.contracts.parsing.files import file_errors, private_folder, write_private
+from radlads.tasks.contracts.settings import HEARTBEAT_SECONDS
 
 HOST = "127.0.0.1"
 _PORTS = {"prefect": 4200, "mlflow": 5000}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from radlads.tasks.job import SCHEMA_VERSION, UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import SCHEMA_VERSION
+from radlads.tasks.contracts.specs import foreign_teacher
+from radlads.tasks.contracts.store.errors import older_schema
+from radlads.tasks.contracts.tracking import log_file
 from radlads.tasks.observe import show_picture
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
-from radlads.tasks.specs import foreign_teacher
 from radlads.tasks.stage import Product
 from radlads.tasks.stage_specs import evaluate_spec, needle_spec, planned_teacher
-from radlads.tasks.store_errors import older_schema
-from radlads.tasks.tracking import log_file
 
 
 @stage_task("evaluate")

@@ -17,12 +17,13 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from radlads.tasks.job import InputRef, JobSpec, Manifest, Stage, TrackingRef, UserError
-from radlads.tasks.metrics_record import catch_up
-from radlads.tasks.recipe import Recipe, parse_recipe
-from radlads.tasks.stage import restore_record
-from radlads.tasks.store import Store, StoreError, store_id
-from radlads.tasks.tracking import (
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import InputRef, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.contracts.metrics_record import catch_up
+from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
+from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.store.open import Store, StoreError, store_id
+from radlads.tasks.contracts.tracking import (
     Ending,
     RunIdentity,
     mirror_product,
@@ -30,7 +31,7 @@ from radlads.tasks.tracking import (
     open_stage_run,
     settle_run,
 )
-from radlads.tasks.yaml_reader import read_yaml
+from radlads.tasks.stage import restore_record
 
 _log = logging.getLogger(__name__)
 _DATASETS = "datasets/"

@@ -23,9 +23,9 @@ from prefect.artifacts import (
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
 
-from radlads.tasks.job import JobResources
-from radlads.tasks.launch import hold_devices
-from radlads.tasks.progress import Progress
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.launchers.local import hold_devices
+from radlads.tasks.launchers.progress import Progress
 
 _log = logging.getLogger("prefect.radlads")
 _UPDATE_SECONDS = 2.0

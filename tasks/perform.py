@@ -14,18 +14,19 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Failed
 from prefect.tasks import Task
 
-from radlads.tasks.credentials import hide
-from radlads.tasks.disk import explain_disk
-from radlads.tasks.job import JobResources, Stage, TrackingRef, UserError
-from radlads.tasks.launch import JobCrashed
+from radlads.tasks.contracts.disk import explain_disk
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources, Stage, TrackingRef
+from radlads.tasks.contracts.parsing.credentials import hide
+from radlads.tasks.contracts.specs import StageSpec, TokenizeSpec
+from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.contracts.tracking import close_run, open_stage_run, run_url
+from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.mirror import kept_stage, mirror_stage, stage_params
 from radlads.tasks.observe import ProgressView, gpu_slot, show_link
 from radlads.tasks.pipeline import Pipeline
-from radlads.tasks.specs import StageSpec, TokenizeSpec
 from radlads.tasks.stage import Product, StageRequest, run_stage
-from radlads.tasks.stopping import REQUEST, RunStopped
-from radlads.tasks.store import StoreError
-from radlads.tasks.tracking import close_run, open_stage_run, run_url
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

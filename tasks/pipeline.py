@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radlads.tasks.anchor import anchor_recipe
-from radlads.tasks.files import file_errors
-from radlads.tasks.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef, UserError
-from radlads.tasks.launch import machine_resources
-from radlads.tasks.lease import Lease
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef
+from radlads.tasks.contracts.locks.lease import Lease
+from radlads.tasks.contracts.locks.scratch_lock import hold_folder
+from radlads.tasks.contracts.parsing.files import file_errors
+from radlads.tasks.contracts.pins.pins import at_pinned_commits
+from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
+from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
+from radlads.tasks.contracts.specs import PlanReport, StageSpec
+from radlads.tasks.contracts.store.open import Store, StoreError, open_store, store_id
+from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
+from radlads.tasks.launchers.local import machine_resources
+from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.mirror import recipe_params, sync_run
-from radlads.tasks.pins import at_pinned_commits
-from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
-from radlads.tasks.scratch_lock import hold_folder
-from radlads.tasks.settings import Settings, check_run_name, refuse_credentials, resolve_settings
-from radlads.tasks.specs import PlanReport, StageSpec
 from radlads.tasks.stage import Product, StageRequest
-from radlads.tasks.stopping import REQUEST, RunStopped
-from radlads.tasks.store import Store, StoreError, open_store, store_id
-from radlads.tasks.tracking import Ending, RunIdentity, close_run, open_pipeline_run
 
 _log = logging.getLogger(__name__)
 _TRY_AGAIN_SECONDS = 60.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from radlads.tasks.specs import PlanReport
+from radlads.tasks.contracts.specs import PlanReport
 
 _GIB = 1024**3
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from radlads.tasks.content import ContentHashes
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.pins import follow_moves
+from radlads.tasks.contracts.specs import PlanReport, PlanSpec
+from radlads.tasks.contracts.tracking import run_url
 from radlads.tasks.observe import show_link, show_table
 from radlads.tasks.perform import perform, stage_task
-from radlads.tasks.pins import follow_moves
 from radlads.tasks.pipeline import Pipeline, Plan
 from radlads.tasks.plan_table import plan_rows
-from radlads.tasks.specs import PlanReport, PlanSpec
 from radlads.tasks.stage import Product
 from radlads.tasks.stage_specs import tokenize_spec, transplant_spec
-from radlads.tasks.tracking import run_url
 
 
 @stage_task("plan")

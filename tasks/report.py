@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from radlads.tasks.contracts.specs import PublishSpec
+from radlads.tasks.contracts.tracking import log_file
 from radlads.tasks.observe import show_markdown
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline
-from radlads.tasks.specs import PublishSpec
 from radlads.tasks.stage import Product
-from radlads.tasks.tracking import log_file
 
 
 @stage_task("publish")

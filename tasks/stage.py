@@ -12,14 +12,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from radlads.tasks.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
-from radlads.tasks.launch import JobCrashed, launch
-from radlads.tasks.lease import Lease, LeaseLost
-from radlads.tasks.progress import Progress
-from radlads.tasks.scratch_lock import hold_folder
-from radlads.tasks.specs import StageSpec, spec_digest
-from radlads.tasks.store_base import Store
-from radlads.tasks.store_errors import StageConflict, StoreError, conflict, older_schema
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.contracts.locks.lease import Lease, LeaseLost
+from radlads.tasks.contracts.locks.scratch_lock import hold_folder
+from radlads.tasks.contracts.specs import StageSpec, spec_digest
+from radlads.tasks.contracts.store.base import Store
+from radlads.tasks.contracts.store.errors import StageConflict, StoreError, conflict, older_schema
+from radlads.tasks.launchers.local import JobCrashed, launch
+from radlads.tasks.launchers.progress import Progress
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
@@ -33,7 +33,7 @@ class StageRequest:
 
     inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
     machine, kept until it is committed so that a retry can go on from it. lease: under which nobody else makes the run.
-    content_cache: see tasks/content.py.
+    content_cache: see tasks/contracts/pins/content.py.
     """
 
     stage: Stage

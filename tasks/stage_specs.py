@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from radlads.tasks.job import UserError
-from radlads.tasks.pins import with_commits
-from radlads.tasks.recipe import Recipe, SampleSource, Training
-from radlads.tasks.section_choice import late_choice, run_tokens
-from radlads.tasks.section_memory import mlp_bits, teacher_bits
-from radlads.tasks.specs import (
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.pins import with_commits
+from radlads.tasks.contracts.recipe.choice import late_choice, run_tokens
+from radlads.tasks.contracts.recipe.memory import mlp_bits, teacher_bits
+from radlads.tasks.contracts.recipe.recipe import Recipe, SampleSource, Training
+from radlads.tasks.contracts.specs import (
     ChooseSpec,
     EvaluateSpec,
     NeedleSpec,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.choice import choice_data
 from radlads.tasks.observe import show_picture
 from radlads.tasks.perform import perform, stage_task
 from radlads.tasks.pipeline import Pipeline, Plan
-from radlads.tasks.section_choice import choice_data
 from radlads.tasks.stage import Product
 from radlads.tasks.stage_specs import TrainingStage, choose_spec, train_spec
 

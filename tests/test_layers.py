@@ -1,57 +1,16 @@
-"""Who may import whom (docs/architecture.md, section 1), read from the syntax tree."""
+"""Who may import whom (docs/architecture.md, section 1): packages compared with packages, from the syntax tree."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACTS = {
-    "credentials",
-    "document",
-    "files",
-    "yaml_reader",
-    "recipe",
-    "chat_templates",
-    "sections",
-    "section_memory",
-    "section_base",
-    "section_choice",
-    "section_losses",
-    "section_training",
-    "section_transplant",
-    "job",
-    "specs",
-    "identity",
-    "content",
-    "places",
-    "hub",
-    "pins",
-    "task_files",
-    "store",
-    "store_base",
-    "store_local",
-    "store_s3",
-    "store_seal",
-    "store_errors",
-    "store_files",
-    "store_names",
-    "store_proof",
-    "s3_probe",
-    "s3_copy",
-    "lease",
-    "holder",
-    "scratch_lock",
-    "s3_client",
-    "tracking",
-    "metrics_record",
-    "process_tree",
-    "disk",
-}
 TORCH = {
     "torch",
     "deepspeed",
@@ -63,6 +22,23 @@ TORCH = {
     "lm_eval",
     "accelerate",
 }
+CONTRACTS = "radlads.tasks.contracts"
+LAUNCHERS = "radlads.tasks.launchers"
+JOBS = "radlads.tasks.jobs"
+# Package → what of radlads it may import, itself excepted.
+ALLOWED = {
+    "kernels": (),
+    "model": ("radlads.kernels", f"{CONTRACTS}.errors", f"{CONTRACTS}.specs", f"{CONTRACTS}.job"),
+    "tasks/contracts": (),
+    "tasks/launchers": (CONTRACTS,),
+    "tasks/jobs": ("radlads.kernels", "radlads.model", CONTRACTS),
+    "tasks": (CONTRACTS, LAUNCHERS),
+    "flows": ("radlads.tasks", "radlads.deployments"),
+}
+# Modules of the control plane that know the orchestrator; nothing else under tasks/ does.
+PREFECT = {"tasks/perform.py", "tasks/observe.py", "tasks/prepare.py", "tasks/training.py", "tasks/assess.py"}
+PREFECT |= {"tasks/report.py"}
+MOST_FILES = 12
 
 
 def sources(*folders: str) -> list[Path]:
@@ -76,57 +52,81 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def uses(path: Path, *packages: str) -> set[str]:
-    return {n for n in imports(path) for p in packages if n == p or n.startswith(p + ".")}
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-def contract_files() -> list[Path]:
-    return [path for path in sources("tasks") if path.parent.name == "tasks" and path.stem in CONTRACTS]
+def package_of(path: Path) -> str:
+    """The longest key of ALLOWED that a file lies under."""
+    name = path.relative_to(ROOT).as_posix()
+    return max((package for package in ALLOWED if name.startswith(package + "/")), key=len)
 
 
-def control_plane_files() -> list[Path]:
-    return [p for p in sources("tasks") if p.parent.name == "tasks"] + sources("flows")
+@pytest.mark.parametrize("package", list(ALLOWED))
+def test_a_package_imports_what_it_may(package: str) -> None:
+    own = "radlads." + package.replace("/", ".")
+    for path in sources(package):
+        if package_of(path) != package:
+            continue
+        used = {name for name in imports(path) if within(name, "radlads")}
+        wrong = {n for n in used if not within(n, own, *ALLOWED[package]) or (package == "tasks" and within(n, JOBS))}
+        assert not wrong, (path.relative_to(ROOT), wrong)
 
 
-def test_kernels_know_nothing_above_them() -> None:
-    for path in sources("kernels"):
-        assert not uses(path, "radlads.model", "radlads.tasks", "radlads.flows", "prefect", "mlflow"), path
+def test_only_named_modules_of_the_control_plane_know_the_orchestrator() -> None:
+    for path in sources("kernels", "model", "tasks"):
+        knows = any(within(name, "prefect") for name in imports(path))
+        assert not knows or path.relative_to(ROOT).as_posix() in PREFECT, path
 
 
-def test_model_knows_kernels_and_contracts_only() -> None:
-    for path in sources("model"):
-        assert not uses(path, "radlads.flows", "radlads.tasks.jobs", "prefect", "mlflow", "deepspeed"), path
-        allowed = {"radlads.tasks.job", "radlads.tasks.specs"}
-        used = {n for n in uses(path, "radlads.tasks") if not any(n == a or n.startswith(a + ".") for a in allowed)}
-        assert used <= {"radlads.tasks"}, (path, used)
+def test_the_control_plane_never_imports_torch() -> None:
+    for path in sources("flows", "tasks"):
+        if package_of(path) != "tasks/jobs":
+            assert not {name for name in imports(path) if within(name, *TORCH)}, path
 
 
-def test_data_plane_never_imports_the_orchestrator() -> None:
-    for path in sources("kernels", "model", "tasks/jobs"):
-        assert not uses(path, "prefect", "radlads.flows"), path
+def test_the_model_knows_no_orchestration() -> None:
+    for path in sources("kernels", "model"):
+        assert not {name for name in imports(path) if within(name, "mlflow", "deepspeed", "prefect")}, path
 
 
-def test_control_plane_never_imports_torch() -> None:
-    for path in control_plane_files():
-        assert not uses(path, *TORCH, "radlads.model", "radlads.kernels", "radlads.tasks.jobs"), path
+def test_no_cycles_between_modules() -> None:
+    """Deferred imports count too, but for those under TYPE_CHECKING."""
+    modules = {"radlads." + ".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources("kernels", "model")}
+    modules |= {"radlads." + ".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources("tasks", "flows")}
+    graph = {name: run_time_imports(path, set(modules)) - {name} for name, path in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
-def test_contracts_know_neither_plane() -> None:
-    for path in contract_files():
-        used = {n for n in uses(path, "radlads.tasks") if n.split(".")[2:3] and n.split(".")[2] not in CONTRACTS}
-        assert not used, (path, used)
-        assert not uses(path, "prefect"), path
+def run_time_imports(path: Path, modules: set[str]) -> set[str]:
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in skipped:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in modules else node.module)
+    return found & modules
 
 
-def test_jobs_use_contracts_and_not_the_control_plane() -> None:
-    for path in sources("tasks/jobs"):
-        used = {n for n in uses(path, "radlads.tasks") if n.split(".")[2:3]}
-        outside = {n for n in used if n.split(".")[2] not in CONTRACTS | {"jobs"}}
-        assert not outside, (path, outside)
+@pytest.mark.parametrize("top", ["tasks", "model"])
+def test_folders_stay_small(top: str) -> None:
+    for folder in {path.parent for path in sources(top)}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {len(files)} files"
 
 
 @pytest.mark.parametrize("module", ["radlads.flows.convert", "radlads.flows.cli"])

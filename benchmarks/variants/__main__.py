@@ -43,8 +43,8 @@ from pool import follow_ups, run_units
 from rows import NUM_LAYERS, ROWS, Record, Settings, Unit
 from table import tables
 
-from radlads.tasks.recipe import Recipe, load_recipe
-from radlads.tasks.section_choice import RecallProbe, fit_probe, run_tokens
+from radlads.tasks.contracts.recipe.choice import RecallProbe, fit_probe, run_tokens
+from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe
 
 logger = logging.getLogger("variants")
 GRACE_SECONDS = 90.0

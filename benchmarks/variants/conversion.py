@@ -13,32 +13,32 @@ from rows import ROWS, Record, Row, Settings, Unit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from radlads.model.calibration import alignment_loss, calibrate
-from radlads.model.layer_choice import difficulty_layers, even_layers, last_layers, recall_layers
-from radlads.model.layer_scores import BEFORE, TokenCount, sum_layers
-from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.objectives import build_objective
-from radlads.model.restore import restore_attention
-from radlads.model.student import build_student
-from radlads.model.teacher import load_teacher
-from radlads.model.transplant import transplant
-from radlads.tasks.jobs.bits import open_windows, score_windows, summarize
-from radlads.tasks.jobs.calibrate import heldout_batches, training_batches
-from radlads.tasks.jobs.choice_probe import make_quizzes, quiz_batches, text_batches
-from radlads.tasks.jobs.encode import Encoder
-from radlads.tasks.jobs.engine import to_device
-from radlads.tasks.jobs.judged import as_judged
-from radlads.tasks.jobs.loader import open_dataset, plan_batches
-from radlads.tasks.jobs.needle import generate, is_hit, make_trials
-from radlads.tasks.jobs.parameter_groups import optimizer_groups, select_trainable
-from radlads.tasks.jobs.reader import Reader
-from radlads.tasks.jobs.schedule import learning_rates
-from radlads.tasks.jobs.shards import Layout, write_dataset
+from radlads.model.convert.layer_choice import difficulty_layers, even_layers, last_layers, recall_layers
+from radlads.model.convert.layer_scores import BEFORE, TokenCount, sum_layers
+from radlads.model.convert.restore import restore_attention
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.load import build_student
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.load import load_teacher
+from radlads.model.training.calibration import alignment_loss, calibrate
+from radlads.model.training.objectives import build_objective
+from radlads.tasks.contracts.recipe.choice import Calibration
+from radlads.tasks.contracts.recipe.recipe import Recipe, Training
+from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
+from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches, text_batches
+from radlads.tasks.jobs.data.encode import Encoder
+from radlads.tasks.jobs.data.loader import open_dataset, plan_batches
+from radlads.tasks.jobs.data.reader import Reader
+from radlads.tasks.jobs.data.shards import Layout, write_dataset
+from radlads.tasks.jobs.data.spool import Spool
+from radlads.tasks.jobs.judge.heldout_scores import open_windows, score_windows, summarize
+from radlads.tasks.jobs.judge.judged_models import as_judged
+from radlads.tasks.jobs.judge.needle import generate, is_hit, make_trials
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tokenizer_fingerprint
-from radlads.tasks.jobs.spool import Spool
-from radlads.tasks.recipe import Recipe, Training
-from radlads.tasks.section_choice import Calibration
-from radlads.tasks.specs import TeacherRef, TrainSpec
+from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
+from radlads.tasks.jobs.train.engine import to_device
+from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.schedule import learning_rates
 
 TEACHER = TeacherRef(path="demo", fingerprint="demo")
 CHECK_STEP = 100

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radlads.model.variants import find_variant, list_variants
-from radlads.tasks.recipe import Recipe
-from radlads.tasks.section_choice import RecallProbe
+from radlads.model.mixers.shared.registry import find_variant, list_variants
+from radlads.tasks.contracts.recipe.choice import RecallProbe
+from radlads.tasks.contracts.recipe.recipe import Recipe
 
 Record = dict[str, Any]
 NUM_LAYERS = 4  # of the demo teacher

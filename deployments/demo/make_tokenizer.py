@@ -13,7 +13,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from radlads.tasks.jobs.recall import vocabulary
+from radlads.tasks.jobs.data.text.recall import vocabulary
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"

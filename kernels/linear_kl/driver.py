@@ -14,10 +14,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from radlads.kernels.backends import is_hopper
-from radlads.kernels.chosen import note_kernel
 from radlads.kernels.linear_kl.products import HeadGradient, Operand, accumulate_dtype, waiting_dtype
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
+from radlads.kernels.shared.backends import is_hopper
+from radlads.kernels.shared.chosen import note_kernel
 
 # Memory for logits and their gradients. On a GPU it leaves, of one GiB, room for the gradient of the hidden states.
 ARENA_BYTES = {"cpu": 64 << 20, "cuda": 870 << 20}

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from radlads.kernels.backends import Forms, common_dtype
-from radlads.kernels.check import check_bounds, check_inputs, check_step
-from radlads.kernels.meta import wkv6_meta
+from radlads.kernels.shared.backends import Forms, common_dtype
+from radlads.kernels.shared.check import check_bounds, check_inputs, check_step
+from radlads.kernels.shared.meta import wkv6_meta
 from radlads.kernels.wkv6.chunked import wkv6_chunked
 from radlads.kernels.wkv6.reference import wkv6_reference
 from radlads.kernels.wkv6.step import wkv6_step_torch

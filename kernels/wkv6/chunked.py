@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.slots import Slots, chunk_slots
+from radlads.kernels.shared.slots import Slots, chunk_slots
 
 MAX_CHUNK = 64
 # Inside a chunk, reads carry exp(g - m) and writes exp(m - g), with m the cumulative log decay g in the middle. Each

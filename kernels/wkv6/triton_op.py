@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.backends import common_dtype
-from radlads.kernels.chosen import note_kernel
+from radlads.kernels.shared.backends import common_dtype
+from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.wkv6.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv6.triton_forward import out_kernel, scan_kernel
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from radlads.kernels.backends import Forms, common_dtype, triton_installed
-from radlads.kernels.check import check_bounds, check_inputs, check_step
-from radlads.kernels.chosen import note_kernel
-from radlads.kernels.meta import wkv7_meta
+from radlads.kernels.shared.backends import Forms, common_dtype, triton_installed
+from radlads.kernels.shared.check import check_bounds, check_inputs, check_step
+from radlads.kernels.shared.chosen import note_kernel
+from radlads.kernels.shared.meta import wkv7_meta
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.reference import wkv7_reference
 from radlads.kernels.wkv7.step import wkv7_delta_step_torch, wkv7_step_torch

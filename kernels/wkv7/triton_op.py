@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.backends import common_dtype
-from radlads.kernels.chosen import note_kernel
+from radlads.kernels.shared.backends import common_dtype
+from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.wkv7.decay_range import WATCH, widest_log_decay
 from radlads.kernels.wkv7.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv7.triton_forward import scan_kernel, terms_kernel

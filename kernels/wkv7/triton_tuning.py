@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from radlads.kernels.backends import is_hopper
+from radlads.kernels.shared.backends import is_hopper
 
 # Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96

@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from radlads.model.mixer import rising_decay
-from radlads.model.mixer_rwkv7 import Design, Rwkv7Mixer
-from radlads.model.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.mixer import rising_decay
+from radlads.model.mixers.shared.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
 class Options(Rwkv7Options):

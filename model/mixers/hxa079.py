@@ -32,9 +32,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from radlads.model.mixer import start_gate_at_one
-from radlads.model.mixer_rwkv7 import Design, Rwkv7Mixer, head_ramps
-from radlads.model.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.mixer import start_gate_at_one
+from radlads.model.mixers.shared.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer, head_ramps
 
 
 class Options(Rwkv7Options):

@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from radlads.model.mixer import init_low_rank_out, start_gate_at_one
-from radlads.model.mixer_rwkv7 import Design, Rwkv7Mixer, head_ramps
-from radlads.model.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.mixer import init_low_rank_out, start_gate_at_one
+from radlads.model.mixers.shared.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer, head_ramps
 
 
 class Options(Rwkv7Options):

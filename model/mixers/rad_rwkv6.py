@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from radlads.kernels.wkv6 import wkv6, wkv6_step
-from radlads.model.mixer import (
+from radlads.model.mixers.shared.mixer import (
     AttentionShape,
     FirstValues,
     MixerOutput,
@@ -38,12 +38,12 @@ from radlads.model.mixer import (
     head_group_norm,
     init_low_rank_out,
 )
-from radlads.model.mixer import (
+from radlads.model.mixers.shared.mixer import (
     Mixer as BaseMixer,
 )
-from radlads.model.options import MixerOptions, Rank
-from radlads.model.recurrence import run_recurrence
-from radlads.model.token_shift import previous_tokens
+from radlads.model.mixers.shared.options import MixerOptions, Rank
+from radlads.model.mixers.shared.recurrence import run_recurrence
+from radlads.model.mixers.shared.token_shift import previous_tokens
 
 _BRANCHES = ("r", "k", "v", "w", "g")
 
@@ -143,7 +143,7 @@ class Mixer(BaseMixer):
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
     ) -> MixerOutput:
-        """See `radlads.model.mixer.Mixer.mix`."""
+        """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         (x_r, x_k, x_v, x_w, x_g), last = self._shift(x_BTD, state, keep_BT, cu_seqlens)
         r, k, v = self.project(x_r, rope if self.options.rope else None, x_k_BTD=x_k, x_v_BTD=x_v)
         k, v = self.repeat(k), self.repeat(v)

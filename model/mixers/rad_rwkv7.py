@@ -31,7 +31,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from radlads.model.mixer import (
+from radlads.model.mixers.shared.mixer import (
     AttentionShape,
     FirstValues,
     MixerOutput,
@@ -43,11 +43,11 @@ from radlads.model.mixer import (
     start_gate_at_one,
     unit_keys,
 )
-from radlads.model.mixer import (
+from radlads.model.mixers.shared.mixer import (
     Mixer as BaseMixer,
 )
-from radlads.model.options import Rank, Rwkv7Options
-from radlads.model.recurrence_wkv7 import run_wkv7
+from radlads.model.mixers.shared.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
 
 
 class Options(Rwkv7Options):
@@ -138,7 +138,7 @@ class Mixer(BaseMixer):
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
     ) -> MixerOutput:
-        """See `radlads.model.mixer.Mixer.mix`."""
+        """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         r, k, v = self.project(x_BTD, rope if self.options.rope else None)
         k, v = self.repeat(k), self.repeat(v)
         if self.v0 is None:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from radlads.tasks.job import CodeVersion
+from radlads.tasks.contracts.job import CodeVersion
 
 _NAMED = ("radlads", "torch", "transformers", "deepspeed", "triton", "numpy", "safetensors", "datasets", "lm-eval")
 

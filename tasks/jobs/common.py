@@ -20,13 +20,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from radlads.kernels.chosen import chosen_kernels, forget_kernels
-from radlads.tasks.content import ContentHashes
-from radlads.tasks.credentials import HidingFormatter, learn
-from radlads.tasks.job import ExitReason, InputRef, JobSpec, Manifest, UserError, read_job
-from radlads.tasks.jobs import group
+from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import ExitReason, InputRef, JobSpec, Manifest, read_job
+from radlads.tasks.contracts.locks.lease import confirm_lease
+from radlads.tasks.contracts.parsing.credentials import HidingFormatter, learn
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.pins import check_pins
+from radlads.tasks.contracts.specs import parse_spec
+from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.code_version import code_version
-from radlads.tasks.jobs.ending import (
+from radlads.tasks.jobs.exit_reasons import (
     EXIT_CODES,
     NonFiniteError,
     Preempted,
@@ -37,15 +41,12 @@ from radlads.tasks.jobs.ending import (
     write_json,
 )
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
-from radlads.tasks.lease import confirm_lease
-from radlads.tasks.pins import check_pins
-from radlads.tasks.specs import parse_spec
 
 if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, starts without them
     import torch
 
-    from radlads.tasks.store import Store
-    from radlads.tasks.tracking import MetricsRecord
+    from radlads.tasks.contracts.store.open import Store
+    from radlads.tasks.contracts.tracking import MetricsRecord
 
 logger = logging.getLogger("radlads")
 
@@ -123,7 +124,7 @@ class Job:
     def store(self) -> Store:
         """Where products live."""
         if self._store is None:
-            from radlads.tasks.store import open_store
+            from radlads.tasks.contracts.store.open import open_store
 
             self._store = open_store(self.spec.store)
         return self._store
@@ -138,7 +139,7 @@ class Job:
         """metrics.jsonl and its MLflow mirror; on other ranks than the first it does nothing."""
         if self._record is None:
             if self.rank == 0:
-                from radlads.tasks.tracking import MetricsRecord
+                from radlads.tasks.contracts.tracking import MetricsRecord
 
                 self._record = MetricsRecord(self.scratch / "metrics.jsonl", self.spec.tracking)
             else:

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from radlads.tasks.content import hash_of
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.content import hash_of
+from radlads.tasks.contracts.specs import TeacherRef, TrainSpec, foreign_teacher
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import load_tokenizer
-from radlads.tasks.specs import TeacherRef, TrainSpec, foreign_teacher
 
 _KEY = "converted_from"
 

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from radlads.tasks.job import UserError, first_line
-from radlads.tasks.pins import pin_teacher, pinned_commit, tokenizer_fingerprint
-from radlads.tasks.places import (
+from radlads.tasks.contracts.errors import UserError, first_line
+from radlads.tasks.contracts.pins.pins import pin_teacher, pinned_commit, tokenizer_fingerprint
+from radlads.tasks.contracts.pins.places import (
     demo_folder,
     expand_paths,
     resolve_file,

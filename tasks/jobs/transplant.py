@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from radlads.model.export import export_papers
-from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.student import build_student, load_student
-from radlads.model.teacher import load_generation_config, load_teacher, load_teacher_config
-from radlads.model.teacher_weights import TeacherWeights, open_teacher_weights
-from radlads.model.transplant import TransplantReport, stream_transplant
+from radlads.model.convert.transplant import TransplantReport, stream_transplant
+from radlads.model.student.export import export_papers
+from radlads.model.student.load import build_student, load_student
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.load import load_generation_config, load_teacher, load_teacher_config
+from radlads.model.teacher.weights import TeacherWeights, open_teacher_weights
+from radlads.tasks.contracts.recipe.choice import listed_layers
+from radlads.tasks.contracts.specs import TransplantSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
-from radlads.tasks.section_choice import listed_layers
-from radlads.tasks.specs import TransplantSpec
 
 logger = logging.getLogger("radlads")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from radlads.tasks.jobs.ending import write_json
+from radlads.tasks.jobs.exit_reasons import write_json
 
 _COMMITTED = "committed.json"
 _POLL_SECONDS = 0.2

@@ -17,13 +17,13 @@ from prefect.settings import (
 )
 from prefect.testing.utilities import prefect_test_harness
 
-from radlads.tasks import launch
-from radlads.tasks.identity import readings
-from radlads.tasks.job import CodeVersion, JobSpec, Manifest
-from radlads.tasks.recipe import parse_recipe
-from radlads.tasks.section_choice import AttentionChoice
-from radlads.tasks.specs import Pin, PlanReport, TeacherRef
-from radlads.tasks.store import open_store
+from radlads.tasks.contracts.identity import readings
+from radlads.tasks.contracts.job import CodeVersion, JobSpec, Manifest
+from radlads.tasks.contracts.recipe.choice import AttentionChoice
+from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.contracts.specs import Pin, PlanReport, TeacherRef
+from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.launchers import local as launch
 
 TRAINING = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
 RECIPE = {

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from radlads.flows import cli, services
 from radlads.flows.demo import read_progress, scratch_of
 from radlads.flows.services import Service
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
 
 RUNNER = CliRunner()
 

@@ -16,11 +16,14 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from radlads.flows.convert import radlads
 from radlads.flows.evaluate import radlads_evaluate
 from radlads.flows.pretrain import radlads_pretrain
-from radlads.tasks import gpu_lock, launch, metrics_record, pipeline, tracking
-from radlads.tasks.job import JobResources, JobSpec, StoreRef
+from radlads.tasks import pipeline
+from radlads.tasks.contracts import metrics_record, tracking
+from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.store.open import StageConflict, open_store
+from radlads.tasks.launchers import gpu_lock
+from radlads.tasks.launchers import local as launch
 from radlads.tasks.mirror import sync_run
-from radlads.tasks.recipe import load_recipe
-from radlads.tasks.store import StageConflict, open_store
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 STAGES = ["plan", "tokenize", "transplant", "align", "distill", "finetune", "evaluate", "needle", "publish"]

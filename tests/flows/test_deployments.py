@@ -13,7 +13,7 @@ from prefect.workers.process import ProcessWorker
 
 from radlads.deployments.bootstrap import GPU_LIMIT, JOB_TEMPLATE, WORK_POOL, bootstrap
 from radlads.deployments.zombies import AUTOMATION
-from radlads.tasks.settings import resolve_settings
+from radlads.tasks.contracts.settings import resolve_settings
 
 PREFECT_YAML = Path(__file__).resolve().parent.parent.parent / "prefect.yaml"
 

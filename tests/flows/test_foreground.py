@@ -19,7 +19,7 @@ from rich.console import Console
 
 from radlads.flows import demo, services
 from radlads.flows.foreground import command_line
-from radlads.tasks.settings import resolve_settings
+from radlads.tasks.contracts.settings import resolve_settings
 
 # `radlads`, with a job that only waits: for SIGTERM, upon which it "saves" as a training job does, unless `stubborn`.
 PROGRAM = """

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from radlads.flows import cli, plan_view
-from radlads.tasks import launch
+from radlads.tasks.launchers import local as launch
 
 GOOD = """\
 name: mine

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from radlads.flows.cli import app
 from radlads.flows.plan_view import plan_offline, print_plan
-from radlads.tasks.devices import planned_resources
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Resources, load_recipe
+from radlads.tasks.launchers.devices import planned_resources
 from radlads.tasks.plan_table import short_count
-from radlads.tasks.recipe import Resources, load_recipe
 
 MIXTURE = {
     "model_type": "qwen3_moe",

@@ -17,8 +17,8 @@ import pytest
 
 from radlads.flows import service_password, services
 from radlads.flows.door import Door
-from radlads.tasks import credentials
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing import credentials
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOREIGN = [{"Origin": "http://elsewhere.example"}, {"Origin": "null"}, {"Host": "elsewhere.example:{port}"}]

@@ -19,19 +19,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from radlads.model.export import export_student
-from radlads.model.student import build_student
-from radlads.model.transplant import transplant
-from radlads.tasks.content import ContentHashes
-from radlads.tasks.identity import readings
-from radlads.tasks.job import InputRef, JobResources, JobSpec, Manifest, Stage, StoreRef
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.export import export_student
+from radlads.model.student.load import build_student
+from radlads.tasks.contracts.identity import readings
+from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Manifest, Stage, StoreRef
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.pins import pin_place, pin_teacher
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Pretrain
+from radlads.tasks.contracts.specs import StageSpec, TeacherRef, TrainSpec, spec_digest
+from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.origin import write_origin
-from radlads.tasks.pins import pin_place, pin_teacher
-from radlads.tasks.recipe import Align, Distill, Finetune, Pretrain
-from radlads.tasks.specs import StageSpec, TeacherRef, TrainSpec, spec_digest
-from radlads.tasks.store import open_store
 
 STORY = (
     "Once upon a time there was a little dog named Tim. Tim liked to play in the park with his red ball. "

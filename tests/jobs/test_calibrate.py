@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from radlads.model.calibration import alignment_loss
-from radlads.model.student import load_student
-from radlads.model.teacher import load_teacher
-from radlads.tasks.jobs import train
-from radlads.tasks.jobs.calibrate import heldout_batches, training_batches
+from radlads.model.student.load import load_student
+from radlads.model.teacher.load import load_teacher
+from radlads.model.training.calibration import alignment_loss
+from radlads.tasks.contracts.recipe.choice import Calibration
+from radlads.tasks.contracts.recipe.recipe import Rate
+from radlads.tasks.contracts.specs import TrainSpec, spec_digest
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.loader import open_dataset
-from radlads.tasks.recipe import Rate
-from radlads.tasks.section_choice import Calibration
-from radlads.tasks.specs import TrainSpec, spec_digest
+from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3)}
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from radlads.tasks.chat_templates import shipped_chat_templates
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs.chat import ChatTemplate, open_chat_template
-from radlads.tasks.jobs.documents import Document
-from radlads.tasks.jobs.encode import Encoder
-from radlads.tasks.jobs.messages import read_messages
-from radlads.tasks.jobs.token_encoder import TokenEncoder
-from radlads.tasks.sections import FilesSource
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.chat_templates import shipped_chat_templates
+from radlads.tasks.contracts.recipe.sections import FilesSource
+from radlads.tasks.jobs.data.encode import Encoder
+from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template
+from radlads.tasks.jobs.data.text.documents import Document
+from radlads.tasks.jobs.data.text.messages import read_messages
+from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder
 
 Make = Callable[..., PreTrainedTokenizerBase]
 TURNS = [

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from radlads.model.objectives import build_objective
-from radlads.tasks.holder import this_process
-from radlads.tasks.job import LeaseRef, UserError
-from radlads.tasks.jobs import train
-from radlads.tasks.jobs.checkpoint import Checkpoints
+from radlads.model.training.objectives import build_objective
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import LeaseRef
+from radlads.tasks.contracts.locks.holder import this_process
+from radlads.tasks.contracts.locks.lease import LeaseSheet
+from radlads.tasks.contracts.recipe.recipe import Rate
+from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
+from radlads.tasks.jobs.checkpoints.random_state import read_random_state, seed_everything, write_random_state
 from radlads.tasks.jobs.common import Job, Preempted, execute
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.jobs.random_state import read_random_state, seed_everything, write_random_state
-from radlads.tasks.lease import LeaseSheet
-from radlads.tasks.recipe import Rate
+from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engine import Engine
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3), "rest_rate": Rate(start=1e-3, final=1e-4)}
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from radlads.tasks.jobs.blocks import Picture, render_markdown
-from radlads.tasks.jobs.choice_chart import draw_choice
-from radlads.tasks.jobs.choice_report import choice_blocks, choice_summary, choice_table
-from radlads.tasks.jobs.products import Products
-from radlads.tasks.recipe import parse_recipe
+from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.jobs.choose.choice_chart import draw_choice
+from radlads.tasks.jobs.report.choice_report import choice_blocks, choice_summary, choice_table
+from radlads.tasks.jobs.report.products import Products
+from radlads.tasks.jobs.report.report_blocks import Picture, render_markdown
 
 NUMBERS = {
     "tokens": 6984, "token_share": 0.0474, "recall_teacher": -0.001, "accuracy_teacher": 1.0,

@@ -12,14 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from radlads.model.student import load_student
-from radlads.tasks.job import InputRef, UserError
-from radlads.tasks.jobs import choose, train
-from radlads.tasks.jobs.choice_probe import make_quizzes, quiz_batches
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import InputRef
+from radlads.tasks.contracts.recipe.choice import AttentionChoice, RecallProbe
+from radlads.tasks.contracts.specs import ChooseSpec
+from radlads.tasks.jobs.choose import choose
+from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.recall import build_quiz, load_filler
-from radlads.tasks.section_choice import AttentionChoice, RecallProbe
-from radlads.tasks.specs import ChooseSpec
+from radlads.tasks.jobs.data.text.recall import build_quiz, load_filler
+from radlads.tasks.jobs.train import train
 
 PROBE = {"lengths": (96, 128), "documents": 4, "heldout_tokens": 128, "context": 64, "micro_batch": 3}
 RUN_TOKENS = 400_000
@@ -106,7 +108,7 @@ def test_a_choice_beyond_its_budget_is_refused(choose_job: Callable[..., Job]):
 def test_two_ranks_choose_as_one(choose_job: Callable[..., Job], run_main: Any, run_ranks: Any):
     alone = run_main(choose.main, choose_job())
     job = choose_job(seed=1234, budget=0.04)
-    run_ranks("radlads.tasks.jobs.choose", job, 2)
+    run_ranks("radlads.tasks.jobs.choose.choose", job, 2)
     together = job.store.read_manifest(job.output_prefix)
     assert together is not None
     assert together.metrics["attention_layers"] == alone.metrics["attention_layers"]

@@ -14,15 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from radlads.tasks.holder import this_process
-from radlads.tasks.job import InputRef, JobResources, JobSpec, LeaseRef, Manifest, StoreRef, UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, LeaseRef, Manifest, StoreRef
+from radlads.tasks.contracts.locks.holder import this_process
+from radlads.tasks.contracts.locks.lease import LeaseSheet
+from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.jobs import waiting
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, execute, open_job
-from radlads.tasks.jobs.ending import write_ending, write_json
+from radlads.tasks.jobs.exit_reasons import write_ending, write_json
 from radlads.tasks.jobs.waiting import wait_for
-from radlads.tasks.lease import LeaseSheet
-from radlads.tasks.scratch_lock import hold_folder
 
 RECIPE = {"name": "x", "teacher": {"path": "t"}, "data": {"train": {"sources": [{"kind": "sample", "tokens": 1}]}}}
 
@@ -131,7 +132,7 @@ def test_an_earlier_attempts_ending_is_forgotten(job):
 
 
 def test_a_job_that_finds_another_in_its_folder_writes_nothing_there(job, monkeypatch, caplog):
-    monkeypatch.setattr("radlads.tasks.jobs.ending._FOLDER_SECONDS", 0.0)
+    monkeypatch.setattr("radlads.tasks.jobs.exit_reasons._FOLDER_SECONDS", 0.0)
     with hold_folder(job.scratch, "job.lock", what="x"):
         assert execute(lambda job: pytest.fail("ran"), job) == "crash"
     assert f"(pid {os.getpid()})" in caplog.text

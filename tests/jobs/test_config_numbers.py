@@ -5,13 +5,14 @@ import time
 
 import pytest
 
-from radlads.model.options import MixerOptions
-from radlads.model.teacher import load_teacher_config
-from radlads.model.variants import find_variant
-from radlads.tasks.job import JobResources, UserError
-from radlads.tasks.jobs.plan import make_plan, pretrain_config
+from radlads.model.mixers.shared.options import MixerOptions
+from radlads.model.mixers.shared.registry import find_variant
+from radlads.model.teacher.load import load_teacher_config
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.jobs.plan.plan import make_plan, pretrain_config
 from radlads.tasks.jobs.sources import demo_folder
-from radlads.tasks.recipe import load_recipe
 
 MISTAKES = [
     ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000"),

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import text_files
-from radlads.tasks.jobs.documents import Document, iterate_documents
-from radlads.tasks.jobs.recall import load_filler
-from radlads.tasks.sections import FilesSource, HubSource
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.sections import FilesSource, HubSource
+from radlads.tasks.jobs.data.text import text_files
+from radlads.tasks.jobs.data.text.documents import Document, iterate_documents
+from radlads.tasks.jobs.data.text.recall import load_filler
 
 GOOD = '{"text": "one"}\n'
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import engine as engine_module
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.jobs.group import join_group
-from radlads.tasks.jobs.parameter_groups import optimizer_groups, select_trainable
-from radlads.tasks.recipe import Finetune, Optimizer
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Finetune, Optimizer
+from radlads.tasks.jobs.process_group import join_group
+from radlads.tasks.jobs.train import engine as engine_module
+from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
 
 SECTION = Finetune(tokens=1000, context=8, batch=4, micro_batch=2, optimizer=Optimizer(clip=0.1, weight_decay=0.1))
 CPU = torch.device("cpu")

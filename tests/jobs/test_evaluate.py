@@ -13,14 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from radlads.model.student import load_student
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import bits, evaluate, tokens, transplant
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.sections import Dataset, Evaluate, Student
+from radlads.tasks.contracts.specs import EvaluateSpec, TokenizeSpec, TransplantSpec
+from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.loader import open_dataset
+from radlads.tasks.jobs.data import tokens
+from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.judge import evaluate
+from radlads.tasks.jobs.judge import heldout_scores as bits
 from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher, tokenizer_fingerprint
-from radlads.tasks.sections import Dataset, Evaluate, Student
-from radlads.tasks.specs import EvaluateSpec, TokenizeSpec, TransplantSpec
 
 
 @pytest.fixture
@@ -174,8 +177,8 @@ def test_offline_tasks_run_for_teacher_and_student(judge: Any, data: Any, studen
 
 
 def test_a_broken_task_file_is_one_line(tmp_path: Path):
-    from radlads.tasks.jobs.lmeval import check_tasks
-    from radlads.tasks.sections import EvalTask
+    from radlads.tasks.contracts.recipe.sections import EvalTask
+    from radlads.tasks.jobs.judge.lmeval import check_tasks
 
     write_tasks(tmp_path / "mine")
     (tmp_path / "mine" / "rows.jsonl").unlink()
@@ -199,7 +202,7 @@ def test_two_ranks_give_what_one_gives(
     spec = EvaluateSpec(section=section, teacher=pin_teacher(str(teacher_folder)))
     job: Job = make_job("evaluate", spec, inputs, scratch="two")
     (Path(job.spec.output_uri) / "manifest.json").unlink()
-    run_ranks("radlads.tasks.jobs.evaluate", job, 2)
+    run_ranks("radlads.tasks.jobs.judge.evaluate", job, 2)
     two = json.loads((Path(job.spec.output_uri) / "evaluate.json").read_text())
     assert two["processes"] == 2
     assert two["tasks"] == one["tasks"]

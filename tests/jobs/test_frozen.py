@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from radlads.model.quantized import quantized_names
-from radlads.model.weight_files import open_weight_files
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import frozen, networks, train
+from radlads.model.training.quantized import quantized_names
+from radlads.model.weights.weight_files import open_weight_files
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Rate
+from radlads.tasks.contracts.specs import spec_digest
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.networks import load_networks
-from radlads.tasks.recipe import Rate
-from radlads.tasks.specs import spec_digest
+from radlads.tasks.jobs.train import frozen, networks, train
+from radlads.tasks.jobs.train.networks import load_networks
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3), "rest_rate": Rate(start=1e-3, final=1e-4)}
 EVERYTHING = ("mlp", "embeddings", "head")
@@ -151,7 +151,7 @@ def test_two_ranks_with_8_bit_give_the_curve_of_one(training, run_ranks):
     settings = {"teacher_bits": 8, "mlp_bits": 8, "freeze": EVERYTHING, "micro_batch": 2}
     alone = run(training, make(training, "distill", "one-rank", **settings))
     job = make(training, "distill", "two-ranks", **settings)
-    run_ranks("radlads.tasks.jobs.train", job, 2)
+    run_ranks("radlads.tasks.jobs.train.train", job, 2)
     both = [loss for _, loss in training.curve(job)]
     assert both == pytest.approx(alone, rel=1e-4)
 

@@ -6,14 +6,14 @@ import socket
 import subprocess
 import sys
 
-from radlads.tasks.job import JobResources
-from radlads.tasks.launch import job_environment
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.launchers.local import job_environment
 
 RANK = """
 import json, os, sys
 import psutil, torch
 from torch import distributed
-from radlads.tasks.jobs.group import join_group, leave_group
+from radlads.tasks.jobs.process_group import join_group, leave_group
 rank = int(os.environ["RANK"])
 join_group(torch.device("cpu"), rank, 2)
 numbers = torch.tensor([rank + 1.0])

@@ -13,9 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from radlads.tasks.jobs import evaluate
-from radlads.tasks.jobs.lmeval import SharedHFLM, max_length_of
-from radlads.tasks.sections import Evaluate
+from radlads.tasks.contracts.recipe.sections import Evaluate
+from radlads.tasks.jobs.judge import evaluate
+from radlads.tasks.jobs.judge.lmeval import SharedHFLM, max_length_of
 
 STORY = "Once upon a time there was a little dog named Tim. " * 4
 PAIRS = [

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs.loader import BatchPlan, DatasetError, open_dataset
-from radlads.tasks.jobs.permutation import permute
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.jobs.data.loader import BatchPlan, DatasetError, open_dataset
+from radlads.tasks.jobs.data.permutation import permute
 
 SHARD = 50
 

@@ -10,18 +10,27 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from radlads.kernels.backends import Forms
-from radlads.kernels.meta import wkv7_meta
-from radlads.model.student import RadladsForCausalLM, build_student
-from radlads.model.transplant import transplant
-from radlads.tasks.job import JobResources
-from radlads.tasks.jobs import remedies
-from radlads.tasks.jobs.frozen import hold_student, hold_teacher
-from radlads.tasks.jobs.memory import Networks, training_memory
-from radlads.tasks.jobs.remedies import Setting, what_would_help, what_would_help_judging
-from radlads.tasks.jobs.sizes import count_networks, describe_device
-from radlads.tasks.recipe import Align, Distill, Evaluate, Finetune, Needle, Recipe, Training, parse_recipe
-from radlads.tasks.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
+from radlads.kernels.shared.backends import Forms
+from radlads.kernels.shared.meta import wkv7_meta
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.load import RadladsForCausalLM, build_student
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import (
+    Align,
+    Distill,
+    Evaluate,
+    Finetune,
+    Needle,
+    Recipe,
+    Training,
+    parse_recipe,
+)
+from radlads.tasks.contracts.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
+from radlads.tasks.jobs.plan import remedies
+from radlads.tasks.jobs.plan.memory import Networks, training_memory
+from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
+from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
+from radlads.tasks.jobs.train.frozen import hold_student, hold_teacher
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
 GIB = 1024**3
@@ -273,7 +282,7 @@ def test_a_gpu_that_is_not_here_is_taken_at_its_word():
      ("Qwen3-VL-MoE-235B", 100e9, 240e9)],
 )  # fmt: skip
 def test_real_configs_are_planned_on_the_meta_device(shared_data: Path, name: str, low: float, high: float):
-    from radlads.model.teacher import parse_teacher_config
+    from radlads.model.teacher.load import parse_teacher_config
 
     raw = json.loads((shared_data / "configs" / f"{name}.json").read_text())
     networks = count_networks(recipe_of(), parse_teacher_config(raw))

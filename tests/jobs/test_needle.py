@@ -14,14 +14,15 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import needle, transplant
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.sections import Needle, Student
+from radlads.tasks.contracts.specs import NeedleSpec, TransplantSpec
+from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.grid import flatten, make_cells, summarize
-from radlads.tasks.jobs.heatmap import draw_heatmap
+from radlads.tasks.jobs.judge import needle
+from radlads.tasks.jobs.judge.heatmap import draw_heatmap
+from radlads.tasks.jobs.judge.needle_grid import flatten, make_cells, summarize
 from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher
-from radlads.tasks.sections import Needle, Student
-from radlads.tasks.specs import NeedleSpec, TransplantSpec
 
 SECTION = Needle(lengths=(256, 160), depths=(0.0, 0.5, 1.0), trials=5, batch=4, max_new_tokens=8)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from radlads.tasks.jobs import train
+from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.recipe import Rate
+from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engine import Engine
 
 SETTINGS = {
     "mixer_rate": Rate(start=3e-3, final=1e-3),
@@ -56,5 +56,5 @@ def test_a_run_that_crashed_goes_on_bit_for_bit(training, monkeypatch, precision
 @pytest.mark.slow
 def test_two_ranks_give_the_curve_of_one(training, run_ranks, whole):
     job = training.job("distill", "offloaded-twice", resources=OFFLOADED, **SETTINGS)
-    run_ranks("radlads.tasks.jobs.train", job, 2)
+    run_ranks("radlads.tasks.jobs.train.train", job, 2)
     assert [loss for _, loss in training.curve(job)] == pytest.approx([loss for _, loss in whole], rel=1e-4)

@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedConfig
 
-from radlads.tasks.job import InputRef, UserError
-from radlads.tasks.jobs import choose, evaluate, needle, tokens, train, transplant
-from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.origin import check_training, read_origin, write_origin
-from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher
-from radlads.tasks.recipe import Align, Distill, Finetune, Pretrain
-from radlads.tasks.section_choice import AttentionChoice
-from radlads.tasks.sections import Dataset, Evaluate, Needle, Student
-from radlads.tasks.specs import (
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import InputRef
+from radlads.tasks.contracts.recipe.choice import AttentionChoice
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Pretrain
+from radlads.tasks.contracts.recipe.sections import Dataset, Evaluate, Needle, Student
+from radlads.tasks.contracts.specs import (
     ChooseSpec,
     EvaluateSpec,
     NeedleSpec,
@@ -28,6 +25,14 @@ from radlads.tasks.specs import (
     TrainSpec,
     TransplantSpec,
 )
+from radlads.tasks.jobs import transplant
+from radlads.tasks.jobs.choose import choose
+from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.jobs.data import tokens
+from radlads.tasks.jobs.judge import evaluate, needle
+from radlads.tasks.jobs.origin import check_training, read_origin, write_origin
+from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher
+from radlads.tasks.jobs.train import train
 
 TEACHER = TeacherRef(path="t", fingerprint="teacher", tokenizer_fingerprint="tokenizer")
 SIZES = {"tokens": 64, "context": 8, "batch": 2}

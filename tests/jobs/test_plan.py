@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from radlads.tasks.content import ContentHashes
-from radlads.tasks.job import JobResources, UserError
-from radlads.tasks.jobs import memory, plan
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.pins import pin_teacher
+from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.specs import PlanReport, PlanSpec, spec_digest
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.pins import pin_teacher
-from radlads.tasks.recipe import Recipe, parse_recipe
-from radlads.tasks.specs import PlanReport, PlanSpec, spec_digest
+from radlads.tasks.jobs.plan import memory, plan
 from radlads.tasks.stage_specs import choose_spec, needle_spec, tokenize_spec
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
@@ -318,7 +319,7 @@ def test_the_published_7b_run_is_estimated_near_what_it_took(shared_data: Path, 
     """2505.03005 table 3: step 2 of 7B, 500 M tokens on 8 × MI300X, took 5.5 hours = 44 GPU hours."""
     from transformers import AutoConfig
 
-    from radlads.tasks.jobs.cost import device_peak, stage_cost, training_flops
+    from radlads.tasks.jobs.plan.cost import device_peak, stage_cost, training_flops
 
     config = AutoConfig.for_model(**json.loads((shared_data / "configs" / "Qwen3-8B.json").read_text()))
     one = recipe(student__attention_layers=[], distill__tokens=500_000_000, distill__context=512, distill__batch=96)

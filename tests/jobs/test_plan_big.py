@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from radlads.tasks.job import JobResources, UserError
-from radlads.tasks.jobs import checks, plan
-from radlads.tasks.recipe import Recipe, parse_recipe
-from radlads.tasks.specs import PlanReport
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.specs import PlanReport
+from radlads.tasks.jobs.plan import checks, plan
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
 REKA = {

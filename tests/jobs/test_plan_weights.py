@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from radlads.tasks.job import JobResources, UserError
-from radlads.tasks.jobs import plan, transplant
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.contracts.recipe.sections import Student
+from radlads.tasks.contracts.specs import PlanReport, TransplantSpec
+from radlads.tasks.jobs import transplant
+from radlads.tasks.jobs.plan import plan
 from radlads.tasks.jobs.sources import pin_teacher
-from radlads.tasks.recipe import parse_recipe
-from radlads.tasks.sections import Student
-from radlads.tasks.specs import PlanReport, TransplantSpec
 
 # One family is enough here: tests/model/test_teacher_weights.py has them all.
 pytestmark = pytest.mark.parametrize("teacher_folder", ["qwen3"], indirect=True)

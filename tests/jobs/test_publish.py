@@ -13,15 +13,10 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from radlads.model.student import load_student
-from radlads.tasks.job import InputRef
-from radlads.tasks.jobs import evaluate, needle, plan, publish, tokens, transplant
-from radlads.tasks.jobs.blocks import Code, Heading, Table, Text, Verdict, render_markdown
-from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.html_page import render_html
-from radlads.tasks.jobs.verdicts import judge
-from radlads.tasks.recipe import Recipe, load_recipe, parse_recipe
-from radlads.tasks.specs import (
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.job import InputRef
+from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe, parse_recipe
+from radlads.tasks.contracts.specs import (
     EvaluateSpec,
     NeedleSpec,
     PlanReport,
@@ -30,6 +25,15 @@ from radlads.tasks.specs import (
     TrainSpec,
     TransplantSpec,
 )
+from radlads.tasks.jobs import transplant
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.data import tokens
+from radlads.tasks.jobs.judge import evaluate, needle
+from radlads.tasks.jobs.plan import plan
+from radlads.tasks.jobs.report import publish
+from radlads.tasks.jobs.report.html_page import render_html
+from radlads.tasks.jobs.report.report_blocks import Code, Heading, Table, Text, Verdict, render_markdown
+from radlads.tasks.jobs.report.verdicts import judge
 from radlads.tasks.stage_specs import tokenize_spec
 
 

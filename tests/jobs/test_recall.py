@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs.recall import build_case, build_document, build_quiz, draw_facts, load_filler
-from radlads.tasks.jobs.token_encoder import prompt_frame
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.jobs.data.text.recall import build_case, build_document, build_quiz, draw_facts, load_filler
+from radlads.tasks.jobs.data.text.token_encoder import prompt_frame
 
 FILLER = [f"This is filler sentence number {word}." for word in "one two three four five six seven eight".split()]
 

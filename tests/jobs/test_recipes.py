@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from radlads.deployments.twins import PREFIX, large_recipes, recipe_folder, render, shrink
-from radlads.tasks.job import JobResources, UserError
-from radlads.tasks.jobs import plan
-from radlads.tasks.recipe import Recipe, list_recipes, load_recipe
-from radlads.tasks.specs import PlanReport
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import Recipe, list_recipes, load_recipe
+from radlads.tasks.contracts.specs import PlanReport
+from radlads.tasks.jobs.plan import plan
 
 LARGE = [name for name, _ in large_recipes()]
 CPU = JobResources(device="cpu", processes=1, threads=1)

@@ -9,12 +9,16 @@ from types import ModuleType
 
 import pytest
 
-from radlads.model.student import load_student
-from radlads.tasks.job import InputRef, JobResources, JobSpec, Stage, StoreRef
-from radlads.tasks.jobs import evaluate, plan, tokens, train, transplant
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Stage, StoreRef
+from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe
+from radlads.tasks.contracts.specs import PlanReport, StageSpec, spec_digest
+from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.recipe import Recipe, load_recipe
-from radlads.tasks.specs import PlanReport, StageSpec, spec_digest
+from radlads.tasks.jobs.data import tokens
+from radlads.tasks.jobs.judge import evaluate
+from radlads.tasks.jobs.plan import plan
+from radlads.tasks.jobs.train import train
 from radlads.tasks.stage_specs import evaluate_spec, tokenize_spec, train_spec, transplant_spec
 
 RESOURCES = JobResources(device="cpu", processes=1, threads=1)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from radlads.tasks.jobs import train
+from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.recipe import Rate
+from radlads.tasks.jobs.train import train
 
 SETTINGS = {
     "mixer_rate": Rate(start=3e-3, final=1e-3),
@@ -36,8 +36,8 @@ import json, os, signal, sys
 import deepspeed
 from radlads.tasks.jobs import checkpoint, train
 from radlads.tasks.jobs.common import run_job
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.store import LocalStore
+from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.contracts.store.open import LocalStore
 
 calls = []
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from radlads.tasks.jobs.schedule import learning_rate, learning_rates, warmup_steps
-from radlads.tasks.recipe import Align, Rate, Schedule
+from radlads.tasks.contracts.recipe.recipe import Align, Rate, Schedule
+from radlads.tasks.jobs.train.schedule import learning_rate, learning_rates, warmup_steps
 
 RATE = Rate(start=1e-3, final=1e-5)
 

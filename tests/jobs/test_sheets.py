@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs.checkpoint_sheet import KINDS, open_checkpoint
-from radlads.tasks.jobs.loader import TokenDataset, open_dataset
-from radlads.tasks.store_errors import StoreError
-from radlads.tasks.store_names import parse_manifest
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.store.errors import StoreError
+from radlads.tasks.contracts.store.names import parse_manifest
+from radlads.tasks.jobs.checkpoints.checkpoint_sheet import KINDS, open_checkpoint
+from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 
 THOUSAND = settings(
     max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -19,19 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from radlads.model.objectives import Objective, build_objective
-from radlads.model.student import load_student
-from radlads.model.teacher import load_teacher
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import train
+from radlads.model.student.load import load_student
+from radlads.model.teacher.load import load_teacher
+from radlads.model.training.objectives import Objective, build_objective
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Optimizer
+from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.common import execute
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.jobs.group import join_group
-from radlads.tasks.jobs.heldout import heldout_metrics
-from radlads.tasks.jobs.labels import check_labels
-from radlads.tasks.jobs.loader import Batch, TokenDataset, TokenSplit, open_dataset, plan_batches
-from radlads.tasks.recipe import Align, Distill, Finetune, Optimizer
-from radlads.tasks.specs import TeacherRef, TrainSpec
+from radlads.tasks.jobs.data.loader import Batch, TokenDataset, TokenSplit, open_dataset, plan_batches
+from radlads.tasks.jobs.process_group import join_group
+from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.heldout import heldout_metrics
+from radlads.tasks.jobs.train.labels import check_labels
 
 CPU = torch.device("cpu")
 SEQUENCES, CONTEXT, VOCABULARY = 4, 24, 400
@@ -210,7 +210,7 @@ def stories_dataset(training) -> TokenDataset:
 
 
 def test_labels_of_rows_are_those_of_their_batches(stories_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("radlads.tasks.jobs.loader._READ_TOKENS", 100)
+    monkeypatch.setattr("radlads.tasks.jobs.data.loader._READ_TOKENS", 100)
     some = np.random.Generator(np.random.PCG64(0)).random(stories_dataset.split("train").tokens) < 0.3
     split: TokenSplit = masked(stories_dataset, tmp_path, {"train": some}).split("train")
     labels = split.labels(32)

@@ -10,14 +10,15 @@ import datasets
 import pytest
 from lm_eval.tasks import TaskManager
 
-from radlads.tasks.content import ContentHashes
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import lmeval, plan_pins
-from radlads.tasks.jobs.checks import Findings
-from radlads.tasks.jobs.plan_pins import pin_contents, pin_hub
-from radlads.tasks.jobs.task_datasets import check_commits, named_datasets
-from radlads.tasks.recipe import parse_recipe
-from radlads.tasks.sections import EvalTask
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.contracts.recipe.sections import EvalTask
+from radlads.tasks.jobs.judge import lmeval
+from radlads.tasks.jobs.judge.task_datasets import check_commits, named_datasets
+from radlads.tasks.jobs.plan import plan_pins
+from radlads.tasks.jobs.plan.checks import Findings
+from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub
 
 COMMIT, LATER = "c" * 40, "d" * 40
 REST = """

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import tokens, transplant
-from radlads.tasks.jobs.publish import copy_model
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.sections import Dataset, Student
+from radlads.tasks.contracts.specs import TokenizeSpec, TransplantSpec
+from radlads.tasks.jobs import transplant
+from radlads.tasks.jobs.data import tokens
+from radlads.tasks.jobs.report.publish import copy_model
 from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher
-from radlads.tasks.sections import Dataset, Student
-from radlads.tasks.specs import TokenizeSpec, TransplantSpec
 
 # Splits letters one by one, as its tokenizer.json alone would not.
 OWN_CODE = """

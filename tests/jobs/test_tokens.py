@@ -17,13 +17,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from radlads.tasks.job import UserError
-from radlads.tasks.jobs import spool, tokens
-from radlads.tasks.jobs.chat import Rendered, open_chat_template
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.sections import Dataset, FilesSource, RecallSource
+from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.documents import Document, iterate_documents
-from radlads.tasks.jobs.encode import Encoder
-from radlads.tasks.jobs.loader import open_dataset
+from radlads.tasks.jobs.data import spool, tokens
+from radlads.tasks.jobs.data.encode import Encoder
+from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.data.text.chat import Rendered, open_chat_template
+from radlads.tasks.jobs.data.text.documents import Document, iterate_documents
+from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder
 from radlads.tasks.jobs.sources import (
     load_tokenizer,
     pin_teacher,
@@ -31,9 +34,6 @@ from radlads.tasks.jobs.sources import (
     resolve_teacher_path,
     tokenizer_fingerprint,
 )
-from radlads.tasks.jobs.token_encoder import TokenEncoder
-from radlads.tasks.sections import Dataset, FilesSource, RecallSource
-from radlads.tasks.specs import TokenizeSpec
 
 MakeJob = Callable[..., Job]
 
@@ -463,7 +463,7 @@ def test_sampling_does_not_depend_on_the_number_of_ranks(
     folder = Path(one.spec.output_uri)
     alone = hashes(folder)
     (folder / "manifest.json").unlink()
-    run_ranks("radlads.tasks.jobs.tokens", make_job("tokenize", spec, scratch="two"), 2)
+    run_ranks("radlads.tasks.jobs.data.tokens", make_job("tokenize", spec, scratch="two"), 2)
     assert hashes(folder) == alone
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from radlads.model.objectives import Objective, build_objective
-from radlads.model.student import load_student
-from radlads.tasks.jobs import train
+from radlads.model.student.load import load_student
+from radlads.model.training.objectives import Objective, build_objective
+from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.jobs.parameter_groups import select_trainable
-from radlads.tasks.recipe import Rate
+from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.parameter_groups import select_trainable
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train_curves.json"
 STAGES = ("align", "distill", "finetune", "pretrain")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from radlads.tasks.jobs import train
+from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.launch import render_command
-from radlads.tasks.recipe import Rate
+from radlads.tasks.jobs.train import train
+from radlads.tasks.launchers.local import render_command
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +119,6 @@ def _rank(parent: int, rank: str) -> int:
     """The pid of a rank under the launcher."""
     psutil = pytest.importorskip("psutil")
     for child in psutil.Process(parent).children(recursive=True):
-        if child.environ().get("RANK") == rank and "radlads.tasks.jobs.train" in child.cmdline():
+        if child.environ().get("RANK") == rank and "radlads.tasks.jobs.train.train" in child.cmdline():
             return child.pid
     raise AssertionError(f"no rank {rank} under {parent}")

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from radlads.model.student import load_student
-from radlads.tasks.jobs import train
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.recipe.recipe import Distill, Lora, Phase, Rate, Schedule
 from radlads.tasks.jobs.common import execute
-from radlads.tasks.jobs.engine import Engine
-from radlads.tasks.jobs.loader import open_dataset, plan_batches
-from radlads.tasks.jobs.schedule import learning_rates
-from radlads.tasks.recipe import Distill, Lora, Phase, Rate, Schedule
+from radlads.tasks.jobs.data.loader import open_dataset, plan_batches
+from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.schedule import learning_rates
 
 PHASES = (
     Phase(tokens=4 * 4 * 32, temperature=1.5, mixer_rate=Rate(start=3e-3, final=3e-3)),

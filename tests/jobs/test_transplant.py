@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
-from radlads.model.student import load_student
-from radlads.tasks.job import UserError
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.sections import Student
+from radlads.tasks.contracts.recipe.transplant import TransplantScale
+from radlads.tasks.contracts.specs import TransplantSpec
 from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import pin_teacher
-from radlads.tasks.section_transplant import TransplantScale
-from radlads.tasks.sections import Student
-from radlads.tasks.specs import TransplantSpec
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from radlads.kernels.linear_kl import driver, linear_ce, linear_kl, triton_outer, triton_product, triton_rows
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
-from radlads.kernels.testing import relative_rms
+from radlads.kernels.shared.testing import relative_rms
 
 assert triton.knobs.runtime.interpret, "run through test_linear_kl_triton.py"
 ROWS = 7

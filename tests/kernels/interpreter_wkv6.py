@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from radlads.kernels.testing import (
+from radlads.kernels.shared.testing import (
     WKV6_FLOOR,
     assert_autograd_rules,
     outputs_and_gradients,

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.kernels.testing import assert_autograd_rules, wkv6_inputs, wkv7_inputs
+from radlads.kernels.shared.testing import assert_autograd_rules, wkv6_inputs, wkv7_inputs
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7, wkv7_step
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.split import wkv7_split
-from radlads.model.quantized import quantize_frozen
+from radlads.model.training.quantized import quantize_frozen
 
 PACKED = torch.tensor([0, 3, 3, 17, 40])
 

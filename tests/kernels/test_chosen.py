@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from radlads.kernels.chosen import chosen_kernels, forget_kernels, note_kernel
 from radlads.kernels.linear_kl import linear_ce
-from radlads.kernels.testing import wkv6_inputs, wkv7_inputs
+from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels, note_kernel
+from radlads.kernels.shared.testing import wkv6_inputs, wkv7_inputs
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as functional
 
 from radlads.kernels.linear_kl import driver, linear_ce, linear_kl
-from radlads.kernels.testing import relative_rms
+from radlads.kernels.shared.testing import relative_rms
 
 N, D, E, V = 37, 16, 24, 50
 

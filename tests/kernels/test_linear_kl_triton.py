@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from radlads.kernels.backends import is_hopper
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.kernels.testing import relative_rms
+from radlads.kernels.shared.backends import is_hopper
+from radlads.kernels.shared.testing import relative_rms
 
 pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ def test_interpreted():
 @pytest.mark.parametrize("V", [100, 152064])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(target, V, tmp_path):
-    code = f"from radlads.kernels.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 2"
+    code = f"from radlads.kernels.shared.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 2"
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
 
 
@@ -44,7 +44,7 @@ def test_compiles(target, V, tmp_path):
 def test_the_products_compile(V, tempered, tmp_path):
     """By wgmma, within the shared memory of sm_90."""
     code = (
-        "from radlads.kernels.offline import compile_products\n"
+        "from radlads.kernels.shared.offline import compile_products\n"
         f"made = compile_products({V}, tempered={tempered})\n"
         "products = [made[name] for name in ('teacher', 'student', 'alone', 'outer')]\n"
         "assert all('wgmma.mma_async' in x.asm['ptx'] and x.metadata.shared <= 232448 for x in products)"

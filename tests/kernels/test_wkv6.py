@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from radlads.kernels.testing import WKV6_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv6_inputs
+from radlads.kernels.shared.testing import WKV6_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv6_inputs
 from radlads.kernels.wkv6 import wkv6, wkv6_step
 
 # In fp32 the cumulative decay of a chunk reaches 80 nats, whose last bit is 4e-6 of the factor it stands for.

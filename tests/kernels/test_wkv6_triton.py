@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from radlads.kernels.testing import WKV6_FLOOR, outputs_and_gradients, relative_rms, wkv6_inputs
+from radlads.kernels.shared.testing import WKV6_FLOOR, outputs_and_gradients, relative_rms, wkv6_inputs
 from radlads.kernels.wkv6 import wkv6
 
 pytest.importorskip("triton")
@@ -31,9 +31,8 @@ def test_interpreted():
 @pytest.mark.parametrize("size", [16, 96, 256])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(target, size, tmp_path):
-    code = (
-        f"from radlads.kernels.offline import compile_wkv6; assert len(compile_wkv6('{target}', {size}, {size})) == 5"
-    )
+    call = f"compile_wkv6('{target}', {size}, {size})"
+    code = f"from radlads.kernels.shared.offline import compile_wkv6; assert len({call}) == 5"
     run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
 
 

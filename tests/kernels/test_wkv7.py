@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from radlads.kernels.testing import DECAY_FLOOR, outputs_and_gradients, poisoned_memory, relative_rms, wkv7_inputs
+from radlads.kernels.shared.testing import (
+    DECAY_FLOOR,
+    outputs_and_gradients,
+    poisoned_memory,
+    relative_rms,
+    wkv7_inputs,
+)
 from radlads.kernels.wkv7 import wkv7, wkv7_delta_step, wkv7_step
 
 TINY = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}

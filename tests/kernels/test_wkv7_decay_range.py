@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from radlads.kernels.testing import wkv7_inputs
+from radlads.kernels.shared.testing import wkv7_inputs
 from radlads.kernels.wkv7 import wkv7
 from radlads.kernels.wkv7.decay_range import DecayWatch, LogDecayRangeError, _Waiting, widest_log_decay
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radlads.kernels.testing import wkv7_inputs
+from radlads.kernels.shared.testing import wkv7_inputs
 from radlads.kernels.wkv7 import wkv7
 
 lengths = st.integers(2, 80)

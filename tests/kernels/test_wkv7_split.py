@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from radlads.kernels.testing import outputs_and_gradients, relative_rms, wkv7_inputs
+from radlads.kernels.shared.testing import outputs_and_gradients, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7 import wkv7
 from radlads.kernels.wkv7.chunked import wkv7_chunked
 from radlads.kernels.wkv7.split import compose, cut, scan_transitions, wkv7_split

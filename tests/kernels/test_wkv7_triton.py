@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from radlads.kernels.testing import outputs_and_gradients, relative_rms, wkv7_inputs
+from radlads.kernels.shared.testing import outputs_and_gradients, relative_rms, wkv7_inputs
 from radlads.kernels.wkv7 import wkv7, wkv7_delta_step, wkv7_step
 
 pytest.importorskip("triton")
@@ -50,7 +50,7 @@ def test_compiles(target, size, ragged, tmp_path):
     if 64 <= size <= 128 and target == "sm_90":
         count += 2
     code = f"""
-from radlads.kernels.offline import SHARED_BYTES, compile_wkv7
+from radlads.kernels.shared.offline import SHARED_BYTES, compile_wkv7
 found = compile_wkv7({target!r}, {size}, {size}, ragged={ragged})
 assert len(found) == {count}, sorted(found)
 too_large = {{name: kernel.metadata.shared for name, kernel in found.items()

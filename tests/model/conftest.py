@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from radlads.model.export import export_student
-from radlads.model.student import RadladsForCausalLM, build_student
-from radlads.model.transplant import transplant
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.export import export_student
+from radlads.model.student.load import RadladsForCausalLM, build_student
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from radlads.model.align_losses import (
+from radlads.model.training.align_losses import (
     Comprehensive,
     ScaledMse,
     build_align_loss,
@@ -14,8 +14,8 @@ from radlads.model.align_losses import (
     l2_loss,
     no_spectrum,
 )
-from radlads.tasks.recipe import Align
-from radlads.tasks.recipe import Comprehensive as Weights
+from radlads.tasks.contracts.recipe.recipe import Align
+from radlads.tasks.contracts.recipe.recipe import Comprehensive as Weights
 
 LAYERS = 10
 TERMS = ("content", "cosine", "context", "local", "sequence_mean", "temporal", "spectral")

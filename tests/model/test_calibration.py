@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from radlads.model.calibration import SHIFTS, alignment_loss, alignment_losses, calibrate
-from radlads.model.objectives import plain_hidden
-from radlads.model.probe import AttentionProbe
-from radlads.model.variants import list_variants
+from radlads.model.mixers.shared.registry import list_variants
+from radlads.model.training.calibration import SHIFTS, alignment_loss, alignment_losses, calibrate
+from radlads.model.training.objectives import plain_hidden
+from radlads.model.training.probe import AttentionProbe
 
 PARTS = ("value", "iclr", "decay", "gate")
 

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radlads.model import checkpoint_files
-from radlads.model.checkpoint_files import INDEX, find_weight_files, read_headers
-from radlads.model.weight_files import open_weight_files
-from radlads.tasks.job import UserError
+from radlads.model.weights import checkpoint_files
+from radlads.model.weights.checkpoint_files import INDEX, find_weight_files, read_headers
+from radlads.model.weights.weight_files import open_weight_files
+from radlads.tasks.contracts.errors import UserError
 
 
 def shard(folder: Path, number: int, of: int, **tensors: Tensor) -> str:

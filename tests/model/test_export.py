@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from radlads.model import list_variants
-from radlads.model.export import export_student, remote_code
-from radlads.model.student import load_student
-from radlads.tasks.job import UserError
+from radlads.model.student.export import export_student, remote_code
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.errors import UserError
 
 # Loads the folder with bare transformers and prints what it sees; the package and pydantic cannot be imported.
 BARE = """

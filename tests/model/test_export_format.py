@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from radlads.model.student import load_student
+from radlads.model.student.load import load_student
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "pure"])

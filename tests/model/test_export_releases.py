@@ -15,8 +15,8 @@ import torch
 import transformers
 from packaging.version import Version
 
-from radlads.model import releases
-from radlads.model.releases import TESTED, cache_keyword, check_calls, check_release
+from radlads.model.student import releases
+from radlads.model.student.releases import TESTED, cache_keyword, check_calls, check_release
 
 # Runs in a process of its own, which has bare transformers and the folders.
 SCRIPT = """

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from radlads.model import list_variants
-from radlads.model.export import export_student, remote_code
 from radlads.model.mixers import rad_rwkv6, rwkv7
+from radlads.model.student.export import export_student, remote_code
 
 # One process for all folders: starting it takes longer than anything that it does.
 BARE = """

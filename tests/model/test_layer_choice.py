@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radlads.model.layer_choice import (
+from radlads.model.convert.layer_choice import (
     DifficultyWeights,
     LayerScore,
     difficulty_layers,
@@ -21,7 +21,7 @@ from radlads.model.layer_choice import (
     recall_per_kl,
     spaced_layers,
 )
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
 
 
 def test_even_is_the_published_reka_list():

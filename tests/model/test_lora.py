@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from radlads.model.lora import LoraLinear, add_lora, lora_trains, merge_lora
-from radlads.tasks.job import UserError
-from radlads.tasks.recipe import Lora
+from radlads.model.training.lora import LoraLinear, add_lora, lora_trains, merge_lora
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Lora
 
 
 @pytest.fixture

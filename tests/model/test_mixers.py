@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7
-from radlads.model import list_variants, recurrence_wkv7
-from radlads.model import mixer as shared
-from radlads.model.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model import list_variants
 from radlads.model.mixers import rad_rwkv6
-from radlads.model.variants import find_variant
+from radlads.model.mixers.shared import mixer as shared
+from radlads.model.mixers.shared import recurrence_wkv7
+from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model.mixers.shared.registry import find_variant
 
 EXTRA = [
     ("rad_rwkv7", {"form": "groupnorm"}),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from radlads.model import list_variants
-from radlads.model.mixer import AttentionShape, FirstValues, Mixer, apply_rope
-from radlads.model.variants import find_variant
+from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model.mixers.shared.registry import find_variant
 
 D, H, G, K, T = 20, 4, 2, 8, 9
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from radlads.model.lora import add_lora
-from radlads.model.objectives import build_objective
-from radlads.tasks.recipe import Distill, Finetune, Lora, Phase
-from radlads.tasks.specs import TeacherRef, TrainSpec
+from radlads.model.training.lora import add_lora
+from radlads.model.training.objectives import build_objective
+from radlads.tasks.contracts.recipe.recipe import Distill, Finetune, Lora, Phase
+from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 
 SIZES = {"context": 20, "batch": 2}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from radlads.model.align_losses import l2_loss
-from radlads.model.objectives import Objective, build_objective, document_bounds, needs_teacher
-from radlads.model.probe import AttentionProbe
-from radlads.tasks.job import UserError
-from radlads.tasks.recipe import Align, Distill, Finetune, Pretrain
-from radlads.tasks.specs import TeacherRef, TrainSpec
+from radlads.model.training.align_losses import l2_loss
+from radlads.model.training.objectives import Objective, build_objective, document_bounds, needs_teacher
+from radlads.model.training.probe import AttentionProbe
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Pretrain
+from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 
 SECTIONS: dict[str, Any] = {"align": Align, "distill": Distill, "finetune": Finetune, "pretrain": Pretrain}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from radlads.model.openmose import inspect_openmose
-from radlads.model.openmose_weights import export_openmose, load_openmose, openmose_tensors
-from radlads.tasks.job import UserError
+from radlads.model.weights.openmose import inspect_openmose
+from radlads.model.weights.openmose_weights import export_openmose, load_openmose, openmose_tensors
+from radlads.tasks.contracts.errors import UserError
 
 FAITHFUL = {"key_scaling": "log_log_decay"}
 # Variant, options that the names do not tell, architecture as its author would say it where he must.

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from radlads.model.export import export_student
-from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.quantized import Int8Weight, quantize, quantize_frozen, quantized_names, share_frozen
-from radlads.model.student import build_student, load_student
-from radlads.model.transplant import transplant
-from radlads.model.weight_files import open_weight_files
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.export import export_student
+from radlads.model.student.load import build_student, load_student
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.training.quantized import Int8Weight, quantize, quantize_frozen, quantized_names, share_frozen
+from radlads.model.weights.weight_files import open_weight_files
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from radlads.model.export import export_student
-from radlads.model.layer_choice import recall_layers
-from radlads.model.layer_scores import ProbeBatch, TokenCount, score_layers, sum_layers, teacher_recall
-from radlads.model.restore import restore_attention, restored
-from radlads.model.student import load_student
-from radlads.model.variants import list_variants
-from radlads.tasks.job import UserError
+from radlads.model.convert.layer_choice import recall_layers
+from radlads.model.convert.layer_scores import ProbeBatch, TokenCount, score_layers, sum_layers, teacher_recall
+from radlads.model.convert.restore import restore_attention, restored
+from radlads.model.mixers.shared.registry import list_variants
+from radlads.model.student.export import export_student
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.errors import UserError
 
 
 @pytest.fixture

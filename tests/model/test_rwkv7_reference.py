@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from radlads.model.mixer import AttentionShape, Mixer
 from radlads.model.mixers import rwkv7
-from radlads.model.openmose import TENSOR_NAMES
-from radlads.model.token_shift import previous_tokens
+from radlads.model.mixers.shared.mixer import AttentionShape, Mixer
+from radlads.model.mixers.shared.token_shift import previous_tokens
+from radlads.model.weights.openmose import TENSOR_NAMES
 
 # Each comes out of another order of the same fp32 sums; upstream and a plain loop differ by 5e-7.
 TOLERANCE = 1e-5

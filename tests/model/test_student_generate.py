@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from radlads.model.cache import RadladsCache, RecurrentLayer
+from radlads.model.student.cache import RadladsCache, RecurrentLayer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorWithFlattening
 
-from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.student.modeling import RadladsForCausalLM
 
 # Layers kept; the first recurrent one is the model's first, or comes after softmax; first values, also keys, or none.
 CASES: list[tuple[str, tuple[int, ...], str]] = [

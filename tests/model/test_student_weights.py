@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from radlads.model.calibration import calibrate
-from radlads.model.export import export_student
-from radlads.model.lora import add_lora, merge_lora
-from radlads.model.quantized import quantize_frozen
-from radlads.model.student import load_student
-from radlads.tasks.job import UserError
+from radlads.model.student.export import export_student
+from radlads.model.student.load import load_student
+from radlads.model.training.calibration import calibrate
+from radlads.model.training.lora import add_lora, merge_lora
+from radlads.model.training.quantized import quantize_frozen
+from radlads.tasks.contracts.errors import UserError
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from radlads.model.finite import check_finite, is_finite
-from radlads.model.student import build_student
-from radlads.model.teacher import list_families, load_teacher, load_teacher_config
-from radlads.model.teacher_weights import open_teacher_weights
-from radlads.model.transplant import stream_transplant, trace_origins, transplant
-from radlads.tasks.job import UserError
+from radlads.model.convert.transplant import stream_transplant, trace_origins, transplant
+from radlads.model.student.load import build_student
+from radlads.model.teacher.load import list_families, load_teacher, load_teacher_config
+from radlads.model.teacher.weights import open_teacher_weights
+from radlads.model.weights.finite import check_finite, is_finite
+from radlads.tasks.contracts.errors import UserError
 
 Change = Callable[[dict[str, Tensor]], Any]
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from radlads.model.student import build_student
-from radlads.model.teacher import find_family, list_families, load_teacher, load_teacher_config, teacher_warnings
-from radlads.model.transplant import transplant
-from radlads.model.variants import list_variants
-from radlads.tasks.job import UserError
+from radlads.model.convert.transplant import transplant
+from radlads.model.mixers.shared.registry import list_variants
+from radlads.model.student.load import build_student
+from radlads.model.teacher.load import find_family, list_families, load_teacher, load_teacher_config, teacher_warnings
+from radlads.tasks.contracts.errors import UserError
 
 FAMILIES = list_families()
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from radlads.model.export import export_student
-from radlads.model.student import build_student, load_student
-from radlads.model.teacher import find_family, list_families, load_teacher
-from radlads.model.transplant import transplant
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.export import export_student
+from radlads.model.student.load import build_student, load_student
+from radlads.model.teacher.load import find_family, list_families, load_teacher
 
 FAMILIES = list_families()
 WINDOWED: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from radlads.model.student import build_student
-from radlads.model.teacher import find_family, parse_teacher_config
-from radlads.tasks.job import UserError
+from radlads.model.student.load import build_student
+from radlads.model.teacher.load import find_family, parse_teacher_config
+from radlads.tasks.contracts.errors import UserError
 
 # As published, or as counted when the file was made; `count` below derives each from the config's own numbers.
 KNOWN = {

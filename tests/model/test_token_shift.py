@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from radlads.model.token_shift import previous_tokens
+from radlads.model.mixers.shared.token_shift import previous_tokens
 
 
 def by_hand(x: Tensor, keep: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

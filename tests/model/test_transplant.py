@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from radlads.model.student import build_student
-from radlads.model.transplant import transplant
-from radlads.tasks.job import UserError
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.load import build_student
+from radlads.tasks.contracts.errors import UserError
 
 SETTINGS = {"variant": "rad_rwkv7", "options": {}, "attention_layers": (1,), "attention_rope": False}
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radlads.model.export import export_papers
-from radlads.model.student import RadladsForCausalLM, build_student, load_student
-from radlads.model.teacher import list_families, load_teacher, load_teacher_config
-from radlads.model.teacher_weights import open_teacher_weights
-from radlads.model.transplant import TransplantReport, stream_transplant, transplant
-from radlads.tasks.job import UserError
+from radlads.model.convert.transplant import TransplantReport, stream_transplant, transplant
+from radlads.model.student.export import export_papers
+from radlads.model.student.load import RadladsForCausalLM, build_student, load_student
+from radlads.model.teacher.load import list_families, load_teacher, load_teacher_config
+from radlads.model.teacher.weights import open_teacher_weights
+from radlads.tasks.contracts.errors import UserError
 
 SETTINGS: dict[str, Any] = {
     "variant": "rad_rwkv7",

@@ -7,9 +7,9 @@ import torch
 from transformers import Qwen3Config
 
 from radlads.model import list_variants, validate_options
-from radlads.model.mixer import AttentionShape, low_rank_size
-from radlads.model.variants import find_variant
-from radlads.tasks.job import UserError
+from radlads.model.mixers.shared.mixer import AttentionShape, low_rank_size
+from radlads.model.mixers.shared.registry import find_variant
+from radlads.tasks.contracts.errors import UserError
 
 # Width → ranks of decay (iclr too), value residual, gate (2505.03005, appendix).
 RANKS = {

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from radlads.model import list_variants
-from radlads.model.cache import RadladsCache
-from radlads.model.export import export_student
-from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.probe import AttentionProbe
-from radlads.model.student import build_student, load_student
+from radlads.model.student.cache import RadladsCache
+from radlads.model.student.export import export_student
+from radlads.model.student.load import build_student, load_student
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.training.probe import AttentionProbe
 
 # Teacher and its changes: heads narrower and wider than the model, one kv head, as many as query heads, biases, norms.
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radlads.model.weight_files import WeightWriter, open_weight_files
-from radlads.tasks.job import UserError
+from radlads.model.weights.weight_files import WeightWriter, open_weight_files
+from radlads.tasks.contracts.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 

@@ -14,8 +14,8 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from radlads.tasks.job import StoreRef
-from radlads.tasks.store import LocalStore, S3Store
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store.open import LocalStore, S3Store
 
 _numbers = itertools.count()
 ACCESS, SECRET = "test", "testtest"

@@ -11,17 +11,24 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from radlads.tasks import credentials
-from radlads.tasks.credentials import find_secret, has_credentials, hide, take_credentials, with_credentials
-from radlads.tasks.job import StoreRef, TrackingRef, UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import StoreRef, TrackingRef
+from radlads.tasks.contracts.parsing import credentials
+from radlads.tasks.contracts.parsing.credentials import (
+    find_secret,
+    has_credentials,
+    hide,
+    take_credentials,
+    with_credentials,
+)
+from radlads.tasks.contracts.recipe.recipe import RecipeError, parse_recipe
+from radlads.tasks.contracts.settings import refuse_credentials, resolve_settings
+from radlads.tasks.contracts.specs import PlanSpec
+from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.contracts.store.s3.client import make_client
+from radlads.tasks.contracts.tracking import RunIdentity, open_pipeline_run
 from radlads.tasks.pipeline import open_pipeline
-from radlads.tasks.recipe import RecipeError, parse_recipe
-from radlads.tasks.s3_client import make_client
-from radlads.tasks.settings import refuse_credentials, resolve_settings
-from radlads.tasks.specs import PlanSpec
 from radlads.tasks.stage import run_stage
-from radlads.tasks.store import open_store
-from radlads.tasks.tracking import RunIdentity, open_pipeline_run
 
 WORD = "Open%2FSesame-93"
 PLAIN = "Open/Sesame-93"

@@ -10,12 +10,13 @@ import textwrap
 import pytest
 from safetensors.numpy import save_file
 
-from radlads.tasks import launch as launching
-from radlads.tasks.disk import DiskFull, explain_disk, need_space
-from radlads.tasks.job import JobResources, JobSpec, StoreRef, UserError
+from radlads.tasks.contracts.disk import DiskFull, explain_disk, need_space
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef
 from radlads.tasks.jobs.common import execute, open_job
-from radlads.tasks.jobs.ending import EXIT_CODES
-from radlads.tasks.launch import JobFailed, launch
+from radlads.tasks.jobs.exit_reasons import EXIT_CODES
+from radlads.tasks.launchers import local as launching
+from radlads.tasks.launchers.local import JobFailed, launch
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from radlads.tasks.anchor import anchor_recipe
-from radlads.tasks.job import JobResources, JobSpec, StoreRef, TrackingRef, UserError, read_job
-from radlads.tasks.recipe import dump_recipe, list_recipes, load_recipe, parse_recipe
-from radlads.tasks.sections import Recipe
-from radlads.tasks.specs import PlanSpec, TokenizeSpec, parse_spec
-from radlads.tasks.yaml_reader import read_yaml
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef, TrackingRef, read_job
+from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
+from radlads.tasks.contracts.recipe.recipe import dump_recipe, list_recipes, load_recipe, parse_recipe
+from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.specs import PlanSpec, TokenizeSpec, parse_spec
 
 TEXTS = {
     name: (resources.files("radlads.deployments") / "recipes" / f"{name}.yaml").read_bytes() for name in list_recipes()

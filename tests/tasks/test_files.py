@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from radlads.tasks.files import file_errors, private_folder, write_private
-from radlads.tasks.job import UserError
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.files import file_errors, private_folder, write_private
 
 
 def test_a_folder_is_one_users_alone(tmp_path, monkeypatch):

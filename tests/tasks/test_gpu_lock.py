@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from radlads.tasks import gpu_lock, launch
-from radlads.tasks.gpu_lock import gpu_names, hold_gpus
-from radlads.tasks.job import JobResources
-from radlads.tasks.stopping import RunStopped, StopRequest
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.launchers import gpu_lock
+from radlads.tasks.launchers import local as launch
+from radlads.tasks.launchers.gpu_lock import gpu_names, hold_gpus
+from radlads.tasks.launchers.stopping import RunStopped, StopRequest
 
 UUIDS = ["GPU-aa11", "GPU-bb22", "GPU-cc33"]
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from radlads.tasks.gpu_lock import hold_gpus
+    from radlads.tasks.launchers.gpu_lock import hold_gpus
     with hold_gpus(1, "0", "align of other", folder=Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(1000)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from radlads.tasks import launch as launching
-from radlads.tasks.devices import count_gpus, resolve_resources
-from radlads.tasks.job import JobResources, JobSpec, StoreRef, UserError
-from radlads.tasks.launch import (
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef
+from radlads.tasks.contracts.recipe.recipe import Resources
+from radlads.tasks.launchers import local as launching
+from radlads.tasks.launchers.devices import count_gpus, resolve_resources
+from radlads.tasks.launchers.local import (
     JobCrashed,
     JobFailed,
     JobPreempted,
@@ -23,8 +25,7 @@ from radlads.tasks.launch import (
     render_command,
     run_process,
 )
-from radlads.tasks.progress import Watcher
-from radlads.tasks.recipe import Resources
+from radlads.tasks.launchers.progress import Watcher
 
 CPU = JobResources(device="cpu", processes=2, threads=3)
 WORLD = base64.urlsafe_b64encode(b'{"localhost": ["0", "1"]}').decode()
@@ -44,19 +45,20 @@ def job(stage="align", scratch="/work", spec=None, resources=CPU):
 @pytest.mark.parametrize(
     ("stage", "spec", "line"),
     [
-        ("plan", {}, "PYTHON -m radlads.tasks.jobs.plan /work/job.json"),
-        ("tokenize", {}, "PYTHON -m radlads.tasks.jobs.tokens /work/job.json"),
+        ("plan", {}, "PYTHON -m radlads.tasks.jobs.plan.plan /work/job.json"),
+        ("tokenize", {}, "PYTHON -m radlads.tasks.jobs.data.tokens /work/job.json"),
         (
             "tokenize", {"dataset": {"sources": [{"kind": "files"}, {"kind": "sample"}]}},
-            f"{LAUNCHER} --module radlads.tasks.jobs.tokens /work/job.json",
+            f"{LAUNCHER} --module radlads.tasks.jobs.data.tokens /work/job.json",
         ),
         ("transplant", {}, "PYTHON -m radlads.tasks.jobs.transplant /work/job.json"),
-        ("publish", {}, "PYTHON -m radlads.tasks.jobs.publish /work/job.json"),
+        ("publish", {}, "PYTHON -m radlads.tasks.jobs.report.publish /work/job.json"),
         *(
             (stage, {}, f"{LAUNCHER} --module radlads.tasks.jobs.{module} /work/job.json")
             for stage, module in [
-                ("pretrain", "train"), ("align", "train"), ("distill", "train"), ("finetune", "train"),
-                ("evaluate", "evaluate"), ("needle", "needle"),
+                ("pretrain", "train.train"), ("align", "train.train"), ("distill", "train.train"),
+                ("finetune", "train.train"),
+                ("evaluate", "judge.evaluate"), ("needle", "judge.needle"),
             ]
         ),
     ],
@@ -232,7 +234,7 @@ def test_a_launched_job_in_a_checkout_whose_path_has_a_space(tmp_path, monkeypat
     with pytest.raises(JobFailed, match=r"align: job\.json: spec: objective: Field required"):
         launch(asked)
     log = (checkout / "work" / "log.txt").read_text()
-    assert f"spawned with command: ['{checkout}/venv/bin/python', '-u', '-m', 'radlads.tasks.jobs.train'" in log
+    assert f"spawned with command: ['{checkout}/venv/bin/python', '-u', '-m', 'radlads.tasks.jobs.train.train'" in log
 
 
 def test_a_job_that_cannot_be_started_says_why(tmp_path, monkeypatch):

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from radlads.tasks import launch, lease
-from radlads.tasks.job import CodeVersion, JobResources, JobSpec, Manifest
-from radlads.tasks.lease import Lease, LeaseLost, RunHeld, confirm_lease, lease_key
-from radlads.tasks.recipe import parse_recipe
-from radlads.tasks.scratch_lock import FolderInUse, hold_folder
-from radlads.tasks.specs import PlanSpec
+from radlads.tasks.contracts.job import CodeVersion, JobResources, JobSpec, Manifest
+from radlads.tasks.contracts.locks import lease
+from radlads.tasks.contracts.locks.lease import Lease, LeaseLost, RunHeld, confirm_lease, lease_key
+from radlads.tasks.contracts.locks.scratch_lock import FolderInUse, hold_folder
+from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.contracts.specs import PlanSpec
+from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.launchers import local as launch
 from radlads.tasks.stage import StageRequest, run_stage
-from radlads.tasks.store import StoreError
 
 from .conftest import make_store
 from .test_stage import RECIPE
@@ -31,9 +32,9 @@ KEY = lease_key("r")
 OTHER = """
 import sys, time
 from pathlib import Path
-from radlads.tasks.job import StoreRef
-from radlads.tasks.lease import Lease
-from radlads.tasks.store import open_store
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.locks.lease import Lease
+from radlads.tasks.contracts.store.open import open_store
 with Lease(open_store(StoreRef.model_validate_json(sys.argv[1])), "r", Path(sys.argv[2])):
     print("holds it", flush=True)
     sys.stdin.read()
@@ -227,8 +228,8 @@ def test_a_removed_lease_is_lost(store, tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\x00", b"[]", b'{"token": 0}', b"[" * 5000])
 def test_what_is_no_lease_is_said_in_one_line(tmp_path, data):
-    from radlads.tasks.job import StoreRef
-    from radlads.tasks.store import LocalStore
+    from radlads.tasks.contracts.job import StoreRef
+    from radlads.tasks.contracts.store.open import LocalStore
 
     store = LocalStore(StoreRef(uri=str(tmp_path / "store")))
     store.put_bytes(KEY, data)

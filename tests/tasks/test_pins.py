@@ -16,16 +16,16 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, constants
 
-from radlads.tasks import content
-from radlads.tasks.content import ContentHashes
-from radlads.tasks.hub import hub_commit
-from radlads.tasks.identity import readings
-from radlads.tasks.job import UserError
-from radlads.tasks.pins import at_pinned_commits, check_pins, follow_moves, pin_place, pin_teacher
-from radlads.tasks.recipe import Recipe, parse_recipe
-from radlads.tasks.section_choice import AttentionChoice
-from radlads.tasks.sections import Dataset, Evaluate, Needle, Pretrain
-from radlads.tasks.specs import (
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.identity import readings
+from radlads.tasks.contracts.pins import content
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.hub import hub_commit
+from radlads.tasks.contracts.pins.pins import at_pinned_commits, check_pins, follow_moves, pin_place, pin_teacher
+from radlads.tasks.contracts.recipe.choice import AttentionChoice
+from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.recipe.sections import Dataset, Evaluate, Needle, Pretrain
+from radlads.tasks.contracts.specs import (
     ChooseSpec,
     EvaluateSpec,
     NeedleSpec,

@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radlads.tasks.job import InputRef, canonical_json
-from radlads.tasks.recipe import RecipeError, dump_recipe, list_recipes, load_recipe, parse_recipe
-from radlads.tasks.specs import Pin, TeacherRef, TokenizeSpec, TrainSpec, spec_digest
+from radlads.tasks.contracts.job import InputRef, canonical_json
+from radlads.tasks.contracts.recipe.recipe import RecipeError, dump_recipe, list_recipes, load_recipe, parse_recipe
+from radlads.tasks.contracts.specs import Pin, TeacherRef, TokenizeSpec, TrainSpec, spec_digest
 
 
 def minimal(**more: Any) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radlads.tasks.anchor import anchor_recipe
-from radlads.tasks.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
-from radlads.tasks.specs import PlanSpec, spec_digest
+from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+from radlads.tasks.contracts.specs import PlanSpec, spec_digest
 
 NAMES = st.text("abcdefghij", min_size=1, max_size=6)
 PLACES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)

@@ -3,9 +3,16 @@
 import pytest
 import yaml
 
-from radlads.tasks.recipe import RecipeError, dump_recipe, parse_recipe
-from radlads.tasks.section_choice import AttentionChoice, RecallProbe, fit_probe, late_choice, probe_passes, run_tokens
-from radlads.tasks.specs import ChooseSpec, TeacherRef, spec_digest
+from radlads.tasks.contracts.recipe.choice import (
+    AttentionChoice,
+    RecallProbe,
+    fit_probe,
+    late_choice,
+    probe_passes,
+    run_tokens,
+)
+from radlads.tasks.contracts.recipe.recipe import RecipeError, dump_recipe, parse_recipe
+from radlads.tasks.contracts.specs import ChooseSpec, TeacherRef, spec_digest
 
 TRAINING = {"tokens": 40960, "context": 64, "batch": 4}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from radlads.tasks.job import UserError
-from radlads.tasks.settings import resolve_settings
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.settings import resolve_settings
 
 
 def test_defaults_lie_in_the_working_directory(tmp_path, monkeypatch):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from radlads.tasks import launch, stage
-from radlads.tasks.job import CodeVersion, JobResources, JobSpec, Manifest, StoreRef
-from radlads.tasks.launch import JobCrashed
-from radlads.tasks.recipe import parse_recipe
-from radlads.tasks.specs import PlanSpec
+from radlads.tasks import stage
+from radlads.tasks.contracts.job import CodeVersion, JobResources, JobSpec, Manifest, StoreRef
+from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.contracts.specs import PlanSpec
+from radlads.tasks.contracts.store.open import CorruptArtifact, LocalStore, StageConflict
+from radlads.tasks.launchers import local as launch
+from radlads.tasks.launchers.local import JobCrashed
 from radlads.tasks.stage import StageRequest, run_stage
-from radlads.tasks.store import CorruptArtifact, LocalStore, StageConflict
 
 RECIPE = {
     "name": "tiny", "teacher": {"path": "demo"},

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from radlads.tasks.job import CodeVersion, Manifest, StoreRef
-from radlads.tasks.store import CorruptArtifact, StageConflict, StoreError, StoreUnusable, open_store
+from radlads.tasks.contracts.job import CodeVersion, Manifest, StoreRef
+from radlads.tasks.contracts.store.open import CorruptArtifact, StageConflict, StoreError, StoreUnusable, open_store
 
 
 def sheet(digest="d1", **changes):

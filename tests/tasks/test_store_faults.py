@@ -10,10 +10,12 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from radlads.tasks import s3_client, store_base, store_proof
-from radlads.tasks.job import StoreRef
-from radlads.tasks.store import CorruptArtifact, S3Store, StageConflict, StoreError
-from radlads.tasks.store_seal import seal_file
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store import base as store_base
+from radlads.tasks.contracts.store import proof as store_proof
+from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StageConflict, StoreError
+from radlads.tasks.contracts.store.s3 import client as s3_client
+from radlads.tasks.contracts.store.s3.seal import seal_file
 
 from .test_store import sheet
 

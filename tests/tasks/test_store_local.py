@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from radlads.tasks.job import StoreRef
-from radlads.tasks.store import CorruptArtifact, LocalStore, StoreError, StoreUnusable
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store.open import CorruptArtifact, LocalStore, StoreError, StoreUnusable
 
 from .test_store import sheet
 

@@ -5,10 +5,10 @@ import uuid
 
 import pytest
 
-from radlads.tasks import store_s3
-from radlads.tasks.job import StoreRef
-from radlads.tasks.store import CorruptArtifact, S3Store, StoreError, StoreUnusable
-from radlads.tasks.store_seal import part_size, seal_file
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StoreError, StoreUnusable
+from radlads.tasks.contracts.store.s3 import store as store_s3
+from radlads.tasks.contracts.store.s3.seal import part_size, seal_file
 
 from .test_store import sheet
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from radlads.tasks.process_tree import MARK, WARDEN, end_leftovers, job_id, new_mark, processes, read_proc
+from radlads.tasks.contracts.process_tree import MARK, WARDEN, end_leftovers, job_id, new_mark, processes, read_proc
 
 # A stand-in for DeepSpeed's launcher: it puts two ranks into sessions of their own, as torchrun does, and each rank has
 # a helper. `mode` says how a rank takes SIGTERM.
@@ -46,7 +46,7 @@ RANK = """
 """
 PARENT = """
     import os, subprocess, sys
-    command = [sys.executable, "-m", "radlads.tasks.supervise", "--parent", str(os.getpid()), *sys.argv[1:]]
+    command = [sys.executable, "-m", "radlads.tasks.launchers.supervise", "--parent", str(os.getpid()), *sys.argv[1:]]
     sys.exit(subprocess.Popen(command, start_new_session=True).wait())
 """
 
@@ -99,7 +99,7 @@ def gone(pids):
 
 def supervise(tmp_path, *command, grace=5):
     options = ["--parent", str(os.getpid()), "--grace", str(grace), "--log", str(tmp_path / "log.txt"), "--"]
-    return subprocess.run([sys.executable, "-m", "radlads.tasks.supervise", *options, *command], check=False)
+    return subprocess.run([sys.executable, "-m", "radlads.tasks.launchers.supervise", *options, *command], check=False)
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 137), ("kill -15 $$", 143)])
@@ -162,7 +162,7 @@ def test_nothing_survives_a_killed_launcher(tree):
 
 def test_a_parent_that_is_already_dead(tmp_path):
     options = ["--parent", "1", "--grace", "1", "--log", str(tmp_path / "log"), "--", "touch", str(tmp_path / "ran")]
-    done = subprocess.run([sys.executable, "-m", "radlads.tasks.supervise", *options], check=False)
+    done = subprocess.run([sys.executable, "-m", "radlads.tasks.launchers.supervise", *options], check=False)
     assert done.returncode == 143
     assert not (tmp_path / "ran").exists()
 
@@ -188,7 +188,7 @@ def test_the_warden_goes_with_an_ended_job(tree):
 def test_a_server_goes_with_the_process_that_started_it(tmp_path):
     """Killed with -9: no handler, and no thread of it, is left to end anything."""
     script = (
-        "import subprocess, time; from radlads.tasks.process_tree import end_with_me\n"
+        "import subprocess, time; from radlads.tasks.contracts.process_tree import end_with_me\n"
         "server = subprocess.Popen(['sleep', '1000']); end_with_me(server.pid); print(server.pid, flush=True)\n"
         "time.sleep(1000)"
     )

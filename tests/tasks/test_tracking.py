@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 import pytest
 from mlflow import MlflowClient
 
-from radlads.tasks import metrics_record
-from radlads.tasks.job import CodeVersion, Manifest, StoreRef, TrackingRef
-from radlads.tasks.metrics_record import catch_up
-from radlads.tasks.store import LocalStore, store_id
-from radlads.tasks.tracking import (
+from radlads.tasks.contracts import metrics_record
+from radlads.tasks.contracts.job import CodeVersion, Manifest, StoreRef, TrackingRef
+from radlads.tasks.contracts.metrics_record import catch_up
+from radlads.tasks.contracts.store.open import LocalStore, store_id
+from radlads.tasks.contracts.tracking import (
     MetricsRecord,
     RunIdentity,
     close_run,

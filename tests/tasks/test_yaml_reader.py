@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from radlads.tasks.document import DocumentError, one_line, plain_values
-from radlads.tasks.job import UserError, read_job
-from radlads.tasks.yaml_reader import dump_yaml, parse_yaml, read_yaml
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import read_job
+from radlads.tasks.contracts.parsing.document import DocumentError, one_line, plain_values
+from radlads.tasks.contracts.parsing.yaml_reader import dump_yaml, parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""Which form of a recurrence runs a call. Triton is imported only when used: a machine without it has the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radlads.kernels.shared.chosen import note_kernel
+
+BACKENDS = ("reference", "chunked", "triton")
+Operator = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of one operator; its Triton form is `<name>_triton` of `kernels/<name>/triton_op.py`."""
+
+    name: str
+    reference: Operator
+    chunked: Operator
+    meta: Operator
+
+    def choose(self, backend: str | None, v: Tensor, K: int, dtype: torch.dtype) -> Operator:
+        """The form behind `backend`; None: Triton on a GPU where it applies, else chunked. Raises ValueError.
+
+        dtype: what r, k, v and the like are multiplied in (`common_dtype`).
+        """
+        if v.is_meta:
+            return self.meta
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"{self.name}: unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+        reason = None if backend in ("reference", "chunked") else self.why_not_triton(v, K, dtype)
+        if backend == "triton" and reason is not None:
+            raise ValueError(f"{self.name}: backend 'triton' cannot run here: {reason}")
+        if backend == "triton" or (backend is None and v.is_cuda and reason is None):
+            operator: Operator = getattr(self._triton(), f"{self.name}_triton")
+            return operator  # notes itself which of its kernels it takes
+        note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "asked for")
+        return self.reference if backend == "reference" else self.chunked
+
+    def why_not_triton(self, v: Tensor, K: int, dtype: torch.dtype) -> str | None:
+        """One line on why these tensors cannot go through the Triton kernels; None if they can."""
+        if not triton_installed():
+            return "triton is not installed"
+        reason: str | None = self._triton().why_not_applicable(v, K, dtype)
+        return reason
+
+    def _triton(self) -> Any:
+        return import_module(f"radlads.kernels.{self.name}.triton_op")
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that all of them share; fp32 where they differ."""
+    dtypes = {x.dtype for x in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def is_hopper(device: torch.device | None = None) -> bool:
+    """Whether this GPU (None: the current one) is of NVIDIA's Hopper generation."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None

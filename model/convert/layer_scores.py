@@ -1,0 +1,170 @@
+"""What restoring a layer's softmax attention gives: recall and held-out KL, by forward passes alone.
+
+Dims: B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from radlads.kernels.linear_kl import linear_kl
+from radlads.model.convert.layer_choice import LayerScore
+from radlads.model.convert.restore import restored
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.training.objectives import plain_hidden
+
+BEFORE = -1
+"""Stands for no candidate: the student with the kept layers alone."""
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Some sequences of the probe. Padding, if any, is on the right: every model here is causal."""
+
+    input_ids: Tensor
+    """[B,T] int64."""
+    answers: Tensor | None = None
+    """[B,T] int64: 0, or the number of the answer that a token belongs to, from 1 on in every row. None: held-out text,
+    whose KL is measured at all positions but the last."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is added up over a probe; parts of it, of several processes, can be added."""
+
+    log_probability: float = 0.0
+    answer_tokens: int = 0
+    right_answers: int = 0
+    answers: int = 0
+    kl: float = 0.0
+    text_tokens: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def score(self) -> LayerScore:
+        """Means; NaN where the probe had nothing of a kind."""
+        return LayerScore(
+            recall=_ratio(self.log_probability, self.answer_tokens),
+            accuracy=_ratio(self.right_answers, self.answers),
+            kl=_ratio(self.kl, self.text_tokens),
+        )
+
+
+@dataclass
+class TokenCount:
+    """Tokens that went through a network."""
+
+    student: int = 0
+    teacher: int = 0
+
+
+def score_layers(
+    student: RadladsForCausalLM,
+    teacher: PreTrainedModel,
+    batches: Iterable[ProbeBatch],
+    *,
+    kept: Sequence[int] = (),
+    candidates: Sequence[int] | None = None,
+) -> tuple[LayerScore, dict[int, LayerScore]]:
+    """The student with `kept` restored, and with each candidate restored as well; None: every other layer.
+
+    batches: of recall and of held-out text; see `ProbeBatch`. Nothing trains, and the student is left as it was.
+    """
+    layers = [i for i in student.mixers() if i not in kept] if candidates is None else list(candidates)
+    sums = sum_layers(student, teacher, batches, kept=kept, candidates=[BEFORE, *layers])
+    scores = {layer: found.score() for layer, found in sums.items()}
+    return scores.pop(BEFORE), scores
+
+
+@torch.no_grad()
+def sum_layers(
+    student: RadladsForCausalLM,
+    teacher: PreTrainedModel,
+    batches: Iterable[ProbeBatch],
+    *,
+    kept: Sequence[int],
+    candidates: Sequence[int],
+    count: TokenCount | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[int, Sums]:
+    """Candidate (or BEFORE) → sums over the batches. count: adds up tokens; progress: called after each pass."""
+    was_training = student.training
+    student.eval()
+    totals = {layer: Sums() for layer in candidates}
+    for batch in batches:
+        ids = batch.input_ids.to(student.device)
+        wanted = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
+        if count is not None and wanted is not None:
+            count.teacher += ids[:, :-1].numel()
+        for layer in candidates:
+            with restored(student, teacher, [*kept, layer] if layer != BEFORE else kept):
+                hidden = student.hidden(ids[:, :-1])
+            totals[layer] += _compare(student, teacher, batch, hidden, wanted)
+            if count is not None:
+                count.student += ids[:, :-1].numel()
+            progress()
+    student.train(was_training)
+    return totals
+
+
+@torch.no_grad()
+def teacher_recall(teacher: PreTrainedModel, batches: Iterable[ProbeBatch], *, count: TokenCount | None = None) -> Sums:
+    """What the teacher itself reaches on the recall batches; others are passed over."""
+    total = Sums()
+    for batch in batches:
+        if batch.answers is None:
+            continue
+        ids = batch.input_ids.to(teacher.device)
+        total += _recall(teacher, batch, plain_hidden(teacher, ids[:, :-1], None))
+        if count is not None:
+            count.teacher += ids[:, :-1].numel()
+    return total
+
+
+def _compare(
+    student: RadladsForCausalLM, teacher: PreTrainedModel, batch: ProbeBatch, hidden: Tensor, wanted: Tensor | None
+) -> Sums:
+    if wanted is None:
+        return _recall(student, batch, hidden)
+    _, metrics = linear_kl(
+        hidden.flatten(0, 1),
+        student.get_output_embeddings().weight,
+        wanted.flatten(0, 1),
+        teacher.get_output_embeddings().weight,
+    )
+    tokens = hidden.shape[0] * hidden.shape[1]
+    return Sums(kl=float(metrics["kl"]) * tokens, text_tokens=tokens)
+
+
+def _recall(model: PreTrainedModel, batch: ProbeBatch, hidden_BTD: Tensor) -> Sums:
+    """Of the answers' tokens, each predicted from the position before it."""
+    assert batch.answers is not None
+    answers_BT = batch.answers[:, 1:].to(hidden_BTD.device)
+    labels_BT = batch.input_ids[:, 1:].to(hidden_BTD.device)
+    at = answers_BT > 0
+    logits_NV = torch.nn.functional.linear(hidden_BTD[at], model.get_output_embeddings().weight).float()
+    labels_N = labels_BT[at]
+    right_N = logits_NV.argmax(-1) == labels_N
+    log_probabilities_N = logits_NV.log_softmax(-1).gather(1, labels_N[:, None]).squeeze(1)
+    # An answer is right when all of its tokens are.
+    rows_N = at.nonzero()[:, 0]
+    keys_N = rows_N * (int(answers_BT.max()) + 1) + answers_BT[at]
+    _, groups_N = keys_N.unique(return_inverse=True)
+    num_answers = int(groups_N.max()) + 1 if len(groups_N) else 0
+    wrong = torch.zeros(num_answers, dtype=torch.int64, device=right_N.device).index_add(0, groups_N, (~right_N).long())
+    return Sums(
+        log_probability=float(log_probabilities_N.double().sum()),
+        answer_tokens=len(labels_N),
+        right_answers=int((wrong == 0).sum()),
+        answers=num_answers,
+    )
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else float("nan")

@@ -1,0 +1,103 @@
+"""Give converted layers of a student their teacher's softmax attention back: for a while, to score it, or for good."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from radlads.model.mixers.shared.mixer import Mixer
+from radlads.model.student.forward_pass import keep_attention
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.load import find_family
+from radlads.tasks.contracts.errors import UserError
+
+
+@contextmanager
+def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Inside, the given layers are the teacher's attention, beside those that the student keeps already.
+
+    With rotary positions, whatever the student's config says: without them, untrained, softmax attention is not what
+    the teacher learned, and a score would tell how much a layer minds that. Where the first recurrent layer is
+    restored, the next one plays its part, as it will in the product. Weights are shared, nothing is copied.
+    """
+    config = student.config
+    before = (list(config.attention_layers), config.attention_rope)
+    modules = {i: getattr(layer, student.parts.attention) for i, layer in enumerate(student._layers())}
+    try:
+        _restore(student, teacher, layers)
+        config.attention_rope = True
+        yield
+    finally:
+        config.attention_layers, config.attention_rope = before
+        for i, module in modules.items():
+            setattr(student._layers()[i], student.parts.attention, module)
+
+
+def restore_attention(
+    student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], *, attention_rope: bool
+) -> dict[str, list[str]]:
+    """Make the given layers softmax attention for good, with the teacher's weights in the student's dtype.
+
+    attention_rope: whether they use rotary positions from now on; the published way is to train on without. The student
+    is changed in place. Returns {restored, dropped}: names of tensors that came, and that went. Raises UserError.
+    """
+    names = set(student.state_dict())
+    _restore(student, teacher, layers)
+    attentions = student._layers()
+    for i in layers:
+        own = copy.deepcopy(getattr(attentions[i], student.parts.attention))
+        setattr(attentions[i], student.parts.attention, own.to(device=student.device, dtype=student.dtype))
+    config = student.config
+    config.attention_rope = attention_rope
+    kinds = ("linear_attention", "full_attention")
+    config.layer_types = [kinds[i in config.attention_layers] for i in range(config.num_hidden_layers)]
+    student.requires_grad_(True)
+    now = set(student.state_dict())
+    came = [name for name in now if student.parameter_group(name) == "attention" and _layer_of(name, student) in layers]
+    return {"restored": sorted(came), "dropped": sorted(names - now)}
+
+
+def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> None:
+    attentions = find_family(teacher.config).attention_modules(teacher)
+    places = student._layers()
+    kept = set(student.config.attention_layers) | set(layers)
+    beyond = sorted(kept - set(range(len(places))))
+    if beyond or len(kept) >= len(places):
+        raise UserError(
+            f"layers {sorted(kept)} cannot all be softmax attention: the student has {len(places)} layers, and at "
+            "least one stays converted"
+        )
+    for i in layers:
+        attention = copy.copy(attentions[i])
+        attention.config = student.model.config  # how masks are made is the student's config's business
+        keep_attention(attention)
+        setattr(places[i], student.parts.attention, attention)
+    student.config.attention_layers = sorted(kept)
+    first = min(set(range(len(places))) - kept)
+    mixer = getattr(places[first], student.parts.attention)
+    setattr(places[first], student.parts.attention, _as_first(student, first, mixer))
+
+
+def _as_first(student: RadladsForCausalLM, layer: int, mixer: Mixer) -> nn.Module:
+    """The mixer as the first recurrent one: without the parameters that take values from a layer before it."""
+    with torch.device("meta"):
+        fresh = student.build_mixer(layer, mixer.shape)
+    source, wanted = mixer.state_dict(keep_vars=True), fresh.state_dict()
+    if source.keys() == wanted.keys():
+        return mixer
+    if wanted.keys() - source.keys():
+        raise UserError(
+            f"layer {layer} cannot become the first recurrent layer: {sorted(wanted.keys() - source.keys())}"
+        )
+    fresh.load_state_dict({name: source[name] for name in wanted}, assign=True)
+    return fresh.train(mixer.training)
+
+
+def _layer_of(name: str, student: RadladsForCausalLM) -> int:
+    words = name.split(".")
+    return int(words[words.index(student.parts.layers) + 1])

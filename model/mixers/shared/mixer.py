@@ -1,0 +1,297 @@
+"""What mixers share: sizes, low-rank maps, GQA repeat, RoPE, per-head norms, the first-layer residual, the state.
+
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head, V value dim per head (= K),
+A = H·K, R low rank, N packed sequences. Needs torch only: an exported model carries this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of the attention that a mixer replaces, read from the module and never from a config's defaults."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_bias: bool
+    k_bias: bool
+    v_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    norm_eps: float
+
+    @property
+    def width(self) -> int:
+        """A = H·K; differs from D in some teachers."""
+        return self.num_heads * self.head_dim
+
+
+def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> AttentionShape:
+    """Sizes of a softmax attention module; `family` names its projections, or the one that holds all of them."""
+    head_dim, o = int(attention.head_dim), getattr(attention, family.o)
+    fused = getattr(family, "qkv", None)
+    if fused:
+        q = k = v = getattr(attention, fused)
+        q_width = o.in_features
+        kv_width = (q.out_features - q_width) // 2
+    else:
+        q, k, v = (getattr(attention, name) for name in (family.q, family.k, family.v))
+        q_width, kv_width = q.out_features, k.out_features
+    return AttentionShape(
+        hidden_size=q.in_features,
+        num_heads=q_width // head_dim,
+        num_kv_heads=kv_width // head_dim,
+        head_dim=head_dim,
+        q_bias=q.bias is not None,
+        k_bias=k.bias is not None,
+        v_bias=v.bias is not None,
+        o_bias=o.bias is not None,
+        qk_norm=family.q_norm is not None,
+        norm_eps=norm_eps,
+    )
+
+
+class FirstValues(NamedTuple):
+    """What the first recurrent layer hands to the deeper ones: values, so that the gradient reaches it.
+
+    [B,T,H,V] and [B,T,H,K] where a variant mixes them after the repeat, [B,T,G,V] and [B,T,G,K] where before.
+    """
+
+    v: Tensor | None = None
+    k: Tensor | None = None
+
+
+class MixerState(NamedTuple):
+    """Recurrent memory of one layer between calls."""
+
+    wkv: Tensor
+    """[B,H,K,V], fp32."""
+    shift: Tensor | None = None
+    """[B,D], the last input, for variants with a token shift."""
+
+
+class MixerOutput(NamedTuple):
+    """What a mixer gives: its output [B,T,D], the values for deeper layers, its memory where asked for."""
+
+    out: Tensor
+    first: FirstValues
+    state: MixerState | None
+
+
+@dataclass
+class MixerContext:
+    """What the mixers of one forward pass share; decoder layers hand it down to their attention as `mixer_context`."""
+
+    keep: Tensor | None = None
+    """Bool [B,T], False at padding."""
+    cu_seqlens: Tensor | None = None
+    """int64 [N+1], document bounds in the flattened [B·T], row bounds included."""
+    attention_rope: bool = False
+    """Whether the layers that stayed softmax attention rotate their queries and keys."""
+    cached: bool = False
+    """Whether the pass goes on from a cache, or fills one."""
+    first: FirstValues | None = None
+    """Set by the first recurrent layer: tensors of its graph, so that the gradient of deeper layers reaches it."""
+
+
+class Mixer(nn.Module):
+    """Base of the recurrent replacements of attention: the projections under the teacher's names, and its q/k norms.
+
+    A decoder layer calls it as it calls the attention that it replaces; `mix` is what a variant defines.
+    """
+
+    CONSTANTS: ClassVar[dict[str, float | str]] = {}
+    """What defines the variant and is not an option; written into the exported config and compared on load."""
+    CALIBRATED: ClassVar[dict[str, str]] = {"value": "v0", "iclr": "a0", "decay": "w0", "gate": "g2", "norm": "ln_x"}
+    """What calibration (model/training/calibration.py) may move: part → attribute; an absent one or None is no part."""
+
+    def __init__(self, shape: AttentionShape, layer: int, num_layers: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.layer = layer
+        self.num_layers = num_layers
+        self.depth = layer / max(1, num_layers - 1)
+        D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(D, A, bias=shape.q_bias)
+        self.k_proj = nn.Linear(D, kv, bias=shape.k_bias)
+        self.v_proj = nn.Linear(D, kv, bias=shape.v_bias)
+        self.o_proj = nn.Linear(A, D, bias=shape.o_bias)
+        self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+
+    def project(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        x_k_BTD: Tensor | None = None,
+        x_v_BTD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, normed where the teacher norms, rotated by `rope`.
+
+        x_k_BTD, x_v_BTD: inputs of keys and values, where a token shift makes them differ from those of r.
+        """
+        sources = (x_BTD, x_BTD if x_k_BTD is None else x_k_BTD, x_BTD if x_v_BTD is None else x_v_BTD)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        r, k, v = (p(x).unflatten(-1, (-1, self.shape.head_dim)) for p, x in zip(projections, sources, strict=True))
+        if self.q_norm is not None and self.k_norm is not None:
+            r, k = self.q_norm(r), self.k_norm(k)
+        if rope is not None:
+            r, k = apply_rope(r, *rope), apply_rope(k, *rope)
+        return r, k, v
+
+    def repeat(self, x_BTGK: Tensor) -> Tensor:
+        return repeat_kv(x_BTGK, self.shape.num_heads // self.shape.num_kv_heads)
+
+    def heads(self, x_BTA: Tensor) -> Tensor:
+        """[B,T,A] -> [B,T,H,K]."""
+        return x_BTA.unflatten(-1, (self.shape.num_heads, self.shape.head_dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        cache: Any = None,
+        mixer_context: MixerContext,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """An attention module's call: `(output [B,T,D], no attention weights)`.
+
+        hidden_states: [B,T,D]. cache: the name of past_key_values from transformers 5.24 on. mixer_context: shared by
+        the pass's layers, and updated. The rest is attention's alone. Raises RuntimeError where the cache of the pass
+        does not arrive.
+        """
+        cache = past_key_values if cache is None else cache
+        if mixer_context.cached != (cache is not None):
+            raise RuntimeError(
+                f"layer {self.layer} was {'not ' * mixer_context.cached}handed a cache, unlike the model: to generate "
+                "while gradient checkpointing is on, call eval() first; else this transformers release is not supported"
+            )
+        memory = None if cache is None else cache.layers[self.layer]
+        device, context = hidden_states.device, mixer_context
+        mixed = self.mix(
+            hidden_states,
+            rope=position_embeddings,
+            first=None if context.first is None else FirstValues(*(_moved(part, device) for part in context.first)),
+            state=None if memory is None else memory.state,
+            keep_BT=_moved(context.keep, device),
+            cu_seqlens=_moved(context.cu_seqlens, device),
+            output_state=memory is not None,
+        )
+        if context.first is None:
+            context.first = mixed.first
+        if memory is not None:
+            memory.remember(mixed.state, hidden_states.shape[1])
+        return mixed.out, None
+
+    def mix(
+        self,
+        x_BTD: Tensor,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        first: FirstValues | None = None,
+        state: MixerState | None = None,
+        keep_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = False,
+    ) -> MixerOutput:
+        """Mix a (normed) sequence.
+
+        rope: cos and sin, [B or 1, T, K or less]. first: what the first recurrent layer gave; None in that layer.
+        state: where the sequence left off. keep_BT: False at padding, which then neither decays nor writes the state.
+        cu_seqlens: int [N+1], document bounds in the flattened [B·T] (row bounds included); no state then.
+        """
+        raise NotImplementedError
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """On a layer's device, where layers are spread over several."""
+    return None if tensor is None else tensor.to(device)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the last axis in fp32, rounded like the Llama and Qwen families do."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def low_rank_size(width: int, exponent: float, scale: float) -> int:
+    """max(1, round(width^exponent · scale / 32)) · 32, rounding half to even (2505.03005, appendix; table in tests)."""
+    return max(1, round(width**exponent * scale / 32)) * 32
+
+
+def repeat_kv(x_BTGK: Tensor, repeats: int) -> Tensor:
+    """[B,T,G,K] -> [B,T,G·repeats,K]: kv head g serves the query heads g·repeats ... g·repeats + repeats - 1."""
+    return x_BTGK if repeats == 1 else x_BTGK.repeat_interleave(repeats, dim=2)
+
+
+def apply_rope(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
+    """Rotate the first P of K channels, half-split convention; the rest pass."""
+    P = cos_BTP.shape[-1]
+    turned, passed = x_BTHK[..., :P], x_BTHK[..., P:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos_BTP.unsqueeze(2) + torch.cat((-high, low), dim=-1) * sin_BTP.unsqueeze(2)
+    return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)
+
+
+def head_group_norm(x_BTHV: Tensor, weight_A: Tensor, bias_A: Tensor, eps: float) -> Tensor:
+    """GroupNorm with one group a head, over each token alone, in fp32, in x's dtype."""
+    wide = nn.functional.layer_norm(x_BTHV.float(), x_BTHV.shape[-1:], eps=eps).flatten(-2)
+    return (wide * weight_A.float() + bias_A.float()).to(x_BTHV.dtype).view_as(x_BTHV)
+
+
+def unit_keys(k_BTHK: Tensor) -> Tensor:
+    """Keys of length one per head, computed in fp32."""
+    return nn.functional.normalize(k_BTHK.float(), dim=-1).to(k_BTHK.dtype)
+
+
+def low_rank(width_in: int, rank: int, width_out: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """Offset [1,1,out], first factor [in,R], second factor [R,out], all uninitialised."""
+    return (
+        nn.Parameter(torch.empty(1, 1, width_out)),
+        nn.Parameter(torch.empty(width_in, rank)),
+        nn.Parameter(torch.empty(rank, width_out)),
+    )
+
+
+def init_low_rank_out(weight_RA: Tensor, scale: float = 0.1) -> None:
+    """Orthogonal, gain scale·√(rows / columns if rows > columns else 1): the published start of second factors."""
+    if weight_RA.is_meta:
+        return
+    rows, columns = weight_RA.shape
+    gain = scale * (rows / columns) ** 0.5 if rows > columns else scale
+    wide = torch.empty(rows, columns, dtype=torch.float32, device=weight_RA.device)
+    nn.init.orthogonal_(wide, gain=gain)
+    with torch.no_grad():
+        weight_RA.copy_(wide)
+
+
+def start_gate_at_one(g2_RA: Tensor) -> None:
+    """Shift every column so that it sums to two: with g1 = 0 the gate σ(x g1) g2 is half of those sums."""
+    with torch.no_grad():
+        g2_RA.add_((2 - g2_RA.float().sum(0)) / g2_RA.shape[0])
+
+
+def rising_decay(width: int, depth: float, device: torch.device | None = None) -> Tensor:
+    """w0 [A] as RWKV-7 starts it: -6.5 + 5·(n/(A-1))^(0.85 + √depth), slow channels first, fast ones last."""
+    channel = torch.arange(width, dtype=torch.float32, device=device) / max(1, width - 1)
+    return -6.5 + 5 * channel ** (0.85 + depth**0.5)

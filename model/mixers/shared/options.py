@@ -1,0 +1,79 @@
+"""Base of a variant's `Options`: frozen, unknown keys refused with a suggestion, checked without a GPU."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from radlads.model.mixers.shared.mixer import low_rank_size
+from radlads.tasks.contracts.errors import UserError
+
+_LARGEST = 1 << 16
+
+
+class Rank(NamedTuple):
+    """A published rank: max(floor, max(1, round(width^exponent · scale / 32)) · 32), rounding half to even."""
+
+    exponent: float
+    scale: float
+    floor: int = 32
+
+
+class MixerOptions(BaseModel):
+    """What a user may choose about a variant. Every field has a default and a line that says what it does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    RANKS: ClassVar[Mapping[str, Rank]] = {}
+    """Formula of every field that is a rank, used where the field is None."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, variant: str) -> Self:
+        """Validate `student.options` of a recipe. Raises UserError, one line per fault."""
+        try:
+            options = cls.model_validate(dict(values))
+        except ValidationError as error:
+            lines = [f"student.options of {variant}: {cls._explain(fault)}" for fault in error.errors()]
+            raise UserError("\n".join(lines)) from None
+        for name, value in options:
+            if isinstance(value, int) and value > _LARGEST:
+                raise UserError(f"student.options of {variant}: {name} is {value}; at most {_LARGEST:,} can be built")
+        return options
+
+    def resolve(self, hidden_size: int, width: int) -> Self:
+        """The same options with everything that depends on the teacher's sizes written out.
+
+        hidden_size: D. width: A, that of all query heads together, from which ranks follow unless a variant says D.
+        """
+        return self.with_ranks(width)
+
+    def with_ranks(self, width: int) -> Self:
+        """Write out every rank that was left to its formula."""
+        ranks = {
+            name: max(rank.floor, low_rank_size(width, rank.exponent, rank.scale))
+            for name, rank in self.RANKS.items()
+            if getattr(self, name) is None
+        }
+        return self.model_copy(update=ranks)
+
+    @classmethod
+    def _explain(cls, fault: Any) -> str:
+        place = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = sorted(cls.model_fields)
+            close = difflib.get_close_matches(place, known, n=1, cutoff=0.6)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+            return f"unknown key '{place}'{hint}"
+        return f"{place}: {fault['msg'].removeprefix('Value error, ')} (given: {repr(fault.get('input'))[:80]})"
+
+
+class Rwkv7Options(MixerOptions):
+    """What every variant of the RWKV-7 family lets a user choose. A rank of None is the published formula."""
+
+    decay_rank: int | None = Field(default=None, ge=1)
+    iclr_rank: int | None = Field(default=None, ge=1)
+    decay_shift: float = 0.0
+    """Added to w0, whose published start forgets slowly. Positive: forget faster at first."""

@@ -1,0 +1,40 @@
+"""How a mixer runs its recurrence: whole sequences, packed documents, or one token on a kept state.
+
+Dims: B batch, T time, H query heads, K key dim, V value dim per head, N packed documents. Needs torch only: an exported
+model carries this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from radlads.model.mixers.shared.mixer import MixerState
+
+
+def run_recurrence(
+    operator: Callable[..., tuple[Tensor, Tensor | None]],
+    step: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    state: MixerState | None,
+    cu_seqlens: Tensor | None,
+    output_state: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`(out [B,T,H,V], state [B,H,K,V] fp32 or None)` of an operator of radlads.kernels over inputs [B,T,H,·].
+
+    One token on a kept state is a decode step (the state is updated in place); everything else is one parallel pass.
+    Raises ValueError when packed documents (cu_seqlens) meet a state.
+    """
+    B, T = inputs[0].shape[:2]
+    if cu_seqlens is not None:
+        if state is not None or output_state:
+            raise ValueError("packed documents (cu_seqlens) and a recurrent state exclude each other")
+        out, _ = operator(*(x.reshape(1, B * T, *x.shape[2:]) for x in inputs), cu_seqlens=cu_seqlens)
+        return out.view(B, T, *out.shape[2:]), None
+    if T == 1 and state is not None and not training:
+        wkv = state.wkv
+        return step(*(x[:, 0] for x in inputs), wkv).unsqueeze(1), wkv
+    return operator(*inputs, initial_state=None if state is None else state.wkv, output_final_state=output_state)

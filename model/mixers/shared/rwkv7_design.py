@@ -1,0 +1,246 @@
+"""The skeleton of the RWKV-7 mixers that stand in for attention: a `Design` says which of its terms a variant has.
+
+Dims: B batch, T time, D model width, H query heads, G kv heads, K key (and value) dim per head, A = H·K, R low rank.
+Needs torch only: an exported model carries this file. In the order of computation:
+
+    x_r = x + d ⊙ μ_r,  d_t = x_{t-1} - x_t         [D]        token shift; likewise x_w, x_k, x_v, x_a, x_g; else all x
+    r, k, v = x_r q_proj, x_k k_proj, x_v v_proj               [H,K], [G,K], [G,K]; the teacher's q/k norms, then RoPE
+    v = v + (v_first - v) ⊙ σ(v0 + x_v v1 v2)                  first values; likewise k with k0, k1, k2: first keys;
+                                                               before the repeat (level kv) or after it (level heads)
+    k, v = repeat(k), repeat(v)                     [H,K]      kv head g serves H/G query heads in a row
+    v = v + value_lora_scale · x_v v1 v2                       low-rank values, without a first layer
+    w_raw = log σ(w0 + tanh(x_w w1) w2) - decay_offset   [A]   log_decay = -e^w_raw, decay = e^log_decay
+    iclr = σ(a0 + x_a a1 a2)                        [A]
+    kk, k = unit(k ⊙ k_k), k ⊙ (1 + (iclr - 1) ⊙ k_a)          stock keys; otherwise
+    kk, k = unit(k), k ⊙ (1 - decay + iclr)                    key scaling "decay"
+    kk, k = unit(k), k ⊙ (1 - w_raw + iclr)                    key scaling "log_log_decay"
+    S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ     y_t = r_tᵀ S_t      S [K,V] fp32
+    y = GroupNorm_H(y)   or   y · K^(-1/2)   or   y
+    y = y + (Σ_K r ⊙ k ⊙ r_k) v                                bonus, with the scaled k
+    y = y ⊙ g,   g = σ(x_g g1) g2   or   1 + σ(x_g g1) g2      [A]
+    out = y o_proj                                  [D]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from radlads.model.mixers.shared.mixer import (
+    AttentionShape,
+    FirstValues,
+    Mixer,
+    MixerOutput,
+    MixerState,
+    head_group_norm,
+    init_low_rank_out,
+    low_rank,
+    unit_keys,
+)
+from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
+from radlads.model.mixers.shared.token_shift import previous_tokens
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which terms of the skeleton a variant has; the module's docstring has their equations."""
+
+    decay_offset: float
+    key_scaling: Literal["k_a", "decay", "log_log_decay"]
+    """k_a: stock keys, with k_k and k_a."""
+    first_values: Literal["none", "heads", "kv"] = "none"
+    first_keys: bool = False
+    """Only at the level kv."""
+    value_lora_scale: float | None = None
+    """Not beside first values: both are v1 and v2."""
+    group_norm_eps: float | None = None
+    output_scale: bool = False
+    """y · K^(-1/2)."""
+    bonus: bool = False
+    gate: Literal["none", "product", "one_plus"] = "none"
+    token_shift: bool = False
+
+
+class Branches(NamedTuple):
+    """The inputs [B,T,D] of the six branches; all the same without a token shift."""
+
+    r: Tensor
+    w: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    g: Tensor
+
+
+class Rwkv7Mixer(Mixer):
+    """A mixer of the RWKV-7 family. A subclass gives its design, and how its parameters start."""
+
+    def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
+        """options: resolved, attributes as in the variant's `Options`. first: the model's first recurrent layer."""
+        super().__init__(shape, layer, num_layers)
+        self.options = options
+        self.design = design = self.design_of(options)
+        D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
+        self.w0, self.w1, self.w2 = low_rank(D, options.decay_rank, A)
+        self.a0, self.a1, self.a2 = low_rank(D, options.iclr_rank, A)
+        self.v0: Tensor | None = None
+        self.k0: Tensor | None = None
+        if design.first_values != "none" and not first:
+            self.v0, self.v1, self.v2 = low_rank(D, options.value_rank, kv if design.first_values == "kv" else A)
+            if design.first_keys:
+                self.k0, self.k1, self.k2 = low_rank(D, options.key_rank, kv)
+        if design.value_lora_scale is not None:
+            _, self.v1, self.v2 = low_rank(D, options.value_rank, A)
+        if design.gate != "none":
+            _, self.g1, self.g2 = low_rank(D, options.gate_rank, A)
+        if design.key_scaling == "k_a":
+            self.k_k = nn.Parameter(torch.empty(1, 1, A))
+            self.k_a = nn.Parameter(torch.empty(1, 1, A))
+        if design.bonus:
+            self.r_k = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim))
+        if design.token_shift:
+            for name in Branches._fields:
+                if name != "g" or design.gate != "none":
+                    self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(1, 1, D)))
+        self.ln_x: nn.Module | None = None
+        if design.group_norm_eps is not None:
+            self.ln_x = nn.GroupNorm(shape.num_heads, A, eps=design.group_norm_eps)
+        self.reset_parameters()
+
+    @classmethod
+    def design_of(cls, options: Any) -> Design:
+        """The variant's terms under these options."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """What the family starts alike; a variant goes on from here with its own. Works on the meta device."""
+        for name in "wavkg":
+            if hasattr(self, f"{name}1"):
+                getattr(self, f"{name}1").zero_()
+                init_low_rank_out(getattr(self, f"{name}2"))
+        if self.ln_x is not None:
+            self.ln_x.weight.fill_(1.0)
+            self.ln_x.bias.zero_()
+
+    def _branches(
+        self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Branches, Tensor | None]:
+        """The input of each branch, and what a token shift remembers [B,D]."""
+        if not self.design.token_shift:
+            return Branches(*[x_BTD] * 6), None
+        last = None if state is None else state.shift
+        previous, last = previous_tokens(x_BTD, last_BD=last, keep_BT=keep_BT, cu_seqlens=cu_seqlens)
+        change = previous - x_BTD
+        shifts = (getattr(self, f"x_{name}", None) for name in Branches._fields)
+        return Branches(*(x_BTD if shift is None else x_BTD + change * shift for shift in shifts)), last
+
+    def mix(
+        self,
+        x_BTD: Tensor,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        first: FirstValues | None = None,
+        state: MixerState | None = None,
+        keep_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = False,
+    ) -> MixerOutput:
+        """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
+        x, shift = self._branches(x_BTD, state, keep_BT, cu_seqlens)
+        r, k, v = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
+        if self.design.first_values == "heads":
+            k, v = self.repeat(k), self.repeat(v)
+        k, v, first = self._mix_first(k, v, x, first)
+        if self.design.first_values != "heads":
+            k, v = self.repeat(k), self.repeat(v)
+        if self.design.value_lora_scale is not None:
+            v = v + self.design.value_lora_scale * self.heads(x.v @ self.v1 @ self.v2)
+
+        iclr = self.heads(torch.sigmoid((self.a0 + x.a @ self.a1 @ self.a2).float()))
+        speed = self.heads(self.w0.float() + (torch.tanh(x.w @ self.w1) @ self.w2).float())
+        log_decay = -math.exp(-self.design.decay_offset) * torch.sigmoid(speed)
+        kk, k = self._scale_keys(k, iclr, speed, log_decay)
+        y, wkv = run_wkv7(
+            r,
+            log_decay,
+            k,
+            v,
+            kk,
+            iclr.to(k.dtype),
+            state=state,
+            keep_BT=keep_BT,
+            cu_seqlens=cu_seqlens,
+            output_state=output_state,
+            training=self.training,
+        )
+        out = self.o_proj(self._finish(y, r, k, v, x.g))
+        return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
+
+    def _mix_first(
+        self, k: Tensor, v: Tensor, x: Branches, first: FirstValues | None
+    ) -> tuple[Tensor, Tensor, FirstValues]:
+        """The residual to the first recurrent layer's values (and keys): k, v and what the next layer is handed."""
+        if self.design.first_values == "none":
+            return k, v, FirstValues()
+        if self.v0 is None:
+            mine = FirstValues(v, k if self.design.first_keys else None)
+            if not self.options.first_values_gradient:
+                mine = FirstValues(*(None if z is None else z.detach() for z in mine))
+            return k, v, mine
+        if first is None or first.v is None or (self.design.first_keys and first.k is None):
+            raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
+        v = v + (first.v - v) * torch.sigmoid(self.v0 + x.v @ self.v1 @ self.v2).view_as(v)
+        if self.k0 is not None:
+            k = k + (first.k - k) * torch.sigmoid(self.k0 + x.k @ self.k1 @ self.k2).view_as(k)
+        return k, v, first
+
+    def _scale_keys(self, k: Tensor, iclr: Tensor, speed: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        """`(removal key, key that is written)`."""
+        if self.design.key_scaling == "k_a":
+            scale = 1 + (iclr - 1) * self.heads(self.k_a)
+            return unit_keys(k * self.heads(self.k_k)), k * scale.to(k.dtype)
+        if self.design.key_scaling == "decay":
+            scale = iclr - torch.expm1(log_decay)
+        else:
+            scale = 1 - (nn.functional.logsigmoid(speed) - self.design.decay_offset) + iclr
+        return unit_keys(k), k * scale.to(k.dtype)
+
+    def _finish(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, x_g: Tensor) -> Tensor:
+        """Norm or scale, bonus and gate: [B,T,A]."""
+        if self.ln_x is not None:
+            y = head_group_norm(y, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        if self.design.output_scale:
+            y = y * self.shape.head_dim**-0.5
+        if self.design.bonus:
+            y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        y = y.flatten(-2)
+        if self.design.gate == "none":
+            return y
+        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        return y * (gate if self.design.gate == "product" else 1 + gate)
+
+
+class HeadRamps(NamedTuple):
+    """Channel ramps [A] of the starts of hxa079 and later."""
+
+    zigzag: Tensor
+    """u·|u|, with u from -1 to 1 inside each head."""
+    line: Tensor
+    """From -1/2 to 1/2 over all heads."""
+    slow: Tensor
+    """w0: -5.5 + 6·(n/(A-1))^(1 + depth^0.3) + 2.5·zigzag."""
+
+
+def head_ramps(num_heads: int, head_dim: int, depth: float, device: torch.device | None = None) -> HeadRamps:
+    """See `HeadRamps`. depth: 0 in the first layer, 1 in the last."""
+    n = torch.arange(num_heads * head_dim, dtype=torch.float32, device=device)
+    middle = max(1, head_dim - 1) / 2
+    u = (n % head_dim - middle) / middle
+    part = n / max(1, num_heads * head_dim - 1)
+    zigzag = u * u.abs()
+    return HeadRamps(zigzag, part - 0.5, -5.5 + 6 * part ** (1 + depth**0.3) + 2.5 * zigzag)

@@ -1,0 +1,97 @@
+"""Cache of a converted model: an fp32 state per recurrent layer, keys and values only where attention was kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from radlads.model.mixers.shared.mixer import MixerState
+
+
+class RecurrentLayer(CacheLayerMixin):
+    """State of one recurrent layer. Its size does not depend on how many tokens were seen."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: MixerState | None = None
+        self.num_seen = 0
+
+    def remember(self, state: MixerState | None, num_tokens: int) -> None:
+        """Replace the state by the one after `num_tokens` more tokens, padding included."""
+        self.state = state
+        self.num_seen += num_tokens
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate: the mixer makes the first state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a recurrent layer keeps a state, not keys and values")
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.num_seen, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def offload(self) -> None:
+        """A state is small: it stays where it is."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "a recurrent state cannot forget its last tokens; keep a copy of the cache instead of cropping"
+            )
+
+    def _map(self, change: Any) -> None:
+        if self.state is not None:
+            self.state = MixerState(*(None if x is None else change(x) for x in self.state))
+
+
+class RadladsCache(Cache):
+    """Per-layer memory for generation; `config` is a RadladsConfig. Kept layers with a window remember the window."""
+
+    def __init__(self, config: Any) -> None:
+        kept, windowed = set(config.attention_layers), config.windowed_layers()
+        layers: list[CacheLayerMixin] = []
+        for i in range(config.num_hidden_layers):
+            if i not in kept:
+                layers.append(RecurrentLayer())
+            elif i in windowed:
+                layers.append(DynamicSlidingWindowLayer(sliding_window=config.teacher["sliding_window"]))
+            else:
+                layers.append(DynamicLayer())
+        super().__init__(layers=layers)
+
+    def num_bytes(self) -> int:
+        """Memory held by all states, keys and values."""
+        held: list[torch.Tensor | None] = []
+        for layer in self.layers:
+            held += (layer.state or ()) if isinstance(layer, RecurrentLayer) else (layer.keys, layer.values)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)

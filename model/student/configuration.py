@@ -1,0 +1,112 @@
+"""Config of a converted model: the teacher's whole config, plus everything that the mixers need."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import transformers
+
+from radlads.model.student.releases import check_release
+
+check_release(transformers.__version__)  # before anything is used that older releases lack
+
+# Facts of a file rather than of an architecture: they would go stale, or name a place on some machine.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
+# Of the layers inside, which have a config of their own; generic tools would read them as this model's.
+_OF_BACKBONE = ("rope_parameters", "rope_scaling", "layer_types", "sliding_window", "mlp_layer_types")
+# Repeated at the top level, where generic tools look for them.
+_MIRRORED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+)
+
+
+class RadladsConfig(transformers.PreTrainedConfig):
+    """Everything that defines a converted model.
+
+    teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
+    variant, options, constants: the mixer and all its numbers, ranks written out. attention_layers: layers that stay
+    softmax; attention_rope: whether those use rotary positions.
+    """
+
+    model_type = "radlads"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        teacher: dict[str, Any] | None = None,
+        family: dict[str, Any] | None = None,
+        variant: str = "rad_rwkv7",
+        options: dict[str, Any] | None = None,
+        constants: dict[str, float | str] | None = None,
+        attention_layers: tuple[int, ...] | list[int] = (),
+        attention_rope: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        teacher = {key: value for key, value in (teacher or {}).items() if key not in _NOT_ARCHITECTURE}
+        self.family = dict(family or {})
+        self.variant = variant
+        self.options = dict(options or {})
+        self.constants = dict(constants or {})
+        self.attention_layers = sorted(attention_layers)
+        self.attention_rope = attention_rope
+        self.use_cache = use_cache
+        if kwargs.get("vocab_size") is not None:  # changed by resize_token_embeddings, which knows this level alone
+            teacher["vocab_size"] = kwargs["vocab_size"]
+        for name in _MIRRORED:
+            if teacher.get(name) is not None:
+                setattr(self, name, teacher[name])
+            kwargs.pop(name, None)
+        if teacher:
+            kinds = ("linear_attention", "full_attention")
+            self.layer_types = [kinds[layer in self.attention_layers] for layer in range(teacher["num_hidden_layers"])]
+            kwargs.pop("layer_types", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, teacher.get(name))
+        kwargs.setdefault("tie_word_embeddings", bool(teacher.get("tie_word_embeddings", False)))
+        super().__init__(**kwargs)
+        self.teacher = teacher
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the teacher's config says (experts, soft caps, scales), where its family's code looks for it."""
+        teacher = self.__dict__.get("teacher", {})
+        if name.startswith("_") or name not in teacher or name in _OF_BACKBONE:
+            raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+        return teacher[name]
+
+    def windowed_layers(self) -> set[int]:
+        """Layers whose attention the teacher confined to a sliding window; where kept, they stay so."""
+        return windowed_layers(self.teacher_config(), self.family.get("window", "none"))
+
+    def teacher_config(self) -> transformers.PreTrainedConfig:
+        """The teacher's config as its own class."""
+        raw = copy.deepcopy(self.teacher)
+        raw |= {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
+        config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+        if getattr(self, "_attn_implementation", None) is not None:
+            config._attn_implementation = self._attn_implementation
+        # Tensor and pipeline parallel plans split attention's projections, which a mixer has no plan for.
+        config.base_model_tp_plan = config.base_model_pp_plan = config.base_model_ep_plan = None
+        return config
+
+
+def windowed_layers(config: transformers.PreTrainedConfig, rule: str) -> set[int]:
+    """Layers with a sliding window: `none`; `all`, where the config gives a window; or by its `layer_types`.
+
+    A family's code decides which of the three it is, and may ignore what its config says.
+    """
+    layers = range(config.num_hidden_layers)
+    if rule == "none" or getattr(config, "sliding_window", None) is None:
+        return set()
+    kinds = getattr(config, "layer_types", None) if rule == "layer_types" else None
+    return {i for i in layers if kinds is None or kinds[i] == "sliding_attention"}

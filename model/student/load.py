@@ -1,0 +1,133 @@
+"""Build a student from a teacher's config, or load one that was exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from radlads.model.mixers.shared.registry import mixer_class, validate_options
+from radlads.model.student.configuration import RadladsConfig
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.load import find_family
+from radlads.model.teacher.refusals import named_weights, stored_refusal
+from radlads.model.weights.checkpoint_files import read_headers
+from radlads.model.weights.finite import check_finite
+from radlads.tasks.contracts.errors import UserError
+
+__all__ = ["RadladsConfig", "RadladsForCausalLM", "build_student", "load_student", "student_config"]
+
+
+def student_config(
+    teacher_config: PreTrainedConfig,
+    *,
+    variant: str,
+    options: Mapping[str, Any],
+    attention_layers: Sequence[int],
+    attention_rope: bool,
+    untie_embeddings: bool = False,
+) -> RadladsConfig:
+    """The config of a student, with every option and rank written out. Raises UserError for what cannot be built.
+
+    untie_embeddings: give the student a head of its own where the teacher's is its embeddings.
+    """
+    family = find_family(teacher_config)
+    resolved = validate_options(variant, options, teacher_config)
+    num_layers = teacher_config.num_hidden_layers
+    beyond = [layer for layer in attention_layers if not 0 <= layer < num_layers]
+    if beyond:
+        raise UserError(
+            f"attention_layers names layer {beyond[0]}, but the teacher has the layers 0 to {num_layers - 1}"
+        )
+    return RadladsConfig(
+        teacher=teacher_config.to_dict(),
+        family=family.names(),
+        variant=variant,
+        options=resolved.model_dump(mode="json"),
+        constants=mixer_class(variant).CONSTANTS,
+        attention_layers=tuple(attention_layers),
+        attention_rope=attention_rope,
+        tie_word_embeddings=bool(teacher_config.tie_word_embeddings) and not untie_embeddings,
+    )
+
+
+def build_student(
+    teacher_config: PreTrainedConfig,
+    *,
+    variant: str,
+    options: Mapping[str, Any],
+    attention_layers: Sequence[int],
+    attention_rope: bool,
+    untie_embeddings: bool = False,
+    dtype: torch.dtype | None = None,
+) -> RadladsForCausalLM:
+    """A student with fresh weights (transplant gives it the teacher's). Works under `torch.device("meta")`.
+
+    dtype: of its parameters; None is torch's default. Raises UserError for what cannot be built.
+    """
+    config = student_config(
+        teacher_config,
+        variant=variant,
+        options=options,
+        attention_layers=attention_layers,
+        attention_rope=attention_rope,
+        untie_embeddings=untie_embeddings,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        return RadladsForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_student(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> RadladsForCausalLM:
+    """Load an exported folder with this package's own classes (its remote code is not run), in eval mode.
+
+    dtype: None keeps the saved one. Raises UserError when it is no exported student, its files are not whole or not one
+    set, a tensor is missing, left over or misshapen, or values are not finite.
+    """
+    config = _read_config(Path(folder))
+    for name, entry in read_headers(str(folder)).items():
+        if reason := stored_refusal(entry.dtype):
+            raise UserError(f"the student in {folder} cannot be loaded: its tensor {name} {reason}")
+    try:
+        student, report = RadladsForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the student in {folder}: {' '.join(str(error).split())[:300]}") from error
+    faults = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[:3]}" for kind, names in report.items() if names]
+    if faults:
+        raise UserError(f"the student in {folder} does not fit its config: {'; '.join(faults)}")
+    if config.tie_word_embeddings and not student.all_tied_weights_keys:
+        raise UserError(
+            f"the student in {folder} does not fit its config: tie_word_embeddings is true, but it has a head of its "
+            "own, other than its embeddings"
+        )
+    for name, tensor in student.state_dict().items():
+        check_finite(f"the student in {folder} cannot be used: its tensor {name}", tensor)
+    return student.to(device).eval()
+
+
+def _read_config(folder: Path) -> RadladsConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no exported student in {folder}: config.json is missing")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if model_type != RadladsConfig.model_type:
+            raise UserError(f"{folder} holds a '{model_type}' model, not an exported student")
+        if reason := named_weights(raw):
+            raise UserError(f"the student in {folder} cannot be loaded: its {reason}")
+        return RadladsConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
+        raise UserError(f"cannot read {path}: {type(error).__name__} {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,224 @@
+"""The converted model: the teacher family's own transformers model, with attention replaced by mixers in most layers.
+
+Norms, embeddings, MLPs, masks, rotary positions, the head and the loss are the family's code. A layer's attention is a
+mixer with an attention's signature; what mixers share travels in one keyword (forward_pass.py).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import can_return_tuple
+
+from radlads.model.mixers.shared.mixer import AttentionShape, Mixer, read_attention_shape
+from radlads.model.mixers.shared.registry import mixer_class
+from radlads.model.student.cache import RadladsCache, RecurrentLayer
+from radlads.model.student.configuration import RadladsConfig
+from radlads.model.student.forward_pass import ForwardPass, keep_attention
+from radlads.model.student.precision import remember_buffers, restore_buffers
+from radlads.model.student.releases import cache_keyword, check_calls
+
+
+def build_mixer(config: RadladsConfig, layer: int, shape: AttentionShape) -> Mixer:
+    """A fresh mixer for a layer, on torch's default device and in its default dtype."""
+    recurrent = (i for i in range(config.num_hidden_layers) if i not in config.attention_layers)
+    return mixer_class(config.variant)(
+        shape,
+        SimpleNamespace(**config.options),
+        layer=layer,
+        num_layers=config.num_hidden_layers,
+        first=layer == next(recurrent),
+    )
+
+
+def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
+    """Replace attention in a family's backbone, in place, in every layer that the config does not keep.
+
+    Raises ValueError where this code has other constants than the ones that the model was made with, and ImportError
+    under a release of transformers that calls the parts otherwise.
+    """
+    constants = mixer_class(config.variant).CONSTANTS
+    if dict(config.constants) != constants:
+        raise ValueError(
+            f"this model was made with the {config.variant} constants {config.constants}, but this code has {constants}"
+        )
+    parts = SimpleNamespace(**config.family)
+    for i, layer in enumerate(getattr(backbone, parts.layers)):
+        attention = getattr(layer, parts.attention)
+        if i == 0:
+            check_calls(backbone, layer, attention)
+        if i in config.attention_layers:
+            keep_attention(attention)
+        else:
+            shape = read_attention_shape(attention, parts, getattr(backbone.config, "rms_norm_eps", 1e-6))
+            setattr(layer, parts.attention, build_mixer(config, i, shape))
+    backbone.register_forward_pre_hook(ForwardPass(backbone, config, parts.layers), with_kwargs=True)
+
+
+@lru_cache
+def _of_family(generic: type[RadladsForCausalLM], family: type[PreTrainedModel]) -> type[RadladsForCausalLM]:
+    own = {"__module__": generic.__module__, "_generic": generic, "_family": family}
+    return type(generic.__name__, (generic, family), own)
+
+
+def _rebuild(generic: type[RadladsForCausalLM], family: type[PreTrainedModel]) -> RadladsForCausalLM:
+    return object.__new__(_of_family(generic, family))
+
+
+class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
+    """Causal language model. With no layer converted (and `attention_rope`) its logits are the teacher's bits.
+
+    An instance is also one of the family's own class (`Qwen3ForCausalLM`, ...), whose `forward` and `__init__` it uses.
+    """
+
+    config_class = RadladsConfig
+    base_model_prefix = "model"
+    _is_stateful = True  # no assisted generation: a recurrent state cannot be cropped
+    _generic: type[PreTrainedModel] | None = None
+    _family: type[PreTrainedModel] | None = None
+
+    def __new__(cls, config: RadladsConfig | None = None, *args: Any, **kwargs: Any) -> RadladsForCausalLM:
+        if cls._generic is not None or config is None:
+            return object.__new__(cls)
+        return object.__new__(_of_family(cls, MODEL_FOR_CAUSAL_LM_MAPPING[type(config.teacher_config())]))
+
+    def __init__(self, config: RadladsConfig) -> None:
+        object.__setattr__(self, "_student_config", config)
+        super().__init__(config.teacher_config())
+
+    def post_init(self) -> None:
+        """The family's `__init__` ends with this: attention is replaced before weights are initialised and tied."""
+        config = self.__dict__.pop("_student_config")
+        convert_backbone(self.model, config)
+        config._attn_implementation_internal = self.model.config._attn_implementation_internal
+        self.config = config
+        self.parts = SimpleNamespace(**config.family)
+        self.generation_config = GenerationConfig.from_model_config(config)
+        super().post_init()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The family's class is made when a model is, so pickle cannot find it by its name.
+        return _rebuild, (self._generic, self._family), self.__dict__
+
+    def build_mixer(self, layer: int, shape: AttentionShape) -> Mixer:
+        """A fresh mixer for a layer, on torch's default device and in its default dtype."""
+        return build_mixer(self.config, layer, shape)
+
+    def _layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = getattr(self.model, self.parts.layers)
+        return layers
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = remember_buffers(self)
+        super()._apply(fn, recurse)
+        restore_buffers(kept)
+        return self
+
+    def mixers(self) -> dict[int, Mixer]:
+        """Layer → its mixer, for the converted layers."""
+        modules = {i: getattr(layer, self.parts.attention) for i, layer in enumerate(self._layers())}
+        return {i: module for i, module in modules.items() if isinstance(module, Mixer)}
+
+    def parameter_group(self, name: str) -> str:
+        """mixer, attention, mlp, norms, embeddings or head, for a name of `named_parameters()`."""
+        return parameter_group(name, self.parts, set(self.mixers()))
+
+    def hidden(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The last hidden state [B,T,D], after the final norm, without a cache.
+
+        cu_seqlens: int [N+1], document bounds in the flattened [B·T], row bounds included: state, attention and
+        positions restart there.
+        """
+        hidden: Tensor = self.model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state
+        return hidden
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """generate() makes its own cache otherwise, which cannot tell its length without attention layers."""
+        name = cache_keyword(self.model)
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation='{generation_config.cache_implementation}' does not fit a recurrent state"
+            )
+        if model_kwargs.get(name) is None and generation_config.use_cache is not False:
+            model_kwargs[name] = RadladsCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class _WithBackbone(PreTrainedModel):
+    """A head, or none, on the family's backbone; weights are named as in RadladsForCausalLM."""
+
+    config_class = RadladsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
+
+    def _add_backbone(self, config: RadladsConfig) -> None:
+        inner = config.teacher_config()
+        self.model = MODEL_MAPPING[type(inner)](inner)
+        convert_backbone(self.model, config)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = remember_buffers(self)
+        super()._apply(fn, recurse)
+        restore_buffers(kept)
+        return self
+
+
+class RadladsModel(_WithBackbone):
+    """Without a head: hidden states."""
+
+    def __init__(self, config: RadladsConfig) -> None:
+        super().__init__(config)
+        self._add_backbone(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The family's backbone's."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class RadladsForSequenceClassification(GenericForSequenceClassification, _WithBackbone):
+    """A linear head on the last token that is not padding."""
+
+    def __init__(self, config: RadladsConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self._add_backbone(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+def parameter_group(name: str, parts: Any, mixer_layers: set[int]) -> str:
+    """The group of a parameter of a student (no mixer layers: of a teacher). Raises KeyError for an unknown one."""
+    words = name.split(".")
+    if words[0] == "lm_head":
+        return "head"
+    if parts.embeddings in words:
+        return "embeddings"
+    if parts.layers in words:
+        place = words.index(parts.layers)
+        part = words[place + 2]
+        if part == parts.attention:
+            return "mixer" if int(words[place + 1]) in mixer_layers else "attention"
+        if part == parts.mlp:
+            return "mlp"
+        if part in (parts.input_norm, parts.mlp_norm):
+            return "norms"
+    elif parts.final_norm in words:
+        return "norms"
+    raise KeyError(f"parameter '{name}' belongs to no known group")
+
+
+__all__ = ["RadladsCache", "RadladsForCausalLM", "RadladsForSequenceClassification", "RadladsModel", "RecurrentLayer"]

@@ -1,0 +1,263 @@
+"""What each training stage minimises: (batch) -> (loss, metrics), and which parameters it trains.
+
+Loss and metrics of a batch are means over its labels, which `Objective.num_labels` counts: whoever adds batches up
+(jobs/engine.py, jobs/heldout.py) weighs each by its labels, so that how text is cut into batches changes nothing.
+
+Dims: B batch, T context, D model width, N = B·T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.model.student.documents import document_bounds, document_positions
+from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
+from radlads.model.student.precision import remember_buffers, restore_buffers
+from radlads.model.teacher.load import backbone, find_family
+from radlads.model.training.align_losses import build_align_loss, no_spectrum
+from radlads.model.training.lora import lora_trains
+from radlads.model.training.probe import AttentionProbe
+from radlads.model.training.trainable import mixer_parts
+from radlads.tasks.contracts.errors import UserError
+
+if TYPE_CHECKING:
+    from radlads.tasks.contracts.specs import TrainSpec
+
+Metrics = dict[str, Tensor]
+_IGNORED = -100
+
+
+class Objective(nn.Module):
+    """Base. The student is the submodule `student`, so its parameters are called `student.<name>`; the teacher is none.
+
+    A batch holds `input_ids` [B,T+1] int64, and where they apply `loss_mask` [B,T+1] bool (True where the token counts
+    as a label) and `document_ids` [B,T+1] int. Inputs are [:, :-1] and labels [:, 1:]: the single shift.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__()
+        if self.needs_teacher and teacher is None:
+            raise ValueError(f"{type(self).__name__} needs a teacher")
+        self.section = section
+        self.student = student
+        # In a tuple, so that it is neither saved, moved nor trained with the student.
+        self._teacher = (teacher,)
+        self._frozen = frozenset(section.freeze)
+        tied = student.config.tie_word_embeddings
+        if tied and len(self._frozen & {"embeddings", "head"}) == 1:
+            raise UserError(
+                "this model's head is its embedding matrix (tied): freeze both `embeddings` and `head`, or neither"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = remember_buffers(self)
+        super()._apply(fn, recurse)
+        restore_buffers(kept)
+        return self
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        teacher = self._teacher[0]
+        assert teacher is not None, "checked on construction"
+        return teacher
+
+    def begin_step(self, step: int) -> None:
+        """Told before every optimizer step (counted from 0), for objectives that change on the way."""
+
+    def trainable(self, name: str) -> bool:
+        """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
+        group = self.group(name)
+        if getattr(self.section, "lora", None) is not None:
+            adapted = lora_trains(self.student, name)
+            return group == "mixer" if adapted is None else adapted
+        only = set(getattr(self.section, "train_only", ()))
+        if only:
+            return group == "mixer" and bool(only & mixer_parts(name))
+        return group not in self._frozen and not ("final_norm" in self._frozen and self._of_final_norm(name))
+
+    def group(self, name: str) -> str:
+        """mixer, attention, mlp, norms, embeddings or head."""
+        if isinstance(self.student, RadladsForCausalLM):
+            return self.student.parameter_group(name)
+        return parameter_group(name, self._parts(), set())
+
+    def _parts(self) -> Any:
+        if isinstance(self.student, RadladsForCausalLM):
+            return self.student.parts
+        return SimpleNamespace(**find_family(self.student.config).names())
+
+    def _of_final_norm(self, name: str) -> bool:
+        parts, words = self._parts(), name.split(".")
+        return parts.final_norm in words and parts.layers not in words
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """`(scalar fp32 loss, detached metrics)`: means over the batch's labels, 0 where it has none."""
+        raise NotImplementedError
+
+    def num_labels(self, batch: Mapping[str, Tensor]) -> int:
+        """How many tokens of a batch `forward` averages over: all that are predicted. Of a batch on the CPU."""
+        return batch["input_ids"][:, 1:].numel()
+
+    def bounds(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """cu_seqlens [number of documents + 1] where the section resets at documents."""
+        if not self.section.reset_at_documents:
+            return None
+        if "document_ids" not in batch:
+            raise ValueError("reset_at_documents needs document_ids in the batch")
+        return document_bounds(batch["document_ids"][:, :-1])
+
+    def teacher_hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The teacher's last hidden state [B,T,D], after its final norm, without gradient."""
+        with torch.no_grad():
+            return plain_hidden(self.teacher, input_ids, cu_seqlens)
+
+
+class Align(Objective):
+    """Stage 1: each mixer's output beside its attention's, on the teacher's own inputs; only mixers train."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__(section, student, teacher)
+        self.layer_loss = build_align_loss(section, student.config.num_hidden_layers)
+        if fault := no_spectrum(section, student.config.hidden_size):
+            raise UserError(f"align: {fault}")
+
+    def trainable(self, name: str) -> bool:
+        return self.group(name) == "mixer"
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        input_ids = batch["input_ids"][:, :-1]
+        cu_seqlens = self.bounds(batch)
+        with AttentionProbe(self.teacher, self.student, loss=self.layer_loss, cu_seqlens=cu_seqlens) as probe:
+            self.teacher_hidden(input_ids, cu_seqlens)
+        losses = probe.losses
+        if not losses:
+            raise UserError("there is nothing to align: every layer stays softmax attention; drop the align stage")
+        loss = torch.stack(list(losses.values())).mean()
+        layers = {f"layer_{layer:02d}": value.detach() for layer, value in sorted(losses.items())}
+        return loss, {"loss": loss.detach(), **layers}
+
+
+class Distill(Objective):
+    """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy.
+
+    What it computes is set by the step's phase while it trains; judged (in eval mode), it is at temperature 1 and has
+    the last phase's weights.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__(section, student, teacher)
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        index, own = self.section.place(step)
+        self._phase = self.section.parts[index]
+        spikes = self._phase.ce_spikes
+        spiked = spikes is not None and (own + 1) % spikes.every == 0
+        self._ce_weight = spikes.weight if spiked else self._phase.ce_weight
+
+    def _settings(self) -> dict[str, Any]:
+        """How the loss is taken now, as linear_kl wants it."""
+        if not self.training:
+            last = self.section.parts[-1]
+            return {"kl_weight": last.kl_weight, "ce_weight": last.ce_weight}
+        phase = self._phase
+        return {
+            "temperature": phase.temperature,
+            "teacher_temperature": phase.teacher_temperature,
+            "l2wrap": phase.l2wrap,
+            "kl_weight": phase.kl_weight,
+            "ce_weight": self._ce_weight,
+        }
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        tokens = batch["input_ids"]
+        cu_seqlens = self.bounds(batch)
+        wanted = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
+        hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        loss, metrics = linear_kl(
+            hidden.flatten(0, 1),
+            self.student.get_output_embeddings().weight,
+            wanted.flatten(0, 1),
+            self.teacher.get_output_embeddings().weight,
+            labels_N=tokens[:, 1:].flatten(),
+            **self._settings(),
+        )
+        return loss, {"loss": loss.detach(), **metrics}
+
+
+class NextToken(Objective):
+    """Stage 3 and pretraining: next-token cross entropy, over the assistant's tokens alone where asked for."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        tokens = batch["input_ids"]
+        labels = tokens[:, 1:]
+        counts = self._counts(batch)
+        if counts is not None:
+            labels = labels.masked_fill(~counts, _IGNORED)
+        cu_seqlens = self.bounds(batch)
+        if isinstance(self.student, RadladsForCausalLM):
+            hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        else:
+            hidden = plain_hidden(self.student, tokens[:, :-1], cu_seqlens)
+        loss, metrics = linear_ce(
+            hidden.flatten(0, 1),
+            self.student.get_output_embeddings().weight,
+            labels.flatten(),
+            label_smoothing=getattr(self.section, "label_smoothing", 0.0),
+        )
+        return loss, {"loss": loss.detach(), "ce": metrics["ce"], "accuracy": metrics["accuracy"]}
+
+    def num_labels(self, batch: Mapping[str, Tensor]) -> int:
+        counts = self._counts(batch)
+        return super().num_labels(batch) if counts is None else int(counts.sum())
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Whether each label [B,T] counts; None where all do."""
+        if not getattr(self.section, "assistant_only", False):
+            return None
+        if "loss_mask" not in batch:
+            raise UserError(
+                "assistant_only needs chat data: this dataset has no mask; set `messages_field` of its sources"
+            )
+        return batch["loss_mask"][:, 1:].bool()
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {
+    "align": Align,
+    "distill": Distill,
+    "finetune": NextToken,
+    "pretrain": NextToken,
+}
+
+
+def build_objective(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
+    """The objective of a training stage. Raises UserError for settings that contradict the model."""
+    return _OBJECTIVES[spec.objective](spec.section, student, teacher)
+
+
+def needs_teacher(objective: str) -> bool:
+    """Whether a stage's objective runs the teacher, before anything is loaded."""
+    return _OBJECTIVES[objective].needs_teacher
+
+
+def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last hidden state of a Hugging Face causal model, documents kept apart where bounds are given.
+
+    transformers itself keeps packed documents apart where positions restart and there is neither mask nor cache.
+    """
+    position_ids = None if cu_seqlens is None else document_positions(cu_seqlens, *input_ids.shape)
+    hidden: Tensor = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return hidden

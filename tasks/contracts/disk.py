@@ -1,0 +1,80 @@
+"""Full disks and folders that cannot be written, in one line: which place, how much there is, what would help."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+from radlads.tasks.contracts.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {
+    errno.EROFS: "is on a read-only file system; choose other folders with --work and --store",
+    errno.EACCES: "may not be read or written by this user",
+    errno.ENOTDIR: "lies below what is not a folder",
+}
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+_MOST_ENTRIES = 20_000
+_CURE = "free some space, or choose other folders with --work and --store"
+
+
+class DiskFull(UserError):  # noqa: N818 - named after what is the matter, as its siblings
+    """There is no room for what is to be written. The message names the place and the sizes."""
+
+
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Raises DiskFull, before anything is written, where `size` bytes do not fit under `folder`, which exists."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DiskFull(f"the disk is full: {what} takes {_gib(size)}, {folder} has {_gib(free)} left; {_CURE}")
+
+
+def explain_disk(error: BaseException, place: Path) -> UserError | None:
+    """What to tell a person about an error that a disk is the cause of, or a folder; None for any other error.
+
+    place: where the program was writing, for errors that do not say it. Libraries that are not written in Python pass
+    the system's text on, inside errors of their own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number, named = _number_and_path(cause)
+        if number in _FULL or any(text in str(cause) for text in _FULL_TEXTS):
+            return DiskFull(describe_full(named or place))
+        if cause is error and number in _REFUSED and named is not None:
+            return UserError(f"{named} {_REFUSED[number]}")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _number_and_path(error: BaseException) -> tuple[int | None, Path | None]:
+    if not isinstance(error, OSError):
+        return None, None
+    named = isinstance(error.filename, str | bytes | os.PathLike)
+    return error.errno, Path(os.fsdecode(error.filename)) if named else None
+
+
+def describe_full(place: Path) -> str:
+    """One line about a full disk: what it has, and what lies in `place` itself."""
+    folder = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    usage = shutil.disk_usage(folder)
+    own = _size(folder)
+    told = "" if own is None else f", the files in {folder} take {_gib(own)}"
+    return f"the disk is full at {place}: {_gib(usage.free)} of {_gib(usage.total)} are left{told}; {_CURE}"
+
+
+def _size(folder: Path) -> int | None:
+    """Bytes of the files below; None where there are too many to look at, or some vanish meanwhile."""
+    entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
+    if len(entries) > _MOST_ENTRIES:
+        return None
+    try:
+        return sum(path.stat().st_size for path in entries if path.is_file() and not path.is_symlink())
+    except OSError:
+        return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 27 else f"{size / (1 << 20):.1f} MiB"

@@ -1,0 +1,91 @@
+"""What a digest is made of: every field of a spec but the operational ones, and contents in place of places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from radlads.tasks.contracts.recipe.base import Reads, ReadsKind, Undigested
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A field that names something to be read."""
+
+    location: str
+    """Of the field, dotted: `data.train.sources.0.paths`."""
+    kind: ReadsKind
+    place: tuple[str, ...]
+    revision: str | None
+
+
+class Pinned(Protocol):
+    """What is known of the content at a place."""
+
+    @property
+    def named(self) -> Any:
+        """What stands for the place in a digest."""
+
+
+def readings(value: Any, prefix: str = "") -> Iterator[Reading]:
+    """Every place that a model and the models in it name. prefix: dotted, put before each location."""
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            mark, item = _reads(field), getattr(value, name)
+            if mark is None:
+                yield from readings(item, f"{prefix}{name}.")
+            elif (place := _place(item)) or mark.kind == "task":
+                yield Reading(f"{prefix}{name}", mark.kind, place, getattr(value, "revision", None))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from readings(item, f"{prefix}{key}.")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from readings(item, f"{prefix}{index}.")
+
+
+def identity(model: BaseModel, pins: Mapping[str, Pinned] | None) -> Any:
+    """The JSON value that a digest of the model is taken of.
+
+    pins: location → content. None, for a spec from before anything was pinned or of a stage that reads none of it:
+    places are left out. Raises ValueError for a place that is not pinned.
+    """
+    return _identity(model, model.model_dump(mode="json"), pins, "")
+
+
+def _identity(value: Any, dumped: Any, pins: Mapping[str, Pinned] | None, prefix: str) -> Any:
+    if isinstance(value, BaseModel):
+        kept = {}
+        for name, field in type(value).model_fields.items():
+            if any(isinstance(mark, Undigested) for mark in field.metadata):
+                continue
+            mark, item, location = _reads(field), getattr(value, name), f"{prefix}{name}"
+            if mark is None:
+                kept[name] = _identity(item, dumped[name], pins, f"{location}.")
+            elif not _place(item) and mark.kind != "task":
+                kept[name] = dumped[name]
+            elif pins is not None:
+                if location not in pins:
+                    raise ValueError(f"{location} names a place, and what is there is not pinned")
+                kept[name] = pins[location].named
+        return kept
+    if isinstance(value, Mapping):
+        return {key: _identity(item, dumped[str(key)], pins, f"{prefix}{key}.") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [
+            _identity(item, shown, pins, f"{prefix}{i}.")
+            for i, (item, shown) in enumerate(zip(value, dumped, strict=True))
+        ]
+    return dumped
+
+
+def _reads(field: FieldInfo) -> Reads | None:
+    return next((mark for mark in field.metadata if isinstance(mark, Reads)), None)
+
+
+def _place(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())

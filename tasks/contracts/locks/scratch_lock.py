@@ -1,0 +1,71 @@
+"""A folder on this machine that one process at a time works in. The kernel takes the lock back when its holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.locks.holder import Holder, this_process
+
+_log = logging.getLogger(__name__)
+_POLL_SECONDS = 0.2
+
+
+class FolderInUse(UserError):  # noqa: N818
+    """Another process works in the folder."""
+
+
+@contextmanager
+def hold_folder(folder: Path, name: str, *, what: str, wait_seconds: float = 0.0) -> Iterator[bool]:
+    """Keep other processes, and other threads, out of a folder; yields whether that took waiting.
+
+    name: of the lock's file in there; it stays, holding who had it last. what: the folder's use, for the message.
+    Raises FolderInUse, with who has it, after wait_seconds; UserError where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot work in {folder}: {error.strerror}; choose another folder with --work") from None
+    try:
+        waited = _lock(handle, folder, what, wait_seconds)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, this_process(folder).model_dump_json().encode(), 0)
+        yield waited
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path, what: str, wait_seconds: float) -> bool:
+    end, waited = time.monotonic() + wait_seconds, False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read(handle)
+            if time.monotonic() >= end:
+                raise FolderInUse(
+                    f"{what} is in use by {holder or 'another process'}: wait for it or end it"
+                    f"{f' (kill {holder.pid})' if holder else ''}, or use a folder of its own with --work"
+                ) from None
+            if not waited:
+                _log.warning("%s is in use by %s: waiting", what, holder or "another process")
+            waited = True
+            time.sleep(_POLL_SECONDS)
+        else:
+            return waited
+
+
+def _read(handle: int) -> Holder | None:
+    try:
+        return Holder.model_validate_json(os.pread(handle, 1 << 16, 0))
+    except ValidationError:  # it has just been taken
+        return None

@@ -1,0 +1,288 @@
+"""metrics.jsonl, the record of a job's numbers, and its mirror in MLflow.
+
+A row is written and flushed at once. A thread of its own reads the file behind the writer and sends what MLflow does
+not have yet. What it has, MLflow itself is asked: the last step of each metric; so any later process can go on from
+there, and no step of a metric is ever sent twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from radlads.tasks.contracts.job import TrackingRef
+from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
+_METRICS_PER_BATCH = 1000
+_READ_BYTES = 1 << 18
+_FLUSH_SECONDS = 2.0
+_LONGEST_WAIT_SECONDS = 60.0
+_NOT_METRICS = {"step", "time"}
+
+
+def connect(uri: str) -> MlflowClient:
+    """An MLflow client that gives up in seconds instead of minutes, and does not phone home. uri: without user and
+    password, which this process knows."""
+    from mlflow import MlflowClient, environment_variables
+    from mlflow.telemetry.client import set_telemetry_client
+
+    for setting, value in (
+        (environment_variables.MLFLOW_DISABLE_TELEMETRY, True),
+        (environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT, 10),
+        (environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1),
+        (environment_variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),  # with the password in it
+    ):
+        if not setting.is_set():  # type: ignore[no-untyped-call]
+            setting.set(value)  # type: ignore[no-untyped-call]
+    set_telemetry_client()  # type: ignore[no-untyped-call] # again: the first time, at import, it did not know
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=with_credentials(uri))
+
+
+def latest_metrics(client: MlflowClient, run_id: str) -> dict[str, tuple[int, float]]:
+    """Metric → its last step that MLflow has, and the value there."""
+    data = client.get_run(run_id).data
+    return {metric.key: (int(metric.step), float(metric.value)) for metric in data.to_proto().metrics}
+
+
+class MetricsRecord:
+    """The numbers of one job: rows in a file at once, in MLflow when it can be reached. Never blocks on MLflow.
+
+    path: metrics.jsonl; a torn last line (after kill -9) is cut off. ref: the MLflow run, or None for no mirror.
+    """
+
+    def __init__(self, path: Path, ref: TrackingRef | None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._stream: TextIO | None = None
+        self._last_step: dict[str, int] = {}
+        self._rewrite(lambda row: True)
+        self._mirror = _Mirror(path, ref, self._lock) if ref is not None else None
+        if self._mirror is not None:
+            self._mirror.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one row. step: the optimizer step, never smaller than an earlier one of the same metric; a metric
+        already recorded for this step is left as it is. What is not finite is written as null."""
+        fresh = {key: _number(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
+        if not fresh:
+            return
+        row = {"step": step, "time": time.time_ns() // 1_000_000, **fresh}
+        with self._lock:
+            assert self._stream is not None, "the record is closed"
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+        self._last_step |= dict.fromkeys(fresh, step)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`: the job was restored there and will compute them again."""
+        self._rewrite(lambda row: row["step"] <= step)
+        if self._mirror is not None:
+            self._mirror.reread()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row so far."""
+        return _parse(self.path.read_bytes())[0]
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Add params to the MLflow run; ones that it has are left as they are."""
+        self._note("params", {key: str(value) for key, value in params.items()})
+
+    def artifact(self, path: Path) -> None:
+        """Add a small file (a picture, a report) to the MLflow run."""
+        self._note("artifacts", {str(path): 1})
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """Give the mirror a last chance to catch up, for at most this long."""
+        if self._mirror is not None:
+            self._mirror.stop(timeout_seconds)
+            self._mirror = None
+        if self._stream is not None:
+            try:
+                self._stream.close()
+            except OSError as error:  # a row that found no room, which the writer has heard of already
+                _log.warning("the end of %s was not written: %s", self.path, error)
+            self._stream = None
+
+    def _note(self, kind: str, values: dict[str, Any]) -> None:
+        with self._lock:
+            notes = _read_notes(self.path)
+            notes.setdefault(kind, {}).update(values)
+            _replace(_notes_path(self.path), json.dumps(notes).encode())
+
+    def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
+            if self.path.exists():
+                rows = [row for row in _parse(self.path.read_bytes())[0] if keep(row)]
+                _replace(self.path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            else:
+                rows = []
+            self._last_step = {key: row["step"] for row in rows for key in row if key not in _NOT_METRICS}
+            self._stream = self.path.open("a", encoding="utf-8")
+
+
+def catch_up(path: Path, ref: TrackingRef) -> bool:
+    """Send what MLflow does not have yet of a record that nobody writes any more; whether that worked."""
+    if not path.exists() and not _notes_path(path).exists():
+        return True
+    return _Mirror(path, ref, threading.Lock()).try_once()
+
+
+class _Mirror(threading.Thread):
+    """Follows the file and sends new rows in batches; after an outage it goes on where it was."""
+
+    def __init__(self, path: Path, ref: TrackingRef, lock: threading.Lock) -> None:
+        super().__init__(name="mlflow-mirror", daemon=True)
+        self._path, self._ref, self._lock = path, ref, lock
+        self._offset = 0
+        self._generation = 0
+        self._sent: dict[str, int] | None = None
+        self._notes_sent: dict[str, Any] = {}
+        self._wake = threading.Event()
+        self._stopping = False
+        self._failing = False
+
+    def run(self) -> None:
+        wait = _FLUSH_SECONDS
+        while True:
+            stopping = self._stopping  # read before sending, so that all that was written before stop() is sent
+            wait = _FLUSH_SECONDS if self.try_once() else min(2 * wait, _LONGEST_WAIT_SECONDS)
+            if stopping:
+                return
+            self._wake.wait(wait)
+
+    def reread(self) -> None:
+        """The file was rewritten: start over, skipping what was sent."""
+        with self._lock:
+            self._offset = 0
+            self._generation += 1
+
+    def stop(self, timeout_seconds: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        self.join(timeout_seconds)
+
+    def try_once(self) -> bool:
+        """Send everything that is new. Whether it all arrived."""
+        try:
+            self._send()
+        except Exception as error:  # noqa: BLE001 - the boundary to a mirror that we can do without
+            if not self._failing:
+                _log.warning(
+                    "MLflow at %s: %s; the record is %s, MLflow is caught up later",
+                    self._ref.uri, hide(" ".join(str(error).split()))[:300], self._path,
+                )  # fmt: skip
+            self._failing = True
+            self._sent = None  # some of it may have arrived: ask again
+            return False
+        self._failing = False
+        return True
+
+    def _send(self) -> None:
+        from mlflow.entities import Metric
+
+        client = connect(self._ref.uri)
+        if self._sent is None:
+            self._sent = {key: step for key, (step, _) in latest_metrics(client, self._ref.run_id).items()}
+        while True:
+            with self._lock:
+                generation = self._generation
+                data = _read_from(self._path, self._offset)
+            rows, used = _parse(data)
+            if not used:
+                break
+            metrics = [
+                Metric(key, value, row["time"], row["step"])
+                for row in rows
+                for key, value in row.items()
+                if key not in _NOT_METRICS and value is not None and row["step"] > self._sent.get(key, -1)
+            ]
+            sent = dict(self._sent)
+            for metric in metrics:
+                sent[metric.key] = max(metric.step, sent.get(metric.key, -1))
+            for first in range(0, len(metrics), _METRICS_PER_BATCH):
+                client.log_batch(self._ref.run_id, metrics=metrics[first : first + _METRICS_PER_BATCH])
+            self._sent = sent
+            with self._lock:
+                if self._generation == generation:
+                    self._offset += used
+        self._send_notes(client)
+
+    def _send_notes(self, client: MlflowClient) -> None:
+        from mlflow.entities import Param
+
+        with self._lock:
+            notes = _read_notes(self._path)
+        if notes == self._notes_sent:
+            return
+        known = client.get_run(self._ref.run_id).data.params
+        fresh = [Param(key, value) for key, value in notes.get("params", {}).items() if key not in known]
+        for first in range(0, len(fresh), 100):
+            client.log_batch(self._ref.run_id, params=fresh[first : first + 100])
+        for path in notes.get("artifacts", {}):
+            if path not in self._notes_sent.get("artifacts", {}) and os.path.exists(path):
+                client.log_artifact(self._ref.run_id, path)
+        self._notes_sent = notes
+
+
+def _number(value: float) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _parse(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Rows of whole lines, and the bytes that they take; a torn last line is left out."""
+    rows: list[dict[str, Any]] = []
+    used = 0
+    while (end := data.find(b"\n", used)) >= 0:
+        row = _row(data[used:end])
+        if row is not None:
+            rows.append(row)
+        used = end + 1
+    return rows, used
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("time"), int)
+    return row if whole else None
+
+
+def _read_from(path: Path, offset: int) -> bytes:
+    if not path.exists():
+        return b""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(_READ_BYTES)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _notes_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-notes.json")
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    notes = _notes_path(path)
+    return dict(json.loads(notes.read_bytes())) if notes.exists() else {}

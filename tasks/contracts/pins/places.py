@@ -1,0 +1,93 @@
+"""Where things are: what a recipe names, as files and folders of this machine."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.chat_templates import SHIPPED, shipped_chat_template
+
+DEMO = "demo"
+_DEMO_FILE = "demo:"
+
+
+def demo_folder() -> Path:
+    """The folder deployments/demo, shipped with the package."""
+    return Path(str(resources.files("radlads.deployments"))) / "demo"
+
+
+def resolve_teacher_path(path: str) -> str:
+    """`demo` → the shipped teacher's folder, `demo:NAME` → that of another one shipped beside it; a local folder → its
+    absolute path; anything else is a hub id.
+
+    Raises UserError where the shipped teacher or a path that looks local does not exist.
+    """
+    if path == DEMO or path.startswith(_DEMO_FILE):
+        folder = demo_folder() / ("teacher" if path == DEMO else path.removeprefix(_DEMO_FILE))
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"there is no shipped teacher at {folder}; reinstall the package, or give a teacher of your own"
+            )
+        return str(folder)
+    return _folder_or_hub_id(path, "teacher folder", ", or `demo`")
+
+
+def resolve_tokenizer_path(path: str) -> str:
+    """As resolve_teacher_path, and `demo:NAME` is a folder shipped with the demo teacher."""
+    if path.startswith(_DEMO_FILE):
+        return str(resolve_file(path))
+    return resolve_teacher_path(path)
+
+
+def resolve_dataset_path(path: str) -> str:
+    """A local folder of a `hub` source → its absolute path; anything else is a hub id. Raises UserError."""
+    return _folder_or_hub_id(path, "dataset folder", "")
+
+
+def _folder_or_hub_id(path: str, what: str, more: str) -> str:
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local.resolve())
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"there is no {what} at {path}; give a Hugging Face folder, a hub id{more}")
+    return path
+
+
+def resolve_task_folder(path: str) -> Path:
+    """The folder of a task of one's own. Raises UserError."""
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    return folder
+
+
+def resolve_file(path: str) -> Path:
+    """A corpus file's place on this machine; `demo:NAME` is shipped with the demo teacher, `template:NAME` is a shipped
+    chat template."""
+    if path.startswith(_DEMO_FILE):
+        return demo_folder() / path.removeprefix(_DEMO_FILE)
+    if path.startswith(SHIPPED):
+        return shipped_chat_template(path)
+    return Path(path).expanduser()
+
+
+def expand_paths(patterns: Iterable[str]) -> list[str]:
+    """Every file that the paths and globs name, in a stable order; shipped files (`demo:`, `template:`) keep that name.
+
+    Raises UserError for a pattern that matches nothing.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        local = resolve_file(pattern)
+        if local.is_file():
+            matches = [pattern if pattern.startswith((_DEMO_FILE, SHIPPED)) else str(local.resolve())]
+        else:
+            matches = sorted(str(Path(m).resolve()) for m in glob.glob(str(local), recursive=True) if Path(m).is_file())
+        if not matches:
+            hint = "" if local.is_absolute() else " beside the recipe's file or where the command was given"
+            raise UserError(f"no file matches '{pattern}'{hint}")
+        found += [m for m in matches if m not in found]
+    return found

@@ -1,0 +1,30 @@
+"""The chat templates that are shipped: deployments/chat_templates/NAME.jinja, in recipes NAME or template:NAME."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+
+from radlads.tasks.contracts.errors import UserError
+
+SHIPPED = "template:"
+
+
+def shipped_chat_templates() -> list[str]:
+    """Their names."""
+    return sorted(path.stem for path in _folder().glob("*.jinja"))
+
+
+def shipped_chat_template(place: str) -> Path:
+    """The file of `template:NAME`. Raises UserError for a name that is not shipped."""
+    name, known = place.removeprefix(SHIPPED), shipped_chat_templates()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"no chat template '{name}' (a file ends with .jinja; shipped: {', '.join(known)}){hint}")
+    return _folder() / f"{name}.jinja"
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("radlads.deployments"))) / "chat_templates"

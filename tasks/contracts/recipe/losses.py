@@ -1,0 +1,191 @@
+"""The training stages of a recipe: what each minimises, and its defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, Place, Reads, Section
+from radlads.tasks.contracts.recipe.training import Rate, Schedule, Training
+
+
+class Comprehensive(Section):
+    """Weights of the seven terms of the `comprehensive` align loss (model/training/align_losses.py).
+
+    The published code multiplies content by 1 − 0.3·q and context by 1 + 0.5·q at depth q = layer / layers; that is
+    done here too. `batch_independent` is the revision at the commit of cxa073, whose spectral term is a Frobenius norm;
+    `svd` is the one before it, which compares leading singular values, here of each sequence and not of a micro-batch.
+    """
+
+    content: float = Field(default=1.0, ge=0)
+    cosine: float = Field(default=2.0, ge=0)
+    context: float = Field(default=1.0, ge=0)
+    local: float = Field(default=0.5, ge=0)
+    sequence_mean: float = Field(default=0.5, ge=0)
+    """The published `global`."""
+    temporal: float = Field(default=1.0, ge=0)
+    spectral: float = Field(default=0.3, ge=0)
+    revision: Literal["batch_independent", "svd"] = "batch_independent"
+
+
+class Align(Training):
+    """Stage 1: teacher-forced regression of each mixer's output on its attention's output (2505.03005, §3)."""
+
+    mixer_rate: Rate = Rate(start=1e-3, final=1e-5)
+    rest_rate: Rate = Rate(start=0.0, final=0.0)
+    loss: Literal["l2", "mse", "comprehensive", "scaled_mse"] = "l2"
+    """Equations: model/training/align_losses.py. l2: RADLADS; mse: HALO, hxa079; comprehensive: cxa073; scaled_mse:
+    hxa07c."""
+    comprehensive: Comprehensive = Comprehensive()
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> Self:
+        if self.loss != "comprehensive" and self.comprehensive != Comprehensive():
+            raise ValueError("`comprehensive` weighs the terms of loss: comprehensive, which is not the loss here")
+        return self
+
+
+class CeSpikes(Section):
+    """Every `every`-th optimizer step (counted from 1 in its phase) the cross entropy weighs `weight`, not
+    `ce_weight`."""
+
+    every: int = Field(gt=0)
+    weight: float = Field(gt=0)
+
+
+class Lora(Section):
+    """Low-rank updates of chosen projections: y = x Wᵀ + scale·(x Aᵀ) Bᵀ, A Kaiming-uniform, B zero, W frozen.
+
+    With it train the pairs and what the mixers add to their projections, nothing else. The product has them merged.
+    rank and scale are the seed's defaults; it zeroed A as well, and so learned nothing (rwkv7_variants §8.6).
+    """
+
+    targets: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    """Last names of linear modules of the layers, mixers and kept attention and MLPs alike."""
+    rank: int = Field(default=32, gt=0)
+    scale: float = Field(default=0.5, gt=0)
+
+
+class Phase(Section):
+    """One part of a distill stage; what it does not say is the stage's own."""
+
+    tokens: int = Field(gt=0)
+    context: int | None = Field(default=None, gt=1)
+    batch: int | None = Field(default=None, gt=0)
+    micro_batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
+    mixer_rate: Rate | None = None
+    rest_rate: Rate | None = None
+    schedule: Schedule | None = None
+    """Over this phase's steps, warm-up included."""
+    temperature: float | None = Field(default=None, gt=0)
+    teacher_temperature: float | None = Field(default=None, gt=0)
+    kl_weight: float | None = Field(default=None, ge=0)
+    ce_weight: float | None = Field(default=None, ge=0)
+    ce_spikes: CeSpikes | None = None
+    fresh_optimizer: bool = False
+    """Begin with Adam as new, as the published runs did by restarting from weights; else its moments go on."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings of the stage that it replaces."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name != "fresh_optimizer"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Distill(Training):
+    """Stage 2: KL(teacher ‖ student) of the logits."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+    temperature: float = Field(default=1.0, gt=0)
+    """τ of both sides; the KL is multiplied by τ². Held-out losses are at 1."""
+    teacher_temperature: float | None = Field(default=None, gt=0)
+    """τ of the teacher alone, the student's being 1 and nothing multiplied: another target, not classical KD."""
+    kl_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0)
+    ce_spikes: CeSpikes | None = None
+    l2wrap: float = Field(default=0.0, ge=0)
+    """RWKV's L2Wrap: adds l2wrap·z to the gradient of every position's largest logit z; the loss told is without.
+    Published: 1e-4."""
+    lora: Lora | None = None
+    phases: tuple[Phase, ...] = ()
+    """Parts with settings of their own, one after the other; their tokens add up to `tokens`. Held-out losses are in
+    the last one's context throughout."""
+
+    @property
+    def parts(self) -> tuple[Training, ...]:
+        """The phases, each as a distill section of its own."""
+        if not self.phases:
+            return (self,)
+        return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
+
+    def begins_anew(self, index: int) -> bool:
+        return super().begins_anew(index) or self.phases[index].fresh_optimizer
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Self:
+        if self.teacher_temperature is not None and self.temperature != 1:
+            raise ValueError("give temperature (of both sides) or teacher_temperature (of the teacher alone), not both")
+        return self
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if not self.phases:
+            return self
+        total = sum(phase.tokens for phase in self.phases)
+        if total != self.tokens:
+            raise ValueError(f"tokens is {self.tokens}, but the phases' tokens add up to {total}")
+        for number, part in enumerate(self.parts, 1):
+            try:
+                type(self).model_validate(part.model_dump())
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"phase {number}: {message}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> Self:
+        _check_lora(self, self.lora)
+        return self
+
+
+class Finetune(Training):
+    """Stage 3: next-token cross entropy."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    assistant_only: bool = False
+    """Chat data: only the assistant's tokens count. A step without any is an error."""
+    train_only: tuple[Literal["mixer", "decay", "token_shift"], ...] = ()
+    """Only these parts of the mixers train; empty: all that `freeze` leaves. `[decay, token_shift]` is step 3a of
+    2505.03005, which fits long contexts into little memory."""
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> Self:
+        if self.lora is not None and self.train_only:
+            raise ValueError("train_only and lora both say what trains; give one of them")
+        _check_lora(self, self.lora)
+        return self
+
+
+class Pretrain(Training):
+    """Train a small teacher from nothing with the same loop; the flow `radlads-pretrain`."""
+
+    config: dict[str, Any]
+    """A Hugging Face config (model_type and its fields)."""
+    tokenizer: Annotated[Place, Reads("tokenizer")]
+    """Folder or hub id of the tokenizer."""
+    mixer_rate: Rate = Rate(start=1e-3, final=1e-4)
+    rest_rate: Rate = Rate(start=1e-3, final=1e-4)
+    schedule: Schedule = Schedule(kind="cosine")
+
+
+def _check_lora(section: Training, lora: Lora | None) -> None:
+    adapted = sorted({"gate_proj", "up_proj", "down_proj", "gate_up_proj"} & set(lora.targets)) if lora else []
+    if adapted and "mlp" in section.freeze:
+        raise ValueError(f"lora.targets has {adapted[0]}, but freeze has mlp")

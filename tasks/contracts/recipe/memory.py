@@ -1,0 +1,61 @@
+"""How frozen weights are held: the values that a recipe may give, and which stages they change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from radlads.tasks.contracts.recipe.sections import Recipe
+    from radlads.tasks.contracts.recipe.training import Training
+
+FrozenBits = Literal[8, 16]
+"""Bits of a frozen weight matrix: 16 is the precision of the stage, 8 is int8 with one scale for 128 numbers."""
+MLP_PROJECTIONS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+
+
+def teacher_bits(recipe: Recipe, stage: str) -> FrozenBits:
+    """Bits of the teacher's matrices in a training stage; 16 where the stage runs no teacher."""
+    runs = recipe.teacher is not None and stage in ("align", "distill")
+    return recipe.teacher.bits if runs and recipe.teacher is not None else 16
+
+
+def mlp_bits(recipe: Recipe, stage: str) -> FrozenBits:
+    """Bits of the student's MLPs in a training stage; 16 where it trains them, and in align, which never runs them."""
+    section = getattr(recipe, stage)
+    holds = stage != "align" and section is not None and freezes_mlp(stage, section)
+    return recipe.student.mlp_bits if holds else 16
+
+
+def freezes_mlp(stage: str, section: Training) -> bool:
+    """Whether the MLPs stay as they are in a training stage."""
+    lora = getattr(section, "lora", None)
+    if lora is not None:
+        return not MLP_PROJECTIONS & set(lora.targets)
+    return stage == "align" or "mlp" in section.freeze or bool(_train_only(section))
+
+
+def frozen_groups(stage: str, section: Training) -> tuple[str, ...]:
+    """The groups of parameters that surely stay as they are throughout a stage, norms left aside: they are small."""
+    everything = ("mlp", "embeddings", "head", "attention")
+    if getattr(section, "lora", None) is not None:  # adapted matrices change as they are merged
+        return ("mlp", "embeddings", "head") if freezes_mlp(stage, section) else ("embeddings", "head")
+    if stage == "align" or _train_only(section):
+        return everything
+    return tuple(group for group in everything if group in section.freeze)
+
+
+def held_once(stage: str, section: Training, teacher_bits: FrozenBits, mlp_bits: FrozenBits) -> tuple[str, ...]:
+    """The frozen groups that the student may hold as the teacher does, and so need not hold itself. In align it never
+    runs what it shares, so there the bits need not agree."""
+    theirs = {"mlp": teacher_bits, "attention": teacher_bits}
+    ours = {"mlp": mlp_bits}
+    return tuple(
+        group
+        for group in frozen_groups(stage, section)
+        if stage == "align" or ours.get(group, 16) == theirs.get(group, 16)
+    )
+
+
+def _train_only(section: Training) -> tuple[str, ...]:
+    only: tuple[str, ...] = section.train_only if hasattr(section, "train_only") else ()
+    return only

@@ -1,0 +1,138 @@
+"""What every training stage of a recipe has: sizes, rates, optimizer, schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, Section, Seed
+
+
+class Rate(Section):
+    """Learning rate of one parameter group, from `start` to `final` along the stage's schedule."""
+
+    start: float = Field(ge=0)
+    final: float = Field(ge=0)
+
+
+class Optimizer(Section):
+    """AdamW. Defaults are RADLADS's (2505.03005, table 2): betas .9/.95, eps 1e-8, no weight decay, clip 1."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of tensors with at least two dimensions larger than one: matrices, low-rank factors, the bonus; not of norms,
+    biases and per-channel vectors."""
+    clip: float = Field(default=1.0, gt=0)
+    decay_base_rate: float = Field(default=1.0, gt=0)
+    """Multiplier of the rate of the decay's base (w0, time_decay); 2 in the hxa079 runs (rwkv7_variants §7.3)."""
+
+
+class Schedule(Section):
+    """Learning-rate schedule over a stage's optimizer steps.
+
+    `quarter_cosine` is the one of the RADLADS code: final + (start − final)·cos(π q / 2), flat at first and steepest at
+    the end; `cosine` is the usual half cosine; `stable_cosine_stable` (its step 2a) holds `start`, follows the quarter
+    cosine between `begin` and `end` (shares of the stage's steps; published: .833 and .875), then holds `final`.
+    `linear` and `exponential` (start·(final / start)^q) go evenly; `constant` stays at `start`.
+    """
+
+    kind: Literal["quarter_cosine", "cosine", "stable_cosine_stable", "linear", "exponential", "constant"] = (
+        "quarter_cosine"
+    )
+    warmup_steps: int = Field(default=50, ge=0)
+    """Linear from 1 % to 100 % of the scheduled rate; never more than a tenth of the stage's steps."""
+    begin: float = Field(default=0.0, ge=0, le=1)
+    end: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.begin >= self.end:
+            raise ValueError("schedule.begin must be smaller than schedule.end")
+        return self
+
+
+class Training(Section):
+    """What every training stage has."""
+
+    data: str = "train"
+    """Name of an entry of the recipe's `data`."""
+    tokens: int = Field(gt=0)
+    context: int = Field(gt=1)
+    """Sequence length in tokens."""
+    batch: int = Field(gt=0)
+    """Sequences per optimizer step, over all processes and accumulation steps."""
+    micro_batch: Annotated[int, OPERATIONAL] = Field(default=1, gt=0)
+    """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result, which is
+    normalised by the labels of the whole optimizer step."""
+    mixer_rate: Rate
+    rest_rate: Rate
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
+    """Parameter groups that do not train. `attention`: the kept softmax layers; `norms` includes the final one."""
+    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
+    seed: Seed = 1337
+    checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
+    heldout_every: Annotated[int, OPERATIONAL] = Field(default=0, ge=0)
+    """Optimizer steps between held-out losses; 0: only at the end."""
+    heldout_tokens: int = Field(default=16384, gt=0)
+    reset_at_documents: bool = False
+    """Reset the recurrent state (and mask attention) at document boundaries. Off in the published runs."""
+
+    @property
+    def parts(self) -> tuple[Training, ...]:
+        """What the stage trains through one after the other, each a section without phases; itself, where it has
+        none."""
+        return (self,)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps, over all parts."""
+        return sum(part.own_steps for part in self.parts)
+
+    @property
+    def own_steps(self) -> int:
+        """Optimizer steps of a section without phases."""
+        return max(1, self.tokens // (self.batch * self.context))
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens that the steps see: `tokens` without the remainder of a step."""
+        return sum(part.own_steps * part.batch * part.context for part in self.parts)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(index of the part, step within it) of an optimizer step; all counted from 0."""
+        for index, part in enumerate(self.parts):
+            if step < part.own_steps:
+                return index, step
+            step -= part.own_steps
+        raise ValueError("this step is beyond the stage's last one")
+
+    def begins_anew(self, index: int) -> bool:
+        """Whether a part begins with the optimizer as new; the first one does anyway."""
+        return index == 0
+
+    @property
+    def longest_context(self) -> int:
+        """The longest context of all parts, in tokens."""
+        return max(part.context for part in self.parts)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_fit_the_schedule(self) -> Self:
+        rates = (self.mixer_rate, self.rest_rate)
+        if self.schedule.kind == "exponential" and any((rate.start == 0) != (rate.final == 0) for rate in rates):
+            raise ValueError("an exponential schedule neither reaches a rate of 0 nor leaves it")
+        return self

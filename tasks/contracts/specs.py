@@ -1,0 +1,253 @@
+"""What each stage is asked for: the typed form of JobSpec.spec, and the digest that names its product."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.identity import identity
+from radlads.tasks.contracts.job import InputRef, Sheet, Stage, first_fault, stage_digest
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, ReadsKind
+from radlads.tasks.contracts.recipe.choice import AttentionChoice, Calibration
+from radlads.tasks.contracts.recipe.memory import FrozenBits
+from radlads.tasks.contracts.recipe.sections import (
+    Align,
+    Dataset,
+    Distill,
+    Evaluate,
+    Finetune,
+    Needle,
+    Pretrain,
+    Publish,
+    Recipe,
+    Student,
+)
+
+
+class TeacherRef(Sheet):
+    """A teacher, pinned by what it holds."""
+
+    path: Annotated[str, PLACE]
+    revision: Annotated[str | None, PLACE] = None
+    trust_remote_code: bool = False
+    """Of its tokenizer."""
+    fingerprint: str
+    """Hub: the commit. Folder: sha256 over config, tokenizer and weights. Names the teacher in digests."""
+    tokenizer_fingerprint: str = ""
+    """As TokenizeSpec has it; what datasets and students of this teacher are compared by."""
+
+
+class FileRef(Sheet):
+    """A file by its content."""
+
+    path: str
+    """As it was found, or relative to the folder that was named."""
+    size: int
+    sha256: str
+
+
+class Pin(Sheet):
+    """What was at a place when the run was planned."""
+
+    kind: ReadsKind
+    place: tuple[str, ...]
+    """As the recipe names it."""
+    revision: str | None = None
+    """As the recipe names it."""
+    content: str
+    """sha256 over the files; of the hub `hub:<id>@<commit>`."""
+    commits: dict[str, str] = Field(default_factory=dict)
+    """Of an evaluation task: hub dataset that it reads → commit."""
+    files: tuple[FileRef, ...] = ()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of what is on the hub; None of what is on this machine."""
+        return self.content.rpartition("@")[2] if self.content.startswith("hub:") else None
+
+    @property
+    def named(self) -> Any:
+        """What stands for the place in a digest."""
+        return {"content": self.content, "commits": self.commits} if self.commits else self.content
+
+
+Pins = Annotated[dict[str, Pin], PLACE]
+"""Location of a field in the spec, dotted → what it names."""
+
+
+class PlanSpec(Sheet):
+    """No inputs. Product: plan.json (a PlanReport)."""
+
+    recipe: Recipe
+    preview: bool = False
+    """For a person to look at: what does not fit into memory is reported beside the sizes and refuses nothing."""
+    sizes_only: bool = False
+    """Parameters, memory and cost from the teacher's config alone: no weights, no tokenizer, no text is looked at."""
+
+
+class PlanReport(Sheet):
+    """plan.json: what later specs are pinned to, and the numbers that a user decides by."""
+
+    teacher: TeacherRef | None
+    tokenizer: str
+    """Folder or hub id."""
+    tokenizer_fingerprint: str
+    pins: dict[str, Pin] = Field(default_factory=dict)
+    """Location of a field in the recipe, dotted → what it names."""
+    teacher_parameters: int
+    student_parameters: int
+    mixer_parameters: int
+    new_parameters: int = 0
+    """Of the mixers: without a counterpart in the teacher."""
+    idle_parameters: int = 0
+    """Of experts that a token does not go to, in teacher and student alike."""
+    groups: dict[str, int] = Field(default_factory=dict)
+    """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
+    num_layers: int
+    attention_layers: tuple[int, ...]
+    """Empty where they are chosen after align."""
+    stages: dict[str, dict[str, Any]]
+    """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
+    optimizer, teacher, activations, logits, buffers, overhead, total, host}, seconds, gpu_hours, dollars}. Memory,
+    seconds and what follows from them are estimates; None where nothing is known."""
+    choice: AttentionChoice | None = None
+    """A choice after align, its probe made to fit its budget."""
+    data: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Dataset name → {bytes, bytes_per_token, tokens, assistant}: estimates from its first documents."""
+    gpu_hours: float | None = None
+    """Estimated, of all stages; None on a CPU."""
+    dollars: float | None = None
+    """Estimated; None without `dollars_per_gpu_hour`."""
+    assumptions: dict[str, Any] = Field(default_factory=dict)
+    """What the estimates rest on: peak FLOP/s, utilisation, processes, memory of one device."""
+    warnings: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
+    """Stages that do not fit into memory, and what would help; only a preview has any."""
+
+
+class TokenizeSpec(Sheet):
+    """No inputs (shared between runs). Product: index.json and the files it names: token shards (uint16 or uint32,
+    little endian), masks beside them (uint8, chat data only), document boundaries (uint64)."""
+
+    name: str
+    dataset: Dataset
+    pins: Pins = Field(default_factory=dict)
+    tokenizer: Annotated[str, PLACE]
+    tokenizer_fingerprint: str
+    trust_remote_code: bool = False
+    """Of the tokenizer."""
+    teacher: TeacherRef | None
+    """Only where a source samples from the teacher."""
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """All files that the sources read."""
+        return tuple(file for pin in self.pins.values() for file in pin.files)
+
+
+class TransplantSpec(Sheet):
+    """No inputs. Product: model/ (the student's Hugging Face folder), transplant.json (the report)."""
+
+    teacher: TeacherRef
+    student: Student
+
+
+class TrainSpec(Sheet):
+    """Inputs: student (a product with model/; not for pretrain), data (a dataset). Product: model/, train.json."""
+
+    objective: Literal["align", "distill", "finetune", "pretrain"]
+    section: Annotated[Align | Distill | Finetune | Pretrain, Field()]
+    pins: Pins = Field(default_factory=dict)
+    teacher: TeacherRef | None
+    trust_remote_code: bool = False
+    """Of the student's tokenizer, which is the teacher's."""
+    teacher_bits: FrozenBits = 16
+    mlp_bits: FrozenBits = 16
+    """Of the student's frozen MLPs."""
+    calibrate: Calibration | None = None
+    """Align only."""
+
+
+class ChooseSpec(Sheet):
+    """Inputs: student (aligned, every layer converted), data (a dataset; recall only). Product: model/ (the student
+    with the chosen layers restored), choose.json, choose.png."""
+
+    section: AttentionChoice
+    pins: Pins = Field(default_factory=dict)
+    teacher: TeacherRef
+    attention_rope: bool
+    """Of the product; while it is scored, a restored layer has the teacher's rotary positions."""
+    run_tokens: Annotated[int, OPERATIONAL]
+    """What the cost is a share of."""
+
+
+class EvaluateSpec(Sheet):
+    """Inputs: student, data, and one entry per earlier stage's model to be compared. Product: evaluate.json."""
+
+    section: Evaluate
+    pins: Pins = Field(default_factory=dict)
+    teacher: TeacherRef
+    other_teacher: bool = False
+    """Whether the student may have been made from another teacher than this one."""
+
+
+class NeedleSpec(Sheet):
+    """Inputs: student. Product: needle.json, needle.png."""
+
+    section: Needle
+    pins: Pins = Field(default_factory=dict)
+    teacher: TeacherRef
+    other_teacher: bool = False
+    """As in EvaluateSpec."""
+    training_length: int
+
+
+class PublishSpec(Sheet):
+    """Inputs: every earlier product. Product: model/ with its card, report.md, pictures."""
+
+    section: Publish
+    recipe: Recipe
+
+
+def foreign_teacher(name: str, made_from: str, judged_against: str) -> str:
+    """Why a student is not judged. made_from, judged_against: fingerprints of teachers."""
+    return (
+        f"'{name}' was converted from another teacher ({made_from[:20]}) than the one that it would be judged against "
+        f"({judged_against[:20]}); judge it by the recipe of its own run, or say that another teacher is meant "
+        "(--other-teacher, other_teacher=true)"
+    )
+
+
+StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | ChooseSpec | EvaluateSpec | NeedleSpec | PublishSpec
+
+_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
+    "plan": PlanSpec,
+    "tokenize": TokenizeSpec,
+    "transplant": TransplantSpec,
+    "pretrain": TrainSpec,
+    "align": TrainSpec,
+    "choose": ChooseSpec,
+    "distill": TrainSpec,
+    "finetune": TrainSpec,
+    "evaluate": EvaluateSpec,
+    "needle": NeedleSpec,
+    "publish": PublishSpec,
+}
+
+
+def parse_spec(stage: Stage, values: dict[str, Any]) -> StageSpec:
+    """The typed form of JobSpec.spec. Raises UserError."""
+    try:
+        return _SPEC_OF_STAGE[stage].model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"job.json: spec: {first_fault(error)}") from None
+
+
+def spec_digest(stage: Stage, spec: StageSpec, inputs: dict[str, InputRef]) -> str:
+    """The digest of a stage: of its spec without operational settings and with contents for places, and of its inputs.
+
+    Raises ValueError for a place that is not pinned.
+    """
+    return stage_digest(stage, identity(spec, getattr(spec, "pins", None)), inputs)

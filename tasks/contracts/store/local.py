@@ -1,0 +1,261 @@
+"""A store in a folder: the embedded default, and what a shared filesystem offers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from radlads.tasks.contracts.job import FileEntry, StoreRef
+from radlads.tasks.contracts.store.base import Store
+from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError, StoreUnusable, corrupt
+from radlads.tasks.contracts.store.files import TEMPORARY, hash_file, parallel, place_file, read_blocks
+from radlads.tasks.contracts.store.names import check_key, place_of
+
+_LOCKS = ".locks"
+_USERS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+
+
+def _plain(method: Callable[Concatenate[LocalStore, _P], _R]) -> Callable[Concatenate[LocalStore, _P], _R]:
+    """Decorates a method: an error of the filesystem becomes one line of ours."""
+
+    @functools.wraps(method)
+    def explained(self: LocalStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            kind = StoreUnusable if error.errno in _USERS else StoreError
+            place = error.filename or self.root
+            raise kind(f"the store {self.root}: {error.strerror or error}: {place}") from error
+
+    return explained
+
+
+class LocalStore(Store):
+    """Files are written beside their place, synced and renamed; the manifest is hard-linked into place, which fails
+    if there is one. A lock file per prefix serialises commits and goes away with the process that holds it."""
+
+    def __init__(self, ref: StoreRef) -> None:
+        root = Path(ref.uri.removeprefix("file://")).expanduser().absolute()
+        if root.exists() and not root.is_dir():
+            raise StoreUnusable(f"the store {root} is not a folder")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreUnusable(f"the store {root} cannot be made: {error.strerror}") from None
+        super().__init__(ref, str(root))
+        self.root = root
+        self._real = root.resolve()
+
+    @_plain
+    def put_file(self, key: str, path: Path) -> FileEntry:
+        """See Store."""
+        target = self._path(key)
+        size, sha256 = self._copy(path, target)
+        return FileEntry(path=key, size=size, sha256=sha256)
+
+    @_plain
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """See Store."""
+        target = self._path(key)
+        temporary = self._write_beside(target, data)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+    @_plain
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """See Store."""
+        target = self._path(key)
+        temporary = self._write_beside(target, data)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            with self._exclusive(f"{key} itself"):
+                if target.exists():
+                    return False
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return True
+
+    @_plain
+    def read(self, key: str, *, limit: int | None = None) -> tuple[bytes, str] | None:
+        """See Store. The version is the content's sha256 and the time of writing."""
+        path = self._path(key)
+        try:
+            if not path.is_file():
+                return None
+            with path.open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                if limit is not None and status.st_size > limit:
+                    raise corrupt(f"{self.uri}/{key}", f"it is {status.st_size:,} bytes long, which none of ours is")
+                data = stream.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return data, f"{hashlib.sha256(data).hexdigest()}-{status.st_mtime_ns}-{status.st_ino}"
+
+    @_plain
+    def replace(self, key: str, data: bytes, version: str) -> bool:
+        """See Store."""
+        with self._exclusive(f"{key} itself"):
+            found = self.read(key)
+            if found is None or found[1] != version:
+                return found is not None and found[0] == data
+            self.put_bytes(key, data)
+            return True
+
+    @_plain
+    def age(self, key: str) -> float | None:
+        """See Store. The clock is that of the machine that keeps the files: another file is written to read it."""
+        target = self._path(key)
+        now = self._write_beside(target, b"")
+        try:
+            return max(0.0, now.stat().st_mtime - target.stat().st_mtime)
+        except FileNotFoundError:
+            return None
+        finally:
+            now.unlink(missing_ok=True)
+
+    @_plain
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """See Store."""
+        top = self._path(prefix)
+        if not top.is_dir():
+            return {prefix: os.lstat(top).st_size} if os.path.lexists(top) else {}
+        found = {}
+        for folder, _, names in os.walk(top):
+            for name in names:
+                if not name.startswith(TEMPORARY):
+                    path = Path(folder, name)
+                    try:
+                        size = (path.stat() if path.is_file() else path.lstat()).st_size
+                    except FileNotFoundError:  # removed meanwhile
+                        continue
+                    found[path.relative_to(self.root).as_posix()] = size
+        return found
+
+    def probe(self) -> dict[str, bool | str]:
+        """See Store."""
+        return {"uri": self.uri, "conditional_put": True, "conditional_replace": True, "conditional_multipart": True}
+
+    def _path(self, key: str) -> Path:
+        """Where a key lies. Raises StoreUnusable where a link leads out of the store on the way there."""
+        return self._inside(self.root / check_key(key))
+
+    def _inside(self, path: Path) -> Path:
+        if not path.resolve().is_relative_to(self._real):
+            raise StoreUnusable(
+                f"{path} leads out of the store {self.root} by a link; put what it links to there, or remove the link"
+            )
+        return path
+
+    @_plain
+    def _upload(self, prefix: str, name: str, path: Path) -> FileEntry:
+        target = self._path(f"{prefix}/{name}")
+        size, sha256 = self._copy(path, target)
+        if hash_file(target) != (size, sha256):
+            raise CorruptArtifact(f"{target}: what was written is not what was sent")
+        return FileEntry(path=name, size=size, sha256=sha256)
+
+    def _copy(self, source: Path, target: Path) -> tuple[int, str]:
+        """Copy durably and atomically; size and sha256 of what was read."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        digest = hashlib.sha256()
+        size = 0
+        try:
+            with temporary.open("wb") as stream:
+                for block in read_blocks(source):
+                    digest.update(block)
+                    size += stream.write(block)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return size, digest.hexdigest()
+
+    def _write_beside(self, target: Path, data: bytes) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return temporary
+
+    def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> None:
+        parallel(lambda entry: self._open(prefix, entry, into / check_key(entry.path)), entries)
+
+    @_plain
+    def _open(self, prefix: str, entry: FileEntry, target: Path) -> None:
+        """What is verified is what is handed out: the file at the target, after it was put there."""
+        key = place_of(prefix, entry)
+        source = self._path(key).resolve()
+
+        def attempt() -> tuple[int, str] | None:
+            if not source.is_file():
+                return None
+            place_file(source, target)
+            return target.stat().st_size, self._verified.sha256(target)
+
+        try:
+            self._prove(prefix, entry, attempt)
+        except StoreError:
+            target.unlink(missing_ok=True)
+            raise
+
+    def _check_apart(self, into: Path) -> None:
+        real = into.resolve()
+        if real.is_relative_to(self._real) or self._real.is_relative_to(real):
+            raise StoreError(f"{into} and the store {self.root} lie within one another: nothing is fetched there")
+
+    @_plain
+    def _delete_keys(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            path = self.root / check_key(key)
+            self._inside(path.parent)
+            path.unlink(missing_ok=True)  # of a link, the link alone
+
+    @_plain
+    def _tidy(self, prefix: str) -> None:
+        top = self._path(prefix)
+        for leftover in top.rglob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+        if top.is_dir() and not any(path.is_file() for path in top.rglob("*")):
+            shutil.rmtree(top, ignore_errors=True)
+
+    @contextmanager
+    def _exclusive(self, prefix: str) -> Iterator[None]:
+        folder = self.root / _LOCKS
+        folder.mkdir(exist_ok=True)
+        name = hashlib.sha256(prefix.encode()).hexdigest()[:32]
+        with (folder / name).open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: without it a power cut may forget the new name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,45 @@
+"""Where products live: a folder or any S3 endpoint, behaving alike. See store_base for the commit protocol."""
+
+from __future__ import annotations
+
+import uuid
+
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store.base import Store
+from radlads.tasks.contracts.store.errors import CorruptArtifact, StageConflict, StoreError, StoreUnusable
+from radlads.tasks.contracts.store.local import LocalStore
+from radlads.tasks.contracts.store.s3.store import S3Store
+
+__all__ = [
+    "CorruptArtifact",
+    "LocalStore",
+    "S3Store",
+    "StageConflict",
+    "Store",
+    "StoreError",
+    "StoreUnusable",
+    "open_store",
+    "store_id",
+]
+
+
+def open_store(ref: StoreRef) -> Store:
+    """Open a store by its uri: `s3://bucket/prefix`, or a folder. Raises StoreUnusable."""
+    if ref.uri.startswith("s3://"):
+        return S3Store(ref)
+    if "://" in ref.uri and not ref.uri.startswith("file://"):
+        raise StoreUnusable(f"the store {ref.uri} is neither s3://bucket/prefix nor a folder")
+    return LocalStore(ref)
+
+
+def store_id(store: Store) -> str:
+    """What tells this store from every other one, also where two are folders of one name on two machines. Kept in the
+    store itself, so that it moves with it. Raises StoreError."""
+    key = "store-id"
+    known = store.get_bytes(key)
+    if known is None:
+        store.put_if_absent(key, uuid.uuid4().hex.encode())
+        known = store.get_bytes(key)  # another process may have been first
+    if known is None:
+        raise StoreError(f"{store.join(key)} was written and is not there")
+    return known.decode(errors="replace").strip()

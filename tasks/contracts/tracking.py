@@ -1,0 +1,272 @@
+"""MLflow: one experiment per recipe, a parent run per pipeline run, a child run per stage.
+
+Runs are found again by their tags, which name the store, the run and what was asked for, so a retry continues what it
+began. MLflow is a mirror of what the store and metrics.jsonl hold: when it cannot be reached, everything here says so
+once and goes on. Weights are never uploaded: their uri and sha256 are.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from radlads.tasks.contracts.job import Manifest, TrackingRef
+from radlads.tasks.contracts.metrics_record import MetricsRecord, connect, latest_metrics
+from radlads.tasks.contracts.parsing.credentials import hide
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = [
+    "Ending",
+    "MetricsRecord",
+    "RunIdentity",
+    "close_run",
+    "flatten",
+    "log_file",
+    "log_params",
+    "mirror_product",
+    "open_pipeline_run",
+    "open_stage_run",
+    "run_url",
+    "settle_run",
+]
+
+_log = logging.getLogger(__name__)
+_LONGEST_PARAM = 6000
+_PARAMS_PER_BATCH = 100
+_reported: set[str] = set()
+
+
+Ending = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a pipeline run is found by. Two stores that share a server may each have a run of one name."""
+
+    store: str
+    run: str
+
+
+def open_pipeline_run(
+    uri: str,
+    experiment: str,
+    identity: RunIdentity,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    running: bool = True,
+) -> TrackingRef | None:
+    """The parent run of a pipeline run, continued if there is one. None when MLflow cannot be reached.
+
+    uri: `sqlite:////path/mlflow.db` or `http://server`. params are written once and never changed. running: say that
+    it runs now; otherwise what MLflow says stays.
+    """
+    marks = {"radlads.run": identity.run, "radlads.store_id": identity.store, "radlads.kind": "pipeline"}
+    return _open(uri, experiment, identity.run, marks, {**marks, **(tags or {})}, params, running)
+
+
+def open_stage_run(
+    parent: TrackingRef,
+    stage: str,
+    digest: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    running: bool = True,
+) -> TrackingRef | None:
+    """The child run of a stage, continued if there is one. None when MLflow cannot be reached.
+
+    stage: its name within the run, e.g. "align" or "tokenize train". digest: what was asked of it; asked for something
+    else, it has another curve.
+    """
+    identity = {"mlflow.parentRunId": parent.run_id, "radlads.digest": digest}
+    marks = {**identity, "radlads.stage": stage, "radlads.kind": "stage", **(tags or {})}
+    return _open(parent.uri, parent.experiment, stage, identity, marks, params, running)
+
+
+def close_run(ref: TrackingRef | None, status: Ending) -> bool:
+    """End a run; whether MLflow has heard of it. An outage is no error."""
+    if ref is None:
+        return True
+    with _outage_is_no_error(ref.uri):
+        connect(ref.uri).set_terminated(ref.run_id, status)
+        return True
+    return False
+
+
+def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) -> bool:
+    """Have MLflow say how a run ended, if it does not yet; whether it does. An outage is no error."""
+    with _outage_is_no_error(ref.uri):
+        client = connect(ref.uri)
+        if client.get_run(ref.run_id).info.status != status:
+            at = None if ended is None else int(ended.timestamp() * 1000)
+            client.set_terminated(ref.run_id, status, at)
+        return True
+    return False
+
+
+def log_params(ref: TrackingRef | None, params: Mapping[str, Any]) -> None:
+    """Write params that the run does not have yet. An outage is no error."""
+    if ref is not None:
+        with _outage_is_no_error(ref.uri):
+            _add_params(connect(ref.uri), ref.run_id, params)
+
+
+def mirror_product(
+    parent: TrackingRef | None, stage: TrackingRef | None, label: str, uri: str, manifest: Manifest
+) -> bool:
+    """Show a product in MLflow: its numbers in the pipeline's run, a pointer to its files in its own; weights stay
+    where they are. Doing it again changes nothing; an outage is no error. Returns whether MLflow has it."""
+    if parent is None:
+        return False
+    with _outage_is_no_error(parent.uri):
+        from mlflow.entities import Metric
+
+        client = connect(parent.uri)
+        at = int(manifest.created_at.timestamp() * 1000)
+        numbers = {
+            f"{_metric_name(label)}/{_metric_name(key)}": float(value)
+            for key, value in flatten(manifest.metrics).items()
+            if _is_number(value)
+        }
+        known = latest_metrics(client, parent.run_id)
+        metrics = [
+            Metric(key, value, at, known[key][0] + 1 if key in known else 0)  # made again, it has another number
+            for key, value in numbers.items()
+            if key not in known or known[key][1] != value
+        ]
+        for start in range(0, len(metrics), 1000):
+            client.log_batch(parent.run_id, metrics=metrics[start : start + 1000])
+        if stage is None:
+            return False
+        client.set_tag(stage.run_id, "radlads.output_uri", uri)
+        files = [entry.model_dump(mode="json", exclude_none=True) for entry in manifest.files]
+        client.log_dict(stage.run_id, {"uri": uri, "digest": manifest.digest, "files": files}, "product.json")
+        return True
+    return False
+
+
+def log_file(ref: TrackingRef | None, name: str, data: bytes) -> None:
+    """Add a small file (a picture, a report) to a run. An outage is no error."""
+    if ref is not None:
+        with _outage_is_no_error(ref.uri), tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_bytes(data)
+            connect(ref.uri).log_artifact(ref.run_id, str(path))
+
+
+def run_url(ref: TrackingRef | None) -> str | None:
+    """Where a person sees the run; None without a server."""
+    if ref is None or not ref.uri.startswith("http"):
+        return None
+    return f"{ref.uri.rstrip('/')}/#/experiments/{_experiment_id(connect(ref.uri), ref)}/runs/{ref.run_id}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _open(
+    uri: str,
+    experiment: str,
+    name: str,
+    identity: Mapping[str, str],
+    tags: Mapping[str, str],
+    params: Mapping[str, Any] | None,
+    running: bool,
+) -> TrackingRef | None:
+    with _outage_is_no_error(uri):
+        client = connect(uri)
+        experiment_id = _find_experiment(client, uri, experiment)
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        found = client.search_runs(
+            [experiment_id], filter_string=query, max_results=1, order_by=["attributes.start_time"]
+        )
+        if found:
+            run_id = str(found[0].info.run_id)
+            if running:
+                client.update_run(run_id, status="RUNNING")
+        else:
+            run_id = str(client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id)
+        _add_params(client, run_id, params or {})
+        return TrackingRef(uri=uri, experiment=experiment, run_id=run_id)
+    return None
+
+
+def _find_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    place = None
+    if uri.startswith("sqlite:"):
+        # Without a server, MLflow would put pictures and reports into the working directory.
+        place = f"{Path(uri.removeprefix('sqlite:///')).parent}/mlflow-artifacts/{name}"
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another run made it in between
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _experiment_id(client: MlflowClient, ref: TrackingRef) -> str:
+    with _outage_is_no_error(ref.uri):
+        return str(client.get_run(ref.run_id).info.experiment_id)
+    return "0"
+
+
+def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    """MLflow refuses a param that changes, so only new ones are written."""
+    from mlflow.entities import Param
+
+    if not params:
+        return
+    known = client.get_run(run_id).data.params
+    fresh = [
+        Param(key, str(value)[:_LONGEST_PARAM])
+        for key, value in flatten(params).items()
+        if value is not None and key not in known
+    ]
+    for start in range(0, len(fresh), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=fresh[start : start + _PARAMS_PER_BATCH])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metric_name(text: str) -> str:
+    return re.sub(r"[^\w./ -]", "_", text)
+
+
+@contextmanager
+def _outage_is_no_error(uri: str) -> Iterator[None]:
+    """MLflow raises its own errors, requests' and SQLAlchemy's; none of them may stop a training run."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the boundary to a mirror that we can do without
+        if uri not in _reported:
+            _log.warning("MLflow at %s: %s; going on without it", uri, hide(" ".join(str(error).split()))[:300])
+        _reported.add(uri)
+    else:
+        _reported.discard(uri)

@@ -1,0 +1,251 @@
+"""Step checkpoints: everything that a killed job needs to go on as if nothing had happened.
+
+A checkpoint is a product of its own under `<output>/checkpoints/step-000500/`: fp32 masters and Adam moments by
+parameter name (so that any number of processes can read it), the random states of every rank, the step, and the
+record so far; safetensors and JSON. Its manifest is written last; then `latest`. The upload runs beside the training,
+but the next save waits for it, and its failure is the job's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+
+from radlads.tasks.contracts.disk import need_space
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import SCHEMA_VERSION, Manifest
+from radlads.tasks.contracts.store.errors import older_schema
+from radlads.tasks.contracts.store.open import CorruptArtifact
+from radlads.tasks.jobs.checkpoints.checkpoint_sheet import KINDS, VERSION, open_checkpoint
+from radlads.tasks.jobs.checkpoints.random_state import gather_random_states, seed_everything, write_random_state
+from radlads.tasks.jobs.code_version import code_version
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.exit_reasons import write_json
+from radlads.tasks.jobs.train.engine import Engine
+
+logger = logging.getLogger("radlads")
+
+_SHARD_BYTES = 2 << 30
+_STATE_BYTES = 12  # of a parameter: its fp32 master and two moments
+_STEP = re.compile(r"/step-(\d+)/manifest\.json$")
+
+
+class Checkpoints:
+    """The checkpoints of one job. Every rank makes one and calls the same methods; the first rank writes.
+
+    A context manager: leaving it waits for the upload under way.
+    """
+
+    def __init__(self, job: Job, engine: Engine, *, seed: int, keep: int) -> None:
+        self.job, self.engine, self.seed, self.keep = job, engine, seed, keep
+        self.prefix = f"{job.output_prefix}/checkpoints"
+        self._upload: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+        elif self._upload is not None:
+            self._upload.join()  # the error under way is the one to tell
+
+    def wait(self) -> None:
+        """Wait for the upload under way. Raises what it raised."""
+        if self._upload is not None:
+            self._upload.join()
+            self._upload = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    # Saving
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` optimizer steps, and start its upload. Raises what the last upload raised."""
+        self.wait()
+        folder = self.job.scratch / "saving" / _name(step)
+        if self.job.rank == 0:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            folder.mkdir(parents=True)
+            need_space(folder, _STATE_BYTES * self._num_parameters(), f"the checkpoint of step {step}")
+        parameters = self._write_parameters(folder)
+        states = gather_random_states(self.job.device)
+        if self.job.rank != 0:
+            return
+        save_file({"states": states}, folder / "random.safetensors")
+        record = self.job.scratch / "metrics.jsonl"
+        if record.is_file():
+            shutil.copyfile(record, folder / "metrics.jsonl")
+        write_json(
+            folder / "checkpoint.json",
+            {
+                "version": VERSION,
+                "step": step,
+                "adam_steps": self.engine.adam_steps(),
+                "seed": self.seed,
+                "world_size": self.job.world_size,
+                "parameters": parameters,
+            },
+        )
+        self._upload = threading.Thread(target=self._upload_quietly, args=(folder, step), daemon=True)
+        self._upload.start()
+
+    def _num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.engine.parameters.values())
+
+    def _write_parameters(self, folder: Path) -> dict[str, str]:
+        """Shards of parameters and moments; returns parameter name → file. The other ranks only take part."""
+        files: dict[str, str] = {}
+        pending: dict[str, Tensor] = {}
+        size = number = 0
+        names = list(self.engine.parameters)
+        for name in names:
+            tensors = self.engine.read(name)
+            if self.job.rank != 0:
+                continue
+            for kind, tensor in tensors.items():
+                pending[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+                size += tensor.numel() * 4
+            files[name] = f"state-{number:05d}.safetensors"
+            if size >= _SHARD_BYTES or name == names[-1]:
+                save_file(pending, folder / files[name])
+                pending, size, number = {}, 0, number + 1
+        return files
+
+    def _upload_quietly(self, folder: Path, step: int) -> None:
+        try:
+            self._commit(folder, step)
+        except BaseException as error:  # noqa: BLE001 - raised again in the training thread, by wait()
+            self._failure = error
+
+    def _commit(self, folder: Path, step: int) -> None:
+        store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
+        self.job.confirm_lease()
+        store.delete(prefix)  # what a corrupt or an abandoned attempt left; the checkpoint before it still stands
+        store.commit(prefix, folder, self._manifest(step), guard=self.job.confirm_lease)
+        self.job.confirm_lease()
+        store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
+        for old in self._committed_steps()[self.keep :]:
+            store.delete(f"{self.prefix}/{_name(old)}")
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _manifest(self, step: int) -> Manifest:
+        spec = self.job.spec
+        return Manifest(
+            stage=spec.stage,
+            digest=hashlib.sha256(f"{spec.digest}/{_name(step)}".encode()).hexdigest(),
+            spec={"checkpoint_of": spec.digest, "step": step},
+            files=(),
+            mlflow_run_id=spec.tracking.run_id if spec.tracking else None,
+            code=code_version(),
+            created_at=datetime.now(UTC),
+        )
+
+    def _committed_steps(self) -> list[int]:
+        """Steps that have a manifest, the newest first."""
+        found = (_STEP.search(key) for key in self.job.store.list(self.prefix))
+        return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+    # Restoring
+
+    def restore(self) -> int:
+        """Load the newest checkpoint that verifies; returns its step, 0 where there is none. Seeds the generators."""
+        step = self._choose()
+        if step == 0:
+            seed_everything(self.seed + self.job.rank)
+            return 0
+        folder = self._fetched(step)
+        sheet = open_checkpoint(folder, step, {name: p.shape for name, p in self.engine.parameters.items()})
+        self.engine.set_adam_steps(sheet.adam_steps)
+        for name, tensors in _read_parameters(folder, sheet.parameters):
+            self.engine.write(name, tensors)
+        with safe_open(folder / "random.safetensors", "pt") as file:
+            states = file.get_tensor("states")
+        if self.job.rank < len(states):
+            write_random_state(states[self.job.rank])
+        else:
+            seed_everything(self.seed + self.job.rank + (step << 20))  # more ranks than before
+        self._restore_record(folder, step)
+        self.job.barrier()
+        if self.job.local_rank == 0:
+            shutil.rmtree(self._marker.parent, ignore_errors=True)
+        logger.info("continuing from the checkpoint of step %d", step)
+        return step
+
+    def _choose(self) -> int:
+        """The newest step that verifies, the same on every rank; the first rank looks."""
+        chosen = torch.zeros(1, dtype=torch.int64, device=self.job.device)
+        if self.job.rank == 0:
+            chosen[0] = next((step for step in self._committed_steps() if self._verifies(step)), 0)
+        distributed.broadcast(chosen, src=0)
+        return int(chosen.item())
+
+    def _verifies(self, step: int) -> bool:
+        store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
+        try:
+            manifest = store.read_manifest(prefix)
+            if manifest is not None and manifest.schema_version != SCHEMA_VERSION:
+                raise UserError(older_schema(store.join(prefix), manifest))
+            if manifest is None or manifest.spec.get("checkpoint_of") != self.job.spec.digest:
+                raise UserError(
+                    f"{store.join(prefix)} is a checkpoint of another recipe; choose a new run name, "
+                    "or put the recipe back as it was"
+                )
+            self._fetch(step)
+        except CorruptArtifact as error:  # anything else, an outage above all, must not cost the work done
+            logger.warning("passing over the checkpoint of step %d: %s", step, error)
+            return False
+        return True
+
+    def _fetch(self, step: int) -> Path:
+        folder = self.job.scratch / "restoring" / _name(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = self.job.store.fetch(f"{self.prefix}/{_name(step)}", folder)
+        write_json(self._marker, {"folder": str(found)})
+        return found
+
+    @property
+    def _marker(self) -> Path:
+        return self.job.scratch / "restoring" / "here.json"
+
+    def _fetched(self, step: int) -> Path:
+        """The checkpoint's folder on this machine."""
+        if self.job.rank != 0 and self.job.local_rank == 0:
+            self._fetch(step)
+        self.job.barrier()
+        return Path(json.loads(self._marker.read_text(encoding="utf-8"))["folder"])
+
+    def _restore_record(self, folder: Path, step: int) -> None:
+        """The record up to the checkpoint, also on a machine that has not seen this job before."""
+        saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
+        if self.job.rank == 0 and saved.is_file() and not here.is_file():
+            shutil.copyfile(saved, here)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _read_parameters(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, {param, exp_avg, exp_avg_sq}) for every parameter of a checkpoint, one at a time."""
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(folder / file, "pt")) for file in dict.fromkeys(files.values())}
+        for name, file in files.items():
+            yield name, {kind: opened[file].get_tensor(f"{kind}/{name}") for kind in KINDS}

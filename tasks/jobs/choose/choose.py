@@ -1,0 +1,225 @@
+"""choose: which layers of an aligned student become softmax attention again, and that student.
+
+By difficulty: from the curves that the align stage recorded. By recall: by forward passes of the student with layers
+restored, shared by the ranks, over documents that ask for their facts and over held-out text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.model.convert.layer_choice import LayerScore, Round, difficulty_scores, recall_layers, spaced_layers
+from radlads.model.convert.layer_scores import BEFORE, Sums, TokenCount, sum_layers, teacher_recall
+from radlads.model.convert.restore import restore_attention
+from radlads.model.student.export import export_student
+from radlads.model.student.load import load_student
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.load import load_teacher
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.choice import Difficulty, RecallProbe
+from radlads.tasks.contracts.specs import ChooseSpec
+from radlads.tasks.jobs.choose.choice_chart import draw_choice
+from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches, text_batches
+from radlads.tasks.jobs.common import Job, NonFiniteError, run_job, write_json
+from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.judge.judged_models import STUDENT, open_tokenizer
+from radlads.tasks.jobs.origin import check_data, check_judged
+from radlads.tasks.jobs.plan.choice_plan import difficulty_weights
+from radlads.tasks.jobs.ranks import gather
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+
+logger = logging.getLogger("radlads")
+
+_LAYER = "layer_"
+
+
+def main(job: Job) -> dict[str, Any] | None:
+    """Write model/, choose.json and choose.png; returns the layers, the scores before and after, and the cost."""
+    spec: ChooseSpec = job.typed
+    choice, reference, started = spec.section, spec.teacher, time.monotonic()
+    folder = job.input("student") / "model"
+    student = load_student(folder, dtype=None, device=job.device)
+    if student.config.attention_layers:
+        raise UserError("layers are chosen from an align of all layers, but this student keeps some as attention")
+    # In the student's own precision, in which it is handed over.
+    teacher = load_teacher(
+        resolve_teacher_path(reference.path),
+        dtype=student.dtype,
+        device=job.device,
+        revision=reference.revision,
+    )
+    check_judged(job, [STUDENT], reference, open_tokenizer(reference), other_teacher=False)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=reference.trust_remote_code)
+    if choice.choose == "recall":
+        check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)
+        found = choose_by_recall(job, student, teacher, tokenizer, choice.count, choice.recall, spec.run_tokens)
+    else:
+        found = choose_by_difficulty(job, len(student.mixers()), choice.count, choice.difficulty)
+    if job.rank != 0:
+        return None
+    layers = found["attention_layers"]
+    logger.info("layers %s become softmax attention", ", ".join(map(str, layers)))
+    tensors = restore_attention(student, teacher, layers, attention_rope=spec.attention_rope)
+    export_student(student.eval(), tokenizer, job.output / "model")
+    sheet = {
+        "choose": choice.choose,
+        "count": choice.count,
+        **found,
+        "attention_rope": spec.attention_rope,
+        "tensors": tensors,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "processes": job.world_size,
+        "seconds": time.monotonic() - started,
+    }
+    write_json(job.output / "choose.json", sheet)
+    draw_choice(sheet, job.output / "choose.png")
+    for row in sheet["layers"]:
+        numbers = {
+            key: float(value) for key, value in row.items() if key not in ("layer", "round") and value is not None
+        }
+        job.record.log(row["layer"], {f"choose/{key}": value for key, value in numbers.items()})
+    for name in ("choose.json", "choose.png"):
+        job.record.artifact(job.output / name)
+    return {
+        "attention_layers": list(layers),
+        **sheet["numbers"],
+        "seconds": sheet["seconds"],
+        "processes": job.world_size,
+    }
+
+
+def choose_by_difficulty(job: Job, num_layers: int, count: int, section: Difficulty) -> dict[str, Any]:
+    """The layers by the curves of the align stage's record. Raises UserError where it has none of every layer."""
+    path = job.input("student") / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    rows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
+    curves = {
+        layer: [float(row[f"{_LAYER}{layer:02d}"]) for row in rows if row.get(f"{_LAYER}{layer:02d}") is not None]
+        for layer in range(num_layers)
+    }
+    weights = difficulty_weights(section)
+    scores = difficulty_scores(curves, weights=weights)
+    chosen = spaced_layers(scores, count, num_layers=num_layers, weights=weights)
+    table = [
+        {"layer": layer, "score": scores[layer], "loss": curves[layer][-1], "chosen": layer in chosen}
+        for layer in sorted(scores)
+    ]
+    return {
+        "attention_layers": list(chosen),
+        "layers": table,
+        "numbers": {"tokens": 0, "token_share": 0.0, "steps_read": len(rows)},
+    }
+
+
+def choose_by_recall(
+    job: Job,
+    student: RadladsForCausalLM,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    section: RecallProbe,
+    run_tokens: int,
+) -> dict[str, Any]:
+    """The layers by greedy selection. All ranks call it; each scores its share of the batches, all know the whole."""
+    folder = job.input("data")
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    bos_id = tokenizer.bos_token_id if index.get("add_bos") else None
+    quizzes = quiz_batches(make_quizzes(section, tokenizer), section.micro_batch, bos_id=bos_id)
+    batches = [*quizzes, *text_batches(open_dataset(folder).split("heldout"), section)]
+    mine = batches[job.rank :: job.world_size]
+    used, num_layers = TokenCount(), len(student.mixers())
+    total = len(mine) * (1 + sum(num_layers - i for i in range(count)))
+    done = 0
+    known: dict[frozenset[int], Sums] = {}
+
+    def passed() -> None:
+        nonlocal done
+        done += 1
+        job.progress(done, total, "passes")
+
+    def score(kept: tuple[int, ...], left: tuple[int, ...]) -> tuple[LayerScore, dict[int, LayerScore]]:
+        asked = [*(() if frozenset(kept) in known else (BEFORE,)), *left]
+        own = sum_layers(student, teacher, mine, kept=kept, candidates=asked, count=used, progress=passed)
+        parts = gather(own, job.world_size)
+        for layer in asked:
+            key = frozenset(kept) if layer == BEFORE else frozenset({*kept, layer})
+            known[key] = sum((part[layer] for part in parts), Sums())
+        before = known[frozenset(kept)].score()
+        _check_finite(before)
+        logger.info("with %s: recall %.3f nats, KL %.4f", list(kept) or "no layer", before.recall, before.kl)
+        return before, {layer: known[frozenset({*kept, layer})].score() for layer in left}
+
+    chosen, rounds = recall_layers(score, count, range(num_layers))
+    theirs = sum(gather(teacher_recall(teacher, mine, count=used), job.world_size), Sums()).score()
+    tokens = sum(gather(used.student + used.teacher, job.world_size))
+    if tokens > section.budget * run_tokens:
+        raise UserError(
+            f"the choice took {tokens} tokens, more than {section.budget:.0%} of the run's {run_tokens}; lower "
+            "recall.documents or recall.heldout_tokens"
+        )
+    after = known[frozenset(chosen)].score()
+    return {
+        "attention_layers": list(chosen),
+        "layers": _table(rounds, chosen),
+        "rounds": [_round(number, found) for number, found in enumerate(rounds)],
+        "teacher": {"recall": theirs.recall, "accuracy": theirs.accuracy},
+        "probe": {
+            "documents": section.documents,
+            "answers": known[frozenset()].answers,
+            "text_tokens": known[frozenset()].text_tokens,
+        },
+        "numbers": {
+            "tokens": tokens,
+            "token_share": tokens / run_tokens,
+            "recall_teacher": theirs.recall,
+            "accuracy_teacher": theirs.accuracy,
+            **{f"{key}_before": value for key, value in vars(rounds[0].before).items()},
+            **{f"{key}_after": value for key, value in vars(after).items()},
+        },
+    }
+
+
+def _table(rounds: list[Round], chosen: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A row a layer: what it gives alone, and in which round it was taken."""
+    first, taken = rounds[0], {found.chosen: number for number, found in enumerate(rounds, start=1)}
+    return [
+        {
+            "layer": layer,
+            "score": _finite(first.values[layer]),
+            "recall_gained": _finite(score.recall - first.before.recall),
+            "accuracy": _finite(score.accuracy),
+            "kl_saved": _finite(first.before.kl - score.kl),
+            "kl": _finite(score.kl),
+            "chosen": layer in chosen,
+            "round": taken.get(layer),
+        }
+        for layer, score in sorted(first.scores.items())
+    ]
+
+
+def _round(number: int, found: Round) -> dict[str, Any]:
+    scores = {
+        str(layer): {key: _finite(value) for key, value in vars(score).items()}
+        | {"score": _finite(found.values[layer])}
+        for layer, score in sorted(found.scores.items())
+    }
+    return {"round": number + 1, "before": vars(found.before), "candidates": scores, "chosen": found.chosen}
+
+
+def _check_finite(score: LayerScore) -> None:
+    if not all(map(math.isfinite, vars(score).values())):
+        raise NonFiniteError("the aligned student's recall or KL is no number, so its layers cannot be told apart")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    run_job(main)

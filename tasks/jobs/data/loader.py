@@ -1,0 +1,273 @@
+"""Tokens on disk → batches, as pure functions of (seed, step).
+
+A dataset is a flat stream of tokens cut into shards of equal width. A row i of context c is tokens [i·c, i·c + c + 1):
+rows overlap by one token, so that every token but the first is a label once. Where a batch is in the data follows
+from its number alone, so there is nothing to save and nothing to fast-forward after a restart, and the sequences of an
+optimizer step do not depend on how many processes share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Training
+from radlads.tasks.jobs.data.dataset_index import DatasetIndex, SplitIndex
+from radlads.tasks.jobs.data.permutation import permute
+from radlads.tasks.jobs.strict_json import SheetError, read_sheet
+
+# Of a mask that is read from beginning to end, at a time.
+_READ_TOKENS = 1 << 24
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+Batch = dict[str, torch.Tensor]
+"""input_ids [B, context + 1] int64; loss_mask [B, context + 1] bool, where the dataset has masks; document_ids [B,
+context + 1] int64, where asked for."""
+
+
+class DatasetError(UserError):
+    """A dataset that does not hold what its index says."""
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split of a dataset: a flat stream of tokens, memory-mapped."""
+
+    name: str
+    folder: Path
+    dtype: np.dtype[Any]
+    shard_files: tuple[str, ...]
+    shard_tokens: tuple[int, ...]
+    mask_files: tuple[str, ...]
+    boundaries_file: str | None
+    tokens: int
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the text, for bits per byte."""
+
+    def rows(self, context: int) -> int:
+        """How many whole rows of this context there are."""
+        return max(0, (self.tokens - 1) // context)
+
+    @cached_property
+    def document_starts(self) -> np.ndarray[Any, Any]:
+        """Offset in the stream of every document's first token [documents], ascending."""
+        if self.boundaries_file is None:
+            raise DatasetError(f"{self.folder}: the dataset has no document boundaries; tokenize it again")
+        return np.memmap(self.folder / self.boundaries_file, dtype="<u8", mode="r")
+
+    def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Tokens [start, stop) of the stream, [stop - start] in the shards' dtype."""
+        return self._read(self.shard_files, self.dtype, start, stop)
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Whether each token of [start, stop) counts as a label, [stop - start] bool."""
+        return self._read(self.mask_files, np.dtype(np.uint8), start, stop).astype(bool)
+
+    def labels(self, context: int) -> np.ndarray[Any, Any]:
+        """How many labels each whole row of this context has, [rows] int64: those that the masks count."""
+        count, labels = self.rows(context), []
+        size = max(1, _READ_TOKENS // context)
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            labels.append(self.read_mask(first * context + 1, last * context + 1).reshape(-1, context).sum(1))
+        return np.concatenate(labels) if labels else np.zeros(0, np.int64)
+
+    def batch(self, rows: np.ndarray[Any, Any] | list[int], context: int, *, document_ids: bool = False) -> Batch:
+        """The given rows as one batch. Raises IndexError for a row that does not exist."""
+        starts = np.asarray(rows, dtype=np.int64) * context
+        width = context + 1
+        batch = {"input_ids": torch.from_numpy(np.stack([self.read(s, s + width) for s in starts]).astype(np.int64))}
+        if self.mask_files:
+            batch["loss_mask"] = torch.from_numpy(np.stack([self.read_mask(s, s + width) for s in starts]))
+        if document_ids:
+            places = starts[:, None] + np.arange(width)
+            batch["document_ids"] = torch.from_numpy(np.searchsorted(self.document_starts, places, side="right") - 1)
+        return batch
+
+    def heldout(
+        self, context: int, batch_size: int, max_tokens: int, *, rank: int = 0, world_size: int = 1, **options: bool
+    ) -> Iterator[Batch]:
+        """The first rows of the split, up to max_tokens, this rank's share of them; always at least one row in all."""
+        count = min(self.rows(context), max(1, max_tokens // context))
+        mine = np.arange(rank, count, world_size)
+        for start in range(0, len(mine), batch_size):
+            yield self.batch(mine[start : start + batch_size], context, **options)
+
+    def _read(self, files: tuple[str, ...], dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray[Any, Any]:
+        if not 0 <= start < stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of a split that has {self.tokens}")
+        width = self.shard_tokens[0]
+        pieces = []
+        while start < stop:
+            shard, offset = divmod(start, width)
+            # Opened for each read: a map a shard is more than a process may hold of a large corpus.
+            count = min(stop - start, self.shard_tokens[shard] - offset)
+            pieces.append(np.fromfile(self.folder / files[shard], dtype, count, offset=offset * dtype.itemsize))
+            start += count
+        return np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """A verified dataset folder. `open_dataset` makes it."""
+
+    folder: Path
+    splits: dict[str, TokenSplit]
+    vocab_size: int
+    eos_id: int
+    has_mask: bool
+    tokenizer_fingerprint: str
+
+    def split(self, name: str) -> TokenSplit:
+        """`train` or `heldout`."""
+        return self.splits[name]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows make which batch: a pure function of (seed, step), the same for any number of processes.
+
+    The rows of an epoch come in a seeded order, every row once; the next epoch has another order.
+    """
+
+    split: TokenSplit
+    context: int
+    batch: int
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch: int
+    """Sequences of one forward pass of one process; made smaller where the processes would not divide the batch."""
+    seed: int
+    world_size: int = 1
+    document_ids: bool = False
+    skip: int = 0
+    """Sequences of the order that were read before step 0."""
+
+    def __post_init__(self) -> None:
+        if self.split.rows(self.context) == 0:
+            raise DatasetError(
+                f"the {self.split.name} split has {self.split.tokens} tokens, fewer than one row of context "
+                f"{self.context}: add data, or choose a smaller context"
+            )
+        if self.batch % self.world_size:
+            raise UserError(
+                f"batch ({self.batch}) must be a multiple of the number of processes ({self.world_size}); "
+                "change the recipe's batch, or resources.processes"
+            )
+
+    @cached_property
+    def sequences(self) -> int:
+        """Sequences of one forward pass of one process: the largest divisor of its share up to micro_batch."""
+        share = self.batch // self.world_size
+        return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+
+    @cached_property
+    def num_micro(self) -> int:
+        """Forward passes of one process in one optimizer step."""
+        return self.batch // self.world_size // self.sequences
+
+    def rows(self, step: int) -> np.ndarray[Any, Any]:
+        """Row numbers of optimizer step `step` (counted from 0), [batch]."""
+        count = self.split.rows(self.context)
+        start = self.skip + step * self.batch
+        epochs, places = np.divmod(np.arange(start, start + self.batch, dtype=np.int64), count)
+        rows = np.empty(self.batch, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = permute(places[epochs == epoch], count, self.seed, int(epoch))
+        return rows
+
+    def micro(self, step: int, rank: int, index: int) -> Batch:
+        """What `rank` sees in its forward pass `index` of step `step`."""
+        start = (index * self.world_size + rank) * self.sequences
+        rows = self.rows(step)[start : start + self.sequences]
+        return self.split.batch(rows, self.context, document_ids=self.document_ids)
+
+
+def plan_batches(section: Training, split: TokenSplit, world_size: int) -> list[BatchPlan]:
+    """The batches of each part of a stage. A part goes on in the order of the earlier ones of its context, so that no
+    row comes twice before all have come once; of another context, the rows are others. Raises UserError."""
+    plans: list[BatchPlan] = []
+    read: dict[int, int] = {}
+    for part in section.parts:
+        plan = BatchPlan(
+            split,
+            part.context,
+            part.batch,
+            part.micro_batch,
+            section.seed,
+            world_size,
+            document_ids=section.reset_at_documents,
+            skip=read.get(part.context, 0),
+        )
+        plans.append(plan)
+        read[part.context] = plan.skip + part.own_steps * part.batch
+    return plans
+
+
+def open_dataset(folder: Path) -> TokenDataset:
+    """Read index.json and check that every file has the size that it says. Raises DatasetError."""
+    path = folder / "index.json"
+    try:
+        index = read_sheet(path, DatasetIndex)
+        dtype = _DTYPES[index.dtype]
+        splits = {name: _open_split(folder, name, dtype, entry) for name, entry in index.splits.items()}
+        for name in ("train", "heldout"):
+            splits[name]
+        return TokenDataset(
+            folder=folder,
+            splits=splits,
+            vocab_size=index.vocab_size,
+            eos_id=index.eos_id,
+            has_mask=index.has_mask,
+            tokenizer_fingerprint=index.tokenizer_fingerprint,
+        )
+    except FileNotFoundError:
+        raise DatasetError(f"{folder} is not a dataset: it has no index.json") from None
+    except (SheetError, KeyError) as error:
+        raise DatasetError(f"{path} is torn or of another version ({error}); tokenize the dataset again") from None
+
+
+def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex) -> TokenSplit:
+    files = tuple(shard.file for shard in entry.shards)
+    counts = tuple(shard.tokens for shard in entry.shards)
+    masks = entry.mask_files or ()
+    boundaries = entry.boundaries_file
+    for file, count in zip(files, counts, strict=True):
+        _check_size(folder / file, count * dtype.itemsize)
+    if masks:
+        if len(masks) != len(files):
+            raise DatasetError(f"{folder}: the {name} split has {len(files)} shards but {len(masks)} mask files")
+        for file, count in zip(masks, counts, strict=True):
+            _check_size(folder / file, count)
+    if boundaries is not None:
+        _check_size(folder / boundaries, entry.documents * 8)
+    if sum(counts) != entry.tokens:
+        raise DatasetError(f"{folder}: the {name} split says {entry.tokens} tokens, its shards say {sum(counts)}")
+    if any(count != counts[0] for count in counts[:-1]) or (counts and counts[-1] > counts[0]):
+        raise DatasetError(f"{folder}: the shards of the {name} split are not of equal width")
+    return TokenSplit(
+        name=name,
+        folder=folder,
+        dtype=dtype,
+        shard_files=files,
+        shard_tokens=counts,
+        mask_files=masks,
+        boundaries_file=boundaries,
+        tokens=entry.tokens,
+        documents=entry.documents,
+        bytes=entry.bytes,
+    )
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise DatasetError(f"{path} {state}, its index says {expected} bytes; delete the dataset and tokenize it again")

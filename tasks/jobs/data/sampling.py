@@ -1,0 +1,99 @@
+"""Text sampled from the teacher itself, for when no corpus is at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.tasks.contracts.recipe.recipe import SampleSource
+from radlads.tasks.contracts.specs import TeacherRef
+from radlads.tasks.jobs.common import Job, write_json
+from radlads.tasks.jobs.judge.judged_models import continue_ids, open_teacher
+
+logger = logging.getLogger("radlads")
+
+
+def sample_sources(
+    job: Job, sources: dict[int, SampleSource], teacher: TeacherRef, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, Path]:
+    """Sample every source; returns source index → its jsonl file of {"text"}. All ranks call it, and share the work.
+
+    Finished batches stay in the job's scratch folder and are not sampled again.
+    """
+    if not sources:
+        return {}
+    model = open_teacher(job, teacher)
+    return {index: _sample_source(job, index, source, model, tokenizer) for index, source in sources.items()}
+
+
+def _sample_source(
+    job: Job, index: int, source: SampleSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    folder = job.scratch / "samples" / f"{job.spec.digest[:16]}-{index}"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts: list[str] = []
+    tokens = 0
+    first = 0
+    while tokens < source.tokens:
+        # A round: one batch a rank. What a round has too much is thrown away, so that the number of ranks cannot tell.
+        mine = folder / f"batch-{first + job.rank:06d}.json"
+        if not mine.exists():
+            write_json(mine, sample_batch(model, tokenizer, source, batch=first + job.rank))
+        job.barrier()
+        for batch in range(first, first + job.world_size):
+            for row in json.loads((folder / f"batch-{batch:06d}.json").read_text(encoding="utf-8")):
+                if tokens < source.tokens:
+                    texts.append(row["text"])
+                    tokens += row["tokens"]
+        first += job.world_size
+        job.progress(min(tokens, source.tokens), source.tokens, "tokens sampled")
+    path = folder / "samples.jsonl"
+    if job.rank == 0:
+        path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+        logger.info("sampled %d documents, %d tokens, from the teacher", len(texts), tokens)
+    job.barrier()
+    return path
+
+
+@torch.no_grad()
+def sample_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: SampleSource, *, batch: int
+) -> list[dict[str, str | int]]:
+    """[{"text", "tokens"}] of one batch, a pure function of the source's seed and the batch's number.
+
+    Each row starts from BOS, or EOS where there is no BOS, or a random token, and ends at EOS or at the context.
+    """
+    seed = hashlib.sha256(f"{source.seed}:{batch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        first_B1 = torch.randint(model.config.vocab_size, (source.batch, 1), generator=generator)
+    else:
+        first_B1 = torch.full((source.batch, 1), start)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(seed[7:14], "big"))
+        rows_BT = continue_ids(
+            model,
+            first_B1,
+            do_sample=True,
+            temperature=source.temperature,
+            top_p=source.top_p,
+            top_k=0,
+            max_new_tokens=source.context - 1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    sampled: list[dict[str, str | int]] = []
+    for row in rows_BT[:, 1 if start is not None else 0 :].tolist():
+        ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+        # A row cut at the context can end in the middle of a character.
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("�").strip()
+        if text:
+            sampled.append({"text": text, "tokens": len(ids) + 1})
+    return sampled

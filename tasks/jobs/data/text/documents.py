@@ -1,0 +1,198 @@
+"""Documents of a corpus, one after the other, whatever it is stored in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import FilesSource, HubSource, RecallSource, SampleSource, Source
+from radlads.tasks.jobs.data.text.messages import read_messages
+from radlads.tasks.jobs.data.text.recall import build_document, load_filler
+from radlads.tasks.jobs.data.text.text_files import (
+    JSON_SUFFIXES,
+    TEXT_SUFFIXES,
+    clean,
+    clean_documents,
+    damage,
+    json_rows,
+    no_field,
+    parquet_rows,
+)
+from radlads.tasks.jobs.sources import expand_paths, first_line, resolve_file
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: plain text, or a chat (exactly one of the two)."""
+
+    text: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    where: str = field(default="", compare=False)
+    """File and line, or row, for messages."""
+    replaced: int = 0
+    """Bad characters that were replaced."""
+    source: int = 0
+    """Which of the dataset's sources it is from."""
+
+    @property
+    def canonical(self) -> str:
+        """What the document's hash, and its size, are made of."""
+        if self.text is not None:
+            return self.text
+        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How rows with fields become documents."""
+
+    text_field: str = "text"
+    messages_field: str | None = None
+    replace: bool = False
+    """Replace bad characters; otherwise the first is an error."""
+
+    @property
+    def field(self) -> str:
+        return self.messages_field or self.text_field
+
+    def documents(self, rows: Iterator[tuple[int, dict[str, Any]]], name: str, unit: str) -> Iterator[Document]:
+        """Documents of (number, row), empty ones left out. unit: what is numbered, `line` or `row`."""
+        for number, row in rows:
+            where = f"{name}, {unit} {number}"
+            if self.field not in row:
+                raise UserError(no_field(where, self.field, row))
+            value = row[self.field]
+            if value is None or value in ("", []):
+                continue
+            yield self._chat(value, where) if self.messages_field else self._text(value, where)
+
+    def _text(self, value: Any, where: str) -> Document:
+        if not isinstance(value, str):
+            raise UserError(
+                f"{where}: the field '{self.field}' holds a {type(value).__name__}, not text; for chats set "
+                "messages_field"
+            )
+        text, replaced = clean(value, lambda _: where, replace=self.replace)
+        return Document(text=text, where=where, replaced=replaced)
+
+    def _chat(self, value: Any, where: str) -> Document:
+        try:
+            messages, replaced = self._clean_deep(list(read_messages(value, where)), where)
+        except RecursionError as error:
+            raise UserError(f"{where}: its messages are nested too deeply") from error
+        return Document(messages=tuple(messages), where=where, replaced=replaced)
+
+    def _clean_deep(self, value: Any, where: str) -> tuple[Any, int]:
+        if isinstance(value, str):
+            return clean(value, lambda _: where, replace=self.replace)
+        if isinstance(value, dict):
+            keys = [self._clean_deep(key, where) for key in value]
+            items = [self._clean_deep(item, where) for item in value.values()]
+            cleaned = {key: item for (key, _), (item, _) in zip(keys, items, strict=True)}
+            return cleaned, sum(count for _, count in keys + items)
+        if isinstance(value, list):
+            parts = [self._clean_deep(item, where) for item in value]
+            return [item for item, _ in parts], sum(count for _, count in parts)
+        return value, 0
+
+
+def iterate_documents(
+    source: Source, *, tokenizer: PreTrainedTokenizerBase, skip: int = 0, samples: Path | None = None
+) -> Iterator[Document]:
+    """The source's documents in its own fixed order, empty ones left out, without the first `skip`.
+
+    samples: samples.jsonl, what a `sample` source has sampled. Raises UserError for what cannot be read, with the file
+    and the line.
+    """
+    if isinstance(source, SampleSource):
+        if samples is None:
+            raise UserError("a `sample` source needs the teacher to be sampled first")
+        # What a model says can hold a NUL, which is no fault that a user could mend.
+        rows = RowReader(replace=True)
+        return itertools.islice(rows.documents(json_rows(samples), str(samples), "line"), skip, None)
+    if isinstance(source, RecallSource):
+        return _recall_documents(source, tokenizer, skip)
+    reader = _hub_documents(source) if isinstance(source, HubSource) else _file_documents(source)
+    return itertools.islice(reader, skip, source.max_documents)
+
+
+def _row_reader(source: FilesSource | HubSource) -> RowReader:
+    return RowReader(source.text_field, source.messages_field, source.bad_characters == "replace")
+
+
+def _file_documents(source: FilesSource) -> Iterator[Document]:
+    for name in expand_paths(source.paths):
+        yield from read_file(name, _row_reader(source), separator=source.separator)
+
+
+def read_file(name: str, reader: RowReader, *, separator: str | None = None) -> Iterator[Document]:
+    """Documents of one parquet, jsonl or text file, the latter two plain or gzipped.
+
+    Raises UserError for what cannot be read, and for a file without any document.
+    """
+    path = resolve_file(name)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix == ".parquet":
+        documents = reader.documents(parquet_rows(path, reader.field), name, "row")
+    elif suffix in JSON_SUFFIXES:
+        documents = reader.documents(json_rows(path), name, "line")
+    elif suffix in TEXT_SUFFIXES:
+        if reader.messages_field is not None:
+            raise UserError(f"{name}: a text file has no field '{reader.field}'; chats come from jsonl or parquet")
+        documents = (
+            Document(text=text, where=f"{name}, line {line}", replaced=replaced)
+            for line, text, replaced in clean_documents(path, separator, replace=reader.replace)
+        )
+    else:
+        known = ", ".join((".parquet", *JSON_SUFFIXES, *TEXT_SUFFIXES))
+        raise UserError(f"{name}: unknown kind of file; known endings are {known} (all but parquet also with .gz)")
+    first = next(documents, None)
+    if first is None:
+        raise UserError(f"{name}: the file holds no document; leave it out")
+    yield first
+    yield from documents
+
+
+def _hub_documents(source: HubSource) -> Iterator[Document]:
+    # Imported here: it takes seconds, and most corpora are files.
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source.path, source.subset, split=source.split, revision=source.revision, streaming=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"hub dataset '{source.path}' cannot be opened: {first_line(error)}") from error
+    return _row_reader(source).documents(_numbered(rows, source.path), source.path, "row")
+
+
+def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield number, row
+    except ValueError as error:  # of the data; what the network does to it may pass, and is tried again
+        raise UserError(f"{name}, after row {number}: {damage(error)}") from error
+
+
+def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, skip: int) -> Iterator[Document]:
+    paths = [resolve_file(name) for name in expand_paths(source.haystack)]
+    filler = load_filler(paths, source.haystack_separator)
+    for index in range(skip, source.documents):
+        # One seed a document: any of them can be made without those before it.
+        rng = random.Random(f"{source.seed}:{index}")
+        length = source.lengths[index % len(source.lengths)]
+        yield Document(text=build_document(tokenizer, filler, length=length, rng=rng), where=f"recall {index}")
+
+
+def first_documents(source: Source, *, tokenizer: PreTrainedTokenizerBase, count: int) -> Sequence[Document]:
+    """The first documents of a source that can be read before the job runs (none of a `sample` source)."""
+    if isinstance(source, SampleSource):
+        return []
+    return list(itertools.islice(iterate_documents(source, tokenizer=tokenizer), count))

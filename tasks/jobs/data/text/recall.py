@@ -1,0 +1,261 @@
+"""Recall text: a haystack of ordinary sentences that hides facts, and questions about them at the end.
+
+One format serves both to train recall (the `recall` data source) and to measure it (the needle stage):
+
+    fact      The red dog says castle drum.
+    question  What does the red dog say? The red dog says
+    answer    castle drum
+
+It is the single- and multi-key retrieval of RULER (2404.06654) in words that a very small model knows. A fact's
+place is a depth: 0 is the beginning of the haystack, 1 its end, just before the question.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.jobs.data.text.text_files import clean_documents
+from radlads.tasks.jobs.data.text.token_encoder import BARE, Frame, text_ids
+
+_BUILT_IN_FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+_ADJECTIVES = (
+    "red blue green yellow pink white black brown big small little old new happy sad funny brave shy soft cold warm "
+    "pretty fast slow loud quiet round tiny shiny silly"
+).split()
+_NOUNS = (
+    "dog cat bird fish bear frog duck cow pig hen fox bunny mouse ball car boat train doll hat shoe box tree flower "
+    "house cake apple truck robot kite spoon"
+).split()
+_VALUES = (
+    "river moon star stone bridge garden castle window pencil button candle ladder rocket pumpkin cookie "
+    "pillow blanket ribbon ticket rainbow forest island mountain ocean desert village kitchen basket "
+    "bucket hammer trumpet guitar drum piano violin mirror carpet lemon banana carrot potato pepper onion "
+    "peach cherry melon cloud thunder lantern wagon tunnel harbor meadow canyon feather marble puzzle "
+    "crayon whistle anchor"
+).split()
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to remember."""
+
+    key: str
+    value: str
+
+    @property
+    def sentence(self) -> str:
+        return f"The {self.key} says {self.value}."
+
+    @property
+    def question(self) -> str:
+        """Ends where the answer begins, without the space before it."""
+        return f"What does the {self.key} say? The {self.key} says"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of the needle grid and the string that its continuation must hold."""
+
+    prompt: str
+    prompt_ids: list[int]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """A document that asks for its facts and answers itself."""
+
+    text: str
+    ids: list[int]
+    answers: list[int]
+    """Of every token: the number of the answer that it belongs to, from 1 on; 0 elsewhere."""
+
+
+def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
+    """Sentences of the given text files (plain or .gz), in order; of the built-in filler where no file is given.
+
+    separator: what parts documents; it never appears in a sentence. Raises UserError for a file without sentences, and
+    for one that cannot be read.
+    """
+    if not paths:
+        return list(_BUILT_IN_FILLER)
+    sentences: list[str] = []
+    for path in map(Path, paths):
+        documents = [document for _, document, _ in clean_documents(path, separator)]
+        found = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
+        if not found:
+            raise UserError(f"{path}: no sentences to make a haystack of; give a text file in `haystack`")
+        sentences += found
+    return sentences
+
+
+def draw_facts(rng: random.Random, count: int) -> list[Fact]:
+    """`count` facts with different keys. Raises UserError when there are not that many keys."""
+    total = len(_ADJECTIVES) * len(_NOUNS)
+    if count > total:
+        raise UserError(f"{count} facts asked for, but there are only {total} different keys; ask for fewer")
+    keys = [
+        f"{_ADJECTIVES[i % len(_ADJECTIVES)]} {_NOUNS[i // len(_ADJECTIVES)]}" for i in rng.sample(range(total), count)
+    ]
+    # Two words: chance is one in thousands, and no word of a value is a word of a key.
+    return [Fact(key, " ".join(rng.sample(_VALUES, 2))) for key in keys]
+
+
+def build_case(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Sequence[str],
+    *,
+    length: int,
+    depth: float,
+    rng: random.Random,
+    num_facts: int = 1,
+    frame: Frame = BARE,
+) -> Case:
+    """A prompt of at most `length` tokens, less than a sentence short of it, with the asked fact at `depth` in [0, 1].
+
+    The other num_facts − 1 facts are distractors at random depths. frame: what stands before the prompt, counted in its
+    length. Raises UserError when the length cannot hold
+    facts and question.
+    """
+    facts = draw_facts(rng, num_facts)
+    asked = facts[0]
+    fixed = [fact.sentence for fact in facts] + [asked.question]
+    length -= len(frame.before)
+    sentences = _filler_of(tokenizer, filler, _room(tokenizer, fixed, length), rng)
+    while True:
+        places = [(depth, asked.sentence)] + [(rng.random(), fact.sentence) for fact in facts[1:]]
+        prompt = " ".join([*_insert(sentences, places), asked.question])
+        (ids,) = text_ids(tokenizer, [prompt])
+        if len(ids) <= length:
+            return Case(prompt, [*frame.before, *ids], asked.value)
+        # Joined text can take a token more than its parts; give up a sentence.
+        if not sentences:
+            raise UserError(_too_short(length, len(ids)))
+        sentences.pop()
+
+
+def build_document(
+    tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random
+) -> str:
+    """Training text for recall, of about `length` tokens or fewer, one of three kinds.
+
+    Three in ten repeat a list of random words, from which copying is learned first; four in ten are facts and then all
+    the questions, with nothing between; three in ten are facts scattered in a haystack, asked at its end. Only the
+    last kind fills the length: the short ones are what makes recall form at all in a small model.
+    """
+    kind = rng.random()
+    if kind < 0.3:
+        words = [rng.choice(rng.choice(filler).split()) for _ in range(rng.randint(8, max(9, min(80, length // 4))))]
+        return " ".join(words * rng.randint(2, 3))
+    most = max(1, min(10 if kind < 0.7 else 8, length // 28))
+    facts = draw_facts(rng, rng.randint(1, most))
+    answers = [f"{fact.question} {fact.value}." for fact in facts]
+    rng.shuffle(answers)
+    if kind < 0.7:
+        return " ".join([*(fact.sentence for fact in facts), *answers])
+    room = _room(tokenizer, [*(fact.sentence for fact in facts), *answers], length, strict=False)
+    sentences = _filler_of(tokenizer, filler, room, rng)
+    return " ".join([*_insert(sentences, [(rng.random(), fact.sentence) for fact in facts]), *answers])
+
+
+def build_quiz(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random) -> Quiz:
+    """Facts scattered in a haystack, then every question with its answer, in at most `length` tokens.
+
+    For models that are asked without generating: an answer's tokens are judged where they stand. Up to eight facts,
+    one for every 32 tokens. Raises UserError when the length cannot hold one.
+    """
+    num_facts = max(1, min(8, length // 32))
+    while True:
+        facts = draw_facts(rng, num_facts)
+        asked = rng.sample(facts, num_facts)
+        fixed = [*(fact.sentence for fact in facts), *(f"{fact.question} {fact.value}." for fact in asked)]
+        room = _room(tokenizer, fixed, length, strict=num_facts == 1)
+        if room >= 0:
+            break
+        num_facts -= 1
+    sentences = _filler_of(tokenizer, filler, room, rng)
+    places = [(rng.random(), fact.sentence) for fact in facts]
+    while True:
+        text = " ".join(_insert(sentences, places))
+        bounds = [0]
+        for fact in asked:
+            text += f" {fact.question}"
+            bounds.append(_count(tokenizer, text))
+            text += f" {fact.value}"
+            bounds.append(_count(tokenizer, text))
+            text += "."
+        (ids,) = text_ids(tokenizer, [text])
+        if len(ids) <= length:
+            break
+        if not sentences:
+            raise UserError(_too_short(length, len(ids)))
+        sentences.pop()
+    answers = [0] * len(ids)
+    for number in range(1, num_facts + 1):
+        for place in range(bounds[2 * number - 1], bounds[2 * number]):
+            answers[place] = number
+    return Quiz(text, ids, answers)
+
+
+def vocabulary() -> list[str]:
+    """Every word that facts are made of."""
+    return sorted({*_ADJECTIVES, *_NOUNS, *_VALUES})
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(text_ids(tokenizer, [text])[0])
+
+
+def _room(tokenizer: PreTrainedTokenizerBase, fixed: Sequence[str], length: int, *, strict: bool = True) -> int:
+    """Tokens left for filler beside the sentences that must be there."""
+    used = _count(tokenizer, " ".join(fixed))
+    if strict and used > length:
+        raise UserError(_too_short(length, used))
+    return length - used
+
+
+def _too_short(length: int, needed: int) -> str:
+    return f"a needle prompt of {length} tokens cannot hold its fact and question, which take {needed}; use longer ones"
+
+
+def _filler_of(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], room: int, rng: random.Random) -> list[str]:
+    """Consecutive filler sentences, from a random start and around the end, that fill `room` tokens."""
+    start = rng.randrange(len(filler))
+    chosen: list[str] = []
+    index = start
+    while room > 0:
+        # Batches keep the tokenizer's call overhead away.
+        batch = [filler[(index + i) % len(filler)] for i in range(16)]
+        for sentence, ids in zip(batch, text_ids(tokenizer, [" " + s for s in batch]), strict=True):
+            if len(ids) > room:
+                return chosen
+            chosen.append(sentence)
+            room -= len(ids)
+        index += 16
+    return chosen
+
+
+def _insert(sentences: Sequence[str], places: Sequence[tuple[float, str]]) -> list[str]:
+    """The sentences with each of `places` (depth, sentence) put in at its depth."""
+    slots: dict[int, list[str]] = {}
+    for depth, sentence in places:
+        slots.setdefault(round(depth * len(sentences)), []).append(sentence)
+    result: list[str] = []
+    for index in range(len(sentences) + 1):
+        result += slots.get(index, [])
+        result += sentences[index : index + 1]
+    return result

@@ -1,0 +1,198 @@
+"""Text, JSON-lines and parquet files, read so that whatever is wrong with one is a single line with its place.
+
+Bytes that are not UTF-8 become lone surrogates on the way in (`surrogateescape`), so that they, the lone surrogates of
+JSON escapes, and NUL are found by one check, `clean`, with the file and the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.jobs.sources import first_line
+
+MAX_CHARACTERS = 64 << 20
+"""Of one document, and of one line of JSON. A longer one is a separator or a line break that is missing."""
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_READ_CHARACTERS = 1 << 20
+_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+_UNREADABLE = (OSError, EOFError, zlib.error)
+_REPLACEMENT = "\ufffd"
+
+
+def clean(text: str, where: Callable[[int], str], *, replace: bool) -> tuple[str, int]:
+    """(text, replaced): a text that can be encoded as UTF-8 and holds no NUL.
+
+    where: place of a character, for the message. replace: put U+FFFD for each bad character and count them; otherwise
+    raises UserError for the first.
+    """
+    if "\0" not in text and _is_utf8(text):
+        return text, 0
+    bad = [at for at, character in enumerate(text) if character == "\0" or "\ud800" <= character <= "\udfff"]
+    if not replace:
+        raise UserError(
+            f"{where(bad[0])}: {_name_of(text[bad[0]])}; mend the file, or set bad_characters: replace on the source"
+        )
+    characters = list(text)
+    for at in bad:
+        characters[at] = _REPLACEMENT
+    return "".join(characters), len(bad)
+
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _name_of(character: str) -> str:
+    if character == "\0":
+        return "a NUL character"
+    if "\udc80" <= character <= "\udcff":
+        return f"the byte 0x{ord(character) - 0xDC00:02x} is not UTF-8"
+    return f"a lone surrogate, \\u{ord(character):04x}, is no character"
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """A plain or gzipped file as characters, without a byte-order mark. Raises UserError for UTF-16 and UTF-32."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as binary:
+        beginning = binary.peek(4)[:4]
+        if beginning.startswith(_WIDE_MARKS):
+            raise UserError(f"{path}: this is UTF-16 or UTF-32, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+        yield io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def text_documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
+    """(line where it begins, document) of a text file, surrounding space removed, empty ones left out.
+
+    separator: what stands between documents; None: the file is one. CRLF is read as LF. Raises UserError.
+    """
+    rest, line, searched = "", 1, 0
+    try:
+        with open_text(path) as stream:
+            while chunk := stream.read(_READ_CHARACTERS):
+                rest += chunk
+                start = 0
+                while separator and (at := rest.find(separator, max(start, searched))) >= 0:
+                    piece = rest[start : at + len(separator)]
+                    yield from _stripped(line, rest[start:at])
+                    line += piece.count("\n")
+                    start = at + len(separator)
+                rest = rest[start:]
+                searched = max(0, len(rest) - len(separator or "") + 1)
+                if len(rest) > MAX_CHARACTERS:
+                    raise UserError(
+                        f"{path}, line {line}: a document of more than {MAX_CHARACTERS >> 20} million characters "
+                        "begins here; set `separator` to what stands between documents, or cut the file"
+                    )
+    except _UNREADABLE as error:
+        raise UserError(f"{path}, after line {line + rest.count(chr(10))}: {damage(error)}") from error
+    yield from _stripped(line, rest)
+
+
+def clean_documents(path: Path, separator: str | None, *, replace: bool = False) -> Iterator[tuple[int, str, int]]:
+    """(line, document, characters replaced) of a text file. Raises UserError."""
+    for line, text in text_documents(path, separator):
+
+        def place(at: int, line: int = line, text: str = text) -> str:
+            return f"{path}, line {line + text[:at].count(chr(10))}"
+
+        yield line, *clean(text, place, replace=replace)
+
+
+def _stripped(line: int, text: str) -> Iterator[tuple[int, str]]:
+    if body := text.strip():
+        yield line + text[: text.index(body[0])].count("\n"), body
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a file with one JSON object a line, empty lines left out. Raises UserError."""
+    number = 0
+    try:
+        with open_text(path, newline="\n") as stream:
+            while line := stream.readline(MAX_CHARACTERS + 1):
+                number += 1
+                if len(line) > MAX_CHARACTERS:
+                    raise UserError(
+                        f"{path}, line {number}: longer than {MAX_CHARACTERS >> 20} million characters; "
+                        "one JSON object a line is expected"
+                    )
+                if line.strip():
+                    yield number, _json_object(line, f"{path}, line {number}")
+    except _UNREADABLE as error:
+        raise UserError(f"{path}, after line {number}: {damage(error)}") from error
+
+
+def _json_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        # A list over several lines shows as a first line that does not end.
+        hint = " (this begins a JSON array; write its objects one a line)" if line.lstrip().startswith("[") else ""
+        raise UserError(
+            f"{place}: not valid JSON ({error.msg}, character {error.colno}); one object a line is expected{hint}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not usable JSON: {first_line(error)}") from error
+    if not isinstance(row, dict):
+        kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(type(row), "a number")
+        raise UserError(f'{place}: expected a JSON object with fields, {{"text": ...}}, found {kind}')
+    return row
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row counted from 1, {field: value}) of a parquet file. Raises UserError."""
+    number = 0
+    try:
+        with pq.ParquetFile(path) as table:
+            if field not in table.schema_arrow.names:
+                raise UserError(no_field(str(path), field, table.schema_arrow.names))
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for value in _values(batch.column(0), f"{path}, row {number + 1}"):
+                    number += 1
+                    yield number, {field: value}
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}, after row {number}: {damage(error)}") from error
+
+
+def _values(column: pa.Array, place: str) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError as error:
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise UserError(f"{place} or soon after: bytes that are not UTF-8 ({first_line(error)})") from error
+        raw = column.cast(pa.large_binary()).to_pylist()
+        values = [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+    return values
+
+
+def damage(error: BaseException) -> str:
+    """What is wrong with a file that cannot be read on."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    return f"the file is damaged or cut short ({first_line(error)}); write or fetch it again"
+
+
+def no_field(where: str, field: str, present: Iterable[str]) -> str:
+    """The message for a field that is not there."""
+    names = list(present)
+    close = difflib.get_close_matches(field, names, n=1, cutoff=0.6)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"{where} has no field '{field}'; it has: {', '.join(names) or 'none'}{hint}"

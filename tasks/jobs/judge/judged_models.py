@@ -1,0 +1,75 @@
+"""The models that a judging job was given: the teacher, the student, and those of earlier stages."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.model.student.load import load_student
+from radlads.model.teacher.load import load_teacher
+from radlads.tasks.contracts.specs import TeacherRef
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+
+STUDENT = "student"
+TEACHER = "teacher"
+
+
+def student_names(job: Job, *, not_models: tuple[str, ...] = ("data",)) -> list[str]:
+    """The student's input first, then every earlier stage's, in the order they were given."""
+    return [STUDENT, *(name for name in job.spec.inputs if name not in (STUDENT, *not_models))]
+
+
+def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
+    """The frozen teacher on this rank's device."""
+    return as_judged(
+        load_teacher(
+            resolve_teacher_path(reference.path),
+            dtype=job.dtype,
+            device=job.device,
+            revision=reference.revision,
+        )
+    )
+
+
+def open_tokenizer(reference: TeacherRef) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer."""
+    return load_tokenizer(reference.path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+
+
+@contextmanager
+def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
+    """One student on this rank's device, and its memory given back afterwards. All ranks call it."""
+    model = as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=job.device))
+    try:
+        yield model
+    finally:
+        torch.nn.Module.to(model, "meta")
+        gc.collect()
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def continue_ids(
+    model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """The prompts with what `generate` adds to them; options: those of a GenerationConfig, nothing else counts."""
+    generate: Any = model.generate
+    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+    config = GenerationConfig(use_cache=True, **options)
+    rows: torch.Tensor = generate(
+        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+    )
+    return rows
+
+
+def as_judged(model: PreTrainedModel) -> PreTrainedModel:
+    """Frozen, and without generation defaults of its own: a teacher's repetition penalty would flatter or hurt it."""
+    model.eval().requires_grad_(False)
+    model.generation_config = GenerationConfig()
+    return model

@@ -1,0 +1,195 @@
+"""lm-evaluation-harness tasks through its own API, with a model that is already in memory, split over the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.places import resolve_task_folder
+from radlads.tasks.contracts.recipe.sections import EvalTask
+from radlads.tasks.jobs.judge.task_datasets import PinnedFactory, check_commits, named_datasets
+from radlads.tasks.jobs.ranks import gather
+from radlads.tasks.jobs.sources import first_line
+
+logger = logging.getLogger("radlads")
+
+# Resampling for metrics without a closed form (perplexities); accuracies have one.
+_BOOTSTRAP = 1000
+
+
+class SharedHFLM(HFLM):  # type: ignore[misc]
+    """The harness's own Hugging Face adapter around a loaded model, with the harness's own settings: the scores are
+    those of `lm_eval --model hf` for the same model and tokenizer.
+
+    add_bos: the harness's `add_bos_token`; None leaves BOS to the tokenizer, as the harness does. Every rank builds all
+    requests and answers its share; answers are gathered, so every rank (and any number of ranks) computes the same
+    scores. To the harness each rank is alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch: int,
+        max_length: int,
+        add_bos: bool | None,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch,
+            max_length=max_length,
+            add_bos_token=add_bos,
+        )
+        self._own_rank = rank
+        self._num_ranks = num_ranks
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a prompt begins with BOS."""
+        return self.tokenizer.bos_token_id is not None and self.tok_encode("a")[:1] == [self.tokenizer.bos_token_id]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._share(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self._share(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self._share(super().generate_until, requests)
+
+    def _share(self, answer: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
+        mine = requests[self._own_rank :: self._num_ranks]
+        answers: list[Any] = [None] * len(requests)
+        for rank, given in enumerate(gather(answer(mine, disable_tqdm=True) if mine else [], self._num_ranks)):
+            answers[rank :: self._num_ranks] = given
+        return answers
+
+
+def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the harness gives a model at most."""
+    return int(resolve_max_length(model.config, tokenizer))
+
+
+def check_tasks(tasks: Sequence[EvalTask], commits: Sequence[Mapping[str, str]] = ()) -> list[str]:
+    """What is wrong with the tasks, one line each; offline tasks are built whole, others looked up by name.
+
+    commits: of each task, as of run_task.
+    """
+    faults: list[str] = []
+    for index, task in enumerate(tasks):
+        if task.path is not None:
+            try:
+                _load_offline(task, commits[index] if commits else {})
+            except UserError as error:
+                faults.append(f"evaluate.tasks: {error}")
+        elif task.name not in _shipped().task_index:
+            faults.append(f"evaluate.tasks: the harness has no task '{task.name}'; give `path` for one of your own")
+    return faults
+
+
+def hub_datasets(task: EvalTask) -> dict[str, str | None]:
+    """Hub id → revision (None: not given) of every dataset that the task reads."""
+    if task.path is None:
+        return named_datasets(_shipped(), task.name, None)
+    return named_datasets(_offline_manager(task), task.name, resolve_task_folder(task.path))
+
+
+def run_task(
+    lm: SharedHFLM, task: EvalTask, *, seed: int, commits: Mapping[str, str] | None = None
+) -> dict[str, dict[str, float | None]]:
+    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it, all get the answer.
+
+    commits: hub dataset → commit that it is read at.
+    """
+    commits = commits or {}
+    loaded = _load_offline(task, commits) if task.path else _load_shipped(task, commits)
+    for built in loaded["tasks"].values():
+        check_commits(task.name, built, commits)
+        shots = built.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+        built.set_config(key="num_fewshot", value=shots or 0)
+        built.set_fewshot_seed(seed=seed)
+    # Tasks may draw from any of the three.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    # Not simple_evaluate, which indexes thousands of shipped tasks and inspects the machine on every call.
+    results = evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=task.limit,
+        bootstrap_iters=_BOOTSTRAP,
+        log_samples=False,
+    )
+    return _flatten(task.name, results["results"])
+
+
+@cache
+def _shipped() -> TaskManager:
+    """The harness's own tasks; finding them takes about ten seconds."""
+    return TaskManager()
+
+
+def _load_shipped(task: EvalTask, commits: Mapping[str, str]) -> Any:
+    manager = _shipped()
+    manager._factory = PinnedFactory(commits)
+    return manager.load([task.name])
+
+
+def _offline_manager(task: EvalTask) -> TaskManager:
+    """The harness's index of a task's folder alone. Raises UserError."""
+    try:
+        folder = resolve_task_folder(task.path or "")
+    except UserError as error:
+        raise UserError(f"task '{task.name}': {error}") from error
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if task.name not in manager.task_index:
+        found = ", ".join(manager.all_tasks) or "none"
+        raise UserError(f"task '{task.name}': no YAML file in {folder} has it; tasks found: {found}")
+    return manager
+
+
+def _load_offline(task: EvalTask, commits: Mapping[str, str]) -> Any:
+    """The harness's TaskDict of one YAML file; relative data files in it are relative to its folder."""
+    manager, folder = _offline_manager(task), resolve_task_folder(task.path or "")
+    manager._factory = PinnedFactory(commits)
+    with contextlib.chdir(folder):
+        try:
+            return manager.load([task.name])
+        except Exception as error:  # a task file can raise anything, from YAML to datasets
+            raise UserError(f"task '{task.name}' in {folder} cannot be built: {first_line(error)}") from error
+
+
+def _flatten(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    flat: dict[str, dict[str, float | None]] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not filtered:
+                continue
+            label = metric if filtered == "none" else f"{metric},{filtered}"
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            flat[label if task == name else f"{task}/{label}"] = {
+                "value": float(value),
+                "stderr": float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+            }
+    return flat

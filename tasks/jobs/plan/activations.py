@@ -1,0 +1,115 @@
+"""What a token keeps for the backward pass in each part of a layer, counted by running the part on the meta device.
+
+Every variant keeps other things (q/k norms, low-rank maps, a fp32 copy here and there), so they are counted and not
+written down: autograd is asked what it saves. The recurrences say what their kernels keep (kernels/shared/meta.py).
+Dims: B batch, T time, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from radlads.model.student.modeling import RadladsForCausalLM
+
+# A multiple of the kernels' chunk, so that a token's share is exact.
+_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one token and one layer."""
+
+    mixer: int
+    """Of a recurrent layer that is not the first."""
+    attention: int
+    mlp: int
+    """With weights that train."""
+    frozen_mlp: int
+    norm: int
+
+
+def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerBytes:
+    """Count on a student on the meta device, in a dtype. Its parameters need gradients."""
+    cast: Any = student
+    student = cast.to(dtype)
+    parts, inner = student.parts, student.model
+    config: Any = inner.config
+    x = torch.empty(1, _TOKENS, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    positions = torch.arange(_TOKENS, device="meta")[None]
+    rope = tuple(part.to(dtype) for part in getattr(inner, parts.rotary)(x, positions))
+    known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
+    mixer, first = 0, None
+    for module in list(student.mixers().values())[:2]:
+        mixer, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
+        first = mixed.first
+    layer: Any = getattr(inner, parts.layers)[0]
+    mlp, norm = getattr(layer, parts.mlp), getattr(layer, parts.mlp_norm)
+    word = dtype.itemsize
+    trained, frozen = _experts_bytes(config, word) if _has_experts(mlp) else _mlp_bytes(mlp, x, known)
+    return LayerBytes(
+        mixer=mixer // _TOKENS + config.hidden_size * word,
+        attention=_attention_bytes(config, word),
+        mlp=trained,
+        frozen_mlp=frozen,
+        norm=_kept(partial(norm, x), known)[0] // _TOKENS + config.hidden_size * word,
+    )
+
+
+def _kept(run: Callable[[], Any], known: set[int]) -> tuple[int, Any]:
+    """Bytes that autograd keeps of a run, every storage once, without those that are there anyway; and its result."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in known:
+            kept[_storage(tensor)] = tensor  # held, so that no other storage gets its address
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+
+
+def _storage(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def _mlp_bytes(mlp: nn.Module, x: Tensor, known: set[int]) -> tuple[int, int]:
+    width = x.shape[-1] * x.element_size()  # its input, the norm's output, which only a trained weight needs
+    trained = _kept(partial(mlp, x), known)[0] // _TOKENS + width
+    needed = {name: parameter.requires_grad for name, parameter in mlp.named_parameters()}
+    mlp.requires_grad_(False)
+    frozen = _kept(partial(mlp, x), known)[0] // _TOKENS
+    for name, parameter in mlp.named_parameters():
+        parameter.requires_grad_(needed[name])
+    return trained, frozen
+
+
+def _has_experts(mlp: nn.Module) -> bool:
+    return any(parameter.ndim == 3 for parameter in mlp.parameters())
+
+
+def _experts_bytes(config: PreTrainedConfig, word: int) -> tuple[int, int]:
+    """A token's copies for the experts that it goes to: gathered input and weighted output (D each), gate, up, their
+    activation and product. Where tokens go cannot be run on the meta device."""
+    values: Any = config
+    taken, inner = values.num_experts_per_tok, values.moe_intermediate_size
+    trained = taken * (3 * values.hidden_size + 5 * inner) * word + values.hidden_size * word
+    return trained, taken * (2 * values.hidden_size + 3 * inner) * word
+
+
+def _attention_bytes(config: PreTrainedConfig, word: int) -> int:
+    """Input, q, k and v before and after the rotary step, output, and the fp32 logarithm of each row's sum: what fused
+    attention keeps. The plain form would keep the scores; no GPU runs it."""
+    values: Any = config
+    heads = values.num_attention_heads
+    kv_heads = getattr(values, "num_key_value_heads", None) or heads
+    head_dim = getattr(values, "head_dim", None) or values.hidden_size // heads
+    return int((values.hidden_size + 3 * heads * head_dim + 4 * kv_heads * head_dim) * word + 4 * heads)

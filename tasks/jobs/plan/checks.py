@@ -1,0 +1,314 @@
+"""What can be wrong with a recipe, found before anything runs: every fault in one line, all of them at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from radlads.model.training.align_losses import no_spectrum
+from radlads.model.training.lora import missing_target
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.memory import freezes_mlp, teacher_bits
+from radlads.tasks.contracts.recipe.sections import (
+    Dataset,
+    FilesSource,
+    HubSource,
+    Needle,
+    RecallSource,
+    Recipe,
+    SampleSource,
+    Source,
+    Training,
+)
+from radlads.tasks.jobs.data.encode import Encoder, Part
+from radlads.tasks.jobs.data.text.chat import open_chat_template
+from radlads.tasks.jobs.data.text.documents import Document, first_documents
+from radlads.tasks.jobs.data.text.recall import build_case, load_filler
+from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
+from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.jobs.train.frozen import trained_mlp
+
+_TRAINING = ("pretrain", "align", "distill", "finetune")
+# Documents of each source that are read to see whether they can be, and how long a token is.
+_PROBED = 64
+# How much larger than its file a text is; only used for the epochs that the plan shows.
+_EXPANSION = {".gz": 3.0, ".parquet": 2.5}
+
+
+@dataclass
+class Findings:
+    """Faults stop the run; warnings are shown."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    """Stages that need more memory than there is."""
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Turn a UserError raised inside into faults of that place of the recipe."""
+        try:
+            yield
+        except UserError as error:
+            self.faults += [f"{place}: {line}" for line in str(error).splitlines() if line.strip()]
+
+
+def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
+    """Batches, contexts and what they need; `positions`: how far the teacher was trained to see."""
+    for stage in _TRAINING:
+        section: Training | None = getattr(recipe, stage)
+        if section is None:
+            continue
+        parts = section.parts
+        for number, part in enumerate(parts, 1):
+            _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
+        if positions is not None and section.longest_context > positions:
+            _check_context(stage, section.longest_context, positions, findings)
+        if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and stage != "align":
+            findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
+    if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
+        findings.warnings.append(
+            f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
+        )
+
+
+def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:
+    if part.batch % processes:
+        findings.faults.append(
+            f"{place}.batch ({part.batch}) must be a multiple of the {processes} processes; change the batch, "
+            f"or resources.processes"
+        )
+    elif (part.batch // processes) % part.micro_batch:
+        findings.warnings.append(
+            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // processes} "
+            f"sequences; a smaller one is used"
+        )
+    if part.tokens < part.batch * part.context:
+        findings.faults.append(
+            f"{place}.tokens ({part.tokens}) is less than one step (batch × context = {part.batch * part.context})"
+        )
+
+
+def _check_context(stage: str, context: int, positions: int, findings: Findings) -> None:
+    line = f"{stage}.context ({context}) is beyond the {positions} positions that the teacher was made for"
+    if stage in ("align", "distill"):
+        findings.faults.append(
+            f"{line}, and there it has nothing to teach; shorten it, or extend the context in finetune"
+        )
+    else:
+        findings.warnings.append(line)
+
+
+def check_dataset(
+    name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, findings: Findings
+) -> dict[str, Any]:
+    """Read the first documents of every source; returns {bytes, bytes_per_token, tokens, assistant}; None: unknown.
+
+    assistant: whether assistant-only training finds a token that counts.
+    """
+    total_bytes: float | None = 0.0
+    total_tokens: float | None = 0.0
+    ratio = None
+    assistant: bool | None = False
+    if dataset.add_bos and tokenizer.bos_token_id is None:
+        findings.faults.append(f"data.{name}.add_bos is on, but the tokenizer has no BOS token")
+    for index, source in enumerate(dataset.sources):
+        place = f"data.{name}.sources.{index}"
+        if isinstance(source, SampleSource):
+            total_tokens, assistant = _add(total_tokens, source.tokens), True
+            continue
+        with findings.at(place):
+            documents = first_documents(source, tokenizer=tokenizer, count=_PROBED)
+            if not documents:
+                raise UserError("no document in it")
+            part = _encode_beginnings(source, documents, tokenizer, dataset.add_bos)
+            if part.mask.any():
+                assistant = True
+            elif len(documents) == _PROBED:  # there is more of it
+                assistant = assistant or None
+            if specials := part.counts.get("special_tokens_as_text", 0):
+                findings.warnings.append(_special_text(place, specials, len(documents), source))
+            read, tokens = int(part.num_bytes.sum()), len(part.ids)
+            ratio = read / max(1, tokens)
+            if isinstance(source, RecallSource):
+                total_tokens = _add(total_tokens, source.documents * sum(source.lengths) / len(source.lengths))
+                continue
+            size = _size_of(source, read, len(documents))
+            total_bytes = _add(total_bytes, size)
+            total_tokens = _add(total_tokens, None if size is None else size / ratio)
+    if total_tokens is not None and dataset.max_tokens is not None:
+        total_tokens = min(total_tokens, dataset.max_tokens)
+    elif total_tokens is None:
+        total_tokens = dataset.max_tokens
+    return {
+        "bytes": None if total_bytes is None else round(total_bytes),
+        "bytes_per_token": ratio,
+        "tokens": None if total_tokens is None else round(total_tokens),
+        "assistant": assistant,
+    }
+
+
+def _encode_beginnings(
+    source: Source, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, add_bos: bool
+) -> Part:
+    """The beginnings of some documents, encoded. Raises UserError for what cannot be."""
+    # The beginning is enough to measure, and a document can be a whole book.
+    beginnings = [d if d.text is None else dataclasses.replace(d, text=d.text[:20_000]) for d in documents]
+    return Encoder(tokenizer, add_bos, 0.0, with_mask=True, sources=(source,)).encode(beginnings, {})
+
+
+def _special_text(place: str, count: int, documents: int, source: Source) -> str:
+    parted = isinstance(source, FilesSource) and source.separator is None and source.messages_field is None
+    hint = "; if it stands between documents, set separator" if parted else ""
+    return (
+        f"{place}: the text of special tokens (such as <|endoftext|>) stands {count} times in the first {documents} "
+        f"documents, and is taken as text; special_tokens: parse takes it for the tokens{hint}"
+    )
+
+
+def _size_of(source: FilesSource | HubSource, read: int, documents: int) -> float | None:
+    """Bytes of text in a source, roughly; None for the hub."""
+    per_document = read / documents
+    if isinstance(source, HubSource):
+        return None if source.max_documents is None else source.max_documents * per_document
+    paths = [resolve_file(name) for name in expand_paths(source.paths)]
+    size = sum(path.stat().st_size * _EXPANSION.get(path.suffix, 1.0) for path in paths)
+    return size if source.max_documents is None else min(size, source.max_documents * per_document)
+
+
+def _add(total: float | None, more: float | None) -> float | None:
+    return None if total is None or more is None else total + more
+
+
+def check_frozen(recipe: Recipe, findings: Findings) -> None:
+    """8 bit is for what stays as it is, and has a library of its own."""
+    eight = recipe.student.mlp_bits == 8 and recipe.teacher is not None
+    for stage in ("distill", "finetune"):
+        section: Training | None = getattr(recipe, stage)
+        if section is None or not eight:
+            continue
+        if not freezes_mlp(stage, section):
+            findings.faults.append(trained_mlp(stage))
+        elif stage == "distill" and teacher_bits(recipe, stage) == 16:
+            findings.warnings.append(
+                "distill holds the frozen MLPs twice, in 8 bit for the student and in 16 for the teacher; once is "
+                "enough with teacher.bits: 8 (less memory) or student.mlp_bits: 16 (the teacher's own numbers)"
+            )
+    if (eight or (recipe.teacher is not None and recipe.teacher.bits == 8)) and find_spec("torchao") is None:
+        findings.faults.append("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'")
+
+
+def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None:
+    """Targets must be there. known: the names of the student's linear modules."""
+    for stage in ("distill", "finetune"):
+        lora = getattr(getattr(recipe, stage), "lora", None)
+        if lora is not None and (fault := missing_target(lora.targets, known)):
+            findings.faults.append(f"{stage}.{fault}")
+
+
+def check_align(recipe: Recipe, width: int, kept: int, num_layers: int, findings: Findings) -> None:
+    """A loss must have the terms that it asks for, and mixers to align. width: of the model; kept: softmax layers."""
+    if recipe.align is None:
+        return
+    if fault := no_spectrum(recipe.align, width):
+        findings.faults.append(f"align.{fault}")
+    if kept == num_layers:
+        findings.faults.append(
+            f"student.attention_layers keeps all {num_layers} layers, so there is nothing to align: name fewer, or "
+            "drop the section `align`"
+        )
+
+
+def check_masks(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
+    """Assistant-only training needs chats in which the assistant speaks. data: as check_dataset returned it, where it
+    was read."""
+    if recipe.finetune is None or not recipe.finetune.assistant_only:
+        return
+    name = recipe.finetune.data
+    sources = recipe.data[name].sources
+    if not any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in sources):
+        findings.faults.append(f"finetune.assistant_only is on, but no source of data.{name} has messages_field")
+        return
+    if name not in data or any(fault.startswith(f"data.{name}.sources.") for fault in findings.faults):
+        return  # not read
+    silent = f"finetune.assistant_only is on, but the assistant says nothing in data.{name}"
+    cure = "look at messages_field, the roles of the chats and the chat template"
+    if data[name]["assistant"] is False:
+        findings.faults.append(f"{silent}: nothing would be learnt; {cure}")
+    elif data[name]["assistant"] is None:
+        findings.warnings.append(f"{silent}'s first {_PROBED} chats; {cure}")
+
+
+def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:
+    """Stage → how often it goes through its data (None: unknown); warns where it is more than twice."""
+    epochs: dict[str, float | None] = {}
+    for stage in _TRAINING:
+        section: Training | None = getattr(recipe, stage)
+        if section is None or section.data not in data:
+            continue
+        tokens = data[section.data]["tokens"]
+        epochs[stage] = section.tokens / tokens if tokens else None
+        if tokens and section.tokens > 2 * tokens:
+            findings.warnings.append(
+                f"{stage} reads {section.tokens} tokens of data.{section.data}, which has about {tokens}: "
+                f"{section.tokens / tokens:.1f} epochs"
+            )
+    return epochs
+
+
+def check_heldout(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
+    """Warn where less text is held out than evaluate wants to score; none would end the run at its last stage."""
+    if recipe.evaluate is None or not data[recipe.evaluate.data]["tokens"]:
+        return
+    held = round(data[recipe.evaluate.data]["tokens"] * recipe.data[recipe.evaluate.data].heldout_fraction)
+    if held == 0:
+        findings.faults.append(
+            f"evaluate scores held-out text, and next to nothing of data.{recipe.evaluate.data} is held out; raise its "
+            "heldout_fraction, or give it more text"
+        )
+    elif held < recipe.evaluate.heldout_tokens:
+        findings.warnings.append(
+            f"evaluate.heldout_tokens is {recipe.evaluate.heldout_tokens}, but about {held} tokens of "
+            f"data.{recipe.evaluate.data} are held out; all of them are scored"
+        )
+
+
+def check_needle(
+    section: Needle, tokenizer: PreTrainedTokenizerBase, positions: int | None, findings: Findings
+) -> None:
+    """Depths, the haystack, and whether the shortest prompt can hold its question."""
+    with findings.at("needle"):
+        outside = [depth for depth in section.depths if not 0 <= depth <= 1]
+        if outside:
+            raise UserError(f"depths are shares from 0 to 1 (given: {outside[0]})")
+        if section.chat_template:
+            if not tokenizer.chat_template:
+                raise UserError("chat_template is on, but the tokenizer has no chat template")
+            open_chat_template(TokenEncoder(tokenizer), None).prompt("What does the red dog say?")
+        filler = load_filler(
+            [resolve_file(name) for name in expand_paths(section.haystack)], section.haystack_separator
+        )
+        frame = prompt_frame(tokenizer, section.add_bos)
+        build_case(tokenizer, filler, length=min(section.lengths), depth=0.5, rng=random.Random(0), frame=frame)
+        beyond = [length for length in section.lengths if positions is not None and length > positions]
+        if beyond:
+            findings.warnings.append(
+                f"needle.lengths {beyond} are beyond the {positions} positions that the teacher was made for; expect "
+                f"it to fail there"
+            )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, findings: Findings) -> None:
+    """Every id must have an embedding."""
+    if len(tokenizer) > config.vocab_size:
+        findings.faults.append(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size} embeddings; "
+            f"they do not belong together"
+        )

@@ -1,0 +1,111 @@
+"""Which layers stay attention, as far as a plan can know it, and what finding out the rest will take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from radlads.model.convert.layer_choice import DifficultyWeights, even_layers, last_layers, spaced_layers
+from radlads.model.student.load import student_config
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.choice import (
+    AttentionChoice,
+    Difficulty,
+    fit_probe,
+    late_choice,
+    probe_passes,
+    run_tokens,
+)
+from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe, Student
+from radlads.tasks.jobs.choose.choice_probe import check_probe
+from radlads.tasks.jobs.plan.checks import Findings
+from radlads.tasks.jobs.plan.cost import stage_cost
+from radlads.tasks.jobs.plan.memory import Networks, judging_memory
+
+# Of a device's memory: as the other stages of a plan have it.
+_USABLE = 0.95
+
+
+def planned_layers(student: Student, num_layers: int) -> tuple[int, ...]:
+    """The layers that the transplanted student keeps: those named, even, last; none where align comes first.
+
+    Raises UserError.
+    """
+    layers = student.attention_layers
+    if not isinstance(layers, AttentionChoice):
+        return tuple(sorted(layers))
+    if layers.choose == "even":
+        return even_layers(layers.count, num_layers)
+    return last_layers(layers.count, num_layers) if layers.choose == "last" else ()
+
+
+def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> AttentionChoice | None:
+    """The choice after align, its probe made to fit its budget; None where there is nothing to choose then.
+
+    Raises UserError where it could not choose: too many layers, gaps that cannot be kept, a probe that cannot be made.
+    """
+    choice = late_choice(recipe)
+    if choice is None:
+        return None
+    last_layers(choice.count, config.num_hidden_layers)  # says what is wrong with the count
+    student = recipe.student
+    student_config(
+        config,
+        variant=student.variant,
+        options=student.options,
+        attention_layers=range(choice.count),
+        attention_rope=student.attention_rope,
+    )
+    if choice.choose == "difficulty":
+        weights = difficulty_weights(choice.difficulty)
+        alike = dict.fromkeys(range(config.num_hidden_layers), 0.0)
+        spaced_layers(alike, choice.count, num_layers=config.num_hidden_layers, weights=weights)
+        return choice
+    try:
+        fitted = fit_probe(
+            choice.recall, count=choice.count, num_candidates=config.num_hidden_layers, tokens=run_tokens(recipe)
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_probe(fitted, tokenizer, getattr(config, "max_position_embeddings", None))
+    return choice.model_copy(update={"recall": fitted})
+
+
+def difficulty_weights(section: Difficulty) -> DifficultyWeights:
+    """The section as the solver takes it."""
+    return DifficultyWeights(**section.model_dump())
+
+
+def choice_stage(
+    choice: AttentionChoice,
+    recipe: Recipe,
+    networks: Networks,
+    device: dict[str, Any],
+    resources: JobResources,
+    findings: Findings,
+    stages: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """The plan's stages with `choose` after align: tokens of its forward passes, memory, time."""
+    probe = choice.recall
+    reading = Evaluate(context=max(*probe.lengths, probe.context), batch=probe.micro_batch)
+    memory = judging_memory(reading, networks, resources)
+    if memory["total"] > _USABLE * device["memory_bytes"]:
+        findings.misfits.append(
+            f"choose needs about {memory['total'] / 1024**3:.1f} GiB on each {device['device']}, which has "
+            f"{device['memory_bytes'] / 1024**3:.1f} GiB; what would help: attention_layers.recall.micro_batch: "
+            f"{max(1, probe.micro_batch // 2)}, or choose: even"
+        )
+    tokens = 0
+    if choice.choose == "recall":
+        reading_tokens = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
+        tokens = probe_passes(choice.count, networks.num_layers) * (reading_tokens + probe.heldout_tokens)
+    cost = stage_cost(2.0 * networks.student_parameters * tokens, device["peak_flops"], resources)
+    stage = {"tokens": tokens, "share": tokens / max(1, run_tokens(recipe)), "memory_bytes_per_gpu": memory} | cost
+    planned = {}
+    for name, numbers in stages.items():
+        planned[name] = numbers
+        if name == "align":
+            planned["choose"] = stage
+    return planned

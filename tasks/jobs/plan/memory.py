@@ -1,0 +1,193 @@
+"""How much memory a stage takes on one device: an estimate, made before a device is taken.
+
+P parameters that train, N processes, w bytes of a number in the precision of the stage (2 in bf16):
+
+    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds (jobs/frozen.py)
+    gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
+    optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
+    teacher      teacher · w, the matrices of its layers in 8 bit where asked
+    activations  counted (jobs/activations.py), for the tokens of a forward pass
+    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
+    buffers      DeepSpeed's bucket, one dequantised matrix, what the optimizer's step flattens beyond activations
+
+Weights, gradients and optimizer are exact sums; activations are good to about a fifth, and a recomputed layer's own
+gradients are taken for as large as what it keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.losses import Lora
+from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
+from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.jobs.plan.activations import LayerBytes
+
+# fp32 master weight and the two moments of Adam.
+_OPTIMIZER_BYTES = 12
+# Elements that travel in one reduction (jobs/engine.py).
+_BUCKET = 50_000_000
+# Numbers that share a scale in 8 bit (model/training/quantized.py).
+_GROUP = 128
+# GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
+_OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
+
+Memory = dict[str, int]
+StageName = Literal["pretrain", "align", "distill", "finetune", "evaluate", "needle"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Sizes of teacher and student, counted on the meta device."""
+
+    num_layers: int
+    num_recurrent: int
+    hidden: int
+    intermediate: int
+    """Width of an MLP; of all experts that a token goes to."""
+    width: int
+    """Query heads × head width."""
+    head_dim: int
+    kv_width: int
+    vocab: int
+    teacher_parameters: int
+    student_parameters: int
+    groups: dict[str, int]
+    """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
+    new_parameters: int
+    """Of the student's mixers: without a counterpart in the teacher."""
+    teacher_matrices: int
+    """Parameters of the teacher that can be held in 8 bit: the matrices of its layers."""
+    mlp_matrices: int
+    """Of those, the MLPs'."""
+    largest_matrix: int
+    idle: int
+    """Parameters of experts that a token does not go to."""
+    layer_bytes: dict[int, LayerBytes]
+    """Bytes of a number → what a token keeps in each part of a layer."""
+    linear_names: tuple[str, ...] = ()
+    """Last names of the student's linear modules, the head left aside."""
+
+    @property
+    def mixer_parameters(self) -> int:
+        """Parameters of all mixers."""
+        return self.groups.get("mixer", 0)
+
+    def trainable(self, stage: StageName, section: Training) -> int:
+        """Parameters that a training stage moves; of a part of the mixers (`train_only`) at most so many."""
+        lora: Lora | None = getattr(section, "lora", None)
+        if lora is not None:  # each projection is taken for one as long and as wide as the model
+            return self.new_parameters + self.num_layers * len(lora.targets) * 2 * lora.rank * self.hidden
+        only: tuple[str, ...] = getattr(section, "train_only", ())
+        if only:
+            return self.mixer_parameters if "mixer" in only else self.new_parameters
+        if stage == "align":
+            return self.mixer_parameters
+        return sum(count for group, count in self.groups.items() if group not in section.freeze)
+
+
+def training_memory(
+    stage: StageName,
+    section: Training,
+    networks: Networks,
+    resources: JobResources,
+    *,
+    teacher_bits: FrozenBits = 16,
+    mlp_bits: FrozenBits = 16,
+) -> Memory:
+    """Bytes on one device, by what holds them, and `total`; `host`: what an offloaded optimizer takes beside it."""
+    word = word_bytes(section.precision, resources)
+    trainable = networks.trainable(stage, section)
+    shards = resources.processes
+    taught = stage in ("align", "distill")
+    eight = mlp_bits == 8 and stage != "align" and freezes_mlp(stage, section)
+    shared = held_once(stage, section, teacher_bits, mlp_bits) if taught else ()
+    groups = {group: count * word for group, count in networks.groups.items() if group not in shared}
+    if eight and "mlp" in groups:
+        groups["mlp"] -= _saved_by_8_bit(networks.mlp_matrices, word)
+    teacher = networks.teacher_parameters * word
+    if teacher_bits == 8:
+        teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
+    activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
+    logits = 0 if stage == "align" else _logits(section, networks, resources, word)
+    sharded = word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer
+    gradients = 4 * trainable // (shards if sharded else 1)
+    optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
+    host = 0
+    if resources.offload_optimizer:
+        # Gradients twice, as they are added up and as they are stepped with; and the new weights on their way back.
+        host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
+    memory = {
+        "weights": sum(groups.values()),
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "teacher": teacher if taught else 0,
+        "activations": activations,
+        "logits": logits,
+        "buffers": min(_BUCKET, trainable) * (word + 4)
+        + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
+        + max(0, gradients - activations - logits),
+        "overhead": _OVERHEAD_BYTES[resources.device],
+    }
+    return memory | {"total": sum(memory.values()), "host": host}
+
+
+def judging_memory(section: Evaluate | Needle, networks: Networks, resources: JobResources) -> Memory:
+    """Bytes on one device while teacher and one student are scored beside each other."""
+    word = word_bytes("auto", resources)
+    length = section.context if isinstance(section, Evaluate) else max(section.lengths)
+    tokens = section.batch * length
+    layer = (8 * networks.hidden + 6 * networks.width + 3 * networks.intermediate) * word
+    if isinstance(section, Evaluate):
+        logits = tokens * networks.vocab * 2 * word + 3 * length * networks.vocab * 4
+    else:
+        logits = section.batch * networks.vocab * 4
+    cache = 0 if isinstance(section, Evaluate) else tokens * networks.num_layers * 2 * networks.kv_width * word
+    memory = {
+        "weights": networks.student_parameters * word,
+        "teacher": networks.teacher_parameters * word,
+        "activations": tokens * layer + cache,
+        "logits": logits,
+        "overhead": _OVERHEAD_BYTES[resources.device],
+    }
+    return memory | {"total": sum(memory.values())}
+
+
+def word_bytes(precision: str, resources: JobResources) -> int:
+    """Bytes of a number in the precision that a stage computes in."""
+    return 2 if precision == "bf16" or (precision == "auto" and resources.device == "cuda") else 4
+
+
+def _saved_by_8_bit(matrices: int, word: int) -> int:
+    return matrices * word - matrices - matrices * word // _GROUP
+
+
+def _activations(stage: StageName, part: Training, networks: Networks, resources: JobResources, word: int) -> int:
+    """Bytes that the sequences of one forward pass keep, at most."""
+    sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
+    tokens, of = sequences * part.context, networks.layer_bytes[word]
+    recurrent, kept = networks.num_recurrent, networks.num_layers - networks.num_recurrent
+    mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
+    rows = networks.hidden * word
+    if stage == "align":  # all mixers' graphs live until the one backward pass; of the teacher a layer at a time
+        passing = of.attention + of.frozen_mlp + 2 * of.norm
+        target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
+        each = rows + target if part.gradient_checkpointing else of.mixer + target
+        return tokens * (recurrent * each + passing + of.mixer)
+    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0)
+    if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
+        first = 2 * networks.kv_width * word  # gradients
+        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + 2 * of.norm))
+    each = networks.num_layers * (mlp + 2 * of.norm) + recurrent * of.mixer + kept * of.attention
+    return tokens * (each + largest + mlp)
+
+
+def _logits(section: Training, networks: Networks, resources: JobResources, word: int) -> int:
+    """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
+    head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
+    tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)
+    rows = tokens * networks.vocab * (4 + 4 + word)
+    return min(rows, ARENA_BYTES[resources.device]) + head + tokens * networks.hidden * word

@@ -1,0 +1,158 @@
+"""What would make a stage fit, found by trying: settings that this program has, in the order of what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
+from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.jobs.plan.memory import Memory, Networks, StageName, judging_memory, training_memory, word_bytes
+
+_GIB = 1024**3
+# A change that saves less than this share is not worth telling.
+_WORTH = 0.02
+# Of a device's memory: as the plan has it.
+_USABLE = 0.95
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how much memory a training stage takes on one device."""
+
+    stage: StageName
+    section: Training
+    resources: JobResources
+    teacher_bits: FrozenBits = 16
+    mlp_bits: FrozenBits = 16
+
+    def memory(self, networks: Networks) -> Memory:
+        """As training_memory."""
+        bits = {"teacher_bits": self.teacher_bits, "mlp_bits": self.mlp_bits}
+        return training_memory(self.stage, self.section, networks, self.resources, **bits)
+
+    def need(self, networks: Networks) -> int:
+        """Bytes on one device."""
+        return self.memory(networks)["total"]
+
+
+def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
+    """The changes that together bring a stage under `limit` bytes, or the least that it can be brought to.
+
+    Those that change no result come first; each is kept only if the rest does not do without it.
+    """
+    chosen: list[tuple[str, Setting]] = []
+    now = setting
+    for label, changed in _steps(setting):
+        following, own = _onto(now, setting, changed), now.memory(networks)
+        if own["total"] - following.need(networks) < _WORTH * (own["total"] - own["overhead"]):
+            continue
+        chosen, now = [*chosen, (label, changed)], following
+        if now.need(networks) <= limit:
+            break
+    for change in list(chosen[:-1]):
+        rest = [one for one in chosen if one is not change]
+        without = _all(setting, rest)
+        if without.need(networks) <= max(limit, now.need(networks)):
+            chosen, now = rest, without
+    told = ", ".join(label for label, _ in chosen)
+    size, host = f"{now.need(networks) / _GIB:.0f} GiB", now.memory(networks)["host"]
+    size += f" and {host / _GIB:.0f} GiB of host memory each" if host else ""
+    whole = f"GPUs of {-(-setting.need(networks) // _GIB) / _USABLE:.0f} GiB"
+    if not told:
+        return whole
+    enough = f"then {size}" if now.need(networks) <= limit else f"then {size}, which is not enough yet"
+    return f"{told} ({enough}); or {whole} and no change"
+
+
+def what_would_help_judging(
+    stage: str, section: Evaluate | Needle, networks: Networks, resources: JobResources, limit: float
+) -> str:
+    """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it takes."""
+    batch = section.batch
+    while batch > 1:
+        batch //= 2
+        if judging_memory(section.model_copy(update={"batch": batch}), networks, resources)["total"] <= limit:
+            return f"{stage}.batch: {batch}"
+    least = judging_memory(section.model_copy(update={"batch": 1}), networks, resources)["total"]
+    return f"GPUs of {-(-least // _GIB) / _USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
+
+
+def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """(label, the setting with this change alone), the cheapest first."""
+    stage, section, resources = setting.stage, setting.section, setting.resources
+    size = max(part.micro_batch for part in section.parts)
+    while size > 1:
+        size //= 2
+        yield f"{stage}.micro_batch: {size}", replace(setting, section=_with_micro_batch(section, size))
+    if not section.gradient_checkpointing:
+        changed = section.model_copy(update={"gradient_checkpointing": True})
+        yield f"{stage}.gradient_checkpointing: true", replace(setting, section=changed)
+    if resources.zero_stage < 2 and resources.processes > 1 and word_bytes(section.precision, resources) == 4:
+        yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
+    if not resources.offload_optimizer:
+        changed_resources = resources.model_copy(update={"offload_optimizer": True})
+        yield "resources.offload_optimizer: true", replace(setting, resources=changed_resources)
+    yield from _in_8_bit(setting)
+    for factor in (2, 4, 8):
+        count = factor * resources.processes
+        if resources.device == "cuda" and all(part.batch % count == 0 for part in section.parts):
+            yield f"{count} GPUs", replace(setting, resources=resources.model_copy(update={"processes": count}))
+    if stage in ("distill", "finetune") and not freezes_mlp(stage, section):
+        changed = section.model_copy(update={"freeze": (*section.freeze, "mlp")})
+        label = f"mlp in {stage}.freeze and student.mlp_bits: 8 (costs quality)"
+        yield label, replace(setting, section=changed, mlp_bits=8)
+
+
+def _in_8_bit(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    stage, section = setting.stage, setting.section
+    if stage in ("align", "distill") and setting.teacher_bits == 16:
+        own: dict[str, Any] = {"teacher_bits": 8}
+        label = "teacher.bits: 8"
+        if stage != "align" and freezes_mlp(stage, section) and setting.mlp_bits == 16:
+            own["mlp_bits"] = 8
+            label += " and student.mlp_bits: 8"
+        yield label, replace(setting, **own)
+    elif stage not in ("align", "pretrain") and freezes_mlp(stage, section) and setting.mlp_bits == 16:
+        yield "student.mlp_bits: 8", replace(setting, mlp_bits=8)
+
+
+def _with_micro_batch(section: Training, size: int) -> Training:
+    changes: dict[str, Any] = {"micro_batch": min(size, section.micro_batch)}
+    phases = getattr(section, "phases", ())
+    if phases:
+        changes["phases"] = tuple(
+            p if p.micro_batch is None else p.model_copy(update={"micro_batch": min(size, p.micro_batch)})
+            for p in phases
+        )
+    return section.model_copy(update=changes)
+
+
+def _onto(now: Setting, before: Setting, changed: Setting) -> Setting:
+    """`now` with what `changed` has otherwise than `before`."""
+    section = {
+        name: getattr(changed.section, name)
+        for name in type(before.section).model_fields
+        if getattr(changed.section, name) != getattr(before.section, name)
+    }
+    resources = {
+        name: getattr(changed.resources, name)
+        for name in type(before.resources).model_fields
+        if getattr(changed.resources, name) != getattr(before.resources, name)
+    }
+    return replace(
+        now,
+        section=now.section.model_copy(update=section),
+        resources=now.resources.model_copy(update=resources),
+        teacher_bits=min(now.teacher_bits, changed.teacher_bits),
+        mlp_bits=min(now.mlp_bits, changed.mlp_bits),
+    )
+
+
+def _all(setting: Setting, changes: list[tuple[str, Setting]]) -> Setting:
+    now = setting
+    for _, changed in changes:
+        now = _onto(now, setting, changed)
+    return now

@@ -1,0 +1,131 @@
+"""The sizes of teacher and student, counted on the meta device, and the device that they are to fit on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from radlads.model.student.load import build_student
+from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
+from radlads.model.teacher.load import find_family
+from radlads.model.teacher.weights import build_empty
+from radlads.model.training.lora import linear_names
+from radlads.model.training.quantized import is_matrix
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes
+from radlads.tasks.jobs.plan.choice_plan import planned_layers
+from radlads.tasks.jobs.plan.cost import device_peak, likely_gpu
+from radlads.tasks.jobs.plan.memory import Networks
+
+_GIB = 1024**3
+
+
+def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
+    """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
+    family, values = find_family(config), _values(config)
+    teacher = build_empty(config)
+    with torch.device("meta"):
+        if recipe.pretrain is not None:
+            student, mixers = teacher, set()
+        else:
+            student = build_student(
+                config,
+                variant=recipe.student.variant,
+                options=recipe.student.options,
+                attention_layers=planned_layers(recipe.student, values.num_hidden_layers),
+                attention_rope=recipe.student.attention_rope,
+                untie_embeddings=recipe.student.untie_embeddings,
+            )
+            mixers = set(student.mixers())
+    groups: dict[str, int] = {}
+    for name, parameter in student.named_parameters():
+        group = parameter_group(name, family, mixers)
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    theirs = {name: parameter.numel() for name, parameter in teacher.named_parameters()}
+    matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
+    heads = values.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or values.hidden_size // heads
+    return Networks(
+        num_layers=values.num_hidden_layers,
+        num_recurrent=len(mixers),
+        hidden=values.hidden_size,
+        intermediate=_active_width(config),
+        width=heads * head_dim,
+        head_dim=head_dim,
+        kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        vocab=values.vocab_size,
+        teacher_parameters=0 if recipe.pretrain is not None else sum(theirs.values()),
+        student_parameters=sum(groups.values()),
+        groups=groups,
+        new_parameters=sum(p.numel() for n, p in student.named_parameters() if n not in theirs and n != _HEAD),
+        teacher_matrices=sum(matrices.values()),
+        mlp_matrices=sum(count for name, count in matrices.items() if parameter_group(name, family, set()) == "mlp"),
+        largest_matrix=max(matrices.values(), default=0),
+        idle=_idle(teacher, config),
+        layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        linear_names=linear_names(student),
+    )
+
+
+def describe_device(resources: JobResources) -> dict[str, Any]:
+    """{device, as_fast_as, processes, peak_flops, memory_bytes} of one process's device; on a CPU its share of the
+    machine.
+
+    A GPU whose memory is given need not be here; its speed is that of a well-known one of that size.
+    """
+    like = None
+    if resources.device == "cuda" and resources.gpu_memory_gib is not None:
+        like = likely_gpu(resources.gpu_memory_gib)
+        label, name, memory = "GPU", like or "GPU", int(resources.gpu_memory_gib * _GIB)
+    elif resources.device == "cuda" and torch.cuda.is_available():
+        label = name = torch.cuda.get_device_name(0)
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        label, name, memory = resources.device, None, psutil.virtual_memory().total // resources.processes
+    return {
+        "device": label,
+        "as_fast_as": like,
+        "processes": resources.processes,
+        "peak_flops": device_peak(name, resources),
+        "memory_bytes": memory,
+    }
+
+
+_HEAD = "lm_head.weight"
+
+
+def _values(config: PreTrainedConfig) -> Any:
+    return config
+
+
+def _in_layers(name: str, family: Any) -> bool:
+    return parameter_group(name, family, set()) in ("attention", "mlp")
+
+
+def _active_width(config: PreTrainedConfig) -> int:
+    values = _values(config)
+    experts = getattr(config, "moe_intermediate_size", None)
+    return int(values.num_experts_per_tok * experts if experts else values.intermediate_size)
+
+
+def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
+    """Parameters of experts that a token does not go to."""
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    if not experts:
+        return 0
+    values = _values(config)
+    idle: int = round(experts * (1 - values.num_experts_per_tok / values.num_experts))
+    return idle
+
+
+def _layer_bytes(student: Any, dtype: torch.dtype) -> LayerBytes:
+    if isinstance(student, RadladsForCausalLM):
+        return count_layer_bytes(student, dtype)
+    values, word = _values(student.config), dtype.itemsize
+    mlp = (4 * values.intermediate_size + values.hidden_size) * word
+    attention = (values.hidden_size + 7 * values.num_attention_heads * (getattr(values, "head_dim", None) or 0)) * word
+    return LayerBytes(0, attention, mlp, mlp, 3 * values.hidden_size * word)

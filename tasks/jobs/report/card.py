@@ -1,0 +1,151 @@
+"""The model card of the exported student: README.md in its Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from radlads.model.student.releases import TESTED
+from radlads.tasks.contracts.recipe.recipe import dump_recipe
+from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.jobs.report.choice_report import choice_summary, choice_table
+from radlads.tasks.jobs.report.number_format import count
+from radlads.tasks.jobs.report.products import MODEL_STAGES, TRAINING_STAGES, Products
+from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Text, Verdict, render_markdown
+from radlads.tasks.jobs.report.report_body import stages_table, summary_table, tasks_table
+
+_USAGE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+"""
+
+
+def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], *, title: str) -> str:
+    """README.md: YAML metadata, how the model was made, numbers with their sources, usage, limits, recipe."""
+    blocks: list[Block] = [Text(_introduction(products, recipe)), *verdicts]
+    tables = [table(products) for table in (summary_table, stages_table, tasks_table, choice_table)]
+    if any(table is not None for table in tables):
+        blocks.append(Heading("Numbers"))
+        blocks += [table for table in tables if table is not None]
+    blocks += [
+        Heading("Use"),
+        Code(_USAGE, "python"),
+        Text(
+            f"It needs `torch` and `transformers` (tested with {TESTED[0]} to {TESTED[1]}), nothing else: the model's "
+            "code is in this folder."
+        ),
+        Heading("How it was made"),
+        *_making(products, recipe),
+        Heading("Limits"),
+        *_limits(products, recipe),
+        Heading("Recipe"),
+        Code(dump_recipe(recipe), "yaml", folded="The resolved recipe"),
+    ]
+    metadata = yaml.safe_dump(_metadata(recipe), sort_keys=False, allow_unicode=True)
+    return f"---\n{metadata}---\n\n{render_markdown(title, blocks)}"
+
+
+def teacher_name(recipe: Recipe) -> str:
+    """A teacher's name without the path on somebody's machine."""
+    if recipe.teacher is None:
+        return "nothing (trained from random weights)"
+    path = recipe.teacher.path
+    return Path(path).name if _is_local(path) else path
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
+
+
+def _metadata(recipe: Recipe) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["radlads", "linear-attention", recipe.student.variant],
+    }
+    if recipe.publish.license:
+        values["license"] = recipe.publish.license
+    if recipe.teacher is not None and not _is_local(recipe.teacher.path) and recipe.teacher.path != "demo":
+        values["base_model"] = recipe.teacher.path
+    return values
+
+
+def _introduction(products: Products, recipe: Recipe) -> str:
+    if recipe.teacher is None:
+        return "A small causal language model, trained from random weights to be a teacher for conversions."
+    kept = len(products.attention_layers(recipe))
+    layers = products.plan.num_layers if products.plan is not None else None
+    if not kept:
+        shape = "In every layer, softmax attention was replaced by a recurrent mixer of constant memory"
+    else:
+        share = f"{layers - kept} of its {layers} layers" if layers else "most layers"
+        shape = f"In {share}, softmax attention was replaced by a recurrent mixer of constant memory"
+    return (
+        f"{teacher_name(recipe)}, converted to linear attention by the RADLADS method (arXiv 2505.03005). {shape} "
+        f"(`{recipe.student.variant}`)."
+    )
+
+
+def _making(products: Products, recipe: Recipe) -> list[Block]:
+    whats = {
+        "pretrain": "next-token cross entropy from random weights",
+        "align": "each mixer regressed on the output of the attention that it replaces, on the teacher's own input",
+        "distill": "KL(teacher‖student) of the logits",
+        "finetune": "next-token cross entropy",
+    }
+    teacher = products.plan.teacher if products.plan is not None else None
+    blocks: list[Block] = []
+    if teacher is not None:
+        named = f"`{teacher.fingerprint}`, its tokenizer `{teacher.tokenizer_fingerprint}`"
+        blocks.append(Text(f"- **teacher**: {teacher_name(recipe)}, by content {named}"))
+    for stage in MODEL_STAGES:
+        summary = choice_summary(products) if stage == "choose" else None
+        if summary is not None:
+            blocks.append(Text(f"- **choose**: {summary}"))
+        section, product = getattr(recipe, stage, None), products.of_stage(stage)
+        if section is None or product is None:
+            continue
+        contexts, batches = (_each(getattr(part, name) for part in section.parts) for name in ("context", "batch"))
+        phases = f" in {len(section.parts)} phases" if len(section.parts) > 1 else ""
+        blocks.append(
+            Text(
+                f"- **{stage}**: {whats[stage]}; {count(section.seen_tokens)} tokens{phases}, context {contexts}, "
+                f"batch {batches}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
+            )
+        )
+    if not any(product for stage in TRAINING_STAGES if (product := products.of_stage(stage))):
+        blocks.append(Text("Weights copied from the teacher; nothing was trained."))
+    return blocks
+
+
+def _each(values: Iterable[int]) -> str:
+    """Different numbers in their order."""
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def _limits(products: Products, recipe: Recipe) -> list[Block]:
+    """What a user must not expect. Only what is known of this model."""
+    limits = []
+    if recipe.teacher is not None and not products.attention_layers(recipe):
+        limits.append(
+            "It has no softmax attention: its memory is a state of fixed size, and it cannot look up arbitrary details "
+            "of a long text. Converted models of this kind lose most retrieval beyond the length they were trained at."
+        )
+    contexts = [section.longest_context for stage in TRAINING_STAGES if (section := getattr(recipe, stage)) is not None]
+    if contexts:
+        limits.append(f"The longest context it was trained at is {max(contexts)} tokens.")
+    if products.evaluation is None or not products.evaluation["tasks"]:
+        limits.append("It was not measured on benchmark tasks.")
+    limits.append("One run with one seed; differences of the order of the errors given mean nothing.")
+    limits.append(
+        "It inherits the knowledge, the biases and the licence terms of its teacher and of its training text."
+    )
+    return [Text(f"- {limit}") for limit in limits]

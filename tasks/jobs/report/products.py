@@ -1,0 +1,130 @@
+"""What the stages of a run left behind, read back for the report: manifests and the small sheets beside the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import Manifest
+from radlads.tasks.contracts.recipe.choice import listed_layers
+from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.specs import PlanReport
+from radlads.tasks.jobs.common import Job
+
+# The stages that make a model, in the order in which a run goes through them.
+MODEL_STAGES = ("pretrain", "transplant", "align", "choose", "distill", "finetune")
+TRAINING_STAGES = ("pretrain", "align", "distill", "finetune")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One committed product."""
+
+    name: str
+    """The name of the input: a stage, or a dataset."""
+    prefix: str
+    """Its key in the store."""
+    manifest: Manifest
+
+    @property
+    def short(self) -> str:
+        """The beginning of its digest, which names it in the report."""
+        return self.manifest.digest[:12]
+
+
+class Products:
+    """All inputs of a publish job, and the datasets behind them (`datasets`)."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.all = [
+            Product(name, job.store.key(ref.uri), job.input_manifest(name)) for name, ref in job.spec.inputs.items()
+        ]
+        self.datasets = self._find_datasets()
+
+    def of_stage(self, stage: str) -> Product | None:
+        """The product of a stage; None where the run does not have it."""
+        return next((product for product in self.all if product.manifest.stage == stage), None)
+
+    @property
+    def stages(self) -> list[Product]:
+        """Every product but the datasets, models in the order of the pipeline."""
+        order = ("plan", *MODEL_STAGES, "evaluate", "needle")
+        return [product for stage in order if (product := self.of_stage(stage)) is not None]
+
+    @property
+    def final(self) -> Product:
+        """The last model of the run. Raises UserError when there is none."""
+        models = [product for stage in MODEL_STAGES if (product := self.of_stage(stage)) is not None]
+        if not models:
+            raise UserError("publish needs a model: none of its inputs comes from a stage that makes one")
+        return models[-1]
+
+    def _find_datasets(self) -> list[Product]:
+        """The datasets that were given, and those that the given products were made from."""
+        found = {p.manifest.digest: p for p in self.all if p.manifest.stage == "tokenize"}
+        for product in self.all:
+            for name, ref in product.manifest.inputs.items():
+                if name != "data" or ref.digest in found:
+                    continue
+                prefix = self._job.store.key(ref.uri)
+                manifest = self._job.store.read_manifest(prefix)
+                if manifest is not None:
+                    found[ref.digest] = Product(name, prefix, manifest)
+        return list(found.values())
+
+    def sheet(self, stage: str, file: str) -> dict[str, Any] | None:
+        """A JSON file of a stage's product; None where the run does not have the stage. Verified."""
+        product = self.of_stage(stage)
+        if product is None:
+            return None
+        read: dict[str, Any] = json.loads(self._job.store.read_file(product.prefix, file))
+        return read
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """metrics.jsonl of a training stage."""
+        product = self.of_stage(stage)
+        if product is None or not any(entry.path == "metrics.jsonl" for entry in product.manifest.files):
+            return []
+        text = self._job.store.read_file(product.prefix, "metrics.jsonl").decode("utf-8")
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+    def picture(self, stage: str, file: str) -> bytes | None:
+        """A picture of a stage's product."""
+        product = self.of_stage(stage)
+        return None if product is None else self._job.store.read_file(product.prefix, file)
+
+    @cached_property
+    def plan(self) -> PlanReport | None:
+        """plan.json."""
+        sheet = self.sheet("plan", "plan.json")
+        return None if sheet is None else PlanReport.model_validate(sheet)
+
+    @cached_property
+    def choice(self) -> dict[str, Any] | None:
+        """choose.json."""
+        return self.sheet("choose", "choose.json")
+
+    def attention_layers(self, recipe: Recipe) -> tuple[int, ...]:
+        """The layers that are softmax attention in the final model: as chosen, as planned, as the recipe names them."""
+        if self.choice is not None:
+            return tuple(self.choice["attention_layers"])
+        return self.plan.attention_layers if self.plan is not None else tuple(sorted(listed_layers(recipe.student)))
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        """evaluate.json."""
+        return self.sheet("evaluate", "evaluate.json")
+
+    @cached_property
+    def needle(self) -> dict[str, Any] | None:
+        """needle.json."""
+        return self.sheet("needle", "needle.json")
+
+    def fetch_model(self, into: Path) -> Path:
+        """The final model's Hugging Face folder, verified, on this machine."""
+        return self._job.store.fetch(self.final.prefix, into, subset="model") / "model"

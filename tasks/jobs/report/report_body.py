@@ -1,0 +1,317 @@
+"""What the report of a run says, as blocks. Every number names the product that it comes from by its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from radlads.tasks.contracts.recipe.recipe import dump_recipe
+from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.jobs.report.choice_report import choice_blocks
+from radlads.tasks.jobs.report.number_format import (
+    NONE,
+    count,
+    dollars,
+    duration,
+    gibibytes,
+    measured,
+    percent,
+    plain,
+    prompt_note,
+    rate_of,
+)
+from radlads.tasks.jobs.report.products import TRAINING_STAGES, Product, Products
+from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Picture, Table, Text, Verdict
+
+_SOURCE = "source"
+
+
+def build_report(
+    products: Products, recipe: Recipe, verdicts: Sequence[Verdict], pictures: Sequence[str]
+) -> list[Block]:
+    """The whole report. pictures: file names that were drawn."""
+    blocks: list[Block] = []
+    if recipe.description:
+        blocks.append(Text(recipe.description))
+    blocks += verdicts
+    blocks += [*_summary(products), *_stages(products), *_needle(products, pictures)]
+    blocks += [*_tasks(products), *_curves(products, pictures), *_samples(products), *_student(products, recipe)]
+    blocks += choice_blocks(products, list(pictures))
+    blocks += [*_cost(products, recipe), *_data(products), *_provenance(products), *_recipe(recipe)]
+    return blocks
+
+
+def summary_table(products: Products) -> Table | None:
+    """Teacher against student; None without any judging stage."""
+    rows: list[tuple[str, str, str, str, str]] = []
+    evaluation, judged = products.evaluation, products.of_stage("evaluate")
+    if evaluation is not None and judged is not None:
+        teacher, student = evaluation["models"]["teacher"], evaluation["models"]["student"]
+        ratio = student["bits_per_byte_ratio"]
+        rows += [
+            ("bits per byte", *_pair(teacher, student, "bits_per_byte"), f"× {measured(ratio)}", judged.short),
+            (
+                "loss, nats a token",
+                *_pair(teacher, student, "loss"),
+                f"{student['loss_gap']['value']:+.4f}",
+                judged.short,
+            ),
+            ("KL(teacher‖student), nats a token", "0", measured(student["kl"]), "", judged.short),
+            ("same most likely token", "100 %", percent(student["top1_agreement"]["value"]), "", judged.short),
+        ]
+    needle, searched = products.needle, products.of_stage("needle")
+    if needle is not None and searched is not None:
+        models = needle["models"]
+        for label, pick in (("needles found", lambda m: m), ("… at the training length", _trained)):
+            theirs, ours = pick(models["teacher"]), pick(models["student"])
+            rows.append((label, rate_of(theirs), rate_of(ours), _times(theirs, ours), searched.short))
+    if not rows:
+        return None
+    return Table(
+        ("", "teacher", "student", "student / teacher", _SOURCE),
+        rows,
+        "± is one standard error. The source is the digest of the stage whose product holds the number.",
+        words=(_SOURCE,),
+    )
+
+
+def _trained(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = numbers["at_training_length"]
+    return found
+
+
+def _pair(teacher: dict[str, Any], student: dict[str, Any], key: str) -> tuple[str, str]:
+    return measured(teacher[key]), measured(student[key])
+
+
+def _times(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    if not theirs or not ours or not theirs["mean"] or ours["mean"] is None:
+        return NONE
+    return f"× {ours['mean'] / theirs['mean']:.2f}"
+
+
+def _summary(products: Products) -> list[Block]:
+    table = summary_table(products)
+    if table is None:
+        return []
+    blocks: list[Block] = [Heading("Teacher and student"), table]
+    evaluation = products.evaluation
+    if evaluation is not None:
+        blocks.append(
+            Text(
+                f"Text numbers: {count(evaluation['tokens'])} held-out tokens ({count(evaluation['bytes'])} bytes) in "
+                f"{evaluation['windows']} windows of {evaluation['context']}, teacher and student in one run, "
+                f"{evaluation['dtype']}."
+            )
+        )
+    return blocks
+
+
+def stages_table(products: Products) -> Table | None:
+    """KL of every stage's model on the same windows; None where only one was scored."""
+    evaluation, judged = products.evaluation, products.of_stage("evaluate")
+    if evaluation is None or judged is None:
+        return None
+    final = products.final.manifest.stage
+    rows = []
+    names = [name for name in evaluation["models"] if name not in ("teacher", "student", final)]
+    for name in [*names, "student"]:
+        numbers = evaluation["models"][name]
+        rows.append(
+            (
+                f"{final} (the student)" if name == "student" else name,
+                measured(numbers["kl"]),
+                percent(numbers["top1_agreement"]["value"]),
+                measured(numbers["bits_per_byte"]),
+                f"× {plain(numbers['bits_per_byte_ratio']['value'])}",
+                judged.short,
+            )
+        )
+    header = ("after", "KL to the teacher", "same top token", "bits per byte", "of the teacher's", _SOURCE)
+    return Table(header, rows, "Every model on the same held-out windows.", words=(_SOURCE,))
+
+
+def _stages(products: Products) -> list[Block]:
+    table = stages_table(products)
+    return [] if table is None else [Heading("Stage by stage"), table]
+
+
+def _needle(products: Products, pictures: Sequence[str]) -> list[Block]:
+    sheet, product = products.needle, products.of_stage("needle")
+    if sheet is None or product is None:
+        return []
+    names = list(sheet["models"])
+    rows = [
+        (
+            f"{length} tokens",
+            *(rate_of(sheet["models"][name]["by_length"][str(length)]) for name in names),
+            product.short,
+        )
+        for length in sorted(set(sheet["lengths"]))
+    ]
+    blocks: list[Block] = [Heading("Needle in a haystack")]
+    if "needle.png" in pictures:
+        caption = (
+            f"Share of facts found by greedy generation and string match, {sheet['trials']} trials a cell. Dashed: the "
+            f"training length, {sheet['training_length']} tokens. Grey: not run."
+        )
+        blocks.append(Picture("needle.png", "Heatmap of needles found by length and depth, a panel a model", caption))
+    blocks.append(Table(("length", *names, _SOURCE), rows, "Mean over depths.", words=(_SOURCE,)))
+    return blocks
+
+
+def tasks_table(products: Products) -> Table | None:
+    """lm-evaluation-harness tasks; None without any."""
+    evaluation, judged = products.evaluation, products.of_stage("evaluate")
+    if evaluation is None or judged is None or not evaluation["tasks"]:
+        return None
+    rows = []
+    for name, task in evaluation["tasks"].items():
+        shots = "default" if task["num_fewshot"] is None else str(task["num_fewshot"])
+        limit = "all" if task["limit"] is None else str(task["limit"])
+        rows += [
+            (f"{name}, {metric}", measured(theirs), measured(task["student"].get(metric)), shots, limit, judged.short)
+            for metric, theirs in task["teacher"].items()
+        ]
+    header = ("task", "teacher", "student", "few-shot", "examples", _SOURCE)
+    return Table(header, rows, prompt_note(next(iter(evaluation["tasks"].values()))), words=(_SOURCE,))
+
+
+def _tasks(products: Products) -> list[Block]:
+    table = tasks_table(products)
+    return [] if table is None else [Heading("Benchmark tasks"), table]
+
+
+def _curves(products: Products, pictures: Sequence[str]) -> list[Block]:
+    blocks: list[Block] = []
+    if "losses.png" in pictures:
+        sources = [p.short for stage in TRAINING_STAGES if (p := products.of_stage(stage)) is not None]
+        caption = (
+            f"Training loss of every step (faint), its running mean, held-out losses. Sources: {', '.join(sources)}."
+        )
+        blocks.append(Picture("losses.png", "Loss curves of the training stages", caption))
+    if "layers.png" in pictures:
+        caption = "Align, layer by layer: layers that stay high are candidates for `student.attention_layers`."
+        blocks.append(Picture("layers.png", "Align loss of every layer over the steps", caption))
+    return [Heading("Loss curves"), *blocks] if blocks else []
+
+
+def _samples(products: Products) -> list[Block]:
+    if products.evaluation is None or not products.evaluation.get("samples"):
+        return []
+    blocks: list[Block] = [Heading("Samples"), Text("Greedy continuations of the beginnings of held-out windows.")]
+    for sample in products.evaluation["samples"]:
+        text = f"prompt   {sample['prompt']!r}\nteacher  {sample['teacher']!r}\nstudent  {sample['student']!r}"
+        blocks.append(Code(text))
+    return blocks
+
+
+def _student(products: Products, recipe: Recipe) -> list[Block]:
+    sheet, product = products.sheet("transplant", "transplant.json"), products.of_stage("transplant")
+    if sheet is None or product is None:
+        return []
+    kept = ", ".join(map(str, products.attention_layers(recipe))) or "none"
+    rows: list[tuple[str, ...]] = [
+        (place, count(numbers["copied"]), count(numbers["fresh"]), count(numbers["dropped"]))
+        for place, numbers in sheet["layers"].items()
+    ]
+    rows.append(("all", *(count(sheet["parameters"][kind]) for kind in ("copied", "fresh", "dropped"))))
+    text = (
+        f"Variant `{recipe.student.variant}`; layers that stay softmax attention: {kept}"
+        f"{'' if recipe.student.attention_rope or kept == 'none' else ' (without rotary positions)'}. "
+        f"Source: {product.short}."
+    )
+    caption = "What became of the teacher's parameters at the transplant."
+    if products.choice is not None:
+        caption += " The layers chosen after align got the teacher's attention back and lost what was fresh."
+    table = Table(("parameters", "copied", "fresh", "dropped"), rows, caption)
+    return [Heading("The student"), Text(text), table]
+
+
+def _cost(products: Products, recipe: Recipe) -> list[Block]:
+    plan = products.plan
+    rows = []
+    for product in products.stages:
+        stage, metrics = product.manifest.stage, product.manifest.metrics
+        planned = plan.stages.get(stage, {}) if plan is not None else {}
+        if not planned and stage not in TRAINING_STAGES:
+            continue
+        hours = gpu_hours(product, planned)
+        price = recipe.resources.dollars_per_gpu_hour
+        rows.append(
+            (
+                stage,
+                count(planned.get("steps")),
+                count(metrics.get("tokens") or planned.get("tokens")),
+                f"{duration(planned.get('seconds'))} / {duration(metrics.get('seconds'))}",
+                f"{gibibytes(planned.get('memory_bytes_per_gpu', {}).get('total'))} / "
+                f"{gibibytes(metrics.get('memory_bytes'))}",
+                f"{plain(planned.get('gpu_hours'), 2)} / {plain(hours, 2)}",
+                f"{dollars(planned.get('dollars'))} / {dollars(hours * price if hours and price else None)}",
+                product.short,
+            )
+        )
+    if not rows:
+        return []
+    header = ("stage", "steps", "tokens", "time", "memory", "GPU hours", "cost", _SOURCE)
+    caption = "Time, memory, GPU hours and cost: planned / actual. Plans are estimates made before anything ran."
+    return [Heading("Plan and reality"), Table(header, rows, caption, words=(_SOURCE,))]
+
+
+def gpu_hours(product: Product, planned: dict[str, Any]) -> float | None:
+    """What a stage took, in GPU hours; None on a CPU."""
+    metrics = product.manifest.metrics
+    if metrics.get("gpu_hours"):
+        return float(metrics["gpu_hours"])
+    if planned.get("gpu_hours") is None or "seconds" not in metrics:
+        return None
+    return float(metrics["seconds"]) * float(metrics.get("processes", 1)) / 3600
+
+
+def _data(products: Products) -> list[Block]:
+    rows = []
+    for product in products.datasets:
+        numbers = product.manifest.metrics
+        rows.append(
+            (
+                product.manifest.spec.get("name", product.name),
+                count(numbers.get("train_tokens")),
+                count(numbers.get("heldout_tokens")),
+                count(numbers.get("documents")),
+                plain(numbers.get("bytes_per_token"), 2),
+                product.short,
+            )
+        )
+    header = ("dataset", "training tokens", "held-out tokens", "documents", "bytes a token", _SOURCE)
+    return [Heading("Data"), Table(header, rows, words=(_SOURCE,))] if rows else []
+
+
+def _provenance(products: Products) -> list[Block]:
+    rows = []
+    for product in (*products.datasets, *products.stages):
+        manifest = product.manifest
+        code = (manifest.code.sha or "installed package")[:12] + (" (changed)" if manifest.code.dirty else "")
+        rows.append(
+            (
+                manifest.stage,
+                f"`{manifest.digest}`",
+                f"{manifest.created_at:%Y-%m-%d %H:%M} UTC",
+                f"`{manifest.mlflow_run_id}`" if manifest.mlflow_run_id else NONE,
+                code,
+            )
+        )
+    versions = products.final.manifest.code.versions
+    with_versions = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    header = ("stage", "digest", "committed", "MLflow run", "code")
+    return [
+        Heading("Provenance"),
+        Table(header, rows, "A digest covers a stage's settings and its inputs' digests.", words=header),
+        Text(f"Versions: {with_versions}."),
+    ]
+
+
+def _recipe(recipe: Recipe) -> list[Block]:
+    blocks: list[Block] = [Heading("Recipe")]
+    blocks += [Text(source) for source in recipe.sources]
+    blocks.append(Code(dump_recipe(recipe), "yaml", folded="The resolved recipe (recipe.yaml)"))
+    return blocks

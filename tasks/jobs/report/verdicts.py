@@ -1,0 +1,153 @@
+"""What the numbers of a run say, plainly: what was reached, what was not, what grew worse, what is unknown."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from radlads.tasks.jobs.report.number_format import percent
+from radlads.tasks.jobs.report.report_blocks import Verdict
+
+# A conversion that works at all gets this near to its teacher.
+BITS_PER_BYTE_RATIO = 1.03
+NEEDLE_RATIO = 0.90
+# Below this the teacher itself does not retrieve, and a student's share of nothing says nothing.
+_TEACHER_RETRIEVES = 0.5
+_ORDER = ("transplant", "align", "distill")
+
+
+def judge(
+    evaluation: dict[str, Any] | None,
+    needle: dict[str, Any] | None,
+    *,
+    needle_metrics: dict[str, Any],
+    final_stage: str,
+) -> list[Verdict]:
+    """The verdicts, warnings first. final_stage: the one that made the student."""
+    verdicts = [*_judge_text(evaluation, final_stage), *_judge_needle(needle, needle_metrics)]
+    order = {"warning": 0, "good": 1, "note": 2}
+    return sorted(verdicts, key=lambda verdict: order[verdict.level])
+
+
+def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Verdict]:
+    if evaluation is None:
+        return [Verdict("warning", "The student was not evaluated: nothing is known of its quality.")]
+    student = evaluation["models"]["student"]
+    ratio = student["bits_per_byte_ratio"]["value"]
+    distance = f"{percent(abs(ratio - 1))} {'above' if ratio >= 1 else 'below'} the teacher's"
+    target = f"the target is at most {percent(BITS_PER_BYTE_RATIO - 1, 0)} above"
+    verdicts = [
+        Verdict("good", f"The student's bits per byte on held-out text are {distance}; {target}.")
+        if ratio <= BITS_PER_BYTE_RATIO
+        else Verdict("warning", f"The student predicts text worse: its bits per byte are {distance}; {target}.")
+    ]
+    if evaluation.get("other_teacher"):
+        verdicts.append(Verdict("warning", "It was judged against another teacher than it was converted from."))
+    verdicts += _judge_stages(evaluation["models"], final_stage)
+    if not evaluation["tasks"]:
+        verdicts.append(Verdict("note", "No harness task was run; losses alone hide damage that generation shows."))
+    verdicts += [verdict for name, task in evaluation["tasks"].items() for verdict in _judge_task(name, task)]
+    return verdicts
+
+
+def _judge_stages(models: dict[str, Any], final_stage: str) -> list[Verdict]:
+    """Each stage up to distill must bring the student nearer to its teacher; finetune leaves it, and says how far."""
+    verdicts = []
+    kl = {name: numbers["kl"] for name, numbers in models.items() if name != "teacher"}
+    kl.setdefault(final_stage, kl["student"])
+    present = [name for name in _ORDER if name in kl]
+    for before, after in itertools.pairwise(present):
+        if kl[after]["value"] > kl[before]["value"]:
+            verdicts.append(
+                Verdict(
+                    "warning",
+                    f"{after} took the student away from its teacher: KL {kl[before]['value']:.4f} → "
+                    f"{kl[after]['value']:.4f}.",
+                )
+            )
+    if present and present[-1] == "distill":
+        change = kl["student"]["value"] - kl["distill"]["value"]
+        error = (kl["student"]["stderr"] or 0) + (kl["distill"]["stderr"] or 0)
+        if change > 2 * error:
+            verdicts.append(
+                Verdict(
+                    "note",
+                    f"After distill the student moved away from its teacher: KL {kl['distill']['value']:.4f} → "
+                    f"{kl['student']['value']:.4f}. Finetuning follows the data, not the teacher.",
+                )
+            )
+    return verdicts
+
+
+def _judge_task(name: str, task: dict[str, Any]) -> list[Verdict]:
+    verdicts = []
+    for metric, theirs in task.get("teacher", {}).items():
+        ours = task["student"].get(metric)
+        if not metric.startswith(("acc", "exact_match")) or ours is None:
+            continue
+        error = 2 * ((theirs["stderr"] or 0) ** 2 + (ours["stderr"] or 0) ** 2) ** 0.5
+        drop = theirs["value"] - ours["value"]
+        if drop > max(error, 0.01):
+            verdicts.append(
+                Verdict(
+                    "warning",
+                    f"On {name} ({metric}) the student is {percent(drop)} behind its teacher: "
+                    f"{percent(ours['value'])} against {percent(theirs['value'])}.",
+                )
+            )
+    return verdicts
+
+
+def _judge_needle(needle: dict[str, Any] | None, metrics: dict[str, Any]) -> list[Verdict]:
+    if needle is None:
+        return [Verdict("note", "Retrieval was not measured (no needle stage).")]
+    verdicts = []
+    models = needle["models"]
+    reached = models["teacher"]["at_training_length"]
+    ratio = metrics.get("needle_at_training_length_ratio")
+    if reached is None or reached["mean"] < _TEACHER_RETRIEVES or ratio is None:
+        found = "nothing" if not reached else percent(reached["mean"], 0)
+        verdicts.append(
+            Verdict(
+                "note", f"The teacher itself finds {found} of the needles; there is no retrieval to keep or to lose."
+            )
+        )
+    else:
+        says = f"{percent(ratio, 0)} of what its teacher finds at the training length ({reached['length']} tokens)"
+        if ratio >= NEEDLE_RATIO:
+            verdicts.append(Verdict("good", f"The student finds {says}; the target is {percent(NEEDLE_RATIO, 0)}."))
+        else:
+            verdicts.append(
+                Verdict(
+                    "warning",
+                    f"The student does not retrieve: it finds only {says}; the target is {percent(NEEDLE_RATIO, 0)}. "
+                    f"What keeps retrieval are softmax layers (`student.attention_layers`) and text that needs it.",
+                )
+            )
+    verdicts += _judge_recall_drop(models)
+    for name, numbers in models.items():
+        if numbers["not_run"]:
+            lengths = ", ".join(map(str, numbers["not_run"]))
+            verdicts.append(
+                Verdict("note", f"The {name} was not run at {lengths} tokens; no mean counts these lengths.")
+            )
+    return verdicts
+
+
+def _judge_recall_drop(models: dict[str, Any]) -> list[Verdict]:
+    """Finetuning can erase retrieval without any loss showing it (2606.11052)."""
+    verdicts = []
+    student = models["student"]
+    for name, numbers in models.items():
+        if name in ("teacher", "student") or numbers["mean"] is None or student["mean"] is None:
+            continue
+        drop = numbers["mean"] - student["mean"]
+        if drop > 2 * (numbers["stderr"] ** 2 + student["stderr"] ** 2) ** 0.5:
+            verdicts.append(
+                Verdict(
+                    "warning",
+                    f"Retrieval was lost after {name}: {percent(numbers['mean'], 0)} of the needles then, "
+                    f"{percent(student['mean'], 0)} now. The later stages are no success in this respect.",
+                )
+            )
+    return verdicts

@@ -1,0 +1,106 @@
+"""The networks of a training job: where they come from, and how the trained one is written down."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from radlads.model.student.export import export_student
+from radlads.model.student.load import load_student
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.load import load_teacher
+from radlads.model.training.objectives import needs_teacher
+from radlads.model.weights.finite import check_finite
+from radlads.model.weights.weight_files import WeightFiles, open_weight_files
+from radlads.tasks.contracts.disk import need_space
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Pretrain
+from radlads.tasks.contracts.specs import TrainSpec
+from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.train.frozen import hold_student, hold_teacher
+
+logger = logging.getLogger("radlads")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a training job works with."""
+
+    student: PreTrainedModel
+    """The network that trains: a converted student, or, for pretrain, a plain Hugging Face causal model."""
+    teacher: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    originals: WeightFiles | None = None
+    """What the student was loaded from: weights that are held in 8 bit are exported as they are there."""
+
+
+def load_networks(job: Job, spec: TrainSpec) -> Networks:
+    """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
+    teacher, originals = _teacher(job, spec), None
+    if isinstance(spec.section, Pretrain):
+        pin = spec.pins["section.tokenizer"]
+        tokenizer = load_tokenizer(spec.section.tokenizer, revision=pin.commit)
+        student: Any = _fresh_model(spec.section, tokenizer)
+        student = student.to(job.device, job.dtype)
+    else:
+        folder = job.input("student") / "model"
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=spec.trust_remote_code)
+        student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, job.device)
+        originals = open_weight_files(str(folder))
+    if spec.section.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Networks(student, teacher, tokenizer, originals)
+
+
+def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
+    if not needs_teacher(spec.objective):
+        return None
+    if spec.teacher is None:
+        raise UserError(f"the stage {spec.objective} needs a teacher, and this job names none")
+    teacher = load_teacher(
+        resolve_teacher_path(spec.teacher.path),
+        dtype=job.dtype,
+        revision=spec.teacher.revision,
+    )
+    return hold_teacher(teacher, spec, job.device)
+
+
+def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with random weights (torch's generator is seeded), sized by the section's config."""
+    given = dict(section.config)
+    kind = given.pop("model_type", None)
+    if kind is None:
+        raise UserError("pretrain.config needs a model_type, e.g. qwen3")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    try:
+        config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **given})
+        causal_models: Any = AutoModelForCausalLM
+        model: PreTrainedModel = causal_models.from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"pretrain.config: {' '.join(str(error).split())[:300]}") from error
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"pretrain.config.vocab_size is {config.vocab_size}, the tokenizer has {len(tokenizer)} tokens")
+    return model
+
+
+def export_model(networks: Networks, folder: Path) -> None:
+    """Write the trained network as a Hugging Face folder."""
+    student: Any = networks.student
+    student.eval()
+    shutil.rmtree(folder, ignore_errors=True)  # what an attempt that died here left
+    size = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    need_space(folder.parent, size, "the model")
+    if isinstance(student, RadladsForCausalLM):
+        export_student(student, networks.tokenizer, folder, originals=networks.originals)
+        return
+    for name, tensor in student.state_dict().items():
+        check_finite(f"the model's tensor {name}", tensor, mend="no model was written")
+    student.config.use_cache = True
+    student.save_pretrained(folder, max_shard_size=4_000_000_000)
+    networks.tokenizer.save_pretrained(folder)

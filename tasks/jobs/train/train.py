@@ -1,0 +1,172 @@
+"""The training program: one loop for every stage. What a stage trains, and on what, is its objective's business."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from radlads.model.training.lora import add_lora, merge_lora
+from radlads.model.training.objectives import build_objective
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import Training
+from radlads.tasks.contracts.specs import TrainSpec
+from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
+from radlads.tasks.jobs.checkpoints.random_state import seed_everything
+from radlads.tasks.jobs.common import Job, Preempted, run_job
+from radlads.tasks.jobs.data.loader import BatchPlan, TokenDataset, open_dataset, plan_batches
+from radlads.tasks.jobs.origin import check_training
+from radlads.tasks.jobs.train.calibrate import calibrate_student
+from radlads.tasks.jobs.train.engine import Engine, StepResult
+from radlads.tasks.jobs.train.heldout import heldout_metrics
+from radlads.tasks.jobs.train.labels import check_labels
+from radlads.tasks.jobs.train.networks import Networks, export_model, load_networks
+from radlads.tasks.jobs.train.schedule import learning_rates
+from radlads.tasks.jobs.train.training_report import memory_bytes, write_report
+
+logger = logging.getLogger("radlads")
+
+_TELL_SECONDS = 10.0
+
+
+def main(job: Job) -> dict[str, Any]:
+    """Train, export; returns the final numbers for the manifest."""
+    spec: TrainSpec = job.typed
+    section = spec.section
+    job.open_process_group()
+    seed_everything(section.seed)
+    networks = load_networks(job, spec)
+    lora = getattr(section, "lora", None)
+    if lora is not None:
+        add_lora(networks.student, lora)
+    dataset = _open_data(job, spec, networks)
+    calibration = calibrate_student(job, spec, networks, dataset)
+    objective = build_objective(spec, networks.student, networks.teacher)
+    plans = plan_batches(section, dataset.split("train"), job.world_size)
+    check_labels(section, plans)
+    engine = Engine(
+        objective,
+        section,
+        device=job.device,
+        dtype=job.dtype,
+        zero_stage=job.spec.resources.zero_stage,
+        offload=job.spec.resources.offload_optimizer,
+        micro_batch=plans[0].sequences,
+        num_micro=plans[0].num_micro,
+    )
+    heldout = partial(
+        heldout_metrics,
+        objective,
+        dataset.split("heldout"),
+        context=plans[-1].context,
+        batch_size=plans[-1].sequences,
+        max_tokens=section.heldout_tokens,
+        device=job.device,
+        rank=job.rank,
+        world_size=job.world_size,
+        document_ids=section.reset_at_documents,
+    )
+    with Checkpoints(job, engine, seed=section.seed, keep=section.keep_checkpoints) as checkpoints:
+        start = checkpoints.restore()
+        job.record.rewind(start)
+        if start == 0 and section.heldout_every:
+            job.record.log(0, heldout())
+        _train(job, section, engine, plans, checkpoints, heldout, start)
+        final = heldout()
+    job.record.log(section.num_steps, final)
+    if job.rank != 0:
+        return {}
+    merge_lora(networks.student)
+    export_model(networks, job.output / "model")
+    return final | calibration | write_report(job, spec, final | calibration)
+
+
+def _train(
+    job: Job,
+    section: Training,
+    engine: Engine,
+    plans: list[BatchPlan],
+    checkpoints: Checkpoints,
+    heldout: Callable[[], dict[str, float]],
+    start: int,
+) -> None:
+    """Optimizer steps start+1 … num_steps. Raises Preempted after a checkpoint when asked to stop, NonFiniteError."""
+    num_steps, told = section.num_steps, time.monotonic()
+    for step in range(start, num_steps):
+        began, done = time.perf_counter(), step + 1
+        part, own = section.place(step)
+        plan = plans[part]
+        if step == start or own == 0:
+            _enter(section, engine, plan, part, own)
+        engine.objective.begin_step(step)
+        batches = (plan.micro(own, job.rank, index) for index in range(plan.num_micro))
+        rates = learning_rates(section, step)
+        seen = engine.step(batches, rates, done, stop=job.stop_requested)
+        numbers = _numbers(section, seen, rates, done, time.perf_counter() - began, job.device)
+        job.record.log(done, numbers)
+        job.progress(done, num_steps, "steps")
+        if time.monotonic() - told >= _TELL_SECONDS or done in (start + 1, num_steps):
+            told = time.monotonic()
+            logger.info(
+                "step %d/%d  loss %.4f  %.0f tokens/s", done, num_steps, numbers["loss"], numbers["tokens_per_second"]
+            )
+        if section.heldout_every and done % section.heldout_every == 0 and done < num_steps:
+            job.record.log(done, heldout())
+        if seen.stop or done % section.checkpoint_every == 0 or done == num_steps > section.checkpoint_every:
+            checkpoints.save(done)
+        if seen.stop:
+            checkpoints.wait()
+            job.barrier()  # the launcher ends every rank as soon as one has left
+            raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt goes on from there")
+
+
+def _enter(section: Training, engine: Engine, plan: BatchPlan, part: int, own: int) -> None:
+    """Make the engine ready for a part of the stage that begins, or goes on after a restore."""
+    if plan.num_micro != engine.num_micro or part > 0:
+        engine.accumulate(plan.sequences, plan.num_micro)
+    if part > 0 and own == 0:
+        logger.info("phase %d begins: context %d, batch %d", part + 1, plan.context, plan.batch)
+        if section.begins_anew(part):
+            engine.forget()
+
+
+def _numbers(
+    section: Training, seen: StepResult, rates: dict[str, float], done: int, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """One row of the record."""
+    index, own = section.place(done - 1)
+    *before, part = section.parts[: index + 1]
+    tokens = part.batch * part.context
+    earlier = sum(one.seen_tokens for one in before)
+    phase = {"phase": index + 1} if len(section.parts) > 1 else {}
+    return {
+        **seen.metrics,
+        **phase,
+        "grad_norm": seen.grad_norm,
+        **{f"lr/{group}": rate for group, rate in rates.items()},
+        "tokens": earlier + (own + 1) * tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "memory_bytes": memory_bytes(device),
+    }
+
+
+def _open_data(job: Job, spec: TrainSpec, networks: Networks) -> TokenDataset:
+    dataset = open_dataset(job.input("data"))
+    check_training(spec, networks.student.config, dataset.tokenizer_fingerprint)
+    embeddings: Any = networks.student.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if dataset.vocab_size > rows:
+        raise UserError(
+            f"the dataset was made with a tokenizer of {dataset.vocab_size} tokens, the model knows {rows}; "
+            "tokenize with the teacher's own tokenizer"
+        )
+    return dataset
+
+
+if __name__ == "__main__":
+    run_job(main, cooperative=True)

@@ -1,0 +1,91 @@
+"""What this machine has, found out without torch, and what a recipe's `resources` come to on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import Resources
+
+_MOST_GPUS = 4096
+_MOST_GIB = 100_000
+
+
+def count_gpus(visible: str | None) -> int:
+    """Number of GPUs. visible: CUDA_VISIBLE_DEVICES, which wins over what is built in; None if it is not set."""
+    if visible is not None:
+        return len(visible_gpus(visible))
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    else:
+        if listing.returncode == 0:
+            return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    nvidia = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    if nvidia:
+        return len(nvidia)
+    if Path("/dev/kfd").exists():  # AMD
+        return len(list(Path("/dev/dri").glob("renderD*")))
+    return 0
+
+
+def visible_gpus(visible: str | None) -> tuple[str, ...]:
+    """The names in CUDA_VISIBLE_DEVICES, up to the first -1; none where it is not set."""
+    names = [name.strip() for name in (visible or "").split(",")]
+    return tuple(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> JobResources:
+    """A recipe's resources on a machine. Raises UserError for more than the machine has."""
+    device = wanted.device if wanted.device != "auto" else ("cuda" if num_gpus else "cpu")
+    if device == "cuda" and num_gpus == 0:
+        raise UserError("resources.device is 'cuda', but this machine shows no GPU; use 'auto' or 'cpu'")
+    processes = wanted.processes if wanted.processes != "auto" else (num_gpus if device == "cuda" else 1)
+    if processes < 1:
+        raise UserError(f"resources.processes is {processes}; at least one process does the work")
+    if device == "cuda" and processes > num_gpus:
+        raise UserError(f"resources.processes is {processes}, but this machine shows {num_gpus} GPU(s)")
+    return JobResources(
+        device=device,
+        processes=processes,
+        zero_stage=wanted.zero_stage,
+        threads=wanted.threads or max(1, num_cores // processes),
+        offload_optimizer=wanted.offload_optimizer,
+        gpu_memory_gib=wanted.gpu_memory_gib,
+        dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
+    )
+
+
+def planned_resources(wanted: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources | None:
+    """The resources of a machine that is only planned for, described by a count of GPUs and their memory; None where
+    neither is said, here or in the recipe. Raises UserError when one is missing or senseless."""
+    memory = wanted.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
+    if gpus is None and memory is None:
+        return None
+    if memory is None:
+        raise UserError(f"how much memory has each of the {gpus} GPUs? add --gpu-memory, in GiB")
+    count = gpus if gpus is not None else (wanted.processes if wanted.processes != "auto" else 1)
+    if not 1 <= count <= _MOST_GPUS or not 0 < memory <= _MOST_GIB:
+        raise UserError(
+            f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory; at most "
+            f"{_MOST_GPUS} of {_MOST_GIB} GiB"
+        )
+    return JobResources(
+        device="cuda",
+        processes=count,
+        zero_stage=wanted.zero_stage,
+        threads=wanted.threads or 1,
+        offload_optimizer=wanted.offload_optimizer,
+        gpu_memory_gib=memory,
+        dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
+    )
