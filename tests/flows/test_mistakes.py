@@ -96,7 +96,9 @@ def apart(tmp_path, monkeypatch):
         if name.startswith(("RADLADS_", "AWS_")):
             monkeypatch.delenv(name)
     # What comes after reading is for other tests: no job is launched, no orchestrator is started here.
-    monkeypatch.setattr(cli, "plan_offline", lambda *_, **__: (_ for _ in ()).throw(launch.JobFailed("it was read")))
+    monkeypatch.setattr(
+        "radlads.flows.cli.plan.plan_offline", lambda *_, **__: (_ for _ in ()).throw(launch.JobFailed("it was read"))
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -195,7 +197,7 @@ def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "/data/plan.json")
 
-    monkeypatch.setattr(cli, "plan_offline", full)
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", full)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert (code, err) == (2, "error: /data/plan.json: no space is left; free some, or choose another place\n")
 
@@ -205,7 +207,7 @@ def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
         log.write_text("Traceback: a bug\n")
         return 139
 
-    monkeypatch.setattr(cli, "plan_offline", plan_view.plan_offline)
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", plan_view.plan_offline)
     monkeypatch.setattr(launch, "run_process", crash)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == 1
