@@ -27,7 +27,7 @@ from radlads.tasks.contracts.recipe.recipe import list_recipes, load_recipe
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 from radlads.tasks.contracts.store.open import StoreError, open_store
-from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.launchers.launcher import JobCrashed
 
 app = typer.Typer(
     name="radlads",
