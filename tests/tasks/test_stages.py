@@ -26,12 +26,12 @@ from radlads.tasks.contracts.stages import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = {"align", "choose", "distill", "finetune", "pretrain", "evaluate", "needle", "transplant", "tokenize"}
+NAMES = set(STAGES) - {"plan", "publish"}  # which are words of other things as well
 SEARCHED = ("flows", "tasks", "model", "deployments", "benchmarks")
 # File → the stages that it may write as a literal, and why. Everything else asks the table.
 LITERALS = {
     "tasks/contracts/stages.py": NAMES,  # the table
-    "model/training/objectives.py": {"align", "distill", "finetune", "pretrain"},  # objectives by stage
+    "model/training/objectives.py": set(TRAINING_STAGES),  # objectives by stage
     "flows/cli.py": {"evaluate"},  # the command `radlads evaluate`
     "flows/demo.py": {"tokenize"},  # the beginning of a label
     "tasks/jobs/choose/choose.py": {"choose"},  # the key of choose.json, the recipe's own
