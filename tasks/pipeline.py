@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef
 from radlads.tasks.contracts.locks.lease import Lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.files import file_errors
@@ -22,9 +22,11 @@ from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_reci
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.contracts.specs import PlanReport, StageSpec
+from radlads.tasks.contracts.stages import STUDENT_STAGES, Stage, stage_info
 from radlads.tasks.contracts.store.open import Store, StoreError, open_store, store_id
 from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
-from radlads.tasks.launchers.local import machine_resources
+from radlads.tasks.launchers.launcher import Launcher
+from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.mirror import recipe_params, sync_run
 from radlads.tasks.stage import Product, StageRequest
@@ -39,7 +41,7 @@ class Pipeline:
     parent: the MLflow run of the whole pipeline; None while there is none. behind: MLflow lacks something of this run.
     """
 
-    def __init__(self, recipe: Recipe, run: str, settings: Settings) -> None:
+    def __init__(self, recipe: Recipe, run: str, settings: Settings, launcher: Launcher | None = None) -> None:
         self.recipe = recipe
         self.run = run
         self.settings = settings
@@ -48,7 +50,8 @@ class Pipeline:
         self.behind = False
         self._tried_at = -math.inf
         self.store = open_store(settings.store)
-        self.resources = machine_resources(recipe.resources)
+        self.launcher = launcher or find_launcher(recipe.resources.launcher)
+        self.resources = self.launcher.resources(recipe.resources)
 
     @property
     def is_lost(self) -> bool:
@@ -86,8 +89,9 @@ class Pipeline:
             lease=self.lease,
             grace_seconds=self.settings.grace_seconds,
             content_cache=self.settings.content_cache,
+            launcher=self.launcher,
         )
-        if stage != "tokenize":
+        if not stage_info(stage).shared:
             return request
         digest = request.digest
         return StageRequest(
@@ -113,12 +117,14 @@ def open_pipeline(
     store: str | None = None,
     tracking: str | None = None,
     work: str | None = None,
+    launcher: Launcher | None = None,
 ) -> Iterator[Pipeline]:
     """Check the recipe first of all, then open the store and MLflow, and close the MLflow run as the block ends.
 
     While the block runs, no other process makes the run: neither one that reaches the store, nor one on this machine.
     recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
-    and the first part of `run_id`, which must be the same when the run is retried. Raises UserError, such as RunHeld.
+    and the first part of `run_id`, which must be the same when the run is retried. launcher: instead of the
+    one that the recipe names. Raises UserError, such as RunHeld.
     """
     refuse_credentials(store=store, tracking=tracking)
     if isinstance(recipe, Recipe):
@@ -129,7 +135,7 @@ def open_pipeline(
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pipeline = Pipeline(asked, name, settings)
+    pipeline = Pipeline(asked, name, settings, launcher)
     folder = settings.work / name
     with Lease(pipeline.store, name, folder) as lease, hold_folder(folder, "lock", what=f"the folder of run '{name}'"):
         pipeline.lease = lease
@@ -193,7 +199,7 @@ def finished_students(store: Store, run: str) -> dict[str, Product]:
     """Stage → model of a run, in the stages' order. Raises UserError where it has none."""
     check_run_name(run)
     found = {}
-    for stage in ("transplant", "align", "choose", "distill", "finetune"):
+    for stage in STUDENT_STAGES:
         key = f"runs/{run}/{stage}"
         manifest = store.read_manifest(key)
         if manifest is not None:

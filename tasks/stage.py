@@ -12,14 +12,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, TrackingRef
 from radlads.tasks.contracts.locks.lease import Lease, LeaseLost
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.specs import StageSpec, spec_digest
+from radlads.tasks.contracts.stages import Stage
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import StageConflict, StoreError, conflict, older_schema
-from radlads.tasks.launchers.local import JobCrashed, launch
+from radlads.tasks.launchers.launcher import JobCrashed, Launcher
 from radlads.tasks.launchers.progress import Progress
+from radlads.tasks.launchers.registry import LAUNCHERS
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
@@ -33,7 +35,7 @@ class StageRequest:
 
     inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
     machine, kept until it is committed so that a retry can go on from it. lease: under which nobody else makes the run.
-    content_cache: see tasks/contracts/pins/content.py.
+    content_cache: see tasks/contracts/pins/content.py. launcher: what starts the job.
     """
 
     stage: Stage
@@ -48,6 +50,7 @@ class StageRequest:
     grace_seconds: float = 60.0
     lease: Lease | None = None
     content_cache: Path | None = None
+    launcher: Launcher = LAUNCHERS["local"]
 
     @property
     def digest(self) -> str:
@@ -121,7 +124,7 @@ def _make(
     restore_record(store, key, request.scratch)
     try:
         with slot or nullcontext():
-            launch(spec, on_progress=_while_ours(lease, on_progress), grace_seconds=request.grace_seconds)
+            request.launcher.run(spec, on_progress=_while_ours(lease, on_progress), grace_seconds=request.grace_seconds)
     finally:
         if _is_ours(lease):
             _keep_papers(store, key, request.scratch)

@@ -14,7 +14,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.files import explain_os_error
 from radlads.tasks.contracts.store.open import StoreError
-from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.launchers.launcher import JobCrashed
 
 __all__ = ["app", "main", "parse_overrides"]
 
