@@ -25,7 +25,7 @@ from radlads.tasks.contracts.settings import resolve_settings
 PROGRAM = """
     import sys
     from pathlib import Path
-    from radlads.tasks import launch
+    from radlads.tasks.launchers import local as launch
     from radlads.flows import cli
     program, mode, *sys.argv[1:] = sys.argv[1:]
     launch.render_command = lambda spec, job_json, **_: [sys.executable, program, mode, str(job_json)]

@@ -34,8 +34,9 @@ SCENARIOS = {  # name → the least number of steps that are on record when the 
 DRIVER = """
 import json, os, signal, sys
 import deepspeed
-from radlads.tasks.jobs import checkpoint, train
+from radlads.tasks.jobs.checkpoints import checkpoint
 from radlads.tasks.jobs.common import run_job
+from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.contracts.store.open import LocalStore
 
