@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files that share servers, which the first of them starts: they stay in one process of `pytest -n 2`.
-SHARE_SERVERS = {
-    "flows": ("convert", "deployments", "foreground", "retry", "services", "ui_retry", "zombies"),
-    "tasks": ("credentials", "disk", "lease", "stage", "store", "store_faults", "store_local", "store_s3"),
-}
+# What a process of `pytest -n` takes as a whole: these folders, whose tests share servers, and any other file.
+FOLDERS_WITH_SERVERS = ("flows", "tasks")
 # What takes longest begins first, so that both processes end together; the order of the rest does not matter.
-BEGIN = (
-    "flows/",
+LONG = (
+    *FOLDERS_WITH_SERVERS,
+    "kernels/test_linear_kl_triton.py",
+    "kernels/test_wkv7_triton.py",
+    "jobs/test_recipes_run.py",
+    "jobs/test_train_launched.py",
 )
 
 
@@ -38,16 +42,37 @@ def shared_data() -> Path:
     return folder
 
 
-def place_of(nodeid: str) -> str:
-    """`folder/name` of a test's file, without `test_`."""
-    path = Path(nodeid.split("::")[0])
-    return f"{path.parent.name}/{path.stem.removeprefix('test_')}"
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """warm_python(*modules, **environment): a Python that has imported them and forks for each program it is given.
+
+    For programs whose start is not what a test is about; see tests/warm_python.py for what it answers.
+    """
+    path = ROOT / "tests" / "warm_python.py"
+    spec = importlib.util.spec_from_file_location("warm_python", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    running: dict[Any, Any] = {}
+
+    def warm(*modules: str, **environment: str) -> Any:
+        key = (modules, *environment.items())
+        if key not in running:
+            running[key] = module.WarmPython(tmp_path_factory.mktemp("programs"), modules, **environment)
+        return running[key]
+
+    yield warm
+    for one in running.values():
+        one.close()
 
 
 def unit_of(nodeid: str) -> str:
-    """What a process of `pytest -n` takes as a whole: a file, or all files that share servers."""
-    folder, _, name = place_of(nodeid).partition("/")
-    return folder if name in SHARE_SERVERS.get(folder, ()) else f"{folder}/{name}"
+    """The folder or file that a test belongs to, under tests/."""
+    file = nodeid.split("::")[0].removeprefix("tests/")
+    folder = file.split("/")[0]
+    return folder if folder in FOLDERS_WITH_SERVERS else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -65,7 +90,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: BEGIN.index(unit) if (unit := unit_of(item.nodeid)) in BEGIN else len(BEGIN))
+        items.sort(key=lambda item: [*LONG, unit_of(item.nodeid)].index(unit_of(item.nodeid)))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -2,64 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-COMPILER = """
-import json, os, sys, traceback
-import radlads.kernels.shared.offline
-for line in sys.stdin:
-    code, log = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        for stream in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        try:
-            exec(code)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 @pytest.fixture(scope="session")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], None]]:
-    """compiler(code): run code that compiles kernels in a process of its own, whose imports are made once for all.
-
-    Each piece of code runs in a fork: the offline compiler swaps Triton's driver for good. Triton's cache is a new one.
-    """
-    folder = tmp_path_factory.mktemp("compiler")
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMPILER],
-        env={**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    count = 0
+def compiler(warm_python: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """compiler(code): run code that compiles kernels, in a process of its own: it swaps Triton's driver for good."""
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    python = warm_python("radlads.kernels.shared.offline", TRITON_CACHE_DIR=cache)
 
     def run(code: str) -> None:
-        nonlocal count
-        count += 1
-        log = folder / f"{count}.txt"
-        print(json.dumps([code, str(log)]), file=process.stdin, flush=True)
-        answer = process.stdout.readline().strip()
-        assert answer == "0", (answer, log.read_text()[-4000:] if log.exists() else "the compiler ended")
+        python.run("-c", code)
 
-    yield run
-    process.stdin.close()
-    process.wait()
+    return run
 
 
 @pytest.fixture
