@@ -39,7 +39,7 @@ demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and 
 install: $(DEV_STAMP) $(RELEASES_STAMP)  ## What tests need, into .venv and .venv-transformers
 
 test: install  ## All tests that need no GPU, in two processes (PROCESSES=n for others)
-	$(BIN)/python -m pytest -n $(PROCESSES)
+	$(BIN)/python -m pytest -n $(PROCESSES) --durations=20
 
 drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md

@@ -5,11 +5,13 @@ Run as a program, it is that Python: `python tests/warm_python.py MODULE...`, wh
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ class Program:
 
     def wait(self) -> int:
         """Its exit code, negative for a signal."""
-        return int(self.server.ask({"wait": self.pid}))
+        code = int(self.server.ask({"wait": self.pid}))
+        self.server.running.discard(self.pid)
+        return code
 
     @property
     def output(self) -> str:
@@ -39,6 +43,7 @@ class WarmPython:
 
     def __init__(self, folder: Path, modules: tuple[str, ...], **environment: str) -> None:
         self._folder, self._count = folder, 0
+        self.running: set[int] = set()
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__, *modules], env=os.environ | environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -50,7 +55,9 @@ class WarmPython:
         log = self._folder / f"{self._count}.txt"
         log.touch()
         more = {"arguments": arguments, "env": env or {}, "cwd": str(cwd or self._folder), "log": str(log)}
-        return Program(self, int(self.ask(more)), log)
+        program = Program(self, int(self.ask(more)), log)
+        self.running.add(program.pid)
+        return program
 
     def run(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
         """What the program printed; fails unless it ends well."""
@@ -62,12 +69,21 @@ class WarmPython:
     def ask(self, task: dict[str, Any]) -> str:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(task), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        try:
+            print(json.dumps(task), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BaseException:  # the test's time is up: the next answer would be to this question
+            self.close()
+            raise
         assert answer, f"it ended with {self._process.wait()}"
         return answer
 
     def close(self) -> None:
+        """End it, and what a test that failed has left running."""
+        for pid in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.running.clear()
         self._process.communicate()
 
 
