@@ -1,4 +1,5 @@
-# The two commands: `make demo` runs the main job, `make test` passes the tests. Both install what they need into .venv.
+# The two commands: `make demo` runs the main job, `make test` passes the tests. Both install what they need into .venv,
+# byte code aside: Python writes that for what it imports, a fraction of what is installed.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,9 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 RELEASES_STAMP := .venv-transformers/.installed
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test drill lint typecheck services-down clean
+.PHONY: help demo install test drill lint style types services-down clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,11 +21,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(STAMP)
 
 $(RELEASES_STAMP): $(DEV_STAMP) tests/releases.py
@@ -34,15 +36,21 @@ $(RELEASES_STAMP): $(DEV_STAMP) tests/releases.py
 demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and MLflow pages on loopback
 	$(BIN)/radlads demo
 
-test: $(DEV_STAMP) $(RELEASES_STAMP)  ## All tests that need no GPU
-	$(BIN)/python -m pytest
+install: $(DEV_STAMP) $(RELEASES_STAMP)  ## What tests need, into .venv and .venv-transformers
+
+test: install  ## All tests that need no GPU, in two processes (PROCESSES=n for others)
+	$(BIN)/python -m pytest -n $(PROCESSES) --durations=20
 
 drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
-lint: $(DEV_STAMP)  ## Style, and types of the control plane
+lint: style types  ## Style, and types of the control plane
+
+style: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP)
 	@mkdir -p .typecheck && ln -sfn .. .typecheck/radlads
 	MYPYPATH=.typecheck $(BIN)/mypy -p radlads.tasks -p radlads.flows
 
