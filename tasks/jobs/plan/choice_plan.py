@@ -22,7 +22,7 @@ from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe, Student
 from radlads.tasks.jobs.choose.choice_probe import check_probe
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.cost import stage_cost
-from radlads.tasks.jobs.plan.memory import Networks, judging_memory
+from radlads.tasks.jobs.plan.memory import NetworkSizes, judging_memory
 
 # Of a device's memory: as the other stages of a plan have it.
 _USABLE = 0.95
@@ -81,7 +81,7 @@ def difficulty_weights(section: Difficulty) -> DifficultyWeights:
 def choice_stage(
     choice: AttentionChoice,
     recipe: Recipe,
-    networks: Networks,
+    networks: NetworkSizes,
     device: dict[str, Any],
     resources: JobResources,
     findings: Findings,

@@ -40,7 +40,7 @@ StageName = Literal["pretrain", "align", "distill", "finetune", "evaluate", "nee
 
 
 @dataclass(frozen=True)
-class Networks:
+class NetworkSizes:
     """Sizes of teacher and student, counted on the meta device."""
 
     num_layers: int
@@ -92,7 +92,7 @@ class Networks:
 def training_memory(
     stage: StageName,
     section: Training,
-    networks: Networks,
+    networks: NetworkSizes,
     resources: JobResources,
     *,
     teacher_bits: FrozenBits = 16,
@@ -135,7 +135,7 @@ def training_memory(
     return memory | {"total": sum(memory.values()), "host": host}
 
 
-def judging_memory(section: Evaluate | Needle, networks: Networks, resources: JobResources) -> Memory:
+def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources) -> Memory:
     """Bytes on one device while teacher and one student are scored beside each other."""
     word = word_bytes("auto", resources)
     length = section.context if isinstance(section, Evaluate) else max(section.lengths)
@@ -165,7 +165,7 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
     return matrices * word - matrices - matrices * word // _GROUP
 
 
-def _activations(stage: StageName, part: Training, networks: Networks, resources: JobResources, word: int) -> int:
+def _activations(stage: StageName, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """Bytes that the sequences of one forward pass keep, at most."""
     sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
     tokens, of = sequences * part.context, networks.layer_bytes[word]
@@ -185,7 +185,7 @@ def _activations(stage: StageName, part: Training, networks: Networks, resources
     return tokens * (each + largest + mlp)
 
 
-def _logits(section: Training, networks: Networks, resources: JobResources, word: int) -> int:
+def _logits(section: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
     head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
     tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)

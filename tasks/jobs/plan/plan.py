@@ -45,7 +45,7 @@ from radlads.tasks.jobs.plan.checks import (
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
-from radlads.tasks.jobs.plan.memory import Memory, Networks, judging_memory
+from radlads.tasks.jobs.plan.memory import Memory, NetworkSizes, judging_memory
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
@@ -247,7 +247,7 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 def _plan_stages(
     recipe: Recipe,
     resources: JobResources,
-    networks: Networks,
+    networks: NetworkSizes,
     device: dict[str, Any],
     epochs: dict[str, float | None],
     findings: Findings,

@@ -9,7 +9,7 @@ from typing import Any
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
-from radlads.tasks.jobs.plan.memory import Memory, Networks, StageName, judging_memory, training_memory, word_bytes
+from radlads.tasks.jobs.plan.memory import Memory, NetworkSizes, StageName, judging_memory, training_memory, word_bytes
 
 _GIB = 1024**3
 # A change that saves less than this share is not worth telling.
@@ -28,17 +28,17 @@ class Setting:
     teacher_bits: FrozenBits = 16
     mlp_bits: FrozenBits = 16
 
-    def memory(self, networks: Networks) -> Memory:
+    def memory(self, networks: NetworkSizes) -> Memory:
         """As training_memory."""
         bits = {"teacher_bits": self.teacher_bits, "mlp_bits": self.mlp_bits}
         return training_memory(self.stage, self.section, networks, self.resources, **bits)
 
-    def need(self, networks: Networks) -> int:
+    def need(self, networks: NetworkSizes) -> int:
         """Bytes on one device."""
         return self.memory(networks)["total"]
 
 
-def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
+def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> str:
     """The changes that together bring a stage under `limit` bytes, or the least that it can be brought to.
 
     Those that change no result come first; each is kept only if the rest does not do without it.
@@ -68,7 +68,7 @@ def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
 
 
 def what_would_help_judging(
-    stage: str, section: Evaluate | Needle, networks: Networks, resources: JobResources, limit: float
+    stage: str, section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources, limit: float
 ) -> str:
     """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it takes."""
     batch = section.batch
