@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from radlads.flows import services
+from radlads.flows import openmose, services
 from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.flows.service_password import password_file
@@ -40,6 +40,8 @@ services_app = typer.Typer(
     help="The Prefect server, its worker and the MLflow server, on loopback.", no_args_is_help=True
 )
 app.add_typer(services_app, name="services")
+app.command("import-openmose")(openmose.import_openmose)
+app.command("export-openmose")(openmose.export_openmose)
 
 _TWIN = "tiny-"
 _out = Console()

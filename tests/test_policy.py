@@ -12,6 +12,7 @@ FOLDERS = ("flows", "tasks", "model", "kernels", "deployments")
 # Files that may read the environment: where settings enter, and the rank variables that the DeepSpeed launcher sets.
 READS_ENVIRONMENT = {
     "tasks/launchers/local.py",
+    "tasks/launchers/program.py",
     "tasks/contracts/settings.py",
     "tasks/launchers/supervise.py",
     "flows/services.py",
