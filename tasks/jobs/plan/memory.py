@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.jobs.plan.activations import LayerBytes
+from radlads.tasks.jobs.train.engine import BUCKET_ELEMENTS
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
-# Elements that travel in one reduction (jobs/engine.py).
-_BUCKET = 50_000_000
-# Numbers that share a scale in 8 bit (model/training/quantized.py).
-_GROUP = 128
+# A device is never quite full: fragmentation, and estimates that are a little off.
+USABLE = 0.95
 # GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
 _OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
 
@@ -127,7 +127,7 @@ def training_memory(
         "teacher": teacher if taught else 0,
         "activations": activations,
         "logits": logits,
-        "buffers": min(_BUCKET, trainable) * (word + 4)
+        "buffers": min(BUCKET_ELEMENTS, trainable) * (word + 4)
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
         + max(0, gradients - activations - logits),
         "overhead": _OVERHEAD_BYTES[resources.device],
@@ -162,7 +162,7 @@ def word_bytes(precision: str, resources: JobResources) -> int:
 
 
 def _saved_by_8_bit(matrices: int, word: int) -> int:
-    return matrices * word - matrices - matrices * word // _GROUP
+    return matrices * word - matrices - matrices * word // GROUP
 
 
 def _activations(stage: StageName, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:

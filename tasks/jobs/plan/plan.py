@@ -45,7 +45,7 @@ from radlads.tasks.jobs.plan.checks import (
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
-from radlads.tasks.jobs.plan.memory import Memory, NetworkSizes, judging_memory
+from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
@@ -53,9 +53,6 @@ from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
 logger = logging.getLogger("radlads")
-
-# A device is never quite full: fragmentation, and estimates that are a little off.
-_USABLE = 0.95
 
 
 def main(job: Job) -> dict[str, Any]:
@@ -253,7 +250,7 @@ def _plan_stages(
     findings: Findings,
 ) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
-    limit = _USABLE * device["memory_bytes"]
+    limit = USABLE * device["memory_bytes"]
     for stage in ("pretrain", "align", "distill", "finetune"):
         section = getattr(recipe, stage)
         if section is None:

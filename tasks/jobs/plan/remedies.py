@@ -9,13 +9,19 @@ from typing import Any
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
-from radlads.tasks.jobs.plan.memory import Memory, NetworkSizes, StageName, judging_memory, training_memory, word_bytes
+from radlads.tasks.jobs.plan.memory import (
+    USABLE,
+    Memory,
+    NetworkSizes,
+    StageName,
+    judging_memory,
+    training_memory,
+    word_bytes,
+)
 
 _GIB = 1024**3
 # A change that saves less than this share is not worth telling.
 _WORTH = 0.02
-# Of a device's memory: as the plan has it.
-_USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
     told = ", ".join(label for label, _ in chosen)
     size, host = f"{now.need(networks) / _GIB:.0f} GiB", now.memory(networks)["host"]
     size += f" and {host / _GIB:.0f} GiB of host memory each" if host else ""
-    whole = f"GPUs of {-(-setting.need(networks) // _GIB) / _USABLE:.0f} GiB"
+    whole = f"GPUs of {-(-setting.need(networks) // _GIB) / USABLE:.0f} GiB"
     if not told:
         return whole
     enough = f"then {size}" if now.need(networks) <= limit else f"then {size}, which is not enough yet"
@@ -77,7 +83,7 @@ def what_would_help_judging(
         if judging_memory(section.model_copy(update={"batch": batch}), networks, resources)["total"] <= limit:
             return f"{stage}.batch: {batch}"
     least = judging_memory(section.model_copy(update={"batch": 1}), networks, resources)["total"]
-    return f"GPUs of {-(-least // _GIB) / _USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
+    return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
 
 
 def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
