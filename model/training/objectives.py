@@ -23,6 +23,7 @@ from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.teacher.load import backbone, find_family
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
 from radlads.model.training.lora import lora_trains
+from radlads.model.training.mixer_parts import mixer_parts
 from radlads.model.training.probe import AttentionProbe
 from radlads.model.training.settings import (
     AlignSettings,
@@ -33,7 +34,6 @@ from radlads.model.training.settings import (
     ObjectiveSettings,
     SectionSettings,
 )
-from radlads.model.training.trainable import mixer_parts
 from radlads.tasks.contracts.errors import UserError
 
 Metrics = dict[str, Tensor]

@@ -30,7 +30,7 @@ from radlads.tasks.jobs.plan import remedies
 from radlads.tasks.jobs.plan.memory import NetworkSizes, training_memory
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
-from radlads.tasks.jobs.train.frozen import hold_student, hold_teacher
+from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
 GIB = 1024**3

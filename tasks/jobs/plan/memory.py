@@ -2,7 +2,7 @@
 
 P parameters that train, N processes, w bytes of a number in the precision of the stage (2 in bf16):
 
-    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds (jobs/frozen.py)
+    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where asked

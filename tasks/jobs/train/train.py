@@ -23,9 +23,9 @@ from radlads.tasks.jobs.origin import check_training
 from radlads.tasks.jobs.train.calibrate import calibrate_student
 from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
-from radlads.tasks.jobs.train.labels import check_labels
-from radlads.tasks.jobs.train.networks import Networks, export_model, load_networks
+from radlads.tasks.jobs.train.label_check import check_labels
 from radlads.tasks.jobs.train.steps import Step, optimizer_steps
+from radlads.tasks.jobs.train.training_models import Networks, export_model, load_networks
 from radlads.tasks.jobs.train.training_report import memory_bytes, write_report
 
 logger = logging.getLogger("radlads")
