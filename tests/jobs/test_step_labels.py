@@ -30,7 +30,7 @@ from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
-from radlads.tasks.jobs.train.labels import check_labels
+from radlads.tasks.jobs.train.label_check import check_labels
 
 CPU = torch.device("cpu")
 SEQUENCES, CONTEXT, VOCABULARY = 4, 24, 400

@@ -21,7 +21,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.sections import Dataset, FilesSource, RecallSource
 from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.data import spool, tokens
+from radlads.tasks.jobs.data import encoded_documents, tokens
 from radlads.tasks.jobs.data.encode import Encoder
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.data.text.chat import Rendered, open_chat_template
@@ -174,7 +174,7 @@ def test_a_part_that_was_not_finished_is_forgotten(
     expected = hashes(Path(whole.spec.output_uri))
     (Path(whole.spec.output_uri) / "manifest.json").unlink()
     torn = make_job("tokenize", spec, scratch="torn")
-    write_sheet, written = spool.write_json, []
+    write_sheet, written = encoded_documents.write_json, []
 
     def failing(path: Path, value: Any) -> None:
         if len(written) == 2:
@@ -182,10 +182,10 @@ def test_a_part_that_was_not_finished_is_forgotten(
         written.append(value["parts"])
         write_sheet(path, value)
 
-    monkeypatch.setattr(spool, "write_json", failing)
+    monkeypatch.setattr(encoded_documents, "write_json", failing)
     with pytest.raises(OSError, match="no space"):
         tokens.main(torn)
-    monkeypatch.setattr(spool, "write_json", write_sheet)
+    monkeypatch.setattr(encoded_documents, "write_json", write_sheet)
     (folder,) = (torn.scratch / "encoded").iterdir()
     assert (folder / "ids.bin").stat().st_size > 4 * json.loads((folder / "spool.json").read_text())["sizes"]["ids"]
     run_main(tokens.main, make_job("tokenize", spec, scratch="torn"))
@@ -196,7 +196,7 @@ def test_any_number_of_parts_takes_a_few_maps_and_handles(
     make_job: MakeJob, run_main: Any, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tokens, "_PART_BYTES", 1)
-    monkeypatch.setattr(spool.os, "fsync", lambda _: None)
+    monkeypatch.setattr(encoded_documents.os, "fsync", lambda _: None)
     write = tokens.write_dataset
     maps: list[int] = []
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.document import one_line
 
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+"""What the operating system says where there is no room."""
 _CURES = {
     errno.ENOSPC: "no space is left; free some, or choose another place",
     errno.EDQUOT: "the quota is used up; free some space, or choose another place",
@@ -23,6 +25,8 @@ _CURES = {
     errno.EISDIR: "this is a folder, not a file",
     errno.ELOOP: "its links go in a circle",
 }
+MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL_DISK}
+"""Refusals that another place, permissions or more room would mend."""
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from radlads.tasks.contracts.errors import UserError, first_line
 from radlads.tasks.contracts.pins.content import walk_files
 
 
-class _Plain(yaml.SafeLoader):
+class _TaskLoader(yaml.SafeLoader):
     """Reads the harness's YAML without running what its tags name."""
 
 
-_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def outside_files(folder: Path, yaml_names: Sequence[str]) -> list[tuple[str, Path]]:
@@ -42,7 +42,7 @@ def outside_files(folder: Path, yaml_names: Sequence[str]) -> list[tuple[str, Pa
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
     return config if isinstance(config, dict) else {}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, Place, Reads, Section
+from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
 from radlads.tasks.contracts.recipe.training import Rate, Schedule, Training
 
 
@@ -186,6 +187,6 @@ class Pretrain(Training):
 
 
 def _check_lora(section: Training, lora: Lora | None) -> None:
-    adapted = sorted({"gate_proj", "up_proj", "down_proj", "gate_up_proj"} & set(lora.targets)) if lora else []
+    adapted = sorted(MLP_PROJECTIONS & set(lora.targets)) if lora else []
     if adapted and "mlp" in section.freeze:
         raise ValueError(f"lora.targets has {adapted[0]}, but freeze has mlp")

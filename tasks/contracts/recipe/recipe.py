@@ -8,7 +8,6 @@ beyond those the user wrote.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from radlads.tasks.contracts.errors import did_you_mean
 from radlads.tasks.contracts.parsing.credentials import find_secret, hide
 from radlads.tasks.contracts.parsing.document import MOST_BYTES, DocumentError, one_line, plain_values, shown
 from radlads.tasks.contracts.parsing.files import file_errors
@@ -90,7 +90,6 @@ __all__ = [
 
 
 _MOST_FAULTS = 20
-_LONGEST_WORD = 64
 
 
 class RecipeError(DocumentError):
@@ -164,7 +163,7 @@ def _read_data(name_or_path: str, where: str) -> bytes:
     known = list_recipes()
     if name_or_path not in known:
         raise RecipeError(
-            f"no recipe named '{where}'{_did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
+            f"no recipe named '{where}'{did_you_mean(name_or_path, known)} (`radlads recipes` lists the "
             "shipped ones; a file of your own is given by its path, ending in .yaml)"
         )
     return (resources.files("radlads.deployments") / "recipes" / f"{name_or_path}.yaml").read_bytes()
@@ -217,7 +216,7 @@ def _explain(fault: Any, raw: Any) -> str:
     place = one_line(".".join(location), 200) or "recipe"
     if fault["type"] == "extra_forbidden":
         word = location[-1]
-        return f"{place}: unknown key '{one_line(word, 60)}'{_did_you_mean(word, _known_keys(fault['loc'][:-1]))}"
+        return f"{place}: unknown key '{one_line(word, 60)}'{did_you_mean(word, _known_keys(fault['loc'][:-1]))}"
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
     given = fault.get("input")
     told = f" (given: {shown(given)})" if isinstance(given, str | int | float | bool) else ""
@@ -242,10 +241,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    if len(word) > _LONGEST_WORD:
-        return ""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""

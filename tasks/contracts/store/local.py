@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from radlads.tasks.contracts.job import FileEntry, StoreRef
+from radlads.tasks.contracts.parsing.files import MENDABLE
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError, StoreUnusable, corrupt
 from radlads.tasks.contracts.store.files import TEMPORARY, hash_file, parallel, place_file, read_blocks
 from radlads.tasks.contracts.store.names import check_key, place_of
 
 _LOCKS = ".locks"
-_USERS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -35,7 +35,7 @@ def _plain(method: Callable[Concatenate[LocalStore, _P], _R]) -> Callable[Concat
         try:
             return method(self, *args, **kwargs)
         except OSError as error:
-            kind = StoreUnusable if error.errno in _USERS else StoreError
+            kind = StoreUnusable if error.errno in MENDABLE else StoreError
             place = error.filename or self.root
             raise kind(f"the store {self.root}: {error.strerror or error}: {place}") from error
 

@@ -24,10 +24,10 @@ from radlads.tasks.contracts.recipe.recipe import FilesSource, HubSource, Sample
 from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.data.encode import Encoder, Part
+from radlads.tasks.jobs.data.encoded_documents import Spool
 from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.sampling import sample_sources
 from radlads.tasks.jobs.data.shards import Layout, write_dataset
-from radlads.tasks.jobs.data.spool import Spool
 from radlads.tasks.jobs.data.text.documents import Document
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
 

@@ -18,7 +18,7 @@ from radlads.tasks.jobs.common import Job
 
 
 @dataclass(frozen=True)
-class Product:
+class ReportedProduct:
     """One committed product."""
 
     name: str
@@ -39,29 +39,30 @@ class Products:
     def __init__(self, job: Job) -> None:
         self._job = job
         self.all = [
-            Product(name, job.store.key(ref.uri), job.input_manifest(name)) for name, ref in job.spec.inputs.items()
+            ReportedProduct(name, job.store.key(ref.uri), job.input_manifest(name))
+            for name, ref in job.spec.inputs.items()
         ]
         self.datasets = self._find_datasets()
 
-    def of_stage(self, stage: str) -> Product | None:
+    def of_stage(self, stage: str) -> ReportedProduct | None:
         """The product of a stage; None where the run does not have it."""
         return next((product for product in self.all if product.manifest.stage == stage), None)
 
     @property
-    def stages(self) -> list[Product]:
+    def stages(self) -> list[ReportedProduct]:
         """Every product but the datasets, models in the order of the pipeline."""
         order = (name for name, stage in STAGES.items() if not stage.shared)
         return [product for name in order if (product := self.of_stage(name)) is not None]
 
     @property
-    def final(self) -> Product:
+    def final(self) -> ReportedProduct:
         """The last model of the run. Raises UserError when there is none."""
         models = [product for stage in MODEL_STAGES if (product := self.of_stage(stage)) is not None]
         if not models:
             raise UserError("publish needs a model: none of its inputs comes from a stage that makes one")
         return models[-1]
 
-    def _find_datasets(self) -> list[Product]:
+    def _find_datasets(self) -> list[ReportedProduct]:
         """The datasets that were given, and those that the given products were made from."""
         found = {p.manifest.digest: p for p in self.all if p.manifest.stage == TOKENIZE.name}
         for product in self.all:
@@ -71,7 +72,7 @@ class Products:
                 prefix = self._job.store.key(ref.uri)
                 manifest = self._job.store.read_manifest(prefix)
                 if manifest is not None:
-                    found[ref.digest] = Product(name, prefix, manifest)
+                    found[ref.digest] = ReportedProduct(name, prefix, manifest)
         return list(found.values())
 
     def sheet(self, stage: str, file: str) -> dict[str, Any] | None:

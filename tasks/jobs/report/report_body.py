@@ -21,7 +21,7 @@ from radlads.tasks.jobs.report.number_format import (
     prompt_note,
     rate_of,
 )
-from radlads.tasks.jobs.report.products import Product, Products
+from radlads.tasks.jobs.report.products import Products, ReportedProduct
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Picture, Table, Text, Verdict
 
 _SOURCE = "source"
@@ -259,7 +259,7 @@ def _cost(products: Products, recipe: Recipe) -> list[Block]:
     return [Heading("Plan and reality"), Table(header, rows, caption, words=(_SOURCE,))]
 
 
-def gpu_hours(product: Product, planned: dict[str, Any]) -> float | None:
+def gpu_hours(product: ReportedProduct, planned: dict[str, Any]) -> float | None:
     """What a stage took, in GPU hours; None on a CPU."""
     metrics = product.manifest.metrics
     if metrics.get("gpu_hours"):

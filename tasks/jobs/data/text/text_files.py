@@ -6,7 +6,6 @@ JSON escapes, and NUL are found by one check, `clean`, with the file and the lin
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import io
 import json
@@ -19,7 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.errors import UserError, did_you_mean
 from radlads.tasks.jobs.sources import first_line
 
 MAX_CHARACTERS = 64 << 20
@@ -193,6 +192,4 @@ def damage(error: BaseException) -> str:
 def no_field(where: str, field: str, present: Iterable[str]) -> str:
     """The message for a field that is not there."""
     names = list(present)
-    close = difflib.get_close_matches(field, names, n=1, cutoff=0.6)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"{where} has no field '{field}'; it has: {', '.join(names) or 'none'}{hint}"
+    return f"{where} has no field '{field}'; it has: {', '.join(names) or 'none'}{did_you_mean(field, names)}"
