@@ -76,10 +76,10 @@ def legend() -> str:
         "Share of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N), "
         "6 N for finetune, N all the teacher's parameters; align has none: both shares are by matrices. By matrices: 2 "
         "for every number of a matrix in the forward pass, 2 for the gradient of its input (not of the teacher-forced "
-        "input of align's mixers), 2 for its own where it trains. Softmax attention's products of tokens with tokens, the "
-        "recurrence and recomputation count nowhere. Start-up: launch of the job to its first step. Stall: training "
-        f"stands still for a checkpoint, and its share at one in {_CHECKPOINT_INTERVAL} steps. Peak: allocated, the "
-        "largest of all ranks, over the measured steps.\n"
+        "input of align's mixers), 2 for its own where it trains. Softmax attention's products of tokens with tokens, "
+        "the recurrence and recomputation count nowhere. Start-up: launch of the job to its first step. Stall: "
+        f"training stands still for a checkpoint, and its share at one in {_CHECKPOINT_INTERVAL} steps. Peak: allocated, "
+        "the largest of all ranks, over the measured steps.\n"
     )
 
 

@@ -8,7 +8,16 @@ import os
 import sys
 from typing import NoReturn
 
-from radlads.flows.cli import demo, evaluate, openmose, plan, recipes, run, services, sync  # noqa: F401 - they register commands
+from radlads.flows.cli import (  # noqa: F401 - they register commands
+    demo,
+    evaluate,
+    openmose,
+    plan,
+    recipes,
+    run,
+    services,
+    sync,
+)
 from radlads.flows.cli.application import ERR, app, parse_overrides
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide

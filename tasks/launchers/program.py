@@ -11,7 +11,8 @@ from pathlib import Path
 from radlads.tasks.contracts.job import Sheet
 from radlads.tasks.contracts.parsing.files import write_private
 from radlads.tasks.contracts.recipe.recipe import Resources
-from radlads.tasks.launchers.local import JobCrashed, check_ending, job_environment, machine_resources, run_process
+from radlads.tasks.launchers.launcher import JobCrashed
+from radlads.tasks.launchers.local import LocalLauncher, check_ending, job_environment, run_process
 from radlads.tasks.launchers.progress import read_json
 
 _GRACE_SECONDS = 10.0
@@ -29,7 +30,7 @@ def run_program(name: str, program: str, request: Sheet) -> None:
         write_private(folder / "request.json", request.model_dump_json(indent=1))
         code = run_process(
             [sys.executable, "-m", program, str(folder / "request.json")],
-            env=job_environment(os.environ, machine_resources(Resources(device="cpu"))),
+            env=job_environment(os.environ, LocalLauncher().resources(Resources(device="cpu"))),
             cwd=folder,
             log=log,
             on_tick=lambda: None,
