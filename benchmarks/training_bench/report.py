@@ -78,8 +78,8 @@ def legend() -> str:
         "for every number of a matrix in the forward pass, 2 for the gradient of its input (not of the teacher-forced "
         "input of align's mixers), 2 for its own where it trains. Softmax attention's products of tokens with tokens, "
         "the recurrence and recomputation count nowhere. Start-up: launch of the job to its first step. Stall: "
-        f"training stands still for a checkpoint, and its share at one in {_CHECKPOINT_INTERVAL} steps. Peak: allocated, "
-        "the largest of all ranks, over the measured steps.\n"
+        f"training stands still for a checkpoint, and its share at one in {_CHECKPOINT_INTERVAL} steps. Peak: "
+        "allocated, the largest of all ranks, over the measured steps.\n"
     )
 
 
