@@ -86,10 +86,10 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "bytes in a binary column": ("a.parquet", parquet([b"one"]), {}, "row 1: the field 'text' holds a bytes"),
     "UTF-16": ("a.txt", "one".encode("utf-16"), {}, "UTF-16 or UTF-32, not UTF-8; convert"),
     "UTF-16 jsonl.gz": ("a.jsonl.gz", gzip.compress(GOOD.encode("utf-16")), {}, "UTF-16 or UTF-32"),
-    "cut parquet": ("a.parquet", PARQUET[:-20], {}, "after row 0: the file is damaged or cut short"),
-    "damaged parquet": ("a.parquet", b"PAR1" + b"\0" * 30 + PARQUET[34:], {}, "damaged or cut short"),
-    "no parquet": ("a.parquet", b"hello", {}, "damaged or cut short"),
-    "cut gz": ("a.txt.gz", gzip.compress(b"one two three" * 999)[:-30], {}, r"damaged or cut short.*fetch it again"),
+    "cut parquet": ("a.parquet", PARQUET[:-20], {}, "after row 0: the file is damaged or truncated"),
+    "damaged parquet": ("a.parquet", b"PAR1" + b"\0" * 30 + PARQUET[34:], {}, "damaged or truncated"),
+    "no parquet": ("a.parquet", b"hello", {}, "damaged or truncated"),
+    "cut gz": ("a.txt.gz", gzip.compress(b"one two three" * 999)[:-30], {}, r"damaged or truncated.*download it again"),
     "cut jsonl.gz": (
         "a.jsonl.gz",
         gzip.compress((GOOD * 9999).encode())[:-12],
@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a.txt.gz",
         gzip.compress(bytes(range(32, 127)) * 99)[:20] + b"\xaa" * 60,
         {},
-        "damaged or cut short",
+        "damaged or truncated",
     ),
     "no gz": ("a.jsonl.gz", GOOD.encode(), {}, "after line 0: the file is damaged"),
     "an array line": (
@@ -115,7 +115,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a.json",
         b'[\n{"text": "one"}\n]\n',
         {},
-        r"line 1: not valid JSON .*array; write its objects one a line",
+        r"line 1: not valid JSON .*array; write one object per line",
     ),
     "no JSON": ("a.jsonl", (GOOD + '{"text": one}\n').encode(), {}, r"line 2: not valid JSON .*character 10"),
     "a cut line": ("a.jsonl", (GOOD + '{"text": "tw').encode(), {}, "line 2: not valid JSON"),
@@ -140,11 +140,11 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "line 2 has no field 'text'; it has: body",
     ),
     "not text": ("a.jsonl", b'{"text": ["one"]}', {}, "line 1: the field 'text' holds a list"),
-    "an empty file": ("a.jsonl", b"", {}, "the file holds no document; leave it out"),
-    "a blank file": ("a.txt", b" \n\n", {}, "the file holds no document"),
-    "an empty gz": ("a.txt.gz", gzip.compress(b""), {}, "the file holds no document"),
-    "an empty parquet": ("a.parquet", parquet([], pa.string()), {}, "the file holds no document"),
-    "nothing but nulls": ("a.parquet", parquet([None, ""]), {}, "the file holds no document"),
+    "an empty file": ("a.jsonl", b"", {}, "the file contains no document; remove it from the source"),
+    "a blank file": ("a.txt", b" \n\n", {}, "the file contains no document"),
+    "an empty gz": ("a.txt.gz", gzip.compress(b""), {}, "the file contains no document"),
+    "an empty parquet": ("a.parquet", parquet([], pa.string()), {}, "the file contains no document"),
+    "nothing but nulls": ("a.parquet", parquet([None, ""]), {}, "the file contains no document"),
     "a message without role": (
         "a.jsonl",
         (chat("a") + '{"m": [{"content": "x"}]}').encode(),
@@ -270,7 +270,7 @@ def test_haystacks_are_read_by_the_same_rules(tmp_path: Path):
         load_filler([path])
     path = tmp_path / "hay.txt.gz"
     path.write_bytes(gzip.compress(b"One cat. Two dogs." * 99)[:-9])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         load_filler([path])
 
 
