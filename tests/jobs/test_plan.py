@@ -224,7 +224,7 @@ def test_a_choice_is_planned(recipe: Callable[..., Recipe], way: str, layers: tu
         ),
         (
             {"count": 1, "choose": "recall", "recall": {"lengths": [64], "context": 1024}},
-            "reads 1024 tokens at once, beyond the 512 positions",
+            "sequences of 1024 tokens, but the teacher has 512 positions",
         ),
     ],
 )
