@@ -58,7 +58,7 @@ def test_a_list_is_what_it_was():
         ({"count": 1, "choose": "difficulty", "difficulty": {"min_gap": 9}}, "min_gap must not be larger"),
         ("even", "give a list of layers, or {count: N, choose:"),
         ([-1], "counted from 0"),
-        ([1, 1], "names a layer twice"),
+        ([1, 1], "has a layer twice"),
     ],
 )
 def test_bad_choices_are_one_line(layers, words):
@@ -76,7 +76,7 @@ def test_a_choice_after_align_needs_align(way):
 
 
 def test_calibration_needs_align():
-    with pytest.raises(RecipeError, match="calibrate works at the start of align"):
+    with pytest.raises(RecipeError, match="calibrate needs an align stage"):
         recipe([1], align=None, student={"calibrate": {}})
 
 
