@@ -1,4 +1,4 @@
-# The two commands: `make demo` runs the main job, `make test` passes the tests. Both install what they need into .venv.
+# `make demo` converts the shipped teacher, `make test` runs the tests. Both install their requirements into .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -10,12 +10,12 @@ RELEASES_STAMP := .venv-transformers/.installed
 .DEFAULT_GOAL := help
 .PHONY: help demo test drill lint typecheck services-down clean
 
-help:  ## This list
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'radlads needs Python 3.11 or newer; set PYTHON=python3.x' >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo 'could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'could not create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
@@ -34,13 +34,13 @@ $(RELEASES_STAMP): $(DEV_STAMP) tests/releases.py
 demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and MLflow pages on loopback
 	$(BIN)/radlads demo
 
-test: $(DEV_STAMP) $(RELEASES_STAMP)  ## All tests that need no GPU
+test: $(DEV_STAMP) $(RELEASES_STAMP)  ## Run all tests that need no GPU
 	$(BIN)/python -m pytest
 
-drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes
+drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages; about 15 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
-lint: $(DEV_STAMP)  ## Style, and types of the control plane
+lint: $(DEV_STAMP)  ## Check style, and types of the control plane
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .typecheck && ln -sfn .. .typecheck/radlads
