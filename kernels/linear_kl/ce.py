@@ -68,10 +68,12 @@ class _LinearCe(torch.autograd.Function):
             want_head=grad and ctx.needs_input_grad[1],
             logits_dtype=logits_dtype,
         )
-        found = run_batch(batch, settings)
-        ctx.save_for_backward(found.grad_hidden, *found.grad_head)
+        result = run_batch(batch, settings)
+        ctx.save_for_backward(result.grad_hidden, *result.grad_head)
         ctx.dtypes = hidden_ND.dtype, head_VD.dtype
-        ce, smooth, accuracy = (x.sum() / divisor for x in (found.losses.nll, found.losses.smooth, found.losses.same))
+        ce, smooth, accuracy = (
+            x.sum() / divisor for x in (result.losses.nll, result.losses.smooth, result.losses.same)
+        )
         results = (1 - settings.smoothing) * ce + settings.smoothing * smooth, ce, accuracy, num_tokens
         ctx.mark_non_differentiable(*results[1:])
         return results

@@ -84,16 +84,26 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
         """Write the losses of a tile and the gradient of its logits."""
         labels, factor = (None if x is None else x[here] for x in (batch.labels, batch.ce_factor))
         theirs_here = None if theirs is None else teacher[here]
-        found = RowLosses(*(x[here] for x in losses))
+        losses_here = RowLosses(*(x[here] for x in losses))
         if fused is not None:
             fused(
-                hidden[here], batch.head, theirs_here, batch.teacher_head, labels, factor, z, y, grad, settings, found
+                hidden[here],
+                batch.head,
+                theirs_here,
+                batch.teacher_head,
+                labels,
+                factor,
+                z,
+                y,
+                grad,
+                settings,
+                losses_here,
             )
             return
         ours.logits(hidden[here], z)
         if theirs is not None:
             theirs.logits(theirs_here, y)
-        rows(z, y, labels, factor, grad, settings, found)
+        rows(z, y, labels, factor, grad, settings, losses_here)
 
     def fill_block(start: int, block: list[int]) -> Tensor | None:
         done = 0
@@ -201,10 +211,10 @@ class _Tiles:
             block: list[int] = []
             room = min(N, self.longest) if self.kept else min(N, self.longest, first)
             while room > 0:
-                left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
-                if block and left < max(_LEAST, first // 2):
+                tokens_left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
+                if block and tokens_left < max(_LEAST, first // 2):
                     break
-                block.append(min(self._round(left), room))
+                block.append(min(self._round(tokens_left), room))
                 room -= block[-1]
             blocks.append(block)
             N -= sum(block)

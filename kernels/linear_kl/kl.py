@@ -95,12 +95,12 @@ class _LinearKl(torch.autograd.Function):
             want_head=grad and ctx.needs_input_grad[1],
             logits_dtype=logits_dtype,
         )
-        found = run_batch(batch, settings)
-        ctx.save_for_backward(found.grad_hidden, *found.grad_head)
+        result = run_batch(batch, settings)
+        ctx.save_for_backward(result.grad_hidden, *result.grad_head)
         ctx.dtypes = student_ND.dtype, head_VD.dtype
-        kl = (found.losses.kl @ scale_N) * settings.student_temperature**2
-        ce = kl.new_zeros(()) if ratio_N is None else found.losses.nll @ (scale_N * ratio_N)
-        agreement = found.losses.same @ scale_N
+        kl = (result.losses.kl @ scale_N) * settings.student_temperature**2
+        ce = kl.new_zeros(()) if ratio_N is None else result.losses.nll @ (scale_N * ratio_N)
+        agreement = result.losses.same @ scale_N
         ctx.mark_non_differentiable(kl, ce, agreement)
         return kl_weight * kl + ce_weight * ce, kl, ce, agreement
 

@@ -1,7 +1,7 @@
 """The gradient of a head for NVIDIA Hopper: adds gradᵀ hidden of each block to an fp32 sum in memory.
 
 The product of a block is as large as the head: for a head of 152,064 × 4,096, adding it reads and writes 5 GB per
-block, which a library product does in between its products. Here a program hands its tile to the copy engine, which
+block, which a library product does between its multiplications. Here a program hands its tile to the copy engine, which
 adds it in memory (one addition per entry, so the result is deterministic), and continues with the next tile.
 
 Dims: n tokens of a block, V vocabulary, D width.

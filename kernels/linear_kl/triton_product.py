@@ -168,13 +168,13 @@ def label_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     known = (label >= 0) & (label < V)
-    found = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         k = start + tl.arange(0, BLOCK)
         x = tl.load(hidden + row * stride_hidden + k, mask=k < D, other=0.0).to(tl.float32)
         w = tl.load(head + label * stride_head + k, mask=(k < D) & known, other=0.0).to(tl.float32)
-        found += x * w
-    tl.store(of_label + row, tl.sum(found, 0))
+        products += x * w
+    tl.store(of_label + row, tl.sum(products, 0))
 
 
 @triton.jit

@@ -107,9 +107,9 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a.jsonl",
         (GOOD + "[1, 2]\n").encode(),
         {},
-        r"line 2: expected a JSON object .*, found an array",
+        r"line 2: expected a JSON object .*, got an array",
     ),
-    "a number line": ("a.jsonl", (GOOD + "\n17\n").encode(), {}, r"line 3: expected a JSON object .*, found a number"),
+    "a number line": ("a.jsonl", (GOOD + "\n17\n").encode(), {}, r"line 3: expected a JSON object .*, got a number"),
     "null": ("a.jsonl", b"null\n", {}, r"line 1: expected .* found null"),
     "an array over lines": (
         "a.json",

@@ -143,8 +143,8 @@ def choose_by_recall(
         done += 1
         job.progress(done, total, "passes")
 
-    def score(kept: tuple[int, ...], left: tuple[int, ...]) -> tuple[LayerScore, dict[int, LayerScore]]:
-        scored = [*(() if frozenset(kept) in known else (BEFORE,)), *left]
+    def score(kept: tuple[int, ...], remaining: tuple[int, ...]) -> tuple[LayerScore, dict[int, LayerScore]]:
+        scored = [*(() if frozenset(kept) in known else (BEFORE,)), *remaining]
         own = sum_layers(student, teacher, mine, kept=kept, candidates=scored, count=used, progress=passed)
         parts = gather(own, job.world_size)
         for layer in scored:
@@ -153,7 +153,7 @@ def choose_by_recall(
         before = known[frozenset(kept)].score()
         _check_finite(before)
         logger.info("with %s: recall %.3f nats, KL %.4f", list(kept) or "no layer", before.recall, before.kl)
-        return before, {layer: known[frozenset({*kept, layer})].score() for layer in left}
+        return before, {layer: known[frozenset({*kept, layer})].score() for layer in remaining}
 
     chosen, rounds = recall_layers(score, count, range(num_layers))
     theirs = sum(gather(teacher_recall(teacher, mine, count=used), job.world_size), Sums()).score()

@@ -20,13 +20,13 @@ def read_messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     Tool-call arguments given as JSON text are parsed.
     """
     if not isinstance(value, list | tuple):
-        raise UserError(f"{where}: expected a list of {{role, content}} messages, found {_kind(value)}")
+        raise UserError(f"{where}: expected a list of {{role, content}} messages, got {_kind(value)}")
     return tuple(_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1))
 
 
 def _message(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object with role and content, found {_kind(value)}")
+        raise UserError(f"{where}: expected an object with role and content, got {_kind(value)}")
     message = {key: item for key, item in value.items() if item is not None}
     if not isinstance(message.get("role"), str) or not message["role"].strip():
         hint = (

@@ -153,7 +153,7 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: not usable JSON: {first_line(error)}") from error
     if not isinstance(row, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(type(row), "a number")
-        raise UserError(f'{place}: expected a JSON object with fields, {{"text": ...}}, found {kind}')
+        raise UserError(f'{place}: expected a JSON object with fields, {{"text": ...}}, got {kind}')
     return row
 
 
