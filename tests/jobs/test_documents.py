@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         r"line 2: expected a JSON object .*, got an array",
     ),
     "a number line": ("a.jsonl", (GOOD + "\n17\n").encode(), {}, r"line 3: expected a JSON object .*, got a number"),
-    "null": ("a.jsonl", b"null\n", {}, r"line 1: expected .* found null"),
+    "null": ("a.jsonl", b"null\n", {}, r"line 1: expected .* got null"),
     "an array over lines": (
         "a.json",
         b'[\n{"text": "one"}\n]\n',
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         {"messages_field": "m"},
         "line 1: (its messages are nested too deeply|not usable JSON)",
     ),
-    "a chat as text": ("a.jsonl", b'{"m": "Hi"}', {"messages_field": "m"}, r"line 1: expected a list .* found text"),
+    "a chat as text": ("a.jsonl", b'{"m": "Hi"}', {"messages_field": "m"}, r"line 1: expected a list .* got text"),
     "a kind unknown": ("a.csv", b"text\none\n", {}, "unknown kind of file"),
 }
 
