@@ -41,9 +41,24 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
-# What a family needs besides.
+_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
+# What a family needs besides, and what shows where it differs: no factor is one, no window wider than the text.
 OF_FAMILY: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    "gemma3_text": {**_KINDS, "query_pre_attn_scalar": 40},
+    "olmo3": {**_KINDS, "rope_parameters": {"full_attention": _YARN, "sliding_attention": {"rope_type": "default"}}},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 4.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    # Its heads are always as wide as the model's width over their number.
+    "cohere2": {**_KINDS, "hidden_size": 64, "logit_scale": 0.25},
+    "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
+    "exaone4": _KINDS,
 }
 
 MakeTeacher = Callable[..., PreTrainedModel]

@@ -1,4 +1,4 @@
-"""Every file of model/teachers, with a tiny random model of its class."""
+"""Every family of model/teacher/families.py, with a tiny random model of its class."""
 
 from __future__ import annotations
 
@@ -92,16 +92,18 @@ def test_converted_models_run(make_teacher, make_student, tokens, model_type: st
         ({}, "no model_type"),
         ({"model_type": "stablelm"}, r"no teacher family for model_type 'stablelm'.*llama.*qwen3_moe"),
         ({"model_type": "gpt2"}, "no RMSNorm"),
-        ({"model_type": "glm4"}, "neighbouring channels"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, "mixes kinds of layers"),
+        ({"model_type": "jamba"}, "a hybrid already"),
         ({"model_type": "deepseek_v3", "auto_map": {}}, "MLA"),
-        ({"model_type": "gemma3_text"}, "norms and embeddings otherwise"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "mixers are causal"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "caps its logits"),
         (
             {"model_type": "my_llm", "auto_map": {"AutoModelForCausalLM": "modeling.X"}},
             "its code comes with its weights",
         ),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "mixes kinds of layers"),
-        ({"model_type": "paligemma", "text_config": {"model_type": "gemma2"}}, "norms and embeddings otherwise"),
+        ({"model_type": "paligemma", "text_config": {"model_type": "gemma2"}}, "caps its attention scores"),
         (
             {"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}},
             "text part is 'mllama_text_model'",
