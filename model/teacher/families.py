@@ -22,8 +22,8 @@ _ROWS = (
     TeacherFamily("qwen3", q_norm="q_norm", k_norm="k_norm", window="layer_types", text_of=("qwen3_vl_text",)),
     # Qwen3 with experts: attention as in Qwen3; an MLP is a router and its experts, which stay as they are.
     TeacherFamily("qwen3_moe", q_norm="q_norm", k_norm="k_norm", window="all", text_of=("qwen3_vl_moe_text",)),
-    # Gemma 3: norms before and after both blocks, their weights counted from one, scaled embeddings, a score scale of its
-    # own, and in windowed layers other rotary frequencies.
+    # Gemma 3: norms before and after both blocks, their weights counted from one, scaled embeddings, its own scale of
+    # scores, and in windowed layers other rotary frequencies.
     TeacherFamily(
         "gemma3_text",
         mlp_norm="pre_feedforward_layernorm",

@@ -21,6 +21,10 @@ _OTHER_BLOCKS = {
         "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "falcon_h1", "granitemoehybrid", "recurrent_gemma", "lfm2",
         "lfm2_moe", "olmo_hybrid", "minimax",
     ): "it is a hybrid already: most of its layers are state-space, convolution or linear-attention layers",
+    ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"): (
+        "most of its layers are gated delta nets already, whose memory no student's cache has a place for, and its "
+        "attention gates its own output"
+    ),
     ("gemma2",): "it caps its attention scores and its logits, which neither mixers nor the distillation loss do",
     ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"): (
         "its layers share keys and values, or have inputs beside the residual stream"
@@ -103,14 +107,14 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
     names = [model_type, *(raw.get("architectures") or ())]
     if any(_CONVERTED.search(_spaced(name)) for name in names):
         return f"the teacher ({', '.join(names)}) is a linear-attention model already; give the softmax model behind it"
+    for types, reason in _OTHER_BLOCKS.items():
+        if model_type in types:
+            return f"no teacher family for model_type '{model_type}': {reason}"
     if any(kind not in ("full_attention", "sliding_attention") for kind in raw.get("layer_types") or ()):
         kinds = ", ".join(sorted(set(raw["layer_types"])))
         return (
             f"the teacher mixes kinds of layers ({kinds}); only softmax attention, full or windowed, can be converted"
         )
-    for types, reason in _OTHER_BLOCKS.items():
-        if model_type in types:
-            return f"no teacher family for model_type '{model_type}': {reason}"
     if raw.get("use_bidirectional_attention"):
         return "the teacher's attention sees later tokens too (use_bidirectional_attention); mixers are causal"
     if raw.get("final_logit_softcapping"):

@@ -66,8 +66,8 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
 
 def _rotary_positions(rotary: nn.Module, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, ...]:
     """cos and sin; where each kind of layer has its own, those of the first."""
-    kinds = "layer_type" in inspect.signature(rotary.forward).parameters
-    return tuple(rotary(x, positions, *config.layer_types[:1] * kinds))
+    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+    return tuple(rotary(x, positions, config.layer_types[0]) if by_kind else rotary(x, positions))
 
 
 def _kept(run: Callable[[], Any], known: set[int]) -> tuple[int, Any]:
