@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import shlex
@@ -47,6 +48,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", help="take what is not given here from a shipped recipe")
     parser.add_argument("--layers", type=int, help="cut the depth")
     parser.add_argument("--variant")
+    parser.add_argument("--variant-options", type=json.loads, metavar="JSON", help='for example {"form": "groupnorm"}')
     parser.add_argument("--attention-layers", nargs="*", type=int, metavar="LAYER", help="stay softmax attention")
     parser.add_argument("--context", type=int)
     parser.add_argument("--micro-batch", type=int)
@@ -80,6 +82,7 @@ def build_case(options: argparse.Namespace) -> Case:
         "shape": options.shape,
         "layers": options.layers,
         "variant": options.variant,
+        "options": options.variant_options,
         "attention_layers": options.attention_layers,
         "context": options.context,
         "micro_batch": options.micro_batch,
@@ -90,9 +93,9 @@ def build_case(options: argparse.Namespace) -> Case:
         "teacher_bits": options.teacher_bits,
         "freeze": options.freeze,
     }
+    if options.variant not in (None, settings.get("variant")):
+        settings["options"] = {}  # the recipe's are another variant's
     settings |= {name: value for name, value in given.items() if value is not None}
-    if options.variant and options.recipe and options.variant != settings.get("variant"):
-        settings["options"] = {}
     for name in ("attention_layers", "freeze"):
         settings[name] = tuple(settings.get(name, ()))
     one_pass = settings.get("micro_batch", 1) * options.gpus
@@ -159,6 +162,13 @@ def read_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> lis
     return [parser.parse_args([*arguments, *shlex.split(line)]) for line in lines if line]
 
 
+def _roomy(cases: Sequence[Case]) -> Path | None:
+    """Memory, where it is free for three copies of everything at once and as much again; else the usual place."""
+    memory = Path("/dev/shm")
+    wanted = sum(2 * 3 * parameters for parameters in {case_flops(case)[1] for case in cases})
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * wanted + (4 << 30) else None
+
+
 def main() -> int:
     """Run the cases; 1 where one did not come to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
@@ -175,7 +185,7 @@ def main() -> int:
     file = "training_" + "_".join(gpu.lower().replace("nvidia", "").split()) + ".md"
     out = first.out or Path(__file__).parent / "results" / file
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="radlads-training-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="radlads-training-", dir=_roomy(cases)) as temporary:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         for number, (case, options) in enumerate(zip(cases, asked, strict=True)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from radlads.deployments.twins import large_recipes
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Align, Distill, Finetune
 from radlads.tasks.contracts.recipe.memory import freezes_mlp
 from radlads.tasks.contracts.recipe.training import Training
@@ -84,6 +85,16 @@ class Case:
             given |= {"loss": self.loss, "freeze": ()}
         return SECTIONS[self.stage].model_validate(given)
 
+    def resources(self, threads: int) -> JobResources:
+        """Of the training job. Raises pydantic's ValidationError for a ZeRO stage that there is not."""
+        return JobResources(
+            device=self.device,
+            processes=self.gpus,
+            zero_stage=self.zero,
+            threads=threads,
+            offload_optimizer=self.offload,
+        )
+
     def check(self) -> None:
         """Raises UserError, one line, for what cannot be run; nothing is made before."""
         if self.shape not in SHAPES:
@@ -94,6 +105,7 @@ class Case:
             )
         if any(layer >= self.depth for layer in self.attention_layers):
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
+        self.resources(threads=1)
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):
             raise UserError("--mlp-bits 8 needs --freeze mlp: only frozen weights can be held in 8 bit")
 
