@@ -77,7 +77,7 @@ def build_case(options: argparse.Namespace) -> Case:
     """The case that the options and the recipe, which they go before, describe. Raises UserError."""
     settings: dict[str, Any] = {"shape": options.shape or "smollm2-135m", "stage": options.stage}
     if options.recipe:
-        settings |= recipe_settings(options.recipe, options.stage, options.layers)
+        settings |= recipe_settings(options.recipe, options.stage, options.layers, options.shape)
     given = {
         "shape": options.shape,
         "layers": options.layers,

@@ -120,8 +120,8 @@ class Case:
         return cls(**given | tuples)
 
 
-def recipe_settings(name: str, stage: str, layers: int | None) -> dict[str, Any]:
-    """The fields of a Case that a shipped recipe gives for a stage. Raises UserError.
+def recipe_settings(name: str, stage: str, layers: int | None, shape: str | None = None) -> dict[str, Any]:
+    """The fields of a Case that a shipped recipe gives for a stage. shape: another than its teacher's. Raises UserError.
 
     Of phases the first counts. Layers to be chosen after align are spread evenly here, named ones that a cut model does
     not have are left out.
@@ -134,11 +134,12 @@ def recipe_settings(name: str, stage: str, layers: int | None) -> dict[str, Any]
         raise UserError(f"the recipe '{name}' has no section `{stage}`")
     section, student = dict(raw[stage]), raw["student"]
     section |= {k: v for k, v in (section.get("phases") or [{}])[0].items() if k in ("context", "batch", "micro_batch")}
-    shape = SHAPE_OF_TEACHER[raw["teacher"]["path"]]
+    own_shape = SHAPE_OF_TEACHER[raw["teacher"]["path"]]
+    shape = shape or own_shape
     depth = layers or SHAPES[shape]["num_hidden_layers"]
     kept = student.get("attention_layers", ())
     if isinstance(kept, dict):
-        count = max(1, kept["count"] * depth // SHAPES[shape]["num_hidden_layers"])
+        count = max(1, kept["count"] * depth // SHAPES[own_shape]["num_hidden_layers"])
         kept = [depth * (i + 1) // (count + 1) for i in range(count)]
     frozen = tuple(section.get("freeze", ()))
     micro = min(section.get("micro_batch", 1), section["batch"])
