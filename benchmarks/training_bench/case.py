@@ -121,10 +121,10 @@ class Case:
 
 
 def recipe_settings(name: str, stage: str, layers: int | None, shape: str | None = None) -> dict[str, Any]:
-    """The fields of a Case that a shipped recipe gives for a stage. shape: another than its teacher's. Raises UserError.
+    """The fields of a Case that a shipped recipe gives for a stage. Raises UserError.
 
-    Of phases the first counts. Layers to be chosen after align are spread evenly here, named ones that a cut model does
-    not have are left out.
+    shape: another one than its teacher's. Of phases the first counts. Layers to be chosen after align are spread evenly
+    here, named ones that a cut model does not have are left out.
     """
     known = dict(large_recipes())
     if name not in known:

@@ -63,3 +63,25 @@ def outputs_and_gradients(operator, inputs, options):
     torch.autograd.backward(list(found), weights)
     gradients = {f"d {name}": x.grad for name, x in zip(NAMES, inputs, strict=True) if x is not None}
     return found._asdict() | gradients
+
+
+def compile_operands(name, K, R, dtype=torch.bfloat16):
+    """Compile both kernels for `name`, a key of offline.TARGETS, as the mixers use them. Raises what Triton raises;
+    changes Triton's driver, so for a process of its own."""
+    import triton
+    from triton.runtime.driver import driver
+
+    from radlads.kernels.mixer_ops import triton_operands as form
+    from radlads.kernels.shared import offline
+
+    driver.set_active(offline._Driver(offline.TARGETS[name]))
+    x, wide = torch.empty(64, dtype=dtype), torch.empty(64)
+    inputs = [x] * 12
+    for values, keys, log_log in ((0, 0, False), (2, 0, False), (1, 1, True)):
+        BK = triton.next_power_of_2(K)
+        meta = {"G": 4, "R": R, "K": K, "BK": BK, "BT": max(1, min(32, 2048 // BK))}
+        meta |= {"VALUES": values, "KEYS": keys, "LOG_LOG": log_log, "num_warps": 4}
+        outs = [wide, x, x, x, x]
+        grads = [x] * 4 + [wide] * 2 + [x, x, wide] * 2
+        form.operands_kernel.warmup(*inputs, *outs, 64, 0.6, 0.5, grid=(1,), **meta)
+        form.operands_backward_kernel.warmup(*inputs, *outs, *grads, 64, 0.6, 0.5, grid=(1,), **meta)

@@ -85,6 +85,20 @@ def test_interpreted():
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "repeats"), [(64, 3), (96, 8), (128, 7)])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiles(target, size, repeats, tmp_path):
+    code = f"from operands_cases import compile_operands; compile_operands('{target}', {size}, {repeats})"
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 @pytest.mark.gpu
 def test_on_the_gpu():
     from operands_cases import CASES, Case, make, outputs_and_gradients
