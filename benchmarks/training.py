@@ -125,18 +125,17 @@ def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int
         case = dataclasses.replace(case, checkpoint=False)
     inputs = Inputs(work, case)
     name = f"{number:03d}-{case.stage}"
-    job = inputs.make(name, threads or max(1, (os.cpu_count() or 1) // case.gpus))
     rows = []
     try:
-        for build, run in (
-            ("product", lambda: run_product(job, case.to_json())),
-            ("plain", lambda: run_plain(job, case.to_json(), inputs.teacher)),
-        ):
-            if build == "product" or compare:
-                rows.append(_row(case, build, flops, run))
+        job = inputs.make(name, threads or max(1, (os.cpu_count() or 1) // case.gpus))
+        rows.append(_row(case, "product", flops, lambda: run_product(job, case.to_json())))
+        if compare:
+            rows.append(_row(case, "plain", flops, lambda: run_plain(job, case.to_json(), inputs.teacher)))
+    except UserError as error:
+        rows.append(Row(case, "its files", flops, [], str(error)))
     finally:
-        made = Path(inputs.store.root) / "products"
-        for folder in (Path(job.scratch), Path(f"{job.scratch}-plain"), made / name, made / f"data-{name}"):
+        made, scratch = Path(inputs.store.root) / "products", work / "scratch"
+        for folder in (scratch / name, scratch / f"{name}-plain", made / name, made / f"data-{name}"):
             shutil.rmtree(folder, ignore_errors=True)
     return rows
 
@@ -184,18 +183,18 @@ def main() -> int:
         raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
     file = "training_" + "_".join(gpu.lower().replace("nvidia", "").split()) + ".md"
     out = first.out or Path(__file__).parent / "results" / file
+    before = out.read_text(encoding="utf-8") if out.is_file() else "# Training at real shapes\n\n"
+    command = "python benchmarks/training.py " + shlex.join(arguments)
     rows: list[Row] = []
+    text = ""
     with tempfile.TemporaryDirectory(prefix="radlads-training-", dir=_roomy(cases)) as temporary:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         for number, (case, options) in enumerate(zip(cases, asked, strict=True)):
             rows += run_case(case, work, number, compare=options.compare_plain, threads=options.threads)
-    command = "python benchmarks/training.py " + shlex.join(arguments)
-    text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
+            text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
+            out.write_text(f"{before}{text}\n", encoding="utf-8")  # now: whatever ends this early, they are there
     sys.stdout.write(text)
-    title = "" if out.is_file() else "# Training at real shapes\n\n"
-    with out.open("a", encoding="utf-8") as stream:
-        stream.write(title + text + "\n")
     return 1 if any(row.failed for row in rows) else 0
 
 
