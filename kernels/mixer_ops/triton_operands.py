@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.mixer_ops.operands import Operands, Residual
+from radlads.kernels.mixer_ops.reference import Operands, Residual
 
 EPS = tl.constexpr(1e-12)  # of torch's normalize
 NONE, KV, HEADS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the level of a residual

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from radlads.kernels.mixer_ops.operands import Residual
+from radlads.kernels.mixer_ops import Residual
 
 NAMES = ("k", "v", "w_low", "a_low", "w0", "a0", "v_first", "v_low", "v0", "k_first", "k_low", "k0")
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from radlads.kernels.mixer_ops import wkv7_operands
-from radlads.kernels.mixer_ops.operands import Residual
+from radlads.kernels.mixer_ops import Residual, wkv7_operands
 from radlads.kernels.shared.testing import relative_rms
 from radlads.model.mixers.shared import recurrence_wkv7
 from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues
