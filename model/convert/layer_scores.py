@@ -64,24 +64,6 @@ class TokenCount:
     teacher: int = 0
 
 
-def score_layers(
-    student: RadladsForCausalLM,
-    teacher: PreTrainedModel,
-    batches: Iterable[ProbeBatch],
-    *,
-    kept: Sequence[int] = (),
-    candidates: Sequence[int] | None = None,
-) -> tuple[LayerScore, dict[int, LayerScore]]:
-    """The student with `kept` restored, and with each candidate restored as well; None: every other layer.
-
-    batches: of recall and of held-out text; see `ProbeBatch`. Nothing trains, and the student is left as it was.
-    """
-    layers = [i for i in student.mixers() if i not in kept] if candidates is None else list(candidates)
-    sums = sum_layers(student, teacher, batches, kept=kept, candidates=[BEFORE, *layers])
-    scores = {layer: found.score() for layer, found in sums.items()}
-    return scores.pop(BEFORE), scores
-
-
 @torch.no_grad()
 def sum_layers(
     student: RadladsForCausalLM,
