@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from radlads.kernels.shared.backends import Forms
-from radlads.kernels.shared.meta import wkv7_meta
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import RadladsForCausalLM, build_student
 from radlads.tasks.contracts.job import JobResources
@@ -155,7 +154,7 @@ def test_parameters_are_those_of_real_models(model_type: str):
 
 @pytest.mark.parametrize("attention_layers", [(), (1, 2)])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("variant", ["rad_rwkv7", "hxa079", "rwkv7"])
+@pytest.mark.parametrize("variant", ["rad_rwkv7", "hxa079", "rwkv7", "gated_deltanet"])
 def test_activations_are_near_what_autograd_keeps(
     monkeypatch: pytest.MonkeyPatch, variant: str, frozen: bool, attention_layers: tuple[int, ...]
 ):
@@ -167,7 +166,7 @@ def test_activations_are_near_what_autograd_keeps(
     section = Finetune(tokens=9999, context=128, batch=1, freeze=("mlp",) if frozen else ())
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not (frozen and ".mlp." in name))
-    monkeypatch.setattr(Forms, "choose", lambda *args: wkv7_meta)
+    monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
     kept: dict[int, torch.Tensor] = {}
     known = {p.untyped_storage().data_ptr() for p in student.parameters()}
 
