@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from radlads.kernels.shared.backends import Forms
-from radlads.kernels.shared.meta import wkv7_meta
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import RadladsForCausalLM, build_student
 from radlads.model.teacher.load import list_families
@@ -165,7 +164,8 @@ OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4",
 @pytest.mark.parametrize("attention_layers", [(), (1, 2)])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
-    ("variant", "model_type"), [("rad_rwkv7", "qwen3"), ("hxa079", "qwen3"), ("rwkv7", "qwen3"), *OTHER_BLOCKS]
+    ("variant", "model_type"),
+    [("rad_rwkv7", "qwen3"), ("hxa079", "qwen3"), ("rwkv7", "qwen3"), ("gated_deltanet", "qwen3"), *OTHER_BLOCKS],
 )
 def test_activations_are_near_what_autograd_keeps(
     monkeypatch: pytest.MonkeyPatch, family_config, variant: str, model_type: str, frozen: bool, attention_layers
@@ -179,7 +179,7 @@ def test_activations_are_near_what_autograd_keeps(
     section = Finetune(tokens=9999, context=128, batch=1, freeze=("mlp",) if frozen else ())
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not (frozen and ".mlp." in name))
-    monkeypatch.setattr(Forms, "choose", lambda *args: wkv7_meta)
+    monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
     kept: dict[int, torch.Tensor] = {}
     known = {p.untyped_storage().data_ptr() for p in student.parameters()}
 

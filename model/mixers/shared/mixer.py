@@ -28,10 +28,10 @@ class FirstValues(NamedTuple):
 class MixerState(NamedTuple):
     """Recurrent memory of one layer between calls."""
 
-    wkv: Tensor
+    recurrent: Tensor
     """[B,H,K,V], fp32."""
     shift: Tensor | None = None
-    """[B,D], the last input, for variants with a token shift."""
+    """The last inputs, for variants that mix neighbours: [B,D] of a token shift, [B,W-1,·] of a short convolution."""
 
 
 class MixerOutput(NamedTuple):
@@ -72,12 +72,12 @@ class Mixer(nn.Module):
     How parameters start is none of it."""
     CALIBRATED: ClassVar[dict[str, str]] = {"value": "v0", "iclr": "a0", "decay": "w0", "gate": "g2", "norm": "ln_x"}
     """What calibration (model/training/calibration.py) may move: part → attribute; an absent one or None is no part."""
+    PARTS: ClassVar = {"decay_base": ("w0",), "decay": ("w0", "w1", "w2"), "token_shift": ("x_?",)}
+    """Parts that recipes name (train_only, decay_base_rate) → patterns of names, which mean the same in any variant."""
 
     def __init__(self, shape: AttentionShape, layer: int, num_layers: int) -> None:
         super().__init__()
-        self.shape = shape
-        self.layer = layer
-        self.num_layers = num_layers
+        self.shape, self.layer, self.num_layers = shape, layer, num_layers
         self.depth = layer / max(1, num_layers - 1)
         D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(D, A, bias=shape.q_bias)
@@ -110,9 +110,12 @@ class Mixer(nn.Module):
         rope: None where the variant does without. x_k_BTD, x_v_BTD: inputs of keys and values, where a token shift
         makes them differ from those of r.
         """
-        sources = (x_BTD, x_BTD if x_k_BTD is None else x_k_BTD, x_BTD if x_v_BTD is None else x_v_BTD)
-        projections, shape = (self.q_proj, self.k_proj, self.v_proj), self.shape
-        r, k, v = (p(x) for p, x in zip(projections, sources, strict=True))
+        x_k, x_v = (x_BTD if x is None else x for x in (x_k_BTD, x_v_BTD))
+        return self.to_heads(self.q_proj(x_BTD), self.k_proj(x_k), self.v_proj(x_v), rope)
+
+    def to_heads(self, r_BTA: Tensor, k_BTA: Tensor, v_BTA: Tensor, rope: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of the projections as `project` returns them."""
+        r, k, v, shape = r_BTA, k_BTA, v_BTA, self.shape
         if self.q_norm is not None and self.k_norm is not None and shape.norm_all_heads:
             r, k = self.q_norm(r), self.k_norm(k)
         r, k, v = (z.unflatten(-1, (-1, shape.head_dim)) for z in (r, k, v))
