@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import follow_moves
-from radlads.tasks.contracts.specs import PlanReport, PlanSpec
+from radlads.tasks.contracts.specs import PlanReport
 from radlads.tasks.contracts.tracking import run_url
 from radlads.tasks.observe import show_link, show_table
 from radlads.tasks.perform import perform, stage_task
@@ -17,7 +17,7 @@ from radlads.tasks.stage_specs import tokenize_spec, transplant_spec
 @stage_task("plan")
 def plan(pipeline: Pipeline) -> Plan:
     """Check every option and every size before anything runs, and pin the teacher and the corpus files."""
-    product = perform(pipeline, "plan", PlanSpec(recipe=pipeline.recipe), {})
+    product = perform(pipeline, "plan", pipeline.plan_spec(), {})
     report = read_plan(pipeline, product)
     show_table(pipeline.run, "plan", plan_rows(report), f"Plan of {pipeline.run}")
     show_link(pipeline.run, "mlflow", run_url(pipeline.parent), f"{pipeline.run} in MLflow")

@@ -101,6 +101,15 @@ class Store(ABC):
         (as far as the endpoint can: see probe)."""
 
     @abstractmethod
+    def copy(self, source: str, target: str, entry: FileEntry) -> None:
+        """Have the content of one object under another key as well, without bringing it here: a copy made by the
+        server, or a second link to a file. Replaces what is at the target.
+
+        entry: size and sha256 of the content. Raises CorruptArtifact where the source or what arrived is not that,
+        StoreError.
+        """
+
+    @abstractmethod
     def probe(self) -> dict[str, bool | str]:
         """What the place can do: {"uri", "conditional_put", "conditional_replace", "conditional_multipart",
         ...}."""
@@ -114,7 +123,7 @@ class Store(ABC):
 
         The manifest comes without `files`; the committed one is returned. The same digest already committed is
         returned as it is. guard: called before the upload and once more before the manifest is written; raises where
-        this writer may write no longer. Raises StageConflict for another digest, CorruptArtifact if what arrived is
+        this writer may write no longer. Raises CommitConflict for another digest, CorruptArtifact if what arrived is
         not what was sent, StoreError.
         """
         check_key(prefix)

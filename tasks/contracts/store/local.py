@@ -150,6 +150,19 @@ class LocalStore(Store):
                     found[path.relative_to(self.root).as_posix()] = size
         return found
 
+    @_plain
+    def copy(self, source: str, target: str, entry: FileEntry) -> None:
+        """See Store."""
+        origin, place = self._path(source).resolve(), self._path(target)
+        try:
+            place_file(origin, place, symbolic=False)
+        except FileNotFoundError:
+            raise corrupt(self.join(source), "it is missing") from None
+        _sync_folder(place.parent)
+        if (place.stat().st_size, self._verified.sha256(place)) != (entry.size, entry.sha256):
+            place.unlink()
+            raise corrupt(self.join(source), "its content is not what its manifest says")
+
     def probe(self) -> dict[str, bool | str]:
         """See Store."""
         return {"uri": self.uri, "conditional_put": True, "conditional_replace": True, "conditional_multipart": True}

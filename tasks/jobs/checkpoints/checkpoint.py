@@ -205,8 +205,7 @@ class Checkpoints:
                 raise UserError(older_schema(store.join(prefix), manifest))
             if manifest is None or manifest.spec.get("checkpoint_of") != self.job.spec.digest:
                 raise UserError(
-                    f"{store.join(prefix)} is a checkpoint of another recipe; choose a new run name, "
-                    "or put the recipe back as it was"
+                    f"{store.join(prefix)} is a checkpoint of another product, which was moved here by hand; delete it"
                 )
             self._fetch(step)
         except CorruptArtifact as error:  # anything else, an outage above all, must not cost the work done
@@ -235,7 +234,10 @@ class Checkpoints:
     def _restore_record(self, folder: Path, step: int) -> None:
         """The record up to the checkpoint, also on a machine that has not seen this job before."""
         saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
-        if self.job.rank == 0 and saved.is_file() and not here.is_file():
+        if self.job.rank != 0 or not saved.is_file():
+            return
+        # Another machine may have gone on from here: what this one has on record then ends before the checkpoint.
+        if not here.is_file() or here.stat().st_size < saved.stat().st_size:
             shutil.copyfile(saved, here)
 
 
