@@ -26,7 +26,7 @@ from radlads.tasks.contracts.job import Manifest
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import follow_moves
 from radlads.tasks.contracts.recipe.choice import choice_data
-from radlads.tasks.contracts.specs import PlanReport, PlanSpec, StageSpec
+from radlads.tasks.contracts.specs import PlanReport, StageSpec
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.stage import Product, run_stage
 from radlads.tasks.stage_specs import (
@@ -72,7 +72,7 @@ def run_stages(pipeline: Pipeline) -> dict[str, Any]:
         )
         return product
 
-    planned = run("plan", PlanSpec(recipe=wanted), {})
+    planned = run("plan", pipeline.plan_spec(wanted), {})
     report = PlanReport.model_validate_json(pipeline.store.read_file(pipeline.store.key(planned.uri), "plan.json"))
     report = follow_moves(wanted, report, ContentHashes(pipeline.settings.content_cache))
     planned_teacher(report)

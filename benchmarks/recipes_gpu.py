@@ -44,7 +44,7 @@ from radlads.tasks import stage as stage_module
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobSpec
 from radlads.tasks.contracts.recipe.choice import choice_data
-from radlads.tasks.contracts.specs import PlanReport, PlanSpec, PublishSpec, StageSpec
+from radlads.tasks.contracts.specs import PlanReport, PublishSpec, StageSpec
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.stage import Product, run_stage
@@ -200,7 +200,7 @@ def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
         product = products[label or stage] = run_stage(request)
         return _row(name, label or stage, product, time.monotonic() - began, request.scratch)
 
-    yield run("plan", PlanSpec(recipe=wanted), {})
+    yield run("plan", pipeline.plan_spec(wanted), {})
     report = PlanReport.model_validate_json(
         pipeline.store.read_file(pipeline.store.key(products["plan"].uri), "plan.json")
     )

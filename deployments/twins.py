@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, stage_info
+
 _log = logging.getLogger(__name__)
 PREFIX = "tiny-"
 # Teacher → the shipped one of its family, and how many layers that has.
@@ -28,9 +30,10 @@ _TEACHERS = {
     "Qwen/Qwen3-14B": ("demo", 4),
 }
 _CONTEXTS = {512: 32, 1024: 48, 2048: 64, 4096: 96, 8192: 128, 16384: 192}
-_STEPS = {"align": 4, "distill": 4, "finetune": 3}
+# Optimizer steps of a stage that learns from the teacher, and of one that does not.
+_STEPS, _STEPS_ALONE = 4, 3
 # A choice by recall may read a twentieth of what the run trains on, so there must be something.
-_STEPS_TO_CHOOSE_FROM = {"align": 160, "distill": 320, "finetune": 3}
+_STEPS_TO_CHOOSE_FROM = {"layerwise": 160, "logits": 320}
 _BATCH, _MICRO_BATCH, _RANK = 4, 2, 4
 _STORIES = {"paths": ["demo:stories.txt.gz"], "separator": "<|endoftext|>"}
 
@@ -66,12 +69,18 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
         "student": student,
         "data": {name: {"sources": [{"kind": "files", **_STORIES, "max_documents": 300}]} for name in raw["data"]},
     }
-    steps = _STEPS_TO_CHOOSE_FROM if chooses else _STEPS
-    twin |= {stage: _shrink_stage(raw[stage], steps[stage]) for stage in _STEPS if stage in raw}
-    twin["evaluate"] = {"data": raw["evaluate"]["data"], "heldout_tokens": 2048, "context": 64, "batch": 4}
-    twin["needle"] = {"lengths": [128, 256], "depths": [0.0, 0.5, 1.0], "haystack": _STORIES["paths"]}
-    twin["needle"]["haystack_separator"] = _STORIES["separator"]
+    twin |= {stage: _shrink_stage(raw[stage], _steps(stage, chooses)) for stage in TRAINING_STAGES if stage in raw}
+    twin[EVALUATE.name] = {"data": raw[EVALUATE.name]["data"], "heldout_tokens": 2048, "context": 64, "batch": 4}
+    needle = {"lengths": [128, 256], "depths": [0.0, 0.5, 1.0], "haystack": _STORIES["paths"]}
+    twin[NEEDLE.name] = needle | {"haystack_separator": _STORIES["separator"]}
     return twin | ({"resources": raw["resources"]} if "resources" in raw else {})
+
+
+def _steps(stage: str, chooses: bool) -> int:
+    info = stage_info(stage)
+    if not info.needs_teacher:
+        return _STEPS_ALONE
+    return _STEPS_TO_CHOOSE_FROM["layerwise" if info.layerwise else "logits"] if chooses else _STEPS
 
 
 def _shrink_stage(section: dict[str, Any], steps: int) -> dict[str, Any]:

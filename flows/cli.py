@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radlads.flows import services
+from radlads.flows.cli_store import store_app
 from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.flows.service_password import password_file
@@ -27,7 +28,7 @@ from radlads.tasks.contracts.recipe.recipe import list_recipes, load_recipe
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 from radlads.tasks.contracts.store.open import StoreError, open_store
-from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.launchers.launcher import JobCrashed
 
 app = typer.Typer(
     name="radlads",
@@ -40,6 +41,7 @@ services_app = typer.Typer(
     help="The Prefect server, its worker and the MLflow server, on loopback.", no_args_is_help=True
 )
 app.add_typer(services_app, name="services")
+app.add_typer(store_app, name="store")
 
 _TWIN = "tiny-"
 _out = Console()

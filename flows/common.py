@@ -30,7 +30,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.store.open import StoreError
-from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.launchers.launcher import JobCrashed
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 
 _P = ParamSpec("_P")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
-from radlads.tasks.assess import evaluate, needle
-from radlads.tasks.contracts.recipe.choice import late_choice
+from radlads.tasks.announce import run_announced
+from radlads.tasks.graph import convert
 from radlads.tasks.pipeline import open_pipeline
-from radlads.tasks.prepare import plan, tokenize, transplant
-from radlads.tasks.report import publish
-from radlads.tasks.training import align, choose, distill, finetune
+from radlads.tasks.stage_tasks import PrefectRunner
 
 
 @flow(name="radlads", persist_result=False)
@@ -34,34 +33,5 @@ def radlads(
     """
     places = {"store": store, "tracking": tracking, "work": work}
     with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
-        wanted = pipeline.recipe
-
-        planned = plan(pipeline)
-        data = {name: tokenize(pipeline, planned, name=name) for name in wanted.datasets_used}
-
-        students = {"transplant": transplant(pipeline, planned)}
-        if wanted.align:
-            students["align"] = align(pipeline, planned, data, students["transplant"])
-        if late_choice(wanted):
-            students["choose"] = choose(pipeline, planned, data, students["align"])
-        if wanted.distill:
-            students["distill"] = distill(pipeline, planned, data, last(students))
-        if wanted.finetune:
-            students["finetune"] = finetune(pipeline, planned, data, last(students))
-
-        judging = {}
-        if wanted.evaluate:
-            judging["evaluate"] = evaluate.submit(pipeline, planned, data, students)
-        if wanted.needle:
-            judging["needle"] = needle.submit(pipeline, planned, students)
-        judged = {stage: future.result() for stage, future in judging.items()}
-
-        datasets = {f"{name} data": product for name, product in data.items()}
-        made = {"plan": planned.product, **datasets, **students, **judged}
-        made["publish"] = publish(pipeline, made)
+        made = run_announced(pipeline, PrefectRunner(pipeline), partial(convert, pipeline.recipe))
         return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}
-
-
-def last(students: dict[str, Any]) -> Any:
-    """The newest student."""
-    return students[list(students)[-1]]

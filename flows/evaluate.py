@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
-from radlads.tasks.assess import check_students, evaluate, needle
+from radlads.tasks.announce import run_announced
+from radlads.tasks.graph import judge
 from radlads.tasks.pipeline import finished_students, open_pipeline, recipe_of_run
-from radlads.tasks.prepare import plan, tokenize
+from radlads.tasks.stage_tasks import PrefectRunner
 
 
 @flow(name="radlads-evaluate", persist_result=False)
@@ -33,16 +35,7 @@ def radlads_evaluate(
     places = {"store": store, "tracking": tracking, "work": work}
     asked = recipe_of_run(judged_run, overrides, store=store) if recipe is None else recipe
     with open_pipeline(asked, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
-        wanted = pipeline.recipe
         students = finished_students(pipeline.store, judged_run)
-
-        planned = plan(pipeline)
-        check_students(planned, students, other_teacher=other_teacher)
-        judging = {}
-        if wanted.evaluate:
-            data = {wanted.evaluate.data: tokenize(pipeline, planned, name=wanted.evaluate.data)}
-            judging["evaluate"] = evaluate.submit(pipeline, planned, data, students, other_teacher)
-        if wanted.needle:
-            judging["needle"] = needle.submit(pipeline, planned, students, other_teacher)
-        judged = {stage: future.result() for stage, future in judging.items()}
+        graph = partial(judge, pipeline.recipe, students=students, other_teacher=other_teacher)
+        judged = run_announced(pipeline, PrefectRunner(pipeline), graph)
         return {"run": pipeline.run, **{stage: product.uri for stage, product in judged.items()}}

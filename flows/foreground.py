@@ -23,7 +23,7 @@ from rich.console import Console
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.process_tree import end_with_me
-from radlads.tasks.launchers.local import JobFailed
+from radlads.tasks.launchers.launcher import JobFailed
 from radlads.tasks.launchers.stopping import REQUEST
 
 EXIT_INTERRUPTED = 130

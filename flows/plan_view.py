@@ -19,7 +19,8 @@ from radlads.tasks.contracts.settings import resolve_settings
 from radlads.tasks.contracts.specs import PlanReport, PlanSpec
 from radlads.tasks.contracts.store.open import LocalStore
 from radlads.tasks.launchers.devices import planned_resources
-from radlads.tasks.launchers.local import JobCrashed, machine_resources
+from radlads.tasks.launchers.launcher import JobCrashed
+from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.plan_table import plan_rows, short_count
 from radlads.tasks.stage import StageRequest, run_stage
 
@@ -38,6 +39,7 @@ def plan_offline(
     """
     cache = resolve_settings().content_cache
     folder = tempfile.mkdtemp(prefix="radlads-plan-")
+    launcher = find_launcher(recipe.resources.launcher)
     try:
         store = LocalStore(StoreRef(uri=f"{folder}/store"))
         request = StageRequest(
@@ -47,7 +49,8 @@ def plan_offline(
             spec=PlanSpec(recipe=recipe, preview=True, sizes_only=sizes_only),
             inputs={},
             store=store,
-            resources=planned_resources(recipe.resources, gpus, gpu_memory_gib) or machine_resources(recipe.resources),
+            resources=planned_resources(recipe.resources, gpus, gpu_memory_gib) or launcher.resources(recipe.resources),
+            launcher=launcher,
             work=Path(folder, "work"),
             content_cache=cache if cache.parent.is_dir() else None,
         )

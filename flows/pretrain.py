@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
-from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.announce import run_announced
+from radlads.tasks.graph import pretrain
 from radlads.tasks.pipeline import open_pipeline
-from radlads.tasks.prepare import plan, tokenize
-from radlads.tasks.report import publish
-from radlads.tasks.training import pretrain
+from radlads.tasks.stage_tasks import PrefectRunner
 
 
 @flow(name="radlads-pretrain", persist_result=False)
@@ -27,14 +27,5 @@ def radlads_pretrain(
     """Train the recipe's `pretrain` section from nothing. The parameters are those of the flow `radlads`."""
     places = {"store": store, "tracking": tracking, "work": work}
     with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
-        section = pipeline.recipe.pretrain
-        if section is None:
-            raise UserError(
-                f"the recipe '{pipeline.recipe.name}' has no section `pretrain`; run it with the flow radlads"
-            )
-        planned = plan(pipeline)
-        data = {section.data: tokenize(pipeline, planned, name=section.data)}
-        teacher = pretrain(pipeline, planned, data)
-        made = {"plan": planned.product, f"{section.data} data": data[section.data], "pretrain": teacher}
-        made["publish"] = publish(pipeline, made)
+        made = run_announced(pipeline, PrefectRunner(pipeline), partial(pretrain, pipeline.recipe))
         return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import InputRef, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.contracts.job import InputRef, JobSpec, Manifest, TrackingRef
 from radlads.tasks.contracts.metrics_record import catch_up
 from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.stages import JUDGING_STAGES, MODEL_STAGES, PUBLISH, STAGES, TOKENIZE
 from radlads.tasks.contracts.store.layout import check_layout, recipe_key
 from radlads.tasks.contracts.store.open import Store, store_id
 from radlads.tasks.contracts.store.pointers import read_pointers
@@ -57,7 +58,7 @@ class KeptStage:
     @property
     def label(self) -> str:
         """What people call it."""
-        return f"tokenize {self.spec['name']}" if self.stage == "tokenize" else self.stage
+        return f"{self.stage} {self.spec['name']}" if self.stage == TOKENIZE.name else self.stage
 
     @property
     def ending(self) -> Ending | None:
@@ -107,7 +108,7 @@ def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str) -
 
 def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:
     """What the store holds of all that a run points at, stage after stage."""
-    order = get_args(Stage)
+    order = list(STAGES)
     pointers = sorted(read_pointers(store, run).items(), key=lambda item: (order.index(item[1].stage), item[0]))
     for _, pointer in pointers:
         kept = kept_stage(store, pointer.key)
@@ -141,8 +142,8 @@ def _ending(kept: list[KeptStage]) -> Ending | None:
     """How a run ended, as far as its stages tell: one that publishes, or only judges, is finished with that."""
     made = {one.stage for one in kept if one.manifest is not None}
     whole = len(made) == len({one.stage for one in kept})
-    judged = not made & {"transplant", "pretrain"} and bool(made & {"evaluate", "needle"})
-    if "publish" in made or (whole and judged):
+    judged = made.isdisjoint(MODEL_STAGES) and not made.isdisjoint(JUDGING_STAGES)
+    if PUBLISH.name in made or (whole and judged):
         return "FINISHED"
     return next((one.ending for one in kept if one.ending in ("FAILED", "KILLED")), None)
 

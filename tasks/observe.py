@@ -24,7 +24,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
 
 from radlads.tasks.contracts.job import JobResources
-from radlads.tasks.launchers.local import hold_devices
+from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.progress import Progress
 
 _log = logging.getLogger("prefect.radlads")
@@ -93,16 +93,16 @@ def show_link(run: str, label: str, url: str | None, text: str) -> None:
 
 
 @contextmanager
-def gpu_slot(limit: str, resources: JobResources, purpose: str) -> Iterator[None]:
+def gpu_slot(limit: str, launcher: Launcher, resources: JobResources, purpose: str) -> Iterator[None]:
     """Wait for the GPUs that a job computes on and have them to itself; nothing to wait for on a CPU.
 
     Prefect's limit is for all runs of a server; it is leased, and comes back by itself when its holder dies, but one
-    that does not exist limits nothing. The machine's own lock holds with and without a server.
+    that does not exist limits nothing. The launcher's own lock holds with and without a server.
     """
     if resources.device == "cpu":
         yield
         return
-    with concurrency(limit, occupy=1, strict=False), hold_devices(resources, purpose):
+    with concurrency(limit, occupy=1, strict=False), launcher.hold_devices(resources, purpose):
         yield
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.identity import identity, readings
-from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, Stage, TrackingRef
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef
 from radlads.tasks.contracts.locks.lease import Lease, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.files import file_errors
@@ -25,18 +25,19 @@ from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_reci
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, StageSpec
+from radlads.tasks.contracts.stages import PLAN, STUDENT_STAGES, Stage
 from radlads.tasks.contracts.store.layout import check_layout, recipe_key, run_key
 from radlads.tasks.contracts.store.open import Store, StoreError, open_store, store_id
 from radlads.tasks.contracts.store.pointers import read_pointer, read_pointers
 from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
-from radlads.tasks.launchers.local import machine_resources
+from radlads.tasks.launchers.launcher import Launcher
+from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.mirror import recipe_params, sync_run
 from radlads.tasks.stage import Product, StageRequest
 
 _log = logging.getLogger(__name__)
 _TRY_AGAIN_SECONDS = 60.0
-_MODELS = ("transplant", "align", "choose", "distill", "finetune")
 
 
 class Pipeline:
@@ -45,7 +46,7 @@ class Pipeline:
     parent: the MLflow run of the whole pipeline; None while there is none. behind: MLflow lacks something of this run.
     """
 
-    def __init__(self, recipe: Recipe, run: str, settings: Settings) -> None:
+    def __init__(self, recipe: Recipe, run: str, settings: Settings, launcher: Launcher | None = None) -> None:
         self.recipe = recipe
         self.run = run
         self.settings = settings
@@ -54,7 +55,8 @@ class Pipeline:
         self.behind = False
         self._tried_at = -math.inf
         self.store = open_store(settings.store)
-        self.resources = machine_resources(recipe.resources)
+        self.launcher = launcher or find_launcher(recipe.resources.launcher)
+        self.resources = self.launcher.resources(recipe.resources)
 
     @property
     def is_lost(self) -> bool:
@@ -91,22 +93,25 @@ class Pipeline:
             lease=self.lease,
             grace_seconds=self.settings.grace_seconds,
             content_cache=self.settings.content_cache,
+            launcher=self.launcher,
         )
 
-    def plan_spec(self) -> PlanSpec:
-        """What the run's plan is asked for. A plan of the run that was made of this recipe and holds what its places
-        hold now is asked for again, wherever files moved to. A new plan keeps to the commits of the hub that earlier
-        ones pinned. Raises UserError."""
+    def plan_spec(self, asked: Recipe) -> PlanSpec:
+        """What the run's plan of a recipe is asked for.
+
+        A plan of the run that was made of this recipe and holds what its places hold now is asked for again, wherever
+        files moved to. A new plan keeps to the commits of the hub that earlier ones pinned. Raises UserError.
+        """
         earlier = list(plans_of(self.store, self.run))
         hashes = ContentHashes(self.settings.content_cache)
-        recipe = self.recipe
+        recipe = asked
         for _, report in earlier:
             recipe = _at_moving_commits(recipe, report.pins)
         for spec, report in earlier:
             again = PlanSpec(recipe=recipe, run=self.run, contents=spec.contents)
-            if identity(again, None) == identity(spec, None) and not moved_content(self.recipe, report, hashes):
+            if identity(again, None) == identity(spec, None) and not moved_content(asked, report, hashes):
                 return again
-        contents = moved_content(self.recipe, earlier[0][1], hashes) if earlier else {}
+        contents = moved_content(asked, earlier[0][1], hashes) if earlier else {}
         return PlanSpec(recipe=recipe, run=self.run, contents=contents)
 
 
@@ -128,12 +133,14 @@ def open_pipeline(
     store: str | None = None,
     tracking: str | None = None,
     work: str | None = None,
+    launcher: Launcher | None = None,
 ) -> Iterator[Pipeline]:
     """Check the recipe first of all, then open the store and MLflow, and close the MLflow run as the block ends.
 
     While the block runs, no other process makes the run: neither one that reaches the store, nor one on this machine.
     recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
-    and the first part of `run_id`, which must be the same when the run is retried. Raises UserError, such as LeaseHeld.
+    and the first part of `run_id`, which must be the same when the run is retried. launcher: instead of the
+    one that the recipe names. Raises UserError, such as LeaseHeld.
     """
     refuse_credentials(store=store, tracking=tracking)
     if isinstance(recipe, Recipe):
@@ -144,7 +151,7 @@ def open_pipeline(
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pipeline = Pipeline(asked, name, settings)
+    pipeline = Pipeline(asked, name, settings, launcher)
     check_layout(pipeline.store)
     folder = settings.work / "runs" / name
     with (
@@ -212,7 +219,7 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
 
 def plans_of(store: Store, run: str) -> Iterator[tuple[PlanSpec, PlanReport]]:
     """The plans of a run that were made and that this version can read, the newest first. Raises StoreError."""
-    pointer = read_pointer(store, run, "plan")
+    pointer = read_pointer(store, run, PLAN.name)
     for target in pointer.targets if pointer is not None else ():
         manifest = store.read_manifest(target.key)
         if manifest is not None and manifest.schema_version == SCHEMA_VERSION:
@@ -236,7 +243,7 @@ def finished_students(store: Store, run: str) -> dict[str, Product]:
     made: dict[str, Product] = {}
     pointed: dict[str, datetime] = {}
     for pointer in read_pointers(store, check_run_name(run)).values():
-        manifest = store.read_manifest(pointer.key) if pointer.stage in _MODELS else None
+        manifest = store.read_manifest(pointer.key) if pointer.stage in STUDENT_STAGES else None
         if manifest is not None:
             made[manifest.digest] = Product(uri=store.join(pointer.key), manifest=manifest, reused=True)
             pointed[manifest.digest] = pointer.time

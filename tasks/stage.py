@@ -12,20 +12,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Manifest, Stage, TrackingRef
+from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Manifest, TrackingRef
 from radlads.tasks.contracts.locks.lease import Lease, LeaseHeld, LeaseLost, held_by, product_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.specs import StageSpec, TokenizeSpec, spec_digest
+from radlads.tasks.contracts.stages import Stage
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import StoreError, misplaced
 from radlads.tasks.contracts.store.layout import product_key
 from radlads.tasks.contracts.store.pointers import point
-from radlads.tasks.launchers.local import JobCrashed, launch
+from radlads.tasks.launchers.launcher import JobCrashed, Launcher
 from radlads.tasks.launchers.progress import Progress
+from radlads.tasks.launchers.registry import LAUNCHERS
 from radlads.tasks.launchers.stopping import REQUEST
 
 _log = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ class StageRequest:
 
     inputs: the products it reads. work: folder on this machine, where a stage has its scratch by its digest: whichever
     run asks goes on there. lease: on the run, whose pointer is moved under it; without one, no pointer is.
-    content_cache: see tasks/contracts/pins/content.py.
+    content_cache: see tasks/contracts/pins/content.py. launcher: what starts the job.
     """
 
     stage: Stage
@@ -55,8 +58,9 @@ class StageRequest:
     grace_seconds: float = 60.0
     lease: Lease | None = None
     content_cache: Path | None = None
+    launcher: Launcher = LAUNCHERS["local"]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names what is asked for."""
         return spec_digest(self.stage, self.spec, dict(self.inputs))
@@ -93,7 +97,7 @@ class Product:
 
 def stage_label(stage: str, spec: StageSpec) -> str:
     """What a run calls a stage, in the name of its pointer."""
-    return f"tokenize-{spec.name}" if isinstance(spec, TokenizeSpec) else stage
+    return f"{stage}-{spec.name}" if isinstance(spec, TokenizeSpec) else stage
 
 
 def scratch_folder(work: Path, stage: str, digest: str) -> Path:
@@ -117,9 +121,11 @@ def run_stage(
     store, key, digest = request.store, request.key, request.digest
     if request.lease is not None:
         point(store, request.run, request.label, request.stage, digest, request.lease)
-    committed = find_committed(store, key, digest)
     # A lease that was not given back: the maker may be tidying up, or died before it could, or it is being deleted.
-    if committed is None or held_by(store, key) is not None:
+    # Asked before the manifest: a collector gives its lease back once the manifest is gone.
+    is_held = held_by(store, key) is not None
+    committed = find_committed(store, key, digest)
+    if committed is None or is_held:
         with _product_held(request) as lease:
             committed = find_committed(store, key, digest)
             if committed is None:
@@ -189,7 +195,7 @@ def _make(
     try:
         with slot or nullcontext():
             watched = _while_ours((lease, request.lease), on_progress)
-            launch(spec, on_progress=watched, grace_seconds=request.grace_seconds)
+            request.launcher.run(spec, on_progress=watched, grace_seconds=request.grace_seconds)
     finally:
         if _is_ours(lease):
             _keep_papers(store, key, scratch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.pins import with_commits
 from radlads.tasks.contracts.recipe.choice import late_choice, run_tokens
@@ -20,8 +18,7 @@ from radlads.tasks.contracts.specs import (
     TrainSpec,
     TransplantSpec,
 )
-
-TrainingStage = Literal["align", "distill", "finetune", "pretrain"]
+from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, stage_info
 
 
 def planned_teacher(report: PlanReport) -> TeacherRef:
@@ -66,8 +63,9 @@ def transplant_spec(recipe: Recipe, report: PlanReport) -> TransplantSpec:
     return TransplantSpec(teacher=planned_teacher(report), student=student)
 
 
-def train_spec(recipe: Recipe, report: PlanReport, stage: TrainingStage) -> TrainSpec:
+def train_spec(recipe: Recipe, report: PlanReport, stage: str) -> TrainSpec:
     """A training stage. Raises UserError where the recipe does not have it."""
+    info = stage_info(stage)
     section: Training | None = getattr(recipe, stage)
     if section is None:
         raise UserError(f"the recipe '{recipe.name}' has no section `{stage}`")
@@ -77,11 +75,11 @@ def train_spec(recipe: Recipe, report: PlanReport, stage: TrainingStage) -> Trai
             "section": section,
             "pins": pins_under(report, stage, "section"),
             "trust_remote_code": _trusts_tokenizer(report),
-            # The finetune stage needs no teacher; naming one in its digest would tie it to what it does not use.
-            "teacher": planned_teacher(report) if stage in ("align", "distill") else None,
+            # A stage without a teacher names none in its digest, which would tie it to what it does not use.
+            "teacher": planned_teacher(report) if info.needs_teacher else None,
             "teacher_bits": teacher_bits(recipe, stage),
             "mlp_bits": mlp_bits(recipe, stage),
-            "calibrate": recipe.student.calibrate if stage == "align" else None,
+            "calibrate": recipe.student.calibrate if info.layerwise else None,
         }
     )
 
@@ -106,7 +104,7 @@ def evaluate_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = F
     """Held-out loss and tasks; other_teacher as in EvaluateSpec. Raises UserError where there is no `evaluate`."""
     if recipe.evaluate is None:
         raise UserError(f"the recipe '{recipe.name}' has no section `evaluate`")
-    pins = pins_under(report, "evaluate", "section")
+    pins = pins_under(report, EVALUATE.name, "section")
     teacher = planned_teacher(report)
     return EvaluateSpec(section=recipe.evaluate, pins=pins, teacher=teacher, other_teacher=other_teacher)
 
@@ -117,7 +115,7 @@ def needle_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = Fal
         raise UserError(f"the recipe '{recipe.name}' has no section `needle`")
     return NeedleSpec(
         section=recipe.needle,
-        pins=pins_under(report, "needle", "section"),
+        pins=pins_under(report, NEEDLE.name, "section"),
         teacher=planned_teacher(report),
         other_teacher=other_teacher,
         training_length=recipe.needle.training_length or _longest_context(recipe),
@@ -126,7 +124,7 @@ def needle_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = Fal
 
 def _longest_context(recipe: Recipe) -> int:
     """The longest context, in tokens, that a training stage of the recipe sees; the needle's own where none trains."""
-    contexts = [one.longest_context for one in (recipe.align, recipe.distill, recipe.finetune) if one is not None]
+    contexts = [getattr(recipe, stage).longest_context for stage in recipe.training_stages]
     return max(contexts, default=max(recipe.needle.lengths) if recipe.needle is not None else 1)
 
 

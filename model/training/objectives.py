@@ -235,22 +235,18 @@ class NextToken(Objective):
         return batch["loss_mask"][:, 1:].bool()
 
 
-_OBJECTIVES: dict[str, type[Objective]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "align": Align,
     "distill": Distill,
     "finetune": NextToken,
     "pretrain": NextToken,
 }
+"""Training stage → what it minimises."""
 
 
 def build_objective(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
     """The objective of a training stage. Raises UserError for settings that contradict the model."""
-    return _OBJECTIVES[spec.objective](spec.section, student, teacher)
-
-
-def needs_teacher(objective: str) -> bool:
-    """Whether a stage's objective runs the teacher, before anything is loaded."""
-    return _OBJECTIVES[objective].needs_teacher
+    return OBJECTIVES[spec.objective](spec.section, student, teacher)
 
 
 def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -11,23 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.stages import Stage
 
 SCHEMA_VERSION = 3
 _MOST_JOB_BYTES = 64 << 20
-
-Stage = Literal[
-    "plan",
-    "tokenize",
-    "transplant",
-    "pretrain",
-    "align",
-    "choose",
-    "distill",
-    "finetune",
-    "evaluate",
-    "needle",
-    "publish",
-]
 
 ExitReason = Literal["done", "preempted", "config", "out-of-memory", "disk-full", "nonfinite", "crash"]
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.identity import identity
-from radlads.tasks.contracts.job import InputRef, Sheet, Stage, first_fault, stage_digest
+from radlads.tasks.contracts.job import InputRef, Sheet, first_fault, stage_digest
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, ReadsKind
 from radlads.tasks.contracts.recipe.choice import AttentionChoice, Calibration
 from radlads.tasks.contracts.recipe.memory import FrozenBits
 from radlads.tasks.contracts.recipe.sections import (
-    Align,
     Dataset,
-    Distill,
     Evaluate,
-    Finetune,
     Needle,
-    Pretrain,
     Publish,
     Recipe,
     Student,
+    Training,
 )
+from radlads.tasks.contracts.stages import Stage, TrainingStage, stage_info
 
 
 class TeacherRef(Sheet):
@@ -161,11 +160,19 @@ class TransplantSpec(Sheet):
     student: Student
 
 
+def section_class(stage: str) -> type[Training]:
+    """The class of a training stage's section, as the recipe has it."""
+    kinds = get_args(Recipe.model_fields[stage_info(stage).section or ""].annotation)
+    found: type[Training] = next(kind for kind in kinds if kind is not NoneType)
+    return found
+
+
 class TrainSpec(Sheet):
     """Inputs: student (a product with model/; not for pretrain), data (a dataset). Product: model/, train.json."""
 
-    objective: Literal["align", "distill", "finetune", "pretrain"]
-    section: Annotated[Align | Distill | Finetune | Pretrain, Field()]
+    objective: TrainingStage
+    section: SerializeAsAny[Training]
+    """Of the class that the recipe has for the stage."""
     pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef | None
     trust_remote_code: bool = False
@@ -175,6 +182,20 @@ class TrainSpec(Sheet):
     """Of the student's frozen MLPs."""
     calibrate: Calibration | None = None
     """Align only."""
+
+    @field_validator("section", mode="before")
+    @classmethod
+    def _section_of_the_stage(cls, value: Any, info: ValidationInfo) -> Any:
+        stage = info.data.get("objective")
+        if stage is None:  # refused already
+            return value
+        wanted = section_class(stage)
+        if isinstance(value, Training) and not isinstance(value, wanted):
+            raise ValueError(f"{stage} is asked for by a section of the class {wanted.__name__}")
+        try:
+            return wanted.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(first_fault(error)) from None
 
 
 class ChooseSpec(Sheet):
@@ -229,25 +250,13 @@ def foreign_teacher(name: str, made_from: str, judged_against: str) -> str:
 
 StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | ChooseSpec | EvaluateSpec | NeedleSpec | PublishSpec
 
-_SPEC_OF_STAGE: dict[str, type[StageSpec]] = {
-    "plan": PlanSpec,
-    "tokenize": TokenizeSpec,
-    "transplant": TransplantSpec,
-    "pretrain": TrainSpec,
-    "align": TrainSpec,
-    "choose": ChooseSpec,
-    "distill": TrainSpec,
-    "finetune": TrainSpec,
-    "evaluate": EvaluateSpec,
-    "needle": NeedleSpec,
-    "publish": PublishSpec,
-}
+_SPEC_CLASSES: dict[str, type[StageSpec]] = {cls.__name__: cls for cls in get_args(StageSpec)}
 
 
 def parse_spec(stage: Stage, values: dict[str, Any]) -> StageSpec:
     """The typed form of JobSpec.spec. Raises UserError."""
     try:
-        return _SPEC_OF_STAGE[stage].model_validate(values)
+        return _SPEC_CLASSES[stage_info(stage).spec].model_validate(values)
     except ValidationError as error:
         raise UserError(f"job.json: spec: {first_fault(error)}") from None
 

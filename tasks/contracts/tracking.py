@@ -36,6 +36,7 @@ __all__ = [
     "mirror_product",
     "open_pipeline_run",
     "open_stage_run",
+    "retag_run",
     "run_url",
     "settle_run",
 ]
@@ -169,6 +170,14 @@ def link_product(parent: TrackingRef, label: str, uri: str, manifest: Manifest) 
         for key, value in tags.items():
             if known.get(key) != value:
                 client.set_tag(parent.run_id, key, value)
+        return True
+    return False
+
+
+def retag_run(uri: str, run_id: str, digest: str) -> bool:
+    """Have the MLflow run of a stage be found by another digest; whether it is now. An outage is no error."""
+    with _outage_is_no_error(uri):
+        connect(uri).set_tag(run_id, "radlads.digest", digest)
         return True
     return False
 

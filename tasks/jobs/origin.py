@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.content import hash_of
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec, foreign_teacher
+from radlads.tasks.contracts.stages import PRETRAIN
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import load_tokenizer
 
@@ -46,7 +47,7 @@ def check_training(spec: TrainSpec, config: PreTrainedConfig, data_fingerprint: 
 
     config: the student's. data_fingerprint: of the tokenizer that the dataset was made with.
     """
-    if spec.objective == "pretrain":
+    if spec.objective == PRETRAIN.name:
         check_data(data_fingerprint, spec.pins["section.tokenizer"].content)
         return
     made_from = _known(read_origin(config))

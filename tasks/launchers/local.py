@@ -17,32 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.contracts.disk import describe_full
-from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources, JobSpec
 from radlads.tasks.contracts.parsing.credentials import child_environment
 from radlads.tasks.contracts.parsing.files import private_folder, write_private
 from radlads.tasks.contracts.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.contracts.recipe.recipe import Resources
+from radlads.tasks.contracts.stages import TOKENIZE, stage_info
 from radlads.tasks.launchers.devices import count_cores, count_gpus, resolve_resources, visible_gpus
 from radlads.tasks.launchers.gpu_lock import hold_gpus
+from radlads.tasks.launchers.launcher import JobCrashed, JobFailed, JobPreempted, Launcher
 from radlads.tasks.launchers.progress import Progress, Watcher, log_end, read_json
 from radlads.tasks.launchers.stopping import REQUEST, Stopper
 
 _log = logging.getLogger(__name__)
-_MODULES = {
-    "plan": "plan.plan",
-    "tokenize": "data.tokens",
-    "transplant": "transplant",
-    "pretrain": "train.train",
-    "align": "train.train",
-    "choose": "choose.choose",
-    "distill": "train.train",
-    "finetune": "train.train",
-    "evaluate": "judge.evaluate",
-    "needle": "judge.needle",
-    "publish": "report.publish",
-}
-_DISTRIBUTED = {"train.train", "choose.choose", "judge.evaluate", "judge.needle"}
 _FINAL = {"config", "out-of-memory", "disk-full", "nonfinite"}
 _DISK_FULL = 5
 """The exit code of a job that found no room, perhaps not even for exit.json."""
@@ -52,16 +39,25 @@ _LEFTOVER_SECONDS = 10.0
 _SUPERVISOR = "radlads.tasks.launchers.supervise"
 
 
-class JobFailed(UserError):  # noqa: N818 - named after how the job ended, as its siblings
-    """The job ended for a reason that trying again cannot mend."""
+class LocalLauncher(Launcher):
+    """Jobs are processes of this machine, each under a supervisor that outlives this process only to end it."""
 
+    def run(
+        self, spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
+    ) -> None:
+        """As `launch`."""
+        launch(spec, on_progress=on_progress, grace_seconds=grace_seconds)
 
-class JobCrashed(Exception):  # noqa: N818
-    """The job died; its work up to the last checkpoint is safe, and trying again may help."""
+    def resources(self, asked: Resources) -> JobResources:
+        """A recipe's resources on this machine. Raises UserError for more than it has."""
+        num_gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return resolve_resources(asked, num_gpus=num_gpus, num_cores=count_cores())
 
-
-class JobPreempted(JobCrashed):
-    """The job was asked to stop and did so in order."""
+    def hold_devices(self, resources: JobResources, purpose: str) -> AbstractContextManager[None]:
+        """Wait for the GPUs that a job computes on and have them alone; on a CPU there is nothing to wait for."""
+        if resources.device == "cpu":
+            return nullcontext()
+        return hold_gpus(resources.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), purpose)
 
 
 def launch(
@@ -116,11 +112,11 @@ def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | N
     hold a space. DeepSpeed's runner is left out: for one machine it only starts the launcher, ignoring which GPUs are
     visible, and returns 0 when that one dies by a signal.
     """
-    program = _MODULES[spec.stage]
-    module = f"radlads.tasks.jobs.{program}"
-    sources = spec.spec.get("dataset", {}).get("sources", ()) if spec.stage == "tokenize" else ()
+    stage = stage_info(spec.stage)
+    module = f"radlads.tasks.jobs.{stage.program}"
+    sources = spec.spec.get("dataset", {}).get("sources", ()) if stage.name == TOKENIZE.name else ()
     samples = any(source.get("kind") == "sample" for source in sources)
-    if program not in _DISTRIBUTED and not samples:
+    if not stage.distributed and not samples:
         return [sys.executable, "-m", module, str(job_json)]
     devices = [str(rank) for rank in range(spec.resources.processes)]
     if spec.resources.device == "cuda":
@@ -224,20 +220,6 @@ def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path
     what = message if reason == "crash" else f"ended with {_describe(code)} and did not say why"
     tail = "\n".join(log_end(log, begin))
     raise JobCrashed(f"{stage} crashed: {what}\nThe end of {log}:\n{tail}")
-
-
-def machine_resources(wanted: Resources) -> JobResources:
-    """A recipe's resources on this machine. Raises UserError for more than it has."""
-    return resolve_resources(
-        wanted, num_gpus=count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")), num_cores=count_cores()
-    )
-
-
-def hold_devices(resources: JobResources, purpose: str) -> AbstractContextManager[None]:
-    """Have what a job computes on to itself during the block: its GPUs; nothing on a CPU. purpose: told to others."""
-    if resources.device == "cpu":
-        return nullcontext()
-    return hold_gpus(resources.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), purpose)
 
 
 def _describe(code: int) -> str:

@@ -15,7 +15,6 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from radlads.flows.convert import radlads
 from radlads.flows.evaluate import radlads_evaluate
 from radlads.flows.pretrain import radlads_pretrain
-from radlads.tasks import pipeline
 from radlads.tasks.contracts import metrics_record, tracking
 from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef
 from radlads.tasks.contracts.recipe.recipe import load_recipe
@@ -404,7 +403,7 @@ def test_the_same_run_in_another_store_has_a_curve_of_its_own(recipe, places, jo
 def test_evaluate_and_needle_do_not_share_a_gpu(recipe, places, jobs, monkeypatch, tmp_path):
     """They are started together, and nobody made a concurrency limit for this server."""
     gpu = JobResources(device="cuda", processes=1, threads=1)
-    monkeypatch.setattr(pipeline, "machine_resources", lambda wanted: gpu)
+    monkeypatch.setattr(launch.LocalLauncher, "resources", lambda *_: gpu)
     monkeypatch.setattr(gpu_lock, "_PLACES", (tmp_path,))
     running, most = [], []
 

@@ -9,8 +9,7 @@ from prefect.states import Scheduled
 
 from radlads.flows.common import ENDINGS
 from radlads.flows.convert import radlads
-from radlads.tasks import perform
-from radlads.tasks.training import align
+from radlads.tasks import stage_tasks
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -90,8 +89,8 @@ def test_what_a_retry_cannot_mend_is_not_tried_again(recipe, places, jobs, monke
 
 
 def align_task():
-    return align.task
+    return stage_tasks.task_of("align").task
 
 
 def test_retries_wait_a_little():
-    assert align_task().retry_delay_seconds == perform._RETRY_SECONDS > 0
+    assert align_task().retry_delay_seconds == stage_tasks._RETRY_SECONDS > 0

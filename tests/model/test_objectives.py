@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from radlads.model.training.align_losses import l2_loss
-from radlads.model.training.objectives import Objective, build_objective, document_bounds, needs_teacher
+from radlads.model.training.objectives import OBJECTIVES, Objective, build_objective, document_bounds
 from radlads.model.training.probe import AttentionProbe
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Pretrain
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
+from radlads.tasks.contracts.stages import STAGES, TRAINING_STAGES
 
 SECTIONS: dict[str, Any] = {"align": Align, "distill": Distill, "finetune": Finetune, "pretrain": Pretrain}
 
@@ -43,8 +44,12 @@ def batch(tokens: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens, "document_ids": document_ids}
 
 
-def test_only_two_stages_need_a_teacher() -> None:
-    assert [name for name in SECTIONS if needs_teacher(name)] == ["align", "distill"]
+def test_only_two_stages_need_a_teacher_and_the_table_says_so() -> None:
+    assert [name for name in SECTIONS if OBJECTIVES[name].needs_teacher] == ["align", "distill"]
+    assert {name: STAGES[name].needs_teacher for name in OBJECTIVES} == {
+        name: objective.needs_teacher for name, objective in OBJECTIVES.items()
+    }
+    assert set(OBJECTIVES) == set(TRAINING_STAGES)
 
 
 def test_align_is_the_mean_over_layers_of_what_each_mixer_misses(make_teacher, make_student, batch) -> None:

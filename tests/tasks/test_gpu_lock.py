@@ -112,5 +112,5 @@ def test_a_link_is_not_written_through(tmp_path, caplog):
 
 def test_nothing_is_locked_on_a_cpu(monkeypatch):
     monkeypatch.setattr(launch, "hold_gpus", lambda *_: pytest.fail("a lock on a CPU"))
-    with launch.hold_devices(JobResources(device="cpu", processes=2, threads=1), "align"):
+    with launch.LocalLauncher().hold_devices(JobResources(device="cpu", processes=2, threads=1), "align"):
         pass

@@ -172,8 +172,7 @@ def check_choice(recipe: Recipe) -> None:
 
 def run_tokens(recipe: Recipe) -> int:
     """Tokens of all training stages: what the cost of a choice is a share of."""
-    sections = (recipe.align, recipe.distill, recipe.finetune)
-    return sum(section.seen_tokens for section in sections if section is not None)
+    return sum(getattr(recipe, stage).seen_tokens for stage in recipe.training_stages)
 
 
 def probe_passes(count: int, num_candidates: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from radlads.tasks.contracts.stages import stage_info
+
 if TYPE_CHECKING:
     from radlads.tasks.contracts.recipe.sections import Recipe
     from radlads.tasks.contracts.recipe.training import Training
@@ -15,14 +17,15 @@ MLP_PROJECTIONS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 def teacher_bits(recipe: Recipe, stage: str) -> FrozenBits:
     """Bits of the teacher's matrices in a training stage; 16 where the stage runs no teacher."""
-    runs = recipe.teacher is not None and stage in ("align", "distill")
+    runs = recipe.teacher is not None and stage_info(stage).needs_teacher
     return recipe.teacher.bits if runs and recipe.teacher is not None else 16
 
 
 def mlp_bits(recipe: Recipe, stage: str) -> FrozenBits:
-    """Bits of the student's MLPs in a training stage; 16 where it trains them, and in align, which never runs them."""
+    """Bits of the student's MLPs in a training stage; 16 where it trains them, and in a layerwise stage, which never
+    runs them."""
     section = getattr(recipe, stage)
-    holds = stage != "align" and section is not None and freezes_mlp(stage, section)
+    holds = not stage_info(stage).layerwise and section is not None and freezes_mlp(stage, section)
     return recipe.student.mlp_bits if holds else 16
 
 
@@ -31,7 +34,7 @@ def freezes_mlp(stage: str, section: Training) -> bool:
     lora = getattr(section, "lora", None)
     if lora is not None:
         return not MLP_PROJECTIONS & set(lora.targets)
-    return stage == "align" or "mlp" in section.freeze or bool(_train_only(section))
+    return stage_info(stage).layerwise or "mlp" in section.freeze or bool(_train_only(section))
 
 
 def frozen_groups(stage: str, section: Training) -> tuple[str, ...]:
@@ -39,7 +42,7 @@ def frozen_groups(stage: str, section: Training) -> tuple[str, ...]:
     everything = ("mlp", "embeddings", "head", "attention")
     if getattr(section, "lora", None) is not None:  # adapted matrices change as they are merged
         return ("mlp", "embeddings", "head") if freezes_mlp(stage, section) else ("embeddings", "head")
-    if stage == "align" or _train_only(section):
+    if stage_info(stage).layerwise or _train_only(section):
         return everything
     return tuple(group for group in everything if group in section.freeze)
 
@@ -52,7 +55,7 @@ def held_once(stage: str, section: Training, teacher_bits: FrozenBits, mlp_bits:
     return tuple(
         group
         for group in frozen_groups(stage, section)
-        if stage == "align" or ours.get(group, 16) == theirs.get(group, 16)
+        if stage_info(stage).layerwise or ours.get(group, 16) == theirs.get(group, 16)
     )
 
 

@@ -27,6 +27,7 @@ from radlads.tasks.contracts.recipe.losses import (
 from radlads.tasks.contracts.recipe.memory import FrozenBits
 from radlads.tasks.contracts.recipe.training import Optimizer, Rate, Schedule, Training
 from radlads.tasks.contracts.recipe.transplant import TransplantScale
+from radlads.tasks.contracts.stages import DATA_SECTIONS, STUDENT_STAGES, TRAINING_STAGES
 
 __all__ = [
     "Align",
@@ -260,6 +261,8 @@ class Publish(Section):
 class Resources(Section):
     """Where jobs run. Not part of any digest: the same recipe on more GPUs is the same run."""
 
+    launcher: Literal["local"] = "local"
+    """What starts the jobs. local: processes of this machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one a GPU, one on a CPU."""
@@ -300,22 +303,22 @@ class Recipe(Section):
     def _datasets_exist(self) -> Self:
         if (self.teacher is None) == (self.pretrain is None):
             raise ValueError("give `teacher` (to convert one) or `pretrain` (to make one), not both and not neither")
-        for stage in ("pretrain", "align", "distill", "finetune", "evaluate"):
-            section = getattr(self, stage)
+        for name in DATA_SECTIONS:
+            section = getattr(self, name)
             if section is not None and section.data not in self.data:
-                raise ValueError(f"{stage}.data is '{section.data}', but `data` has {_or_list(self.data)}")
+                raise ValueError(f"{name}.data is '{section.data}', but `data` has {_or_list(self.data)}")
         check_choice(self)
         return self
 
     @property
-    def training_stages(self) -> tuple[Literal["align", "distill", "finetune"], ...]:
-        """The training stages that this recipe has, in order."""
-        return tuple(s for s in ("align", "distill", "finetune") if getattr(self, s) is not None)
+    def training_stages(self) -> tuple[str, ...]:
+        """The stages of this recipe that train a student, in order."""
+        return tuple(s for s in STUDENT_STAGES if s in TRAINING_STAGES and getattr(self, s) is not None)
 
     @property
     def datasets_used(self) -> tuple[str, ...]:
         """Names of the datasets that some stage reads, in the order of `data`."""
-        sections = (self.pretrain, self.align, self.distill, self.finetune, self.evaluate)
+        sections = (getattr(self, name) for name in DATA_SECTIONS)
         used = {section.data for section in sections if section is not None} | {choice_data(self)}
         return tuple(name for name in self.data if name in used)
 

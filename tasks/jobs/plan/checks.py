@@ -27,6 +27,7 @@ from radlads.tasks.contracts.recipe.sections import (
     Source,
     Training,
 )
+from radlads.tasks.contracts.stages import NEEDLE, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.data.encode import Encoder, Part
 from radlads.tasks.jobs.data.text.chat import open_chat_template
 from radlads.tasks.jobs.data.text.documents import Document, first_documents
@@ -35,7 +36,6 @@ from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_fram
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
 from radlads.tasks.jobs.train.frozen import trained_mlp
 
-_TRAINING = ("pretrain", "align", "distill", "finetune")
 # Documents of each source that are read to see whether they can be, and how long a token is.
 _PROBED = 64
 # How much larger than its file a text is; only used for the epochs that the plan shows.
@@ -62,7 +62,7 @@ class Findings:
 
 def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
     """Batches, contexts and what they need; `positions`: how far the teacher was trained to see."""
-    for stage in _TRAINING:
+    for stage in TRAINING_STAGES:
         section: Training | None = getattr(recipe, stage)
         if section is None:
             continue
@@ -71,7 +71,7 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
             _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
         if positions is not None and section.longest_context > positions:
             _check_context(stage, section.longest_context, positions, findings)
-        if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and stage != "align":
+        if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and not stage_info(stage).layerwise:
             findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
     if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
         findings.warnings.append(
@@ -98,7 +98,7 @@ def _check_part(place: str, part: Training, processes: int, findings: Findings) 
 
 def _check_context(stage: str, context: int, positions: int, findings: Findings) -> None:
     line = f"{stage}.context ({context}) is beyond the {positions} positions that the teacher was made for"
-    if stage in ("align", "distill"):
+    if stage_info(stage).needs_teacher:
         findings.faults.append(
             f"{line}, and there it has nothing to teach; shorten it, or extend the context in finetune"
         )
@@ -190,15 +190,15 @@ def _add(total: float | None, more: float | None) -> float | None:
 def check_frozen(recipe: Recipe, findings: Findings) -> None:
     """8 bit is for what stays as it is, and has a library of its own."""
     eight = recipe.student.mlp_bits == 8 and recipe.teacher is not None
-    for stage in ("distill", "finetune"):
-        section: Training | None = getattr(recipe, stage)
-        if section is None or not eight:
+    for stage in recipe.training_stages:
+        section: Training = getattr(recipe, stage)
+        if not eight or not stage_info(stage).trains_whole_student:
             continue
         if not freezes_mlp(stage, section):
             findings.faults.append(trained_mlp(stage))
-        elif stage == "distill" and teacher_bits(recipe, stage) == 16:
+        elif stage_info(stage).needs_teacher and teacher_bits(recipe, stage) == 16:
             findings.warnings.append(
-                "distill holds the frozen MLPs twice, in 8 bit for the student and in 16 for the teacher; once is "
+                f"{stage} holds the frozen MLPs twice, in 8 bit for the student and in 16 for the teacher; once is "
                 "enough with teacher.bits: 8 (less memory) or student.mlp_bits: 16 (the teacher's own numbers)"
             )
     if (eight or (recipe.teacher is not None and recipe.teacher.bits == 8)) and find_spec("torchao") is None:
@@ -207,7 +207,7 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
 
 def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None:
     """Targets must be there. known: the names of the student's linear modules."""
-    for stage in ("distill", "finetune"):
+    for stage in recipe.training_stages:
         lora = getattr(getattr(recipe, stage), "lora", None)
         if lora is not None and (fault := missing_target(lora.targets, known)):
             findings.faults.append(f"{stage}.{fault}")
@@ -229,16 +229,20 @@ def check_align(recipe: Recipe, width: int, kept: int, num_layers: int, findings
 def check_masks(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
     """Assistant-only training needs chats in which the assistant speaks. data: as check_dataset returned it, where it
     was read."""
-    if recipe.finetune is None or not recipe.finetune.assistant_only:
-        return
-    name = recipe.finetune.data
+    for stage in recipe.training_stages:
+        section: Training = getattr(recipe, stage)
+        if getattr(section, "assistant_only", False):
+            _check_mask(stage, section.data, recipe, data, findings)
+
+
+def _check_mask(stage: str, name: str, recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
     sources = recipe.data[name].sources
     if not any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in sources):
-        findings.faults.append(f"finetune.assistant_only is on, but no source of data.{name} has messages_field")
+        findings.faults.append(f"{stage}.assistant_only is on, but no source of data.{name} has messages_field")
         return
     if name not in data or any(fault.startswith(f"data.{name}.sources.") for fault in findings.faults):
         return  # not read
-    silent = f"finetune.assistant_only is on, but the assistant says nothing in data.{name}"
+    silent = f"{stage}.assistant_only is on, but the assistant says nothing in data.{name}"
     cure = "look at messages_field, the roles of the chats and the chat template"
     if data[name]["assistant"] is False:
         findings.faults.append(f"{silent}: nothing would be learnt; {cure}")
@@ -249,7 +253,7 @@ def check_masks(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findi
 def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:
     """Stage → how often it goes through its data (None: unknown); warns where it is more than twice."""
     epochs: dict[str, float | None] = {}
-    for stage in _TRAINING:
+    for stage in TRAINING_STAGES:
         section: Training | None = getattr(recipe, stage)
         if section is None or section.data not in data:
             continue
@@ -284,7 +288,7 @@ def check_needle(
     section: Needle, tokenizer: PreTrainedTokenizerBase, positions: int | None, findings: Findings
 ) -> None:
     """Depths, the haystack, and whether the shortest prompt can hold its question."""
-    with findings.at("needle"):
+    with findings.at(NEEDLE.name):
         outside = [depth for depth in section.depths if not 0 <= depth <= 1]
         if outside:
             raise UserError(f"depths are shares from 0 to 1 (given: {outside[0]})")

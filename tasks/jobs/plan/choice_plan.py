@@ -19,6 +19,7 @@ from radlads.tasks.contracts.recipe.choice import (
     run_tokens,
 )
 from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe, Student
+from radlads.tasks.contracts.stages import ALIGN, CHOOSE
 from radlads.tasks.jobs.choose.choice_probe import check_probe
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.cost import stage_cost
@@ -106,6 +107,6 @@ def choice_stage(
     planned = {}
     for name, numbers in stages.items():
         planned[name] = numbers
-        if name == "align":
-            planned["choose"] = stage
+        if name == ALIGN.name:
+            planned[CHOOSE.name] = stage
     return planned

@@ -14,7 +14,8 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.recipe import Recipe
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
-from radlads.tasks.jobs.plan.memory import Networks, StageName
+from radlads.tasks.contracts.stages import logits_reference, stage_info
+from radlads.tasks.jobs.plan.memory import Networks
 
 UTILISATION = 0.15
 # Dense bf16 peaks in FLOP/s, from the vendors' data sheets, by what the device calls itself.
@@ -50,15 +51,15 @@ def likely_gpu(gibibytes: float) -> str | None:
     return next((name for size, name in _BY_MEMORY if size * 0.93 <= gibibytes <= size * 1.1), None)
 
 
-def training_flops(stage: StageName, section: Training, networks: Networks) -> float:
+def training_flops(stage: str, section: Training, networks: Networks) -> float:
     """FLOPs of a whole training stage."""
     student = _multiplied(networks.student_parameters, networks)
     teacher = _multiplied(networks.teacher_parameters, networks)
-    if stage == "align":
+    if stage_info(stage).layerwise:
         per_token = 2 * teacher + 6 * networks.mixer_parameters
     else:
         per_token = (8 if section.gradient_checkpointing else 6) * student
-        per_token += 2 * teacher if stage == "distill" else 0
+        per_token += 2 * teacher if stage_info(stage).needs_teacher else 0
     return per_token * section.seen_tokens
 
 
@@ -70,11 +71,10 @@ def judging_flops(section: Evaluate | Needle, networks: Networks, recipe: Recipe
     """
     student = _multiplied(networks.student_parameters, networks)
     teacher = _multiplied(networks.teacher_parameters, networks)
-    stages = (recipe.align, late_choice(recipe), recipe.distill, recipe.finetune)
     if isinstance(section, Evaluate):
-        students = 1 + sum(stage is not None for stage in stages)  # the transplanted one as well
+        students = 1 + len(recipe.training_stages) + (late_choice(recipe) is not None)  # the transplanted one as well
         return 2.0 * students * (teacher + student) * section.heldout_tokens
-    students = 2 if recipe.finetune and recipe.distill else 1
+    students = 1 if logits_reference(recipe.training_stages) is None else 2
     prompts = len(section.depths) * section.trials
     tokens = prompts * sum(length + section.max_new_tokens for length in section.lengths)
     return 2.0 * (teacher + students * student) * tokens

@@ -17,13 +17,13 @@ gradients are taken for as large as what it keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
 
 # fp32 master weight and the two moments of Adam.
@@ -36,7 +36,6 @@ _GROUP = 128
 _OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
 
 Memory = dict[str, int]
-StageName = Literal["pretrain", "align", "distill", "finetune", "evaluate", "needle"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Networks:
         """Parameters of all mixers."""
         return self.groups.get("mixer", 0)
 
-    def trainable(self, stage: StageName, section: Training) -> int:
+    def trainable(self, stage: str, section: Training) -> int:
         """Parameters that a training stage moves; of a part of the mixers (`train_only`) at most so many."""
         lora: Lora | None = getattr(section, "lora", None)
         if lora is not None:  # each projection is taken for one as long and as wide as the model
@@ -84,13 +83,13 @@ class Networks:
         only: tuple[str, ...] = getattr(section, "train_only", ())
         if only:
             return self.mixer_parameters if "mixer" in only else self.new_parameters
-        if stage == "align":
+        if stage_info(stage).layerwise:
             return self.mixer_parameters
         return sum(count for group, count in self.groups.items() if group not in section.freeze)
 
 
 def training_memory(
-    stage: StageName,
+    stage: str,
     section: Training,
     networks: Networks,
     resources: JobResources,
@@ -102,8 +101,8 @@ def training_memory(
     word = word_bytes(section.precision, resources)
     trainable = networks.trainable(stage, section)
     shards = resources.processes
-    taught = stage in ("align", "distill")
-    eight = mlp_bits == 8 and stage != "align" and freezes_mlp(stage, section)
+    taught, layerwise = stage_info(stage).needs_teacher, stage_info(stage).layerwise
+    eight = mlp_bits == 8 and not layerwise and freezes_mlp(stage, section)
     shared = held_once(stage, section, teacher_bits, mlp_bits) if taught else ()
     groups = {group: count * word for group, count in networks.groups.items() if group not in shared}
     if eight and "mlp" in groups:
@@ -112,7 +111,7 @@ def training_memory(
     if teacher_bits == 8:
         teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
     activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
-    logits = 0 if stage == "align" else _logits(section, networks, resources, word)
+    logits = 0 if layerwise else _logits(section, networks, resources, word)
     sharded = word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer
     gradients = 4 * trainable // (shards if sharded else 1)
     optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
@@ -165,14 +164,14 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
     return matrices * word - matrices - matrices * word // _GROUP
 
 
-def _activations(stage: StageName, part: Training, networks: Networks, resources: JobResources, word: int) -> int:
+def _activations(stage: str, part: Training, networks: Networks, resources: JobResources, word: int) -> int:
     """Bytes that the sequences of one forward pass keep, at most."""
     sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
     tokens, of = sequences * part.context, networks.layer_bytes[word]
     recurrent, kept = networks.num_recurrent, networks.num_layers - networks.num_recurrent
     mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
     rows = networks.hidden * word
-    if stage == "align":  # all mixers' graphs live until the one backward pass; of the teacher a layer at a time
+    if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
         passing = of.attention + of.frozen_mlp + 2 * of.norm
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
         each = rows + target if part.gradient_checkpointing else of.mixer + target

@@ -29,6 +29,7 @@ from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.memory import mlp_bits, teacher_bits
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, TeacherRef
+from radlads.tasks.contracts.stages import JUDGING_STAGES, TRAINING_STAGES
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.plan.checks import (
     Findings,
@@ -254,7 +255,7 @@ def _plan_stages(
 ) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
     limit = _USABLE * device["memory_bytes"]
-    for stage in ("pretrain", "align", "distill", "finetune"):
+    for stage in TRAINING_STAGES:
         section = getattr(recipe, stage)
         if section is None:
             continue
@@ -271,7 +272,8 @@ def _plan_stages(
             "epochs": epochs.get(stage),
             "memory_bytes_per_gpu": memory,
         } | stage_cost(training_flops(stage, section, networks), device["peak_flops"], resources)
-    for stage, section in (("evaluate", recipe.evaluate), ("needle", recipe.needle)):
+    for stage in JUDGING_STAGES:
+        section = getattr(recipe, stage)
         if section is None or recipe.pretrain is not None:
             continue
         memory = judging_memory(section, networks, resources)

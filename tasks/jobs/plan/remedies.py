@@ -9,7 +9,8 @@ from typing import Any
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
-from radlads.tasks.jobs.plan.memory import Memory, Networks, StageName, judging_memory, training_memory, word_bytes
+from radlads.tasks.contracts.stages import stage_info
+from radlads.tasks.jobs.plan.memory import Memory, Networks, judging_memory, training_memory, word_bytes
 
 _GIB = 1024**3
 # A change that saves less than this share is not worth telling.
@@ -22,7 +23,7 @@ _USABLE = 0.95
 class Setting:
     """What decides how much memory a training stage takes on one device."""
 
-    stage: StageName
+    stage: str
     section: Training
     resources: JobResources
     teacher_bits: FrozenBits = 16
@@ -100,22 +101,22 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         count = factor * resources.processes
         if resources.device == "cuda" and all(part.batch % count == 0 for part in section.parts):
             yield f"{count} GPUs", replace(setting, resources=resources.model_copy(update={"processes": count}))
-    if stage in ("distill", "finetune") and not freezes_mlp(stage, section):
+    if stage_info(stage).trains_whole_student and not freezes_mlp(stage, section):
         changed = section.model_copy(update={"freeze": (*section.freeze, "mlp")})
         label = f"mlp in {stage}.freeze and student.mlp_bits: 8 (costs quality)"
         yield label, replace(setting, section=changed, mlp_bits=8)
 
 
 def _in_8_bit(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    stage, section = setting.stage, setting.section
-    if stage in ("align", "distill") and setting.teacher_bits == 16:
+    stage, section, info = setting.stage, setting.section, stage_info(setting.stage)
+    if info.needs_teacher and setting.teacher_bits == 16:
         own: dict[str, Any] = {"teacher_bits": 8}
         label = "teacher.bits: 8"
-        if stage != "align" and freezes_mlp(stage, section) and setting.mlp_bits == 16:
+        if info.trains_whole_student and freezes_mlp(stage, section) and setting.mlp_bits == 16:
             own["mlp_bits"] = 8
             label += " and student.mlp_bits: 8"
         yield label, replace(setting, **own)
-    elif stage not in ("align", "pretrain") and freezes_mlp(stage, section) and setting.mlp_bits == 16:
+    elif info.trains_whole_student and freezes_mlp(stage, section) and setting.mlp_bits == 16:
         yield "student.mlp_bits: 8", replace(setting, mlp_bits=8)
 
 

@@ -11,9 +11,10 @@ import yaml
 from radlads.model.student.releases import TESTED
 from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.stages import CHOOSE, MODEL_STAGES, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.report.choice_report import choice_summary, choice_table
 from radlads.tasks.jobs.report.number_format import count
-from radlads.tasks.jobs.report.products import MODEL_STAGES, TRAINING_STAGES, Products
+from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Text, Verdict, render_markdown
 from radlads.tasks.jobs.report.report_body import stages_table, summary_table, tasks_table
 
@@ -95,21 +96,15 @@ def _introduction(products: Products, recipe: Recipe) -> str:
 
 
 def _making(products: Products, recipe: Recipe) -> list[Block]:
-    whats = {
-        "pretrain": "next-token cross entropy from random weights",
-        "align": "each mixer regressed on the output of the attention that it replaces, on the teacher's own input",
-        "distill": "KL(teacher‖student) of the logits",
-        "finetune": "next-token cross entropy",
-    }
     teacher = products.plan.teacher if products.plan is not None else None
     blocks: list[Block] = []
     if teacher is not None:
         named = f"`{teacher.fingerprint}`, its tokenizer `{teacher.tokenizer_fingerprint}`"
         blocks.append(Text(f"- **teacher**: {teacher_name(recipe)}, by content {named}"))
     for stage in MODEL_STAGES:
-        summary = choice_summary(products) if stage == "choose" else None
+        summary = choice_summary(products) if stage == CHOOSE.name else None
         if summary is not None:
-            blocks.append(Text(f"- **choose**: {summary}"))
+            blocks.append(Text(f"- **{stage}**: {summary}"))
         section, product = getattr(recipe, stage, None), products.of_stage(stage)
         if section is None or product is None:
             continue
@@ -117,8 +112,9 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
         phases = f" in {len(section.parts)} phases" if len(section.parts) > 1 else ""
         blocks.append(
             Text(
-                f"- **{stage}**: {whats[stage]}; {count(section.seen_tokens)} tokens{phases}, context {contexts}, "
-                f"batch {batches}, {count(section.num_steps)} steps, dataset `{section.data}` ({product.short})"
+                f"- **{stage}**: {stage_info(stage).does}; {count(section.seen_tokens)} tokens{phases}, "
+                f"context {contexts}, batch {batches}, {count(section.num_steps)} steps, "
+                f"dataset `{section.data}` ({product.short})"
             )
         )
     if not any(product for stage in TRAINING_STAGES if (product := products.of_stage(stage))):

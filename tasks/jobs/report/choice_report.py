@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from radlads.tasks.contracts.stages import CHOOSE
 from radlads.tasks.jobs.report.number_format import count, percent, plain
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Block, Heading, Picture, Table, Text
@@ -11,7 +12,7 @@ _SOURCE = "source"
 
 def choice_table(products: Products) -> Table | None:
     """Every layer's scores, the chosen ones marked; None where nothing was chosen after align."""
-    sheet, product = products.choice, products.of_stage("choose")
+    sheet, product = products.choice, products.of_stage(CHOOSE.name)
     if sheet is None or product is None:
         return None
     rows: list[tuple[str, ...]] = []

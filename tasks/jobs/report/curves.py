@@ -15,12 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-_LOSS_NAMES = {
-    "align": "distance of attention outputs",
-    "distill": "distillation loss, nats a token",
-    "finetune": "cross entropy, nats a token",
-    "pretrain": "cross entropy, nats a token",
-}
+from radlads.tasks.contracts.stages import ALIGN, stage_info
 
 
 def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
@@ -36,8 +31,8 @@ def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
             axis.plot(at, values, color="#c2571a", marker="o", markersize=4, linewidth=1.2, label="held out")
         axis.set_title(stage)
         axis.set_xlabel("optimizer step")
-        axis.set_ylabel(_LOSS_NAMES.get(stage, "loss"))
-        if stage in ("align", "distill"):
+        axis.set_ylabel(stage_info(stage).loss)
+        if stage_info(stage).needs_teacher:  # falls toward zero
             _use_log_scale(axis)
         axis.grid(alpha=0.25, which="both")
         axis.legend(frameon=False, fontsize=8)
@@ -58,7 +53,7 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axis.plot(steps, _smooth(losses), color=shade, linewidth=1.4, label=name.replace("_", " "))
     _use_log_scale(axis)
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel(_LOSS_NAMES["align"])
+    axis.set_ylabel(ALIGN.loss)
     axis.grid(alpha=0.25, which="both")
     if len(names) <= 16:
         axis.legend(frameon=False, fontsize=8, ncols=2)

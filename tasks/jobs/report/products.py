@@ -13,11 +13,8 @@ from radlads.tasks.contracts.job import Manifest
 from radlads.tasks.contracts.recipe.choice import listed_layers
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.specs import PlanReport
+from radlads.tasks.contracts.stages import CHOOSE, EVALUATE, MODEL_STAGES, NEEDLE, PLAN, STAGES, TOKENIZE
 from radlads.tasks.jobs.common import Job
-
-# The stages that make a model, in the order in which a run goes through them.
-MODEL_STAGES = ("pretrain", "transplant", "align", "choose", "distill", "finetune")
-TRAINING_STAGES = ("pretrain", "align", "distill", "finetune")
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ class Products:
     @property
     def stages(self) -> list[Product]:
         """Every product but the datasets, models in the order of the pipeline."""
-        order = ("plan", *MODEL_STAGES, "evaluate", "needle")
-        return [product for stage in order if (product := self.of_stage(stage)) is not None]
+        order = (name for name, stage in STAGES.items() if not stage.shared)
+        return [product for name in order if (product := self.of_stage(name)) is not None]
 
     @property
     def final(self) -> Product:
@@ -66,7 +63,7 @@ class Products:
 
     def _find_datasets(self) -> list[Product]:
         """The datasets that were given, and those that the given products were made from."""
-        found = {p.manifest.digest: p for p in self.all if p.manifest.stage == "tokenize"}
+        found = {p.manifest.digest: p for p in self.all if p.manifest.stage == TOKENIZE.name}
         for product in self.all:
             for name, ref in product.manifest.inputs.items():
                 if name != "data" or ref.digest in found:
@@ -101,13 +98,13 @@ class Products:
     @cached_property
     def plan(self) -> PlanReport | None:
         """plan.json."""
-        sheet = self.sheet("plan", "plan.json")
+        sheet = self.sheet(PLAN.name, "plan.json")
         return None if sheet is None else PlanReport.model_validate(sheet)
 
     @cached_property
     def choice(self) -> dict[str, Any] | None:
         """choose.json."""
-        return self.sheet("choose", "choose.json")
+        return self.sheet(CHOOSE.name, "choose.json")
 
     def attention_layers(self, recipe: Recipe) -> tuple[int, ...]:
         """The layers that are softmax attention in the final model: as chosen, as planned, as the recipe names them."""
@@ -118,12 +115,12 @@ class Products:
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
         """evaluate.json."""
-        return self.sheet("evaluate", "evaluate.json")
+        return self.sheet(EVALUATE.name, "evaluate.json")
 
     @cached_property
     def needle(self) -> dict[str, Any] | None:
         """needle.json."""
-        return self.sheet("needle", "needle.json")
+        return self.sheet(NEEDLE.name, "needle.json")
 
     def fetch_model(self, into: Path) -> Path:
         """The final model's Hugging Face folder, verified, on this machine."""

@@ -13,11 +13,12 @@ from radlads.model.weights.checkpoint_files import find_weight_files
 from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.specs import PublishSpec
+from radlads.tasks.contracts.stages import ALIGN, CHOOSE, JUDGING_STAGES, NEEDLE, PRETRAIN, TRAINING_STAGES
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.report.card import teacher_name, write_card
 from radlads.tasks.jobs.report.curves import draw_layers, draw_losses
 from radlads.tasks.jobs.report.html_page import render_html
-from radlads.tasks.jobs.report.products import TRAINING_STAGES, Products
+from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import render_markdown
 from radlads.tasks.jobs.report.report_body import build_report
 from radlads.tasks.jobs.report.verdicts import judge
@@ -37,7 +38,7 @@ def main(job: Job) -> dict[str, Any]:
     pictures = draw_pictures(products, job.output)
     verdicts = []
     if recipe.teacher is not None:
-        searched = products.of_stage("needle")
+        searched = products.of_stage(NEEDLE.name)
         verdicts = judge(
             products.evaluation,
             products.needle,
@@ -66,7 +67,7 @@ def copy_model(
     source = products.fetch_model(scratch)
     largest = max(path.stat().st_size for path in find_weight_files(str(source)))
     # A shard's file is its tensors, which the limit is about, and a header.
-    if largest <= max_shard_bytes + max_shard_bytes // 100 or products.final.manifest.stage == "pretrain":
+    if largest <= max_shard_bytes + max_shard_bytes // 100 or products.final.manifest.stage == PRETRAIN.name:
         shutil.copytree(source, folder)
         return
     tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
@@ -81,9 +82,9 @@ def draw_pictures(products: Products, folder: Path) -> list[str]:
     if sheets:
         draw_losses(sheets, folder / "losses.png")
         pictures.append("losses.png")
-    if draw_layers(products.rows("align"), folder / "layers.png"):
+    if draw_layers(products.rows(ALIGN.name), folder / "layers.png"):
         pictures.append("layers.png")
-    for stage, name in (("needle", "needle.png"), ("choose", "choose.png")):
+    for stage, name in ((NEEDLE.name, "needle.png"), (CHOOSE.name, "choose.png")):
         picture = products.picture(stage, name)
         if picture is not None:
             (folder / name).write_bytes(picture)
@@ -112,7 +113,7 @@ def _metrics(products: Products) -> dict[str, Any]:
         "needle_at_training_length_ratio",
     )
     found: dict[str, Any] = {}
-    for stage in ("evaluate", "needle"):
+    for stage in JUDGING_STAGES:
         product = products.of_stage(stage)
         if product is not None:
             found |= {key: product.manifest.metrics[key] for key in wanted if key in product.manifest.metrics}

@@ -7,6 +7,7 @@ from typing import Any
 
 from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.choice_report import choice_blocks
 from radlads.tasks.jobs.report.number_format import (
     NONE,
@@ -20,7 +21,7 @@ from radlads.tasks.jobs.report.number_format import (
     prompt_note,
     rate_of,
 )
-from radlads.tasks.jobs.report.products import TRAINING_STAGES, Product, Products
+from radlads.tasks.jobs.report.products import Product, Products
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Picture, Table, Text, Verdict
 
 _SOURCE = "source"
@@ -44,7 +45,7 @@ def build_report(
 def summary_table(products: Products) -> Table | None:
     """Teacher against student; None without any judging stage."""
     rows: list[tuple[str, str, str, str, str]] = []
-    evaluation, judged = products.evaluation, products.of_stage("evaluate")
+    evaluation, judged = products.evaluation, products.of_stage(EVALUATE.name)
     if evaluation is not None and judged is not None:
         teacher, student = evaluation["models"]["teacher"], evaluation["models"]["student"]
         ratio = student["bits_per_byte_ratio"]
@@ -59,7 +60,7 @@ def summary_table(products: Products) -> Table | None:
             ("KL(teacher‖student), nats a token", "0", measured(student["kl"]), "", judged.short),
             ("same most likely token", "100 %", percent(student["top1_agreement"]["value"]), "", judged.short),
         ]
-    needle, searched = products.needle, products.of_stage("needle")
+    needle, searched = products.needle, products.of_stage(NEEDLE.name)
     if needle is not None and searched is not None:
         models = needle["models"]
         for label, pick in (("needles found", lambda m: m), ("… at the training length", _trained)):
@@ -109,7 +110,7 @@ def _summary(products: Products) -> list[Block]:
 
 def stages_table(products: Products) -> Table | None:
     """KL of every stage's model on the same windows; None where only one was scored."""
-    evaluation, judged = products.evaluation, products.of_stage("evaluate")
+    evaluation, judged = products.evaluation, products.of_stage(EVALUATE.name)
     if evaluation is None or judged is None:
         return None
     final = products.final.manifest.stage
@@ -137,7 +138,7 @@ def _stages(products: Products) -> list[Block]:
 
 
 def _needle(products: Products, pictures: Sequence[str]) -> list[Block]:
-    sheet, product = products.needle, products.of_stage("needle")
+    sheet, product = products.needle, products.of_stage(NEEDLE.name)
     if sheet is None or product is None:
         return []
     names = list(sheet["models"])
@@ -162,7 +163,7 @@ def _needle(products: Products, pictures: Sequence[str]) -> list[Block]:
 
 def tasks_table(products: Products) -> Table | None:
     """lm-evaluation-harness tasks; None without any."""
-    evaluation, judged = products.evaluation, products.of_stage("evaluate")
+    evaluation, judged = products.evaluation, products.of_stage(EVALUATE.name)
     if evaluation is None or judged is None or not evaluation["tasks"]:
         return None
     rows = []
@@ -207,7 +208,7 @@ def _samples(products: Products) -> list[Block]:
 
 
 def _student(products: Products, recipe: Recipe) -> list[Block]:
-    sheet, product = products.sheet("transplant", "transplant.json"), products.of_stage("transplant")
+    sheet, product = products.sheet(TRANSPLANT.name, "transplant.json"), products.of_stage(TRANSPLANT.name)
     if sheet is None or product is None:
         return []
     kept = ", ".join(map(str, products.attention_layers(recipe))) or "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from radlads.tasks.contracts.stages import STAGES, STUDENT_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.number_format import percent
 from radlads.tasks.jobs.report.report_blocks import Verdict
 
@@ -13,7 +14,10 @@ BITS_PER_BYTE_RATIO = 1.03
 NEEDLE_RATIO = 0.90
 # Below this the teacher itself does not retrieve, and a student's share of nothing says nothing.
 _TEACHER_RETRIEVES = 0.5
-_ORDER = ("transplant", "align", "distill")
+# Stages that must bring the student nearer to its teacher.
+_TOWARD_TEACHER = tuple(
+    name for name in STUDENT_STAGES if name == TRANSPLANT.name or (STAGES[name].trains and STAGES[name].needs_teacher)
+)
 
 
 def judge(
@@ -51,11 +55,12 @@ def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Ver
 
 
 def _judge_stages(models: dict[str, Any], final_stage: str) -> list[Verdict]:
-    """Each stage up to distill must bring the student nearer to its teacher; finetune leaves it, and says how far."""
+    """Each stage that learns from the teacher must bring the student nearer to it; what follows leaves it, and says how
+    far."""
     verdicts = []
     kl = {name: numbers["kl"] for name, numbers in models.items() if name != "teacher"}
     kl.setdefault(final_stage, kl["student"])
-    present = [name for name in _ORDER if name in kl]
+    present = [name for name in _TOWARD_TEACHER if name in kl]
     for before, after in itertools.pairwise(present):
         if kl[after]["value"] > kl[before]["value"]:
             verdicts.append(
@@ -65,14 +70,15 @@ def _judge_stages(models: dict[str, Any], final_stage: str) -> list[Verdict]:
                     f"{kl[after]['value']:.4f}.",
                 )
             )
-    if present and present[-1] == "distill":
-        change = kl["student"]["value"] - kl["distill"]["value"]
-        error = (kl["student"]["stderr"] or 0) + (kl["distill"]["stderr"] or 0)
+    if present and STAGES[present[-1]].matches_logits:
+        nearest = kl[present[-1]]
+        change = kl["student"]["value"] - nearest["value"]
+        error = (kl["student"]["stderr"] or 0) + (nearest["stderr"] or 0)
         if change > 2 * error:
             verdicts.append(
                 Verdict(
                     "note",
-                    f"After distill the student moved away from its teacher: KL {kl['distill']['value']:.4f} → "
+                    f"After {present[-1]} the student moved away from its teacher: KL {nearest['value']:.4f} → "
                     f"{kl['student']['value']:.4f}. Finetuning follows the data, not the teacher.",
                 )
             )

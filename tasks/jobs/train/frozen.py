@@ -18,6 +18,7 @@ from radlads.model.training.quantized import quantize_frozen, share_frozen
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.memory import freezes_mlp, held_once
 from radlads.tasks.contracts.specs import TrainSpec
+from radlads.tasks.contracts.stages import stage_info
 
 logger = logging.getLogger("radlads")
 
@@ -50,7 +51,7 @@ def hold_student(
         shareable = held_once(spec.objective, spec.section, spec.teacher_bits, spec.mlp_bits)
         shared = share_frozen(student, teacher, lambda name: student.parameter_group(name) in shareable)
         own = [n for n, _ in student.named_parameters() if student.parameter_group(n) in shareable and n not in shared]
-        if spec.objective == "align" and own:
+        if stage_info(spec.objective).layerwise and own:
             logger.warning(
                 "%d frozen tensors of the student are not the teacher's, first %s: they are held twice, and the "
                 "teacher is not quite the one that the student was made from",

@@ -1,0 +1,186 @@
+"""Which stage reads which product: a whole conversion, judging one again, and making a teacher.
+
+The one place that says so. How a stage is run is its runner's business: as a Prefect task (stage_tasks.py), or plainly
+in this process (plain_runner.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import SCHEMA_VERSION
+from radlads.tasks.contracts.recipe.choice import choice_data, late_choice
+from radlads.tasks.contracts.recipe.recipe import Recipe
+from radlads.tasks.contracts.specs import PlanReport, PublishSpec, StageSpec, foreign_teacher
+from radlads.tasks.contracts.stages import (
+    ALIGN,
+    CHOOSE,
+    EVALUATE,
+    NEEDLE,
+    PLAN,
+    PRETRAIN,
+    PUBLISH,
+    TOKENIZE,
+    TRANSPLANT,
+    logits_reference,
+)
+from radlads.tasks.contracts.store.errors import older_schema
+from radlads.tasks.pipeline import Plan
+from radlads.tasks.stage import Product
+from radlads.tasks.stage_specs import (
+    choose_spec,
+    evaluate_spec,
+    needle_spec,
+    planned_teacher,
+    tokenize_spec,
+    train_spec,
+    transplant_spec,
+)
+
+
+class Pending(Protocol):
+    """A stage that was started."""
+
+    def result(self) -> Product:
+        """Its product, once it has ended. Raises what the stage raised."""
+
+
+class Runner(Protocol):
+    """What runs the stages of a graph. Each method raises what run_stage raises."""
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """Run the stage `plan` and read its report, which what follows is pinned to."""
+
+    def run(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None) -> Product:
+        """The product of a stage, made or found. label: what people call it, where a stage runs more often."""
+
+    def submit(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product]) -> Pending:
+        """Start a stage that does not wait for its siblings, nor they for it."""
+
+
+def convert(recipe: Recipe, runner: Runner) -> dict[str, Product]:
+    """From a teacher to a judged, exported student: stage (or `<dataset> data`) → product, in order.
+
+    Stages that the recipe does not have are left out. Raises UserError for a recipe that makes a teacher.
+    """
+    plan = runner.plan(recipe)
+    planned_teacher(plan.report)
+    data = {name: _tokenize(recipe, plan.report, runner, name) for name in recipe.datasets_used}
+    students = {TRANSPLANT.name: runner.run(TRANSPLANT.name, transplant_spec(recipe, plan.report), {})}
+    for stage in recipe.training_stages:
+        students[stage] = _train(recipe, plan.report, runner, stage, data, newest(students))
+        if stage == ALIGN.name and late_choice(recipe) is not None:
+            students[CHOOSE.name] = _choose(recipe, plan.report, runner, data, students[stage])
+    judged = _judge(recipe, plan.report, runner, data, students)
+    return _publish(recipe, runner, plan, data, students | judged)
+
+
+def judge(
+    recipe: Recipe, runner: Runner, students: Mapping[str, Product], *, other_teacher: bool = False
+) -> dict[str, Product]:
+    """Judge models that are there already by the recipe's judging sections: stage → product.
+
+    students: stage → its model, in order. other_teacher: they may have been made from another one than the recipe's.
+    Raises UserError where they were and that is not meant.
+    """
+    plan = runner.plan(recipe)
+    check_students(plan.report, students, other_teacher=other_teacher)
+    names = [recipe.evaluate.data] if recipe.evaluate is not None else []
+    data = {name: _tokenize(recipe, plan.report, runner, name) for name in names}
+    return _judge(recipe, plan.report, runner, data, students, other_teacher=other_teacher)
+
+
+def pretrain(recipe: Recipe, runner: Runner) -> dict[str, Product]:
+    """Make a small teacher from nothing: stage (or `<dataset> data`) → product. Raises UserError for a recipe that
+    converts one."""
+    if recipe.pretrain is None:
+        raise UserError(f"the recipe '{recipe.name}' has no section `pretrain`; run it with the flow radlads")
+    plan = runner.plan(recipe)
+    name = recipe.pretrain.data
+    data = {name: _tokenize(recipe, plan.report, runner, name)}
+    teacher = _train(recipe, plan.report, runner, PRETRAIN.name, data, None)
+    return _publish(recipe, runner, plan, data, {PRETRAIN.name: teacher})
+
+
+def newest(students: Mapping[str, Product]) -> Product:
+    """The last of the models: what the next stage goes on from, and what is judged and exported."""
+    return students[list(students)[-1]]
+
+
+def check_students(report: PlanReport, students: Mapping[str, Product], *, other_teacher: bool) -> None:
+    """Raises UserError where models of another run were made from another teacher than the plan's, unless that is
+    meant. The jobs look again, into the models themselves."""
+    teacher = planned_teacher(report)
+    for stage, product in students.items():
+        made_from = product.manifest.spec.get("teacher")
+        if other_teacher or made_from is None:
+            continue
+        if product.manifest.schema_version != SCHEMA_VERSION:
+            raise UserError(f"{older_schema(product.uri, product.manifest)}; or judge it with --other-teacher")
+        if made_from["fingerprint"] != teacher.fingerprint:
+            raise UserError(foreign_teacher(stage, made_from["fingerprint"], teacher.fingerprint))
+
+
+def _tokenize(recipe: Recipe, report: PlanReport, runner: Runner, name: str) -> Product:
+    return runner.run(TOKENIZE.name, tokenize_spec(recipe, report, name), {}, label=f"{TOKENIZE.name} {name}")
+
+
+def _train(
+    recipe: Recipe,
+    report: PlanReport,
+    runner: Runner,
+    stage: str,
+    data: Mapping[str, Product],
+    student: Product | None,
+) -> Product:
+    spec = train_spec(recipe, report, stage)
+    inputs = {"data": data[spec.section.data]}
+    return runner.run(stage, spec, inputs if student is None else inputs | {"student": student})
+
+
+def _choose(
+    recipe: Recipe, report: PlanReport, runner: Runner, data: Mapping[str, Product], aligned: Product
+) -> Product:
+    spec = choose_spec(recipe, report)
+    if spec is None:
+        raise UserError(f"the plan of the recipe '{recipe.name}' leaves no attention layers to be chosen after align")
+    name = choice_data(recipe)
+    return runner.run(CHOOSE.name, spec, {"student": aligned} | ({} if name is None else {"data": data[name]}))
+
+
+def _judge(
+    recipe: Recipe,
+    report: PlanReport,
+    runner: Runner,
+    data: Mapping[str, Product],
+    students: Mapping[str, Product],
+    *,
+    other_teacher: bool = False,
+) -> dict[str, Product]:
+    """The judging stages side by side. evaluate reads every model, to show what each stage brought; needle the newest
+    and, where training without the teacher came last, what it was before, since that can lose recall alone."""
+    started: dict[str, Pending] = {}
+    student = {"student": newest(students)}
+    if recipe.evaluate is not None:
+        spec = evaluate_spec(recipe, report, other_teacher=other_teacher)
+        earlier = {stage: students[stage] for stage in list(students)[:-1]}
+        inputs = student | {"data": data[recipe.evaluate.data]} | earlier
+        started[EVALUATE.name] = runner.submit(EVALUATE.name, spec, inputs)
+    if recipe.needle is not None:
+        reference = logits_reference(students)
+        inputs = student | ({} if reference is None else {reference: students[reference]})
+        retrieval = needle_spec(recipe, report, other_teacher=other_teacher)
+        started[NEEDLE.name] = runner.submit(NEEDLE.name, retrieval, inputs)
+    return {stage: pending.result() for stage, pending in started.items()}
+
+
+def _publish(
+    recipe: Recipe, runner: Runner, plan: Plan, data: Mapping[str, Product], made: Mapping[str, Product]
+) -> dict[str, Product]:
+    """All products, the report and the exported folder made of them among them."""
+    datasets = {f"{name} data": product for name, product in data.items()}
+    products = {PLAN.name: plan.product, **datasets, **made}
+    spec = PublishSpec(section=recipe.publish, recipe=recipe)
+    return products | {PUBLISH.name: runner.run(PUBLISH.name, spec, products)}

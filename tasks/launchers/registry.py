@@ -1,0 +1,13 @@
+"""The launchers by the names that a recipe knows them by (`resources.launcher`)."""
+
+from __future__ import annotations
+
+from radlads.tasks.launchers.launcher import Launcher
+from radlads.tasks.launchers.local import LocalLauncher
+
+LAUNCHERS: dict[str, Launcher] = {"local": LocalLauncher()}
+
+
+def find_launcher(name: str) -> Launcher:
+    """The launcher of a name that `Resources.launcher` allows."""
+    return LAUNCHERS[name]
