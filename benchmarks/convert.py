@@ -16,28 +16,16 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from radlads.tasks.contracts.job import Manifest
-from radlads.tasks.contracts.pins.content import ContentHashes
-from radlads.tasks.contracts.pins.pins import follow_moves
-from radlads.tasks.contracts.recipe.choice import choice_data
-from radlads.tasks.contracts.specs import PlanReport, StageSpec
+from radlads.tasks.contracts.stages import CHOOSE, STUDENT_STAGES, stage_info
+from radlads.tasks.graph import convert
 from radlads.tasks.pipeline import Pipeline, open_pipeline
-from radlads.tasks.stage import Product, run_stage
-from radlads.tasks.stage_specs import (
-    choose_spec,
-    evaluate_spec,
-    needle_spec,
-    planned_teacher,
-    tokenize_spec,
-    train_spec,
-    transplant_spec,
-)
+from radlads.tasks.plain_runner import PlainRunner, StageRun
 
 logger = logging.getLogger("convert")
 COLUMNS = (
@@ -52,52 +40,31 @@ COLUMNS = (
 )
 
 
-def convert(recipe: str, name: str, overrides: dict[str, Any], work: Path) -> dict[str, Any]:
-    """All stages of a recipe up to the judging; returns the numbers that its manifests hold."""
+def convert_recipe(recipe: str, name: str, overrides: dict[str, Any], work: Path) -> dict[str, Any]:
+    """All stages of a recipe; returns the numbers that its manifests hold."""
     places = {"store": str(work / "store"), "work": str(work / "work"), "tracking": "none"}
     with open_pipeline(recipe, overrides=overrides, run=name, run_id=name, **places) as pipeline:
         return run_stages(pipeline)
 
 
 def run_stages(pipeline: Pipeline) -> dict[str, Any]:
-    """The stages that the pipeline's recipe has, up to the judging; returns the numbers that their manifests hold."""
-    wanted, numbers = pipeline.recipe, {"stage seconds": {}, "stage speed": {}}
+    """The stages that the pipeline's recipe has; returns the numbers that their manifests hold."""
+    numbers: dict[str, Any] = {"stage seconds": {}, "stage speed": {}}
 
-    def run(stage: Any, spec: StageSpec, inputs: dict[str, Product], label: str = "") -> Product:
-        began = time.monotonic()
-        product = run_stage(pipeline.request(stage, spec, inputs))
-        numbers["stage seconds"][label or stage] = round(time.monotonic() - began, 1)
-        logger.info(
-            "%s %s: %.1f s%s", pipeline.run, label or stage, time.monotonic() - began, " (reused)" * product.reused
-        )
-        return product
+    def note(done: StageRun) -> None:
+        stage, metrics = stage_info(done.request.stage), done.product.manifest.metrics
+        numbers["stage seconds"][done.label] = round(done.seconds, 1)
+        logger.info("%s %s: %.1f s%s", pipeline.run, done.label, done.seconds, " (reused)" * done.product.reused)
+        if stage.trains:
+            numbers["stage speed"][stage.name] = _metric(done.product.manifest, "tokens_per_second")
+        elif stage.judges:
+            numbers.update(metrics)
 
-    planned = run("plan", pipeline.plan_spec(wanted), {})
-    report = PlanReport.model_validate_json(pipeline.store.read_file(pipeline.store.key(planned.uri), "plan.json"))
-    report = follow_moves(wanted, report, ContentHashes(pipeline.settings.content_cache))
-    planned_teacher(report)
-    data = {}
-    for name in wanted.datasets_used:
-        data[name] = run("tokenize", tokenize_spec(wanted, report, name), {}, f"tokenize {name}")
-    students = {"transplant": run("transplant", transplant_spec(wanted, report), {})}
-    for stage in wanted.training_stages:
-        spec = train_spec(wanted, report, stage)
-        student = students[list(students)[-1]]
-        students[stage] = run(stage, spec, {"data": data[spec.section.data], "student": student})
-        numbers["stage speed"][stage] = _metric(students[stage].manifest, "tokens_per_second")
-        choice = choose_spec(wanted, report) if stage == "align" else None
-        if choice is not None:
-            name = choice_data(wanted)
-            given = {"student": students["align"]} | ({"data": data[name]} if name else {})
-            students["choose"] = run("choose", choice, given)
-            numbers["choice"] = students["choose"].manifest.metrics
-    *earlier, last = students
-    if wanted.evaluate:
-        inputs = {"student": students[last], "data": data[wanted.evaluate.data], **{s: students[s] for s in earlier}}
-        numbers |= run("evaluate", evaluate_spec(wanted, report), inputs).manifest.metrics
-        numbers.setdefault(f"kl/{last}", numbers["kl"])
-    if wanted.needle:
-        numbers |= run("needle", needle_spec(wanted, report), {"student": students[last]}).manifest.metrics
+    made = convert(pipeline.recipe, PlainRunner(pipeline, note))
+    if CHOOSE.name in made:
+        numbers["choice"] = made[CHOOSE.name].manifest.metrics
+    if "kl" in numbers:
+        numbers.setdefault(f"kl/{[stage for stage in STUDENT_STAGES if stage in made][-1]}", numbers["kl"])
     return numbers
 
 
@@ -156,7 +123,7 @@ def main() -> None:
     names = [asked.name or Path(recipe).stem for recipe in asked.recipes]
     with ThreadPoolExecutor(asked.parallel) as pool:
         work = asked.work.absolute()
-        done = pool.map(lambda r, n: convert(r, n, overrides, work), asked.recipes, names)
+        done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), asked.recipes, names)
         results = dict(zip(names, done, strict=True))
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     text = f"# Conversions\n\n{datetime.now(UTC):%Y-%m-%d}, {hardware()}\n\n    {command}\n\n{table(results)}\n"

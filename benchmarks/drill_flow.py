@@ -1,4 +1,4 @@
-"""The flow that the drill kills: every stage of a recipe up to the judging, without the orchestrator.
+"""The flow that the drill kills: every stage of a recipe, without the orchestrator.
 
     python benchmarks/drill_flow.py RECIPE RUN STORE WORK
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import sys
 
-from convert import run_stages
-
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.store.open import StoreError
-from radlads.tasks.launchers.local import JobCrashed
+from radlads.tasks.graph import convert
+from radlads.tasks.launchers.launcher import JobCrashed
 from radlads.tasks.pipeline import open_pipeline
+from radlads.tasks.plain_runner import PlainRunner
 
 logger = logging.getLogger("drill")
 
@@ -26,7 +26,7 @@ def main() -> int:
     recipe, run, store, work = sys.argv[1:]
     try:
         with open_pipeline(recipe, run=run, run_id=run, store=store, work=work, tracking="none") as pipeline:
-            run_stages(pipeline)
+            convert(pipeline.recipe, PlainRunner(pipeline))
     except UserError as error:
         logger.error("%s", error)
         return 2

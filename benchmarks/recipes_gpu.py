@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module, resources
@@ -40,22 +40,17 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from radlads.deployments.twins import large_recipes, recipe_folder
-from radlads.tasks import stage as stage_module
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import JobSpec
-from radlads.tasks.contracts.recipe.choice import choice_data
-from radlads.tasks.contracts.specs import PlanReport, PublishSpec, StageSpec
+from radlads.tasks.contracts.job import JobResources, JobSpec
+from radlads.tasks.contracts.stages import PUBLISH, STAGES, TRAINING_STAGES, StageInfo, stage_info
+from radlads.tasks.graph import convert
 from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.launchers.launcher import JobCrashed, JobFailed
+from radlads.tasks.launchers.local import LocalLauncher
+from radlads.tasks.launchers.progress import Progress
 from radlads.tasks.pipeline import Pipeline, open_pipeline
-from radlads.tasks.stage import Product, run_stage
-from radlads.tasks.stage_specs import (
-    choose_spec,
-    evaluate_spec,
-    needle_spec,
-    tokenize_spec,
-    train_spec,
-    transplant_spec,
-)
+from radlads.tasks.plain_runner import PlainRunner, StageRun
+from radlads.tasks.stage import Product
 
 logger = logging.getLogger("recipes_gpu")
 
@@ -86,10 +81,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-72B-Instruct": _QWEN2
     | {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8},
 }
-TRAINING = ("align", "distill", "finetune")
 PEAK = "peak-bytes.txt"
-# Imported once, before anything forks.
-PROGRAMS = ("plan", "tokens", "transplant", "train", "choose", "evaluate", "needle", "publish")
 
 
 @dataclass
@@ -122,7 +114,7 @@ def cut_recipe(raw: dict[str, Any], folder: Path, *, layers: int, steps: int) ->
         "data": {name: {"sources": [chats if name == "chat" else texts]} for name in raw["data"]},
         "resources": {"device": "auto", "processes": 1, "zero_stage": raw.get("resources", {}).get("zero_stage", 1)},
     }
-    cut |= {stage: _cut_section(raw[stage], steps) for stage in TRAINING if stage in raw}
+    cut |= {stage: _cut_section(raw[stage], steps) for stage in TRAINING_STAGES if stage in raw}
     evaluate = raw["evaluate"]
     context = evaluate.get("context", 512)
     cut["evaluate"] = {"data": evaluate["data"], "context": context, "heldout_tokens": 4 * context, "batch": 2}
@@ -180,70 +172,47 @@ def write_inputs(shape: dict[str, Any], folder: Path, layers: int) -> None:
             stream.write(json.dumps({"messages": messages}) + "\n")
 
 
-def convert(recipe: Path, name: str, work: Path) -> Iterator[Row]:
-    """Every stage of a recipe, one after the other; yields a row as each ends."""
+def convert_recipe(recipe: Path, name: str, work: Path, on_row: Callable[[Row], None]) -> None:
+    """Every stage of a recipe, one after the other; on_row is called as each ends."""
     places = {"store": str(work / "store"), "work": str(work / "work"), "tracking": "none"}
-    with (
-        open_pipeline(str(recipe), run=name, run_id=name, **places) as pipeline,
-        mock.patch.object(stage_module, "launch", _run_here),
-    ):
-        yield from _stages(pipeline, name)
+
+    def note(done: StageRun) -> None:
+        on_row(_row(name, done.label, done.product, done.seconds, done.request.scratch))
+
+    with open_pipeline(str(recipe), run=name, run_id=name, **places, launcher=ForkLauncher()) as pipeline:
+        made = convert(pipeline.recipe, PlainRunner(pipeline, note))
+        on_row(_reload(pipeline, name, made[PUBLISH.name]))
 
 
-def _stages(pipeline: Pipeline, name: str) -> Iterator[Row]:
-    wanted = pipeline.recipe
-    products: dict[str, Product] = {}
+class ForkLauncher(LocalLauncher):
+    """Jobs are forks of this process, which has imported everything and touched no GPU; lanes share the GPU."""
 
-    def run(stage: Any, spec: StageSpec, inputs: dict[str, Product], label: str | None = None) -> Row:
-        began = time.monotonic()
-        request = pipeline.request(stage, spec, inputs)
-        product = products[label or stage] = run_stage(request)
-        return _row(name, label or stage, product, time.monotonic() - began, request.scratch)
+    def run(
+        self, spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
+    ) -> None:
+        """As Launcher.run, without progress."""
+        Path(spec.scratch).mkdir(parents=True, exist_ok=True)
+        (Path(spec.scratch) / "job.json").write_text(spec.model_dump_json(), encoding="utf-8")
+        if in_a_fork(_execute, spec) != 0:
+            ending = Path(spec.scratch) / "exit.json"
+            if not ending.is_file():
+                raise JobCrashed(f"{spec.stage} crashed and did not say why")
+            raise JobFailed(json.loads(ending.read_text(encoding="utf-8"))["message"])
 
-    yield run("plan", pipeline.plan_spec(wanted), {})
-    report = PlanReport.model_validate_json(
-        pipeline.store.read_file(pipeline.store.key(products["plan"].uri), "plan.json")
-    )
-    for data in wanted.datasets_used:
-        yield run("tokenize", tokenize_spec(wanted, report, data), {}, f"tokenize {data}")
-    yield run("transplant", transplant_spec(wanted, report), {})
-    students = ["transplant"]
-    for stage in wanted.training_stages:
-        spec = train_spec(wanted, report, stage)
-        inputs = {"data": products[f"tokenize {spec.section.data}"], "student": products[students[-1]]}
-        yield run(stage, spec, inputs)
-        students.append(stage)
-        choice = choose_spec(wanted, report) if stage == "align" else None
-        if choice is not None:
-            data = choice_data(wanted)
-            given = {"student": products["align"]} | ({"data": products[f"tokenize {data}"]} if data else {})
-            yield run("choose", choice, given)
-            students.append("choose")
-    if wanted.evaluate:
-        inputs = {"student": products[students[-1]], "data": products[f"tokenize {wanted.evaluate.data}"]}
-        yield run("evaluate", evaluate_spec(wanted, report), inputs)
-    if wanted.needle:
-        yield run("needle", needle_spec(wanted, report), {"student": products[students[-1]]})
-    made = {key.replace("tokenize ", "") + " data" * key.startswith("tokenize"): p for key, p in products.items()}
-    yield run("publish", PublishSpec(section=wanted.publish, recipe=wanted), made)
-    yield _reload(pipeline, name, products["publish"])
-
-
-def _run_here(spec: JobSpec, **_: Any) -> None:
-    """Instead of a launched job: its program in a fork of this process, which has imported everything and no GPU."""
-    Path(spec.scratch).mkdir(parents=True, exist_ok=True)
-    (Path(spec.scratch) / "job.json").write_text(spec.model_dump_json(), encoding="utf-8")
-    if in_a_fork(_execute, spec) != 0:
-        ending = Path(spec.scratch) / "exit.json"
-        raise UserError(json.loads(ending.read_text(encoding="utf-8"))["message"] if ending.is_file() else "it crashed")
+    def hold_devices(self, resources: JobResources, purpose: str) -> AbstractContextManager[None]:
+        """Nothing is locked."""
+        return nullcontext()
 
 
 def _execute(spec: JobSpec) -> None:
-    program = "train" if spec.stage in TRAINING else "tokens" if spec.stage == "tokenize" else spec.stage
-    reason = execute(import_module(f"radlads.tasks.jobs.{program}").main, Job(spec=spec))
+    reason = execute(import_module(_module(stage_info(spec.stage))).main, Job(spec=spec))
     if torch.cuda.is_initialized():
         (Path(spec.scratch) / PEAK).write_text(str(torch.cuda.max_memory_allocated()), encoding="utf-8")
     sys.exit(0 if reason == "done" else 1)
+
+
+def _module(stage: StageInfo) -> str:
+    return f"radlads.tasks.jobs.{stage.program}"
 
 
 def in_a_fork(function: Callable[..., None], *arguments: Any) -> int:
@@ -350,8 +319,8 @@ def main() -> int:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lanes share the GPU's memory
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # torchao asks for the GPU as it is imported
-        for program in PROGRAMS:
-            import_module(f"radlads.tasks.jobs.{program}")
+        for module in {_module(stage): None for stage in STAGES.values()}:  # once, before anything forks
+            import_module(module)
     if torch.cuda.is_initialized():
         raise SystemExit("an import has taken the GPU, so that no fork could use it")
     names = options.recipes or [name for name, _ in large_recipes()]
@@ -408,7 +377,7 @@ def _convert_one(raw: dict[str, Any], work: Path, options: argparse.Namespace, r
     folder = work / raw["name"]
     folder.mkdir()
     if options.twins:
-        rows.extend(convert(recipe_folder() / f"tiny-{raw['name']}.yaml", raw["name"], folder))
+        convert_recipe(recipe_folder() / f"tiny-{raw['name']}.yaml", raw["name"], folder, rows.append)
         return
     began = time.monotonic()
     shape = SHAPES[raw["teacher"]["path"]]
@@ -422,7 +391,7 @@ def _convert_one(raw: dict[str, Any], work: Path, options: argparse.Namespace, r
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(cut, sort_keys=False), encoding="utf-8")
     rows.append(Row(raw["name"], "random teacher", time.monotonic() - began, 0.0))
-    rows.extend(convert(recipe, raw["name"], folder))
+    convert_recipe(recipe, raw["name"], folder, rows.append)
 
 
 if __name__ == "__main__":

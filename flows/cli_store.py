@@ -13,6 +13,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 from radlads.tasks.contracts.store.layout import check_layout
 from radlads.tasks.contracts.store.open import Store, open_store
+from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.upkeep.gc import Garbage, Wish, collect, find_garbage
 from radlads.tasks.upkeep.listing import stored_products, stored_runs
 from radlads.tasks.upkeep.upgrade import upgrade_store
@@ -47,6 +48,24 @@ def list_store(store: StorePlace = None) -> None:
 
 
 @store_app.command()
+def where(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    stage: Annotated[str, typer.Argument(help="Stage, e.g. publish, distill or tokenize-train.")] = "publish",
+    store: StorePlace = None,
+) -> None:
+    """Print the place of a run's product."""
+    place = _open(store)
+    check_layout(place)
+    pointers = read_pointers(place, check_run_name(run))
+    if stage not in pointers:
+        known = ", ".join(sorted(pointers)) or "nothing"
+        raise UserError(f"the run '{run}' in {place.uri} points at no '{stage}'; it has {known}")
+    if place.read_manifest(pointers[stage].key) is None:
+        raise UserError(f"'{stage}' of the run '{run}' is not finished: nothing is committed at {pointers[stage].key}")
+    _say(place.join(pointers[stage].key))
+
+
+@store_app.command()
 def gc(
     keep_runs: Annotated[str, typer.Option(help="Runs whose products stay, by comma; or all.")] = "all",
     older_than: Annotated[float, typer.Option(metavar="DAYS", help="Only what is older than that.", min=0)] = 0.0,
@@ -75,12 +94,13 @@ def gc(
 def upgrade(
     store: StorePlace = None,
     tracking: Annotated[str | None, typer.Option(help="MLflow, whose runs are to be found again; or none.")] = None,
+    work: Annotated[str | None, typer.Option(help="Folder for running jobs, as the runs had it.")] = None,
     keep_old: Annotated[bool, typer.Option("--keep-old", help="Leave everything at its old place as well.")] = False,
 ) -> None:
     """Convert a store of the layout before this one (products under runs/ and datasets/). May be started again."""
-    settings = resolve_settings(store=store, tracking=tracking)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
     done = upgrade_store(
-        open_store(settings.store), Path.cwd(), keep_old=keep_old, tracking=settings.tracking, tell=_say
+        open_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=_say
     )
     _say(f"{len(done.moved)} products converted, {done.removed} old places removed, {len(done.left)} left as they were")
     if done.left:

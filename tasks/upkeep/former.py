@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -64,10 +65,16 @@ class Former:
         return self.job.tracking.run_id if self.job is not None and self.job.tracking is not None else None
 
 
-def read_former(store: Store, prefix: str) -> Former | None:
-    """What lies at an old prefix; None where nothing was made or begun that can be read. Raises CorruptArtifact."""
+def read_former(store: Store, prefix: str, work: Path) -> Former | None:
+    """What lies at an old prefix; None where nothing was made or begun that can be read. Raises CorruptArtifact.
+
+    work: this machine's scratch. A flow that was killed could not store the job.json of the stage that it was in; it
+    still lies there.
+    """
     manifest = store.read_manifest(prefix)
     data = store.get_bytes(f"{prefix}/job/job.json")
+    if manifest is None and data is None:
+        data = _left_in_scratch(store, prefix, work)
     try:
         job = JobSpec.model_validate_json(data) if data is not None else None
     except ValidationError as error:
@@ -75,6 +82,16 @@ def read_former(store: Store, prefix: str) -> Former | None:
             raise UserError(f"its job.json cannot be read: {first_fault(error)}") from None
         job = None
     return None if manifest is None and job is None else Former(prefix, manifest, job)
+
+
+def _left_in_scratch(store: Store, prefix: str, work: Path) -> bytes | None:
+    path = work / prefix.removeprefix(f"{RUNS}/") / "job.json"
+    try:
+        data = path.read_bytes()
+        mine = JobSpec.model_validate_json(data).output_uri == store.join(prefix)
+    except (OSError, ValidationError):
+        return None
+    return data if mine else None
 
 
 def spec_of_today(former: Former) -> StageSpec:

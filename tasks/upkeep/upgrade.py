@@ -3,13 +3,13 @@
 Nothing is brought here: files get a second name, by a link in a folder and by a copy that the server makes in a bucket.
 Digests are taken anew, of the old specs as today's models read them and of the new digests of their inputs, so that
 what is asked for today is found. Old places go last, once everything was verified at its new one; an interrupted
-conversion is started again and goes on. `upgrade.json` in the store says, meanwhile, what was converted.
+conversion is started again and goes on. `upgrade.json` stays in the store and says what became of what.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -66,20 +66,21 @@ def upgrade_store(
     tracking: str = "",
     tell: Callable[[str], None] = lambda line: None,
 ) -> Upgrade:
-    """Convert a store; does nothing to one that is converted. tracking: MLflow, whose runs of stages are found by the
-    new digests then. tell: is given a line for each product.
+    """Convert a store; does nothing to one that is converted. work: this machine's scratch, of the layout before.
+    tracking: MLflow, whose runs of stages are found by the new digests then. tell: is given a line for each product.
 
     Raises UserError where a run is at work in the store, CorruptArtifact, StoreError.
     """
     with ExitStack() as leases:
         for run in sorted({key.split("/")[1] for key in former_keys(store) if key.startswith(f"{RUNS}/")}):
             leases.enter_context(run_lease(store, run, work))
-        done = _Conversion(store, tracking, tell, _read_done(store))
+        done = _Conversion(store, work, tracking, tell, _read_done(store))
         for prefix in sorted({"/".join(_prefix(key)) for key in former_keys(store)}):
             done.convert(prefix)
         _write_pointers(store, done)
+        store.put_bytes(_DONE, json.dumps([vars(one) for one in done.moved.values()]).encode())
         if not keep_old:
-            _remove(store, done.result, tell)
+            done.result.removed = _remove(store, done.moved.values())
     mark_layout(store)
     return done.result
 
@@ -93,19 +94,21 @@ def _prefix(key: str) -> tuple[str, ...]:
 class _Conversion:
     """Converts product after product, each after those that it was made from."""
 
-    def __init__(self, store: Store, tracking: str, tell: Callable[[str], None], done: Mapping[str, Moved]) -> None:
-        self.store, self.tracking, self.tell = store, tracking, tell
-        self.result = Upgrade(moved=list(done.values()))
+    def __init__(
+        self, store: Store, work: Path, tracking: str, tell: Callable[[str], None], done: Mapping[str, Moved]
+    ) -> None:
+        self.store, self.work, self.tracking, self.tell = store, work, tracking, tell
+        self.result = Upgrade()
         self.data: dict[str, set[str]] = {}
-        """Run → digests of all datasets that its stages read."""
-        self._moved = dict(done)
+        """Run → digests of all datasets that it had made, or that its stages read."""
+        self.moved = dict(done)
         self._by_digest = {one.old_digest: one for one in done.values()}
         self._former: dict[str, Former | None] = {}
 
     def convert(self, prefix: str) -> Moved | None:
         """The product at an old prefix, at its new place; None where it stays, which `result.left` explains."""
-        if prefix in self._moved or prefix in self.result.left:
-            return self._moved.get(prefix)
+        if prefix in self.moved or prefix in self.result.left:
+            return self.moved.get(prefix)
         try:
             former = self._read(prefix)
             moved = None if former is None else self._convert(former)
@@ -114,9 +117,12 @@ class _Conversion:
             self.tell(f"{prefix} stays: {self.result.left[prefix]}")
             return None
         if moved is None:
-            self.result.left[prefix] = "nothing says what was to be made there"
+            self.result.left[prefix] = (
+                "nothing says what was to be made there (a flow that was killed left that on its machine: convert the "
+                "store there, with --work)"
+            )
             return None
-        self._moved[prefix] = moved
+        self.moved[prefix] = moved
         self._by_digest.setdefault(moved.old_digest, moved)
         self.result.moved.append(moved)
         self.tell(f"{prefix} → {moved.key}{'' if moved.committed else ' (unfinished)'}")
@@ -124,7 +130,7 @@ class _Conversion:
 
     def _read(self, prefix: str) -> Former | None:
         if prefix not in self._former:
-            self._former[prefix] = read_former(self.store, prefix)
+            self._former[prefix] = read_former(self.store, prefix, self.work)
         return self._former[prefix]
 
     def _convert(self, former: Former) -> Moved:
@@ -135,10 +141,10 @@ class _Conversion:
         committed = move_product(self.store, former, key, digest, spec, inputs)
         if self.tracking and former.mlflow_run_id is not None:
             retag_run(self.tracking, former.mlflow_run_id, digest)
-        self.data.setdefault(former.run, set()).update(
-            ref.digest for ref in inputs.values() if f"/{TOKENIZE.name}/" in ref.uri
-        )
-        run = "" if former.prefix.startswith(f"{DATASETS}/") else former.run
+        read = {ref.digest for ref in inputs.values() if f"/{TOKENIZE.name}/" in ref.uri}
+        is_dataset = former.prefix.startswith(f"{DATASETS}/")
+        self.data.setdefault(former.run, set()).update({digest} if is_dataset else read)
+        run = "" if is_dataset else former.run
         label = stage_label(former.stage, spec)
         return Moved(former.prefix, former.digest, run, former.stage, digest, label, committed)
 
@@ -151,8 +157,8 @@ class _Conversion:
         return InputRef(uri=self.store.join(moved.key), digest=moved.digest)
 
     def _holds(self, prefix: str, digest: str) -> bool:
-        if prefix in self._moved:
-            return self._moved[prefix].old_digest == digest
+        if prefix in self.moved:
+            return self.moved[prefix].old_digest == digest
         found = self._read(prefix)
         return found is not None and found.digest == digest
 
@@ -177,7 +183,7 @@ def _write_pointers(store: Store, done: _Conversion) -> None:
     """One pointer per stage of each run, and one per dataset that its stages read."""
     now = datetime.now(UTC)
     order = list(STAGES)
-    datasets = {one.digest: one for one in done.result.moved if one.stage == TOKENIZE.name}
+    datasets = {one.digest: one for one in done.moved.values() if one.stage == TOKENIZE.name}
     wanted = [(one.run, one) for one in sorted(done.result.moved, key=lambda one: order.index(one.stage)) if one.run]
     wanted += [(run, datasets[d]) for run, read in done.data.items() if run for d in sorted(read) if d in datasets]
     for run, one in wanted:
@@ -187,22 +193,19 @@ def _write_pointers(store: Store, done: _Conversion) -> None:
             write_history(store, run, one.label, pointer)
 
 
-def _remove(store: Store, result: Upgrade, tell: Callable[[str], None]) -> None:
-    """Remove the old places of what is verified at its new one, once it is written down what that is."""
-    for one in result.moved:
+def _remove(store: Store, moved: Iterable[Moved]) -> int:
+    """Remove the old places of what is whole at its new one; how many. Nothing goes before all of it was looked at."""
+    there = [one for one in moved if store.list(one.old)]
+    for one in there:
         if one.committed:
             store.verify(one.key, store.open_manifest(one.key))
-    store.put_bytes(_DONE, json.dumps([vars(one) for one in result.moved]).encode())
-    for one in result.moved:
-        if store.list(one.old):
-            store.delete(one.old)
-            result.removed += 1
-    store.delete(_DONE)
-    tell(f"removed {result.removed} old places")
+    for one in there:
+        store.delete(one.old)
+    return len(there)
 
 
 def _read_done(store: Store) -> dict[str, Moved]:
-    """What an interrupted conversion had verified before it began to remove old places."""
+    """What earlier conversions brought to its new place, by its old one. Raises StoreError."""
     data = store.get_bytes(_DONE)
     try:
         rows = [Moved(**row) for row in json.loads(data)] if data else []

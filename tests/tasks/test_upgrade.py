@@ -190,6 +190,24 @@ def test_an_unfinished_stage_goes_on_from_its_checkpoint(old, tmp_path):
     assert (job["digest"], job["schema_version"], job["lease"]) == (digest, 3, None)
 
 
+def test_what_a_killed_flow_left_in_its_scratch_folder_says_what_was_to_be_made(old, tmp_path):
+    """kill -9 of a flow: checkpoints are in the store, the job's own sheet is not."""
+    store, digest = old.store, expected(old)["distill"]
+    job = store.get_bytes("runs/r/distill/job/job.json")
+    store.delete("runs/r/distill/job")
+    done = upgrade_store(store, tmp_path / "elsewhere")
+    assert set(done.left) == {"runs/r/distill"}
+    assert "convert the store there, with --work" in done.left["runs/r/distill"]
+    scratch = tmp_path / "work" / "r" / "distill"
+    scratch.mkdir(parents=True)
+    (scratch / "job.json").write_bytes(job.replace(store.uri.encode(), b"/another/store"))
+    assert set(upgrade_store(store, tmp_path / "work").left) == {"runs/r/distill"}
+    (scratch / "job.json").write_bytes(job)
+    assert upgrade_store(store, tmp_path / "work").left == {}
+    assert store.read_manifest(f"{product_key('distill', digest)}/checkpoints/step-000004") is not None
+    assert read_pointers(store, "r")["distill"].digest == digest
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("when", ["adopt", "copy", "write_history", "delete", "put_bytes"])
 def test_an_interrupted_conversion_goes_on(old, tmp_path, monkeypatch, when, keep):
@@ -219,7 +237,6 @@ def test_an_interrupted_conversion_goes_on(old, tmp_path, monkeypatch, when, kee
         key = product_key(label, wanted[label])
         store.verify(key, store.open_manifest(key))
     assert (former_keys(store) == []) != keep
-    assert store.get_bytes("upgrade.json") is None
     check_layout(store)
 
 
@@ -244,7 +261,7 @@ def test_what_todays_models_cannot_read_stays_and_is_said(old, tmp_path):
     assert "key_of_long_ago" in done.left["runs/r/align"]
     assert "its input 'student'" in done.left["runs/r/distill"]
     assert store.read_manifest("runs/r/align") is not None
-    assert set(read_pointers(store, "r")) == {"plan", "transplant"}, "the dataset is the other run's too"
+    assert set(read_pointers(store, "r")) == {"plan", "transplant", "tokenize-train"}
     check_layout(store)
 
 
