@@ -1,4 +1,4 @@
-# The two commands: `make demo` runs the main job, `make test` passes the tests. Both install what they need into .venv.
+# `make demo` converts the shipped teacher, `make test` runs the tests. Both install their requirements into .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,24 +6,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 RELEASES_STAMP := .venv-transformers/.installed
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test drill lint typecheck services-down clean
+.PHONY: help demo install test drill lint style types services-down clean
 
-help:  ## This list
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'radlads needs Python 3.11 or newer; set PYTHON=python3.x' >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo 'could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'could not create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(STAMP)
 
 $(RELEASES_STAMP): $(DEV_STAMP) tests/releases.py
@@ -34,15 +35,21 @@ $(RELEASES_STAMP): $(DEV_STAMP) tests/releases.py
 demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and MLflow pages on loopback
 	$(BIN)/radlads demo
 
-test: $(DEV_STAMP) $(RELEASES_STAMP)  ## All tests that need no GPU
-	$(BIN)/python -m pytest
+install: $(DEV_STAMP) $(RELEASES_STAMP)  ## What tests need, into .venv and .venv-transformers
 
-drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes
+test: install  ## All tests that need no GPU, in two processes (PROCESSES=n for others)
+	$(BIN)/python -m pytest -n $(PROCESSES) --durations=20
+
+drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages; about 15 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
-lint: $(DEV_STAMP)  ## Style, and types of the control plane
+lint: style types  ## Style, and types of the control plane
+
+style: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP)
 	@mkdir -p .typecheck && ln -sfn .. .typecheck/radlads
 	MYPYPATH=.typecheck $(BIN)/mypy -p radlads.tasks -p radlads.flows
 

@@ -35,7 +35,7 @@ from radlads.kernels.wkv7.triton_step import wkv7_step_triton
 from radlads.kernels.wkv7.triton_tuning import (
     FEWEST_HEADS,
     Fused,
-    Tuning,
+    Wkv7Tuning,
     candidates,
     default_tuning,
     fused_candidates,
@@ -54,7 +54,7 @@ def say(*words: object) -> None:
     sys.stdout.flush()
 
 
-def sweep_rows() -> Iterator[tuple[str, int, Tuning | Fused]]:
+def sweep_rows() -> Iterator[tuple[str, int, Wkv7Tuning | Fused]]:
     """(shape, row, setting): the fused kernels' settings, then those of the kernels with chunks in parallel."""
     backend = "hip" if torch.version.hip else "cuda"
     for shape in ("S1", "S4", "S3"):
@@ -70,7 +70,7 @@ def fused(D: int, dtype: torch.dtype = BF16) -> Fused | None:
 def compile_jobs() -> list[Callable[[], None]]:
     """One job per setting and variant: run on a tiny input, it leaves the compiled kernels in Triton's cache."""
 
-    def run(D: int, T: int, tuning: Tuning | Fused | None, bounds: list[int] | None = None, dtype=BF16, h0=False):
+    def run(D: int, T: int, tuning: Wkv7Tuning | Fused | None, bounds: list[int] | None = None, dtype=BF16, h0=False):
         inputs = wkv7_inputs(1, T, 2, D, dtype=dtype, device=DEVICE)
         cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
         state = torch.zeros(1 if bounds is None else len(bounds) - 1, 2, D, D, device=DEVICE) if h0 else None

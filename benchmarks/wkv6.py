@@ -24,7 +24,7 @@ from torch import Tensor
 
 from radlads.kernels.shared.testing import WKV6_FLOOR, outputs_and_gradients, relative_rms, wkv6_inputs
 from radlads.kernels.wkv6.chunked import wkv6_chunked
-from radlads.kernels.wkv6.triton_op import Tuning, candidates, current_backend, wkv6_triton
+from radlads.kernels.wkv6.triton_op import Wkv6Tuning, candidates, current_backend, wkv6_triton
 
 BF16 = torch.bfloat16
 SHAPES = {"H64 D64": (4, 4096, 64, 64), "H40 D128": (4, 4096, 40, 128), "one long": (1, 32768, 40, 128)}
@@ -50,7 +50,7 @@ def gla() -> Callable[..., tuple[Tensor, Tensor]] | None:
     return operator
 
 
-def settings() -> list[Tuning]:
+def settings() -> list[Wkv6Tuning]:
     """All but the default."""
     return candidates(current_backend())[1:]
 

@@ -103,10 +103,10 @@ def _shrink_sizes(sizes: dict[str, Any], context: int, steps: int) -> dict[str, 
 
 def render(twin: dict[str, Any]) -> str:
     """A twin as YAML, nothing in it shared."""
-    return yaml.dump(twin, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    return yaml.dump(twin, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
-class _Plain(yaml.SafeDumper):
+class _PlainDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 

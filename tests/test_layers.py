@@ -28,7 +28,7 @@ JOBS = "radlads.tasks.jobs"
 # Package → what of radlads it may import, itself excepted.
 ALLOWED = {
     "kernels": (),
-    "model": ("radlads.kernels", f"{CONTRACTS}.errors", f"{CONTRACTS}.specs", f"{CONTRACTS}.job"),
+    "model": ("radlads.kernels", f"{CONTRACTS}.errors"),
     "tasks/contracts": (),
     "tasks/launchers": (CONTRACTS,),
     "tasks/jobs": ("radlads.kernels", "radlads.model", CONTRACTS),

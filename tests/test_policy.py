@@ -12,11 +12,25 @@ FOLDERS = ("flows", "tasks", "model", "kernels", "deployments")
 # Files that may read the environment: where settings enter, and the rank variables that the DeepSpeed launcher sets.
 READS_ENVIRONMENT = {
     "tasks/launchers/local.py",
+    "tasks/launchers/program.py",
     "tasks/contracts/settings.py",
     "tasks/launchers/supervise.py",
     "flows/services.py",
     "tasks/jobs/common.py",
     "tasks/jobs/process_group.py",
+}
+# Every mixer variant has these two; a class of any other name has one meaning in the whole tree.
+OF_EVERY_VARIANT = {"Mixer", "Options"}
+FOUND_BY_FILE_NAME = ("model/mixers", "model/teacher/families")
+# Modules that no program of the product imports, each with what it is for.
+FOR_LATER = {
+    "kernels/wkv7/split.py": "sequence parallelism: what ranks exchange about their parts of a sequence",
+}
+FOR_TESTS = {
+    "kernels/shared/offline.py": "compiles every kernel for GPUs that are not there",
+    "kernels/shared/testing.py": "inputs and measures of the kernels' tests and benchmarks",
+    "deployments/twins.py": "writes the tiny recipes that tests run",
+    "deployments/demo/make_corpus.py": "wrote the shipped corpus",
 }
 MAX_LINES = 320
 LONG_FILES = {"kernels": 450, "tasks/contracts/recipe/sections.py": 400, "tasks/contracts/store/s3/store.py": 330}
@@ -41,6 +55,45 @@ def test_files_stay_short() -> None:
         limit = LONG_FILES.get(name.as_posix(), LONG_FILES.get(name.parts[0], MAX_LINES))
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= limit, f"{name} has {lines} lines; split it by concept"
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    places: dict[str, list[str]] = {}
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name not in OF_EVERY_VARIANT:
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_every_module_is_reached() -> None:
+    """By an import, or by its name in a string (programs, forms of an operator, entry points), from another file."""
+    scripts = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "prefect.yaml"))
+    mentioned = {path: _mentioned(path) for path in python_files()}
+    unreached = set()
+    for path in python_files():
+        name = path.relative_to(ROOT)
+        if path.name in ("__init__.py", "__main__.py") or name.parent.as_posix() in FOUND_BY_FILE_NAME:
+            continue
+        dotted = "radlads." + ".".join(name.with_suffix("").parts)
+        endings = {dotted, dotted.removeprefix("radlads.tasks.jobs."), f".{path.stem}"}
+        others = (words for place, words in mentioned.items() if place != path)
+        if dotted not in scripts and not any(endings & words for words in others):
+            unreached.add(name.as_posix())
+    assert unreached == FOR_LATER.keys() | FOR_TESTS.keys()
+
+
+def _mentioned(path: Path) -> set[str]:
+    """Dotted names that a file imports, and its strings."""
+    words: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            words |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            words |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.add(node.value)
+    return words
 
 
 def test_weights_are_never_loaded_leniently_nor_unpickled() -> None:

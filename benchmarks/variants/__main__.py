@@ -3,12 +3,10 @@
     python benchmarks/variants --out DIR                        # one GPU; --help lists the sizes
     python benchmarks/variants --out DIR --device cpu --quick   # the same code on a CPU, with sizes that prove nothing
 
-Everything happens by the product's own functions, but with no process a stage: that would cost more than the stage.
-Data, losses, optimizer, schedules and rates are those of the recipe smoke-pure, the same for every variant; batches
-may be larger (--align-batch, --distill-batch), so that a GPU is not idle. Instead of DeepSpeed a small loop trains, in
-the engine's arithmetic on one GPU: parameters, activations and gradients in bf16; the gradients taken to fp32, norm and
-clip in fp32, AdamW on fp32 masters with its moments in fp32, and the masters rounded to bf16 after each step. Masters
-and moments begin anew with each stage. On a CPU everything is fp32. There is no finetune stage.
+Everything happens by the product's own functions, its engine and its steps included, but with no process a stage: that
+would cost more than the stage. Data, losses, optimizer, schedules and rates are those of the recipe smoke-pure, the
+same for every variant; batches may be larger (--align-batch, --distill-batch), so that a GPU is not idle. There is no
+finetune stage, and no checkpoint is kept.
 
 Rows: `default` is a variant's options as new conversions have them, `faithful` those of published weights (defects
 included), `close` its start nearer to the teacher where it has the options (decay_shift 1, first-layer shares at -4).

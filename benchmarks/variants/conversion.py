@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from rows import ROWS, Record, Row, Settings, Unit
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from radlads.model.convert.layer_choice import difficulty_layers, even_layers, last_layers, recall_layers
 from radlads.model.convert.layer_scores import BEFORE, TokenCount, sum_layers
@@ -27,54 +26,22 @@ from radlads.tasks.contracts.recipe.recipe import Recipe, Training
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches, text_batches
 from radlads.tasks.jobs.data.encode import Encoder
+from radlads.tasks.jobs.data.encoded_documents import Spool
 from radlads.tasks.jobs.data.loader import open_dataset, plan_batches
 from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.shards import Layout, write_dataset
-from radlads.tasks.jobs.data.spool import Spool
 from radlads.tasks.jobs.judge.heldout_scores import open_windows, score_windows, summarize
 from radlads.tasks.jobs.judge.judged_models import as_judged
 from radlads.tasks.jobs.judge.needle import generate, is_hit, make_trials
+from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tokenizer_fingerprint
 from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
-from radlads.tasks.jobs.train.engine import to_device
-from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
-from radlads.tasks.jobs.train.schedule import learning_rates
+from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.steps import optimizer_steps
 
 TEACHER = TeacherRef(path="demo", fingerprint="demo")
 CHECK_STEP = 100
 SHARE = 0.25
-
-
-class MasterAdam:
-    """AdamW on fp32 masters of what an objective trains; the parameters themselves are of the model's dtype."""
-
-    def __init__(self, objective: nn.Module, section: Training) -> None:
-        options = section.optimizer
-        groups = optimizer_groups(select_trainable(objective, section), options)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.masters = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
-        self.gradients = [torch.zeros_like(master) for master in self.masters]
-        left = iter(self.masters)
-        for group in groups:
-            group["params"] = [next(left) for _ in group["params"]]
-        for master, gradient in zip(self.masters, self.gradients, strict=True):
-            master.grad = gradient
-        self.clip = options.clip
-        self.adam = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
-
-    @torch.no_grad()
-    def step(self, rates: dict[str, float]) -> None:
-        """One step with what backward left, and no gradients after it. Never waits for the device."""
-        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        torch._foreach_copy_(self.gradients, given)
-        norm = nn.utils.get_total_norm(self.gradients)
-        nn.utils.clip_grads_with_norm_(self.masters, self.clip, norm)
-        for group in self.adam.param_groups:
-            group["lr"] = rates[group["name"]] * group["multiplier"]
-        self.adam.step()
-        torch._foreach_copy_(self.parameters, self.masters)
-        for parameter in self.parameters:
-            parameter.grad = None
 
 
 class Bench:
@@ -82,8 +49,9 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.recipe = settings, settings.recipe
-        self.device = torch.device(settings.device)
+        self.device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        join_group(self.device, 0, 1)
         path = resolve_teacher_path(TEACHER.path)
         self.teacher = as_judged(load_teacher(path, dtype=self.dtype, device=self.device))
         self.tokenizer = load_tokenizer(TEACHER.path)
@@ -123,12 +91,7 @@ class Bench:
     def hybrid(self, row: Row, unit: Unit) -> Record:
         path = self._aligned_file(row, unit.seed)
         if path.is_file():
-            student, given = self.student(row, unit.seed), load_file(path, device=str(self.device))
-            own = _own_tensors(student)
-            assert own.keys() == given.keys(), "the aligned student is of another form"
-            with torch.no_grad():
-                for name, tensor in own.items():
-                    tensor.copy_(given[name])
+            student = self._filled(row, load_file(path, device=str(self.device)))
         else:
             student = self.align(row, unit.seed)[0]
         restore_attention(student, self.teacher, unit.layers, attention_rope=self.recipe.student.attention_rope)
@@ -139,7 +102,7 @@ class Bench:
 
     def speed(self, row: Row, unit: Unit) -> Record:
         """Tokens/s of a whole step, loading and optimizer included."""
-        student, found = self.student(row, 0), {}
+        found: Record = {}
         for stage in ("align", "distill"):
             section = getattr(self.recipe, stage)
             for name, (batch, context) in {"": (section.batch, section.context), "_large": self.settings.large}.items():
@@ -147,9 +110,8 @@ class Bench:
                 sizes = {"batch": batch, "micro_batch": batch, "context": context}
                 asked = section.model_copy(update=sizes | {"tokens": batch * context * (warm + timed)})
                 times: list[float] = []
-                self.train(
-                    stage, student, asked, watch=lambda s, t=times, w=warm: t.append(self._now()) if s == w else 0
-                )
+                watch = lambda s, t=times, w=warm: t.append(self._now()) if s == w else 0  # noqa: E731
+                self.train(stage, self.student(row, 0), asked, watch=watch)
                 found[stage + name] = batch * context * timed / (self._now() - times[0])
         return found
 
@@ -162,6 +124,19 @@ class Bench:
         student = build_student(self.teacher.config, dtype=self.dtype, **given).to(self.device)
         transplant(self.teacher, student)
         return student.eval()
+
+    def fresh(self, student: RadladsForCausalLM, row: Row) -> RadladsForCausalLM:
+        """A student like one that was trained, and that no engine has taken hold of."""
+        return self._filled(row, _own_tensors(student))
+
+    def _filled(self, row: Row, tensors: dict[str, torch.Tensor]) -> RadladsForCausalLM:
+        student = self.student(row, 0)
+        own = _own_tensors(student)
+        assert own.keys() == tensors.keys(), "the aligned student is of another form"
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        return student
 
     def align(
         self, row: Row, seed: int, calibration: Calibration | None = None
@@ -182,7 +157,7 @@ class Bench:
         record["align_final"] = record.pop(f"align_{section.num_steps}")
         record["align_seconds"] = round(time.monotonic() - began, 2)
         layers = {int(name[6:]): values for name, values in curves.items() if name.startswith("layer_")}
-        return student.eval(), record, layers
+        return self.fresh(student, row), record, layers
 
     def distill(self, student: RadladsForCausalLM, seed: int) -> Record:
         began = time.monotonic()
@@ -197,30 +172,33 @@ class Bench:
         section: Training,
         watch: Callable[[int], Any] = lambda step: None,
     ) -> dict[str, list[float]]:
-        """A stage's optimizer steps; metric → its value at every step. Raises FloatingPointError.
+        """A stage's optimizer steps by the product's engine; metric → its value at every step. Raises NonFiniteError.
 
-        watch is told each step's number before it.
+        watch is called before every step, with the number of steps that were taken. The student belongs to the engine
+        from here on: `fresh` gives one like it that can be trained further.
         """
-        objective = build_objective(
-            TrainSpec(objective=stage, section=section, teacher=TEACHER), student.requires_grad_(True), self.teacher
+        student.requires_grad_(True)
+        if section.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        objective = build_objective(TrainSpec(objective=stage, section=section, teacher=TEACHER), student, self.teacher)
+        plans = plan_batches(section, self.data.split("train"), 1)
+        engine = Engine(
+            objective,
+            section,
+            device=self.device,
+            dtype=self.dtype,
+            zero_stage=0,
+            micro_batch=plans[0].sequences,
+            num_micro=plans[0].num_micro,
         )
-        (plan,), optimizer = plan_batches(section, self.data.split("train"), 1), MasterAdam(objective, section)
-        values: list[torch.Tensor] = []
-        names: list[str] = []
-        for step in range(section.num_steps):
-            watch(step)
-            objective.train()
-            objective.begin_step(step)
-            loss, metrics = objective(to_device(plan.micro(step, 0, 0), self.device))
-            loss.backward()
-            optimizer.step(learning_rates(section, step))
-            names = list(metrics)
-            values.append(torch.stack([value.detach().float().reshape(()) for value in metrics.values()]))
-        seen = torch.stack(values).cpu()
-        if not seen.isfinite().all():
-            bad = int((~seen.isfinite()).any(1).nonzero()[0])
-            raise FloatingPointError(f"{stage}: the loss of step {bad + 1} of {section.num_steps} is not finite")
-        return dict(zip(names, seen.T.tolist(), strict=True))
+        found: dict[str, list[float]] = {}
+        watch(0)
+        for step in optimizer_steps(section, engine, plans):
+            for name, value in step.seen.metrics.items():
+                found.setdefault(name, []).append(value)
+            if step.number < section.num_steps:
+                watch(step.number)
+        return found
 
     def choose(
         self, student: RadladsForCausalLM, curves: dict[int, list[float]]

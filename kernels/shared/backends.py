@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radlads.kernels.shared.check import check_bounds, check_inputs
 from radlads.kernels.shared.chosen import note_kernel
 
 BACKENDS = ("reference", "chunked", "triton")
@@ -44,6 +45,22 @@ class Forms:
             return operator  # notes itself which of its kernels it takes
         note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "asked for")
         return self.reference if backend == "reference" else self.chunked
+
+    def run(
+        self, inputs: Mapping[str, Tensor], backend: str | None, cu_seqlens: Tensor | None, **states: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check a call and run it. inputs: r, log_decay, k, v and the rest, in the operator's order.
+
+        states: initial_state and output_final_state. Raises ValueError: see `choose`, `check_inputs`, `check_bounds`.
+        """
+        v = inputs["v"]
+        keys = {name: x for name, x in inputs.items() if name != "v"}
+        check_inputs(self.name, keys, v, states["initial_state"], cu_seqlens)
+        dtype = common_dtype(*(x for name, x in inputs.items() if name != "log_decay"))
+        operator = self.choose(backend, v, inputs["k"].shape[-1], dtype)
+        if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
+            check_bounds(self.name, cu_seqlens, v.shape[1])
+        return operator(*inputs.values(), cu_seqlens=cu_seqlens, **states)
 
     def why_not_triton(self, v: Tensor, K: int, dtype: torch.dtype) -> str | None:
         """One line on why these tensors cannot go through the Triton kernels; None if they can."""

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
+from radlads.kernels.shared.triton_launch import ChunkPlan, power
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
 from radlads.kernels.wkv6 import triton_op as wkv6_op
@@ -29,12 +30,11 @@ from radlads.kernels.wkv7 import (
 )
 from radlads.kernels.wkv7.triton_fused import MOST_BITS
 from radlads.kernels.wkv7.triton_op import TRITON_TYPES
-from radlads.kernels.wkv7.triton_plan import power
 from radlads.kernels.wkv7.triton_tuning import (
     FEWEST_HEADS,
     Fused,
-    Numerics,
-    Tuning,
+    Wkv7Numerics,
+    Wkv7Tuning,
     choose_numerics,
     default_tuning,
     fused_tuning,
@@ -85,8 +85,8 @@ def compile_wkv7(
     *,
     dtype: torch.dtype = torch.bfloat16,
     ragged: bool = True,
-    tuning: Tuning | None = None,
-    numerics: Numerics | None = None,
+    tuning: Wkv7Tuning | None = None,
+    numerics: Wkv7Numerics | None = None,
 ) -> dict[str, Any]:
     """Compile every wkv7 kernel for `name`, a key of TARGETS: {kernel: what Triton made}. Raises what Triton raises."""
     target = TARGETS[name]
@@ -178,7 +178,7 @@ def compile_wkv6(
     *,
     dtype: torch.dtype = torch.bfloat16,
     ragged: bool = True,
-    tuning: wkv6_op.Tuning | None = None,
+    tuning: wkv6_op.Wkv6Tuning | None = None,
 ) -> dict[str, Any]:
     """Compile every wkv6 kernel for `name`, a key of TARGETS: {kernel: what Triton made}. Raises what Triton raises."""
     target = TARGETS[name]
@@ -188,8 +188,9 @@ def compile_wkv6(
     where = (torch.empty(64, dtype=torch.int64),) * 2 if ragged else None
     tuning = tuning or wkv6_op.default_tuning(K, V, target.backend)
     by_bf16 = dtype == torch.bfloat16
-    plan = wkv6_op.Plan(4096, 64, K, V, 4, 128, 512, where, ragged, by_bf16, tuning, numerics)
-    scan, tiles = plan.scan[1], plan.tiles(K)[1]
+    plan = ChunkPlan(4096, 64, K, V, tuning.chunk, 4, 128, 512, where, ragged)
+    launch = wkv6_op.Launch(plan, by_bf16, tuning, numerics)
+    scan, tiles = launch.scan[1], launch.tiles(K)[1]
     sizes = (4096, 128, 64)
     launches = (
         (wkv6_forward.scan_kernel, (x, x, x, s, f, f, *plan.where, *sizes), {**scan, "INITIAL": True}),
@@ -270,7 +271,7 @@ def _hopper_launches(
 
 
 def _launches(
-    K: int, V: int, dtype: torch.dtype, ragged: bool, tuning: Tuning, kind: Numerics
+    K: int, V: int, dtype: torch.dtype, ragged: bool, tuning: Wkv7Tuning, kind: Wkv7Numerics
 ) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     x, f = torch.empty(64, dtype=dtype), torch.empty(64)
     s, t = torch.empty(64, dtype=kind.store), torch.empty(64, dtype=kind.triangle)

@@ -1,4 +1,4 @@
-"""Where the chunks of dense and packed sequences lie, for the operators in plain torch.
+"""What the operators in plain torch share: where the chunks of dense and packed sequences lie, and how long they are.
 
 Dims: B batch, T time, H heads, D, K, V dims of a head, N packed sequences, C chunk, G tiles (chunk slots x heads).
 
@@ -7,6 +7,7 @@ Needs torch only and imports nothing else, so that an exported model can carry t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -90,3 +91,44 @@ Slots = DenseSlots | PackedSlots
 def chunk_slots(B: int, T: int, H: int, C: int, cu_seqlens: Tensor | None) -> Slots:
     """The slots of B sequences of T tokens, or of the sequences between `cu_seqlens` [N+1] in one row (a host sync)."""
     return DenseSlots(B, T, H, C) if cu_seqlens is None else PackedSlots(cu_seqlens, H, C)
+
+
+def longest_chunk(most: int, T: int, fits: Callable[[int], bool]) -> int:
+    """The smallest power of two from which on a chunk need not (`most`, T) or must not (`fits` of it) grow further."""
+    chunk = 1
+    while chunk < min(most, T) and fits(chunk):
+        chunk *= 2
+    return chunk
+
+
+def sum_type(v: Tensor) -> torch.dtype:
+    """What everything is computed in: fp32; fp64 for fp64 inputs."""
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def zero_states(k_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The state before every sequence, [B or N,H,K,V], where the caller gave none."""
+    B, _, H, K = k_BTHK.shape
+    count = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    return torch.zeros(count, H, K, v_BTHV.shape[-1], dtype=sum_type(v_BTHV), device=v_BTHV.device)
+
+
+def scan_chunks(
+    slots: Slots, new_GKV: Tensor, state: Tensor, move: Callable[[slice, Tensor, Tensor], object], *, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    """Carry a state over the chunks: (the state before each of them [G,K,V], the last one of every sequence).
+
+    move: (tiles of this step, state before, where to write the state after) for one step of the scan, which visits the
+    chunks from the last to the first where `backwards`.
+    """
+    states, state = torch.empty_like(new_GKV), state.clone()
+    for here, count in _steps(slots, backwards):
+        states[here] = state[:count]
+        move(here, states[here], state[:count])
+    return states, state
+
+
+def _steps(slots: Slots, backwards: bool) -> Iterator[tuple[slice, int]]:
+    spans = list(zip(slots.starts, slots.counts, strict=True))
+    for start, count in reversed(spans) if backwards else spans:
+        yield slice(start, start + count), count

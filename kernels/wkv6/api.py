@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from radlads.kernels.shared.backends import Forms, common_dtype
-from radlads.kernels.shared.check import check_bounds, check_inputs, check_step
+from radlads.kernels.shared.backends import Forms
+from radlads.kernels.shared.check import check_step
 from radlads.kernels.shared.meta import wkv6_meta
 from radlads.kernels.wkv6.chunked import wkv6_chunked
 from radlads.kernels.wkv6.reference import wkv6_reference
@@ -44,21 +44,8 @@ def wkv6(
 
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
     """
-    keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK}
-    check_inputs("wkv6", keys, v_BTHV, initial_state, cu_seqlens)
-    dtype = common_dtype(r_BTHK, k_BTHK, v_BTHV)
-    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1], dtype)
-    if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
-        check_bounds("wkv6", cu_seqlens, v_BTHV.shape[1])
-    return operator(
-        r_BTHK,
-        log_decay_BTHK,
-        k_BTHK,
-        v_BTHV,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    inputs = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK, "v": v_BTHV}
+    return FORMS.run(inputs, backend, cu_seqlens, initial_state=initial_state, output_final_state=output_final_state)
 
 
 def wkv6_step(r_BHK: Tensor, log_decay_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, state_BHKV: Tensor) -> Tensor:

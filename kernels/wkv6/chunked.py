@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.shared.slots import Slots, chunk_slots
+from radlads.kernels.shared.slots import Slots, chunk_slots, longest_chunk, scan_chunks, sum_type, zero_states
 
 MAX_CHUNK = 64
 # Inside a chunk, reads carry exp(g - m) and writes exp(m - g), with m the cumulative log decay g in the middle. Each
@@ -38,11 +38,10 @@ def wkv6_chunked(
     `chunk` defaults to the longest one (at most 64 tokens) that this log decay allows: 16 at RAD-RWKV6's floor of -5,
     fewer beyond it, down to one token.
     """
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    B, T, H, K = k_BTHK.shape
-    num_states = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    dtype = sum_type(v_BTHV)
+    B, T, H, _ = k_BTHK.shape
     if initial_state is None:
-        initial_state = torch.zeros(num_states, H, K, v_BTHV.shape[-1], dtype=dtype, device=v_BTHV.device)
+        initial_state = zero_states(k_BTHK, v_BTHV, cu_seqlens)
     if chunk is None:
         chunk = _choose_chunk(log_decay_BTHK, T, dtype)
     slots = chunk_slots(B, T, H, chunk, cu_seqlens)
@@ -52,13 +51,10 @@ def wkv6_chunked(
 
 def _choose_chunk(log_decay: Tensor, T: int, dtype: torch.dtype) -> int:
     strongest = min(float(log_decay.detach().abs().max()), -_MIN_LOG_DECAY)
-    chunk = 1
-    while chunk < min(MAX_CHUNK, T) and strongest * chunk <= _MAX_EXPONENT[dtype]:
-        chunk *= 2
-    return chunk
+    return longest_chunk(MAX_CHUNK, T, lambda chunk: strongest * chunk <= _MAX_EXPONENT[dtype])
 
 
-class _Terms:
+class _ChunkTerms:
     """What a chunk needs: centred reads Z = r exp(g - m) and writes Y = k exp(m - g), and A = tril(Z Yᵀ)."""
 
     def __init__(self, slots: Slots, dtype: torch.dtype, r: Tensor, log_decay: Tensor, k: Tensor) -> None:
@@ -90,7 +86,7 @@ class _ChunkedWkv6(torch.autograd.Function):
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(v.device.type, enabled=False):
-            x = _Terms(slots, dtype, r, log_decay, k)
+            x = _ChunkTerms(slots, dtype, r, log_decay, k)
             v_GCV = slots.pack(v, dtype)
             new = (x.Y.mT @ v_GCV).mul_(x.leave)
             states, state = _scan(slots, x.through, new, slots.pack_state(initial_state, dtype))
@@ -105,7 +101,7 @@ class _ChunkedWkv6(torch.autograd.Function):
         r, log_decay, k, v, initial_state, states = ctx.saved_tensors
         slots, dtype = ctx.slots, ctx.dtype
         with torch.autocast(v.device.type, enabled=False):
-            x = _Terms(slots, dtype, r, log_decay, k)  # again: cheaper than keeping it
+            x = _ChunkTerms(slots, dtype, r, log_decay, k)  # again: cheaper than keeping it
             v_GCV, dO = slots.pack(v, dtype), slots.pack(dout, dtype)
             reads = (x.Z.mT @ dO).mul_(x.enter)
             dstates, dinitial = _scan(slots, x.through, reads, slots.pack_state(dfinal, dtype), backwards=True)
@@ -137,11 +133,8 @@ def _scan(
 
     `backwards` visits the chunks from the last to the first.
     """
-    states = torch.empty_like(new_GKV)
-    state = state.clone()
-    spans = list(zip(slots.starts, slots.counts, strict=True))
-    for start, count in reversed(spans) if backwards else spans:
-        here = slice(start, start + count)
-        states[here] = state[:count]
-        torch.addcmul(new_GKV[here], through_GK1[here], states[here], out=state[:count])
-    return states, state
+
+    def move(here: slice, before: Tensor, after: Tensor) -> None:
+        torch.addcmul(new_GKV[here], through_GK1[here], before, out=after)
+
+    return scan_chunks(slots, new_GKV, state, move, backwards=backwards)

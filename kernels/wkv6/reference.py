@@ -13,10 +13,10 @@ linear attention, arXiv 2312.06635); the log decay lies in [-5, 0).
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from radlads.kernels.shared.sequential import run_sequentially
 
 
 def wkv6_reference(
@@ -33,25 +33,15 @@ def wkv6_reference(
 
     Returns `(out [B,T,H,V] in v's dtype, final state [B or N,H,K,V] in fp32 (fp64) or None)`.
     """
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    r, w, k, v = (x.to(dtype) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV))
-    B, T, H, K = k.shape
-    V = v.shape[-1]
-    if cu_seqlens is None:
-        spans = [(slice(0, B), 0, T)]
-    else:
-        spans = [(slice(0, 1), start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
-    num_states = B if cu_seqlens is None else len(spans)
-    if initial_state is None:
-        initial_state = torch.zeros(num_states, H, K, V, dtype=dtype, device=v.device)
-    states = list(initial_state.to(dtype).split(B if cu_seqlens is None else 1))
-    outs = []
-    for n, (rows, start, stop) in enumerate(spans):
-        state = states[n]
-        for t in range(start, stop):
-            row = (rows, t)
-            state = w[row].exp()[..., None] * state + k[row][..., None] * v[row][..., None, :]
-            outs.append(torch.einsum("bhk,bhkv->bhv", r[row], state))
-        states[n] = state
-    out = torch.stack(outs, 1).to(v_BTHV.dtype)
-    return out, (torch.cat(states) if output_final_state else None)
+    return run_sequentially(
+        _token,
+        (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _token(state: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    state = w.exp()[..., None] * state + k[..., None] * v[..., None, :]
+    return state, torch.einsum("bhk,bhkv->bhv", r, state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from radlads.kernels.shared.triton_tiles import LENGTHS, load_tile, locate, locate_sequence, store_tile
 from radlads.kernels.wkv6.triton_gates import (
     BLOCK,
     centred_sums,
@@ -20,7 +21,6 @@ from radlads.kernels.wkv6.triton_gates import (
     load_decay,
     to_end,
 )
-from radlads.kernels.wkv7.triton_common import LENGTHS, load_tile, locate, locate_sequence, store_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)

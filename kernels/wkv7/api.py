@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from radlads.kernels.shared.backends import Forms, common_dtype, triton_installed
-from radlads.kernels.shared.check import check_bounds, check_inputs, check_step
+from radlads.kernels.shared.backends import Forms, triton_installed
+from radlads.kernels.shared.check import check_step
 from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.shared.meta import wkv7_meta
 from radlads.kernels.wkv7.chunked import wkv7_chunked
@@ -48,23 +48,8 @@ def wkv7(
 
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
     """
-    keys = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK, "a": a_BTHK, "b": b_BTHK}
-    check_inputs("wkv7", keys, v_BTHV, initial_state, cu_seqlens)
-    dtype = common_dtype(r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
-    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1], dtype)
-    if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
-        check_bounds("wkv7", cu_seqlens, v_BTHV.shape[1])
-    return operator(
-        r_BTHK,
-        log_decay_BTHK,
-        k_BTHK,
-        v_BTHV,
-        a_BTHK,
-        b_BTHK,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    inputs = {"r": r_BTHK, "log_decay": log_decay_BTHK, "k": k_BTHK, "v": v_BTHV, "a": a_BTHK, "b": b_BTHK}
+    return FORMS.run(inputs, backend, cu_seqlens, initial_state=initial_state, output_final_state=output_final_state)
 
 
 def wkv7_step(

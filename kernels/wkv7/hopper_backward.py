@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from radlads.kernels.shared.triton_tiles import LENGTHS
 from radlads.kernels.wkv7.hopper_common import (
     copy,
     inverse_of,
@@ -28,7 +29,6 @@ from radlads.kernels.wkv7.hopper_common import (
     store_triangle,
 )
 from radlads.kernels.wkv7.hopper_half import LEAST, decays, half_back, make_middle, make_writes
-from radlads.kernels.wkv7.triton_common import LENGTHS
 from radlads.kernels.wkv7.triton_fused_forward import SCALES
 
 # Where the later of two pieces begins, in hundredths of a sequence: dh alone is taken for half a full step.

@@ -11,10 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from radlads.kernels.wkv7 import triton_common
+from radlads.kernels.shared import triton_tiles
 
 # Where a sequence lies is found as in Triton.
-locate_sequence = gluon.jit(triton_common.locate_sequence.fn)
+locate_sequence = gluon.jit(triton_tiles.locate_sequence.fn)
 
 
 @gluon.jit

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from radlads.kernels.shared.triton_tiles import LENGTHS
 from radlads.kernels.wkv7.hopper_common import (
     bits,
     copy,
@@ -29,8 +30,8 @@ from radlads.kernels.wkv7.hopper_common import (
     store_state,
     store_triangle,
 )
-from radlads.kernels.wkv7.triton_common import LENGTHS, LOG2E
 from radlads.kernels.wkv7.triton_fused_forward import SCALES
+from radlads.kernels.wkv7.triton_gates import LOG2E
 
 # Inputs whose largest magnitude is below 2^-31 count as that large: products of three scales stay finite.
 LEAST = gl.constexpr(96)

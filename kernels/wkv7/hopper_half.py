@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from radlads.kernels.wkv7.hopper_common import bits, inverse_of, largest, power_of_two, store_rows
-from radlads.kernels.wkv7.triton_common import LOG2E
+from radlads.kernels.wkv7.triton_gates import LOG2E
 
 # Gradients may be tiny: only what is below 2^-67 counts as that large.
 LEAST = gl.constexpr(60)

@@ -13,10 +13,10 @@ RWKV-7 passes a = -kk and b = kk * iclr, where kk has unit norm.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from radlads.kernels.shared.sequential import run_sequentially
 
 
 def wkv7_reference(
@@ -35,28 +35,17 @@ def wkv7_reference(
 
     Returns `(out [B,T,H,V] in v's dtype, final state [B or N,H,K,V] in fp32 (fp64) or None)`.
     """
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    r, w, k, v, a, b = (x.to(dtype) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
-    B, T, H, K = k.shape
-    V = v.shape[-1]
-    if cu_seqlens is None:
-        spans = [(slice(0, B), 0, T)]
-    else:
-        bounds = cu_seqlens.tolist()
-        spans = [(slice(0, 1), start, stop) for start, stop in pairwise(bounds)]
-    num_states = B if cu_seqlens is None else len(spans)
-    if initial_state is None:
-        initial_state = torch.zeros(num_states, H, K, V, dtype=dtype, device=v.device)
-    states = list(initial_state.to(dtype).split(B if cu_seqlens is None else 1))
-    outs = []
-    for n, (rows, start, stop) in enumerate(spans):
-        state = states[n]
-        for t in range(start, stop):
-            row = (rows, t)
-            read = torch.einsum("bhk,bhkv->bhv", a[row], state)
-            state = w[row].exp()[..., None] * state + b[row][..., None] * read[..., None, :]
-            state = state + k[row][..., None] * v[row][..., None, :]
-            outs.append(torch.einsum("bhk,bhkv->bhv", r[row], state))
-        states[n] = state
-    out = torch.stack(outs, 1).to(v_BTHV.dtype)
-    return out, (torch.cat(states) if output_final_state else None)
+    return run_sequentially(
+        _token,
+        (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _token(state: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    read = torch.einsum("bhk,bhkv->bhv", a, state)
+    state = w.exp()[..., None] * state + b[..., None] * read[..., None, :]
+    state = state + k[..., None] * v[..., None, :]
+    return state, torch.einsum("bhk,bhkv->bhv", r, state)

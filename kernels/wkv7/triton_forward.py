@@ -9,15 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from radlads.kernels.wkv7.triton_common import (
-    LENGTHS,
-    gates,
-    load_tile,
-    locate,
-    locate_sequence,
-    store_tile,
-    unit_lower_inverse,
-)
+from radlads.kernels.shared.triton_tiles import LENGTHS, load_tile, locate, locate_sequence, store_tile
+from radlads.kernels.wkv7.triton_gates import gates, unit_lower_inverse
 
 
 @triton.jit(do_not_specialize=LENGTHS)

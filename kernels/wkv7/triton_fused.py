@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from radlads.kernels.shared.triton_launch import ChunkPlan, current_backend, on_device_of, power
 from radlads.kernels.wkv7.decay_range import WATCH
 from radlads.kernels.wkv7.triton_fused_backward import fused_backward_kernel, middles_kernel
 from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES, fused_forward_kernel, solve_kernel
-from radlads.kernels.wkv7.triton_plan import Plan, power
-from radlads.kernels.wkv7.triton_tuning import Fused, current_backend
+from radlads.kernels.wkv7.triton_tuning import Fused
 
 # Exponents of half a chunk, in bits: beyond, a scaled operand may leave fp16. RWKV-7 stays below 15.
 MOST_BITS = 15.5
@@ -31,7 +30,7 @@ class FusedWkv7(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, plan: Plan, tuning: Fused, store: bool, initial_state: Tensor | None, *inputs: Tensor
+        ctx: FunctionCtx, plan: ChunkPlan, tuning: Fused, store: bool, initial_state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         inputs = tuple(_aligned(x) for x in inputs)
         h0 = None if initial_state is None else initial_state.contiguous()
@@ -45,7 +44,7 @@ class FusedWkv7(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second time
-        with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
+        with on_device_of(dout):
             grads, dinitial = _backward(*ctx.call, saved[:6], saved[6:], _aligned(dout), dfinal.contiguous())
         return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
@@ -56,7 +55,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _shared(plan: Plan) -> dict[str, Any]:
+def _shared(plan: ChunkPlan) -> dict[str, Any]:
     real = current_backend() != "interpreter"
     return {
         "K": plan.K, "BK": power(plan.K), "PACKED": plan.packed is not None,
@@ -64,7 +63,7 @@ def _shared(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _hopper(plan: Plan) -> dict[str, Any]:
+def _hopper(plan: ChunkPlan) -> dict[str, Any]:
     BK = power(plan.K)
     return {
         "K": plan.K, "V": plan.V, "BK": BK, "BV": power(plan.V), "PACKED": plan.packed is not None, "W": BK // 16,
@@ -81,7 +80,7 @@ def gate_type(log_decay: Tensor) -> tuple[Any, str]:
 
 
 def _forward(
-    plan: Plan, tuning: Fused, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
+    plan: ChunkPlan, tuning: Fused, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     r, w, _, v, a, b = inputs
     H, K, V, C = plan.H, plan.K, plan.V, plan.chunk
@@ -125,7 +124,7 @@ def _forward(
 
 
 def _backward(
-    plan: Plan, tuning: Fused, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor, dfinal: Tensor
+    plan: ChunkPlan, tuning: Fused, inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor, dfinal: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     inverse, taken, states, scales, U = saved
     grads = [torch.empty_like(x) for x in inputs]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from radlads.kernels.wkv7.triton_common import LENGTHS, LOG2E, load_tile, locate, locate_sequence, store_tile
+from radlads.kernels.shared.triton_tiles import LENGTHS, load_tile, locate, locate_sequence, store_tile
 from radlads.kernels.wkv7.triton_fused_forward import SCALES, largest, power_of_two
+from radlads.kernels.wkv7.triton_gates import LOG2E
 
 
 @triton.jit

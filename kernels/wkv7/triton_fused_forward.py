@@ -10,16 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from radlads.kernels.wkv7.triton_common import (
-    LENGTHS,
-    centred_gates,
-    gates,
-    load_tile,
-    locate,
-    locate_sequence,
-    store_tile,
-    unit_lower_inverse,
-)
+from radlads.kernels.shared.triton_tiles import LENGTHS, load_tile, locate, locate_sequence, store_tile
+from radlads.kernels.wkv7.triton_gates import centred_gates, gates, unit_lower_inverse
 
 # Per chunk, 1/scale of: the state before it; v and U; reads (r, a); writes (k, b); the product r bᵀ; the state in its
 # middle.

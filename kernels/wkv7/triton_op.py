@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,18 +11,24 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.shared.backends import common_dtype
 from radlads.kernels.shared.chosen import note_kernel
+from radlads.kernels.shared.triton_launch import (
+    ChunkPlan,
+    current_backend,
+    on_device_of,
+    plan_chunks,
+    power,
+    why_not_in_triton,
+)
 from radlads.kernels.wkv7.decay_range import WATCH, widest_log_decay
 from radlads.kernels.wkv7.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv7.triton_forward import scan_kernel, terms_kernel
 from radlads.kernels.wkv7.triton_fused import FusedWkv7
-from radlads.kernels.wkv7.triton_plan import Plan, make_plan, power
 from radlads.kernels.wkv7.triton_tuning import (
     Call,
     Fused,
-    Numerics,
-    Tuning,
+    Wkv7Numerics,
+    Wkv7Tuning,
     choose_numerics,
-    current_backend,
     default_tuning,
     fused_tuning,
     hopper_here,
@@ -46,8 +51,8 @@ def wkv7_triton(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    tuning: Tuning | Fused | None = None,
-    numerics: Numerics | None = None,
+    tuning: Wkv7Tuning | Fused | None = None,
+    numerics: Wkv7Numerics | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `wkv7`, for bf16, fp16 and fp32 inputs with K, V ≤ 256 on a GPU (or in Triton's interpreter)."""
     inputs = (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
@@ -62,15 +67,15 @@ def wkv7_triton(
         hopper = hopper_takes(K, V, log_decay_BTHK.dtype) and hopper_here(v_BTHV.device)
         tuning = fused_tuning(K, V, call.heads, dtype, backend, hopper=hopper)
         note_kernel("wkv7", name_form(tuning), partial(why_slower, tuning, call, v_BTHV.device))
-    with torch.cuda.device(v_BTHV.device) if v_BTHV.is_cuda else nullcontext():
+    with on_device_of(v_BTHV):
         if isinstance(tuning, Fused):
-            plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
+            plan = plan_chunks(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
             out, final_state = FusedWkv7.apply(plan, tuning, store, initial_state, *inputs)
         else:
             tuning = tuning or default_tuning(K, V, backend)
             numerics = numerics or choose_numerics(dtype, backend, wide=max(K, V) > 128)
             WATCH.look(log_decay_BTHK, widest_log_decay(tuning.chunk))
-            plan = make_plan(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
+            plan = plan_chunks(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
             out, final_state = _TritonWkv7.apply(plan, tuning, numerics, store, initial_state, *inputs)
     return out, (final_state if output_final_state else None)
 
@@ -78,12 +83,8 @@ def wkv7_triton(
 def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
     """Why these tensors, multiplied in dtype, cannot go through the Triton kernels; None if they can."""
     backend, wide = current_backend(), max(K, v.shape[-1])
-    if backend != "interpreter" and not v.is_cuda:
-        return f"the tensors are on {v.device}, not on a GPU"
-    if v.dtype == torch.float64:
-        return "float64 is not supported"
-    if wide > 256:
-        return f"head sizes above 256 are not supported, got K={K}, V={v.shape[-1]}"
+    if reason := why_not_in_triton(v, K, backend):
+        return reason
     if wide > 128 and (backend == "hip" or (backend == "cuda" and dtype != torch.bfloat16)):
         limit = "an AMD GPU" if backend == "hip" else f"a GPU in {str(dtype).removeprefix('torch.')}"
         return f"head sizes above 128 do not fit the shared memory of {limit}, got K={K}, V={v.shape[-1]}"
@@ -94,9 +95,9 @@ class _TritonWkv7(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        plan: Plan,
-        tuning: Tuning,
-        numerics: Numerics,
+        plan: ChunkPlan,
+        tuning: Wkv7Tuning,
+        numerics: Wkv7Numerics,
         store: bool,
         initial_state: Tensor | None,
         *inputs: Tensor,
@@ -113,13 +114,13 @@ class _TritonWkv7(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second time
-        with torch.cuda.device(dout.device) if dout.is_cuda else nullcontext():
+        with on_device_of(dout):
             grads, dinitial = _backward(*ctx.plan, saved[:6], saved[6:], dout.contiguous(), dfinal.contiguous())
         return None, None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 
 def _forward(
-    plan: Plan, tuning: Tuning, kind: Numerics, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
+    plan: ChunkPlan, tuning: Wkv7Tuning, kind: Wkv7Numerics, store: bool, h0: Tensor | None, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     r, _, _, v, _, _ = inputs
     H, K, V, C = plan.H, plan.K, plan.V, plan.chunk
@@ -150,9 +151,9 @@ def _forward(
 
 
 def _backward(
-    plan: Plan,
-    tuning: Tuning,
-    kind: Numerics,
+    plan: ChunkPlan,
+    tuning: Wkv7Tuning,
+    kind: Wkv7Numerics,
     inputs: tuple[Tensor, ...],
     saved: tuple[Tensor, ...],
     dout: Tensor,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radlads.kernels.wkv7.triton_common import load_tile, store_tile
+from radlads.kernels.shared.triton_tiles import load_tile, store_tile
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from radlads.kernels.shared.backends import is_hopper
+from radlads.kernels.shared.triton_launch import current_backend
 
 # Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
 FEWEST_HEADS = 96
@@ -42,7 +43,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Wkv7Tuning:
     chunk: int
     terms_warps: int
     scan: Scan
@@ -71,7 +72,7 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Numerics:
+class Wkv7Numerics:
     """dot: operands made inside a kernel; raw: operands as loaded; store: what goes through memory; triangle: T."""
 
     dot: Any
@@ -177,22 +178,22 @@ def fused_candidates(K: int, V: int, backend: str) -> list[Fused]:
     return list(dict.fromkeys([default, portable, *(Fused(*setting) for setting in settings)]))
 
 
-def default_tuning(K: int, V: int, backend: str) -> Tuning:
+def default_tuning(K: int, V: int, backend: str) -> Wkv7Tuning:
     """The settings in use for these head sizes."""
     wide = max(K, V)
     if wide < 64 or backend == "interpreter":
         size = max(16, min(64, triton.next_power_of_2(wide)))
-        return Tuning(32, 4, Scan(size, 4, 1), Scan(size, 4, 1), Tile(size, size, 4), Tile(size, size, 4))
+        return Wkv7Tuning(32, 4, Scan(size, 4, 1), Scan(size, 4, 1), Tile(size, size, 4), Tile(size, size, 4))
     if wide > 128:
-        return Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
+        return Wkv7Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
     if wide > 64 and backend == "hip":
-        return Tuning(32, 8, Scan(32, 8, 1), Scan(32, 8, 1), Tile(32, 64, 8), Tile(32, 64, 8))
+        return Wkv7Tuning(32, 8, Scan(32, 8, 1), Scan(32, 8, 1), Tile(32, 64, 8), Tile(32, 64, 8))
     if wide > 64:
-        return Tuning(32, 8, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, 4), Tile(64, 64, 8))
-    return Tuning(32, 4, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, 4), Tile(64, 64, 4))
+        return Wkv7Tuning(32, 8, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, 4), Tile(64, 64, 8))
+    return Wkv7Tuning(32, 4, Scan(32, 4, 2), Scan(32, 4, 2), Tile(64, 64, 4), Tile(64, 64, 4))
 
 
-def candidates(K: int, V: int, backend: str) -> list[Tuning]:
+def candidates(K: int, V: int, backend: str) -> list[Wkv7Tuning]:
     """Settings worth measuring, the default first. The i-th of them tries the i-th setting of every kernel."""
     default = default_tuning(K, V, backend)
     if not 64 <= max(K, V) <= 128 or backend == "interpreter":
@@ -201,11 +202,11 @@ def candidates(K: int, V: int, backend: str) -> list[Tuning]:
     scans = (Scan(32, 4, 2), Scan(64, 4, 2), Scan(16, 4, 2), Scan(32, 4, 3), Scan(32, 2, 2), Scan(64, 8, 2))
     tiles = (Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 32, 4), Tile(32, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8))
     rows = zip(warps, scans, tiles, strict=True)
-    found = [Tuning(chunk, w, scan, scan, tile, tile) for w, scan, tile in rows for chunk in (32, 64)]
+    found = [Wkv7Tuning(chunk, w, scan, scan, tile, tile) for w, scan, tile in rows for chunk in (32, 64)]
     return list(dict.fromkeys([default, *found]))
 
 
-def choose_numerics(dtype: torch.dtype, backend: str, *, wide: bool = False) -> Numerics:
+def choose_numerics(dtype: torch.dtype, backend: str, *, wide: bool = False) -> Wkv7Numerics:
     """What kernels make of bf16 keeps ten bits in products (tf32), and goes through memory as fp32 where that fits.
 
     As bf16 through memory, one key that repeats through a document left errors of 0.99e-2 in the gradient of a; as fp32
@@ -214,19 +215,12 @@ def choose_numerics(dtype: torch.dtype, backend: str, *, wide: bool = False) -> 
     """
     if backend == "interpreter":
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return Numerics(tl.float32, tl.float32, store, torch.float32, "ieee")
+        return Wkv7Numerics(tl.float32, tl.float32, store, torch.float32, "ieee")
     if dtype == torch.bfloat16:
         if wide or backend == "hip":
             raw, store = tl.bfloat16, torch.bfloat16
         else:
             raw, store = tl.float32, torch.float32
-        return Numerics(tl.float32, raw, store, torch.float16, "tf32" if backend == "cuda" else "ieee")
+        return Wkv7Numerics(tl.float32, raw, store, torch.float16, "tf32" if backend == "cuda" else "ieee")
     precision = "ieee" if backend == "hip" else "tf32" if dtype == torch.float16 else "tf32x3"
-    return Numerics(tl.float32, tl.float32, torch.float32, torch.float32, precision)
-
-
-def current_backend() -> str:
-    """ "interpreter", "cuda" or "hip"."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    return "hip" if torch.version.hip else "cuda"
+    return Wkv7Numerics(tl.float32, tl.float32, torch.float32, torch.float32, precision)

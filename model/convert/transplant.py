@@ -37,7 +37,7 @@ class TransplantReport:
 
 
 @dataclass(frozen=True)
-class Origin:
+class TensorOrigin:
     """Where one tensor of the student comes from."""
 
     source: str | None
@@ -51,7 +51,7 @@ class Origin:
 
 def trace_origins(
     student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]], *, scale: Mapping[str, float] | None = None
-) -> dict[str, Origin]:
+) -> dict[str, TensorOrigin]:
     """Find the source of every tensor of a student (on the meta device or not). shapes: of the teacher's tensors.
 
     scale: multipliers {q, k, v, o} of the projections (weight and bias) of converted layers. Raises UserError when
@@ -60,14 +60,14 @@ def trace_origins(
     """
     mixers, parts, target = student.mixers(), student.parts, student.state_dict()
     tied = dict(student.all_tied_weights_keys)
-    origins: dict[str, Origin] = {}
+    origins: dict[str, TensorOrigin] = {}
     for name in target:
         if name in tied:
-            origins[name] = Origin(name if name in shapes else None, tied_to=tied[name])
+            origins[name] = TensorOrigin(name if name in shapes else None, tied_to=tied[name])
             continue
         origin = _own_origin(name, student, shapes)
         if origin.source is not None and (projection := _projection(name, mixers, parts)):
-            origin = Origin(origin.source, origin.rows, float((scale or {}).get(projection, 1.0)))
+            origin = TensorOrigin(origin.source, origin.rows, float((scale or {}).get(projection, 1.0)))
         origins[name] = origin
     misshapen = []
     for name, origin in origins.items():
@@ -154,7 +154,7 @@ def stream_transplant(
     return _report(origins, weights.left_out)
 
 
-def _report(origins: Mapping[str, Origin], left_out: Iterable[str] = ()) -> TransplantReport:
+def _report(origins: Mapping[str, TensorOrigin], left_out: Iterable[str] = ()) -> TransplantReport:
     """left_out: what the checkpoint holds besides the language model."""
     kinds: dict[str, list[str]] = {"copied": [], "fresh": [], "tied": []}
     for name, origin in origins.items():
@@ -192,13 +192,13 @@ class _Nursery:
         return {name: tensor for name, tensor in mixer.state_dict().items() if name in self._fresh}
 
 
-def _own_origin(name: str, student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]]) -> Origin:
+def _own_origin(name: str, student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]]) -> TensorOrigin:
     """By its name; of an untied head the embeddings; of a mixer's q, k or v the rows of a fused projection."""
     if name in shapes:
-        return Origin(name)
+        return TensorOrigin(name)
     embeddings = f"model.{student.parts.embeddings}.weight"
     if name == "lm_head.weight" and student.config.teacher.get("tie_word_embeddings") and embeddings in shapes:
-        return Origin(embeddings)
+        return TensorOrigin(embeddings)
     fused = getattr(student.parts, "qkv", None)
     mixers = student.mixers()
     if fused and (projection := _projection(name, mixers, student.parts)) in ("q", "k", "v"):
@@ -207,8 +207,8 @@ def _own_origin(name: str, student: RadladsForCausalLM, shapes: Mapping[str, Seq
         if source in shapes:
             shape = mixers[layer].shape
             q, kv = shape.width, shape.num_kv_heads * shape.head_dim
-            return Origin(source, rows={"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[projection])
-    return Origin(None)
+            return TensorOrigin(source, rows={"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[projection])
+    return TensorOrigin(None)
 
 
 def _projection(name: str, mixers: Mapping[int, Mixer], parts: object) -> str | None:
@@ -234,6 +234,6 @@ def _split(name: str, parts: object) -> tuple[int, str]:
     return int(words[place + 1]), ".".join(words[place + 3 :])
 
 
-def _take(origin: Origin, read: Callable[..., Tensor]) -> Tensor:
+def _take(origin: TensorOrigin, read: Callable[..., Tensor]) -> Tensor:
     tensor = read(origin.source, *(origin.rows or ()))
     return tensor if origin.factor == 1.0 else (tensor.float() * origin.factor).to(tensor.dtype)

@@ -20,13 +20,13 @@ same. Its tensors carry the architecture marker 73.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from radlads.model.mixers.shared.mixer import rising_decay
-from radlads.model.mixers.shared.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.mixer import AttentionShape
+from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
@@ -44,7 +44,7 @@ class Options(Rwkv7Options):
     """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
     first_values_gradient: bool = True
     """False: as published, deeper layers do not train the first one through v_first."""
-    value_residual_init: float = 1.0
+    value_residual_init: Annotated[float, INITIAL] = 1.0
     """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
     value_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
@@ -60,11 +60,12 @@ class Mixer(Rwkv7Mixer):
     }
 
     @classmethod
-    def design_of(cls, options: Any) -> Design:
+    def design_of(cls, options: Any, shape: AttentionShape) -> Design:
         return Design(
             decay_offset=cls.CONSTANTS["decay_offset"],
             key_scaling="k_a",
             first_values="heads",
+            first_values_gradient=options.first_values_gradient,
             bonus=True,
             gate="one_plus",
         )
@@ -73,12 +74,5 @@ class Mixer(Rwkv7Mixer):
     def reset_parameters(self) -> None:
         """The published start; Options has the deviations."""
         super().reset_parameters()
-        rising = rising_decay(self.shape.width, self.depth, self.w0.device)
-        self.w0.copy_((rising + self.options.decay_shift).view(1, 1, -1))
-        self.a0.zero_()
-        self.k_k.fill_(0.85)
-        self.k_a.fill_(1.0)
-        self.r_k.zero_()
+        self.start_as_stock()
         self.g2.zero_()
-        if self.v0 is not None:
-            self.v0.fill_(self.options.value_residual_init)

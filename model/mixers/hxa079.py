@@ -26,15 +26,15 @@ never filled. Weights made with it load with `key_scaling: log_log_decay`. Its t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from radlads.model.mixers.shared.mixer import start_gate_at_one
-from radlads.model.mixers.shared.options import Rank, Rwkv7Options
-from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer, head_ramps
+from radlads.model.mixers.shared.mixer import AttentionShape
+from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
 class Options(Rwkv7Options):
@@ -54,18 +54,18 @@ class Options(Rwkv7Options):
     """log_log_decay: as published; needed for published weights, not for new conversions."""
     first_values_gradient: bool = True
     """False: as published, deeper layers do not train the first one through v_first and k_first."""
-    residual_init: Literal["ramp", "constant"] = "ramp"
+    residual_init: Annotated[Literal["ramp", "constant"], INITIAL] = "ramp"
     """ramp: v0 and k0 fall by 0.4 over the channels, as meant. constant: as published."""
-    value_residual_init: float = 0.73
+    value_residual_init: Annotated[float, INITIAL] = 0.73
     """v0. Published: 0.73, which starts every layer with 67 % first-layer values; -4 starts with 2 %."""
-    key_residual_init: float = 0.73
+    key_residual_init: Annotated[float, INITIAL] = 0.73
     """k0, likewise for keys."""
-    gate_init: Literal["published", "identity"] = "published"
+    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
     """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
     value_rank: int | None = Field(default=None, ge=1)
     key_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
-    rank_floor: int = Field(default=32, ge=1)
+    rank_floor: Annotated[int, INITIAL] = Field(default=32, ge=1)
     """Least rank of decay and gate. 32: Reka Flash 3.1. 256: RWKVInside from July 2025 on."""
 
     def resolve(self, hidden_size: int, width: int) -> Self:
@@ -83,12 +83,13 @@ class Mixer(Rwkv7Mixer):
     CONSTANTS: ClassVar[dict[str, float | str]] = {"decay_offset": 0.5, "output_scale": "head_dim^-0.5"}
 
     @classmethod
-    def design_of(cls, options: Any) -> Design:
+    def design_of(cls, options: Any, shape: AttentionShape) -> Design:
         return Design(
             decay_offset=cls.CONSTANTS["decay_offset"],
             key_scaling=options.key_scaling,
             first_values="kv",
             first_keys=True,
+            first_values_gradient=options.first_values_gradient,
             output_scale=True,
             bonus=True,
             gate="product",
@@ -98,16 +99,11 @@ class Mixer(Rwkv7Mixer):
     def reset_parameters(self) -> None:
         """The published start; Options has the deviations."""
         super().reset_parameters()
-        shape, options = self.shape, self.options
-        ramps = head_ramps(shape.num_heads, shape.head_dim, self.depth, self.w0.device)
-        self.w0.copy_((ramps.slow + options.decay_shift).view(1, 1, -1))
-        self.a0.copy_((-0.19 + 0.3 * ramps.zigzag + 0.4 * ramps.line).view(1, 1, -1))
+        self.start_on_ramps()
         self.r_k.fill_(-0.04)
-        if options.gate_init == "identity":
-            start_gate_at_one(self.g2)
         if self.v0 is not None:
-            self._start_residual(self.v0, options.value_residual_init)
-            self._start_residual(self.k0, options.key_residual_init)
+            self._start_residual(self.v0, self.options.value_residual_init)
+            self._start_residual(self.k0, self.options.key_residual_init)
 
     def _start_residual(self, offset: Tensor, value: float) -> None:
         line = torch.linspace(-0.5, 0.5, offset.numel(), device=offset.device).view_as(offset)

@@ -20,14 +20,14 @@ weights made with it load with `key_scaling: log_log_decay`. The default is the 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from radlads.model.mixers.shared.mixer import init_low_rank_out, start_gate_at_one
-from radlads.model.mixers.shared.options import Rank, Rwkv7Options
-from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer, head_ramps
+from radlads.model.mixers.shared.mixer import AttentionShape, init_low_rank_out
+from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
 class Options(Rwkv7Options):
@@ -44,7 +44,7 @@ class Options(Rwkv7Options):
     """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
     key_scaling: Literal["decay", "log_log_decay"] = "decay"
     """log_log_decay: as published; needed for published weights, not for new conversions."""
-    gate_init: Literal["published", "identity"] = "published"
+    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
     """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
     value_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
@@ -60,7 +60,7 @@ class Mixer(Rwkv7Mixer):
     }
 
     @classmethod
-    def design_of(cls, options: Any) -> Design:
+    def design_of(cls, options: Any, shape: AttentionShape) -> Design:
         return Design(
             decay_offset=cls.CONSTANTS["decay_offset"],
             key_scaling=options.key_scaling,
@@ -73,11 +73,6 @@ class Mixer(Rwkv7Mixer):
     def reset_parameters(self) -> None:
         """The published start; Options has the deviations."""
         super().reset_parameters()
-        shape, options = self.shape, self.options
-        ramps = head_ramps(shape.num_heads, shape.head_dim, self.depth, self.w0.device)
-        self.w0.copy_((ramps.slow + options.decay_shift).view(1, 1, -1))
-        self.a0.copy_((-0.19 + 0.3 * ramps.zigzag + 0.4 * ramps.line).view(1, 1, -1))
+        self.start_on_ramps()
         for first_factor in (self.w1, self.a1, self.v1):
             init_low_rank_out(first_factor)
-        if options.gate_init == "identity":
-            start_gate_at_one(self.g2)

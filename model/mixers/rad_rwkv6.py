@@ -23,7 +23,7 @@ beside S.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -41,7 +41,7 @@ from radlads.model.mixers.shared.mixer import (
 from radlads.model.mixers.shared.mixer import (
     Mixer as BaseMixer,
 )
-from radlads.model.mixers.shared.options import MixerOptions, Rank
+from radlads.model.mixers.shared.options import INITIAL, MixerOptions, Rank
 from radlads.model.mixers.shared.recurrence import run_recurrence
 from radlads.model.mixers.shared.token_shift import previous_tokens
 
@@ -62,7 +62,7 @@ class Options(MixerOptions):
     token_shift: bool = True
     rope: bool = False
     """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
-    decay_shift: float = 0.0
+    decay_shift: Annotated[float, INITIAL] = 0.0
     """Added to time_decay, whose published start forgets slowly (0.69 to 0.9975). Positive: forget faster at first."""
     decay_rank: int | None = Field(default=None, ge=1)
     shift_rank: int | None = Field(default=None, ge=1)
@@ -85,7 +85,7 @@ class Mixer(BaseMixer):
     CALIBRATED: ClassVar[dict[str, str]] = BaseMixer.CALIBRATED | {"decay": "time_decay"}
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
-        """options: resolved, attributes as in `Options`. first: makes no difference here."""
+        """See the base's; `first` makes no difference here."""
         super().__init__(shape, layer, num_layers)
         self.options = options
         D, A = shape.hidden_size, shape.width
@@ -106,7 +106,7 @@ class Mixer(BaseMixer):
         if options.form == "groupnorm":
             eps = shape.head_dim * self.CONSTANTS["group_norm_eps_per_channel"]
             self.ln_x = nn.GroupNorm(shape.num_heads, A, eps=eps)
-        self.reset_parameters()
+        self.start()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -24,30 +24,14 @@ from about 14B parameters on. No bonus term in either.
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from radlads.model.mixers.shared.mixer import (
-    AttentionShape,
-    FirstValues,
-    MixerOutput,
-    MixerState,
-    head_group_norm,
-    init_low_rank_out,
-    low_rank,
-    rising_decay,
-    start_gate_at_one,
-    unit_keys,
-)
-from radlads.model.mixers.shared.mixer import (
-    Mixer as BaseMixer,
-)
-from radlads.model.mixers.shared.options import Rank, Rwkv7Options
-from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
+from radlads.model.mixers.shared.mixer import AttentionShape
+from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
 class Options(Rwkv7Options):
@@ -65,9 +49,9 @@ class Options(Rwkv7Options):
     """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
     value_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
-    value_residual_init: float = 1.0
+    value_residual_init: Annotated[float, INITIAL] = 1.0
     """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
-    gate_init: Literal["published", "identity"] = "published"
+    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
     """published: a small random signed gate, so that mixers start near silence. identity: the same parameters, started
     so that the gate is 1; without GroupNorm that starts many times too loud, and short alignments end worse."""
 
@@ -76,105 +60,27 @@ class Options(Rwkv7Options):
         return self.with_ranks(hidden_size)
 
 
-class Mixer(BaseMixer):
-    """See the module's docstring. Raises nothing of its own."""
+class Mixer(Rwkv7Mixer):
+    """See the module's docstring."""
 
-    CONSTANTS: ClassVar[dict[str, float | str]] = {
-        "decay_scale": math.exp(-0.5),
-        "group_norm_eps_per_channel": 1e-5,
-        "removal_key_scale_init": 0.85,
-    }
+    CONSTANTS: ClassVar[dict[str, float | str]] = {"decay_offset": 0.5, "group_norm_eps_per_channel": 1e-5}
+    DRAW_ORDER: ClassVar[str] = "wagv"
 
-    def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
-        """options: resolved, attributes as in `Options`. first: whether this is the model's first recurrent layer."""
-        super().__init__(shape, layer, num_layers)
-        self.options = options
-        D, A = shape.hidden_size, shape.width
-        self.w0, self.w1, self.w2 = low_rank(D, options.decay_rank, A)
-        self.a0, self.a1, self.a2 = low_rank(D, options.iclr_rank, A)
-        if first:
-            self.v0 = self.v1 = self.v2 = None
-        else:
-            self.v0, self.v1, self.v2 = low_rank(D, options.value_rank, A)
-        _, self.g1, self.g2 = low_rank(D, options.gate_rank, A)
-        self.ln_x: nn.Module | None = None
-        if options.form == "groupnorm":
-            self.k_k = nn.Parameter(torch.empty(1, 1, A))
-            self.k_a = nn.Parameter(torch.empty(1, 1, A))
-            self.ln_x = nn.GroupNorm(
-                shape.num_heads, A, eps=shape.head_dim * self.CONSTANTS["group_norm_eps_per_channel"]
-            )
-        self.reset_parameters()
+    @classmethod
+    def design_of(cls, options: Any, shape: AttentionShape) -> Design:
+        balanced = options.form == "balanced"
+        return Design(
+            decay_offset=cls.CONSTANTS["decay_offset"],
+            key_scaling="decay" if balanced else "k_a",
+            first_values="heads",
+            group_norm_eps=None if balanced else shape.head_dim * cls.CONSTANTS["group_norm_eps_per_channel"],
+            output_scale=balanced,
+            gate="product",
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published start of everything that the teacher does not give; Options has the deviations."""
-        A = self.shape.width
-        self.w0.copy_((rising_decay(A, self.depth, self.w0.device) + self.options.decay_shift).view(1, 1, A))
-        self.a0.zero_()
-        for first_factor, second_factor in ((self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2)):
-            first_factor.zero_()
-            init_low_rank_out(second_factor)
-        if self.options.gate_init == "identity":
-            start_gate_at_one(self.g2)
-        if self.v0 is not None:
-            self.v0.fill_(self.options.value_residual_init)
-            self.v1.zero_()
-            init_low_rank_out(self.v2)
-        if self.ln_x is not None:
-            self.k_k.fill_(self.CONSTANTS["removal_key_scale_init"])
-            self.k_a.fill_(1.0)
-            self.ln_x.weight.fill_(1.0)
-            self.ln_x.bias.zero_()
-
-    def mix(
-        self,
-        x_BTD: Tensor,
-        *,
-        rope: tuple[Tensor, Tensor] | None = None,
-        first: FirstValues | None = None,
-        state: MixerState | None = None,
-        keep_BT: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        output_state: bool = False,
-    ) -> MixerOutput:
-        """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
-        r, k, v = self.project(x_BTD, rope if self.options.rope else None)
-        k, v = self.repeat(k), self.repeat(v)
-        if self.v0 is None:
-            first = FirstValues(v=v)
-        else:
-            if first is None or first.v is None:
-                raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
-            v = v + (first.v - v) * self.heads(torch.sigmoid(self.v0 + x_BTD @ self.v1 @ self.v2))
-
-        iclr = self.heads(torch.sigmoid((self.a0 + x_BTD @ self.a1 @ self.a2).float()))
-        speed = torch.sigmoid(self.w0.float() + (torch.tanh(x_BTD @ self.w1) @ self.w2).float())
-        log_decay = self.heads(-self.CONSTANTS["decay_scale"] * speed)
-        if self.ln_x is None:
-            kk = unit_keys(k)
-            k = k * (iclr - torch.expm1(log_decay)).to(k.dtype)
-        else:
-            kk = unit_keys(k * self.heads(self.k_k))
-            k = k * (1 + (iclr - 1) * self.heads(self.k_a)).to(k.dtype)
-
-        out, wkv = run_wkv7(
-            r,
-            log_decay,
-            k,
-            v,
-            kk,
-            iclr.to(k.dtype),
-            state=state,
-            keep_BT=keep_BT,
-            cu_seqlens=cu_seqlens,
-            output_state=output_state,
-            training=self.training,
-        )
-        if self.ln_x is None:
-            out = out * self.shape.head_dim**-0.5
-        else:
-            out = head_group_norm(out, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
-        gate = torch.sigmoid(x_BTD @ self.g1) @ self.g2
-        out = self.o_proj(out.flatten(-2) * gate)
-        return MixerOutput(out, first, None if wkv is None else MixerState(wkv))
+        """The published start; Options has the deviations."""
+        super().reset_parameters()
+        self.start_as_stock()
+        self.start_gate()

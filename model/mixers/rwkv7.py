@@ -22,13 +22,13 @@ official model repeats nothing (G = H) and has neither RoPE nor q/k norms.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from radlads.model.mixers.shared.mixer import rising_decay, start_gate_at_one
-from radlads.model.mixers.shared.options import Rank, Rwkv7Options
+from radlads.model.mixers.shared.mixer import AttentionShape
+from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
@@ -51,11 +51,11 @@ class Options(Rwkv7Options):
     """Official: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
     first_values_gradient: bool = True
     """False: deeper layers do not train the first one through v_first."""
-    token_shift_init: Literal["none", "official"] = "none"
+    token_shift_init: Annotated[Literal["none", "official"], INITIAL] = "none"
     """none: every branch starts on the token itself, as the teacher does. official: what pretraining starts from."""
-    value_residual_init: float = 1.0
+    value_residual_init: Annotated[float, INITIAL] = 1.0
     """v0. Official: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
-    gate_init: Literal["published", "identity"] = "published"
+    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
     """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
     value_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
@@ -72,11 +72,12 @@ class Mixer(Rwkv7Mixer):
     }
 
     @classmethod
-    def design_of(cls, options: Any) -> Design:
+    def design_of(cls, options: Any, shape: AttentionShape) -> Design:
         return Design(
             decay_offset=cls.CONSTANTS["decay_offset"],
             key_scaling="k_a",
             first_values="heads",
+            first_values_gradient=options.first_values_gradient,
             group_norm_eps=cls.CONSTANTS["group_norm_eps"] if options.group_norm else None,
             bonus=True,
             gate="product" if options.gate else "none",
@@ -87,16 +88,8 @@ class Mixer(Rwkv7Mixer):
     def reset_parameters(self) -> None:
         """The official start, but for the token shift; Options has the deviations."""
         super().reset_parameters()
-        rising = rising_decay(self.shape.width, self.depth, self.w0.device)
-        self.w0.copy_((rising + self.options.decay_shift).view(1, 1, -1))
-        self.a0.zero_()
-        self.k_k.fill_(0.85)
-        self.k_a.fill_(1.0)
-        self.r_k.zero_()
-        if self.options.gate and self.options.gate_init == "identity":
-            start_gate_at_one(self.g2)
-        if self.v0 is not None:
-            self.v0.fill_(self.options.value_residual_init)
+        self.start_as_stock()
+        self.start_gate()
         if self.options.token_shift:
             self._start_shift()
 

@@ -34,8 +34,9 @@ class RadladsConfig(transformers.PreTrainedConfig):
     """Everything that defines a converted model.
 
     teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
-    variant, options, constants: the mixer and all its numbers, ranks written out. attention_layers: layers that stay
-    softmax; attention_rope: whether those use rotary positions.
+    variant, options, constants: the mixer and all that defines its function, ranks written out. initial_values: how its
+    parameters started; of no meaning once there are weights. attention_layers: layers that stay softmax;
+    attention_rope: whether those use rotary positions.
     """
 
     model_type = "radlads"
@@ -48,6 +49,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
         variant: str = "rad_rwkv7",
         options: dict[str, Any] | None = None,
         constants: dict[str, float | str] | None = None,
+        initial_values: dict[str, Any] | None = None,
         attention_layers: tuple[int, ...] | list[int] = (),
         attention_rope: bool = False,
         use_cache: bool = True,
@@ -58,6 +60,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
         self.variant = variant
         self.options = dict(options or {})
         self.constants = dict(constants or {})
+        self.initial_values = dict(initial_values or {})
         self.attention_layers = sorted(attention_layers)
         self.attention_rope = attention_rope
         self.use_cache = use_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from radlads.model.mixers.shared.registry import mixer_class, validate_options
+from radlads.model.mixers.shared.registry import find_variant, mixer_class, validate_options
 from radlads.model.student.configuration import RadladsConfig
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
@@ -37,7 +38,7 @@ def student_config(
     untie_embeddings: give the student a head of its own where the teacher's is its embeddings.
     """
     family = find_family(teacher_config)
-    resolved = validate_options(variant, options, teacher_config)
+    defining, initial = validate_options(variant, options, teacher_config).split()
     num_layers = teacher_config.num_hidden_layers
     beyond = [layer for layer in attention_layers if not 0 <= layer < num_layers]
     if beyond:
@@ -48,8 +49,9 @@ def student_config(
         teacher=teacher_config.to_dict(),
         family=family.names(),
         variant=variant,
-        options=resolved.model_dump(mode="json"),
+        options=defining,
         constants=mixer_class(variant).CONSTANTS,
+        initial_values=initial,
         attention_layers=tuple(attention_layers),
         attention_rope=attention_rope,
         tie_word_embeddings=bool(teacher_config.tie_word_embeddings) and not untie_embeddings,
@@ -128,6 +130,32 @@ def _read_config(folder: Path) -> RadladsConfig:
             raise UserError(f"{folder} holds a '{model_type}' model, not an exported student")
         if reason := named_weights(raw):
             raise UserError(f"the student in {folder} cannot be loaded: its {reason}")
-        return RadladsConfig.from_pretrained(folder)
+        config = RadladsConfig.from_pretrained(folder)
+        if "initial_values" not in raw:
+            _separate_initial_values(config)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"cannot read {path}: {type(error).__name__} {' '.join(str(error).split())[:300]}") from error
+    _check_options(config, folder)
+    return config
+
+
+def _separate_initial_values(config: RadladsConfig) -> None:
+    """Exports of version 0.1.0 hold initial values among the options, and rad_rwkv7's constants by other names."""
+    initial = find_variant(config.variant).Options.initial_names()
+    config.initial_values = {name: value for name, value in config.options.items() if name in initial}
+    config.options = {name: value for name, value in config.options.items() if name not in initial}
+    config.constants.pop("removal_key_scale_init", None)
+    scale = config.constants.pop("decay_scale", None)  # e^-offset
+    if scale is not None:
+        config.constants["decay_offset"] = round(-math.log(scale), 12)
+
+
+def _check_options(config: RadladsConfig, folder: Path) -> None:
+    """Raises UserError where the options are not those that define this code's variant, one by one."""
+    kind = find_variant(config.variant).Options
+    expected, actual = kind.model_fields.keys() - kind.initial_names(), config.options.keys()
+    if expected != actual:
+        raise UserError(
+            f"the student in {folder} was exported by another version of {config.variant}: its options lack "
+            f"{sorted(expected - actual) or 'nothing'} and have {sorted(actual - expected) or 'nothing'} unknown here"
+        )

@@ -29,7 +29,7 @@ def build_mixer(config: RadladsConfig, layer: int, shape: AttentionShape) -> Mix
     recurrent = (i for i in range(config.num_hidden_layers) if i not in config.attention_layers)
     return mixer_class(config.variant)(
         shape,
-        SimpleNamespace(**config.options),
+        SimpleNamespace(**config.initial_values | config.options),
         layer=layer,
         num_layers=config.num_hidden_layers,
         first=layer == next(recurrent),

@@ -20,7 +20,7 @@ from radlads.model.student.configuration import windowed_layers
 from radlads.model.teacher.refusals import refusal
 from radlads.model.teacher.vision_language import is_nested, text_config
 from radlads.model.teacher.weights import load_causal_model
-from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.errors import UserError, error_text
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def load_teacher(
     try:
         model = load_causal_model(path, config, dtype=dtype, revision=revision)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"cannot load the teacher '{path}': {_one_line(error)}") from error
+        raise UserError(f"cannot load the teacher '{path}': {error_text(error)}") from error
     find_family(config).check(model)
     model.generation_config = load_generation_config(path, config, revision=revision)
     return model.to(device).eval().requires_grad_(False)
@@ -164,7 +164,7 @@ def load_teacher_config(path: str, *, revision: str | None = None) -> PreTrained
     try:
         return parse_teacher_config(raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"cannot read the config of the teacher '{path}': {_one_line(error)}") from error
+        raise UserError(f"cannot read the config of the teacher '{path}': {error_text(error)}") from error
 
 
 def parse_teacher_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
@@ -220,14 +220,10 @@ def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
-        raise UserError(f"no teacher at '{path}': {_one_line(error)}") from error
+        raise UserError(f"no teacher at '{path}': {error_text(error)}") from error
     if not raw or not isinstance(raw, dict):
         raise UserError(
             f"no teacher at '{path}': its config.json is not there or holds no settings; a teacher is a Hugging Face "
             "folder or hub id"
         )
     return raw
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

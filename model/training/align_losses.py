@@ -12,10 +12,11 @@ Dims: B batch, n time, D model width, L layers of the model, q = layer / L.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from radlads.model.training.settings import AlignSettings, ComprehensiveSettings
 
 LayerLoss = Callable[[Tensor, Tensor, int], Tensor]
 """(out S, wanted T, layer) → [B]."""
@@ -65,7 +66,7 @@ class ScaledMse:
         return {layer: factor * value for layer, value in losses.items()}
 
 
-class Comprehensive:
+class ComprehensiveLoss:
     """V1, the loss of cxa073: the sum of seven terms, each of one sequence.
 
     1. content, weight c₁ (1 − 0.3 q): mean over tokens of ‖T − s S‖₂ · D^(−1/2), with s = mean|T| / (mean|S| + 1e−8)
@@ -85,7 +86,7 @@ class Comprehensive:
     No D×D matrix is made where n < D, nor an n×n one where D < n (`gram_difference_norm`).
     """
 
-    def __init__(self, weights: Any, num_layers: int) -> None:
+    def __init__(self, weights: ComprehensiveSettings, num_layers: int) -> None:
         """weights: a recipe's `align.comprehensive`."""
         self.weights, self.num_layers = weights, num_layers
         self.svd = weights.revision == "svd"
@@ -105,18 +106,18 @@ class Comprehensive:
         return torch.stack(parts).sum(0) if parts else _nothing(out_BTD)
 
 
-def build_align_loss(section: Any, num_layers: int) -> LayerLoss:
+def build_align_loss(section: AlignSettings, num_layers: int) -> LayerLoss:
     """The loss that an align section names; num_layers: of the model, converted or not."""
     kinds: dict[str, Callable[[], LayerLoss]] = {
         "l2": lambda: l2_loss,
         "mse": lambda: mse_loss,
         "scaled_mse": ScaledMse,
-        "comprehensive": lambda: Comprehensive(section.comprehensive, num_layers),
+        "comprehensive": lambda: ComprehensiveLoss(section.comprehensive, num_layers),
     }
     return kinds[section.loss]()
 
 
-def no_spectrum(section: Any, width: int) -> str | None:
+def no_spectrum(section: AlignSettings, width: int) -> str | None:
     """Why an align section's loss would lack its spectral term, in one line; None where it has it. width: D."""
     weights = section.comprehensive
     asked = section.loss == "comprehensive" and weights.revision == "svd" and weights.spectral > 0

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from radlads.model.training.settings import LoraSettings
 from radlads.model.weights.finite import check_finite
 from radlads.tasks.contracts.errors import UserError
 
@@ -59,7 +59,7 @@ def missing_target(targets: Sequence[str], known: Sequence[str]) -> str | None:
     return f"lora.targets: no layer has a linear module '{missing[0]}'; there are {', '.join(known)}"
 
 
-def add_lora(student: nn.Module, section: Any) -> list[str]:
+def add_lora(student: nn.Module, section: LoraSettings) -> list[str]:
     """Give every linear module whose last name is among `section.targets` an update; returns the modules' names.
 
     The head is not among them. section: a recipe's `lora`. A is drawn from torch's generator, in the modules' order.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,18 @@ from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.teacher.load import backbone, find_family
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
 from radlads.model.training.lora import lora_trains
+from radlads.model.training.mixer_parts import mixer_parts
 from radlads.model.training.probe import AttentionProbe
-from radlads.model.training.trainable import mixer_parts
+from radlads.model.training.settings import (
+    AlignSettings,
+    DistillSettings,
+    HasLabelChoices,
+    HasLora,
+    HasTrainOnly,
+    ObjectiveSettings,
+    SectionSettings,
+)
 from radlads.tasks.contracts.errors import UserError
-
-if TYPE_CHECKING:
-    from radlads.tasks.contracts.specs import TrainSpec
 
 Metrics = dict[str, Tensor]
 _IGNORED = -100
@@ -43,7 +49,7 @@ class Objective(nn.Module):
 
     needs_teacher: ClassVar[bool] = False
 
-    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def __init__(self, section: SectionSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__()
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
@@ -76,10 +82,10 @@ class Objective(nn.Module):
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
         group = self.group(name)
-        if getattr(self.section, "lora", None) is not None:
+        if isinstance(self.section, HasLora) and self.section.lora is not None:
             adapted = lora_trains(self.student, name)
             return group == "mixer" if adapted is None else adapted
-        only = set(getattr(self.section, "train_only", ()))
+        only = set(self.section.train_only) if isinstance(self.section, HasTrainOnly) else set()
         if only:
             return group == "mixer" and bool(only & mixer_parts(name))
         return group not in self._frozen and not ("final_norm" in self._frozen and self._of_final_norm(name))
@@ -121,12 +127,12 @@ class Objective(nn.Module):
             return plain_hidden(self.teacher, input_ids, cu_seqlens)
 
 
-class Align(Objective):
+class AlignObjective(Objective):
     """Stage 1: each mixer's output beside its attention's, on the teacher's own inputs; only mixers train."""
 
     needs_teacher: ClassVar[bool] = True
 
-    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def __init__(self, section: AlignSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__(section, student, teacher)
         self.layer_loss = build_align_loss(section, student.config.num_hidden_layers)
         if fault := no_spectrum(section, student.config.hidden_size):
@@ -148,7 +154,7 @@ class Align(Objective):
         return loss, {"loss": loss.detach(), **layers}
 
 
-class Distill(Objective):
+class DistillObjective(Objective):
     """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy.
 
     What it computes is set by the step's phase while it trains; judged (in eval mode), it is at temperature 1 and has
@@ -157,7 +163,7 @@ class Distill(Objective):
 
     needs_teacher: ClassVar[bool] = True
 
-    def __init__(self, section: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def __init__(self, section: DistillSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__(section, student, teacher)
         self.begin_step(0)
 
@@ -198,7 +204,7 @@ class Distill(Objective):
         return loss, {"loss": loss.detach(), **metrics}
 
 
-class NextToken(Objective):
+class NextTokenObjective(Objective):
     """Stage 3 and pretraining: next-token cross entropy, over the assistant's tokens alone where asked for."""
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
@@ -216,7 +222,7 @@ class NextToken(Objective):
             hidden.flatten(0, 1),
             self.student.get_output_embeddings().weight,
             labels.flatten(),
-            label_smoothing=getattr(self.section, "label_smoothing", 0.0),
+            label_smoothing=self.section.label_smoothing if isinstance(self.section, HasLabelChoices) else 0.0,
         )
         return loss, {"loss": loss.detach(), "ce": metrics["ce"], "accuracy": metrics["accuracy"]}
 
@@ -226,7 +232,7 @@ class NextToken(Objective):
 
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Whether each label [B,T] counts; None where all do."""
-        if not getattr(self.section, "assistant_only", False):
+        if not (isinstance(self.section, HasLabelChoices) and self.section.assistant_only):
             return None
         if "loss_mask" not in batch:
             raise UserError(
@@ -236,15 +242,15 @@ class NextToken(Objective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "align": Align,
-    "distill": Distill,
-    "finetune": NextToken,
-    "pretrain": NextToken,
+    "align": AlignObjective,
+    "distill": DistillObjective,
+    "finetune": NextTokenObjective,
+    "pretrain": NextTokenObjective,
 }
 """Training stage → what it minimises."""
 
 
-def build_objective(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
+def build_objective(spec: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
     """The objective of a training stage. Raises UserError for settings that contradict the model."""
     return OBJECTIVES[spec.objective](spec.section, student, teacher)
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from radlads.model.weights.finite import check_finite
 from radlads.tasks.contracts.errors import UserError
 
-_GROUP = 128
+GROUP = 128
+"""Numbers of a row that share a scale."""
 _BOUND = 127
 # Routers decide which expert runs: small matrices, in which rounding turns into other experts.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -149,7 +150,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 values [...,N,K], scales [...,N,G] in the weight's dtype)."""
     primitives = _torchao()
     width = weight.shape[-1]
-    group = _GROUP if width % _GROUP == 0 else width
+    group = GROUP if width % GROUP == 0 else width
     block = (*(1,) * (weight.ndim - 1), group)
     exact = weight.float()
     scales, zeros = primitives.choose_qparams_affine(

@@ -9,13 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.files import FULL_DISK, explain_os_error
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {
-    errno.EROFS: "is on a read-only file system; choose other folders with --work and --store",
-    errno.EACCES: "may not be read or written by this user",
-    errno.ENOTDIR: "lies below what is not a folder",
-}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.ENOTDIR}
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 _MOST_ENTRIES = 20_000
 _CURE = "free some space, or choose other folders with --work and --store"
@@ -41,10 +37,10 @@ def explain_disk(error: BaseException, place: Path) -> UserError | None:
     cause: BaseException | None = error
     while cause is not None:
         number, named = _number_and_path(cause)
-        if number in _FULL or any(text in str(cause) for text in _FULL_TEXTS):
+        if number in FULL_DISK or any(text in str(cause) for text in _FULL_TEXTS):
             return DiskFull(describe_full(named or place))
-        if cause is error and number in _REFUSED and named is not None:
-            return UserError(f"{named} {_REFUSED[number]}")
+        if cause is error and isinstance(cause, OSError) and number in _REFUSED and named is not None:
+            return UserError(f"{explain_os_error(cause, str(named))} (--work and --store say where things are kept)")
         cause = cause.__cause__ or cause.__context__
     return None
 

@@ -26,22 +26,22 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 RECIPES = {
-    "empty": ("", "a recipe is a mapping of sections, this is empty"),
-    "list": ("- a\n", "a recipe is a mapping of sections, this is a list"),
-    "text": ("hello\n", "a recipe is a mapping of sections, this is text"),
-    "number": ("7\n", "a recipe is a mapping of sections, this is 7"),
+    "empty": ("", "a recipe must be a mapping of sections, but this is empty"),
+    "list": ("- a\n", "a recipe must be a mapping of sections, but this is a list"),
+    "text": ("hello\n", "a recipe must be a mapping of sections, but this is text"),
+    "number": ("7\n", "a recipe must be a mapping of sections, but this is 7"),
     "not utf-8": (b"name: m\xfcll\n", ":1: byte 0xfc is not UTF-8 text; save the file as UTF-8"),
     "utf-16": ("name: x".encode("utf-16"), ":1: byte 0xff is not UTF-8 text"),
-    "nul": ("name: a\0b\n", ":1:8: the character U+0000 cannot stand in YAML"),
-    "escape": ("name: \x1b[31mred\n", ":1:7: the character U+001B cannot stand in YAML"),
+    "nul": ("name: a\0b\n", ":1:8: the character U+0000 is not allowed in YAML"),
+    "escape": ("name: \x1b[31mred\n", ":1:7: the character U+001B is not allowed in YAML"),
     "half a character": ('name: "\\ud800"\n', ":1:10: not valid YAML: while parsing a quoted scalar, found invalid Unicode"),
     "tab": ("name: x\n\tteacher: y\n", ":2:1: not valid YAML: "),
     "unclosed": ("name: [x\n", ":2:1: not valid YAML: while parsing a flow sequence"),
     "unquoted colon": ("name: a: b\n", ":1:8: not valid YAML: mapping values are not allowed in this context"),
     "no space": (GOOD.replace("name: mine", "name:mine"), ":2:8: not valid YAML: "),
-    "equal keys": (GOOD + "align: {tokens: 8, context: 64, batch: 4}\n", ":8:1: 'align' stands here again; it is first in line 7"),
-    "equal keys inside": (GOOD.replace("batch: 4", "batch: 4, tokens: 1"), ":7:46: 'tokens' stands here again; it is first in line 7"),
-    "octal": (GOOD.replace("batch: 4", "batch: 010"), ":7:43: 010 is octal to some readers of YAML; write 10, or '010' for text"),
+    "equal keys": (GOOD + "align: {tokens: 8, context: 64, batch: 4}\n", ":8:1: duplicate key 'align'; it is first in line 7"),
+    "equal keys inside": (GOOD.replace("batch: 4", "batch: 4, tokens: 1"), ":7:46: duplicate key 'tokens'; it is first in line 7"),
+    "octal": (GOOD.replace("batch: 4", "batch: 010"), ":7:43: 010 is octal in YAML 1.1 and decimal in 1.2; write 10, or '010' for text"),
     "sixty-based": (GOOD.replace("batch: 4", "batch: 1:30"), "align.batch: Input should be a valid integer, unable to parse string as an integer (given: '1:30')"),
     "infinite": (GOOD.replace("tokens: 4096", "tokens: .inf"), ":7:17: .inf is not a finite number"),
     "not a number": (GOOD.replace("tokens: 4096", "tokens: .nan"), ":7:17: .nan is not a finite number"),
@@ -49,26 +49,26 @@ RECIPES = {
     "huge": (GOOD.replace("tokens: 4096", "tokens: 1" + "0" * 400), ":7:17: 1000000000000000000000000000000000000000… is too large"),
     "yes for a number": (GOOD.replace("batch: 4", "batch: yes"), "align.batch: Input should be a valid integer"),
     "on for a name": (GOOD.replace("name: mine", "name: On"), "name: String should match pattern"),
-    "tag": (GOOD.replace("name: mine", "name: !!bool x"), ":1:7: the tag !!bool is not read here; write the value itself"),
-    "python": ("!!python/object/apply:os.system [id]\n", ":1:1: the tag !!python/object/apply:os.system is not read here"),
+    "tag": (GOOD.replace("name: mine", "name: !!bool x"), ":1:7: the tag !!bool is not supported; write the value itself"),
+    "python": ("!!python/object/apply:os.system [id]\n", ":1:1: the tag !!python/object/apply:os.system is not supported"),
     "impossible date": (GOOD.replace("name: mine", "name: 2024-13-45x"), None),
-    "itself": ("name: &a [*a]\n", ":1:11: *a stands inside what &a names, which would have no end"),
+    "itself": ("name: &a [*a]\n", ":1:11: *a is inside &a itself, so it would be infinite"),
     "nowhere": (GOOD.replace("demo", "*demo"), ":2:17: *demo has no anchor &demo before it"),
     "deep": ("name: " + "[" * 5000, ":1:46: nested more than 40 deep"),
     "deep block": ("- " * 5000, ":1:81: nested more than 40 deep"),
     "bomb": (BOMB, ":5:1"),
     "many keys": ("".join(f"k{n}: 1\n" for n in range(11_000)), ":10000:8: more than 20,000 values"),
-    "300,000 keys": ("".join(f"key{n}: 1\n" for n in range(300_000)), "too large: at most 262,144 bytes are read"),
-    "100 MB": ("x" * 1000, "too large: at most 262,144 bytes are read"),
+    "300,000 keys": ("".join(f"key{n}: 1\n" for n in range(300_000)), "too large: the limit is 262,144 bytes"),
+    "100 MB": ("x" * 1000, "too large: the limit is 262,144 bytes"),
     "a number for a key": (GOOD.replace("train:", "2024:"), ":4:3: this key is 2024, not text; put it in quotes"),
     "a list for a key": ("? [a]\n: b\n", ":1:3: this key is a list or a mapping; put it in quotes"),
-    "two documents": (GOOD + "---\n" + GOOD, ":8:1: a second document begins here; a file holds one"),
-    "bad merge": ("name: {<<: x}\n", ":1:12: << takes in a mapping"),
+    "two documents": (GOOD + "---\n" + GOOD, ":8:1: a second document starts here; only one is allowed"),
+    "bad merge": ("name: {<<: x}\n", ":1:12: << needs the anchor of a mapping"),
     "bom": ("\ufeff" + GOOD, None),
     "unknown key": (GOOD.replace("align", "aling"), "aling: unknown key 'aling'; did you mean 'align'?"),
-    "password": (GOOD.replace("demo", "https://ann:opensesame@models.example/x"), "teacher.path: a password in an address stands here"),
+    "password": (GOOD.replace("demo", "https://ann:opensesame@models.example/x"), "teacher.path: this contains a password in an address"),
     "empty path": (GOOD.replace("path: demo", 'path: ""'), "teacher.path: String should have at least 1 character"),
-    "line break in a path": (GOOD.replace("path: demo", 'path: "a\\nb"'), "teacher.path: a place has no control characters"),
+    "line break in a path": (GOOD.replace("path: demo", 'path: "a\\nb"'), "teacher.path: a location must not contain control characters"),
     "negative seed": (GOOD.replace("batch: 4", "batch: 4, seed: -1"), "align.seed: Input should be greater than or equal to 0"),
     "a name that is too long": (GOOD.replace("mine", "m" * 200), "name: String should have at most 100 characters"),
     "a dataset's name": (GOOD.replace("train:", "a/b:"), "data.a/b"),
@@ -96,7 +96,9 @@ def apart(tmp_path, monkeypatch):
         if name.startswith(("RADLADS_", "AWS_")):
             monkeypatch.delenv(name)
     # What comes after reading is for other tests: no job is launched, no orchestrator is started here.
-    monkeypatch.setattr(cli, "plan_offline", lambda *_, **__: (_ for _ in ()).throw(launch.JobFailed("it was read")))
+    monkeypatch.setattr(
+        "radlads.flows.cli.plan.plan_offline", lambda *_, **__: (_ for _ in ()).throw(launch.JobFailed("it was read"))
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -126,13 +128,13 @@ COMMANDS = {
     "a name with NUL": (["plan", "x\0.yaml"], "no recipe file at x\\x00.yaml"),
     "no equals sign": (["plan", "smoke", "--set", "tokens"], "--set tokens: write it as KEY=VALUE"),
     "half a list": (["plan", "smoke", "--set", "a=[1"], "--set a:2:1: not valid YAML"),
-    "octal": (["plan", "smoke", "--set", "align.seed=007"], "--set align.seed:1:1: 007 is octal to some readers of YAML; write 7"),
+    "octal": (["plan", "smoke", "--set", "align.seed=007"], "--set align.seed:1:1: 007 is octal in YAML 1.1 and decimal in 1.2; write 7"),
     "nan": (["plan", "smoke", "--set", "align.tokens=.nan"], "--set align.tokens:1:1: .nan is not a finite number"),
-    "huge": (["plan", "smoke", "--set", f"align.seed={'9' * 5000}"], "is too large: whole numbers go to 2**53"),
+    "huge": (["plan", "smoke", "--set", f"align.seed={'9' * 5000}"], "is too large: the limit for integers is 2**53"),
     "tag": (["plan", "smoke", "--set", "name=!!python/name:os.system"], "--set name:1:1: the tag !!python"),
     "twice": (["plan", "smoke", "--set", "name=a", "--set", "name=b"], "--set name is given twice"),
-    "two dots": (["plan", "smoke", "--set", "align..tokens=1"], "override 'align..tokens': write keys with one dot"),
-    "into a number": (["plan", "smoke", "--set", "align.tokens.x=1"], "'tokens' is not a section that holds other keys"),
+    "two dots": (["plan", "smoke", "--set", "align..tokens=1"], "override 'align..tokens': separate keys by single dots"),
+    "into a number": (["plan", "smoke", "--set", "align.tokens.x=1"], "'tokens' is not a section with keys"),
     "a password": (["plan", "smoke", "--set", "teacher.path=http://ann:opensesame@h/x"], "teacher.path: a password in an"),
     "no run name": (["run", "smoke", "--run", ""], "'' cannot be a run's name"),
     "a bad run name": (["run", "smoke", "--run", "a/b"], "'a/b' cannot be a run's name"),
@@ -146,7 +148,7 @@ COMMANDS = {
     "tracking in a folder": (["run", "smoke", "--tracking", "mlruns"], "tracking 'mlruns' is not an MLflow server"),
     "no sqlite file": (["run", "smoke", "--tracking", "sqlite:///"], "tracking 'sqlite:///' names no file"),
     "another file": (["run", "smoke", "--tracking", "sqlite:///file.txt"], "is a file of another kind, not an SQLite database"),
-    "below a file": (["run", "smoke", "--tracking", "sqlite:///file.txt/a.db"], "a file stands where a folder is needed"),
+    "below a file": (["run", "smoke", "--tracking", "sqlite:///file.txt/a.db"], "a file exists where a folder is needed"),
     "no host": (["run", "smoke", "--tracking", "http://"], "tracking is 'http://', which is no address"),
     "a bad port": (["run", "smoke", "--tracking", "http://ann:opensesame@h:99999"], "tracking is 'http://h:99999'"),
     "work in a bucket": (["run", "smoke", "--work", "s3://b"], "the work folder is 's3://b': a folder of this machine"),
@@ -195,9 +197,12 @@ def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "/data/plan.json")
 
-    monkeypatch.setattr(cli, "plan_offline", full)
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", full)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
-    assert (code, err) == (2, "error: /data/plan.json: no space is left; free some, or choose another place\n")
+    assert (code, err) == (
+        2,
+        "error: /data/plan.json: no space left on the device; free some, or choose another location\n",
+    )
 
 
 def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
@@ -205,7 +210,7 @@ def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
         log.write_text("Traceback: a bug\n")
         return 139
 
-    monkeypatch.setattr(cli, "plan_offline", plan_view.plan_offline)
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", plan_view.plan_offline)
     monkeypatch.setattr(launch, "run_process", crash)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == 1

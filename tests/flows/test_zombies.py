@@ -69,7 +69,7 @@ def wait_for(condition, seconds):
 
 def test_a_killed_run_is_marked_and_a_quiet_one_is_not(client, start):
     assert make_automation(client, SILENCE) == [f"automation {AUTOMATION}"]
-    killed, quiet = start(1000), start(20)
+    killed, quiet = start(1000), start(14)
     dead, alive = killed.stdout.readline().strip(), quiet.stdout.readline().strip()
     began = time.monotonic()
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -164,8 +161,14 @@ def run_main() -> Callable[[Callable[[Job], Any], Job], Manifest]:
     return run
 
 
+@pytest.fixture(scope="session")
+def job_python(warm_python: Callable[..., Any]) -> Any:
+    """A Python that has imported what jobs import, for programs whose start is not what a test is about."""
+    return warm_python("deepspeed", "radlads.tasks.jobs.train.engine", "radlads.model.training.objectives")
+
+
 @pytest.fixture
-def run_ranks() -> Callable[..., None]:
+def run_ranks(job_python: Any) -> Callable[..., None]:
     """run_ranks(module, job, count): a job's program in `count` processes that form a group."""
 
     def run(module: str, job: Job, count: int) -> None:
@@ -174,18 +177,14 @@ def run_ranks() -> Callable[..., None]:
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(job.scratch / "job.json")],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=job.scratch,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+            job_python.start(
+                "-m", module, str(job.scratch / "job.json"),
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=job.scratch,
             )
             for rank in range(count)
-        ]
-        said = [rank.communicate(timeout=300)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * count, said
+        ]  # fmt: skip
+        codes = [rank.wait() for rank in ranks]
+        assert codes == [0] * count, [rank.output for rank in ranks]
 
     return run
 

@@ -197,7 +197,7 @@ def test_sigterm_ends_an_ordinary_job_at_once(job):
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (job.scratch / "ready").exists():
         assert process.poll() is None, process.stderr.read()
-        os.sched_yield()
+        time.sleep(0.02)
     time.sleep(1)  # a signal just before its sleep enters the kernel would wait for the end of the sleep
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75

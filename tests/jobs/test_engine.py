@@ -107,7 +107,7 @@ def test_bf16_parameters_have_masters_that_hold_more():
 def test_the_size_of_a_reduction_changes_nothing(zero_stage, dtype, bucket, monkeypatch):
     rates = {"mixer": 0.0, "rest": 1e-2}
     whole = make_engine(Toy(), zero_stage, dtype)
-    monkeypatch.setattr(engine_module, "_BUCKET", bucket)  # smaller than the largest parameters
+    monkeypatch.setattr(engine_module, "BUCKET_ELEMENTS", bucket)  # smaller than the largest parameters
     pieces = make_engine(Toy(), zero_stage, dtype)
     for step in range(3):
         assert whole.step(batches(step), rates, step, stop=False) == pieces.step(batches(step), rates, step, stop=False)

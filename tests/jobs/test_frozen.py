@@ -15,8 +15,8 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.contracts.specs import spec_digest
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.train import frozen, networks, train
-from radlads.tasks.jobs.train.networks import load_networks
+from radlads.tasks.jobs.train import frozen_weights, train, training_models
+from radlads.tasks.jobs.train.training_models import load_networks
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3), "rest_rate": Rate(start=1e-3, final=1e-4)}
 EVERYTHING = ("mlp", "embeddings", "head")
@@ -78,7 +78,7 @@ def test_sharing_changes_no_number(training, monkeypatch, caplog, stage, freeze)
         shared = make(training, stage, "shared", freeze=freeze, checkpoint_every=4)
         curve = run(training, shared)
     assert "frozen tensors are the teacher's own" in caplog.text
-    monkeypatch.setattr(frozen, "share_frozen", lambda *args: [])
+    monkeypatch.setattr(frozen_weights, "share_frozen", lambda *args: [])
     apart = make(training, stage, "apart", freeze=freeze, checkpoint_every=4)
     assert run(training, apart) == curve
     ours, theirs = exported(shared), exported(apart)
@@ -87,7 +87,7 @@ def test_sharing_changes_no_number(training, monkeypatch, caplog, stage, freeze)
 
 
 def test_a_student_whose_mlps_have_moved_keeps_its_own(training, monkeypatch):
-    load = networks.load_student
+    load = training_models.load_student
 
     def moved(*args: Any, **kwargs: Any) -> Any:
         student = load(*args, **kwargs)
@@ -95,7 +95,7 @@ def test_a_student_whose_mlps_have_moved_keeps_its_own(training, monkeypatch):
             student.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1.1)
         return student
 
-    monkeypatch.setattr(networks, "load_student", moved)
+    monkeypatch.setattr(training_models, "load_student", moved)
     job = make(training, "distill", "moved", freeze=EVERYTHING)
     loaded = load_networks(job, job.typed)
     assert loaded.teacher is not None
@@ -105,7 +105,7 @@ def test_a_student_whose_mlps_have_moved_keeps_its_own(training, monkeypatch):
 
 
 def test_align_says_when_the_teacher_is_not_the_one_that_the_student_was_made_from(training, monkeypatch, caplog):
-    load = networks.load_teacher
+    load = training_models.load_teacher
 
     def other(*args: Any, **kwargs: Any) -> Any:
         teacher = load(*args, **kwargs)
@@ -116,7 +116,7 @@ def test_align_says_when_the_teacher_is_not_the_one_that_the_student_was_made_fr
     job = make(training, "align", "other-teacher")
     load_networks(job, job.typed)
     assert "not the teacher's" not in caplog.text
-    monkeypatch.setattr(networks, "load_teacher", other)
+    monkeypatch.setattr(training_models, "load_teacher", other)
     load_networks(job, job.typed)
     assert "1 frozen tensors of the student are not the teacher's, first model.layers.1.mlp.up_proj" in caplog.text
 

@@ -27,10 +27,10 @@ from radlads.tasks.contracts.recipe.recipe import (
 )
 from radlads.tasks.contracts.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
 from radlads.tasks.jobs.plan import remedies
-from radlads.tasks.jobs.plan.memory import Networks, training_memory
+from radlads.tasks.jobs.plan.memory import NetworkSizes, training_memory
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
-from radlads.tasks.jobs.train.frozen import hold_student, hold_teacher
+from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
 GIB = 1024**3
@@ -203,7 +203,7 @@ def test_checkpointing_sharding_and_offload_shrink_what_they_should():
     assert training_memory("align", align, networks, gpus(1, 80))["weights"] < 2 * 1.1 * networks.mixer_parameters
 
 
-def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Networks:
+def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> NetworkSizes:
     config = AutoConfig.for_model(
         "qwen2", vocab_size=152064, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
@@ -212,7 +212,7 @@ def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int)
 
 
 @pytest.fixture(scope="module")
-def published() -> dict[str, Networks]:
+def published() -> dict[str, NetworkSizes]:
     """The teachers of 2505.03005, Qwen2.5."""
     return {
         "7B": qwen(3584, 18944, 28, 28, 4),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -34,8 +32,9 @@ SCENARIOS = {  # name → the least number of steps that are on record when the 
 DRIVER = """
 import json, os, signal, sys
 import deepspeed
-from radlads.tasks.jobs import checkpoint, train
+from radlads.tasks.jobs.checkpoints import checkpoint
 from radlads.tasks.jobs.common import run_job
+from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.contracts.store.open import LocalStore
 
@@ -95,15 +94,11 @@ def whole(training) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def attempts(training) -> dict[str, tuple[Job, int]]:
+def attempts(training, job_python) -> dict[str, tuple[Job, int]]:
     """Scenario → a job whose first attempt ended that way, and the exit code of its process."""
     jobs = {scenario: training.job("distill", f"killed-{scenario}", **SETTINGS) for scenario in SCENARIOS}
     paths = json.dumps({scenario: str(job.scratch / "job.json") for scenario, job in jobs.items()})
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, paths], capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
+    codes = json.loads(job_python.run("-c", DRIVER, paths).splitlines()[-1])
     return {scenario: (job, codes[scenario]) for scenario, job in jobs.items()}
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
-from radlads.tasks.jobs.train.labels import check_labels
+from radlads.tasks.jobs.train.label_check import check_labels
 
 CPU = torch.device("cpu")
 SEQUENCES, CONTEXT, VOCABULARY = 4, 24, 400
@@ -114,21 +113,12 @@ def places(training) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def by_two(places, tmp_path_factory) -> Path:
+def by_two(job_python, places, tmp_path_factory) -> Path:
     """What two ranks found in every case."""
     folder = tmp_path_factory.mktemp("two")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank), "2", *map(str, places)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    ranks = [job_python.start(__file__, str(folder), str(rank), "2", *map(str, places)) for rank in range(2)]
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0, 0], [rank.output for rank in ranks]
     return folder
 
 

@@ -21,7 +21,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.sections import Dataset, FilesSource, RecallSource
 from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, execute
-from radlads.tasks.jobs.data import spool, tokens
+from radlads.tasks.jobs.data import encoded_documents, tokens
 from radlads.tasks.jobs.data.encode import Encoder
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.data.text.chat import Rendered, open_chat_template
@@ -174,7 +174,7 @@ def test_a_part_that_was_not_finished_is_forgotten(
     expected = hashes(Path(whole.spec.output_uri))
     (Path(whole.spec.output_uri) / "manifest.json").unlink()
     torn = make_job("tokenize", spec, scratch="torn")
-    write_sheet, written = spool.write_json, []
+    write_sheet, written = encoded_documents.write_json, []
 
     def failing(path: Path, value: Any) -> None:
         if len(written) == 2:
@@ -182,10 +182,10 @@ def test_a_part_that_was_not_finished_is_forgotten(
         written.append(value["parts"])
         write_sheet(path, value)
 
-    monkeypatch.setattr(spool, "write_json", failing)
+    monkeypatch.setattr(encoded_documents, "write_json", failing)
     with pytest.raises(OSError, match="no space"):
         tokens.main(torn)
-    monkeypatch.setattr(spool, "write_json", write_sheet)
+    monkeypatch.setattr(encoded_documents, "write_json", write_sheet)
     (folder,) = (torn.scratch / "encoded").iterdir()
     assert (folder / "ids.bin").stat().st_size > 4 * json.loads((folder / "spool.json").read_text())["sizes"]["ids"]
     run_main(tokens.main, make_job("tokenize", spec, scratch="torn"))
@@ -196,7 +196,7 @@ def test_any_number_of_parts_takes_a_few_maps_and_handles(
     make_job: MakeJob, run_main: Any, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tokens, "_PART_BYTES", 1)
-    monkeypatch.setattr(spool.os, "fsync", lambda _: None)
+    monkeypatch.setattr(encoded_documents.os, "fsync", lambda _: None)
     write = tokens.write_dataset
     maps: list[int] = []
 
@@ -259,7 +259,7 @@ def test_special_tokens_in_text_are_counted_and_told(tokenize: Any, special_corp
     folder, _ = tokenize([source], heldout_fraction=0.2)
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
     assert metrics["special_tokens_as_text"] == 4
-    assert "stands 4 times in the documents" in caplog.text
+    assert "the text of special tokens 4 times" in caplog.text
 
 
 def test_a_separator_is_no_part_of_a_document_whatever_it_is(tokenize: Any, corpus: Path, tokenizer_folder: Path):
@@ -277,7 +277,7 @@ def test_a_tokenizer_that_makes_control_tokens_out_of_text_is_told():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     encoder = TokenEncoder(tokenizer)
     assert encoder.encode_texts(["one two"])[0][0] == [2, 0]
-    with pytest.raises(UserError, match="makes the control token '<eos>' out of plain text"):
+    with pytest.raises(UserError, match="encodes the plain text of the control token '<eos>' as that token"):
         encoder.encode_texts(["one <eos>"])
     assert encoder.encode_texts(["one <eos>"], parse=True)[0][0] == [2, 1]
 
@@ -397,7 +397,7 @@ def test_recall_documents_are_made_one_by_one(tokenize: Any, tokenizer_folder: P
     ("sources", "options", "message"),
     [
         ([{"kind": "files", "paths": ["nowhere/*.txt"]}], {}, "no file matches"),
-        ([{"kind": "files", "paths": ["{corpus}"], "max_documents": 1}], {}, "no document is left"),
+        ([{"kind": "files", "paths": ["{corpus}"], "max_documents": 1}], {}, "split would be empty"),
         ([{"kind": "files", "paths": ["{corpus}"], "messages_field": "m"}], {}, "no field 'm'"),
         ([{"kind": "files", "paths": ["{corpus}"], "separator": "<|endoftext|>"}], {"max_tokens": 3}, "first document"),
         ([{"kind": "sample", "tokens": 100}], {}, "needs a teacher"),

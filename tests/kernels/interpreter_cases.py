@@ -22,7 +22,7 @@ from radlads.kernels.wkv7 import wkv7
 from radlads.kernels.wkv7.decay_range import WATCH, LogDecayRangeError
 from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_step import wkv7_step_triton
-from radlads.kernels.wkv7.triton_tuning import FEWEST_HEADS, Fused, Scan, Tile, Tuning, fused_tuning
+from radlads.kernels.wkv7.triton_tuning import FEWEST_HEADS, Fused, Scan, Tile, Wkv7Tuning, fused_tuning
 
 assert triton.knobs.runtime.interpret, "run through test_wkv7_triton.py"
 TINY = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-3}
@@ -84,7 +84,7 @@ def test_decays(log_decay):
 
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_other_chunks_and_tiles(chunk):
-    tuning = Tuning(chunk, 4, Scan(16, 4, 2), Scan(32, 4, 1), Tile(16, 32, 4), Tile(32, 16, 4))
+    tuning = Wkv7Tuning(chunk, 4, Scan(16, 4, 2), Scan(32, 4, 1), Tile(16, 32, 4), Tile(32, 16, 4))
     assert_right(wkv7_inputs(1, 100, 1, 40, 48), state_like(1, 1, 40, 48), tuning=tuning)
 
 
@@ -200,7 +200,7 @@ def test_any_default_device(tuning):
 
 @pytest.mark.parametrize(("T", "K", "V"), [(32, 256, 256), (37, 144, 200), (20, 136, 40), (20, 40, 136)])
 def test_wide_heads(T, K, V):
-    tuning = Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
+    tuning = Wkv7Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
     assert_right(wkv7_inputs(1, T, 1, K, V), state_like(1, 1, K, V), tuning=tuning)
 
 

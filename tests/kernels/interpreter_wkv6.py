@@ -19,7 +19,7 @@ from radlads.kernels.shared.testing import (
     wkv6_inputs,
 )
 from radlads.kernels.wkv6 import wkv6
-from radlads.kernels.wkv6.triton_op import Tuning, wkv6_triton
+from radlads.kernels.wkv6.triton_op import Wkv6Tuning, wkv6_triton
 
 assert triton.knobs.runtime.interpret, "run through test_wkv6_triton.py"
 TINY = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-3}
@@ -76,7 +76,7 @@ def test_decays(log_decay, chunk):
     """Beyond the floor the gradient of the decay is itself below rounding, so it is less exact there."""
     inputs = wkv6_inputs(1, 70, 1, 16, log_decay=log_decay)
     decay_slack = 2 if log_decay >= WKV6_FLOOR else 1000
-    tuning = Tuning(chunk, 16, 4, 1, 16, 4)
+    tuning = Wkv6Tuning(chunk, 16, 4, 1, 16, 4)
     assert_right(inputs, state_like(1, 1, 16, 16), decay_slack=decay_slack, tuning=tuning)
 
 
@@ -111,7 +111,7 @@ def test_small_gradients_survive_the_floor():
 
 
 def test_tiles_that_do_not_divide_the_head():
-    assert_right(wkv6_inputs(1, 50, 1, 40, 48), state_like(1, 1, 40, 48), tuning=Tuning(32, 16, 4, 1, 32, 4))
+    assert_right(wkv6_inputs(1, 50, 1, 40, 48), state_like(1, 1, 40, 48), tuning=Wkv6Tuning(32, 16, 4, 1, 32, 4))
 
 
 def test_inputs_need_not_be_contiguous():

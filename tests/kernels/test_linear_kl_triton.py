@@ -1,11 +1,6 @@
 """The fused kernel of linear_kl and linear_ce: interpreted on the CPU, compiled for GPUs that are not here, run on one
 that is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -17,31 +12,23 @@ from radlads.kernels.shared.testing import relative_rms
 pytest.importorskip("triton")
 
 
-def run_python(*arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
 @pytest.mark.slow
-def test_interpreted():
-    cases = Path(__file__).with_name("interpreter_rows.py")
-    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), TRITON_INTERPRET="1")
+def test_interpreted(interpret):
+    interpret("interpreter_rows.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("V", [100, 152064])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_compiles(target, V, tmp_path):
+def test_compiles(target, V, compiler):
     code = f"from radlads.kernels.shared.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 2"
-    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    compiler(code)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("V", [100, 152064])
 @pytest.mark.parametrize("tempered", [True, False])
-def test_the_products_compile(V, tempered, tmp_path):
+def test_the_products_compile(V, tempered, compiler):
     """By wgmma, within the shared memory of sm_90."""
     code = (
         "from radlads.kernels.shared.offline import compile_products\n"
@@ -49,7 +36,7 @@ def test_the_products_compile(V, tempered, tmp_path):
         "products = [made[name] for name in ('teacher', 'student', 'alone', 'outer')]\n"
         "assert all('wgmma.mma_async' in x.asm['ptx'] and x.metadata.shared <= 232448 for x in products)"
     )
-    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    compiler(code)
 
 
 def test_what_the_products_take():

@@ -1,10 +1,5 @@
 """wkv6 in Triton: interpreted on the CPU, compiled for GPUs that are not here, and run on one that is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,26 +9,18 @@ from radlads.kernels.wkv6 import wkv6
 pytest.importorskip("triton")
 
 
-def run_python(*arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
 @pytest.mark.slow
-def test_interpreted():
-    cases = Path(__file__).with_name("interpreter_wkv6.py")
-    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), TRITON_INTERPRET="1")
+def test_interpreted(interpret):
+    interpret("interpreter_wkv6.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 96, 256])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_compiles(target, size, tmp_path):
+def test_compiles(target, size, compiler):
     call = f"compile_wkv6('{target}', {size}, {size})"
     code = f"from radlads.kernels.shared.offline import compile_wkv6; assert len({call}) == 5"
-    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    compiler(code)
 
 
 def test_without_a_gpu_triton_is_refused_in_one_line():

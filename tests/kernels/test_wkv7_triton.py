@@ -1,10 +1,6 @@
 """wkv7 in Triton: interpreted on the CPU, compiled for GPUs that are not here, and run on one that is."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,17 +16,9 @@ from radlads.kernels.wkv7.triton_op import wkv7_triton
 from radlads.kernels.wkv7.triton_tuning import current_backend, fused_tuning, hopper_here, hopper_takes
 
 
-def run_python(*arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
 @pytest.mark.slow
-def test_interpreted():
-    cases = Path(__file__).with_name("interpreter_cases.py")
-    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), TRITON_INTERPRET="1")
+def test_interpreted(interpret):
+    interpret("interpreter_cases.py")
 
 
 @pytest.mark.slow
@@ -42,7 +30,7 @@ def test_interpreted():
         ("sm_90", 256, False),
     ],
 )
-def test_compiles(target, size, ragged, tmp_path):
+def test_compiles(target, size, ragged, compiler):
     """Every kernel that this size can take, and within the shared memory of the target."""
     count = 6
     if size <= 64 or (size <= 128 and target == "sm_90"):  # larger tiles do not fit the shared memory of gfx942
@@ -57,7 +45,7 @@ too_large = {{name: kernel.metadata.shared for name, kernel in found.items()
              if kernel.metadata.shared > SHARED_BYTES[{target!r}]}}
 assert not too_large, too_large
 """
-    run_python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    compiler(code)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from radlads.model.training.align_losses import (
-    Comprehensive,
+    ComprehensiveLoss,
     ScaledMse,
     build_align_loss,
     gram_difference_norm,
@@ -72,7 +72,7 @@ def test_every_term_is_the_naive_one(term: str, n: int, D: int, revision: str) -
     out, wanted = outputs(3, n, D)
     weights = Weights(revision=revision, **{name: float(name == term) for name in TERMS})
     expected = naive_terms(out, wanted, revision)[term]
-    agree(Comprehensive(weights, LAYERS)(out, wanted, 0).mean(), expected, out)
+    agree(ComprehensiveLoss(weights, LAYERS)(out, wanted, 0).mean(), expected, out)
 
 
 @pytest.mark.parametrize("layer", [0, 4, 9])
@@ -88,7 +88,7 @@ def test_the_sum_has_the_published_weights_and_depths(layer: int) -> None:
 def test_few_tokens_have_no_spectrum_in_the_svd_revision() -> None:
     out, wanted = outputs(1, 3, 64)
     weights = Weights(revision="svd", **{name: float(name == "spectral") for name in TERMS})
-    assert Comprehensive(weights, LAYERS)(out, wanted, 0).tolist() == [0]
+    assert ComprehensiveLoss(weights, LAYERS)(out, wanted, 0).tolist() == [0]
     asked = {"loss": "comprehensive", "comprehensive": {"revision": "svd"}}
     assert "of the model's width or more (21 tokens), and context is 20" in (no_spectrum(section(**asked), 81) or "")
     assert no_spectrum(section(**asked), 80) is None
@@ -119,7 +119,7 @@ def test_a_sequence_does_not_depend_on_its_batch(name: str) -> None:
 def test_a_spectrum_that_cannot_be_had_changes_its_own_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     out, wanted = outputs(3, 20, 32)
     weights = Weights(revision="svd", **{name: float(name == "spectral") for name in TERMS})
-    whole = Comprehensive(weights, LAYERS)(out, wanted, 0)
+    whole = ComprehensiveLoss(weights, LAYERS)(out, wanted, 0)
     eigenvalues, bad = torch.linalg.eigvalsh, out[1] @ out[1].mT
 
     def failing(gram: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def test_a_spectrum_that_cannot_be_had_changes_its_own_sequence_alone(monkeypatc
         return eigenvalues(gram)
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
-    found = Comprehensive(weights, LAYERS)(out, wanted, 0)
+    found = ComprehensiveLoss(weights, LAYERS)(out, wanted, 0)
     assert found[[0, 2]].tolist() == whole[[0, 2]].tolist()
     difference = torch.linalg.matrix_norm(wanted[1].T @ wanted[1] - out[1].T @ out[1]) / (20 * 32)
     torch.testing.assert_close(found[1], difference)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from radlads.model import list_variants
 from radlads.model.student.export import export_student, remote_code
@@ -115,7 +115,9 @@ def test_the_config_holds_every_constant(make_teacher, make_student, tmp_path: P
     assert config["attention_layers"] == [2]
     assert config["teacher"]["model_type"] == "qwen3"
     assert config["options"]["decay_rank"] == 32
-    assert config["constants"]["decay_scale"] == pytest.approx(0.60653066)
+    assert config["constants"] == {"decay_offset": 0.5, "group_norm_eps_per_channel": 1e-5}
+    assert config["initial_values"] == {"decay_shift": 0.0, "gate_init": "published", "value_residual_init": 1.0}
+    assert not config["initial_values"].keys() & config["options"].keys()
     assert config["layer_types"] == ["linear_attention", "linear_attention", "full_attention"]
     assert (config["vocab_size"], config["hidden_size"], config["eos_token_id"]) == (64, 32, 2)
     assert str(tmp_path) not in json.dumps(config)
@@ -166,10 +168,43 @@ def test_folders_that_are_no_students_are_refused(make_teacher, make_student, tm
     with pytest.raises(UserError, match=r"does not fit its config: mismatched keys.*g1"):
         load_student(tmp_path / "student")
     config["options"]["gate_rank"] = 32
-    config["constants"]["decay_scale"] = 0.5
+    config["constants"]["decay_offset"] = 0.6
     (tmp_path / "student/config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match="constants"):
         load_student(tmp_path / "student")
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_initial_values_are_of_no_meaning_to_an_export(
+    make_teacher, make_student, tokens, tmp_path: Path, variant: str
+) -> None:
+    """Gone, or those of a later version: the folder loads and computes the same, here and by its own code."""
+    student = make_student(make_teacher("qwen3"), variant=variant)
+    export_student(student, None, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert config["initial_values"]
+    for changed in ({}, {"of_a_later_version": 3}):
+        path.write_text(json.dumps(config | {"initial_values": changed}), encoding="utf-8")
+        own = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+        with torch.no_grad():
+            assert torch.equal(load_student(tmp_path)(tokens).logits, student(tokens).logits)
+            assert torch.equal(own(tokens).logits, student(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", ["options", "constants"])
+def test_what_defines_inference_is_required(make_teacher, make_student, tmp_path: Path, kind: str) -> None:
+    export_student(make_student(make_teacher("llama")), None, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in config[kind]:
+        left = {key: value for key, value in config[kind].items() if key != name}
+        path.write_text(json.dumps(config | {kind: left}), encoding="utf-8")
+        with pytest.raises(UserError, match=name if kind == "options" else "constants"):
+            load_student(tmp_path)
+    path.write_text(json.dumps(config | {kind: config[kind] | {"of_a_later_version": 1}}), encoding="utf-8")
+    with pytest.raises(UserError, match="of_a_later_version"):
+        load_student(tmp_path)
 
 
 @pytest.mark.parametrize("variant", list_variants())

@@ -25,6 +25,10 @@ def test_an_older_folder_loads(project_root: Path, tmp_path: Path, kind: str) ->
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     student = load_student(tmp_path)
     assert student.config.attention_layers == golden["config"]["attention_layers"]
+    assert student.config.constants == student.mixers()[0].CONSTANTS
+    both = student.config.options | student.config.initial_values
+    assert both == golden["config"]["options"], "initial values were among the options"
+    assert student.config.initial_values["decay_shift"] == 0.0
     with torch.no_grad():
         logits = student(torch.arange(3, 24)[None] * 7 % 61 + 3).logits[0, -1, :8]
     torch.testing.assert_close(logits, torch.tensor(golden["logits"]), atol=2e-6, rtol=1e-5)

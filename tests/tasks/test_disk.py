@@ -107,10 +107,13 @@ def test_need_is_said_before_it_is_met(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full at {place}: "),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "{place}/x"), "the disk is full at {place}/x: "),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full at {place}: "),
-        (OSError(errno.EROFS, "Read-only file system", "{place}/x"), "{place}/x is on a read-only file system"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "{place}/x"),
+            "{place}/x: the file system is read-only; ",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "{place}/x"),
-            "{place}/x may not be read or written",
+            "{place}/x: permission denied; choose another place",
         ),
     ],
 )
@@ -132,5 +135,5 @@ def test_the_cause_may_lie_below(tmp_path):
 
 
 def test_a_scratch_that_cannot_be_written(mounted):
-    with pytest.raises(UserError, match="work: the file system is read-only; choose another place"):
+    with pytest.raises(UserError, match="work: the file system is read-only; choose another location"):
         launch(spec(mounted("ro") / "work"))

@@ -137,7 +137,7 @@ def test_damage_is_found(store, folder, tmp_path, damage):
         store.delete(key)
     else:
         spoil(store, key, data[:-1] if damage == "torn" else data[:-1] + b"?")
-    with pytest.raises(CorruptArtifact, match=r"weights\.bin.*choose a new run name"):
+    with pytest.raises(CorruptArtifact, match=r"weights\.bin.*have it made again"):
         store.fetch("runs/a/align", tmp_path / "into")
     with pytest.raises(CorruptArtifact):
         store.read_file("runs/a/align", "model/weights.bin")

@@ -105,11 +105,15 @@ class MixerContext:
 class Mixer(nn.Module):
     """Base of the recurrent replacements of attention: the projections under the teacher's names, and its q/k norms.
 
-    A decoder layer calls it as it calls the attention that it replaces; `mix` is what a variant defines.
+    A decoder layer calls it as it calls the attention that it replaces; `mix` is what a variant defines. A variant is
+    made as `Mixer(shape, options, layer=, num_layers=, first=)`. options: resolved, attributes as in the variant's
+    `Options`; those that say how parameters start may be missing on the meta device. first: whether this is the
+    model's first recurrent layer.
     """
 
     CONSTANTS: ClassVar[dict[str, float | str]] = {}
-    """What defines the variant and is not an option; written into the exported config and compared on load."""
+    """What defines the variant's function and is not an option: written into the exported config and compared on load.
+    How parameters start is none of it."""
     CALIBRATED: ClassVar[dict[str, str]] = {"value": "v0", "iclr": "a0", "decay": "w0", "gate": "g2", "norm": "ln_x"}
     """What calibration (model/training/calibration.py) may move: part → attribute; an absent one or None is no part."""
 
@@ -126,6 +130,15 @@ class Mixer(nn.Module):
         self.o_proj = nn.Linear(A, D, bias=shape.o_bias)
         self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
         self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+
+    def start(self) -> None:
+        """Give the parameters their initial values; on the meta device, where models are loaded, there are none."""
+        if not self.q_proj.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The variant's initial values, for what the teacher does not give."""
+        raise NotImplementedError
 
     def project(
         self,

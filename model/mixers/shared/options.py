@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +12,15 @@ from radlads.model.mixers.shared.mixer import low_rank_size
 from radlads.tasks.contracts.errors import UserError
 
 _LARGEST = 1 << 16
+
+
+class _InitialValue:
+    """Type of `INITIAL`."""
+
+
+INITIAL = _InitialValue()
+"""Marks an option that says how parameters start (`Annotated[float, INITIAL]`): read when a mixer is built with values,
+never when one is loaded, so it may change, come and go without touching what was exported before."""
 
 
 class Rank(NamedTuple):
@@ -60,6 +69,16 @@ class MixerOptions(BaseModel):
         return self.model_copy(update=ranks)
 
     @classmethod
+    def initial_names(cls) -> set[str]:
+        """Options that only say how parameters start; see `INITIAL`."""
+        return {name for name, field in cls.model_fields.items() if INITIAL in field.metadata}
+
+    def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`(what defines inference, initial values)` as plain values, for a student's config."""
+        initial = self.initial_names()
+        return self.model_dump(mode="json", exclude=initial), self.model_dump(mode="json", include=initial)
+
+    @classmethod
     def _explain(cls, fault: Any) -> str:
         place = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
@@ -75,5 +94,5 @@ class Rwkv7Options(MixerOptions):
 
     decay_rank: int | None = Field(default=None, ge=1)
     iclr_rank: int | None = Field(default=None, ge=1)
-    decay_shift: float = 0.0
+    decay_shift: Annotated[float, INITIAL] = 0.0
     """Added to w0, whose published start forgets slowly. Positive: forget faster at first."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from radlads.model.mixers.shared.mixer import (
     head_group_norm,
     init_low_rank_out,
     low_rank,
+    rising_decay,
+    start_gate_at_one,
     unit_keys,
 )
 from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
@@ -55,6 +57,8 @@ class Design:
     first_values: Literal["none", "heads", "kv"] = "none"
     first_keys: bool = False
     """Only at the level kv."""
+    first_values_gradient: bool = True
+    """Whether deeper layers train the first one through what it hands on; the function is the same."""
     value_lora_scale: float | None = None
     """Not beside first values: both are v1 and v2."""
     group_norm_eps: float | None = None
@@ -79,11 +83,14 @@ class Branches(NamedTuple):
 class Rwkv7Mixer(Mixer):
     """A mixer of the RWKV-7 family. A subclass gives its design, and how its parameters start."""
 
+    DRAW_ORDER: ClassVar[str] = "wavkg"
+    """Low-rank maps in the order in which their random starts are drawn: what a seed gives depends on it."""
+
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
-        """options: resolved, attributes as in the variant's `Options`. first: the model's first recurrent layer."""
+        """See `Mixer`."""
         super().__init__(shape, layer, num_layers)
         self.options = options
-        self.design = design = self.design_of(options)
+        self.design = design = self.design_of(options, shape)
         D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
         self.w0, self.w1, self.w2 = low_rank(D, options.decay_rank, A)
         self.a0, self.a1, self.a2 = low_rank(D, options.iclr_rank, A)
@@ -109,23 +116,48 @@ class Rwkv7Mixer(Mixer):
         self.ln_x: nn.Module | None = None
         if design.group_norm_eps is not None:
             self.ln_x = nn.GroupNorm(shape.num_heads, A, eps=design.group_norm_eps)
-        self.reset_parameters()
+        self.start()
 
     @classmethod
-    def design_of(cls, options: Any) -> Design:
-        """The variant's terms under these options."""
+    def design_of(cls, options: Any, shape: AttentionShape) -> Design:
+        """The variant's terms under these options, in a layer of this shape."""
         raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """What the family starts alike; a variant goes on from here with its own. Works on the meta device."""
-        for name in "wavkg":
+        """What the family starts alike; a variant goes on from here with its own."""
+        for name in self.DRAW_ORDER:
             if hasattr(self, f"{name}1"):
                 getattr(self, f"{name}1").zero_()
                 init_low_rank_out(getattr(self, f"{name}2"))
         if self.ln_x is not None:
             self.ln_x.weight.fill_(1.0)
             self.ln_x.bias.zero_()
+
+    def start_as_stock(self) -> None:
+        """Official RWKV-7's start of decay, learning rate, keys and bonus; values as `value_residual_init` says."""
+        rising = rising_decay(self.shape.width, self.depth, self.w0.device)
+        self.w0.copy_((rising + self.options.decay_shift).view(1, 1, -1))
+        self.a0.zero_()
+        if self.design.key_scaling == "k_a":
+            self.k_k.fill_(0.85)
+            self.k_a.fill_(1.0)
+        if self.design.bonus:
+            self.r_k.zero_()
+        if self.v0 is not None:
+            self.v0.fill_(self.options.value_residual_init)
+
+    def start_on_ramps(self) -> None:
+        """The start of decay and learning rate in hxa079 and later; the gate as `gate_init` says."""
+        ramps = head_ramps(self.shape.num_heads, self.shape.head_dim, self.depth, self.w0.device)
+        self.w0.copy_((ramps.slow + self.options.decay_shift).view(1, 1, -1))
+        self.a0.copy_((-0.19 + 0.3 * ramps.zigzag + 0.4 * ramps.line).view(1, 1, -1))
+        self.start_gate()
+
+    def start_gate(self) -> None:
+        """The random start of the gate, unless `gate_init` asks for a gate of one."""
+        if self.design.gate == "product" and self.options.gate_init == "identity":
+            start_gate_at_one(self.g2)
 
     def _branches(
         self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None
@@ -189,7 +221,7 @@ class Rwkv7Mixer(Mixer):
             return k, v, FirstValues()
         if self.v0 is None:
             mine = FirstValues(v, k if self.design.first_keys else None)
-            if not self.options.first_values_gradient:
+            if not self.design.first_values_gradient:
                 mine = FirstValues(*(None if z is None else z.detach() for z in mine))
             return k, v, mine
         if first is None or first.v is None or (self.design.first_keys and first.k is None):

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from radlads.tasks.contracts.job import FileEntry, StoreRef
+from radlads.tasks.contracts.parsing.files import MENDABLE
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError, StoreUnusable, corrupt
 from radlads.tasks.contracts.store.files import TEMPORARY, hash_file, parallel, place_file, read_blocks
 from radlads.tasks.contracts.store.names import check_key, place_of
 
 _LOCKS = ".locks"
-_USERS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+_LEASE = f"{TEMPORARY}lease-"
+"""How a lease begins that is being written: its holder does so while a commit clears up beside it."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -35,7 +37,7 @@ def _plain(method: Callable[Concatenate[LocalStore, _P], _R]) -> Callable[Concat
         try:
             return method(self, *args, **kwargs)
         except OSError as error:
-            kind = StoreUnusable if error.errno in _USERS else StoreError
+            kind = StoreUnusable if error.errno in MENDABLE else StoreError
             place = error.filename or self.root
             raise kind(f"the store {self.root}: {error.strerror or error}: {place}") from error
 
@@ -207,7 +209,8 @@ class LocalStore(Store):
 
     def _write_beside(self, target: Path, data: bytes) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        mark = _LEASE if target.name == "lease.json" else TEMPORARY
+        temporary = target.parent / f"{mark}{uuid.uuid4().hex}"
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -251,7 +254,8 @@ class LocalStore(Store):
     def _tidy(self, prefix: str) -> None:
         top = self._path(prefix)
         for leftover in top.rglob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+            if not leftover.name.startswith(_LEASE):
+                leftover.unlink(missing_ok=True)
         if top.is_dir() and not any(path.is_file() for path in top.rglob("*")):
             shutil.rmtree(top, ignore_errors=True)
 

@@ -1,9 +1,9 @@
-"""Tokens on disk → batches, as pure functions of (seed, step).
+"""Token shards on disk → batches, as a pure function of (seed, step).
 
-A dataset is a flat stream of tokens cut into shards of equal width. A row i of context c is tokens [i·c, i·c + c + 1):
-rows overlap by one token, so that every token but the first is a label once. Where a batch is in the data follows
-from its number alone, so there is nothing to save and nothing to fast-forward after a restart, and the sequences of an
-optimizer step do not depend on how many processes share them.
+A dataset is a flat token stream in shards of equal length. Row i of context c is tokens [i·c, i·c + c + 1): rows
+overlap by one token, so every token except the first is a label exactly once. The position of a batch follows from its
+step number, so the loader has no state to save and nothing to fast-forward after a restart. The sequences of an
+optimizer step do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from radlads.tasks.jobs.data.dataset_index import DatasetIndex, SplitIndex
 from radlads.tasks.jobs.data.permutation import permute
 from radlads.tasks.jobs.strict_json import SheetError, read_sheet
 
-# Of a mask that is read from beginning to end, at a time.
+# Mask values read at a time when a whole mask is read.
 _READ_TOKENS = 1 << 24
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Batch = dict[str, torch.Tensor]
-"""input_ids [B, context + 1] int64; loss_mask [B, context + 1] bool, where the dataset has masks; document_ids [B,
-context + 1] int64, where asked for."""
+"""input_ids [B, context + 1] int64; loss_mask [B, context + 1] bool, if the dataset has masks; document_ids [B,
+context + 1] int64, on request."""
 
 
 class DatasetError(UserError):
-    """A dataset that does not hold what its index says."""
+    """The files of a dataset do not match its index."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class TokenSplit:
     tokens: int
     documents: int
     bytes: int
-    """UTF-8 bytes of the text, for bits per byte."""
+    """UTF-8 bytes of the text, for the bits-per-byte metric."""
 
     def rows(self, context: int) -> int:
-        """How many whole rows of this context there are."""
+        """Number of complete rows of this context length."""
         return max(0, (self.tokens - 1) // context)
 
     @cached_property
     def document_starts(self) -> np.ndarray[Any, Any]:
-        """Offset in the stream of every document's first token [documents], ascending."""
+        """Stream offset of each document's first token, ascending, [documents]."""
         if self.boundaries_file is None:
             raise DatasetError(f"{self.folder}: the dataset has no document boundaries; tokenize it again")
         return np.memmap(self.folder / self.boundaries_file, dtype="<u8", mode="r")
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Tokens [start, stop) of the stream, [stop - start] in the shards' dtype."""
+        """Tokens [start, stop) of the stream, [stop - start], in the dtype of the shards."""
         return self._read(self.shard_files, self.dtype, start, stop)
 
     def read_mask(self, start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -72,7 +72,7 @@ class TokenSplit:
         return self._read(self.mask_files, np.dtype(np.uint8), start, stop).astype(bool)
 
     def labels(self, context: int) -> np.ndarray[Any, Any]:
-        """How many labels each whole row of this context has, [rows] int64: those that the masks count."""
+        """Number of unmasked labels in each complete row of this context length, [rows] int64."""
         count, labels = self.rows(context), []
         size = max(1, _READ_TOKENS // context)
         for first in range(0, count, size):
@@ -81,7 +81,7 @@ class TokenSplit:
         return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
     def batch(self, rows: np.ndarray[Any, Any] | list[int], context: int, *, document_ids: bool = False) -> Batch:
-        """The given rows as one batch. Raises IndexError for a row that does not exist."""
+        """Read the given rows as one batch. Raises IndexError for a row that does not exist."""
         starts = np.asarray(rows, dtype=np.int64) * context
         width = context + 1
         batch = {"input_ids": torch.from_numpy(np.stack([self.read(s, s + width) for s in starts]).astype(np.int64))}
@@ -95,7 +95,7 @@ class TokenSplit:
     def heldout(
         self, context: int, batch_size: int, max_tokens: int, *, rank: int = 0, world_size: int = 1, **options: bool
     ) -> Iterator[Batch]:
-        """The first rows of the split, up to max_tokens, this rank's share of them; always at least one row in all."""
+        """This rank's share of the first rows of the split, up to max_tokens; at least one row over all ranks."""
         count = min(self.rows(context), max(1, max_tokens // context))
         mine = np.arange(rank, count, world_size)
         for start in range(0, len(mine), batch_size):
@@ -108,7 +108,7 @@ class TokenSplit:
         pieces = []
         while start < stop:
             shard, offset = divmod(start, width)
-            # Opened for each read: a map a shard is more than a process may hold of a large corpus.
+            # Open per read: one memory map per shard can exceed the process limit for a large corpus.
             count = min(stop - start, self.shard_tokens[shard] - offset)
             pieces.append(np.fromfile(self.folder / files[shard], dtype, count, offset=offset * dtype.itemsize))
             start += count
@@ -117,7 +117,7 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """A verified dataset folder. `open_dataset` makes it."""
+    """A verified dataset folder, returned by `open_dataset`."""
 
     folder: Path
     splits: dict[str, TokenSplit]
@@ -133,28 +133,28 @@ class TokenDataset:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which rows make which batch: a pure function of (seed, step), the same for any number of processes.
+    """The rows of each batch: a pure function of (seed, step), the same for any number of processes.
 
-    The rows of an epoch come in a seeded order, every row once; the next epoch has another order.
+    An epoch visits every row once, in an order given by the seed and the epoch.
     """
 
     split: TokenSplit
     context: int
     batch: int
-    """Sequences of one optimizer step, over all processes."""
+    """Sequences per optimizer step, over all processes."""
     micro_batch: int
-    """Sequences of one forward pass of one process; made smaller where the processes would not divide the batch."""
+    """Maximum sequences per forward pass of one process; see `sequences`."""
     seed: int
     world_size: int = 1
     document_ids: bool = False
     skip: int = 0
-    """Sequences of the order that were read before step 0."""
+    """Sequences of the order to skip before step 0."""
 
     def __post_init__(self) -> None:
         if self.split.rows(self.context) == 0:
             raise DatasetError(
                 f"the {self.split.name} split has {self.split.tokens} tokens, fewer than one row of context "
-                f"{self.context}: add data, or choose a smaller context"
+                f"{self.context}; add data, or choose a smaller context"
             )
         if self.batch % self.world_size:
             raise UserError(
@@ -164,17 +164,17 @@ class BatchPlan:
 
     @cached_property
     def sequences(self) -> int:
-        """Sequences of one forward pass of one process: the largest divisor of its share up to micro_batch."""
+        """Sequences per forward pass of one process: the largest divisor of its share that is ≤ micro_batch."""
         share = self.batch // self.world_size
         return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
 
     @cached_property
     def num_micro(self) -> int:
-        """Forward passes of one process in one optimizer step."""
+        """Forward passes per process and optimizer step."""
         return self.batch // self.world_size // self.sequences
 
     def rows(self, step: int) -> np.ndarray[Any, Any]:
-        """Row numbers of optimizer step `step` (counted from 0), [batch]."""
+        """Row numbers of an optimizer step (from 0), [batch]."""
         count = self.split.rows(self.context)
         start = self.skip + step * self.batch
         epochs, places = np.divmod(np.arange(start, start + self.batch, dtype=np.int64), count)
@@ -184,15 +184,15 @@ class BatchPlan:
         return rows
 
     def micro(self, step: int, rank: int, index: int) -> Batch:
-        """What `rank` sees in its forward pass `index` of step `step`."""
+        """The batch of forward pass `index` of `rank` in step `step`."""
         start = (index * self.world_size + rank) * self.sequences
         rows = self.rows(step)[start : start + self.sequences]
         return self.split.batch(rows, self.context, document_ids=self.document_ids)
 
 
 def plan_batches(section: Training, split: TokenSplit, world_size: int) -> list[BatchPlan]:
-    """The batches of each part of a stage. A part goes on in the order of the earlier ones of its context, so that no
-    row comes twice before all have come once; of another context, the rows are others. Raises UserError."""
+    """The batch plan of each part of a stage. Parts of the same context length continue one order, so no row repeats
+    within an epoch; each context length has its own rows. Raises UserError."""
     plans: list[BatchPlan] = []
     read: dict[int, int] = {}
     for part in section.parts:
@@ -212,7 +212,7 @@ def plan_batches(section: Training, split: TokenSplit, world_size: int) -> list[
 
 
 def open_dataset(folder: Path) -> TokenDataset:
-    """Read index.json and check that every file has the size that it says. Raises DatasetError."""
+    """Read index.json and verify the size of every file. Raises DatasetError."""
     path = folder / "index.json"
     try:
         index = read_sheet(path, DatasetIndex)
@@ -231,7 +231,7 @@ def open_dataset(folder: Path) -> TokenDataset:
     except FileNotFoundError:
         raise DatasetError(f"{folder} is not a dataset: it has no index.json") from None
     except (SheetError, KeyError) as error:
-        raise DatasetError(f"{path} is torn or of another version ({error}); tokenize the dataset again") from None
+        raise DatasetError(f"{path} is damaged or of another version ({error}); tokenize the dataset again") from None
 
 
 def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex) -> TokenSplit:
@@ -249,9 +249,11 @@ def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex
     if boundaries is not None:
         _check_size(folder / boundaries, entry.documents * 8)
     if sum(counts) != entry.tokens:
-        raise DatasetError(f"{folder}: the {name} split says {entry.tokens} tokens, its shards say {sum(counts)}")
+        raise DatasetError(
+            f"{folder}: the {name} split has {entry.tokens} tokens in the index, but {sum(counts)} in its shards"
+        )
     if any(count != counts[0] for count in counts[:-1]) or (counts and counts[-1] > counts[0]):
-        raise DatasetError(f"{folder}: the shards of the {name} split are not of equal width")
+        raise DatasetError(f"{folder}: the shards of the {name} split are not of equal length")
     return TokenSplit(
         name=name,
         folder=folder,
@@ -267,7 +269,7 @@ def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex
 
 
 def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise DatasetError(f"{path} {state}, its index says {expected} bytes; delete the dataset and tokenize it again")
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != expected:
+        state = "is missing" if actual is None else f"has {actual} bytes"
+        raise DatasetError(f"{path} {state}, expected {expected} bytes; delete the dataset and tokenize it again")

@@ -23,10 +23,7 @@ from radlads.tasks.contracts.stages import ALIGN, CHOOSE
 from radlads.tasks.jobs.choose.choice_probe import check_probe
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.cost import stage_cost
-from radlads.tasks.jobs.plan.memory import Networks, judging_memory
-
-# Of a device's memory: as the other stages of a plan have it.
-_USABLE = 0.95
+from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
 
 
 def planned_layers(student: Student, num_layers: int) -> tuple[int, ...]:
@@ -82,7 +79,7 @@ def difficulty_weights(section: Difficulty) -> DifficultyWeights:
 def choice_stage(
     choice: AttentionChoice,
     recipe: Recipe,
-    networks: Networks,
+    networks: NetworkSizes,
     device: dict[str, Any],
     resources: JobResources,
     findings: Findings,
@@ -92,7 +89,7 @@ def choice_stage(
     probe = choice.recall
     reading = Evaluate(context=max(*probe.lengths, probe.context), batch=probe.micro_batch)
     memory = judging_memory(reading, networks, resources)
-    if memory["total"] > _USABLE * device["memory_bytes"]:
+    if memory["total"] > USABLE * device["memory_bytes"]:
         findings.misfits.append(
             f"choose needs about {memory['total'] / 1024**3:.1f} GiB on each {device['device']}, which has "
             f"{device['memory_bytes'] / 1024**3:.1f} GiB; what would help: attention_layers.recall.micro_batch: "

@@ -15,7 +15,7 @@ from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.recipe import Recipe
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.stages import logits_reference, stage_info
-from radlads.tasks.jobs.plan.memory import Networks
+from radlads.tasks.jobs.plan.memory import NetworkSizes
 
 UTILISATION = 0.15
 # Dense bf16 peaks in FLOP/s, from the vendors' data sheets, by what the device calls itself.
@@ -51,7 +51,7 @@ def likely_gpu(gibibytes: float) -> str | None:
     return next((name for size, name in _BY_MEMORY if size * 0.93 <= gibibytes <= size * 1.1), None)
 
 
-def training_flops(stage: str, section: Training, networks: Networks) -> float:
+def training_flops(stage: str, section: Training, networks: NetworkSizes) -> float:
     """FLOPs of a whole training stage."""
     student = _multiplied(networks.student_parameters, networks)
     teacher = _multiplied(networks.teacher_parameters, networks)
@@ -63,7 +63,7 @@ def training_flops(stage: str, section: Training, networks: Networks) -> float:
     return per_token * section.seen_tokens
 
 
-def judging_flops(section: Evaluate | Needle, networks: Networks, recipe: Recipe) -> float:
+def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
     """FLOPs of scoring teacher and students, without the lm-evaluation-harness tasks.
 
     evaluate scores every stage's student and, beside each, the teacher; needle asks the teacher once, the last student
@@ -90,7 +90,7 @@ def stage_cost(flops: float, peak: float, resources: JobResources) -> dict[str, 
     return {"flops": flops, "seconds": seconds, "gpu_hours": gpu_hours, "dollars": dollars}
 
 
-def _multiplied(parameters: int, networks: Networks) -> int:
+def _multiplied(parameters: int, networks: NetworkSizes) -> int:
     """Parameters without the embeddings that are only looked up (tied ones also make the logits, and count)."""
     looked_up = networks.groups.get("embeddings", 0) if networks.groups.get("head", 0) else 0
     return max(0, parameters - looked_up - networks.idle)

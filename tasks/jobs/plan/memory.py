@@ -2,7 +2,7 @@
 
 P parameters that train, N processes, w bytes of a number in the precision of the stage (2 in bf16):
 
-    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds (jobs/frozen.py)
+    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where asked
@@ -19,19 +19,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
+from radlads.tasks.jobs.train.engine import BUCKET_ELEMENTS
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
-# Elements that travel in one reduction (jobs/engine.py).
-_BUCKET = 50_000_000
-# Numbers that share a scale in 8 bit (model/training/quantized.py).
-_GROUP = 128
+# A device is never quite full: fragmentation, and estimates that are a little off.
+USABLE = 0.95
 # GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
 _OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
 
@@ -39,7 +39,7 @@ Memory = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Networks:
+class NetworkSizes:
     """Sizes of teacher and student, counted on the meta device."""
 
     num_layers: int
@@ -91,7 +91,7 @@ class Networks:
 def training_memory(
     stage: str,
     section: Training,
-    networks: Networks,
+    networks: NetworkSizes,
     resources: JobResources,
     *,
     teacher_bits: FrozenBits = 16,
@@ -126,7 +126,7 @@ def training_memory(
         "teacher": teacher if taught else 0,
         "activations": activations,
         "logits": logits,
-        "buffers": min(_BUCKET, trainable) * (word + 4)
+        "buffers": min(BUCKET_ELEMENTS, trainable) * (word + 4)
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
         + max(0, gradients - activations - logits),
         "overhead": _OVERHEAD_BYTES[resources.device],
@@ -134,7 +134,7 @@ def training_memory(
     return memory | {"total": sum(memory.values()), "host": host}
 
 
-def judging_memory(section: Evaluate | Needle, networks: Networks, resources: JobResources) -> Memory:
+def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources) -> Memory:
     """Bytes on one device while teacher and one student are scored beside each other."""
     word = word_bytes("auto", resources)
     length = section.context if isinstance(section, Evaluate) else max(section.lengths)
@@ -161,10 +161,10 @@ def word_bytes(precision: str, resources: JobResources) -> int:
 
 
 def _saved_by_8_bit(matrices: int, word: int) -> int:
-    return matrices * word - matrices - matrices * word // _GROUP
+    return matrices * word - matrices - matrices * word // GROUP
 
 
-def _activations(stage: str, part: Training, networks: Networks, resources: JobResources, word: int) -> int:
+def _activations(stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """Bytes that the sequences of one forward pass keep, at most."""
     sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
     tokens, of = sequences * part.context, networks.layer_bytes[word]
@@ -184,7 +184,7 @@ def _activations(stage: str, part: Training, networks: Networks, resources: JobR
     return tokens * (each + largest + mlp)
 
 
-def _logits(section: Training, networks: Networks, resources: JobResources, word: int) -> int:
+def _logits(section: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
     head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
     tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)

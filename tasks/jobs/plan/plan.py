@@ -46,7 +46,7 @@ from radlads.tasks.jobs.plan.checks import (
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
-from radlads.tasks.jobs.plan.memory import Memory, Networks, judging_memory
+from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
@@ -54,9 +54,6 @@ from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
 logger = logging.getLogger("radlads")
-
-# A device is never quite full: fragmentation, and estimates that are a little off.
-_USABLE = 0.95
 
 
 def main(job: Job) -> dict[str, Any]:
@@ -248,13 +245,13 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 def _plan_stages(
     recipe: Recipe,
     resources: JobResources,
-    networks: Networks,
+    networks: NetworkSizes,
     device: dict[str, Any],
     epochs: dict[str, float | None],
     findings: Findings,
 ) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
-    limit = _USABLE * device["memory_bytes"]
+    limit = USABLE * device["memory_bytes"]
     for stage in TRAINING_STAGES:
         section = getattr(recipe, stage)
         if section is None:

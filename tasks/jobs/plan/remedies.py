@@ -10,13 +10,11 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.stages import stage_info
-from radlads.tasks.jobs.plan.memory import Memory, Networks, judging_memory, training_memory, word_bytes
+from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory, training_memory, word_bytes
 
 _GIB = 1024**3
 # A change that saves less than this share is not worth telling.
 _WORTH = 0.02
-# Of a device's memory: as the plan has it.
-_USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -29,17 +27,17 @@ class Setting:
     teacher_bits: FrozenBits = 16
     mlp_bits: FrozenBits = 16
 
-    def memory(self, networks: Networks) -> Memory:
+    def memory(self, networks: NetworkSizes) -> Memory:
         """As training_memory."""
         bits = {"teacher_bits": self.teacher_bits, "mlp_bits": self.mlp_bits}
         return training_memory(self.stage, self.section, networks, self.resources, **bits)
 
-    def need(self, networks: Networks) -> int:
+    def need(self, networks: NetworkSizes) -> int:
         """Bytes on one device."""
         return self.memory(networks)["total"]
 
 
-def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
+def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> str:
     """The changes that together bring a stage under `limit` bytes, or the least that it can be brought to.
 
     Those that change no result come first; each is kept only if the rest does not do without it.
@@ -61,7 +59,7 @@ def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
     told = ", ".join(label for label, _ in chosen)
     size, host = f"{now.need(networks) / _GIB:.0f} GiB", now.memory(networks)["host"]
     size += f" and {host / _GIB:.0f} GiB of host memory each" if host else ""
-    whole = f"GPUs of {-(-setting.need(networks) // _GIB) / _USABLE:.0f} GiB"
+    whole = f"GPUs of {-(-setting.need(networks) // _GIB) / USABLE:.0f} GiB"
     if not told:
         return whole
     enough = f"then {size}" if now.need(networks) <= limit else f"then {size}, which is not enough yet"
@@ -69,7 +67,7 @@ def what_would_help(setting: Setting, networks: Networks, limit: float) -> str:
 
 
 def what_would_help_judging(
-    stage: str, section: Evaluate | Needle, networks: Networks, resources: JobResources, limit: float
+    stage: str, section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources, limit: float
 ) -> str:
     """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it takes."""
     batch = section.batch
@@ -78,7 +76,7 @@ def what_would_help_judging(
         if judging_memory(section.model_copy(update={"batch": batch}), networks, resources)["total"] <= limit:
             return f"{stage}.batch: {batch}"
     least = judging_memory(section.model_copy(update={"batch": 1}), networks, resources)["total"]
-    return f"GPUs of {-(-least // _GIB) / _USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
+    return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
 
 
 def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:

@@ -19,12 +19,12 @@ from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
 from radlads.tasks.jobs.plan.cost import device_peak, likely_gpu
-from radlads.tasks.jobs.plan.memory import Networks
+from radlads.tasks.jobs.plan.memory import NetworkSizes
 
 _GIB = 1024**3
 
 
-def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
+def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
     """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
     family, values = find_family(config), _values(config)
     teacher = build_empty(config)
@@ -49,7 +49,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> Networks:
     matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
     heads = values.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or values.hidden_size // heads
-    return Networks(
+    return NetworkSizes(
         num_layers=values.num_hidden_layers,
         num_recurrent=len(mixers),
         hidden=values.hidden_size,

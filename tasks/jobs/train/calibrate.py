@@ -18,7 +18,7 @@ from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.data.loader import TokenDataset, TokenSplit
-from radlads.tasks.jobs.train.networks import Networks
+from radlads.tasks.jobs.train.training_models import Networks
 
 logger = logging.getLogger("radlads")
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("radlads")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_BUCKET = 50_000_000  # elements that travel in one reduction
+BUCKET_ELEMENTS = 50_000_000
+"""How many travel in one reduction."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,8 @@ def _config(stage: int, dtype: torch.dtype, micro_batch: int, num_micro: int, el
         zero |= {
             "contiguous_gradients": True,
             "overlap_comm": False,  # it waits for the device after every backward pass
-            "reduce_bucket_size": max(2, min(_BUCKET, elements)),
-            "allgather_bucket_size": 2 * max(1, min(_BUCKET, elements) // 2),
+            "reduce_bucket_size": max(2, min(BUCKET_ELEMENTS, elements)),
+            "allgather_bucket_size": 2 * max(1, min(BUCKET_ELEMENTS, elements) // 2),
             "compute_grad_norm": False,
         }
     config: dict[str, Any] = {

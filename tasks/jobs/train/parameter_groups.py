@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from radlads.model.training.trainable import is_decay_base
+from radlads.model.training.mixer_parts import is_decay_base
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Optimizer, Training
 

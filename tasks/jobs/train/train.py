@@ -21,11 +21,11 @@ from radlads.tasks.jobs.common import Job, Preempted, run_job
 from radlads.tasks.jobs.data.loader import BatchPlan, TokenDataset, open_dataset, plan_batches
 from radlads.tasks.jobs.origin import check_training
 from radlads.tasks.jobs.train.calibrate import calibrate_student
-from radlads.tasks.jobs.train.engine import Engine, StepResult
+from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
-from radlads.tasks.jobs.train.labels import check_labels
-from radlads.tasks.jobs.train.networks import Networks, export_model, load_networks
-from radlads.tasks.jobs.train.schedule import learning_rates
+from radlads.tasks.jobs.train.label_check import check_labels
+from radlads.tasks.jobs.train.steps import Step, optimizer_steps
+from radlads.tasks.jobs.train.training_models import Networks, export_model, load_networks
 from radlads.tasks.jobs.train.training_report import memory_bytes, write_report
 
 logger = logging.getLogger("radlads")
@@ -96,17 +96,9 @@ def _train(
 ) -> None:
     """Optimizer steps start+1 … num_steps. Raises Preempted after a checkpoint when asked to stop, NonFiniteError."""
     num_steps, told = section.num_steps, time.monotonic()
-    for step in range(start, num_steps):
-        began, done = time.perf_counter(), step + 1
-        part, own = section.place(step)
-        plan = plans[part]
-        if step == start or own == 0:
-            _enter(section, engine, plan, part, own)
-        engine.objective.begin_step(step)
-        batches = (plan.micro(own, job.rank, index) for index in range(plan.num_micro))
-        rates = learning_rates(section, step)
-        seen = engine.step(batches, rates, done, stop=job.stop_requested)
-        numbers = _numbers(section, seen, rates, done, time.perf_counter() - began, job.device)
+    for step in optimizer_steps(section, engine, plans, start=start, rank=job.rank, stop=lambda: job.stop_requested):
+        done = step.number
+        numbers = _numbers(section, step, job.device)
         job.record.log(done, numbers)
         job.progress(done, num_steps, "steps")
         if time.monotonic() - told >= _TELL_SECONDS or done in (start + 1, num_steps):
@@ -116,41 +108,30 @@ def _train(
             )
         if section.heldout_every and done % section.heldout_every == 0 and done < num_steps:
             job.record.log(done, heldout())
-        if seen.stop or done % section.checkpoint_every == 0 or done == num_steps > section.checkpoint_every:
+        stopping = step.seen.stop
+        if stopping or done % section.checkpoint_every == 0 or done == num_steps > section.checkpoint_every:
             checkpoints.save(done)
-        if seen.stop:
+        if stopping:
             checkpoints.wait()
             job.barrier()  # the launcher ends every rank as soon as one has left
             raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt goes on from there")
 
 
-def _enter(section: Training, engine: Engine, plan: BatchPlan, part: int, own: int) -> None:
-    """Make the engine ready for a part of the stage that begins, or goes on after a restore."""
-    if plan.num_micro != engine.num_micro or part > 0:
-        engine.accumulate(plan.sequences, plan.num_micro)
-    if part > 0 and own == 0:
-        logger.info("phase %d begins: context %d, batch %d", part + 1, plan.context, plan.batch)
-        if section.begins_anew(part):
-            engine.forget()
-
-
-def _numbers(
-    section: Training, seen: StepResult, rates: dict[str, float], done: int, seconds: float, device: torch.device
-) -> dict[str, float]:
+def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, float]:
     """One row of the record."""
-    index, own = section.place(done - 1)
+    index, own = section.place(step.number - 1)
     *before, part = section.parts[: index + 1]
     tokens = part.batch * part.context
     earlier = sum(one.seen_tokens for one in before)
     phase = {"phase": index + 1} if len(section.parts) > 1 else {}
     return {
-        **seen.metrics,
+        **step.seen.metrics,
         **phase,
-        "grad_norm": seen.grad_norm,
-        **{f"lr/{group}": rate for group, rate in rates.items()},
+        "grad_norm": step.seen.grad_norm,
+        **{f"lr/{group}": rate for group, rate in step.rates.items()},
         "tokens": earlier + (own + 1) * tokens,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
+        "tokens_per_second": tokens / step.seconds,
+        "seconds": step.seconds,
         "memory_bytes": memory_bytes(device),
     }
 

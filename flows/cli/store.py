@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from radlads.flows.cli.application import OUT, StorePlace, app, say
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 from radlads.tasks.contracts.store.layout import check_layout
@@ -19,9 +19,7 @@ from radlads.tasks.upkeep.listing import stored_products, stored_runs
 from radlads.tasks.upkeep.upgrade import upgrade_store
 
 store_app = typer.Typer(help="Runs and products: list, collect garbage, upgrade.", no_args_is_help=True)
-_out = Console()
-
-StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
+app.add_typer(store_app, name="store")
 
 
 @store_app.command("list")
@@ -37,11 +35,11 @@ def list_store(store: StorePlace = None) -> None:
             found = products.get(pointer.key)
             size = "gone" if found is None else _size(found.size) + ("" if found.committed else ", unfinished")
             table.add_row(run.name, label, pointer.digest[:12], size, f"{pointer.time:%Y-%m-%d %H:%M}")
-    _out.print(table)
+    OUT.print(table)
     pointed = [key for run in runs for key in set(run.keys(history=True))]
     shared = {key for key in pointed if pointed.count(key) > 1}
     total, free = sum(p.size for p in products.values()), sum(p.size for k, p in products.items() if k not in pointed)
-    _say(
+    say(
         f"{len(runs)} runs, {len(products)} products, {_size(total)}; {len(shared)} products are shared by runs; "
         f"{_size(free)} belong to no run (radlads store gc)"
     )
@@ -62,7 +60,7 @@ def where(
         raise UserError(f"the run '{run}' in {place.uri} points at no '{stage}'; it has {known}")
     if place.read_manifest(pointers[stage].key) is None:
         raise UserError(f"'{stage}' of the run '{run}' is not finished: nothing is committed at {pointers[stage].key}")
-    _say(place.join(pointers[stage].key))
+    say(place.join(pointers[stage].key))
 
 
 @store_app.command()
@@ -82,12 +80,12 @@ def gc(
     if not delete:
         found = find_garbage(place, wish)
         _show(found)
-        _say(f"{len(found)} products, {_size(sum(one.product.size for one in found))}; --delete deletes them")
+        say(f"{len(found)} products, {_size(sum(one.product.size for one in found))}; --delete deletes them")
         return
     gone = list(collect(place, wish, Path.cwd()))
     _show(gone)
     freed = [one for one in gone if not one.kept]
-    _say(f"deleted {len(freed)} products, {_size(sum(one.product.size for one in freed))}")
+    say(f"deleted {len(freed)} products, {_size(sum(one.product.size for one in freed))}")
 
 
 @store_app.command()
@@ -100,9 +98,9 @@ def upgrade(
     """Convert a store of the layout before this one (products under runs/ and datasets/). May be started again."""
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     done = upgrade_store(
-        open_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=_say
+        open_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=say
     )
-    _say(f"{len(done.moved)} products converted, {done.removed} old places removed, {len(done.left)} left as they were")
+    say(f"{len(done.moved)} products converted, {done.removed} old places removed, {len(done.left)} left as they were")
     if done.left:
         raise UserError("\n".join(f"{prefix} was left where it is: {why}" for prefix, why in done.left.items()))
 
@@ -118,11 +116,7 @@ def _show(found: list[Garbage]) -> None:
         kept = f"kept: {one.kept}" if one.kept else ""
         table.add_row(name, _size(one.product.size), _age(one.age_seconds), ", ".join(one.runs), kept)
     if found:
-        _out.print(table)
-
-
-def _say(line: str) -> None:
-    _out.print(line, markup=False, highlight=False, soft_wrap=True)
+        OUT.print(table)
 
 
 def _size(size: int) -> str:

@@ -23,7 +23,7 @@ from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
-from radlads.tasks.jobs.train.frozen import hold_student, hold_teacher
+from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
 
 logger = logging.getLogger("radlads")
 

@@ -1,0 +1,193 @@
+"""How fast training is at real shapes: the product's own job beside a plain build of the same step.
+
+    python benchmarks/training.py --shape qwen2.5-7b --layers 8 --stage distill --micro-batch 12 --compare-plain
+    python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
+    python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
+    python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
+    python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
+
+A random teacher of a public shape is written to files, the product's transplant makes the student, random tokens are
+the dataset, and the product's launcher starts its training program for a few steps. The rows go to
+results/training_<gpu>.md. Neither network, Prefect nor MLflow is needed. Not run at a time with anything else on the
+same GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training_bench.case import SECTIONS, Case, recipe_settings
+from training_bench.inputs import Inputs, case_flops
+from training_bench.launching import run_plain, run_product
+from training_bench.report import Row, describe_machine, details, gpu_name, legend, table
+from training_bench.shapes import SHAPES
+
+from radlads.tasks.contracts.errors import UserError
+
+logger = logging.getLogger("training")
+
+_STATE_BYTES = 24  # of a trained number: its master and moments in a checkpoint, written and then copied to the store
+
+
+def parse() -> argparse.ArgumentParser:
+    """What may be asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), help="default: the recipe's, else smollm2-135m")
+    parser.add_argument("--stage", choices=list(SECTIONS), default="distill")
+    parser.add_argument("--recipe", help="take what is not given here from a shipped recipe")
+    parser.add_argument("--layers", type=int, help="cut the depth")
+    parser.add_argument("--variant")
+    parser.add_argument("--attention-layers", nargs="*", type=int, metavar="LAYER", help="stay softmax attention")
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--batch", type=int, help="sequences of a step over all GPUs; default: one pass on each")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--zero", type=int)
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--mlp-bits", type=int, choices=(8, 16))
+    parser.add_argument("--teacher-bits", type=int, choices=(8, 16))
+    parser.add_argument("--freeze", nargs="*", help="parameter groups that do not train")
+    parser.add_argument("--steps", type=int, default=5, help="measured optimizer steps")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--compare-plain", action="store_true")
+    parser.add_argument("--profile", type=int, nargs="?", const=2, default=0, metavar="STEPS", help="and profile some")
+    parser.add_argument("--no-checkpoint", action="store_true", help="do not measure the stall of a checkpoint")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads of a process; default: the cores, shared out")
+    parser.add_argument("--work", type=Path, help="folder to keep, so that later runs find teacher and student")
+    parser.add_argument("--out", type=Path, help="Markdown file to add to")
+    parser.add_argument("--sweep-file", type=Path, help="a line of further options for every case; # for comments")
+    return parser
+
+
+def build_case(options: argparse.Namespace) -> Case:
+    """The case that the options and the recipe, which they go before, describe. Raises UserError."""
+    settings: dict[str, Any] = {"shape": options.shape or "smollm2-135m", "stage": options.stage}
+    if options.recipe:
+        settings |= recipe_settings(options.recipe, options.stage, options.layers)
+    given = {
+        "shape": options.shape,
+        "layers": options.layers,
+        "variant": options.variant,
+        "attention_layers": options.attention_layers,
+        "context": options.context,
+        "micro_batch": options.micro_batch,
+        "batch": options.batch,
+        "zero": options.zero,
+        "gradient_checkpointing": options.grad_checkpointing,
+        "mlp_bits": options.mlp_bits,
+        "teacher_bits": options.teacher_bits,
+        "freeze": options.freeze,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if options.variant and options.recipe and options.variant != settings.get("variant"):
+        settings["options"] = {}
+    for name in ("attention_layers", "freeze"):
+        settings[name] = tuple(settings.get(name, ()))
+    one_pass = settings.get("micro_batch", 1) * options.gpus
+    if options.batch is None:  # the recipe's, as far as whole passes of these GPUs make it up
+        settings["batch"] = max(one_pass, settings.get("batch", one_pass) // one_pass * one_pass)
+    case = Case(
+        **settings,
+        gpus=options.gpus,
+        offload=options.offload,
+        steps=options.steps,
+        warmup=options.warmup,
+        profile_steps=options.profile,
+        checkpoint=not options.no_checkpoint,
+        device=options.device,
+    )
+    case.check()
+    return case
+
+
+def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int | None) -> list[Row]:
+    """The product's row, then the plain build's. threads: of a process; None: the cores, shared out."""
+    flops, parameters = case_flops(case)
+    free = shutil.disk_usage(work).free
+    wanted = _STATE_BYTES * parameters
+    if case.checkpoint and case.stage != "align" and wanted > 0.5 * free:
+        logger.warning("no checkpoint: it could take %.0f GB, and %.0f GB are free", wanted / 1e9, free / 1e9)
+        case = dataclasses.replace(case, checkpoint=False)
+    inputs = Inputs(work, case)
+    name = f"{number:03d}-{case.stage}"
+    job = inputs.make(name, threads or max(1, (os.cpu_count() or 1) // case.gpus))
+    rows = []
+    try:
+        for build, run in (
+            ("product", lambda: run_product(job, case.to_json())),
+            ("plain", lambda: run_plain(job, case.to_json(), inputs.teacher)),
+        ):
+            if build == "product" or compare:
+                rows.append(_row(case, build, flops, run))
+    finally:
+        made = Path(inputs.store.root) / "products"
+        for folder in (Path(job.scratch), Path(f"{job.scratch}-plain"), made / name, made / f"data-{name}"):
+            shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def _row(case: Case, build: str, flops: Any, run: Any) -> Row:
+    logger.info("%s, %s: started", case.name, build)
+    try:
+        measured = run()
+    except UserError as error:
+        logger.error("%s, %s: %s", case.name, build, error)
+        return Row(case, build, flops, [], str(error))
+    row = Row(case, measured[0].get("build", build), flops, measured)
+    logger.info("%s, %s: %.0f tokens/s/GPU", case.name, row.build, row.tokens_per_second)
+    return row
+
+
+def read_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[argparse.Namespace]:
+    """The options of every case."""
+    options = parser.parse_args(arguments)
+    if options.sweep_file is None:
+        return [options]
+    lines = [line.split("#")[0].strip() for line in options.sweep_file.read_text(encoding="utf-8").splitlines()]
+    return [parser.parse_args([*arguments, *shlex.split(line)]) for line in lines if line]
+
+
+def main() -> int:
+    """Run the cases; 1 where one did not come to its end."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    arguments = sys.argv[1:]
+    try:
+        asked = read_sweep(parse(), arguments)
+        cases = [build_case(options) for options in asked]
+    except (UserError, ValueError) as error:
+        raise SystemExit(f"training.py: {error}") from None
+    first = asked[0]
+    gpu = gpu_name() if first.device == "cuda" else "cpu"
+    if gpu is None:
+        raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
+    file = "training_" + "_".join(gpu.lower().replace("nvidia", "").split()) + ".md"
+    out = first.out or Path(__file__).parent / "results" / file
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="radlads-training-") as temporary:
+        work = (first.work or Path(temporary)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        for number, (case, options) in enumerate(zip(cases, asked, strict=True)):
+            rows += run_case(case, work, number, compare=options.compare_plain, threads=options.threads)
+    command = "python benchmarks/training.py " + shlex.join(arguments)
+    text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
+    sys.stdout.write(text)
+    title = "" if out.is_file() else "# Training at real shapes\n\n"
+    with out.open("a", encoding="utf-8") as stream:
+        stream.write(title + text + "\n")
+    return 1 if any(row.failed for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""One rank of the training job that is measured: the product's training program, watched.
+
+    python product.py job.json
+
+What the product does is not changed, but for its end: after the last step no model is exported.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from radlads.tasks.jobs import process_group as group
+from radlads.tasks.jobs.common import Job, execute, open_job
+from radlads.tasks.jobs.exit_reasons import EXIT_CODES
+from radlads.tasks.jobs.train import train
+from training_bench.case import Case
+from training_bench.measuring import Watch, product_mixer_memory
+
+
+class Measured(Exception):  # noqa: N818
+    """The last step is done; there is nothing to export."""
+
+
+def watched_engine(watch: Watch) -> type[train.Engine]:
+    """The engine, telling the watch of its steps."""
+
+    class Watched(train.Engine):
+        def step(self, batches: Any, rates: Any, number: int, *, stop: bool) -> Any:
+            objective = self.objective
+            watch.before(number, student=objective.student, teacher=objective._teacher[0], objective=objective)
+            if watch.profile is None:
+                result = super().step(batches, rates, number, stop=stop)
+            else:
+                with watch.profile.engine(self):
+                    result = super().step(batches, rates, number, stop=stop)
+            watch.after(number, result.metrics["loss"])
+            return result
+
+    return Watched
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """The training program's parts, telling the watch what they do."""
+    load, save, wait = train.load_networks, train.Checkpoints.save, train.Checkpoints.wait
+    loop = train._train
+
+    def load_networks(*args: Any) -> Any:
+        watch.mark("imported, joined and checked")
+        networks = load(*args)
+        watch.mark("networks loaded")
+        return networks
+
+    def timed(name: str, method: Any) -> Any:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                watch.found[name] = watch.found.get(name, 0.0) + time.perf_counter() - began
+
+        return run
+
+    def run_loop(job: Job, section: Any, engine: Any, *args: Any) -> None:
+        loop(job, section, engine, *args)
+        watch.found["trained"] = sum(parameter.numel() for parameter in engine.parameters.values())
+        for parameter in engine.objective.parameters():
+            parameter.grad = None
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        watch.found["mixer"] = product_mixer_memory(engine.objective.student, watch.case)
+        raise Measured
+
+    with (
+        mock.patch.object(train, "Engine", watched_engine(watch)),
+        mock.patch.object(train, "load_networks", load_networks),
+        mock.patch.object(train, "_train", run_loop),
+        mock.patch.object(train.Checkpoints, "save", timed("save_seconds", save)),
+        mock.patch.object(train.Checkpoints, "wait", timed("wait_seconds", wait)),
+    ):
+        yield
+
+
+def main(job: Job) -> dict[str, Any]:
+    """As a job's main; its product is a file that says so."""
+    watch = Watch(job.scratch, Case.read(job.scratch / "case.json"), job.device, job.rank)
+    try:
+        with watched(watch):
+            train.main(job)
+    except Measured:
+        watch.write()
+    if job.rank == 0:
+        (job.output / "measured.txt").write_text("no model is exported by the benchmark\n", encoding="utf-8")
+    return {}
+
+
+if __name__ == "__main__":
+    group.die_with_launcher()
+    this = open_job(Path(sys.argv[1]))
+    reason = execute(main, this)
+    group.leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
+    group.end_process(EXIT_CODES[reason])

@@ -1,0 +1,180 @@
+"""Rows and profiles of benchmarks/training.py as Markdown."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.jobs.code_version import code_version
+from radlads.tasks.jobs.plan.cost import device_peak
+from training_bench.case import Case
+from training_bench.shapes import Flops
+
+_CHECKPOINT_INTERVAL = 500  # the default of `checkpoint_every`
+COLUMNS = (
+    "case", "GPUs", "context", "micro × passes", "options", "build", "tokens/s/GPU", "share by rule",
+    "share by matrices", "peak GiB", "mixer keeps, B/token (× width)", "start-up s", "first step s", "stall s (share)",
+    "loss 1 → last",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one build of a case did. measured: of every rank. failed: why there is nothing measured."""
+
+    case: Case
+    build: str
+    flops: Flops
+    measured: list[dict[str, Any]]
+    failed: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU (or process)."""
+        case = self.case
+        return case.batch * case.context / max(rank["seconds"] for rank in self.measured) / case.gpus
+
+
+def gpu_name() -> str | None:
+    """Without a context on the GPU, which the programs that are measured want whole."""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if not shutil.which(asked[0]):
+        return None
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def describe_machine(command: str) -> str:
+    """When, on what and with what."""
+    versions = []
+    for package in ("torch", "triton", "transformers", "deepspeed", "fla-core", "liger-kernel"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    code = code_version()
+    commit = f"; commit {code.sha[:10]}{' with changes' * code.dirty}" if code.sha else ""
+    where = gpu_name() or f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n\n{where}; {', '.join(versions)}, "
+        f"Python {platform.python_version()}{commit}\n\n`{command}`\n"
+    )
+
+
+def legend() -> str:
+    """What the columns mean."""
+    return (
+        "Share of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N), "
+        "6 N for finetune, N all the teacher's parameters; align has none: both shares are by matrices. By matrices: 2 "
+        "for every number of a matrix in the forward pass, 2 for the gradient of its input (not of the teacher-forced "
+        "input of align's mixers), 2 for its own where it trains. Softmax attention's products of tokens with tokens, "
+        "the recurrence and recomputation count nowhere. Start-up: launch of the job to its first step. Stall: "
+        f"training stands still for a checkpoint, and its share at one in {_CHECKPOINT_INTERVAL} steps. Peak: "
+        "allocated, the largest of all ranks, over the measured steps.\n"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a row."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n" + _ratios(rows)
+
+
+def _cells(row: Row) -> list[str]:
+    case = row.case
+    passes = case.batch // case.micro_batch // case.gpus
+    about = [case.name, str(case.gpus), str(case.context), f"{case.micro_batch} × {passes}", _options(case), row.build]
+    if row.failed:
+        return [*about, f"**{row.failed.splitlines()[0]}**", *[""] * (len(COLUMNS) - len(about) - 1)]
+    first = row.measured[0]
+    peak = device_peak(gpu_name(), JobResources(device=case.device, processes=case.gpus, threads=1))
+    speed = row.tokens_per_second
+    shares = ["", ""]
+    if case.device == "cuda":
+        shares = [f"{speed * flops / peak:.1%}" for flops in (row.flops.by_rule, row.flops.by_matrix)]
+    mixer = first.get("mixer")
+    keeps = f"{mixer['bytes_per_token']:,.0f} ({mixer['bytes_per_token'] / mixer['width_bytes']:.1f})" if mixer else ""
+    marks = first["marks"]
+    memory = max(rank.get("peak_bytes", 0) for rank in row.measured)
+    stall = ""
+    if "save_seconds" in first:
+        share = first["save_seconds"] / (first["save_seconds"] + _CHECKPOINT_INTERVAL * first["seconds"])
+        stall = f"{first['save_seconds']:.1f} ({share:.1%})"
+    return [
+        *about,
+        f"{speed:,.0f}",
+        *shares,
+        f"{memory / 2**30:.1f}" if memory else "",
+        keeps,
+        f"{marks['first step begins']:.1f}",
+        f"{marks['first step ended'] - marks['first step begins']:.1f}",
+        stall,
+        f"{first['losses'][0]:.4f} → {first['losses'][-1]:.4f}",
+    ]
+
+
+def _options(case: Case) -> str:
+    words = [f"ZeRO-{case.zero}"]
+    words += ["checkpointed"] * case.gradient_checkpointing + ["offload"] * case.offload
+    words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
+    words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)
+    words += [f"frozen: {' '.join(case.freeze)}"] * bool(case.freeze)
+    words += [f"kept: {' '.join(map(str, case.attention_layers))}"] * bool(case.attention_layers)
+    return ", ".join(words)
+
+
+def _ratios(rows: Sequence[Row]) -> str:
+    """The product beside the plain build, where both ran."""
+    lines = []
+    plain = [row for row in rows if row.build != "product" and not row.failed]
+    for row in rows:
+        other = next((one for one in plain if one.case == row.case), None)
+        if row.build == "product" and not row.failed and other is not None:
+            speed = row.tokens_per_second / other.tokens_per_second
+            ours, theirs = (max(r.get("peak_bytes", 0) for r in one.measured) for one in (row, other))
+            memory = f", {ours / theirs:.0%} of the memory" if theirs else ""
+            lines.append(f"- {row.case.name}: {speed:.2f} × the tokens/s of the plain build{memory}")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def details(row: Row) -> str:
+    """Start-up by parts, what a mixer keeps, and the profile, where there is one."""
+    if row.failed:
+        return f"### {row.case.name}, {row.build}\n\n```\n{row.failed}\n```\n"
+    first = row.measured[0]
+    marks = ", ".join(f"{what} {seconds:.1f}" for what, seconds in first["marks"].items())
+    lines = [f"### {row.case.name}, {row.build}", "", f"Seconds since the launch: {marks}.", ""]
+    if first.get("notes"):
+        lines += [f"Build: {first['notes']}.", ""]
+    if first.get("mixer"):
+        saved = sorted(first["mixer"]["saved"].items(), key=lambda item: -item[1])
+        lines += ["Saved by one mixer, bytes a token: " + "; ".join(f"{k}: {v:,.0f}" for k, v in saved) + ".", ""]
+    if first.get("profile"):
+        lines += _profile(first["profile"])
+    return "\n".join(lines) + "\n"
+
+
+def _profile(found: dict[str, Any]) -> list[str]:
+    total = found["busy_ms"] or 1.0
+    syncs = ", ".join(f"{name} {count:.0f}" for name, count in found["syncs"].items()) or "none"
+    idle = f"GPU idle {found['idle']:.1%} of {found['span_ms']:.1f} ms; " if "idle" in found else ""
+    lines = [f"One step under the profiler: {idle}{found['launches']:.0f} launches; host waits: {syncs}.", ""]
+    lines += ["| group | ms | share |", "| :-- | --: | --: |"]
+    lines += [f"| {group} | {ms:.2f} | {ms / total:.1%} |" for group, ms in found["groups"].items()]
+    lines += ["", "| part of the step | ms | by group |", "| :-- | --: | :-- |"]
+    for part, groups in sorted(found["parts"].items(), key=lambda item: -sum(item[1].values())):
+        inside = ", ".join(f"{group} {ms:.2f}" for group, ms in groups.items())
+        lines.append(f"| {part} | {sum(groups.values()):.2f} | {inside} |")
+    lines += ["", "| kernel | ms | calls |", "| :-- | --: | --: |"]
+    lines += [f"| `{name[:110].replace('|', '/')}` | {ms:.2f} | {calls:.1f} |" for name, ms, calls in found["kernels"]]
+    return [*lines, ""]

@@ -1,0 +1,58 @@
+"""`radlads`, the command: one file a command. Imports of Prefect are kept inside the commands: it reads its settings
+as it is imported."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import NoReturn
+
+from radlads.flows.cli import (  # noqa: F401 - they register commands
+    demo,
+    evaluate,
+    openmose,
+    plan,
+    recipes,
+    run,
+    services,
+    store,
+    sync,
+)
+from radlads.flows.cli.application import ERR, app, parse_overrides
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.parsing.credentials import hide
+from radlads.tasks.contracts.parsing.files import explain_os_error
+from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.launchers.launcher import JobCrashed
+
+__all__ = ["app", "main", "parse_overrides"]
+
+
+def main() -> None:
+    """Entry point. Exit code 2 and a line each: errors that the user can mend; 1 and one line: others that we know."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error).splitlines(), 2)
+    except (JobCrashed, StoreError) as error:
+        _fail(str(error).splitlines()[:1], 1)
+    except BrokenPipeError:  # whoever read our output left, as `head` does
+        _close_stdout()
+        sys.exit(1)
+    except OSError as error:
+        _fail([explain_os_error(error)], 2)
+
+
+def _fail(lines: list[str], code: int) -> NoReturn:
+    for line in lines:
+        ERR.print(f"error: {hide(line)}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _close_stdout() -> None:
+    """What is still buffered has no reader; the interpreter would try to write it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

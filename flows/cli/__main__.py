@@ -1,0 +1,5 @@
+"""`python -m radlads.flows.cli`."""
+
+from radlads.flows.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""`radlads demo`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from radlads.flows import services
+from radlads.flows.cli.application import OUT, Overrides, app, parse_overrides
+from radlads.flows.foreground import command_line
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+
+
+@app.command()
+def demo(
+    recipe: Annotated[str, typer.Option(help="Recipe to run instead of the smoke recipe.")] = "smoke",
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start the services, convert the shipped teacher through them, and say where everything is."""
+    changes = parse_overrides(overrides)
+    asked = load_recipe(recipe, changes)
+    if recipe.endswith((".yaml", ".yml")):
+        recipe = str(Path(recipe).absolute())  # the worker has a working directory of its own
+    if name is not None:
+        check_run_name(name)
+    home = resolve_settings().home
+    with OUT.status("starting Prefect and MLflow"):
+        running = services.services_up(home)
+    from radlads.flows.common import orchestrator
+    from radlads.flows.demo import run_demo
+
+    name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or [])]
+    again = command_line("demo", options=options)
+    with orchestrator():
+        code = run_demo(OUT, running, resolve_settings(), recipe, name, changes, again)
+    sys.exit(code)

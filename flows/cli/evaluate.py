@@ -1,0 +1,71 @@
+"""`radlads evaluate`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from radlads.flows import services
+from radlads.flows.cli.application import (
+    ERR,
+    Overrides,
+    StorePlace,
+    TrackingPlace,
+    WorkPlace,
+    app,
+    parse_overrides,
+    say,
+)
+from radlads.flows.foreground import command_line, run_in_foreground
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+from radlads.tasks.contracts.store.open import open_store
+
+
+@app.command()
+def evaluate(
+    judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are judged.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Judge by this recipe instead of the one that the run was made by.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the judgement; the same continues it.")] = None,
+    overrides: Overrides = None,
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+    work: WorkPlace = None,
+    other_teacher: Annotated[
+        bool, typer.Option("--other-teacher", help="The teacher may be another one than the models were made from.")
+    ] = False,
+) -> None:
+    """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
+    changes = parse_overrides(overrides)
+    check_run_name(judged_run)
+    from radlads.tasks.pipeline import finished_students, recipe_of_run
+
+    # Said at once when it is wrong, before Prefect is started.
+    if recipe is not None:
+        load_recipe(recipe, changes)
+    else:
+        recipe_of_run(judged_run, changes, store=store)
+    if name is not None:
+        check_run_name(name)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
+    finished_students(open_store(settings.store), judged_run)  # said before Prefect takes its time, too
+    tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
+    services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
+    from radlads.flows.evaluate import radlads_evaluate
+
+    name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
+    places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or []), *places]
+    flags = ["--other-teacher"] if other_teacher else []
+    again = command_line("evaluate", judged_run, *flags, options=options)
+    parameters = {"judged_run": judged_run, "recipe": recipe, "run": name, "overrides": changes or None, "store": store,
+                  "tracking": tracking, "work": work, "other_teacher": other_teacher}  # fmt: skip
+    with orchestrator():
+        made = run_in_foreground(radlads_evaluate, parameters, again, err=ERR)
+    for stage, uri in made.items():
+        say(f"{stage:12} {uri}")

@@ -1,0 +1,33 @@
+"""`radlads plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from radlads.flows.cli.application import OUT, Overrides, RecipeName, app, parse_overrides
+from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Plan for so many GPUs instead of this machine.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each of those GPUs.")] = None,
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="From the teacher's config alone: no weights, no text.")
+    ] = False,
+) -> None:
+    """Check a recipe and show what it would take: sizes, memory, steps. Runs nothing else and keeps nothing."""
+    asked = anchor_recipe(load_recipe(recipe, parse_overrides(overrides)), recipe, Path.cwd())
+    with OUT.status("planning"):
+        report = plan_offline(asked, gpus=gpus, gpu_memory_gib=gpu_memory, sizes_only=sizes_only)
+    print_plan(OUT, asked, report)
+    if report.misfits:
+        raise UserError("\n".join(report.misfits))

@@ -1,0 +1,25 @@
+"""`radlads recipes`."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from radlads.flows.cli.application import OUT, app
+from radlads.tasks.contracts.recipe.recipe import list_recipes, load_recipe
+
+_TWIN = "tiny-"
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table("recipe", "what it is", box=None, header_style="bold")
+    names = list_recipes()
+    twins = [name for name in names if name.startswith(_TWIN) and name.removeprefix(_TWIN) in names]
+    for name in names:
+        if name not in twins:
+            mark = " *" if _TWIN + name in twins else ""
+            table.add_row(name + mark, escape(" ".join(load_recipe(name).description.split())))
+    OUT.print(table)
+    OUT.print(f"* has a twin for trying and testing, {_TWIN}NAME: the same but for its sizes", style="dim")

@@ -1,0 +1,60 @@
+"""`radlads run`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+
+from radlads.flows import services
+from radlads.flows.cli.application import (
+    ERR,
+    Overrides,
+    RecipeName,
+    StorePlace,
+    TrackingPlace,
+    WorkPlace,
+    app,
+    parse_overrides,
+    say,
+)
+from radlads.flows.foreground import command_line, run_in_foreground
+from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+from radlads.tasks.contracts.store.layout import check_layout
+from radlads.tasks.contracts.store.open import open_store
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; the same name continues it.")] = None,
+    overrides: Overrides = None,
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+    work: WorkPlace = None,
+) -> None:
+    """Run the pipeline in this process, with the services if they are up. Run it again to go on after a failure."""
+    changes = parse_overrides(overrides)
+    asked = load_recipe(recipe, changes)  # said at once when it is wrong, before Prefect is started
+    if name is not None:
+        check_run_name(name)
+    settings = resolve_settings(store=store, tracking=tracking, work=work)
+    check_layout(open_store(settings.store))  # said before Prefect takes its time, too
+    tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
+    services.use_services(settings.home)
+    from radlads.flows.common import orchestrator
+    from radlads.flows.convert import radlads
+    from radlads.flows.pretrain import radlads_pretrain
+
+    flow = radlads_pretrain if asked.pretrain else radlads
+    name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    again = command_line("run", recipe, options=[("--run", name), *(("--set", p) for p in overrides or []), *places])
+    parameters: dict[str, Any] = {"recipe": recipe, "run": name, "overrides": changes or None}
+    parameters |= {"store": store, "tracking": tracking, "work": work}
+    with orchestrator():
+        made = run_in_foreground(flow, parameters, again, err=ERR)
+    for stage, uri in made.items():
+        say(f"{stage:12} {uri}")

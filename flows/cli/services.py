@@ -1,0 +1,63 @@
+"""`radlads services`: up, down, status, env."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.table import Table
+
+from radlads.flows import services
+from radlads.flows.cli.application import OUT, app, say
+from radlads.flows.service_password import password_file
+from radlads.tasks.contracts.settings import resolve_settings
+
+services_app = typer.Typer(
+    help="The Prefect server, its worker and the MLflow server, on loopback.", no_args_is_help=True
+)
+app.add_typer(services_app, name="services")
+
+
+@services_app.command("up")
+def up() -> None:
+    """Start what does not run yet and wait until it answers."""
+    with OUT.status("starting Prefect and MLflow"):
+        running = services.services_up(resolve_settings().home)
+    _show(running)
+
+
+@services_app.command("down")
+def down() -> None:
+    """Stop them. Runs, results and the MLflow history stay."""
+    stopped = services.services_down(resolve_settings().home)
+    OUT.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@services_app.command("status")
+def status() -> None:
+    """Say what runs; the exit code is 0 when all of it answers."""
+    running = services.read_services(resolve_settings().home)
+    _show(running)
+    healthy = len(running) == 3 and all(services.is_healthy(service) for service in running.values())
+    sys.exit(0 if healthy else 1)
+
+
+@services_app.command("env")
+def env() -> None:
+    """Print what a shell needs to reach them, their password included: eval "$(radlads services env)"."""
+    for line in services.shell_settings(resolve_settings().home):
+        say(line)
+
+
+def _show(running: dict[str, services.Service]) -> None:
+    table = Table("service", "where", "process", "log", box=None, header_style="bold")
+    for name in ("prefect", "mlflow", "worker"):
+        service = running.get(name)
+        if service is None:
+            table.add_row(name, "[red]not running", "", "")
+        else:
+            table.add_row(name, service.url or "", str(service.pid), service.log)
+    OUT.print(table)
+    if running:
+        where = password_file(resolve_settings().home)
+        say(f"Both pages ask for user and password: {where}")

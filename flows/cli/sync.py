@@ -1,0 +1,31 @@
+"""`radlads sync`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from radlads.flows import services
+from radlads.flows.cli.application import StorePlace, TrackingPlace, app, say
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+from radlads.tasks.contracts.store.open import open_store
+
+
+@app.command()
+def sync(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+) -> None:
+    """Send MLflow what it lacks of a run's numbers, after an outage; a run that ends does that by itself."""
+    from radlads.tasks.mirror import sync_run
+
+    check_run_name(name)
+    services.use_services(resolve_settings().home)
+    settings = resolve_settings(store=store, tracking=tracking)
+    if not settings.tracking:
+        raise UserError("there is no MLflow to send anything to: --tracking is 'none'")
+    stages = sync_run(open_store(settings.store), settings.tracking, name)
+    say(f"MLflow has all of {name}: {', '.join(stages)}")

@@ -1,0 +1,78 @@
+"""What every launch of a recurrence's Triton kernels knows: the backend, sizes, sequences and their chunks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+MOST_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Everything about a call that is not a tensor of it. A slot is one chunk of one sequence."""
+
+    T: int
+    H: int
+    K: int
+    V: int
+    chunk: int
+    num_sequences: int
+    num_chunks: int
+    num_slots: int
+    packed: tuple[Tensor, Tensor] | None
+    tail: bool
+
+    @property
+    def where(self) -> tuple[Any, ...]:
+        return self.packed or (None, None)
+
+    def tiles(self, size: int, tile: int) -> tuple[int]:
+        return (self.num_slots * self.H * triton.cdiv(size, tile),)
+
+
+def plan_chunks(k_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None, chunk: int) -> ChunkPlan:
+    """The plan of a call with chunks of this length. Nothing waits for the host: packed slots are an upper bound."""
+    B, T, H, K = k_BTHK.shape
+    V = v_BTHV.shape[-1]
+    if cu_seqlens is None:
+        count = triton.cdiv(T, chunk)
+        return ChunkPlan(T, H, K, V, chunk, B, count, B * count, None, T % chunk != 0)
+    bounds = cu_seqlens.to(device=v_BTHV.device, dtype=torch.int64)
+    chunks = (bounds.diff() + (chunk - 1)) // chunk
+    offsets = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
+    n = bounds.numel() - 1
+    return ChunkPlan(T, H, K, V, chunk, n, 0, (T + n * (chunk - 1)) // chunk, (bounds, offsets), True)
+
+
+def power(size: int) -> int:
+    """The smallest power of two that holds `size`, at least 16: what a tile of a product must have."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def current_backend() -> str:
+    """ "interpreter", "cuda" or "hip"."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def why_not_in_triton(v: Tensor, K: int, backend: str) -> str | None:
+    """Why no Triton kernel of a recurrence takes these tensors, in one line; None where nothing speaks against it."""
+    if backend != "interpreter" and not v.is_cuda:
+        return f"the tensors are on {v.device}, not on a GPU"
+    if v.dtype == torch.float64:
+        return "float64 is not supported"
+    if max(K, v.shape[-1]) > MOST_CHANNELS:
+        return f"head sizes above {MOST_CHANNELS} are not supported, got K={K}, V={v.shape[-1]}"
+    return None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Launches inside go to the GPU that holds `x`, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
