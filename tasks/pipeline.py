@@ -13,9 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.identity import identity, readings
-from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef, first_fault
 from radlads.tasks.contracts.locks.lease import Lease, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.files import file_errors
@@ -223,8 +225,13 @@ def plans_of(store: Store, run: str) -> Iterator[tuple[PlanSpec, PlanReport]]:
     for target in pointer.targets if pointer is not None else ():
         manifest = store.read_manifest(target.key)
         if manifest is not None and manifest.schema_version == SCHEMA_VERSION:
-            report = PlanReport.model_validate_json(store.read_file(target.key, "plan.json"))
-            yield PlanSpec.model_validate(manifest.spec), report
+            try:
+                spec = PlanSpec.model_validate(manifest.spec)
+                report = PlanReport.model_validate_json(store.read_file(target.key, "plan.json"))
+            except ValidationError as error:
+                _log.warning("%s is of another version and is passed over: %s", target.key, first_fault(error))
+                continue
+            yield spec, report
 
 
 def _at_moving_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:

@@ -1,6 +1,7 @@
 """The flow over fake jobs: order, inputs, what is reused, what a user is told."""
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def test_operational_settings_are_the_same_run(recipe, places, jobs, tmp_path):
     radlads(recipe, run="r1", overrides={"align.micro_batch": 1, "resources.threads": 1}, **places)
     assert jobs.launched["align"] == 1
     assert len(list((tmp_path / "store/runs/r1").glob("recipe-*.yaml"))) == 1
+
+
+def test_a_plan_of_another_version_is_passed_over(recipe, places, jobs, tmp_path, caplog):
+    """Its spec has a key that today's recipes do not know: the run is planned anew, and says so in one line."""
+    radlads(recipe, run="r1", **places)
+    manifest = tmp_path / "store" / "products" / "plan" / jobs.specs["plan"].digest / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["spec"]["recipe"]["key_of_long_ago"] = 1
+    manifest.write_text(json.dumps(raw))
+    jobs.launched.clear()
+    radlads(recipe, run="r1", overrides={"needle.lengths": [128]}, **places)
+    assert dict(jobs.launched) == {"plan": 1, "needle": 1, "publish": 1}
+    assert "is of another version and is passed over: recipe.key_of_long_ago" in caplog.text
 
 
 def test_another_setting_in_the_same_run_is_a_new_product_and_the_old_one_stays(recipe, places, jobs, tmp_path):
