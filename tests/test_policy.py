@@ -21,7 +21,7 @@ READS_ENVIRONMENT = {
 }
 # Every mixer variant has these two; a class of any other name has one meaning in the whole tree.
 OF_EVERY_VARIANT = {"Mixer", "Options"}
-FOUND_BY_FILE_NAME = ("model/mixers", "model/teacher/families")
+FOUND_BY_FILE_NAME = ("model/mixers",)
 # Modules that no program of the product imports, each with what it is for.
 FOR_LATER = {
     "kernels/wkv7/split.py": "sequence parallelism: what ranks exchange about their parts of a sequence",

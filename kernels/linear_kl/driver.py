@@ -155,7 +155,7 @@ def choose_products(batch: Batch) -> tuple[Callable[..., None], Callable[..., No
 
 def _form(batch: Batch, fused: bool, dtype: torch.dtype) -> str:
     if fused:
-        return "triton, products with fused row sums"
+        return "triton, products that sum their rows"
     rows = "plain torch" if choose_rows(batch.hidden.device, dtype) is torch_rows else "triton"
     return f"library products, rows by {rows}"
 

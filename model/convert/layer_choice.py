@@ -81,20 +81,6 @@ def difficulty_scores(
     return {layer: float(value / highest) if highest else 0.0 for layer, value in zip(layers, total, strict=True)}
 
 
-def difficulty_layers(
-    curves: Mapping[int, Sequence[float]],
-    count: int,
-    *,
-    num_layers: int,
-    ratios: Mapping[int, float] | None = None,
-    weights: DifficultyWeights = DifficultyWeights(),
-) -> tuple[int, ...]:
-    """The `count` layers of `curves` with the highest difficulty for the price of their gaps. Raises UserError."""
-    return spaced_layers(
-        difficulty_scores(curves, ratios=ratios, weights=weights), count, num_layers=num_layers, weights=weights
-    )
-
-
 def spaced_layers(
     scores: Mapping[int, float],
     count: int,

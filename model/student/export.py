@@ -41,6 +41,7 @@ _FLAT = {
     "radlads.model.student.cache": "cache_radlads",
     "radlads.model.student.documents": "documents_radlads",
     "radlads.model.student.forward_pass": "forward_pass_radlads",
+    "radlads.model.mixers.shared.attention_shape": "attention_shape_radlads",
     "radlads.model.mixers.shared.mixer": "mixer_radlads",
     "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7_radlads",
     "radlads.model.mixers.shared.recurrence": "recurrence_radlads",

@@ -32,7 +32,6 @@ __all__ = [
     "flatten",
     "link_product",
     "log_file",
-    "log_params",
     "mirror_product",
     "open_pipeline_run",
     "open_stage_run",
@@ -114,13 +113,6 @@ def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) 
             client.set_terminated(ref.run_id, status, at)
         return True
     return False
-
-
-def log_params(ref: TrackingRef | None, params: Mapping[str, Any]) -> None:
-    """Write params that the run does not have yet. An outage is no error."""
-    if ref is not None:
-        with _outage_is_no_error(ref.uri):
-            _add_params(connect(ref.uri), ref.run_id, params)
 
 
 def mirror_product(

@@ -207,7 +207,7 @@ def test_text_verdicts(evaluated: Any, level: str, words: str):
 
 def test_leaving_the_teacher_in_finetune_is_a_note():
     said = say(evaluation(1.0, align=0.5, distill=0.1, student=0.2), stage="finetune")
-    assert any("Finetuning trains on the data" in text and level == "note" for text, level in said.items())
+    assert any("follows the data, not the teacher" in text and level == "note" for text, level in said.items())
 
 
 def test_a_task_that_dropped_is_told():

@@ -298,7 +298,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _datasets_exist(self) -> Self:
         if (self.teacher is None) == (self.pretrain is None):
-            raise ValueError("give `teacher` (to convert one) or `pretrain` (to make one), not both and not neither")
+            raise ValueError("give exactly one of `teacher` (to convert it) and `pretrain` (to train one)")
         for name in DATA_SECTIONS:
             section = getattr(self, name)
             if section is not None and section.data not in self.data:
