@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -118,23 +118,14 @@ def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> P
     UserError if a new place has other content than its pin.
     """
     pins = dict(report.pins)
-    for reading in readings(recipe):
-        pin = pins.get(reading.location)
-        if pin is None or (pin.place, pin.revision) == (reading.place, reading.revision):
-            continue
-        try:
-            actual = pin_place(reading, hashes)
-        except UserError as error:
-            if _last_names(pin.place) != _last_names(reading.place) or pin.revision != reading.revision:
-                raise UserError(f"{reading.location}: {error}") from error
-            _log.warning("%s keeps the pin of the plan: %s", reading.location, error)
-            continue
+    for location, actual in _moved(recipe, report, hashes):
+        pin = pins[location]
         if actual.content != pin.content:
             raise UserError(
-                f"{reading.location} is {' and '.join(reading.place)}, whose content differs from what this run was "
-                f"planned with ({' and '.join(pin.place)}); choose a new run name, or restore the recipe"
+                f"{location} is {' and '.join(actual.place)}, whose content differs from what this run was planned "
+                f"with ({' and '.join(pin.place)}); start the run again, or restore the recipe"
             )
-        pins[reading.location] = actual.model_copy(update={"commits": pin.commits})
+        pins[location] = actual.model_copy(update={"commits": pin.commits})
     changes: dict[str, Any] = {"pins": pins}
     if report.teacher is not None and _TEACHER in pins:
         (path,) = pins[_TEACHER].place
@@ -142,6 +133,31 @@ def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> P
     elif _TOKENIZER in pins:
         (changes["tokenizer"],) = pins[_TOKENIZER].place
     return report.model_copy(update=changes)
+
+
+def moved_content(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> dict[str, str]:
+    """Location in the recipe → content, where it names another place than the plan saw, and that holds something else.
+
+    Raises UserError where nothing can be found there.
+    """
+    pins = report.pins
+    return {name: pin.content for name, pin in _moved(recipe, report, hashes) if pin.content != pins[name].content}
+
+
+def _moved(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> Iterator[tuple[str, Pin]]:
+    """(location, what is there) of every place that the recipe names otherwise than the plan did."""
+    for reading in readings(recipe):
+        pin = report.pins.get(reading.location)
+        if pin is None or (pin.place, pin.revision) == (reading.place, reading.revision):
+            continue
+        if pin.commit is not None and pin.place == reading.place and reading.revision in (None, pin.commit):
+            continue  # what had no revision is read at the commit that was pinned
+        try:
+            yield reading.location, pin_place(reading, hashes)
+        except UserError as error:
+            if _last_names(pin.place) != _last_names(reading.place) or pin.revision != reading.revision:
+                raise UserError(f"{reading.location}: {error}") from error
+            _log.warning("%s keeps the pin of the plan: %s", reading.location, error)
 
 
 def _last_names(place: tuple[str, ...]) -> list[str]:

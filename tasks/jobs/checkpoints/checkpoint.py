@@ -204,10 +204,7 @@ class Checkpoints:
             if manifest is not None and manifest.schema_version != SCHEMA_VERSION:
                 raise UserError(older_schema(store.join(prefix), manifest))
             if manifest is None or manifest.spec.get("checkpoint_of") != self.job.spec.digest:
-                raise UserError(
-                    f"{store.join(prefix)} is a checkpoint of another recipe; choose a new run name, "
-                    "or restore the recipe"
-                )
+                raise UserError(f"{store.join(prefix)} is a checkpoint of another product; delete it")
             self._fetch(step)
         except CorruptArtifact as error:  # other errors, such as an outage, must not discard progress
             logger.warning("skipping the checkpoint of step %d: %s", step, error)
@@ -233,9 +230,12 @@ class Checkpoints:
         return Path(json.loads(self._marker.read_text(encoding="utf-8"))["folder"])
 
     def _restore_record(self, folder: Path, step: int) -> None:
-        """Restore metrics.jsonl up to the checkpoint, if this machine has none."""
+        """Restore metrics.jsonl up to the checkpoint, if this machine has none or less."""
         saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
-        if self.job.rank == 0 and saved.is_file() and not here.is_file():
+        if self.job.rank != 0 or not saved.is_file():
+            return
+        # Another machine may have gone on from here: what this one has on record then ends before the checkpoint.
+        if not here.is_file() or here.stat().st_size < saved.stat().st_size:
             shutil.copyfile(saved, here)
 
 

@@ -41,7 +41,7 @@ def open_checkpoint(folder: Path, step: int, shapes: Mapping[str, Sequence[int]]
     if differing:
         raise UserError(
             f"the checkpoint of step {step} and this job do not train the same parameters "
-            f"({len(differing)} differ, e.g. {min(differing)}); choose a new run name"
+            f"({len(differing)} differ, e.g. {min(differing)}); delete that checkpoint"
         )
     try:
         _check_headers(folder, step, sheet.parameters, shapes)
@@ -65,4 +65,6 @@ def _check_headers(folder: Path, step: int, files: Mapping[str, str], shapes: Ma
 
 
 def _refused(step: int, fault: str) -> UserError:
-    return UserError(f"the checkpoint of step {step} cannot be resumed: {fault}; choose a new run name")
+    return UserError(
+        f"the checkpoint of step {step} cannot be resumed: {fault}; delete it to resume from the previous one"
+    )
