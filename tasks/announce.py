@@ -129,9 +129,20 @@ def _ahead(label: str, planned: Mapping[str, object], step: int) -> Outlook:
     steps = planned.get("steps")
     steps = steps if isinstance(steps, int) else 0
     left = 1.0 - step / steps if steps else 1.0
-    costs = {name: planned.get(name) for name in ("seconds", "gpu_hours", "dollars")}
-    rest = {name: cost * left for name, cost in costs.items() if isinstance(cost, int | float)}
-    return Outlook(label, "continued" if step else "new", step=step, steps=steps, **rest)
+    seconds, gpu_hours, dollars = (planned.get(name) for name in ("seconds", "gpu_hours", "dollars"))
+    return Outlook(
+        label,
+        "continued" if step else "new",
+        step=step,
+        steps=steps,
+        seconds=_share(seconds, left),
+        gpu_hours=_share(gpu_hours, left),
+        dollars=_share(dollars, left),
+    )
+
+
+def _share(cost: object, left: float) -> float | None:
+    return cost * left if isinstance(cost, int | float) else None
 
 
 def _newest(store: Store, key: str) -> int:

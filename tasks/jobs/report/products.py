@@ -51,7 +51,7 @@ class Products:
     @property
     def stages(self) -> list[ReportedProduct]:
         """Every product but the datasets, models in the order of the pipeline."""
-        order = (name for name, stage in STAGES.items() if not stage.shared)
+        order = (name for name, stage in STAGES.items() if not stage.several)
         return [product for name in order if (product := self.of_stage(name)) is not None]
 
     @property
