@@ -135,7 +135,7 @@ COMMANDS = {
     "twice": (["plan", "smoke", "--set", "name=a", "--set", "name=b"], "--set name is given twice"),
     "two dots": (["plan", "smoke", "--set", "align..tokens=1"], "override 'align..tokens': separate keys by single dots"),
     "into a number": (["plan", "smoke", "--set", "align.tokens.x=1"], "'tokens' is not a section with keys"),
-    "a password": (["plan", "smoke", "--set", "teacher.path=http://ann:opensesame@h/x"], "teacher.path: a password in an"),
+    "a password": (["plan", "smoke", "--set", "teacher.path=http://ann:opensesame@h/x"], "teacher.path: this contains a password in an address"),
     "no run name": (["run", "smoke", "--run", ""], "'' cannot be a run's name"),
     "a bad run name": (["run", "smoke", "--run", "a/b"], "'a/b' cannot be a run's name"),
     "a long run name": (["demo", "--run", "x" * 200], "cannot be a run's name"),
