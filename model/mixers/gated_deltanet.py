@@ -23,7 +23,7 @@ short_conv the state holds the last W - 1 inputs of the convolution beside S.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -42,7 +42,7 @@ from radlads.model.mixers.shared.mixer import (
 from radlads.model.mixers.shared.mixer import (
     Mixer as BaseMixer,
 )
-from radlads.model.mixers.shared.options import MixerOptions, Rank
+from radlads.model.mixers.shared.options import INITIAL, MixerOptions, Rank
 from radlads.model.mixers.shared.recurrence import run_recurrence
 from radlads.model.mixers.shared.token_shift import previous_tokens
 
@@ -63,7 +63,7 @@ class Options(MixerOptions):
     """RMSNorm over each head's output, as published."""
     short_conv: Literal[0, 2, 3, 4] = 0
     """Width of the causal convolution over each channel of q, k and v; 0: none. Published: 4."""
-    decay_shift: float = 0.0
+    decay_shift: Annotated[float, INITIAL] = 0.0
     """Added to dt_bias, whose start forgets slowly. Positive: forget faster at first."""
     gate_rank: int | None = Field(default=None, ge=1)
     """Of the gate's low_rank form."""
@@ -102,7 +102,7 @@ class Mixer(BaseMixer):
         if options.short_conv:
             channels = A + 2 * shape.num_kv_heads * shape.head_dim
             self.conv = nn.Parameter(torch.empty(options.short_conv, channels))
-        self.reset_parameters()
+        self.start()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
