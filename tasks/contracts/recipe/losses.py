@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, Place, Reads, Section
+from radlads.tasks.contracts.recipe.base import Place, Reads, Section
 from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
-from radlads.tasks.contracts.recipe.training import Rate, Schedule, Training
+from radlads.tasks.contracts.recipe.training import PhasedTraining, Rate, Schedule, Training, TrainingPhase
 
 
 class Comprehensive(Section):
@@ -68,33 +68,17 @@ class Lora(Section):
     scale: float = Field(default=0.5, gt=0)
 
 
-class Phase(Section):
-    """One part of a distill stage; what it does not say is the stage's own."""
+class Phase(TrainingPhase):
+    """One part of a distill stage."""
 
-    tokens: int = Field(gt=0)
-    context: int | None = Field(default=None, gt=1)
-    batch: int | None = Field(default=None, gt=0)
-    micro_batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
-    mixer_rate: Rate | None = None
-    rest_rate: Rate | None = None
-    schedule: Schedule | None = None
-    """Over this phase's steps, warm-up included."""
     temperature: float | None = Field(default=None, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     kl_weight: float | None = Field(default=None, ge=0)
     ce_weight: float | None = Field(default=None, ge=0)
     ce_spikes: CeSpikes | None = None
-    fresh_optimizer: bool = False
-    """Begin with Adam as new, as the published runs did by restarting from weights; else its moments go on."""
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The settings of the stage that it replaces."""
-        given = {name: getattr(self, name) for name in type(self).model_fields if name != "fresh_optimizer"}
-        return {name: value for name, value in given.items() if value is not None}
 
 
-class Distill(Training):
+class Distill(PhasedTraining):
     """Stage 2: KL(teacher ‖ student) of the logits."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
@@ -112,18 +96,6 @@ class Distill(Training):
     Published: 1e-4."""
     lora: Lora | None = None
     phases: tuple[Phase, ...] = ()
-    """Parts with settings of their own, one after the other; their tokens add up to `tokens`. Held-out losses are in
-    the last one's context throughout."""
-
-    @property
-    def parts(self) -> tuple[Training, ...]:
-        """The phases, each as a distill section of its own."""
-        if not self.phases:
-            return (self,)
-        return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
-
-    def begins_anew(self, index: int) -> bool:
-        return super().begins_anew(index) or self.phases[index].fresh_optimizer
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Self:
@@ -132,32 +104,14 @@ class Distill(Training):
         return self
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        if not self.phases:
-            return self
-        total = sum(phase.tokens for phase in self.phases)
-        if total != self.tokens:
-            raise ValueError(f"tokens is {self.tokens}, but the phases' tokens add up to {total}")
-        for number, part in enumerate(self.parts, 1):
-            try:
-                type(self).model_validate(part.model_dump())
-            except ValidationError as error:
-                message = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"phase {number}: {message}") from None
-        return self
-
-    @model_validator(mode="after")
     def _lora_fits(self) -> Self:
         _check_lora(self, self.lora)
         return self
 
 
-class Finetune(Training):
-    """Stage 3: next-token cross entropy."""
+class NextTokenTraining(Training):
+    """Next-token cross entropy of the student, from text alone."""
 
-    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
-    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
-    schedule: Schedule = Schedule(kind="constant")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     assistant_only: bool = False
     """Chat data: only the assistant's tokens count. A step without any is an error."""
@@ -172,6 +126,14 @@ class Finetune(Training):
             raise ValueError("train_only and lora both say what trains; give one of them")
         _check_lora(self, self.lora)
         return self
+
+
+class Finetune(NextTokenTraining):
+    """Stage 3: next-token cross entropy."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
 
 
 class Pretrain(Training):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, Section, Seed
 
@@ -135,4 +135,58 @@ class Training(Section):
         rates = (self.mixer_rate, self.rest_rate)
         if self.schedule.kind == "exponential" and any((rate.start == 0) != (rate.final == 0) for rate in rates):
             raise ValueError("an exponential schedule neither reaches a rate of 0 nor leaves it")
+        return self
+
+
+class TrainingPhase(Section):
+    """One part of a stage that has phases; what it does not say is the stage's own."""
+
+    tokens: int = Field(gt=0)
+    context: int | None = Field(default=None, gt=1)
+    batch: int | None = Field(default=None, gt=0)
+    micro_batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
+    mixer_rate: Rate | None = None
+    rest_rate: Rate | None = None
+    schedule: Schedule | None = None
+    """Over this phase's steps, warm-up included."""
+    fresh_optimizer: bool = False
+    """Begin with Adam as new, as the published runs did by restarting from weights; else its moments go on."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings of the stage that it replaces."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name != "fresh_optimizer"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class PhasedTraining(Training):
+    """A stage that may have parts with settings of their own: one curve, and one place to resume from."""
+
+    phases: tuple[TrainingPhase, ...] = ()
+    """One after the other; their tokens add up to `tokens`. Held-out losses are in the last one's context
+    throughout."""
+
+    @property
+    def parts(self) -> tuple[Training, ...]:
+        """The phases, each as a section of the stage of its own."""
+        if not self.phases:
+            return (self,)
+        return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
+
+    def begins_anew(self, index: int) -> bool:
+        return super().begins_anew(index) or self.phases[index].fresh_optimizer
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if not self.phases:
+            return self
+        total = sum(phase.tokens for phase in self.phases)
+        if total != self.tokens:
+            raise ValueError(f"tokens is {self.tokens}, but the phases' tokens add up to {total}")
+        for number, part in enumerate(self.parts, 1):
+            try:
+                type(self).model_validate(part.model_dump())
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"phase {number}: {message}") from None
         return self
