@@ -35,7 +35,8 @@ class StageInfo:
     uses_device: bool = False
     """Whether its job computes on the run's device; the others stay on the CPU and wait for no GPU."""
     needs_teacher: bool = False
-    """Whether its job runs or reads the teacher, which its digest then names."""
+    """Whether its job always runs or reads the teacher, which its digest then names. A training stage that need not may
+    be asked to by its section (`runs_teacher` of recipe/training.py)."""
     trains: bool = False
     layerwise: bool = False
     """Trains each mixer by itself, inside the teacher: the student as a whole is not run."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, Section, Seed
+from radlads.tasks.contracts.stages import stage_info
 
 
 class Rate(Section):
@@ -93,6 +94,11 @@ class Training(Section):
         return (self,)
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether it asks for the teacher in a stage that can do without."""
+        return False
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps, over all parts."""
         return sum(part.own_steps for part in self.parts)
@@ -136,6 +142,11 @@ class Training(Section):
         if self.schedule.kind == "exponential" and any((rate.start == 0) != (rate.final == 0) for rate in rates):
             raise ValueError("an exponential schedule neither reaches a rate of 0 nor leaves it")
         return self
+
+
+def runs_teacher(stage: str, section: Training) -> bool:
+    """Whether a training stage, or a part of one, runs the teacher: the stage always does, or its section asks."""
+    return stage_info(stage).needs_teacher or section.asks_teacher
 
 
 class TrainingPhase(Section):
