@@ -28,7 +28,8 @@ class StageInfo:
     section: str | None = None
     """Key of the recipe that asks for the stage; None: it follows from others."""
     inputs: tuple[str, ...] = ()
-    """Names of the inputs that it reads of: `student` (the newest model), `data` (a dataset), `models` (the ones before
+    """Names of the inputs that it reads of: `student` (the newest model), `data` (a dataset; `mixed_data` is
+    another one, of a training stage whose section mixes rows in), `models` (the ones before
     the newest, by stage), `products` (everything so far)."""
     distributed: bool = False
     """Whether its job is started as several ranks, one a device."""

@@ -307,6 +307,11 @@ class Recipe(Section):
             section = getattr(self, name)
             if section is not None and section.data not in self.data:
                 raise ValueError(f"{name}.data is '{section.data}', but `data` has {_or_list(self.data)}")
+            mixed = section.mixed if isinstance(section, Training) else None
+            if mixed is not None and mixed.data not in self.data:
+                raise ValueError(f"{name} mixes in rows of '{mixed.data}', but `data` has {_or_list(self.data)}")
+            if mixed is not None and mixed.data == section.data:
+                raise ValueError(f"{name} mixes rows of '{mixed.data}' into itself; name another dataset")
         check_choice(self)
         return self
 
@@ -318,8 +323,9 @@ class Recipe(Section):
     @property
     def datasets_used(self) -> tuple[str, ...]:
         """Names of the datasets that some stage reads, in the order of `data`."""
-        sections = (getattr(self, name) for name in DATA_SECTIONS)
-        used = {section.data for section in sections if section is not None} | {choice_data(self)}
+        sections = [section for name in DATA_SECTIONS if (section := getattr(self, name)) is not None]
+        used = {section.data for section in sections} | {choice_data(self)}
+        used |= {name for section in sections if isinstance(section, Training) for name in section.datasets.values()}
         return tuple(name for name in self.data if name in used)
 
 

@@ -55,6 +55,15 @@ class Schedule(Section):
         return self
 
 
+class MixedRows(Section):
+    """Rows of a second dataset among a stage's own, spread evenly."""
+
+    data: str
+    """Name of an entry of the recipe's `data`."""
+    share: float = Field(default=0.1, ge=1e-4, le=0.9)
+    """Of the stage's rows, and so of its tokens."""
+
+
 class Training(Section):
     """What every training stage has."""
 
@@ -97,6 +106,16 @@ class Training(Section):
     def asks_teacher(self) -> bool:
         """Whether it asks for the teacher in a stage that can do without."""
         return False
+
+    @property
+    def mixed(self) -> MixedRows | None:
+        """What is mixed in among the rows of its own dataset."""
+        return None
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Input of the stage's job → name of the dataset: `data`, and `mixed_data` where rows are mixed in."""
+        return {"data": self.data} | ({} if self.mixed is None else {"mixed_data": self.mixed.data})
 
     @property
     def num_steps(self) -> int:

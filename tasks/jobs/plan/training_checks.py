@@ -75,11 +75,20 @@ def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Find
         section: Training | None = getattr(recipe, stage)
         if section is None or section.data not in data:
             continue
-        tokens = data[section.data]["tokens"]
-        epochs[stage] = section.tokens / tokens if tokens else None
-        if tokens and section.tokens > 2 * tokens:
-            findings.warnings.append(
-                f"{stage} reads {section.tokens} tokens of data.{section.data}, which has about {tokens}: "
-                f"{section.tokens / tokens:.1f} epochs"
-            )
+        share = 0.0 if section.mixed is None else section.mixed.share
+        epochs[stage] = _epochs(stage, section.data, round(section.tokens * (1 - share)), data, findings)
+        if section.mixed is not None and section.mixed.data in data:
+            _epochs(stage, section.mixed.data, round(section.tokens * share), data, findings)
     return epochs
+
+
+def _epochs(stage: str, name: str, read: int, data: dict[str, dict[str, Any]], findings: Findings) -> float | None:
+    """How often a stage goes through a dataset of which it reads so many tokens."""
+    tokens = data[name]["tokens"]
+    if not tokens:
+        return None
+    if read > 2 * tokens:
+        findings.warnings.append(
+            f"{stage} reads {read} tokens of data.{name}, which has about {tokens}: {read / tokens:.1f} epochs"
+        )
+    return float(read / tokens)
