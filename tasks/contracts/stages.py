@@ -137,6 +137,19 @@ FINETUNE = StageInfo(
     makes="student",
     loss="cross entropy, nats a token",
 )
+EXTEND = StageInfo(
+    "extend",
+    "TrainSpec",
+    "train.train",
+    "next-token cross entropy at longer contexts",
+    section="extend",
+    inputs=("data", "student"),
+    distributed=True,
+    uses_device=True,
+    trains=True,
+    makes="student",
+    loss="cross entropy (and KL, where asked for), nats a token",
+)
 EVALUATE = StageInfo(
     "evaluate",
     "EvaluateSpec",
@@ -181,6 +194,7 @@ STAGES: dict[str, StageInfo] = {
         CHOOSE,
         DISTILL,
         FINETUNE,
+        EXTEND,
         EVALUATE,
         NEEDLE,
         PUBLISH,

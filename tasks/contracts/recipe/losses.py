@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from radlads.tasks.contracts.recipe.base import Place, Reads, Section
 from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
-from radlads.tasks.contracts.recipe.training import PhasedTraining, Rate, Schedule, Training, TrainingPhase
+from radlads.tasks.contracts.recipe.training import MixedRows, PhasedTraining, Rate, Schedule, Training, TrainingPhase
 
 
 class Comprehensive(Section):
@@ -134,6 +135,48 @@ class Finetune(NextTokenTraining):
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
     schedule: Schedule = Schedule(kind="constant")
+
+
+class ExtendPhase(TrainingPhase):
+    """One part of an extend stage, at a longer context than the one before it."""
+
+    teacher_kl: float | None = Field(default=None, ge=0)
+
+
+class Extend(PhasedTraining, NextTokenTraining):
+    """Stage 4: next-token cross entropy at longer contexts, which grow from phase to phase."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+    phases: tuple[ExtendPhase, ...] = ()
+    recall: MixedRows | None = None
+    """Recall text among the rows: a dataset with a source of kind `recall`, whose `lengths` say how far facts lie
+    apart from their questions."""
+    teacher_kl: float = Field(default=0.0, ge=0)
+    """Weight of KL(teacher ‖ student) beside the cross entropy, over the same tokens; 0: the stage loads no teacher."""
+
+    @property
+    def mixed(self) -> MixedRows | None:
+        return self.recall
+
+    @property
+    def asks_teacher(self) -> bool:
+        return any(part.teacher_kl > 0 for part in self.parts if isinstance(part, Extend))
+
+    @model_validator(mode="after")
+    def _contexts_grow(self) -> Self:
+        contexts = [part.context for part in self.parts]
+        for number, (before, after) in enumerate(itertools.pairwise(contexts), 2):
+            if after <= before:
+                raise ValueError(f"contexts grow from phase to phase, but phase {number} has {after} after {before}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.label_smoothing and self.asks_teacher:
+            raise ValueError("label_smoothing and teacher_kl both soften the labels; give one of them")
+        return self
 
 
 class Pretrain(Training):

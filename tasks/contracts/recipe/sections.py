@@ -19,6 +19,7 @@ from radlads.tasks.contracts.recipe.losses import (
     CeSpikes,
     Comprehensive,
     Distill,
+    Extend,
     Finetune,
     Lora,
     Phase,
@@ -37,6 +38,7 @@ __all__ = [
     "Distill",
     "EvalTask",
     "Evaluate",
+    "Extend",
     "FilesSource",
     "Finetune",
     "HubSource",
@@ -294,6 +296,7 @@ class Recipe(Section):
     align: Align | None = None
     distill: Distill | None = None
     finetune: Finetune | None = None
+    extend: Extend | None = None
     evaluate: Evaluate | None = None
     needle: Needle | None = None
     publish: Publish = Publish()
