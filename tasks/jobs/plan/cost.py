@@ -64,7 +64,7 @@ def _token_flops(stage: str, part: Training, networks: NetworkSizes) -> int:
     teacher = 2 * _multiplied(networks.teacher_parameters, networks) + networks.num_layers * pair
     if stage_info(stage).layerwise:
         return teacher + 6 * networks.mixer_parameters
-    kept = networks.num_layers - networks.num_recurrent
+    kept = networks.num_layers - networks.num_recurrent + networks.chosen_late
     student = 2 * _multiplied(networks.student_parameters, networks) + kept * pair
     return (4 if part.gradient_checkpointing else 3) * student + (teacher if runs_teacher(stage, part) else 0)
 

@@ -68,6 +68,8 @@ class NetworkSizes:
     """Parameters of experts that a token does not go to."""
     layer_bytes: dict[int, LayerBytes]
     """Bytes of a number → what a token keeps in each part of a layer."""
+    chosen_late: int = 0
+    """Layers that get their softmax attention back after align; counted among the recurrent ones until then."""
     linear_names: tuple[str, ...] = ()
     """Last names of the student's linear modules, the head left aside."""
 
