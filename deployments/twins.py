@@ -29,7 +29,7 @@ _TEACHERS = {
     "Qwen/Qwen3-8B": ("demo", 4),
     "Qwen/Qwen3-14B": ("demo", 4),
 }
-_CONTEXTS = {512: 32, 1024: 48, 2048: 64, 4096: 96, 8192: 128, 16384: 192}
+_CONTEXTS = {512: 32, 1024: 48, 2048: 64, 4096: 96, 8192: 128, 16384: 192, 32768: 256, 65536: 320, 131072: 384}
 # Optimizer steps of a stage that learns from the teacher, and of one that does not.
 _STEPS, _STEPS_ALONE = 4, 3
 # A choice by recall may read a twentieth of what the run trains on, so there must be something.
@@ -67,13 +67,21 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
         "sources": [f"Made from {raw['name']} by deployments/twins.py; its sources are there. Every size is ours."],
         "teacher": raw["teacher"] | {"path": path},
         "student": student,
-        "data": {name: {"sources": [{"kind": "files", **_STORIES, "max_documents": 300}]} for name in raw["data"]},
+        "data": {name: _shrink_data(dataset) for name, dataset in raw["data"].items()},
     }
     twin |= {stage: _shrink_stage(raw[stage], _steps(stage, chooses)) for stage in TRAINING_STAGES if stage in raw}
     twin[EVALUATE.name] = {"data": raw[EVALUATE.name]["data"], "heldout_tokens": 2048, "context": 64, "batch": 4}
     needle = {"lengths": [128, 256], "depths": [0.0, 0.5, 1.0], "haystack": _STORIES["paths"]}
     twin[NEEDLE.name] = needle | {"haystack_separator": _STORIES["separator"]}
     return twin | ({"resources": raw["resources"]} if "resources" in raw else {})
+
+
+def _shrink_data(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The shipped stories in place of texts; recall text stays recall text."""
+    if all(source["kind"] == "recall" for source in dataset["sources"]):
+        haystack = {"haystack": _STORIES["paths"], "haystack_separator": _STORIES["separator"]}
+        return {"sources": [{"kind": "recall", "documents": 200, "lengths": [64, 128], **haystack}]}
+    return {"sources": [{"kind": "files", **_STORIES, "max_documents": 300}]}
 
 
 def _steps(stage: str, chooses: bool) -> int:

@@ -136,7 +136,7 @@ def _train(
     student: Product | None,
 ) -> Product:
     spec = train_spec(recipe, report, stage)
-    inputs = {"data": data[spec.section.data]}
+    inputs = {name: data[dataset] for name, dataset in spec.section.datasets.items()}
     return runner.run(stage, spec, inputs if student is None else inputs | {"student": student})
 
 

@@ -10,11 +10,15 @@ _GIB = 1024**3
 
 
 def plan_rows(report: PlanReport) -> list[dict[str, str]]:
-    """The plan as a table, a stage a row; sizes for people to read. Columns that no stage fills are left out.
+    """The plan as a table, a stage a row and its phases below it; sizes for people to read. Columns that no stage fills
+    are left out.
 
     student, teacher: GiB of weights on each device; adam: gradients and optimizer; rest: activations, logits, buffers.
     """
-    rows = [_row(stage, numbers) for stage, numbers in report.stages.items()]
+    rows = []
+    for stage, numbers in report.stages.items():
+        rows.append(_row(stage, numbers))
+        rows += [_row(f"· phase {number}", part) for number, part in enumerate(numbers.get("phases", ()), 1)]
     used = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
     return [{name: row[name] for name in used} for row in rows]
 

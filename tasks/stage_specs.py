@@ -7,6 +7,7 @@ from radlads.tasks.contracts.pins.pins import with_commits
 from radlads.tasks.contracts.recipe.choice import late_choice, run_tokens
 from radlads.tasks.contracts.recipe.memory import mlp_bits, teacher_bits
 from radlads.tasks.contracts.recipe.recipe import Recipe, SampleSource, Training
+from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.specs import (
     ChooseSpec,
     EvaluateSpec,
@@ -76,7 +77,7 @@ def train_spec(recipe: Recipe, report: PlanReport, stage: str) -> TrainSpec:
             "pins": pins_under(report, stage, "section"),
             "trust_remote_code": _trusts_tokenizer(report),
             # A stage without a teacher names none in its digest, which would tie it to what it does not use.
-            "teacher": planned_teacher(report) if info.needs_teacher else None,
+            "teacher": planned_teacher(report) if runs_teacher(stage, section) else None,
             "teacher_bits": teacher_bits(recipe, stage),
             "mlp_bits": mlp_bits(recipe, stage),
             "calibrate": recipe.student.calibrate if info.layerwise else None,

@@ -25,7 +25,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.jobs.data.loader import open_dataset, plan_batches
+from radlads.tasks.jobs.data.batch_plan import plan_batches
+from radlads.tasks.jobs.data.loader import open_dataset
 from training_bench.case import Case
 from training_bench.measuring import Watch, mixer_memory
 from training_bench.plain_mixers import VARIANTS, FirstValues, PlainMixer, compile_ahead, find_operator

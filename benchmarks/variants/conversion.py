@@ -25,9 +25,10 @@ from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.recipe.recipe import Recipe, Training
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches, text_batches
+from radlads.tasks.jobs.data.batch_plan import plan_batches
 from radlads.tasks.jobs.data.encode import Encoder
 from radlads.tasks.jobs.data.encoded_documents import Spool
-from radlads.tasks.jobs.data.loader import open_dataset, plan_batches
+from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.shards import Layout, write_dataset
 from radlads.tasks.jobs.judge.heldout_scores import open_windows, score_windows, summarize

@@ -29,6 +29,7 @@ from radlads.model.training.probe import AttentionProbe
 from radlads.model.training.settings import (
     AlignSettings,
     DistillSettings,
+    ExtendSettings,
     HasLabelChoices,
     HasLora,
     HasTrainOnly,
@@ -240,10 +241,47 @@ class NextTokenObjective(Objective):
         return batch["loss_mask"][:, 1:].bool()
 
 
+class ExtendObjective(NextTokenObjective):
+    """Stage 4: next-token cross entropy, in phases that ask for it with the KL to the teacher over the same tokens.
+
+    Judged (in eval mode), it has the last phase's weight.
+    """
+
+    def __init__(self, section: ExtendSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__(section, student, teacher)
+        if section.asks_teacher and teacher is None:
+            raise ValueError("ExtendObjective needs a teacher where a phase has teacher_kl")
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        self._kl_weight = self.section.parts[self.section.place(step)[0]].teacher_kl
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        kl_weight = self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+        if kl_weight == 0:
+            return super().forward(batch)
+        tokens, counts, cu_seqlens = batch["input_ids"], self._counts(batch), self.bounds(batch)
+        labels = tokens[:, 1:]
+        expected = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
+        hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        loss, metrics = linear_kl(
+            hidden.flatten(0, 1),
+            self.student.get_output_embeddings().weight,
+            expected.flatten(0, 1),
+            self.teacher.get_output_embeddings().weight,
+            labels_N=labels.flatten(),
+            weight_N=None if counts is None else counts.flatten().float(),
+            kl_weight=kl_weight,
+            ce_weight=1.0,
+        )
+        return loss, {"loss": loss.detach(), **metrics}
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "align": AlignObjective,
     "distill": DistillObjective,
     "finetune": NextTokenObjective,
+    "extend": ExtendObjective,
     "pretrain": NextTokenObjective,
 }
 """Training stage → what it minimises."""

@@ -88,6 +88,25 @@ class DistillSettings(SectionSettings, Protocol):
         """Phase of an optimizer step, counted from 0, and the step's number in it."""
 
 
+class TeacherKlPart(Protocol):
+    @property
+    def teacher_kl(self) -> float:
+        """Weight of the KL to the teacher; 0: none is taken."""
+
+
+class ExtendSettings(SectionSettings, Protocol):
+    @property
+    def parts(self) -> Sequence[TeacherKlPart]:
+        """The phases; the section itself where it has none."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether any phase takes a KL."""
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Phase of an optimizer step, counted from 0, and the step's number in it."""
+
+
 class LoraSettings(Protocol):
     @property
     def targets(self) -> Collection[str]:
@@ -131,7 +150,7 @@ class ObjectiveSettings(Protocol):
 
     @property
     def objective(self) -> str:
-        """align, distill, finetune or pretrain."""
+        """A training stage."""
 
     @property
     def section(self) -> SectionSettings: ...

@@ -116,7 +116,8 @@ class PlanReport(Sheet):
     """Empty where they are chosen after align."""
     stages: dict[str, dict[str, Any]]
     """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
-    optimizer, teacher, activations, logits, buffers, overhead, total, host}, seconds, gpu_hours, dollars}. Memory,
+    optimizer, teacher, activations, logits, buffers, overhead, total, host}, seconds, gpu_hours, dollars}; of a stage
+    with phases also `phases`, in order, each {tokens, steps, context, batch, seconds, gpu_hours, dollars}. Memory,
     seconds and what follows from them are estimates; None where nothing is known."""
     choice: AttentionChoice | None = None
     """A choice after align, its probe made to fit its budget."""

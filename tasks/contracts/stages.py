@@ -28,14 +28,16 @@ class StageInfo:
     section: str | None = None
     """Key of the recipe that asks for the stage; None: it follows from others."""
     inputs: tuple[str, ...] = ()
-    """Names of the inputs that it reads of: `student` (the newest model), `data` (a dataset), `models` (the ones before
+    """Names of the inputs that it reads of: `student` (the newest model), `data` (a dataset; `mixed_data` is
+    another one, of a training stage whose section mixes rows in), `models` (the ones before
     the newest, by stage), `products` (everything so far)."""
     distributed: bool = False
     """Whether its job is started as several ranks, one a device."""
     uses_device: bool = False
     """Whether its job computes on the run's device; the others stay on the CPU and wait for no GPU."""
     needs_teacher: bool = False
-    """Whether its job runs or reads the teacher, which its digest then names."""
+    """Whether its job always runs or reads the teacher, which its digest then names. A training stage that need not may
+    be asked to by its section (`runs_teacher` of recipe/training.py)."""
     trains: bool = False
     layerwise: bool = False
     """Trains each mixer by itself, inside the teacher: the student as a whole is not run."""
@@ -135,6 +137,19 @@ FINETUNE = StageInfo(
     makes="student",
     loss="cross entropy, nats a token",
 )
+EXTEND = StageInfo(
+    "extend",
+    "TrainSpec",
+    "train.train",
+    "next-token cross entropy at longer contexts",
+    section="extend",
+    inputs=("data", "student"),
+    distributed=True,
+    uses_device=True,
+    trains=True,
+    makes="student",
+    loss="cross entropy (and KL, where asked for), nats a token",
+)
 EVALUATE = StageInfo(
     "evaluate",
     "EvaluateSpec",
@@ -179,6 +194,7 @@ STAGES: dict[str, StageInfo] = {
         CHOOSE,
         DISTILL,
         FINETUNE,
+        EXTEND,
         EVALUATE,
         NEEDLE,
         PUBLISH,

@@ -23,8 +23,7 @@ from radlads.tasks.contracts.identity import readings
 from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Manifest, Stage, StoreRef
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import pin_place, pin_teacher
-from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Pretrain
-from radlads.tasks.contracts.specs import StageSpec, TeacherRef, TrainSpec, spec_digest
+from radlads.tasks.contracts.specs import StageSpec, TeacherRef, TrainSpec, section_class, spec_digest
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
@@ -200,7 +199,7 @@ def reference() -> Callable[[Job], InputRef]:
 
 @dataclass
 class Training:
-    """Makes training jobs; `teacher` is a folder, `store` holds `student` and `data`."""
+    """Makes training jobs; `teacher` is a folder, `store` holds `student`, `data` and `mixed_data`."""
 
     root: Path
     teacher: Path
@@ -218,13 +217,11 @@ class Training:
             "checkpoint_every": 6,
             **section,
         }
-        kind = {"align": Align, "distill": Distill, "finetune": Finetune, "pretrain": Pretrain}[stage]
-        inputs = {"data": self._input("data")}
         if stage == "pretrain":
             settings |= {"tokenizer": str(self.teacher), "config": {"model_type": "qwen3", **_sizes(400)}}
-        else:
-            inputs["student"] = self._input("student")
-        spec = pinned(TrainSpec(objective=stage, section=kind(**settings), teacher=self.reference))
+        built = section_class(stage)(**settings)
+        inputs = {name: self._input(name) for name in (*built.datasets, *(["student"] if stage != "pretrain" else []))}
+        spec = pinned(TrainSpec(objective=stage, section=built, teacher=self.reference))
         job = JobSpec(
             stage=stage,
             run=name,
@@ -271,14 +268,20 @@ def training(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, s
     write_origin(student.config, reference)
     export_student(student, tokenizer, root / "student" / "model")
     _write_stories(root / "data", tokenizer, stories, reference.tokenizer_fingerprint)
+    _write_stories(root / "mixed_data", tokenizer, _recall_documents(), reference.tokenizer_fingerprint)
     ref = StoreRef(uri=str(root / "store"))
     store = open_store(ref)
-    for name in ("student", "data"):
+    for name in ("student", "data", "mixed_data"):
         manifest = Manifest(
             stage=name, digest=name, spec={}, files=(), code=code_version(), created_at=datetime.now(UTC)
         )
         store.commit(name, root / name, manifest)
     return Training(root, root / "teacher", reference, ref)
+
+
+def _recall_documents() -> list[str]:
+    """Short documents that are none of the stories."""
+    return [" ".join(f"The red dog says {a} {b}." for b in range(a % 7 + 3)) for a in range(60)]
 
 
 def _write_stories(folder: Path, tokenizer: PreTrainedTokenizerFast, stories: list[str], fingerprint: str) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.jobs.data.loader import BatchPlan, DatasetError, open_dataset
+from radlads.tasks.jobs.data.batch_plan import BatchPlan
+from radlads.tasks.jobs.data.loader import DatasetError, open_dataset
 from radlads.tasks.jobs.data.permutation import permute
 
 SHARD = 50
@@ -113,6 +114,68 @@ def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(dataset):
     first, second = stream[:12], stream[12:24]
     assert sorted(first) == sorted(second) == list(range(12))
     assert first.tolist() != second.tolist()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory):
+    """The train split of a second, smaller dataset."""
+    return open_dataset(write_dataset(tmp_path_factory.mktemp("other"), 70)).split("train")
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.1, 20), (0.25, 50), (1 / 3, 66), (0.0001, 0)])
+def test_exactly_the_share_is_mixed_in_and_evenly(dataset, other, share, expected):
+    plan = BatchPlan(dataset.split("train"), 16, 5, 5, seed=3, mixed=other, share=share)
+    mixed = np.concatenate([plan.rows(step) for step in range(40)]) >= 12
+    assert mixed.sum() == expected
+    assert np.abs(np.cumsum(mixed) - share * np.arange(1, 201)).max() <= 1
+
+
+def test_each_dataset_keeps_its_own_order_where_rows_are_mixed(dataset, other):
+    train = dataset.split("train")
+    plan = BatchPlan(train, 16, 4, 4, seed=3, mixed=other, share=0.25)
+    rows = np.concatenate([plan.rows(step) for step in range(16)])
+    alone = np.concatenate([BatchPlan(train, 16, 4, 4, seed=3).rows(step) for step in range(12)])
+    assert rows[rows < 12].tolist() == alone.tolist()
+    theirs = np.concatenate([BatchPlan(other, 16, 4, 4, seed=3).rows(step) for step in range(4)])
+    assert (rows[rows >= 12] - 12).tolist() == theirs.tolist()
+
+
+@given(
+    share=st.sampled_from([0.1, 0.3, 0.5, 0.9]),
+    micro=st.integers(1, 4),
+    world=st.integers(1, 3),
+    start=st.integers(0, 30),
+    skip=st.integers(0, 7),
+)
+@settings(max_examples=40, deadline=None)
+def test_mixed_batches_depend_on_the_step_alone(dataset, other, share, micro, world, start, skip):
+    train, count = dataset.split("train"), 12
+    plan = BatchPlan(train, 16, 6, micro, 1, world, skip=skip, mixed=other, share=share, document_ids=True)
+    whole = BatchPlan(train, 16, 1, 1, 1, mixed=other, share=share)
+    for step in range(start, start + 2):
+        rows = plan.rows(step)
+        assert rows.tolist() == [int(whole.rows(skip + step * 6 + place)[0]) for place in range(6)]
+        expected = [train.batch([r], 16) if r < count else other.batch([r - count], 16) for r in rows]
+        parts = [plan.micro(step, rank, index) for index in range(plan.num_micro) for rank in range(world)]
+        read = torch.cat([part["input_ids"] for part in parts])
+        assert torch.equal(read, torch.cat([one["input_ids"] for one in expected]))
+        assert all(part.keys() == {"input_ids", "document_ids"} for part in parts)
+
+
+def test_rows_without_masks_count_wholly_beside_masked_ones(tmp_path, other):
+    train = open_dataset(write_dataset(tmp_path, mask=True)).split("train")
+    plan = BatchPlan(train, 16, 4, 4, seed=3, mixed=other, share=0.5)
+    batch, rows = plan.micro(0, 0, 0), plan.rows(0)
+    assert batch["loss_mask"][:, 1:].sum(1).tolist() == plan.labels()[rows].tolist()
+    assert sorted(set(plan.labels()[rows].tolist())) == [8, 16]
+    masked = open_dataset(tmp_path).split("train")
+    plain = BatchPlan(other, 16, 4, 4, seed=3, mixed=masked, share=0.5)
+    assert "loss_mask" not in plain.micro(0, 0, 0)
+
+
+def test_a_mixed_in_dataset_without_one_row_is_named(dataset, other):
+    with pytest.raises(DatasetError, match="split of the mixed-in dataset has 70 tokens, fewer than one row"):
+        BatchPlan(dataset.split("train"), 100, 4, 4, seed=3, mixed=other, share=0.5)
 
 
 def test_masks_and_documents_follow_the_tokens(tmp_path):

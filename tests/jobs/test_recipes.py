@@ -134,6 +134,21 @@ def test_published_sizes_follow(planned: Callable[..., PlanReport]) -> None:
     assert hybrid.student_parameters - hybrid.teacher_parameters == pytest.approx(0.44e9, rel=0.03)
 
 
+def test_the_extension_doubles_its_context_and_costs_more_a_token(planned: Callable[..., PlanReport]) -> None:
+    """The softmax layers that are chosen after align see every token before them, in the plan as well."""
+    recipe = load_recipe("qwen3-8b-hybrid-128k")
+    assert recipe.extend is not None
+    assert [part.context for part in recipe.extend.parts] == [1 << n for n in (14, 15, 16, 17)]
+    assert {part.batch * part.context for part in recipe.extend.parts} == {1 << 21}
+    assert recipe.needle is not None
+    assert max(recipe.needle.lengths) == recipe.extend.longest_context
+    report = planned("qwen3-8b-hybrid-128k")
+    phases = report.stages["extend"]["phases"]
+    per_token = [phase["flops"] / phase["tokens"] for phase in phases]
+    assert per_token[3] - per_token[2] == pytest.approx(4 * 9 * 2 * 65536 * 4096)
+    assert not any(warning.startswith("extend.context") for warning in report.warnings)
+
+
 def test_every_number_of_tokens_is_the_published_one() -> None:
     recipes = {name: load_recipe(name) for name in LARGE}
     tokens = {name: {s: getattr(one, s).tokens for s in one.training_stages} for name, one in recipes.items()}
@@ -167,6 +182,7 @@ FITS = [
     ("hrwkv7-reka-flash-3.1", {}, 1, 192 * 1e9),
     ("qwerky7-qwen2.5-7b", {}, 8, 80 * 1e9),
     ("qwen3-8b-hybrid", {}, 8, 80 * 1e9),
+    ("qwen3-8b-hybrid-128k", {}, 8, 256 * 1e9),
     ("qwerky7-qwen2.5-32b", {"offload_optimizer": True}, 8, 192 * 1e9),
     ("qwerky7-qwen2.5-72b", SQUEEZED | {"finetune.freeze": ["mlp"], "offload_optimizer": True}, 8, 192 * 1e9),
     ("qwerky7-qwen2.5-72b-2a", SQUEEZED | {"offload_optimizer": True}, 8, 192 * 1e9),

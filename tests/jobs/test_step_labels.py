@@ -25,7 +25,8 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Optimizer
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.common import execute
-from radlads.tasks.jobs.data.loader import Batch, TokenDataset, TokenSplit, open_dataset, plan_batches
+from radlads.tasks.jobs.data.batch_plan import plan_batches
+from radlads.tasks.jobs.data.loader import Batch, TokenDataset, TokenSplit, open_dataset
 from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engine import Engine

@@ -10,7 +10,8 @@ import torch
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.recipe.recipe import Distill, Lora, Phase, Rate, Schedule
 from radlads.tasks.jobs.common import execute
-from radlads.tasks.jobs.data.loader import open_dataset, plan_batches
+from radlads.tasks.jobs.data.batch_plan import plan_batches
+from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engine import Engine
 from radlads.tasks.jobs.train.schedule import learning_rates

@@ -13,11 +13,18 @@ from radlads.model.training.align_losses import l2_loss
 from radlads.model.training.objectives import OBJECTIVES, Objective, build_objective, document_bounds
 from radlads.model.training.probe import AttentionProbe
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Pretrain
+from radlads.tasks.contracts.recipe.losses import ExtendPhase
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Extend, Finetune, Pretrain
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.contracts.stages import STAGES, TRAINING_STAGES
 
-SECTIONS: dict[str, Any] = {"align": Align, "distill": Distill, "finetune": Finetune, "pretrain": Pretrain}
+SECTIONS: dict[str, Any] = {
+    "align": Align,
+    "distill": Distill,
+    "finetune": Finetune,
+    "extend": Extend,
+    "pretrain": Pretrain,
+}
 
 
 def objective(name: str, student, teacher=None, **changes: Any) -> Objective:
@@ -44,7 +51,7 @@ def batch(tokens: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens, "document_ids": document_ids}
 
 
-def test_only_two_stages_need_a_teacher_and_the_table_says_so() -> None:
+def test_only_two_stages_always_need_a_teacher_and_the_table_says_so() -> None:
     assert [name for name in SECTIONS if OBJECTIVES[name].needs_teacher] == ["align", "distill"]
     assert {name: STAGES[name].needs_teacher for name in OBJECTIVES} == {
         name: objective.needs_teacher for name, objective in OBJECTIVES.items()
@@ -154,6 +161,66 @@ def test_finetune_counts_the_assistants_tokens_alone(make_teacher, make_student,
         built(batch)
 
 
+def test_extend_alone_is_finetune(make_teacher, make_student, batch) -> None:
+    student = make_student(make_teacher("llama"))
+    loss, metrics = objective("extend", student, label_smoothing=0.1)(batch)
+    expected, _ = objective("finetune", student, label_smoothing=0.1)(batch)
+    assert torch.equal(loss, expected)
+    assert set(metrics) == {"loss", "ce", "accuracy"}
+
+
+def test_the_kl_of_extend_is_distills_beside_the_whole_cross_entropy(make_teacher, make_student, batch) -> None:
+    teacher = make_teacher("qwen3")
+    student = make_student(teacher, attention_layers=(1,))
+    found = []
+    for built in (
+        objective("extend", student, teacher, teacher_kl=0.3),
+        objective("distill", student, teacher, kl_weight=0.3, ce_weight=1.0),
+    ):
+        parameters = set_trainable(built.train())
+        loss, metrics = built(batch)
+        loss.backward()
+        found.append((loss.detach(), metrics, {name: p.grad for name, p in parameters.items() if p.grad is not None}))
+    (ours, our_metrics, our_grads), (theirs, their_metrics, their_grads) = found
+    assert torch.equal(ours, theirs)
+    assert our_metrics == their_metrics
+    assert our_metrics["kl"] > 0
+    assert our_grads.keys() == their_grads.keys()
+    assert all(torch.equal(our_grads[name], their_grads[name]) for name in our_grads)
+
+
+def test_the_kl_of_extend_is_over_the_tokens_that_count(make_teacher, make_student, batch) -> None:
+    teacher = make_teacher("qwen3")
+    student = make_student(teacher)
+    mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    mask[0, 9:14] = True
+    built = objective("extend", student, teacher, teacher_kl=0.5, assistant_only=True)
+    loss, metrics = built({**batch, "loss_mask": mask})
+    ids, labels = batch["input_ids"][:, :-1], batch["input_ids"][0, 9:14]
+    p, q = (model(ids).logits[0, 8:13] for model in (teacher, student))
+    kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    ce = torch.nn.functional.cross_entropy(q, labels)
+    torch.testing.assert_close(metrics["kl"], kl.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss, ce + 0.5 * kl, atol=1e-5, rtol=1e-4)
+
+
+def test_each_phase_of_extend_has_its_own_kl(make_teacher, make_student, batch) -> None:
+    teacher = make_teacher("qwen3")
+    student = make_student(teacher)
+    phases = (ExtendPhase(tokens=80, teacher_kl=0.3), ExtendPhase(tokens=60, context=30))
+    section = Extend(tokens=140, context=20, batch=2, phases=phases)
+    with pytest.raises(ValueError, match="needs a teacher where a phase has teacher_kl"):
+        build_objective(TrainSpec(objective="extend", section=section, teacher=None), student, None)
+    built = build_objective(TrainSpec(objective="extend", section=section, teacher=None), student, teacher).train()
+    seen = []
+    for step in range(3):
+        built.begin_step(step)
+        seen.append("kl" in built(batch)[1])
+    assert seen == [True, True, False]
+    built.begin_step(0)
+    assert "kl" not in built.eval()(batch)[1]  # judged as the last phase trains
+
+
 def test_pretraining_takes_a_plain_model(make_teacher, batch) -> None:
     model = make_teacher("qwen3", tie_word_embeddings=True).requires_grad_(True)
     built = objective("pretrain", model)
@@ -187,7 +254,7 @@ def test_the_teacher_is_not_part_of_what_is_trained(make_teacher, make_student) 
         objective("distill", make_student(teacher))
 
 
-@pytest.mark.parametrize("name", ["align", "distill", "finetune"])
+@pytest.mark.parametrize("name", ["align", "distill", "finetune", "extend"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(make_teacher, make_student, batch, name: str, reset: bool) -> None:
     teacher = make_teacher("qwen3")

@@ -31,6 +31,7 @@ RECIPES = {
     "smoke-pure": (convert, "no attention layer"),
     "tiny-qwen3-8b-hybrid": (convert, "layers chosen after align"),
     "tiny-hrwkv7-reka-flash-3.1": (convert, "no finetune"),
+    "tiny-qwen3-8b-hybrid-128k": (convert, "extend, with rows of a second dataset"),
     "demo-teacher": (pretrain, "a teacher from nothing"),
 }
 
@@ -142,13 +143,22 @@ def test_what_each_stage_reads() -> None:
     )
 
 
+def test_extend_reads_both_of_its_datasets_and_finetunes_student() -> None:
+    steps = dict(recorded("tiny-qwen3-8b-hybrid-128k").steps)
+    assert steps["extend"] == {"data": "tokenize books", "mixed_data": "tokenize recall", "student": "finetune"}
+    assert steps["needle"] == {"student": "extend", "distill": "distill"}
+    assert steps["evaluate"]["student"] == "extend"
+    assert steps["evaluate"]["finetune"] == "finetune"
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_stage_reads_what_its_row_says(name) -> None:
     for label, reads in recorded(name).steps:
         allowed = set(STAGES[label.split()[0]].inputs)
-        kinds = {"student", "data"} & set(reads)
+        reads = set(reads) - ({"mixed_data"} if "data" in reads else set())
+        kinds = {"student", "data"} & reads
         assert kinds <= allowed or "products" in allowed, label
-        assert set(reads) == kinds or allowed & {"models", "products"}, label
+        assert reads == kinds or allowed & {"models", "products"}, label
 
 
 def test_a_recipe_of_the_other_kind_is_refused() -> None:

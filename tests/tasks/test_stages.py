@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from radlads.deployments.twins import large_recipes, shrink
 from radlads.tasks.contracts import specs
 from radlads.tasks.contracts.job import JobSpec
-from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, load_recipe, parse_recipe
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Extend, Finetune, load_recipe, parse_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.stages import (
     JUDGING_STAGES,
@@ -108,8 +108,8 @@ def test_training_rows_say_what_the_card_and_the_curves_print() -> None:
 def test_order_is_the_runs() -> None:
     order = list(STAGES)
     for before, after in zip(
-        ["plan", "tokenize", "transplant", "align", "choose", "distill", "finetune", "evaluate", "needle"],
-        ["tokenize", "transplant", "align", "choose", "distill", "finetune", "evaluate", "needle", "publish"],
+        ["plan", "tokenize", "transplant", "align", "choose", "distill", "finetune", "extend", "evaluate", "needle"],
+        ["tokenize", "transplant", "align", "choose", "distill", "finetune", "extend", "evaluate", "needle", "publish"],
         strict=True,
     ):
         assert order.index(before) < order.index(after)
@@ -131,6 +131,7 @@ def test_an_unknown_stage_is_refused_in_one_line() -> None:
     [
         (["transplant", "align", "distill", "finetune"], "distill"),
         (["transplant", "align", "choose", "distill", "finetune"], "distill"),
+        (["transplant", "align", "distill", "finetune", "extend"], "distill"),
         (["transplant", "align", "distill"], None),
         (["transplant", "align", "finetune"], None),
         (["transplant"], None),
@@ -143,7 +144,7 @@ def test_what_is_judged_beside_the_newest_model(students, reference) -> None:
 
 def test_a_section_is_read_as_its_stages_and_nothing_else() -> None:
     sizes = {"tokens": 64, "context": 8, "batch": 2}
-    for stage, kind in (("align", Align), ("distill", Distill), ("finetune", Finetune)):
+    for stage, kind in (("align", Align), ("distill", Distill), ("finetune", Finetune), ("extend", Extend)):
         spec = specs.TrainSpec(objective=stage, section=sizes, teacher=None)
         assert type(spec.section) is kind
         again = specs.parse_spec(stage, spec.model_dump(mode="json"))
@@ -169,7 +170,7 @@ def test_the_recipe_lists_its_stages_as_the_table_does() -> None:
 @pytest.mark.parametrize("stage", [name for name in STAGES if STAGES[name].section and "data" in STAGES[name].inputs])
 def test_a_dataset_that_is_not_there_is_found_in_every_section(stage) -> None:
     raw = load_recipe("demo-teacher" if stage == "pretrain" else "smoke").model_dump(mode="json")
-    raw[stage]["data"] = "elsewhere"
+    raw[stage] = (raw[stage] or {"tokens": 64, "context": 8, "batch": 2}) | {"data": "elsewhere"}
     with pytest.raises(Exception, match=f"{stage}.data is 'elsewhere'"):
         parse_recipe(raw)
 

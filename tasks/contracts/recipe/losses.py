@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, Place, Reads, Section
+from radlads.tasks.contracts.recipe.base import Place, Reads, Section
 from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
-from radlads.tasks.contracts.recipe.training import Rate, Schedule, Training
+from radlads.tasks.contracts.recipe.training import MixedRows, PhasedTraining, Rate, Schedule, Training, TrainingPhase
 
 
 class Comprehensive(Section):
@@ -69,33 +70,17 @@ class Lora(Section):
     scale: float = Field(default=0.5, gt=0)
 
 
-class Phase(Section):
-    """One phase of a distill stage; settings that are not given come from the stage."""
+class Phase(TrainingPhase):
+    """One part of a distill stage."""
 
-    tokens: int = Field(gt=0)
-    context: int | None = Field(default=None, gt=1)
-    batch: int | None = Field(default=None, gt=0)
-    micro_batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
-    mixer_rate: Rate | None = None
-    rest_rate: Rate | None = None
-    schedule: Schedule | None = None
-    """Over the steps of this phase, warm-up included."""
     temperature: float | None = Field(default=None, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     kl_weight: float | None = Field(default=None, ge=0)
     ce_weight: float | None = Field(default=None, ge=0)
     ce_spikes: CeSpikes | None = None
-    fresh_optimizer: bool = False
-    """Start with new Adam moments, as the published runs did by restarting from weights; else the moments continue."""
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The stage settings that this phase overrides."""
-        given = {name: getattr(self, name) for name in type(self).model_fields if name != "fresh_optimizer"}
-        return {name: value for name, value in given.items() if value is not None}
 
 
-class Distill(Training):
+class Distill(PhasedTraining):
     """Stage 2: KL(teacher ‖ student) of the logits."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
@@ -113,18 +98,6 @@ class Distill(Training):
     reported loss. Published: 1e-4."""
     lora: Lora | None = None
     phases: tuple[Phase, ...] = ()
-    """Consecutive parts with their own settings; their tokens add up to `tokens`. Held-out losses always use the
-    context length of the last phase."""
-
-    @property
-    def parts(self) -> tuple[Training, ...]:
-        """The phases, each as a distill section without phases."""
-        if not self.phases:
-            return (self,)
-        return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
-
-    def begins_anew(self, index: int) -> bool:
-        return super().begins_anew(index) or self.phases[index].fresh_optimizer
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Self:
@@ -135,32 +108,14 @@ class Distill(Training):
         return self
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        if not self.phases:
-            return self
-        total = sum(phase.tokens for phase in self.phases)
-        if total != self.tokens:
-            raise ValueError(f"tokens is {self.tokens}, but the phases' tokens add up to {total}")
-        for number, part in enumerate(self.parts, 1):
-            try:
-                type(self).model_validate(part.model_dump())
-            except ValidationError as error:
-                message = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"phase {number}: {message}") from None
-        return self
-
-    @model_validator(mode="after")
     def _lora_fits(self) -> Self:
         _check_lora(self, self.lora)
         return self
 
 
-class Finetune(Training):
-    """Stage 3: next-token cross entropy."""
+class NextTokenTraining(Training):
+    """Next-token cross entropy of the student, from text alone."""
 
-    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
-    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
-    schedule: Schedule = Schedule(kind="constant")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     assistant_only: bool = False
     """Chat data: only assistant tokens are labels. A step without any is an error."""
@@ -174,6 +129,56 @@ class Finetune(Training):
         if self.lora is not None and self.train_only:
             raise ValueError("train_only and lora cannot be combined; remove one of them")
         _check_lora(self, self.lora)
+        return self
+
+
+class Finetune(NextTokenTraining):
+    """Stage 3: next-token cross entropy."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+
+
+class ExtendPhase(TrainingPhase):
+    """One part of an extend stage, at a longer context than the one before it."""
+
+    teacher_kl: float | None = Field(default=None, ge=0)
+
+
+class Extend(PhasedTraining, NextTokenTraining):
+    """Stage 4: next-token cross entropy at longer contexts, which grow from phase to phase."""
+
+    mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    schedule: Schedule = Schedule(kind="constant")
+    phases: tuple[ExtendPhase, ...] = ()
+    recall: MixedRows | None = None
+    """Recall text among the rows: a dataset with a source of kind `recall`, whose `lengths` say how far facts lie
+    apart from their questions."""
+    teacher_kl: float = Field(default=0.0, ge=0)
+    """Weight of KL(teacher ‖ student) beside the cross entropy, over the same tokens; 0: the stage loads no teacher."""
+
+    @property
+    def mixed(self) -> MixedRows | None:
+        return self.recall
+
+    @property
+    def asks_teacher(self) -> bool:
+        return any(part.teacher_kl > 0 for part in self.parts if isinstance(part, Extend))
+
+    @model_validator(mode="after")
+    def _contexts_grow(self) -> Self:
+        contexts = [part.context for part in self.parts]
+        for number, (before, after) in enumerate(itertools.pairwise(contexts), 2):
+            if after <= before:
+                raise ValueError(f"contexts grow from phase to phase, but phase {number} has {after} after {before}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.label_smoothing and self.asks_teacher:
+            raise ValueError("label_smoothing and teacher_kl both soften the labels; give one of them")
         return self
 
 

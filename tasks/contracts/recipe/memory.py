@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from radlads.tasks.contracts.recipe.training import Training, runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 
 if TYPE_CHECKING:
     from radlads.tasks.contracts.recipe.sections import Recipe
-    from radlads.tasks.contracts.recipe.training import Training
 
 FrozenBits = Literal[8, 16]
 """Bits of a frozen weight matrix: 16 is the precision of the stage, 8 is int8 with one scale per 128 values."""
@@ -17,7 +17,8 @@ MLP_PROJECTIONS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 def teacher_bits(recipe: Recipe, stage: str) -> FrozenBits:
     """Bits of the teacher's matrices in a training stage; 16 where the stage runs no teacher."""
-    runs = recipe.teacher is not None and stage_info(stage).needs_teacher
+    section: Training | None = getattr(recipe, stage)
+    runs = section is not None and runs_teacher(stage, section)
     return recipe.teacher.bits if runs and recipe.teacher is not None else 16
 
 

@@ -18,6 +18,7 @@ from radlads.tasks.contracts.recipe.losses import (
     CeSpikes,
     Comprehensive,
     Distill,
+    Extend,
     Finetune,
     Lora,
     Phase,
@@ -36,6 +37,7 @@ __all__ = [
     "Distill",
     "EvalTask",
     "Evaluate",
+    "Extend",
     "FilesSource",
     "Finetune",
     "HubSource",
@@ -290,6 +292,7 @@ class Recipe(Section):
     align: Align | None = None
     distill: Distill | None = None
     finetune: Finetune | None = None
+    extend: Extend | None = None
     evaluate: Evaluate | None = None
     needle: Needle | None = None
     publish: Publish = Publish()
@@ -303,6 +306,11 @@ class Recipe(Section):
             section = getattr(self, name)
             if section is not None and section.data not in self.data:
                 raise ValueError(f"{name}.data is '{section.data}', but `data` has {_or_list(self.data)}")
+            mixed = section.mixed if isinstance(section, Training) else None
+            if mixed is not None and mixed.data not in self.data:
+                raise ValueError(f"{name} mixes in rows of '{mixed.data}', but `data` has {_or_list(self.data)}")
+            if mixed is not None and mixed.data == section.data:
+                raise ValueError(f"{name} mixes rows of '{mixed.data}' into itself; name another dataset")
         check_choice(self)
         return self
 
@@ -314,8 +322,9 @@ class Recipe(Section):
     @property
     def datasets_used(self) -> tuple[str, ...]:
         """Names of the datasets that some stage reads, in the order of `data`."""
-        sections = (getattr(self, name) for name in DATA_SECTIONS)
-        used = {section.data for section in sections if section is not None} | {choice_data(self)}
+        sections = [section for name in DATA_SECTIONS if (section := getattr(self, name)) is not None]
+        used = {section.data for section in sections} | {choice_data(self)}
+        used |= {name for section in sections if isinstance(section, Training) for name in section.datasets.values()}
         return tuple(name for name in self.data if name in used)
 
 

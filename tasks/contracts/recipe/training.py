@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, Section, Seed
+from radlads.tasks.contracts.stages import stage_info
 
 
 class Rate(Section):
@@ -54,6 +55,15 @@ class Schedule(Section):
         return self
 
 
+class MixedRows(Section):
+    """Rows of a second dataset among a stage's own, spread evenly."""
+
+    data: str
+    """Name of an entry of the recipe's `data`."""
+    share: float = Field(default=0.1, ge=1e-4, le=0.9)
+    """Of the stage's rows, and so of its tokens."""
+
+
 class Training(Section):
     """Settings that all training stages share."""
 
@@ -90,6 +100,21 @@ class Training(Section):
     def parts(self) -> tuple[Training, ...]:
         """The phases in order, each as a section without phases; the section itself if it has none."""
         return (self,)
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether it asks for the teacher in a stage that can do without."""
+        return False
+
+    @property
+    def mixed(self) -> MixedRows | None:
+        """What is mixed in among the rows of its own dataset."""
+        return None
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Input of the stage's job → name of the dataset: `data`, and `mixed_data` where rows are mixed in."""
+        return {"data": self.data} | ({} if self.mixed is None else {"mixed_data": self.mixed.data})
 
     @property
     def num_steps(self) -> int:
@@ -134,4 +159,63 @@ class Training(Section):
         rates = (self.mixer_rate, self.rest_rate)
         if self.schedule.kind == "exponential" and any((rate.start == 0) != (rate.final == 0) for rate in rates):
             raise ValueError("an exponential schedule cannot start or end at a rate of 0")
+        return self
+
+
+def runs_teacher(stage: str, section: Training) -> bool:
+    """Whether a training stage, or a part of one, runs the teacher: the stage always does, or its section asks."""
+    return stage_info(stage).needs_teacher or section.asks_teacher
+
+
+class TrainingPhase(Section):
+    """One part of a stage that has phases; what it does not say is the stage's own."""
+
+    tokens: int = Field(gt=0)
+    context: int | None = Field(default=None, gt=1)
+    batch: int | None = Field(default=None, gt=0)
+    micro_batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
+    mixer_rate: Rate | None = None
+    rest_rate: Rate | None = None
+    schedule: Schedule | None = None
+    """Over this phase's steps, warm-up included."""
+    fresh_optimizer: bool = False
+    """Begin with Adam as new, as the published runs did by restarting from weights; else its moments go on."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings of the stage that it replaces."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name != "fresh_optimizer"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class PhasedTraining(Training):
+    """A stage that may have parts with settings of their own: one curve, and one place to resume from."""
+
+    phases: tuple[TrainingPhase, ...] = ()
+    """One after the other; their tokens add up to `tokens`. Held-out losses are in the last one's context
+    throughout."""
+
+    @property
+    def parts(self) -> tuple[Training, ...]:
+        """The phases, each as a section of the stage of its own."""
+        if not self.phases:
+            return (self,)
+        return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
+
+    def begins_anew(self, index: int) -> bool:
+        return super().begins_anew(index) or self.phases[index].fresh_optimizer
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if not self.phases:
+            return self
+        total = sum(phase.tokens for phase in self.phases)
+        if total != self.tokens:
+            raise ValueError(f"tokens is {self.tokens}, but the phases' tokens add up to {total}")
+        for number, part in enumerate(self.parts, 1):
+            try:
+                type(self).model_validate(part.model_dump())
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"phase {number}: {message}") from None
         return self

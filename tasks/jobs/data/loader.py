@@ -1,9 +1,8 @@
-"""Token shards on disk → batches, as a pure function of (seed, step).
+"""Tokens on disk → rows of tokens.
 
-A dataset is a flat token stream in shards of equal length. Row i of context c is tokens [i·c, i·c + c + 1): rows
-overlap by one token, so every token except the first is a label exactly once. The position of a batch follows from its
-step number, so the loader has no state to save and nothing to fast-forward after a restart. The sequences of an
-optimizer step do not depend on the number of processes.
+A dataset is a flat stream of tokens cut into shards of equal width. A row i of context c is tokens [i·c, i·c + c + 1):
+rows overlap by one token, so that every token but the first is a label once. Which rows make which batch is said in
+batch_plan.py.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ import numpy as np
 import torch
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.data.dataset_index import DatasetIndex, SplitIndex
-from radlads.tasks.jobs.data.permutation import permute
 from radlads.tasks.jobs.strict_json import SheetError, read_sheet
 
 # Mask values read at a time when a whole mask is read.
@@ -72,8 +69,11 @@ class TokenSplit:
         return self._read(self.mask_files, np.dtype(np.uint8), start, stop).astype(bool)
 
     def labels(self, context: int) -> np.ndarray[Any, Any]:
-        """Number of unmasked labels in each complete row of this context length, [rows] int64."""
-        count, labels = self.rows(context), []
+        """How many labels each whole row of this context has, [rows] int64: those that the masks count, or all."""
+        count = self.rows(context)
+        if not self.mask_files:
+            return np.full(count, context, np.int64)
+        labels = []
         size = max(1, _READ_TOKENS // context)
         for first in range(0, count, size):
             last = min(first + size, count)
@@ -129,86 +129,6 @@ class TokenDataset:
     def split(self, name: str) -> TokenSplit:
         """`train` or `heldout`."""
         return self.splits[name]
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """The rows of each batch: a pure function of (seed, step), the same for any number of processes.
-
-    An epoch visits every row once, in an order given by the seed and the epoch.
-    """
-
-    split: TokenSplit
-    context: int
-    batch: int
-    """Sequences per optimizer step, over all processes."""
-    micro_batch: int
-    """Maximum sequences per forward pass of one process; see `sequences`."""
-    seed: int
-    world_size: int = 1
-    document_ids: bool = False
-    skip: int = 0
-    """Sequences of the order to skip before step 0."""
-
-    def __post_init__(self) -> None:
-        if self.split.rows(self.context) == 0:
-            raise DatasetError(
-                f"the {self.split.name} split has {self.split.tokens} tokens, fewer than one row of context "
-                f"{self.context}; add data, or choose a smaller context"
-            )
-        if self.batch % self.world_size:
-            raise UserError(
-                f"batch ({self.batch}) must be a multiple of the number of processes ({self.world_size}); "
-                "change the recipe's batch, or resources.processes"
-            )
-
-    @cached_property
-    def sequences(self) -> int:
-        """Sequences per forward pass of one process: the largest divisor of its share that is ≤ micro_batch."""
-        share = self.batch // self.world_size
-        return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
-
-    @cached_property
-    def num_micro(self) -> int:
-        """Forward passes per process and optimizer step."""
-        return self.batch // self.world_size // self.sequences
-
-    def rows(self, step: int) -> np.ndarray[Any, Any]:
-        """Row numbers of an optimizer step (from 0), [batch]."""
-        count = self.split.rows(self.context)
-        start = self.skip + step * self.batch
-        epochs, places = np.divmod(np.arange(start, start + self.batch, dtype=np.int64), count)
-        rows = np.empty(self.batch, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = permute(places[epochs == epoch], count, self.seed, int(epoch))
-        return rows
-
-    def micro(self, step: int, rank: int, index: int) -> Batch:
-        """The batch of forward pass `index` of `rank` in step `step`."""
-        start = (index * self.world_size + rank) * self.sequences
-        rows = self.rows(step)[start : start + self.sequences]
-        return self.split.batch(rows, self.context, document_ids=self.document_ids)
-
-
-def plan_batches(section: Training, split: TokenSplit, world_size: int) -> list[BatchPlan]:
-    """The batch plan of each part of a stage. Parts of the same context length continue one order, so no row repeats
-    within an epoch; each context length has its own rows. Raises UserError."""
-    plans: list[BatchPlan] = []
-    read: dict[int, int] = {}
-    for part in section.parts:
-        plan = BatchPlan(
-            split,
-            part.context,
-            part.batch,
-            part.micro_batch,
-            section.seed,
-            world_size,
-            document_ids=section.reset_at_documents,
-            skip=read.get(part.context, 0),
-        )
-        plans.append(plan)
-        read[part.context] = plan.skip + part.own_steps * part.batch
-    return plans
 
 
 def open_dataset(folder: Path) -> TokenDataset:

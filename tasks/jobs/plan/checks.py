@@ -27,7 +27,8 @@ from radlads.tasks.contracts.recipe.sections import (
     Source,
     Training,
 )
-from radlads.tasks.contracts.stages import NEEDLE, TRAINING_STAGES, stage_info
+from radlads.tasks.contracts.recipe.training import runs_teacher
+from radlads.tasks.contracts.stages import NEEDLE, stage_info
 from radlads.tasks.jobs.data.encode import Encoder, Part
 from radlads.tasks.jobs.data.text.chat import open_chat_template
 from radlads.tasks.jobs.data.text.documents import Document, first_documents
@@ -58,52 +59,6 @@ class Findings:
             yield
         except UserError as error:
             self.faults += [f"{place}: {line}" for line in str(error).splitlines() if line.strip()]
-
-
-def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
-    """Batches, contexts and what they need; `positions`: how far the teacher was trained to see."""
-    for stage in TRAINING_STAGES:
-        section: Training | None = getattr(recipe, stage)
-        if section is None:
-            continue
-        parts = section.parts
-        for number, part in enumerate(parts, 1):
-            _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
-        if positions is not None and section.longest_context > positions:
-            _check_context(stage, section.longest_context, positions, findings)
-        if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and not stage_info(stage).layerwise:
-            findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
-    if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
-        findings.warnings.append(
-            f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
-        )
-
-
-def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:
-    if part.batch % processes:
-        findings.faults.append(
-            f"{place}.batch ({part.batch}) must be a multiple of the {processes} processes; change the batch, "
-            f"or resources.processes"
-        )
-    elif (part.batch // processes) % part.micro_batch:
-        findings.warnings.append(
-            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // processes} "
-            f"sequences; a smaller one is used"
-        )
-    if part.tokens < part.batch * part.context:
-        findings.faults.append(
-            f"{place}.tokens ({part.tokens}) is less than one step (batch × context = {part.batch * part.context})"
-        )
-
-
-def _check_context(stage: str, context: int, positions: int, findings: Findings) -> None:
-    line = f"{stage}.context ({context}) is beyond the {positions} positions that the teacher was made for"
-    if stage_info(stage).needs_teacher:
-        findings.faults.append(
-            f"{line}, and there it has nothing to teach; shorten it, or extend the context in finetune"
-        )
-    else:
-        findings.warnings.append(line)
 
 
 def check_dataset(
@@ -196,7 +151,7 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
             continue
         if not freezes_mlp(stage, section):
             findings.faults.append(trained_mlp(stage))
-        elif stage_info(stage).needs_teacher and teacher_bits(recipe, stage) == 16:
+        elif runs_teacher(stage, section) and teacher_bits(recipe, stage) == 16:
             findings.warnings.append(
                 f"{stage} holds the frozen MLPs twice, in 8 bit for the student and in 16 for the teacher; once is "
                 "enough with teacher.bits: 8 (less memory) or student.mlp_bits: 16 (the teacher's own numbers)"
@@ -248,23 +203,6 @@ def _check_mask(stage: str, name: str, recipe: Recipe, data: dict[str, dict[str,
         findings.faults.append(f"{silent}: nothing would be learnt; {cure}")
     elif data[name]["assistant"] is None:
         findings.warnings.append(f"{silent}'s first {_PROBED} chats; {cure}")
-
-
-def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:
-    """Stage → how often it goes through its data (None: unknown); warns where it is more than twice."""
-    epochs: dict[str, float | None] = {}
-    for stage in TRAINING_STAGES:
-        section: Training | None = getattr(recipe, stage)
-        if section is None or section.data not in data:
-            continue
-        tokens = data[section.data]["tokens"]
-        epochs[stage] = section.tokens / tokens if tokens else None
-        if tokens and section.tokens > 2 * tokens:
-            findings.warnings.append(
-                f"{stage} reads {section.tokens} tokens of data.{section.data}, which has about {tokens}: "
-                f"{section.tokens / tokens:.1f} epochs"
-            )
-    return epochs
 
 
 def check_heldout(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:

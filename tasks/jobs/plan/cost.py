@@ -1,8 +1,9 @@
 """How long a stage takes and what it costs: an estimate from FLOPs at an assumed utilisation.
 
 FLOPs of a token: 2·N forward, 4·N backward, for the N parameters that a network multiplies with (embeddings looked up
-are not, nor experts that a token does not go to); gradient checkpointing adds another forward. The utilisation is what
-the published 7B run reached in step 2:
+are not, nor experts that a token does not go to), and in every softmax layer 2·T·W more forward, for the half of T
+tokens that it sees on average and W = heads · head width; gradient checkpointing adds another forward. The utilisation
+is what the published 7B run reached in step 2:
 3,157 tokens a second on an MI300X (2505.03005, table 3) are 15 % of its bf16 peak.
 """
 
@@ -14,6 +15,7 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.recipe import Recipe
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import logits_reference, stage_info
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 
@@ -52,15 +54,19 @@ def likely_gpu(gibibytes: float) -> str | None:
 
 
 def training_flops(stage: str, section: Training, networks: NetworkSizes) -> float:
-    """FLOPs of a whole training stage."""
-    student = _multiplied(networks.student_parameters, networks)
-    teacher = _multiplied(networks.teacher_parameters, networks)
+    """FLOPs of a whole training stage, or of one of its phases."""
+    return float(sum(_token_flops(stage, part, networks) * part.seen_tokens for part in section.parts))
+
+
+def _token_flops(stage: str, part: Training, networks: NetworkSizes) -> int:
+    """FLOPs of a token in a part of a training stage."""
+    pair = 2 * part.context * networks.width  # one softmax layer's products of tokens with tokens, forward
+    teacher = 2 * _multiplied(networks.teacher_parameters, networks) + networks.num_layers * pair
     if stage_info(stage).layerwise:
-        per_token = 2 * teacher + 6 * networks.mixer_parameters
-    else:
-        per_token = (8 if section.gradient_checkpointing else 6) * student
-        per_token += 2 * teacher if stage_info(stage).needs_teacher else 0
-    return per_token * section.seen_tokens
+        return teacher + 6 * networks.mixer_parameters
+    kept = networks.num_layers - networks.num_recurrent + networks.chosen_late
+    student = 2 * _multiplied(networks.student_parameters, networks) + kept * pair
+    return (4 if part.gradient_checkpointing else 3) * student + (teacher if runs_teacher(stage, part) else 0)
 
 
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:

@@ -24,6 +24,7 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
 from radlads.tasks.jobs.train.engine import BUCKET_ELEMENTS
@@ -67,6 +68,8 @@ class NetworkSizes:
     """Parameters of experts that a token does not go to."""
     layer_bytes: dict[int, LayerBytes]
     """Bytes of a number → what a token keeps in each part of a layer."""
+    chosen_late: int = 0
+    """Layers that get their softmax attention back after align; counted among the recurrent ones until then."""
     linear_names: tuple[str, ...] = ()
     """Last names of the student's linear modules, the head left aside."""
 
@@ -101,7 +104,7 @@ def training_memory(
     word = word_bytes(section.precision, resources)
     trainable = networks.trainable(stage, section)
     shards = resources.processes
-    taught, layerwise = stage_info(stage).needs_teacher, stage_info(stage).layerwise
+    taught, layerwise = runs_teacher(stage, section), stage_info(stage).layerwise
     eight = mlp_bits == 8 and not layerwise and freezes_mlp(stage, section)
     shared = held_once(stage, section, teacher_bits, mlp_bits) if taught else ()
     groups = {group: count * word for group, count in networks.groups.items() if group not in shared}

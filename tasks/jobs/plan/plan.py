@@ -27,7 +27,7 @@ from radlads.tasks.contracts.pins.pins import (
 )
 from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.memory import mlp_bits, teacher_bits
-from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, TeacherRef
 from radlads.tasks.contracts.stages import JUDGING_STAGES, TRAINING_STAGES
 from radlads.tasks.jobs.common import Job, run_job
@@ -35,14 +35,12 @@ from radlads.tasks.jobs.plan.checks import (
     Findings,
     check_align,
     check_dataset,
-    check_epochs,
     check_frozen,
     check_heldout,
     check_lora,
     check_masks,
     check_needle,
     check_tokenizer,
-    check_training,
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
@@ -50,6 +48,7 @@ from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
+from radlads.tasks.jobs.plan.training_checks import check_epochs, check_training
 from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
@@ -269,6 +268,8 @@ def _plan_stages(
             "epochs": epochs.get(stage),
             "memory_bytes_per_gpu": memory,
         } | stage_cost(training_flops(stage, section, networks), device["peak_flops"], resources)
+        if len(section.parts) > 1:
+            stages[stage]["phases"] = [_plan_phase(stage, part, networks, device, resources) for part in section.parts]
     for stage in JUDGING_STAGES:
         section = getattr(recipe, stage)
         if section is None or recipe.pretrain is not None:
@@ -280,6 +281,14 @@ def _plan_stages(
         cost = stage_cost(judging_flops(section, networks, recipe), device["peak_flops"], resources)
         stages[stage] = {"memory_bytes_per_gpu": memory} | cost
     return stages
+
+
+def _plan_phase(
+    stage: str, part: Training, networks: NetworkSizes, device: dict[str, Any], resources: JobResources
+) -> dict[str, Any]:
+    """Of a phase what differs from its stage."""
+    cost = stage_cost(training_flops(stage, part, networks), device["peak_flops"], resources)
+    return {"tokens": part.seen_tokens, "steps": part.num_steps, "context": part.context, "batch": part.batch} | cost
 
 
 def _misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory, training_memory, word_bytes
 
@@ -107,7 +108,7 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 def _in_8_bit(setting: Setting) -> Iterator[tuple[str, Setting]]:
     stage, section, info = setting.stage, setting.section, stage_info(setting.stage)
-    if info.needs_teacher and setting.teacher_bits == 16:
+    if runs_teacher(stage, section) and setting.teacher_bits == 16:
         own: dict[str, Any] = {"teacher_bits": 8}
         label = "teacher.bits: 8"
         if info.trains_whole_student and freezes_mlp(stage, section) and setting.mlp_bits == 16:

@@ -15,6 +15,7 @@ from radlads.model.teacher.weights import build_empty
 from radlads.model.training.lora import linear_names
 from radlads.model.training.quantized import is_matrix
 from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
@@ -26,7 +27,7 @@ _GIB = 1024**3
 
 def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
     """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
-    family, values = find_family(config), _values(config)
+    family, values, late = find_family(config), _values(config), late_choice(recipe)
     teacher = build_empty(config)
     with torch.device("meta"):
         if recipe.pretrain is not None:
@@ -67,6 +68,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
         largest_matrix=max(matrices.values(), default=0),
         idle=_idle(teacher, config),
         layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        chosen_late=0 if late is None else late.count,
         linear_names=linear_names(student),
     )
 

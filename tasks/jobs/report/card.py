@@ -13,7 +13,7 @@ from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.stages import CHOOSE, MODEL_STAGES, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.report.choice_report import choice_summary, choice_table
-from radlads.tasks.jobs.report.number_format import count
+from radlads.tasks.jobs.report.number_format import count, percent
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Text, Verdict, render_markdown
 from radlads.tasks.jobs.report.report_body import stages_table, summary_table, tasks_table
@@ -110,11 +110,12 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
             continue
         contexts, batches = (_each(getattr(part, name) for part in section.parts) for name in ("context", "batch"))
         phases = f" in {len(section.parts)} phases" if len(section.parts) > 1 else ""
+        mixed = f", {percent(section.mixed.share)} of the rows from `{section.mixed.data}`" if section.mixed else ""
         blocks.append(
             Text(
                 f"- **{stage}**: {stage_info(stage).does}; {count(section.seen_tokens)} tokens{phases}, "
                 f"context {contexts}, batch {batches}, {count(section.num_steps)} steps, "
-                f"dataset `{section.data}` ({product.short})"
+                f"dataset `{section.data}`{mixed} ({product.short})"
             )
         )
     if not any(product for stage in TRAINING_STAGES if (product := products.of_stage(stage))):

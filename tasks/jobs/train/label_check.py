@@ -8,7 +8,7 @@ import numpy as np
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Training
-from radlads.tasks.jobs.data.loader import BatchPlan
+from radlads.tasks.jobs.data.batch_plan import BatchPlan
 
 
 def check_labels(section: Training, plans: Sequence[BatchPlan]) -> None:
@@ -21,7 +21,7 @@ def check_labels(section: Training, plans: Sequence[BatchPlan]) -> None:
         return
     first = 0
     for part, plan in zip(section.parts, plans, strict=True):
-        labels = plan.split.labels(plan.context)
+        labels = plan.labels()
         if not labels.any():
             raise UserError(
                 f"assistant_only is on, but none of the {labels.size * plan.context} tokens of data '{section.data}' "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from radlads.tasks.contracts.recipe.recipe import Training
-from radlads.tasks.jobs.data.loader import BatchPlan
+from radlads.tasks.jobs.data.batch_plan import BatchPlan
 from radlads.tasks.jobs.train.engine import Engine, StepResult
 from radlads.tasks.jobs.train.schedule import learning_rates
 

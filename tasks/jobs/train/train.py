@@ -18,7 +18,8 @@ from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
 from radlads.tasks.jobs.checkpoints.random_state import seed_everything
 from radlads.tasks.jobs.common import Job, Preempted, run_job
-from radlads.tasks.jobs.data.loader import BatchPlan, TokenDataset, open_dataset, plan_batches
+from radlads.tasks.jobs.data.batch_plan import BatchPlan, plan_batches
+from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 from radlads.tasks.jobs.origin import check_training
 from radlads.tasks.jobs.train.calibrate import calibrate_student
 from radlads.tasks.jobs.train.engine import Engine
@@ -43,10 +44,11 @@ def main(job: Job) -> dict[str, Any]:
     lora = getattr(section, "lora", None)
     if lora is not None:
         add_lora(networks.student, lora)
-    dataset = _open_data(job, spec, networks)
+    dataset = _open_data(job, "data", spec, networks)
+    mixed = None if section.mixed is None else _open_data(job, "mixed_data", spec, networks).split("train")
     calibration = calibrate_student(job, spec, networks, dataset)
     objective = build_objective(spec, networks.student, networks.teacher)
-    plans = plan_batches(section, dataset.split("train"), job.world_size)
+    plans = plan_batches(section, dataset.split("train"), job.world_size, mixed=mixed)
     check_labels(section, plans)
     engine = Engine(
         objective,
@@ -136,8 +138,8 @@ def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, f
     }
 
 
-def _open_data(job: Job, spec: TrainSpec, networks: Networks) -> TokenDataset:
-    dataset = open_dataset(job.input("data"))
+def _open_data(job: Job, name: str, spec: TrainSpec, networks: Networks) -> TokenDataset:
+    dataset = open_dataset(job.input(name))
     check_training(spec, networks.student.config, dataset.tokenizer_fingerprint)
     embeddings: Any = networks.student.get_input_embeddings()
     rows = embeddings.weight.shape[0]

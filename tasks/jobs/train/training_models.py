@@ -19,8 +19,8 @@ from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.disk import need_space
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Pretrain
+from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.specs import TrainSpec
-from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
@@ -59,7 +59,7 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
 
 
 def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
-    if not stage_info(spec.objective).needs_teacher:
+    if not runs_teacher(spec.objective, spec.section):
         return None
     if spec.teacher is None:
         raise UserError(f"the stage {spec.objective} needs a teacher, and this job names none")

@@ -1,0 +1,151 @@
+"""Which rows of a dataset make which batch, as a pure function of (seed, step).
+
+Where a batch is in the data follows from its number alone, so there is nothing to save and nothing to fast-forward
+after a restart, and the sequences of an optimizer step do not depend on how many processes share them. Rows of a second
+dataset may be mixed in: of n sequences in their order, exactly ⌊n · share⌋ are, spread evenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.training import Training
+from radlads.tasks.jobs.data.loader import Batch, DatasetError, TokenSplit
+from radlads.tasks.jobs.data.permutation import permute
+
+# A share is taken in whole parts of this many, so that the count is exact on every machine.
+_PARTS = 1_000_000
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batches of a stage, or of a phase of one: the same for any number of processes.
+
+    The rows of an epoch come in a seeded order, every row once; the next epoch has another order.
+    """
+
+    split: TokenSplit
+    context: int
+    batch: int
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch: int
+    """Sequences of one forward pass of one process; made smaller where the processes would not divide the batch."""
+    seed: int
+    world_size: int = 1
+    document_ids: bool = False
+    skip: int = 0
+    """Sequences of the order that were read before step 0."""
+    mixed: TokenSplit | None = None
+    """Of another dataset; its rows have an order of their own."""
+    share: float = 0.0
+    """Of the sequences: so many come from `mixed`."""
+
+    def __post_init__(self) -> None:
+        for split in self._splits:
+            if split.rows(self.context) == 0:
+                raise DatasetError(
+                    f"the {split.name} split of the {'mixed-in ' if split is self.mixed else ''}dataset has "
+                    f"{split.tokens} tokens, fewer than one row of context {self.context}: add data, or choose a "
+                    "smaller context"
+                )
+        if self.batch % self.world_size:
+            raise UserError(
+                f"batch ({self.batch}) must be a multiple of the number of processes ({self.world_size}); "
+                "change the recipe's batch, or resources.processes"
+            )
+
+    @cached_property
+    def sequences(self) -> int:
+        """Sequences of one forward pass of one process: the largest divisor of its share up to micro_batch."""
+        share = self.batch // self.world_size
+        return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+
+    @cached_property
+    def num_micro(self) -> int:
+        """Forward passes of one process in one optimizer step."""
+        return self.batch // self.world_size // self.sequences
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row numbers of optimizer step `step` (counted from 0), [batch]; those of `mixed` count on after the last of
+        `split`."""
+        first = self.skip + step * self.batch
+        places = np.arange(first, first + self.batch, dtype=np.int64)
+        if self.mixed is None:
+            return self._ordered(self.split, places)
+        parts = round(self.share * _PARTS)
+        before, after = places * parts // _PARTS, (places + 1) * parts // _PARTS  # rows of `mixed` until then
+        own, rows = before == after, np.empty_like(places)
+        rows[own] = self._ordered(self.split, (places - before)[own])
+        rows[~own] = self.split.rows(self.context) + self._ordered(self.mixed, before[~own])
+        return rows
+
+    def labels(self) -> np.ndarray:
+        """How many labels each row has, by its number in `rows`, int64."""
+        return np.concatenate([split.labels(self.context) for split in self._splits])
+
+    def micro(self, step: int, rank: int, index: int) -> Batch:
+        """What `rank` sees in its forward pass `index` of step `step`."""
+        start = (index * self.world_size + rank) * self.sequences
+        return self._read(self.rows(step)[start : start + self.sequences])
+
+    @property
+    def _splits(self) -> tuple[TokenSplit, ...]:
+        return (self.split,) if self.mixed is None else (self.split, self.mixed)
+
+    def _ordered(self, split: TokenSplit, places: np.ndarray) -> np.ndarray:
+        """Rows of a split at places of its order, counted over all epochs."""
+        count = split.rows(self.context)
+        epochs, places = np.divmod(places, count)
+        rows = np.empty(len(places), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = permute(places[epochs == epoch], count, self.seed, int(epoch))
+        return rows
+
+    def _read(self, rows: np.ndarray) -> Batch:
+        """Rows as one batch. Those of a dataset without masks count wholly beside one that has them."""
+        if self.mixed is None:
+            return self.split.batch(rows, self.context, document_ids=self.document_ids)
+        count, sequences = self.split.rows(self.context), list[Batch]()
+        for row in rows:
+            split, own = (self.split, row) if row < count else (self.mixed, row - count)
+            one = split.batch([int(own)], self.context, document_ids=self.document_ids)
+            if self.split.mask_files and "loss_mask" not in one:
+                one["loss_mask"] = torch.ones_like(one["input_ids"], dtype=torch.bool)
+            sequences.append(one)
+        names = {"input_ids", "document_ids"} | ({"loss_mask"} if self.split.mask_files else set())
+        return {name: torch.cat([one[name] for one in sequences]) for name in sequences[0] if name in names}
+
+
+def plan_batches(
+    section: Training, split: TokenSplit, world_size: int, *, mixed: TokenSplit | None = None
+) -> list[BatchPlan]:
+    """The batches of each part of a stage. A part goes on in the order of the earlier ones of its context, so that no
+    row comes twice before all have come once; of another context, the rows are others.
+
+    mixed: where the rows come from that the section mixes in. Raises UserError.
+    """
+    plans: list[BatchPlan] = []
+    read: dict[int, int] = {}
+    if (mixed is None) != (section.mixed is None):
+        raise ValueError("a section that mixes rows in needs the dataset that they come from, and no other does")
+    for part in section.parts:
+        plan = BatchPlan(
+            split,
+            part.context,
+            part.batch,
+            part.micro_batch,
+            section.seed,
+            world_size,
+            document_ids=section.reset_at_documents,
+            skip=read.get(part.context, 0),
+            mixed=mixed,
+            share=0.0 if section.mixed is None else section.mixed.share,
+        )
+        plans.append(plan)
+        read[part.context] = plan.skip + part.own_steps * part.batch
+    return plans

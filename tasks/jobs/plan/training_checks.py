@@ -1,0 +1,94 @@
+"""What can be wrong with the sizes of a recipe's training stages: batches, contexts, how often the data is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from radlads.tasks.contracts.recipe.sections import Recipe, Training
+from radlads.tasks.contracts.recipe.training import runs_teacher
+from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
+from radlads.tasks.jobs.plan.checks import Findings
+
+
+def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
+    """Batches, contexts and what they need; `positions`: how far the teacher was trained to see."""
+    for stage in TRAINING_STAGES:
+        section: Training | None = getattr(recipe, stage)
+        if section is None:
+            continue
+        parts = section.parts
+        for number, part in enumerate(parts, 1):
+            _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
+        if positions is not None:
+            _check_context(recipe, stage, section, positions, findings)
+        if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and not stage_info(stage).layerwise:
+            findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
+    if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
+        findings.warnings.append(
+            f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
+        )
+
+
+def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:
+    if part.batch % processes:
+        findings.faults.append(
+            f"{place}.batch ({part.batch}) must be a multiple of the {processes} processes; change the batch, "
+            f"or resources.processes"
+        )
+    elif (part.batch // processes) % part.micro_batch:
+        findings.warnings.append(
+            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // processes} "
+            f"sequences; a smaller one is used"
+        )
+    if part.tokens < part.batch * part.context:
+        findings.faults.append(
+            f"{place}.tokens ({part.tokens}) is less than one step (batch × context = {part.batch * part.context})"
+        )
+
+
+def _check_context(recipe: Recipe, stage: str, section: Training, positions: int, findings: Findings) -> None:
+    """A teacher cannot teach beyond its positions; what trains there without it must only be able to see so far."""
+    taught = max((part.context for part in section.parts if runs_teacher(stage, part)), default=0)
+    made_for = f"is beyond the {positions} positions that the teacher was made for"
+    if taught > positions:
+        alone = [name for name in STUDENT_STAGES if stage_info(name).trains and not stage_info(name).needs_teacher]
+        instead = "train without the teacher there" if stage in alone else f"extend the context in {' or '.join(alone)}"
+        findings.faults.append(
+            f"{stage}.context ({taught}) {made_for}, and there it has nothing to teach; shorten it, or {instead}"
+        )
+    elif section.longest_context > positions and _sees_positions(recipe):
+        findings.warnings.append(
+            f"{stage}.context ({section.longest_context}) {made_for}, and softmax attention with rotary positions has "
+            "to learn those beyond"
+        )
+
+
+def _sees_positions(recipe: Recipe) -> bool:
+    """Whether what trains has softmax attention with rotary positions; mixers and attention without see any length."""
+    return recipe.pretrain is not None or (recipe.student.attention_rope and bool(recipe.student.attention_layers))
+
+
+def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:
+    """Stage → how often it goes through its data (None: unknown); warns where it is more than twice."""
+    epochs: dict[str, float | None] = {}
+    for stage in TRAINING_STAGES:
+        section: Training | None = getattr(recipe, stage)
+        if section is None or section.data not in data:
+            continue
+        share = 0.0 if section.mixed is None else section.mixed.share
+        epochs[stage] = _epochs(stage, section.data, round(section.tokens * (1 - share)), data, findings)
+        if section.mixed is not None and section.mixed.data in data:
+            _epochs(stage, section.mixed.data, round(section.tokens * share), data, findings)
+    return epochs
+
+
+def _epochs(stage: str, name: str, read: int, data: dict[str, dict[str, Any]], findings: Findings) -> float | None:
+    """How often a stage goes through a dataset of which it reads so many tokens."""
+    tokens = data[name]["tokens"]
+    if not tokens:
+        return None
+    if read > 2 * tokens:
+        findings.warnings.append(
+            f"{stage} reads {read} tokens of data.{name}, which has about {tokens}: {read / tokens:.1f} epochs"
+        )
+    return float(read / tokens)
