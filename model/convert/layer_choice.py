@@ -200,9 +200,10 @@ def _matrix(curves: Mapping[int, Sequence[float]], layers: Sequence[int]) -> np.
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
-    """To 0 ... 1 over the layers; 0 where all are alike."""
+    """To 0 ... 1 over the layers; 0 where all are alike, but for the rounding of what they were computed by."""
     low, high = values.min(), values.max()
-    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    alike = high - low <= 1e-9 * np.abs(values).max()
+    scaled: np.ndarray = np.zeros_like(values) if alike else (values - low) / (high - low)
     return scaled
 
 

@@ -64,10 +64,11 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     )
 
 
-def _rotary_positions(rotary: nn.Module, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, ...]:
+def _rotary_positions(rotary: nn.Module, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """cos and sin; where each kind of layer has its own, those of the first."""
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    return tuple(rotary(x, positions, config.layer_types[0]) if by_kind else rotary(x, positions))
+    cos, sin = rotary(x, positions, config.layer_types[0]) if by_kind else rotary(x, positions)
+    return cos, sin
 
 
 def _kept(run: Callable[[], Any], known: set[int]) -> tuple[int, Any]:
