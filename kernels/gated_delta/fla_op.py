@@ -5,17 +5,21 @@ fla is imported in the call alone. Its kernels pick their launch settings by tim
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
-from radlads.kernels.shared.backends import not_on_gpu
+from radlads.kernels.shared.backends import is_hopper, not_on_gpu
 from radlads.kernels.shared.chosen import note_kernel
 
 # As in chunked.py.
 _MIN_LOG_DECAY = -1e4
 _WIDEST = 256
+# fla refuses these releases of triton on Hopper (fla.ops.common.chunk_o, fla issue 640): from, up to but without.
+_WRONG_TRITON = ((3, 4, 0), (3, 7, 1))
 
 
 def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
@@ -26,7 +30,16 @@ def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
         return f"the inputs are {str(dtype).removeprefix('torch.')}, which fla would multiply in tf32; it takes 16 bits"
     if max(K, v.shape[-1]) > _WIDEST:
         return f"fla's kernels take heads up to {_WIDEST}, not K={K}, V={v.shape[-1]}"
+    if is_hopper(v.device) and _WRONG_TRITON[0] <= _triton_release() < _WRONG_TRITON[1]:
+        return (
+            f"triton {version('triton')} computes fla's backward pass wrongly on Hopper; install triton 3.7.1 or newer"
+        )
     return None
+
+
+@cache
+def _triton_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:3])
 
 
 def gated_delta_fla(

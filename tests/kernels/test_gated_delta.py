@@ -1,6 +1,5 @@
 """gated_delta: against the recurrence in fp64, never worse than twice the loop in the same dtype; fla's on a GPU."""
 
-import importlib.util
 import logging
 from functools import partial
 from itertools import pairwise
@@ -360,6 +359,11 @@ def test_fla_is_refused_where_it_cannot_run(monkeypatch):
     half = torch.bfloat16
     assert why_not_applicable(OnGpu(), 64, half) == "fla's kernels take heads up to 256, not K=64, V=320"
     assert why_not_applicable(OnGpu(), 64, torch.float32).startswith("the inputs are float32, which fla would multiply")
+    OnGpu.shape = (1, 4, 1, 64)
+    monkeypatch.setattr(fla_op, "is_hopper", lambda device: True)
+    for release, refused in (((3, 3, 1), False), ((3, 4, 0), True), ((3, 7, 0), True), ((3, 7, 1), False)):
+        monkeypatch.setattr(fla_op, "_triton_release", lambda release=release: release)
+        assert ("wrongly on Hopper" in (why_not_applicable(OnGpu(), 64, half) or "")) == refused
     monkeypatch.setattr(backends, "installed", lambda package: package != "fla")
     assert api.FORMS.why_not_gpu(OnGpu(), 64, half) == "fla is not installed"
 
@@ -387,14 +391,17 @@ def test_the_meta_device_counts_what_is_kept(monkeypatch, with_fla):
     assert sum(x.numel() * x.element_size() for x in kept.values()) == given + own
 
 
+def why_not_fla() -> str | None:
+    """Why fla's kernels do not run here; None if they do."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA or ROCm device"
+    v = torch.empty(1, 64, 1, 64, dtype=torch.bfloat16, device="cuda")
+    return api.FORMS.why_not_gpu(v, 64, v.dtype)
+
+
 gpu_forms = pytest.mark.parametrize(
     "backend",
-    [
-        "chunked",
-        pytest.param(
-            "fla", marks=pytest.mark.skipif(not importlib.util.find_spec("fla"), reason="fla-core is not installed")
-        ),
-    ],
+    ["chunked", pytest.param("fla", marks=pytest.mark.skipif(why_not_fla() is not None, reason=str(why_not_fla())))],
 )
 
 
@@ -459,6 +466,7 @@ def test_rules_of_autograd_on_the_gpu(backend):
 def test_a_gpu_takes_fla_where_it_is_installed():
     forget_kernels()
     gated_delta(*gated_delta_inputs(1, 70, 2, 64, dtype=torch.bfloat16, device="cuda"))
-    expected = "fla-core" if importlib.util.find_spec("fla") else "chunked (plain torch) (fla is not installed)"
+    why_not = why_not_fla()
+    expected = "fla-core" if why_not is None else f"chunked (plain torch) ({why_not})"
     assert chosen_kernels()["gated_delta"].startswith(expected)
     forget_kernels()
