@@ -23,6 +23,12 @@ PLACE = Undigested("it says where something is; what is there is named beside it
 
 
 @dataclass(frozen=True)
+class AddedLater:
+    """Marks a field that is younger than products made without it: no digest is made of its default, which is what they
+    were made with."""
+
+
+@dataclass(frozen=True)
 class Reads:
     """Marks a field that says where something is that a stage reads: a digest names what is there, never the place.
 

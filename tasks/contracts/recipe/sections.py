@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, Length, Place, Reads, Section, Seed
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.contracts.recipe.losses import (
@@ -183,7 +183,10 @@ class RecallSource(Section):
     kind: Literal["recall"]
     documents: int = Field(gt=0, le=10**9)
     lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
-    """Document lengths in tokens, drawn from evenly."""
+    """Document lengths in tokens, each as often as the others; facts in a haystack lie up to that far from their
+    questions."""
+    facts: Annotated[int | None, AddedLater()] = Field(default=None, gt=0, le=500)
+    """Facts of a document, at most, and one for every 28 tokens. None: 8 in a haystack, 10 without one."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Files (as in `files`) that the filler sentences come from; empty: the built-in filler."""
     haystack_separator: str | None = None

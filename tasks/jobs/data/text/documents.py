@@ -188,7 +188,8 @@ def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, 
         # One seed a document: any of them can be made without those before it.
         rng = random.Random(f"{source.seed}:{index}")
         length = source.lengths[index % len(source.lengths)]
-        yield Document(text=build_document(tokenizer, filler, length=length, rng=rng), where=f"recall {index}")
+        text = build_document(tokenizer, filler, length=length, rng=rng, most_facts=source.facts)
+        yield Document(text=text, where=f"recall {index}")
 
 
 def first_documents(source: Source, *, tokenizer: PreTrainedTokenizerBase, count: int) -> Sequence[Document]:

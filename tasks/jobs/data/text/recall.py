@@ -149,19 +149,25 @@ def build_case(
 
 
 def build_document(
-    tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Sequence[str],
+    *,
+    length: int,
+    rng: random.Random,
+    most_facts: int | None = None,
 ) -> str:
     """Training text for recall, of about `length` tokens or fewer, one of three kinds.
 
     Three in ten repeat a list of random words, from which copying is learned first; four in ten are facts and then all
     the questions, with nothing between; three in ten are facts scattered in a haystack, asked at its end. Only the
-    last kind fills the length: the short ones are what makes recall form at all in a small model.
+    last kind fills the length: the short ones are what makes recall form at all in a small model. most_facts: of a
+    document; None: 8 in a haystack, 10 without one.
     """
     kind = rng.random()
     if kind < 0.3:
         words = [rng.choice(rng.choice(filler).split()) for _ in range(rng.randint(8, max(9, min(80, length // 4))))]
         return " ".join(words * rng.randint(2, 3))
-    most = max(1, min(10 if kind < 0.7 else 8, length // 28))
+    most = max(1, min(most_facts or (10 if kind < 0.7 else 8), length // 28))
     facts = draw_facts(rng, rng.randint(1, most))
     answers = [f"{fact.question} {fact.value}." for fact in facts]
     rng.shuffle(answers)
