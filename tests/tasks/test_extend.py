@@ -103,6 +103,8 @@ def test_its_digest_is_of_what_changes_the_result() -> None:
 def test_a_setting_that_came_later_is_in_no_digest_until_it_is_used() -> None:
     """Recall datasets that were made before `facts` keep their names."""
     plain = RecallSource(kind="recall", documents=40, lengths=(64,))
+    assert "extend" not in identity(load_recipe("smoke"), None)
+    assert "extend" in identity(recipe(), None)
     before = {"kind", "documents", "lengths", "haystack", "haystack_separator", "seed"}
     assert identity(plain, None).keys() == before
     assert identity(plain.model_copy(update={"facts": 30}), None).keys() == before | {"facts"}

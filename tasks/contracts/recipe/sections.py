@@ -299,7 +299,7 @@ class Recipe(Section):
     align: Align | None = None
     distill: Distill | None = None
     finetune: Finetune | None = None
-    extend: Extend | None = None
+    extend: Annotated[Extend | None, AddedLater()] = None
     evaluate: Evaluate | None = None
     needle: Needle | None = None
     publish: Publish = Publish()
