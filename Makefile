@@ -1,5 +1,4 @@
-# The two commands: `make demo` runs the main job, `make test` passes the tests. Both install what they need into .venv,
-# byte code aside: Python writes that for what it imports, a fraction of what is installed.
+# `make demo` converts the shipped teacher, `make test` runs the tests. Both install their requirements into .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,12 +11,12 @@ PROCESSES ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help demo install test drill lint style types services-down clean
 
-help:  ## This list
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'radlads needs Python 3.11 or newer; set PYTHON=python3.x' >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo 'could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'could not create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
@@ -41,7 +40,7 @@ install: $(DEV_STAMP) $(RELEASES_STAMP)  ## What tests need, into .venv and .ven
 test: install  ## All tests that need no GPU, in two processes (PROCESSES=n for others)
 	$(BIN)/python -m pytest -n $(PROCESSES) --durations=20
 
-drill: $(DEV_STAMP)  ## Random kill -9s, a bad network, outages of servers: is anything lost? About 15 minutes
+drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages; about 15 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
 lint: style types  ## Style, and types of the control plane

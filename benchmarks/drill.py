@@ -36,7 +36,6 @@ import boto3
 from botocore.config import Config
 from drill_case import (
     BUCKET,
-    PRODUCT,
     STEPS,
     Curve,
     Place,
@@ -68,7 +67,7 @@ FAULTS: dict[str, list[Rule]] = {
     "503, slow down": [Rule("GET|HEAD|PUT|POST", "", "busy", times=20, skip=20)],
     "answers to PUTs are lost": [Rule("PUT|POST", OBJECT, "lose", times=12, skip=5)],
     "requests are lost": [Rule("GET|HEAD|PUT|POST", "", "drop", times=12, skip=15)],
-    "PUTs of the product arrive late": [Rule("PUT", OBJECT + "distill/model/", "late", delay=3.0, times=4)],
+    "PUTs of the product arrive late": [Rule("PUT", OBJECT + "distill/[0-9a-f]+/model/", "late", delay=3.0, times=4)],
 }
 
 
@@ -131,7 +130,7 @@ class Drill:
             code = wait(place.start())
             if code:
                 raise RuntimeError(f"the unbroken run ended with {code}; see {place.folder}/flow.log")
-            self.whole = curve_of(place.open())
+            self.whole = curve_of(place)
         losses = [step for step, kind, _ in self.whole if kind == "loss"]
         if losses != list(range(1, STEPS + 1)):
             raise RuntimeError(f"the unbroken run has the steps {losses}")
@@ -190,17 +189,22 @@ class Drill:
 
     @staticmethod
     def _seen(place: Place, kill: Kill) -> Callable[[], bool]:
-        product = place.folder / "store" / PRODUCT
-        saving = place.scratch / "saving" / f"step-{kill.step:06d}"
-        arriving = product / "checkpoints" / f"step-{kill.step:06d}"
+        step = f"step-{kill.step:06d}"
+
+        def product() -> Path:
+            return place.folder / "store" / place.product
+
+        def arriving() -> Path:
+            return product() / "checkpoints" / step
+
         return {
             "start": lambda: (place.scratch / "job.json").exists(),
             "step": lambda: place.rows() >= kill.step - 1,
-            "save": saving.exists,
-            "upload": arriving.exists,
-            "checkpoint's manifest": lambda: any(arriving.glob("state*")),
-            "commit": (product / "model").exists,
-            "product's manifest": lambda: any(product.glob("model/*.safetensors")),
+            "save": lambda: (place.scratch / "saving" / step).exists(),
+            "upload": lambda: arriving().exists(),
+            "checkpoint's manifest": lambda: any(arriving().glob("state*")),
+            "commit": lambda: (product() / "model").exists(),
+            "product's manifest": lambda: any(product().glob("model/*.safetensors")),
         }[kill.moment]
 
     @staticmethod

@@ -19,12 +19,14 @@ from pathlib import Path
 from fault_proxy import FaultProxy, Rule
 
 from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.store.layout import product_key
 from radlads.tasks.contracts.store.open import Store, open_store
+from radlads.tasks.contracts.store.pointers import read_pointer
+from radlads.tasks.stage import scratch_folder
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "recipes" / "drill.yaml"
 RUN, STAGE, STEPS = "r", "distill", 24
-PRODUCT = f"runs/{RUN}/{STAGE}"
 BUCKET = "drill"
 LIMIT_SECONDS = 300.0
 ORPHAN_SECONDS = 60.0
@@ -47,8 +49,19 @@ class Place:
 
     @property
     def scratch(self) -> Path:
-        """Of the stage that is killed."""
-        return self.folder / "work" / RUN / STAGE
+        """Of the stage that is killed; a folder that is not there before it was asked for."""
+        return scratch_folder(self.folder / "work", STAGE, self.digest or "none")
+
+    @property
+    def digest(self) -> str | None:
+        """Of the product of the stage that is killed; None before the run has asked for it."""
+        pointer = read_pointer(self.open(), RUN, STAGE)
+        return None if pointer is None else pointer.digest
+
+    @property
+    def product(self) -> str:
+        """Its key in the store."""
+        return product_key(STAGE, self.digest or "none")
 
     def open(self) -> Store:
         """The store, past any fault."""
@@ -150,9 +163,10 @@ def wait_for_nobody(place: Place) -> list[str]:
     return [" ".join(words)[:120] for words in left.values()]
 
 
-def curve_of(store: Store, key: str | None = None) -> Curve:
+def curve_of(place: Place, key: str | None = None) -> Curve:
     """(step, metric, value) of what training computed, from the product's own record or from the one at a key."""
-    data = store.get_bytes(key) if key else store.read_file(PRODUCT, "metrics.jsonl")
+    store = place.open()
+    data = store.get_bytes(key) if key else store.read_file(place.product, "metrics.jsonl")
     rows = [json.loads(line) for line in (data or b"").decode().splitlines()]
     kinds = ("loss", "grad_norm", "heldout/loss")
     return [(row["step"], kind, row[kind]) for row in rows for kind in kinds if kind in row]
@@ -161,26 +175,24 @@ def curve_of(store: Store, key: str | None = None) -> Curve:
 def check(place: Place, whole: Curve) -> list[str]:
     """What does not hold after the last attempt of a case; empty where all is well."""
     faults = [f"still runs: {words}" for words in wait_for_nobody(place)]
-    store = place.open()
-    if store.read_manifest(PRODUCT) is None:
+    store, product = place.open(), place.product
+    if store.read_manifest(product) is None:
         return [*faults, "nothing is committed"]
-    if curve_of(store) != whole:
+    if curve_of(place) != whole:
         faults.append("the product's curve is not the unbroken run's")
-    if curve_of(store, f"{PRODUCT}/job/metrics.jsonl") != whole:
+    if curve_of(place, f"{product}/job/metrics.jsonl") != whole:
         faults.append("the record is not the unbroken run's")
-    if store.list(f"{PRODUCT}/checkpoints"):
+    if store.list(f"{product}/checkpoints"):
         faults.append("checkpoints of the committed stage are left")
-    manifests = [
-        key.rpartition("/")[0] for key in store.list("runs") + store.list("datasets") if key.endswith("/manifest.json")
-    ]
+    manifests = [key.rpartition("/")[0] for key in store.list("products") if key.endswith("/manifest.json")]
     with tempfile.TemporaryDirectory(prefix="radlads-drill-") as into:
         for prefix in manifests:
             store.fetch(prefix, Path(into, "product"))
     if len(manifests) < 4:
         faults.append(f"only {len(manifests)} products are there")
-    lease = json.loads(store.get_bytes(f"runs/{RUN}/lease.json") or b"{}")
-    if not lease.get("released"):
-        faults.append("the lease was not given back")
+    for prefix in (f"runs/{RUN}", product):
+        if not json.loads(store.get_bytes(f"{prefix}/lease.json") or b"{}").get("released"):
+            faults.append(f"the lease on {prefix} was not given back")
     return faults
 
 
@@ -189,7 +201,7 @@ def copy_base(base: Path, place: Place) -> None:
     store = place.open()
     for path in sorted(base.rglob("*")):
         key = path.relative_to(base).as_posix()
-        if path.is_file() and not key.startswith((PRODUCT, ".locks")) and not key.endswith("lease.json"):
+        if path.is_file() and not key.startswith((f"products/{STAGE}/", ".locks")) and not key.endswith("lease.json"):
             store.put_file(key, path)
 
 
@@ -227,7 +239,7 @@ def rule_for(moment: str, step: int, act: str, kill: Callable[[], None]) -> Rule
     pattern = {
         "upload": rf"^[^?]*{place}(state|random|metrics|checkpoint)",
         "checkpoint's manifest": rf"^[^?]*{place}manifest",
-        "commit": rf"^[^?]*{STAGE}/(model/|train\.json|metrics\.jsonl)",
-        "product's manifest": rf"^[^?]*{STAGE}/manifest",
+        "commit": rf"^[^?]*{STAGE}/[0-9a-f]+/(model/|train\.json|metrics\.jsonl)",
+        "product's manifest": rf"^[^?]*{STAGE}/[0-9a-f]+/manifest",
     }[moment]
     return Rule("PUT|POST", pattern, act, hook=kill)

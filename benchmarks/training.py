@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import shlex
@@ -47,6 +48,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", help="take what is not given here from a shipped recipe")
     parser.add_argument("--layers", type=int, help="cut the depth")
     parser.add_argument("--variant")
+    parser.add_argument("--variant-options", type=json.loads, metavar="JSON", help='for example {"form": "groupnorm"}')
     parser.add_argument("--attention-layers", nargs="*", type=int, metavar="LAYER", help="stay softmax attention")
     parser.add_argument("--context", type=int)
     parser.add_argument("--micro-batch", type=int)
@@ -75,11 +77,12 @@ def build_case(options: argparse.Namespace) -> Case:
     """The case that the options and the recipe, which they go before, describe. Raises UserError."""
     settings: dict[str, Any] = {"shape": options.shape or "smollm2-135m", "stage": options.stage}
     if options.recipe:
-        settings |= recipe_settings(options.recipe, options.stage, options.layers)
+        settings |= recipe_settings(options.recipe, options.stage, options.layers, options.shape)
     given = {
         "shape": options.shape,
         "layers": options.layers,
         "variant": options.variant,
+        "options": options.variant_options,
         "attention_layers": options.attention_layers,
         "context": options.context,
         "micro_batch": options.micro_batch,
@@ -90,9 +93,9 @@ def build_case(options: argparse.Namespace) -> Case:
         "teacher_bits": options.teacher_bits,
         "freeze": options.freeze,
     }
+    if options.variant not in (None, settings.get("variant")):
+        settings["options"] = {}  # the recipe's are another variant's
     settings |= {name: value for name, value in given.items() if value is not None}
-    if options.variant and options.recipe and options.variant != settings.get("variant"):
-        settings["options"] = {}
     for name in ("attention_layers", "freeze"):
         settings[name] = tuple(settings.get(name, ()))
     one_pass = settings.get("micro_batch", 1) * options.gpus
@@ -122,18 +125,17 @@ def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int
         case = dataclasses.replace(case, checkpoint=False)
     inputs = Inputs(work, case)
     name = f"{number:03d}-{case.stage}"
-    job = inputs.make(name, threads or max(1, (os.cpu_count() or 1) // case.gpus))
     rows = []
     try:
-        for build, run in (
-            ("product", lambda: run_product(job, case.to_json())),
-            ("plain", lambda: run_plain(job, case.to_json(), inputs.teacher)),
-        ):
-            if build == "product" or compare:
-                rows.append(_row(case, build, flops, run))
+        job = inputs.make(name, threads or max(1, (os.cpu_count() or 1) // case.gpus))
+        rows.append(_row(case, "product", flops, lambda: run_product(job, case.to_json())))
+        if compare:
+            rows.append(_row(case, "plain", flops, lambda: run_plain(job, case.to_json(), inputs.teacher)))
+    except UserError as error:
+        rows.append(Row(case, "its files", flops, [], str(error)))
     finally:
-        made = Path(inputs.store.root) / "products"
-        for folder in (Path(job.scratch), Path(f"{job.scratch}-plain"), made / name, made / f"data-{name}"):
+        made, scratch = Path(inputs.store.root) / "products", work / "scratch"
+        for folder in (scratch / name, scratch / f"{name}-plain", made / name, made / f"data-{name}"):
             shutil.rmtree(folder, ignore_errors=True)
     return rows
 
@@ -159,6 +161,13 @@ def read_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> lis
     return [parser.parse_args([*arguments, *shlex.split(line)]) for line in lines if line]
 
 
+def _roomy(cases: Sequence[Case]) -> Path | None:
+    """Memory, where it is free for three copies of everything at once and as much again; else the usual place."""
+    memory = Path("/dev/shm")
+    wanted = sum(2 * 3 * parameters for parameters in {case_flops(case)[1] for case in cases})
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * wanted + (4 << 30) else None
+
+
 def main() -> int:
     """Run the cases; 1 where one did not come to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
@@ -174,18 +183,18 @@ def main() -> int:
         raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
     file = "training_" + "_".join(gpu.lower().replace("nvidia", "").split()) + ".md"
     out = first.out or Path(__file__).parent / "results" / file
+    before = out.read_text(encoding="utf-8") if out.is_file() else "# Training at real shapes\n\n"
+    command = "python benchmarks/training.py " + shlex.join(arguments)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="radlads-training-") as temporary:
+    text = ""
+    with tempfile.TemporaryDirectory(prefix="radlads-training-", dir=_roomy(cases)) as temporary:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         for number, (case, options) in enumerate(zip(cases, asked, strict=True)):
             rows += run_case(case, work, number, compare=options.compare_plain, threads=options.threads)
-    command = "python benchmarks/training.py " + shlex.join(arguments)
-    text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
+            text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
+            out.write_text(f"{before}{text}\n", encoding="utf-8")  # now: whatever ends this early, they are there
     sys.stdout.write(text)
-    title = "" if out.is_file() else "# Training at real shapes\n\n"
-    with out.open("a", encoding="utf-8") as stream:
-        stream.write(title + text + "\n")
     return 1 if any(row.failed for row in rows) else 0
 
 

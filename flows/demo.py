@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
 from radlads.tasks.contracts.recipe.recipe import load_recipe
 from radlads.tasks.contracts.settings import Settings
+from radlads.tasks.contracts.stages import PUBLISH
+from radlads.tasks.contracts.store.open import Store, StoreError, open_store
+from radlads.tasks.contracts.store.pointers import read_pointer
+from radlads.tasks.stage import scratch_folder
 
 _DEPLOYMENT = "radlads/smoke"
 _LOOK_SECONDS = 1.0
@@ -56,7 +61,7 @@ def run_demo(
         out.print(f"run [bold]{name}[/]: {page}", soft_wrap=True)
         seen = _Seen()
         try:
-            state = _watch(out, client, flow_run.id, settings.work, name, seen)
+            state = _watch(out, client, flow_run.id, settings, name, seen)
         except KeyboardInterrupt:
             _cancel(client, flow_run.id)
             out.print(f"{seen.describe()}; to go on: {again}", markup=False, highlight=False, soft_wrap=True)
@@ -67,11 +72,14 @@ def run_demo(
         out.print(state.message or "", markup=False, highlight=False, soft_wrap=True)
         out.print(f"Prefect   {page} (Retry continues where it stopped)", soft_wrap=True)
         return 1
-    product = Path(settings.store.uri) / "runs" / name
+    published = read_pointer(open_store(settings.store), name, PUBLISH.name)
+    if published is None:
+        raise UserError(f"the run '{name}' ended well and has no report in {settings.store.uri}")
+    product = f"{settings.store.uri}/{published.key}"
     out.print(f"[green]done[/] in {minutes}:{seconds:02}")
     for what, place in (
-        ("report", product / "publish" / "report.md"),
-        ("student", product / "publish" / "model"),
+        ("report", f"{product}/report.md"),
+        ("student", f"{product}/model"),
         ("Prefect", page),
         ("MLflow", mlflow_page(str(running["mlflow"].url), load_recipe(recipe).name)),
     ):
@@ -128,9 +136,11 @@ def _cancel(client: SyncPrefectClient, flow_run_id: UUID) -> None:
         return
 
 
-def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Path, name: str, seen: _Seen) -> Any:
+def _watch(
+    out: Console, client: SyncPrefectClient, flow_run_id: UUID, settings: Settings, name: str, seen: _Seen
+) -> Any:
     """Show the run until it ends; its final state. seen: kept up to date."""
-    view = _View(out)
+    view, store = _View(out), open_store(settings.store)
     with view.shown():
         while True:
             flow_run = client.read_flow_run(flow_run_id)
@@ -138,7 +148,7 @@ def _watch(out: Console, client: SyncPrefectClient, flow_run_id: UUID, work: Pat
             at = []
             for task_run in client.read_task_runs(flow_run_filter=wanted, sort=TaskRunSort.EXPECTED_START_TIME_ASC):
                 if task_run.state is not None and not task_run.state.is_pending():  # it has no name of its own yet
-                    scratch = scratch_of(work, name, task_run.name)
+                    scratch = scratch_of(store, settings.work, name, task_run.name)
                     view.show(task_run.name, task_run.state.name or "", scratch)
                     if task_run.state.is_running():
                         told = read_progress(scratch)[2]
@@ -184,11 +194,13 @@ class _View:
         self._states[stage] = state
 
 
-def scratch_of(work: Path, run: str, stage: str) -> Path:
-    """Where a stage's job works. A dataset, which many runs share, is the one that was worked on last."""
-    if not stage.startswith("tokenize"):
-        return work / run / stage
-    return max((work / "datasets").glob("*"), key=lambda path: path.stat().st_mtime, default=work / "datasets")
+def scratch_of(store: Store, work: Path, run: str, stage: str) -> Path:
+    """Where a stage's job works, by what the run points at; the folder of all of them before it points at anything."""
+    with suppress(StoreError):
+        pointer = read_pointer(store, run, stage.replace(" ", "-"))
+        if pointer is not None:
+            return scratch_folder(work, pointer.stage, pointer.digest)
+    return work
 
 
 def read_progress(scratch: Path) -> tuple[float, float, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
+from radlads.tasks.announce import run_announced
 from radlads.tasks.graph import judge
 from radlads.tasks.pipeline import finished_students, open_pipeline, recipe_of_run
 from radlads.tasks.stage_tasks import PrefectRunner
@@ -34,5 +36,6 @@ def radlads_evaluate(
     asked = recipe_of_run(judged_run, overrides, store=store) if recipe is None else recipe
     with open_pipeline(asked, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
         students = finished_students(pipeline.store, judged_run)
-        judged = judge(pipeline.recipe, PrefectRunner(pipeline), students, other_teacher=other_teacher)
+        graph = partial(judge, pipeline.recipe, students=students, other_teacher=other_teacher)
+        judged = run_announced(pipeline, PrefectRunner(pipeline), graph)
         return {"run": pipeline.run, **{stage: product.uri for stage, product in judged.items()}}

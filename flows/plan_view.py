@@ -48,17 +48,16 @@ def plan_offline(
             recipe=recipe.name,
             spec=PlanSpec(recipe=recipe, preview=True, sizes_only=sizes_only),
             inputs={},
-            output_key="plan",
             store=store,
             resources=planned_resources(recipe.resources, gpus, gpu_memory_gib) or launcher.resources(recipe.resources),
             launcher=launcher,
-            scratch=Path(folder, "work"),
+            work=Path(folder, "work"),
             content_cache=cache if cache.parent.is_dir() else None,
         )
         run_stage(request)
-        report = PlanReport.model_validate_json(store.read_file("plan", "plan.json"))
+        report = PlanReport.model_validate_json(store.read_file(request.key, "plan.json"))
     except JobCrashed as error:
-        raise JobCrashed(f"{str(error).splitlines()[0]}; its log is {folder}/work/log.txt") from None
+        raise JobCrashed(f"{str(error).splitlines()[0]}; its log is {request.scratch}/log.txt") from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefect import flow
 
 from radlads.flows.common import Address, explain_errors, run_identity
+from radlads.tasks.announce import run_announced
 from radlads.tasks.graph import pretrain
 from radlads.tasks.pipeline import open_pipeline
 from radlads.tasks.stage_tasks import PrefectRunner
@@ -25,5 +27,5 @@ def radlads_pretrain(
     """Train the recipe's `pretrain` section from nothing. The parameters are those of the flow `radlads`."""
     places = {"store": store, "tracking": tracking, "work": work}
     with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
-        made = pretrain(pipeline.recipe, PrefectRunner(pipeline))
+        made = run_announced(pipeline, PrefectRunner(pipeline), partial(pretrain, pipeline.recipe))
         return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}

@@ -23,10 +23,13 @@ from radlads.tasks.contracts.metrics_record import catch_up
 from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
 from radlads.tasks.contracts.stages import JUDGING_STAGES, MODEL_STAGES, PUBLISH, STAGES, TOKENIZE
-from radlads.tasks.contracts.store.open import Store, StoreError, store_id
+from radlads.tasks.contracts.store.layout import check_layout, recipe_key
+from radlads.tasks.contracts.store.open import Store, store_id
+from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.contracts.tracking import (
     Ending,
     RunIdentity,
+    link_product,
     mirror_product,
     open_pipeline_run,
     open_stage_run,
@@ -35,14 +38,15 @@ from radlads.tasks.contracts.tracking import (
 from radlads.tasks.stage import restore_record
 
 _log = logging.getLogger(__name__)
-_DATASETS = "datasets/"
 
 
 @dataclass(frozen=True)
 class KeptStage:
-    """What the store holds of a stage that was begun. manifest: None while nothing is committed."""
+    """What the store holds of a product that was begun. manifest: None while nothing is committed. run: that had it
+    made."""
 
     key: str
+    run: str
     stage: str
     digest: str
     spec: Mapping[str, Any]
@@ -69,13 +73,14 @@ def sync_run(store: Store, uri: str, run: str) -> list[str]:
 
     uri: MLflow's. Raises UserError where the store has no such run or MLflow cannot be brought up to date.
     """
+    check_layout(store)
     kept = list(kept_stages(store, run))
     if not kept:
         raise UserError(f"there is no run '{run}' in {store.uri}")
     experiment, params = _recipe(store, run)
     identity = RunIdentity(store=store_id(store), run=run)
     parent = open_pipeline_run(uri, experiment, identity, params=params, running=False)
-    if parent is None or not all(mirror_stage(store, parent, one) for one in kept):
+    if parent is None or not all(mirror_stage(store, parent, one, run) for one in kept):
         raise UserError(f"MLflow at {uri} could not be brought up to date with '{run}'; try again when it answers")
     ended = _ending(kept)
     if ended is not None:
@@ -83,8 +88,11 @@ def sync_run(store: Store, uri: str, run: str) -> list[str]:
     return [one.label for one in kept]
 
 
-def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage) -> bool:
-    """Send MLflow whatever it lacks of one stage; whether it has all of it now."""
+def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str) -> bool:
+    """Send MLflow whatever it lacks of one stage of a run; whether it has all of it now. What another run made is a
+    link to where its numbers are."""
+    if kept.run != run:
+        return kept.manifest is None or link_product(parent, kept.label, store.join(kept.key), kept.manifest)
     ref = open_stage_run(parent, kept.label, kept.digest, params=stage_params(kept.spec), running=False)
     if ref is None:
         return False
@@ -99,25 +107,17 @@ def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage) -> bool:
 
 
 def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:
-    """What the store holds of a run, stage after stage; a dataset before the stages that read it."""
-    seen: set[str] = set()
-    for stage in STAGES:
-        kept = kept_stage(store, f"runs/{run}/{stage}")
-        if kept is None:
-            continue
-        for uri in (ref.uri for ref in kept.inputs.values()):
-            with suppress(StoreError):  # a product of another store
-                key = store.key(uri)
-                if key.startswith(_DATASETS) and key not in seen:
-                    seen.add(key)
-                    dataset = kept_stage(store, key)
-                    if dataset is not None:
-                        yield dataset
-        yield kept
+    """What the store holds of all that a run points at, stage after stage."""
+    order = list(STAGES)
+    pointers = sorted(read_pointers(store, run).items(), key=lambda item: (order.index(item[1].stage), item[0]))
+    for _, pointer in pointers:
+        kept = kept_stage(store, pointer.key)
+        if kept is not None:
+            yield kept
 
 
 def kept_stage(store: Store, key: str) -> KeptStage | None:
-    """What the store holds at a stage's place; None where nothing was begun."""
+    """What the store holds at a product's place; None where nothing was begun."""
     manifest = store.read_manifest(key)
     data = store.get_bytes(f"{key}/job/job.json")
     begun: JobSpec | Manifest | None = manifest
@@ -128,6 +128,7 @@ def kept_stage(store: Store, key: str) -> KeptStage | None:
         return None
     return KeptStage(
         key=key,
+        run=begun.run,
         stage=begun.stage,
         digest=begun.digest,
         spec=begun.spec,
@@ -162,7 +163,7 @@ def stage_params(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recipe(store: Store, run: str) -> tuple[str, dict[str, Any]]:
     """The name of a run's recipe, which is its experiment in MLflow, and its parameters."""
-    data = store.get_bytes(f"runs/{run}/recipe.yaml")
+    data = store.get_bytes(recipe_key(run))
     if data is None:
         raise UserError(f"the run '{run}' in {store.uri} has no recipe.yaml")
     raw = read_yaml(data, where=f"recipe.yaml of '{run}'")

@@ -67,8 +67,8 @@ def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | Non
     parent = pipeline.tracked()
     kept = None
     with suppress(StoreError, OSError):  # of the store, which the job's own end tells of
-        kept = kept_stage(pipeline.store, request.output_key)
-    if parent is not None and kept is not None and mirror_stage(pipeline.store, parent, kept):
+        kept = kept_stage(pipeline.store, request.key)
+    if parent is not None and kept is not None and mirror_stage(pipeline.store, parent, kept, pipeline.run):
         if kept.ending is not None:
             return
     else:

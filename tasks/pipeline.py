@@ -9,21 +9,28 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef
-from radlads.tasks.contracts.locks.lease import Lease
+from radlads.tasks.contracts.identity import identity, readings
+from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef, first_fault
+from radlads.tasks.contracts.locks.lease import Lease, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.files import file_errors
-from radlads.tasks.contracts.pins.pins import at_pinned_commits
+from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.pins import at_pinned_commits, moved_content
 from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
-from radlads.tasks.contracts.specs import PlanReport, StageSpec
-from radlads.tasks.contracts.stages import STUDENT_STAGES, Stage, stage_info
+from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, StageSpec
+from radlads.tasks.contracts.stages import PLAN, STUDENT_STAGES, Stage
+from radlads.tasks.contracts.store.layout import check_layout, recipe_key, run_key
 from radlads.tasks.contracts.store.open import Store, StoreError, open_store, store_id
+from radlads.tasks.contracts.store.pointers import read_pointer, read_pointers
 from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
 from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.registry import find_launcher
@@ -74,29 +81,40 @@ class Pipeline:
         return self.parent
 
     def request(self, stage: Stage, spec: StageSpec, inputs: Mapping[str, Product]) -> StageRequest:
-        """A stage of this run, as run_stage wants it. Datasets are shared between runs, the rest is the run's own."""
+        """A stage of this run, as run_stage wants it."""
         refs: dict[str, InputRef] = {name: product.ref for name, product in inputs.items()}
-        request = StageRequest(
+        return StageRequest(
             stage=stage,
             run=self.run,
             recipe=self.recipe.name,
             spec=spec,
             inputs=refs,
-            output_key=f"runs/{self.run}/{stage}",
             store=self.store,
             resources=self.resources,
-            scratch=self.settings.work / self.run / stage,
+            work=self.settings.work,
             lease=self.lease,
             grace_seconds=self.settings.grace_seconds,
             content_cache=self.settings.content_cache,
             launcher=self.launcher,
         )
-        if not stage_info(stage).shared:
-            return request
-        digest = request.digest
-        return StageRequest(
-            **{**vars(request), "output_key": f"datasets/{digest}", "scratch": self.settings.work / "datasets" / digest}
-        )
+
+    def plan_spec(self, asked: Recipe) -> PlanSpec:
+        """What the run's plan of a recipe is asked for.
+
+        A plan of the run that was made of this recipe and holds what its places hold now is asked for again, wherever
+        files moved to. A new plan keeps to the commits of the hub that earlier ones pinned. Raises UserError.
+        """
+        earlier = list(plans_of(self.store, self.run))
+        hashes = ContentHashes(self.settings.content_cache)
+        recipe = asked
+        for _, report in earlier:
+            recipe = _at_moving_commits(recipe, report.pins)
+        for spec, report in earlier:
+            again = PlanSpec(recipe=recipe, run=self.run, contents=spec.contents)
+            if identity(again, None) == identity(spec, None) and not moved_content(asked, report, hashes):
+                return again
+        contents = moved_content(asked, earlier[0][1], hashes) if earlier else {}
+        return PlanSpec(recipe=recipe, run=self.run, contents=contents)
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ def open_pipeline(
     While the block runs, no other process makes the run: neither one that reaches the store, nor one on this machine.
     recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
     and the first part of `run_id`, which must be the same when the run is retried. launcher: instead of the
-    one that the recipe names. Raises UserError, such as RunHeld.
+    one that the recipe names. Raises UserError, such as LeaseHeld.
     """
     refuse_credentials(store=store, tracking=tracking)
     if isinstance(recipe, Recipe):
@@ -136,10 +154,14 @@ def open_pipeline(
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(asked, name, settings, launcher)
-    folder = settings.work / name
-    with Lease(pipeline.store, name, folder) as lease, hold_folder(folder, "lock", what=f"the folder of run '{name}'"):
+    check_layout(pipeline.store)
+    folder = settings.work / "runs" / name
+    with (
+        run_lease(pipeline.store, name, folder) as lease,
+        hold_folder(folder, "lock", what=f"the folder of run '{name}'"),
+    ):
         pipeline.lease = lease
-        _keep_recipe(pipeline)
+        _keep_recipe(pipeline, lease)
         pipeline.tracked()
         try:
             yield pipeline
@@ -164,17 +186,21 @@ def _close(pipeline: Pipeline, ending: Ending) -> None:
         _log.warning("%s; `radlads sync %s` does that", error, pipeline.run)
 
 
-def _keep_recipe(pipeline: Pipeline) -> None:
-    """The resolved recipe beside the products, written once; a changed one, as far as its changes are allowed within
-    a run, is kept under a name of its own."""
-    data = dump_recipe(pipeline.recipe).encode()
-    first = f"runs/{pipeline.run}/recipe.yaml"
-    known = pipeline.store.get_bytes(first)
-    if known is None:
-        pipeline.store.put_if_absent(first, data)
-    elif known != data:
-        digest = hashlib.sha256(data).hexdigest()[:12]
-        pipeline.store.put_if_absent(f"runs/{pipeline.run}/recipe-{digest}.yaml", data)
+def _keep_recipe(pipeline: Pipeline, lease: Lease) -> None:
+    """The resolved recipe that the run is made by; what it was made by before is kept under a name of its own.
+
+    Raises LeaseLost, StoreError.
+    """
+    store, key, data = pipeline.store, recipe_key(pipeline.run), dump_recipe(pipeline.recipe).encode()
+    found = store.read(key)
+    if found is None:
+        store.put_if_absent(key, data)
+    elif found[0] != data:
+        digest = hashlib.sha256(found[0]).hexdigest()[:12]
+        store.put_if_absent(f"{run_key(pipeline.run)}/recipe-{digest}.yaml", found[0])
+        lease.confirm()
+        if not store.replace(key, data, found[1]):
+            raise StoreError(f"{store.join(key)} was written by another process meanwhile; try again")
 
 
 def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store: str | None = None) -> Recipe:
@@ -183,27 +209,64 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
     store: as of open_pipeline. Raises UserError.
     """
     place = open_store(resolve_settings(store=store).store)
-    data = place.get_bytes(f"runs/{check_run_name(run)}/recipe.yaml")
+    check_layout(place)
+    data = place.get_bytes(recipe_key(check_run_name(run)))
     if data is None:
         raise UserError(f"there is no run '{run}' in {place.uri}")
     where = f"the recipe of run '{run}'"
     asked = anchor_recipe(recipe_of_data(data, overrides, where=where), where, Path.cwd())
-    manifest = place.read_manifest(f"runs/{run}/plan")
-    if manifest is None or manifest.schema_version != SCHEMA_VERSION:
-        return asked  # nothing was pinned that this version can read
-    report = PlanReport.model_validate_json(place.read_file(f"runs/{run}/plan", "plan.json"))
-    return at_pinned_commits(asked, report.pins)
+    plan = next(plans_of(place, run), None)
+    return asked if plan is None else at_pinned_commits(asked, plan[1].pins)
+
+
+def plans_of(store: Store, run: str) -> Iterator[tuple[PlanSpec, PlanReport]]:
+    """The plans of a run that were made and that this version can read, the newest first. Raises StoreError."""
+    pointer = read_pointer(store, run, PLAN.name)
+    for target in pointer.targets if pointer is not None else ():
+        manifest = store.read_manifest(target.key)
+        if manifest is not None and manifest.schema_version == SCHEMA_VERSION:
+            try:
+                spec = PlanSpec.model_validate(manifest.spec)
+                report = PlanReport.model_validate_json(store.read_file(target.key, "plan.json"))
+            except ValidationError as error:
+                _log.warning("%s is of another version and is passed over: %s", target.key, first_fault(error))
+                continue
+            yield spec, report
+
+
+def _at_moving_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:
+    """The recipe with what it names of the hub without a revision at the commits that were pinned for that."""
+    revisions = {reading.location: reading.revision for reading in readings(recipe)}
+    return at_pinned_commits(recipe, {place: pin for place, pin in pins.items() if revisions.get(place, "") is None})
 
 
 def finished_students(store: Store, run: str) -> dict[str, Product]:
-    """Stage → model of a run, in the stages' order. Raises UserError where it has none."""
-    check_run_name(run)
-    found = {}
-    for stage in STUDENT_STAGES:
-        key = f"runs/{run}/{stage}"
-        manifest = store.read_manifest(key)
+    """Stage → model of a run, in the order in which they were made from one another. Raises UserError without any.
+
+    Of a run whose settings changed, that is the chain of models up to the one that it came to last: what it made
+    before with other settings is no part of that.
+    """
+    check_layout(store)
+    made: dict[str, Product] = {}
+    pointed: dict[str, datetime] = {}
+    for pointer in read_pointers(store, check_run_name(run)).values():
+        manifest = store.read_manifest(pointer.key) if pointer.stage in STUDENT_STAGES else None
         if manifest is not None:
-            found[stage] = Product(uri=store.join(key), manifest=manifest, reused=True)
-    if not found:
+            made[manifest.digest] = Product(uri=store.join(pointer.key), manifest=manifest, reused=True)
+            pointed[manifest.digest] = pointer.time
+    if not made:
         raise UserError(f"there is no finished model of a run '{run}' in {store.uri}")
-    return found
+    read = {_student_of(product) for product in made.values()}
+    last = max((digest for digest in made if digest not in read), key=lambda digest: pointed[digest])
+    chain: list[Product] = []
+    digest: str | None = last
+    while digest in made:
+        chain.insert(0, made[digest])
+        digest = _student_of(made[digest])
+    return {product.manifest.stage: product for product in chain}
+
+
+def _student_of(product: Product) -> str | None:
+    """The digest of the model that a model was made from."""
+    student = product.manifest.inputs.get("student")
+    return None if student is None else student.digest

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import follow_moves
 from radlads.tasks.contracts.recipe.recipe import Recipe
-from radlads.tasks.contracts.specs import PlanReport, PlanSpec, StageSpec
+from radlads.tasks.contracts.specs import PlanReport, StageSpec
 from radlads.tasks.contracts.stages import PLAN
 from radlads.tasks.pipeline import Pipeline, Plan
 from radlads.tasks.stage import Product, StageRequest, run_stage
@@ -48,7 +48,7 @@ class PlainRunner:
 
     def plan(self, recipe: Recipe) -> Plan:
         """As Runner.plan."""
-        product = self.run(PLAN.name, PlanSpec(recipe=recipe), {})
+        product = self.run(PLAN.name, self._pipeline.plan_spec(recipe), {})
         return Plan(product=product, report=read_plan(self._pipeline, product))
 
     def run(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None) -> Product:

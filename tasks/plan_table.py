@@ -40,7 +40,7 @@ def _row(stage: str, numbers: dict[str, Any]) -> dict[str, str]:
         "rest": _gib(total - student - teacher - adam),
         "GiB": _gib(total),
         "host": _gib(memory.get("host", 0)),
-        "time": _duration(numbers.get("seconds")),
+        "time": short_duration(numbers.get("seconds")),
         "GPU h": _hours(numbers.get("gpu_hours")),
         "$": "" if numbers.get("dollars") is None else f"{numbers['dollars']:,.0f}",
     }
@@ -70,7 +70,8 @@ def _hours(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _duration(seconds: float | None) -> str:
+def short_duration(seconds: float | None) -> str:
+    """Seconds below ninety, minutes below ninety, then hours; nothing for None."""
     if seconds is None:
         return ""
     if seconds < 90:

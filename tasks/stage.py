@@ -1,40 +1,49 @@
-"""run_stage: committed? return it. Else launch, verify, return. Knows nothing of the orchestrator."""
+"""run_stage: made already, by whichever run? Return it. Else launch, verify, return. Knows no orchestrator.
+
+A product is made by one process at a time, under the lease on it. The run's pointer is written first of all, so that
+nothing that a run wants is collected as garbage between the look and the use.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, JobResources, JobSpec, Manifest, TrackingRef
-from radlads.tasks.contracts.locks.lease import Lease, LeaseLost
+from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Manifest, TrackingRef
+from radlads.tasks.contracts.locks.lease import Lease, LeaseHeld, LeaseLost, held_by, product_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
-from radlads.tasks.contracts.specs import StageSpec, spec_digest
+from radlads.tasks.contracts.specs import StageSpec, TokenizeSpec, spec_digest
 from radlads.tasks.contracts.stages import Stage
 from radlads.tasks.contracts.store.base import Store
-from radlads.tasks.contracts.store.errors import StageConflict, StoreError, conflict, older_schema
+from radlads.tasks.contracts.store.errors import StoreError, misplaced
+from radlads.tasks.contracts.store.layout import product_key
+from radlads.tasks.contracts.store.pointers import point
 from radlads.tasks.launchers.launcher import JobCrashed, Launcher
 from radlads.tasks.launchers.progress import Progress
 from radlads.tasks.launchers.registry import LAUNCHERS
+from radlads.tasks.launchers.stopping import REQUEST
 
 _log = logging.getLogger(__name__)
 # What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
 _PAPERS = ("job.json", "log.txt", "metrics.jsonl", "metrics-notes.json", "exit.json")
 _CONTINUED = ("metrics.jsonl", "metrics-notes.json")
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class StageRequest:
     """One stage of one run.
 
-    inputs: the products it reads. output_key: the prefix that it commits to, in the store. scratch: its folder on this
-    machine, kept until it is committed so that a retry can go on from it. lease: under which nobody else makes the run.
+    inputs: the products it reads. work: folder on this machine, where a stage has its scratch by its digest: whichever
+    run asks goes on there. lease: on the run, whose pointer is moved under it; without one, no pointer is.
     content_cache: see tasks/contracts/pins/content.py. launcher: what starts the job.
     """
 
@@ -43,19 +52,33 @@ class StageRequest:
     recipe: str
     spec: StageSpec
     inputs: Mapping[str, InputRef]
-    output_key: str
     store: Store
     resources: JobResources
-    scratch: Path
+    work: Path
     grace_seconds: float = 60.0
     lease: Lease | None = None
     content_cache: Path | None = None
     launcher: Launcher = LAUNCHERS["local"]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names what is asked for."""
         return spec_digest(self.stage, self.spec, dict(self.inputs))
+
+    @property
+    def label(self) -> str:
+        """Under which the run points at it: "align", "tokenize-train"."""
+        return stage_label(self.stage, self.spec)
+
+    @property
+    def key(self) -> str:
+        """The product's prefix in the store."""
+        return product_key(self.stage, self.digest)
+
+    @property
+    def scratch(self) -> Path:
+        """The job's folder on this machine, kept until the product is committed so that a retry goes on from it."""
+        return scratch_folder(self.work, self.stage, self.digest)
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,16 @@ class Product:
         return InputRef(uri=self.uri, digest=self.manifest.digest)
 
 
+def stage_label(stage: str, spec: StageSpec) -> str:
+    """What a run calls a stage, in the name of its pointer."""
+    return f"{stage}-{spec.name}" if isinstance(spec, TokenizeSpec) else stage
+
+
+def scratch_folder(work: Path, stage: str, digest: str) -> Path:
+    """Where the job of a product works on this machine."""
+    return work / "products" / stage / digest
+
+
 def run_stage(
     request: StageRequest,
     *,
@@ -79,32 +112,68 @@ def run_stage(
     on_progress: Callable[[Progress], None] | None = None,
     slot: AbstractContextManager[object] | None = None,
 ) -> Product:
-    """The stage's product, made by a job unless it is committed already.
+    """The stage's product, made by a job unless some run has made it already; waits where another process makes it now.
 
     open_tracking: digest → the MLflow run that the job writes to; called only if a job is launched. slot: held while
-    the job runs. Raises StageConflict where another result is committed, CorruptArtifact where this one is damaged,
-    JobFailed (final), JobCrashed or JobPreempted (may be tried again).
+    the job runs. Raises CorruptArtifact where the product is damaged, LeaseLost where another process makes this run by
+    now, JobFailed (final), JobCrashed or JobPreempted (may be tried again), RunStopped.
     """
-    store, key, digest = request.store, request.output_key, request.digest
+    store, key, digest = request.store, request.key, request.digest
+    if request.lease is not None:
+        point(store, request.run, request.label, request.stage, digest, request.lease)
+    # A lease that was not given back: the maker may be tidying up, or died before it could, or it is being deleted.
+    # Asked before the manifest: a collector gives its lease back once the manifest is gone.
+    is_held = held_by(store, key) is not None
     committed = find_committed(store, key, digest)
-    if committed is None:
-        # Runs share datasets: whoever comes second waits, and takes what the first has made.
-        what = f"the folder {request.scratch}"
-        with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=math.inf) as waited:
-            committed = find_committed(store, key, digest) if waited else None
+    if committed is None or is_held:
+        with _product_held(request) as lease:
+            committed = find_committed(store, key, digest)
             if committed is None:
-                return _make(request, open_tracking, on_progress, slot)
+                what = f"the folder {request.scratch}"
+                with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=float("inf")):
+                    return _make(request, lease, open_tracking, on_progress, slot)
     _finish(request, committed)
     return Product(uri=store.join(key), manifest=committed, reused=True)
 
 
+@contextmanager
+def _product_held(request: StageRequest) -> Iterator[Lease]:
+    """The lease on the product, waited for as long as another process has it. Raises RunStopped, LeaseLost."""
+    said = ""
+    while True:
+        lease = product_lease(
+            request.store, request.stage, request.digest, request.scratch, run=request.run, look=lambda: _look(request)
+        )
+        try:
+            lease.__enter__()
+            break
+        except LeaseHeld as held:
+            if held.by != said:
+                said = held.by
+                _log.warning("%s %s is being %s; waiting for it", request.label, request.digest[:12], held.by)
+            _look(request)
+            time.sleep(_POLL_SECONDS)
+    try:
+        yield lease
+    finally:
+        lease.__exit__(None, None, None)
+
+
+def _look(request: StageRequest) -> None:
+    """Raises RunStopped where a person stops the run, LeaseLost where it is another process's by now."""
+    REQUEST.check()
+    if request.lease is not None:
+        request.lease.check()
+
+
 def _make(
     request: StageRequest,
+    lease: Lease,
     open_tracking: Callable[[str], TrackingRef | None],
     on_progress: Callable[[Progress], None] | None,
     slot: AbstractContextManager[object] | None,
 ) -> Product:
-    store, key, digest, lease = request.store, request.output_key, request.digest, request.lease
+    store, key, digest, scratch = request.store, request.key, request.digest, request.scratch
     tracking = open_tracking(digest)
     spec = JobSpec(
         stage=request.stage,
@@ -116,43 +185,47 @@ def _make(
         output_uri=store.join(key),
         store=store.ref,
         tracking=tracking,
-        lease=lease.ref if lease is not None else None,
+        lease=lease.ref,
         resources=request.resources,
-        scratch=str(request.scratch),
+        scratch=str(scratch),
         content_cache=str(request.content_cache) if request.content_cache else None,
     )
-    restore_record(store, key, request.scratch)
+    _leave_other_stores(request)
+    restore_record(store, key, scratch)
     try:
         with slot or nullcontext():
-            request.launcher.run(spec, on_progress=_while_ours(lease, on_progress), grace_seconds=request.grace_seconds)
+            watched = _while_ours((lease, request.lease), on_progress)
+            request.launcher.run(spec, on_progress=watched, grace_seconds=request.grace_seconds)
     finally:
         if _is_ours(lease):
-            _keep_papers(store, key, request.scratch)
+            _keep_papers(store, key, scratch)
     made = find_committed(store, key, digest)
     if made is None:
         raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
-    _clear_scratch(request.scratch)
+    _clear_scratch(scratch)
     _drop_checkpoints(store, key)
     return Product(uri=store.join(key), manifest=made, reused=False)
 
 
-def _while_ours(lease: Lease | None, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
-    """on_progress, which stops the job by raising LeaseLost once another process makes the run."""
+def _while_ours(
+    leases: tuple[Lease | None, ...], on_progress: Callable[[Progress], None] | None
+) -> Callable[[Progress], None]:
+    """on_progress, which stops the job by raising LeaseLost once another process makes the product or the run."""
 
     def look(progress: Progress) -> None:
-        if lease is not None:
-            lease.check()
+        for lease in leases:
+            if lease is not None:
+                lease.check()
         if on_progress is not None:
             on_progress(progress)
 
     return look
 
 
-def _is_ours(lease: Lease | None) -> bool:
-    """Whether the job's papers and its MLflow run are still this process's to write."""
+def _is_ours(lease: Lease) -> bool:
+    """Whether the job's papers are still this process's to write."""
     try:
-        if lease is not None:
-            lease.confirm()
+        lease.confirm()
     except LeaseLost:
         return False
     except StoreError as error:  # nobody can say otherwise either
@@ -162,7 +235,7 @@ def _is_ours(lease: Lease | None) -> bool:
 
 def _finish(request: StageRequest, manifest: Manifest) -> None:
     """What follows a commit, where the flow that saw it died before it got there."""
-    store, key, scratch = request.store, request.output_key, request.scratch
+    store, key, scratch = request.store, request.key, request.scratch
     store.settle(key, manifest)
     if store.list(f"{key}/checkpoints"):
         _drop_checkpoints(store, key)
@@ -175,27 +248,30 @@ def _finish(request: StageRequest, manifest: Manifest) -> None:
 
 
 def _is_scratch_of(request: StageRequest) -> bool:
-    """Whether the folder is this run's, for this product: it may be another store's, or another run's dataset."""
+    """Whether the scratch folder is of this product in this store: another store may have one of the same digest."""
     try:
         spec = JobSpec.model_validate_json((request.scratch / "job.json").read_bytes())
     except (OSError, ValidationError):
         return False
-    place = request.store.join(request.output_key)
-    return (spec.run, spec.digest, spec.output_uri) == (request.run, request.digest, place)
+    return spec.output_uri == request.store.join(request.key)
+
+
+def _leave_other_stores(request: StageRequest) -> None:
+    """Take what a job for another store left in the scratch folder out of the way: its record is not this one's."""
+    scratch = request.scratch
+    if (scratch / "job.json").exists() and not _is_scratch_of(request):
+        for name in _PAPERS:
+            (scratch / name).unlink(missing_ok=True)
+        _clear_scratch(scratch)
 
 
 def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
-    """The manifest at a place if it is the one asked for and all its files are there; None if there is none.
-
-    Raises StageConflict, CorruptArtifact.
-    """
+    """The manifest of a product, all its files being there; None if it is not committed. Raises CorruptArtifact."""
     manifest = store.read_manifest(key)
     if manifest is None:
         return None
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise StageConflict(older_schema(store.join(key), manifest))
     if manifest.digest != digest:
-        raise conflict(store.join(key), manifest.digest, digest)
+        raise misplaced(store.join(key), manifest.digest)
     store.verify(key, manifest)
     return manifest
 
@@ -216,7 +292,7 @@ def _keep_papers(store: Store, key: str, scratch: Path) -> None:
             if (scratch / name).is_file():
                 store.put_file(f"{key}/job/{name}", scratch / name)
     except (StoreError, OSError) as error:  # must not hide why the job ended
-        _log.warning("the papers of %s stay in %s: %s", key, scratch, error)
+        _log.warning("the record of %s stays in %s: %s", key, scratch, error)
 
 
 def _drop_checkpoints(store: Store, key: str) -> None:

@@ -17,7 +17,7 @@ from radlads.tasks.contracts.disk import explain_disk
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.recipe.recipe import Recipe
-from radlads.tasks.contracts.specs import NeedleSpec, PlanSpec, StageSpec
+from radlads.tasks.contracts.specs import NeedleSpec, StageSpec
 from radlads.tasks.contracts.stages import CHOOSE, NEEDLE, PLAN, PUBLISH
 from radlads.tasks.contracts.store.open import StoreError
 from radlads.tasks.contracts.tracking import log_file, run_url
@@ -127,7 +127,7 @@ def may_retry(_: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
 @stage_task(PLAN.name)
 def plan_task(pipeline: Pipeline, recipe: Recipe) -> Plan:
     """Check every option and every size before anything runs, and pin the teacher and the corpus files."""
-    product = perform(pipeline, PLAN.name, PlanSpec(recipe=recipe), {})
+    product = perform(pipeline, PLAN.name, pipeline.plan_spec(recipe), {})
     report = read_plan(pipeline, product)
     show_table(pipeline.run, PLAN.name, plan_rows(report), f"Plan of {pipeline.run}")
     show_link(pipeline.run, "mlflow", run_url(pipeline.parent), f"{pipeline.run} in MLflow")

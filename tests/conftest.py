@@ -27,6 +27,40 @@ LONG = (
     "jobs/test_train_launched.py",
 )
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
+# What a family needs besides, and what shows where it differs: no factor is one, no window wider than the text.
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    "gemma3_text": {**_KINDS, "query_pre_attn_scalar": 40},
+    "olmo3": {**_KINDS, "rope_parameters": {"full_attention": _YARN, "sliding_attention": {"rope_type": "default"}}},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 4.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    # Its heads are always as wide as the model's width over their number.
+    "cohere2": {**_KINDS, "hidden_size": 64, "logit_scale": 0.25},
+    "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
+    "exaone4": _KINDS,
+}
+
 
 @pytest.fixture(scope="session")
 def project_root() -> Path:
@@ -66,6 +100,18 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     yield warm
     for one in running.values():
         one.close()
+
+
+@pytest.fixture(scope="session")
+def family_config() -> Callable[..., Any]:
+    """family_config(model type, ...) → the config of a tiny teacher."""
+    from transformers import AutoConfig
+
+    def make(model_type: str, **changes: Any) -> Any:
+        settings = {"tie_word_embeddings": False, **SIZES, **OF_FAMILY.get(model_type, {}), **changes}
+        return AutoConfig.for_model(model_type, **settings)
+
+    return make
 
 
 def unit_of(nodeid: str) -> str:

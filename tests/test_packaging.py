@@ -52,7 +52,7 @@ def test_every_direct_dependency_is_pinned() -> None:
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    wanted = SETUP["project"]["dependencies"] + SETUP["project"]["optional-dependencies"]["dev"]
+    wanted = sum(SETUP["project"]["optional-dependencies"].values(), SETUP["project"]["dependencies"])
     for requirement in wanted:
         name = requirement.split(";")[0].split("[")[0]
         for mark in "<>=!~ ":

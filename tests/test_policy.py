@@ -21,7 +21,7 @@ READS_ENVIRONMENT = {
 }
 # Every mixer variant has these two; a class of any other name has one meaning in the whole tree.
 OF_EVERY_VARIANT = {"Mixer", "Options"}
-FOUND_BY_FILE_NAME = ("model/mixers", "model/teacher/families")
+FOUND_BY_FILE_NAME = ("model/mixers",)
 # Modules that no program of the product imports, each with what it is for.
 FOR_LATER = {
     "kernels/wkv7/split.py": "sequence parallelism: what ranks exchange about their parts of a sequence",
@@ -33,7 +33,7 @@ FOR_TESTS = {
     "deployments/demo/make_corpus.py": "wrote the shipped corpus",
 }
 MAX_LINES = 320
-LONG_FILES = {"kernels": 450, "tasks/contracts/recipe/sections.py": 400, "tasks/contracts/store/s3/store.py": 330}
+LONG_FILES = {"kernels": 450, "tasks/contracts/recipe/sections.py": 400}
 
 
 def python_files() -> list[Path]:
@@ -77,6 +77,8 @@ def test_every_module_is_reached() -> None:
             continue
         dotted = "radlads." + ".".join(name.with_suffix("").parts)
         endings = {dotted, dotted.removeprefix("radlads.tasks.jobs."), f".{path.stem}"}
+        if path.stem.endswith("_op"):  # the form of an operator for GPUs: `Forms` names what it needs
+            endings.add(path.stem.removesuffix("_op"))
         others = (words for place, words in mentioned.items() if place != path)
         if dotted not in scripts and not any(endings & words for words in others):
             unreached.add(name.as_posix())

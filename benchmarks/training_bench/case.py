@@ -10,6 +10,7 @@ from typing import Any
 
 from radlads.deployments.twins import large_recipes
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Align, Distill, Finetune
 from radlads.tasks.contracts.recipe.memory import freezes_mlp
 from radlads.tasks.contracts.recipe.training import Training
@@ -84,6 +85,16 @@ class Case:
             given |= {"loss": self.loss, "freeze": ()}
         return SECTIONS[self.stage].model_validate(given)
 
+    def resources(self, threads: int) -> JobResources:
+        """Of the training job. Raises pydantic's ValidationError for a ZeRO stage that there is not."""
+        return JobResources(
+            device=self.device,
+            processes=self.gpus,
+            zero_stage=self.zero,
+            threads=threads,
+            offload_optimizer=self.offload,
+        )
+
     def check(self) -> None:
         """Raises UserError, one line, for what cannot be run; nothing is made before."""
         if self.shape not in SHAPES:
@@ -94,6 +105,7 @@ class Case:
             )
         if any(layer >= self.depth for layer in self.attention_layers):
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
+        self.resources(threads=1)
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):
             raise UserError("--mlp-bits 8 needs --freeze mlp: only frozen weights can be held in 8 bit")
 
@@ -108,11 +120,11 @@ class Case:
         return cls(**given | tuples)
 
 
-def recipe_settings(name: str, stage: str, layers: int | None) -> dict[str, Any]:
+def recipe_settings(name: str, stage: str, layers: int | None, shape: str | None = None) -> dict[str, Any]:
     """The fields of a Case that a shipped recipe gives for a stage. Raises UserError.
 
-    Of phases the first counts. Layers to be chosen after align are spread evenly here, named ones that a cut model does
-    not have are left out.
+    shape: another one than its teacher's. Of phases the first counts. Layers to be chosen after align are spread evenly
+    here, named ones that a cut model does not have are left out.
     """
     known = dict(large_recipes())
     if name not in known:
@@ -122,11 +134,12 @@ def recipe_settings(name: str, stage: str, layers: int | None) -> dict[str, Any]
         raise UserError(f"the recipe '{name}' has no section `{stage}`")
     section, student = dict(raw[stage]), raw["student"]
     section |= {k: v for k, v in (section.get("phases") or [{}])[0].items() if k in ("context", "batch", "micro_batch")}
-    shape = SHAPE_OF_TEACHER[raw["teacher"]["path"]]
+    own_shape = SHAPE_OF_TEACHER[raw["teacher"]["path"]]
+    shape = shape or own_shape
     depth = layers or SHAPES[shape]["num_hidden_layers"]
     kept = student.get("attention_layers", ())
     if isinstance(kept, dict):
-        count = max(1, kept["count"] * depth // SHAPES[shape]["num_hidden_layers"])
+        count = max(1, kept["count"] * depth // SHAPES[own_shape]["num_hidden_layers"])
         kept = [depth * (i + 1) // (count + 1) for i in range(count)]
     frozen = tuple(section.get("freeze", ()))
     micro = min(section.get("micro_batch", 1), section["batch"])

@@ -57,17 +57,7 @@ class Inputs:
         write_teacher(self.case, self.teacher)
         self._teacher_ref = pin_teacher(str(self.teacher), hashes=ContentHashes(self.content_cache))
         inputs = {"student": self._student(threads), "data": self._dataset(name)}
-        return self._job(self.case.stage, self._train_spec(), inputs, name, self._resources(threads))
-
-    def _resources(self, threads: int) -> JobResources:
-        case = self.case
-        return JobResources(
-            device=case.device,
-            processes=case.gpus,
-            zero_stage=case.zero,
-            threads=threads,
-            offload_optimizer=case.offload,
-        )
+        return self._job(self.case.stage, self._train_spec(), inputs, name, self.case.resources(threads))
 
     def _train_spec(self) -> TrainSpec:
         case = self.case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from radlads.tasks.launchers.local import job_environment, render_command
 
 HERE = Path(__file__).resolve().parent
 _TAIL_LINES = 25
+_RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Exhausted|Resources)\b.*)")
 
 
 def run_product(job: JobSpec, case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,8 +107,9 @@ def _why(code: int, log: Path, ending: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if any("out of memory" in line.lower() for line in lines):
         return "out-of-memory"
+    raised = [found[1] for line in lines if (found := _RAISED.search(line)) and "ChildFailedError" not in line]
     tail = "\n".join(lines[-_TAIL_LINES:])
-    return f"it ended with {code}; the end of {log}:\n{tail}"
+    return f"{raised[0][:200] if raised else f'it ended with {code}'}\nThe end of {log}:\n{tail}"
 
 
 def _free_port() -> int:

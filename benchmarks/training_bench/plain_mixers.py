@@ -86,6 +86,8 @@ class PlainMixer(nn.Module):
             setattr(self, name, getattr(attention, name))
         self.q_norm = getattr(attention, "q_norm", None)
         self.k_norm = getattr(attention, "k_norm", None)
+        if "ln_x.weight" in tensors:
+            self.ln_x = nn.GroupNorm(self.heads, self.heads * self.head_dim, eps=self.head_dim * 1e-5)
         for name, tensor in tensors.items():
             place, _, own = name.rpartition(".")
             if place:
@@ -122,9 +124,11 @@ class PlainMixer(nn.Module):
             kk = F.normalize(k.float(), dim=-1).to(k.dtype)
             k = k * (1 - log_decay.exp() + iclr).to(k.dtype)
         out = self.operator(r, log_decay, k, v, -kk, kk * iclr.to(k.dtype))
-        if hasattr(self, "k_k"):
-            flat = F.group_norm(out.flatten(0, 1).flatten(1).float(), self.heads, eps=self.head_dim * 1e-5)
-            out = (flat * self.ln_x.weight.float() + self.ln_x.bias.float()).to(out.dtype).view_as(out)
+        if hasattr(self, "ln_x"):
+            norm = self.ln_x
+            flat = out.flatten(0, 1).flatten(1).float()
+            flat = F.group_norm(flat, self.heads, norm.weight.float(), norm.bias.float(), norm.eps)
+            out = flat.to(out.dtype).view_as(out)
         else:
             out = out * self.head_dim**-0.5
         return out.flatten(2) * (torch.sigmoid(x @ self.g1) @ self.g2)

@@ -129,6 +129,7 @@ def summarise(events: Any, steps: int, device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     forward = _forward_parts(host)
+    annotations = {event.name for event in host if event.is_user_annotation or event.name.startswith(PREFIX)}
     by_kernel: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     by_group: Counter[str] = Counter()
     by_part: dict[str, Counter[str]] = defaultdict(Counter)
@@ -139,7 +140,7 @@ def summarise(events: Any, steps: int, device: torch.device) -> dict[str, Any]:
             continue
         part = _part(event, forward) or "other"
         for name, microseconds in pieces:
-            if name.startswith(PREFIX):
+            if name in annotations:
                 continue
             ms = microseconds / 1e3 / steps
             found += ms
@@ -149,6 +150,10 @@ def summarise(events: Any, steps: int, device: torch.device) -> dict[str, Any]:
             by_group[group] += ms
             by_part[part][group] += ms
     names = Counter(event.name for event in host)
+    if on_gpu:
+        everything = sum(event.time_range.elapsed_us() for event in _on_device(events)) / 1e3 / steps
+        by_group["not attributed"] = max(0.0, everything - found)
+        found = everything
     table = {
         "groups": dict(by_group.most_common()),
         "parts": {part: dict(groups.most_common()) for part, groups in sorted(by_part.items())},
@@ -165,13 +170,16 @@ def _on_host(event: Any) -> list[tuple[str, float]]:
     return [(event.name, event.self_cpu_time_total)] if event.name.startswith("aten::") else []
 
 
+def _on_device(events: Any) -> list[Any]:
+    """Kernels, copies and fills; a range that a program opened is shown among them and is none."""
+    kind = torch.autograd.DeviceType.CUDA
+    ranges = {event.name for event in events if event.is_user_annotation}
+    return [event for event in events if event.device_type == kind and event.name not in ranges]
+
+
 def _idle(events: Any, steps: int) -> dict[str, float]:
     """How much of the time between a GPU's first and last kernel none of them ran."""
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith((PREFIX, "ProfilerStep"))
-    )
+    spans = sorted((event.time_range.start, event.time_range.end) for event in _on_device(events))
     busy, until = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, until))

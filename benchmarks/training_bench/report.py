@@ -73,13 +73,13 @@ def describe_machine(command: str) -> str:
 def legend() -> str:
     """What the columns mean."""
     return (
-        "Share of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N), "
-        "6 N for finetune, N all the teacher's parameters; align has none: both shares are by matrices. By matrices: 2 "
-        "for every number of a matrix in the forward pass, 2 for the gradient of its input (not of the teacher-forced "
-        "input of align's mixers), 2 for its own where it trains. Softmax attention's products of tokens with tokens, "
-        "the recurrence and recomputation count nowhere. Start-up: launch of the job to its first step. Stall: "
-        f"training stands still for a checkpoint, and its share at one in {_CHECKPOINT_INTERVAL} steps. Peak: allocated, "
-        "the largest of all ranks, over the measured steps.\n"
+        "Shares are of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N) "
+        "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are by matrices. By "
+        "matrices: 2 for every number of a matrix in the forward pass, 2 for the gradient of its input (none for the "
+        "teacher-forced input of align's mixers), 2 for its own where it trains. Softmax attention's products of "
+        "tokens with tokens, the recurrence and recomputation count nowhere. Start-up: launch of the job to its first "
+        f"step. Stall: training stands still for a checkpoint; its share is at one in {_CHECKPOINT_INTERVAL} "
+        "steps. Peak: allocated, the largest of all ranks, over the measured steps.\n"
     )
 
 
@@ -119,7 +119,7 @@ def _cells(row: Row) -> list[str]:
         f"{marks['first step begins']:.1f}",
         f"{marks['first step ended'] - marks['first step begins']:.1f}",
         stall,
-        f"{first['losses'][0]:.4f} → {first['losses'][-1]:.4f}",
+        f"{first['losses'][0]:.5g} → {first['losses'][-1]:.5g}",
     ]
 
 

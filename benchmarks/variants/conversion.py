@@ -12,7 +12,7 @@ import torch
 from rows import ROWS, Record, Row, Settings, Unit
 from safetensors.torch import load_file, save_file
 
-from radlads.model.convert.layer_choice import difficulty_layers, even_layers, last_layers, recall_layers
+from radlads.model.convert.layer_choice import difficulty_scores, even_layers, last_layers, recall_layers, spaced_layers
 from radlads.model.convert.layer_scores import BEFORE, TokenCount, sum_layers
 from radlads.model.convert.restore import restore_attention
 from radlads.model.convert.transplant import transplant
@@ -218,7 +218,7 @@ class Bench:
         chosen = {
             "even": even_layers(count, num_layers),
             "last": last_layers(count, num_layers),
-            "difficulty": difficulty_layers(curves, count, num_layers=num_layers),
+            "difficulty": spaced_layers(difficulty_scores(curves), count, num_layers=num_layers),
             "recall": recall_layers(score, count, range(num_layers))[0],
         }
         return chosen, used.student + used.teacher

@@ -16,6 +16,7 @@ from radlads.flows.cli import (  # noqa: F401 - they register commands
     recipes,
     run,
     services,
+    store,
     sync,
 )
 from radlads.flows.cli.application import ERR, app, parse_overrides

@@ -1,4 +1,4 @@
-"""linear_kl: losses from hidden states, head projection included, without ever holding the logits; see README.md."""
+"""linear_kl: losses from hidden states, head projection included, without materialising all logits; see README.md."""
 
 from radlads.kernels.linear_kl.ce import linear_ce
 from radlads.kernels.linear_kl.kl import linear_kl

@@ -21,17 +21,17 @@ def linear_ce(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross entropy over the tokens whose label is not `ignore_index`; the logits [N,V] never exist whole.
+    """Mean cross entropy over the tokens whose label is not `ignore_index`; never materialises the logits [N,V].
 
-    `labels_N[n]` is the token that `hidden[n]` predicts: shift before calling. `label_smoothing` as in
-    `torch.nn.functional.cross_entropy`. Returns `(scalar fp32 loss, {"ce", "accuracy", "num_tokens"})`, the metrics
-    detached, `ce` free of smoothing; without any token the loss is 0. Gradients to the hidden states and the head.
+    `labels_N[n]` is the token that `hidden[n]` predicts (shift before calling). `label_smoothing` as in
+    `torch.nn.functional.cross_entropy`. Returns `(scalar fp32 loss, {"ce", "accuracy", "num_tokens"})`; the metrics
+    are detached, `ce` is without smoothing, and the loss is 0 without tokens. Gradients go to hidden states and head.
     Low-precision operands are multiplied with fp32 sums (fp64 stays fp64); `logits_dtype` as in `linear_kl`.
-    Raises ValueError if shapes do not fit.
+    Raises ValueError for mismatched shapes.
     """
     if hidden_ND.dim() != 2 or head_VD.dim() != 2 or hidden_ND.shape[1] != head_VD.shape[1]:
         raise ValueError(
-            f"linear_ce: hidden [N,D] and head [V,D] do not fit: {tuple(hidden_ND.shape)} and {tuple(head_VD.shape)}"
+            f"linear_ce: hidden [N,D] and head [V,D] do not match: {tuple(hidden_ND.shape)} and {tuple(head_VD.shape)}"
         )
     if labels_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"linear_ce: labels_N must be [{hidden_ND.shape[0]}], got {tuple(labels_N.shape)}")
@@ -68,10 +68,12 @@ class _LinearCe(torch.autograd.Function):
             want_head=grad and ctx.needs_input_grad[1],
             logits_dtype=logits_dtype,
         )
-        found = run_batch(batch, settings)
-        ctx.save_for_backward(found.grad_hidden, *found.grad_head)
+        result = run_batch(batch, settings)
+        ctx.save_for_backward(result.grad_hidden, *result.grad_head)
         ctx.dtypes = hidden_ND.dtype, head_VD.dtype
-        ce, smooth, accuracy = (x.sum() / divisor for x in (found.losses.nll, found.losses.smooth, found.losses.same))
+        ce, smooth, accuracy = (
+            x.sum() / divisor for x in (result.losses.nll, result.losses.smooth, result.losses.same)
+        )
         results = (1 - settings.smoothing) * ce + settings.smoothing * smooth, ce, accuracy, num_tokens
         ctx.mark_non_differentiable(*results[1:])
         return results

@@ -1,7 +1,7 @@
-"""The pass over the tokens that both losses share: logits of a tile, its losses, the products of a block.
+"""The pass over tokens that both losses share: logits and losses per tile, products of the backward per block.
 
-Dims: N tokens, D student width, E teacher width, V vocabulary. A tile is as many tokens as have logits at a time; a
-block is as many as have gradients of logits at a time: several tiles, so that the products of the backward are large.
+Dims: N tokens, D student width, E teacher width, V vocabulary. A tile is the group of tokens whose logits are in memory
+at the same time. A block is the group whose logit gradients are in memory: several tiles, for large backward products.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from radlads.kernels.linear_kl.rows import RowLosses, RowSettings, torch_rows
 from radlads.kernels.shared.backends import is_hopper
 from radlads.kernels.shared.chosen import note_kernel
 
-# Memory for logits and their gradients. On a GPU it leaves, of one GiB, room for the gradient of the hidden states.
+# Memory for logits and their gradients. On a GPU, this and the gradient of the hidden states fit in 1 GiB.
 ARENA_BYTES = {"cpu": 64 << 20, "cuda": 870 << 20}
-MAX_BLOCK = 2048  # tokens: from here on the products are as fast as they get
-# Tokens of a block whose tiles are no smaller: the product with the head is fastest so, its gradient wants more.
+MAX_BLOCK = 2048  # tokens: larger products are not faster
+# Tokens per block for the fused products: the fastest size for the head product; its gradient benefits from more.
 FUSED_BLOCK = {"frozen": 1024, "trained": 2048}
-PULLED = 1024  # tokens whose gradient is taken to the hidden states at a time
-_ROUND = 128  # tokens of a tile are a multiple of this, where there are that many
-_LEAST = 16  # tokens of a tile, however large the vocabulary
-_PAD = 256  # entries of a row: keeps every row aligned for the matrix units, and whole for a product's tiles
+PULLED = 1024  # tokens per product of logit gradient and head
+_ROUND = 128  # tiles of at least this many tokens are a multiple of it
+_LEAST = 16  # minimum tokens of a tile
+_PAD = 256  # row length is a multiple of this: alignment for the matrix units and for whole product tiles
 
 Rows = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What both losses are made of; the teacher's part is None for cross entropy alone."""
+    """Inputs of both losses; the teacher fields are None for cross entropy alone."""
 
     hidden: Tensor  # [N,D]
     head: Tensor  # [V,D]
-    scale: Tensor  # [N]: of each token's gradient, its normalised weight
+    scale: Tensor  # [N]: normalised weight of each token's gradient
     teacher: Tensor | None = None  # [N,E]
     teacher_head: Tensor | None = None  # [V,E]
     labels: Tensor | None = None  # [N]
@@ -50,15 +50,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Found:
-    """Losses of all tokens, and the gradients as they wait for the incoming scalar."""
+    """Losses of all tokens, and the gradients before multiplication by the incoming scalar."""
 
     losses: RowLosses
     grad_hidden: Tensor | None
-    grad_head: tuple[Tensor, ...]  # pieces of rows; none if it was not wanted
+    grad_head: tuple[Tensor, ...]  # row slabs; empty if not requested
 
 
 def run_batch(batch: Batch, settings: RowSettings) -> Found:
-    """Losses of every token [N], gradients of hidden states and head where wanted: one pass, four products at most."""
+    """Losses per token [N] and the requested gradients of hidden states and head: one pass, at most four products."""
     hidden, teacher = batch.hidden, batch.teacher
     N, V = hidden.shape[0], batch.head.shape[0]
     dtype = accumulate_dtype(hidden) if teacher is None else accumulate_dtype(hidden, teacher)
@@ -81,19 +81,29 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
     rows = choose_rows(hidden.device, dtype)
 
     def fill(here: slice, z: Tensor, y: Tensor | None, grad: Tensor | None) -> None:
-        """Losses of a tile's tokens and the gradient of its logits."""
+        """Write the losses of a tile and the gradient of its logits."""
         labels, factor = (None if x is None else x[here] for x in (batch.labels, batch.ce_factor))
         theirs_here = None if theirs is None else teacher[here]
-        found = RowLosses(*(x[here] for x in losses))
+        losses_here = RowLosses(*(x[here] for x in losses))
         if fused is not None:
             fused(
-                hidden[here], batch.head, theirs_here, batch.teacher_head, labels, factor, z, y, grad, settings, found
+                hidden[here],
+                batch.head,
+                theirs_here,
+                batch.teacher_head,
+                labels,
+                factor,
+                z,
+                y,
+                grad,
+                settings,
+                losses_here,
             )
             return
         ours.logits(hidden[here], z)
         if theirs is not None:
             theirs.logits(theirs_here, y)
-        rows(z, y, labels, factor, grad, settings, found)
+        rows(z, y, labels, factor, grad, settings, losses_here)
 
     def fill_block(start: int, block: list[int]) -> Tensor | None:
         done = 0
@@ -111,16 +121,16 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
                 for i in range(0, len(grad), PULLED):
                     piece = slice(i, min(i + PULLED, len(grad)))
                     grad_hidden[here][piece] = ours.pull_back(grad[piece]).mul_(scale[piece])
-            if grad_head is not None:  # scaled by N on the way: fp16 could not hold hidden / N
+            if grad_head is not None:  # scaled by N meanwhile: hidden / N would underflow in fp16
                 grad_head.add(grad, hidden[here] * (scale * N))
             start = here.stop
-        grad = tiles.arena = None  # gone before the head's gradient is cast
+        grad = tiles.arena = None  # free the arena before the head gradient is cast
         head = () if grad_head is None else grad_head.finish(1 / N, waiting_dtype(batch.head, dtype))
     return Found(losses, grad_hidden, head)
 
 
 def choose_rows(device: torch.device, dtype: torch.dtype) -> Rows:
-    """The fused kernel on a GPU with Triton, else (and for fp64) plain torch."""
+    """The fused kernel on a GPU with Triton; plain torch otherwise and for fp64."""
     if device.type != "cuda" or dtype == torch.float64 or find_spec("triton") is None:
         return torch_rows
     from radlads.kernels.linear_kl.triton_rows import triton_rows
@@ -129,8 +139,8 @@ def choose_rows(device: torch.device, dtype: torch.dtype) -> Rows:
 
 
 def choose_products(batch: Batch) -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The product that sums its own rows and the one that adds to a sum in memory, on NVIDIA's Hopper and where nothing
-    else was asked for; None: the library's products, and `choose_rows`."""
+    """(product_rows, add_outer) on NVIDIA Hopper, unless `logits_dtype` is set or the operands are unsupported; None:
+    use the library's products and `choose_rows`."""
     device = batch.hidden.device
     if device.type != "cuda" or not is_hopper(device) or batch.logits_dtype is not None or find_spec("triton") is None:
         return None
@@ -151,24 +161,24 @@ def _form(batch: Batch, fused: bool, dtype: torch.dtype) -> str:
 
 
 def _why_slower(batch: Batch) -> str:
-    """Why not the products that sum their own rows, for this batch."""
+    """Why this batch does not use the fused products."""
     device = batch.hidden.device
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
     if find_spec("triton") is None:
         return "triton is not installed"
     if not is_hopper(device):
-        return "the GPU is no Hopper"
+        return "the GPU is not Hopper"
     if batch.logits_dtype is not None:
-        return "logits_dtype was asked for"
-    return f"hidden states and head of {batch.hidden.dtype}, or their alignment, do not fit the fused products"
+        return "logits_dtype is set"
+    return f"the fused products do not support {batch.hidden.dtype} operands or this alignment"
 
 
 class _Tiles:
-    """One piece of memory for a block: gradients of logits grow from its front, logits of a tile lie behind them.
+    """The arena of a block: logit gradients fill it from the start, the logits of the current tile follow them.
 
-    Logits of the student and their gradient share memory where they have one size. A block has at most `longest`
-    tokens, and with `powers` a tile has 2^i, so that its products fill the GPU.
+    The student's logits and their gradient share memory if their dtypes have the same size. A block has at most
+    `longest` tokens. With `powers`, a tile has 2^i tokens, so that its products fill the GPU.
     """
 
     def __init__(
@@ -194,17 +204,17 @@ class _Tiles:
         self.arena = torch.empty(rows * self.width, dtype=torch.uint8, device=device)
 
     def _plan(self, N: int, budget: int) -> list[list[int]]:
-        """Tiles of every block: each as long as the memory that is left allows."""
+        """Tile sizes of each block, each as large as the remaining memory allows."""
         first = self._round(budget // (self.kept + self.passing))
         blocks: list[list[int]] = []
         while N > 0:
             block: list[int] = []
             room = min(N, self.longest) if self.kept else min(N, self.longest, first)
             while room > 0:
-                left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
-                if block and left < max(_LEAST, first // 2):
+                tokens_left = (budget - sum(block) * self.kept) // (self.kept + self.passing)
+                if block and tokens_left < max(_LEAST, first // 2):
                     break
-                block.append(min(self._round(left), room))
+                block.append(min(self._round(tokens_left), room))
                 room -= block[-1]
             blocks.append(block)
             N -= sum(block)
@@ -216,12 +226,12 @@ class _Tiles:
         return 1 << (tile.bit_length() - 1) if self.powers else tile // _ROUND * _ROUND
 
     def _bytes(self, block: list[int]) -> int:
-        """Bytes of a block per entry of a row."""
+        """Bytes of a block per entry of a row of logits."""
         ends = [sum(block[: i + 1]) for i in range(len(block))]
         return max(end * self.kept + tile * self.passing for end, tile in zip(ends, block, strict=True))
 
     def views(self, offset: int, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits of the student, of the teacher, and the gradient [count,V] of the tile after `offset` tokens."""
+        """Student logits, teacher logits and logit gradient, each [count,V], of the tile after `offset` tokens."""
         start = offset * self.kept
         grad = None if self.grad_dtype is None else self._rows(start, count, self.grad_dtype)
         place = start + count * self.kept
@@ -230,7 +240,7 @@ class _Tiles:
         return z, None if self.alone else self._rows(place, count, self.logits_dtype), grad
 
     def gradients(self, count: int) -> Tensor:
-        """Of the first `count` tokens of the block, [count,V]."""
+        """Logit gradients of the first `count` tokens of the block, [count,V]."""
         return self._rows(0, count, self.grad_dtype)
 
     def _rows(self, place: int, count: int, dtype: torch.dtype) -> Tensor:

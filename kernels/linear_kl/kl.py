@@ -31,20 +31,20 @@ def linear_kl(
     l2wrap: float = 0.0,
     logits_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """kl_weight · τ² KL(teacher ‖ student) + ce_weight · CE, means over tokens; the logits [N,V] never exist whole.
+    """kl_weight · τ² KL(teacher ‖ student) + ce_weight · CE, means over tokens; never materialises the logits [N,V].
 
-    KL compares softmax(teacher logits / teacher_temperature) with softmax(student logits / student_temperature); each
-    defaults to `temperature`, and τ is the student's, so that the gradient keeps its size. CE is at temperature 1, over
-    the tokens whose label is not `ignore_index` (`labels_N[n]` is the token that `hidden[n]` predicts: shift before
-    calling). `weight_N` (≥ 0) weighs tokens in every mean; a mean over no tokens is 0. `l2wrap` adds l2wrap · z to the
-    gradient of every token's largest logit z (RWKV's L2Wrap), weighed like the KL, and is not in the loss.
+    KL compares softmax(teacher logits / teacher_temperature) with softmax(student logits / student_temperature). Both
+    temperatures default to `temperature`; τ is the student's, so the gradient scale is independent of it. CE has
+    temperature 1 and covers the tokens whose label is not `ignore_index`; `labels_N[n]` is the token that `hidden[n]`
+    predicts (shift before calling). `weight_N` (≥ 0) weights the tokens in all means; a mean over no tokens is 0.
+    `l2wrap` adds l2wrap · z to the gradient of each token's largest logit z (RWKV's L2Wrap), weighted like the KL; it
+    is not in the loss.
 
-    Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`, the metrics detached and `kl` with its τ²; without
-    labels `ce` is 0. Gradients go to the student's hidden states and head, never to the teacher. bf16 and fp16 operands
-    are multiplied with fp32 sums (fp64 stays fp64). `logits_dtype` is how logits wait between product and loss: None
-    is never on NVIDIA's Hopper (README.md) and fp32 elsewhere; the operands' own dtype rounds them as a plain head
-    would.
-    Raises ValueError if shapes do not fit.
+    Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`; the metrics are detached, `kl` includes τ², `ce` is 0
+    without labels. Gradients go to the student's hidden states and head only. bf16 and fp16 operands are multiplied
+    with fp32 sums (fp64 stays fp64). `logits_dtype` is the dtype of logits in memory. None: fp32, except on NVIDIA
+    Hopper, where logits are not stored (README.md). The operands' dtype rounds logits as a plain head does.
+    Raises ValueError for mismatched shapes.
     """
     _check(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, labels_N, weight_N)
     tau = temperature if student_temperature is None else student_temperature
@@ -80,7 +80,7 @@ class _LinearKl(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         N = student_ND.shape[0]
         scale_N = _normalised(weight_N, N, accumulate_dtype(student_ND, teacher_NE), student_ND.device)
-        # CE has a mean of its own; ratio_N turns the common scale of a row into that of its CE term
+        # CE is a mean over other tokens; ratio_N converts a row's scale to that of its CE term
         ratio_N = None if labels_N is None else _ce_ratio(scale_N, labels_N != settings.ignore_index)
         kl_weight, ce_weight = weights
         batch = Batch(
@@ -95,12 +95,12 @@ class _LinearKl(torch.autograd.Function):
             want_head=grad and ctx.needs_input_grad[1],
             logits_dtype=logits_dtype,
         )
-        found = run_batch(batch, settings)
-        ctx.save_for_backward(found.grad_hidden, *found.grad_head)
+        result = run_batch(batch, settings)
+        ctx.save_for_backward(result.grad_hidden, *result.grad_head)
         ctx.dtypes = student_ND.dtype, head_VD.dtype
-        kl = (found.losses.kl @ scale_N) * settings.student_temperature**2
-        ce = kl.new_zeros(()) if ratio_N is None else found.losses.nll @ (scale_N * ratio_N)
-        agreement = found.losses.same @ scale_N
+        kl = (result.losses.kl @ scale_N) * settings.student_temperature**2
+        ce = kl.new_zeros(()) if ratio_N is None else result.losses.nll @ (scale_N * ratio_N)
+        agreement = result.losses.same @ scale_N
         ctx.mark_non_differentiable(kl, ce, agreement)
         return kl_weight * kl + ce_weight * ce, kl, ce, agreement
 
@@ -111,11 +111,10 @@ class _LinearKl(torch.autograd.Function):
 
 
 def scaled_gradients(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that the forward left (the head's in pieces), times the incoming scalar, in the dtypes of what they
-    belong to.
+    """The saved gradients (the head's in slabs) times the incoming scalar, in the dtypes of their tensors.
 
-    The scalar is not rounded to a lower precision first: where it weighs a batch among others, that would be another
-    weight. Of one dimension, it makes the product one in its own precision, whose result is rounded once.
+    The scalar keeps its precision, because it may be the weight of this batch among others: as a tensor of one
+    dimension it makes the product use its dtype, and the result is rounded once.
     """
     hidden, *pieces = ctx.saved_tensors
     hidden_dtype, head_dtype = ctx.dtypes
@@ -133,7 +132,7 @@ def scaled_gradients(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, Te
 
 
 def _normalised(weight_N: Tensor | None, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Weights that sum to one; all zero if there is nothing to weigh."""
+    """Weights that sum to one, [N]; all zero if their sum is zero."""
     if weight_N is None:
         return torch.full((N,), 1 / max(N, 1), dtype=dtype, device=device)
     weight = weight_N.detach().to(dtype)
@@ -152,7 +151,7 @@ def _check(
     for name, hidden, matrix in (("student", student, head), ("teacher", teacher, teacher_head)):
         if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1]:
             raise ValueError(
-                f"linear_kl: {name} hidden [N,D] and head [V,D] misfit: {tuple(hidden.shape)}, {tuple(matrix.shape)}"
+                f"linear_kl: {name} hidden [N,D] and head [V,D] differ: {tuple(hidden.shape)}, {tuple(matrix.shape)}"
             )
     if student.shape[0] != teacher.shape[0] or head.shape[0] != teacher_head.shape[0]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 sums for low-precision operands, and the gradient of a head gathered from them.
+"""Matrix products with fp32 sums for low-precision operands, and the accumulated gradient of a head.
 
 Dims: V vocabulary, E width, n tokens of a tile or block.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 _LOW = (torch.bfloat16, torch.float16)
-_SLAB_ROUND = 128  # rows: whole tiles of a product, and rows of the gradients aligned where a slab begins
-_SLABS = 2  # pieces of the gradient of a head: the last cast then needs a quarter more memory and not half more
+_SLAB_ROUND = 128  # rows: whole product tiles, and aligned slab starts
+_SLABS = 2  # of the head gradient: casting one at a time needs a quarter more memory instead of half more
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -21,16 +21,16 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class Operand:
-    """One head [V,E], ready for products: as it is where the GPU multiplies it with fp32 sums, else widened once."""
+    """A head [V,E] as product operand: unchanged if the GPU multiplies it with fp32 sums, else cast once."""
 
     def __init__(self, head_VE: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype) -> None:
         self.narrow = head_VE.is_cuda and head_VE.dtype == hidden_dtype and hidden_dtype in _LOW
         self.dtype = dtype
         self.head_VE = head_VE if self.narrow else head_VE.to(dtype)
-        self.grad_dtype = head_VE.dtype if self.narrow else dtype  # of gradients of logits that enter products
+        self.grad_dtype = head_VE.dtype if self.narrow else dtype  # dtype of logit gradients in products
 
     def logits(self, hidden_nE: Tensor, out_nV: Tensor) -> None:
-        """[n,E] -> [n,V], rounded once to the dtype of `out_nV`."""
+        """Logits [n,E] -> [n,V], rounded once to the dtype of `out_nV`."""
         if self.narrow:
             torch.mm(hidden_nE, self.head_VE.t(), out_dtype=out_nV.dtype, out=out_nV)
         elif out_nV.dtype == self.dtype:
@@ -39,16 +39,16 @@ class Operand:
             out_nV.copy_(hidden_nE.to(self.dtype) @ self.head_VE.t())
 
     def pull_back(self, grad_nV: Tensor) -> Tensor:
-        """[n,V] -> [n,E] in the accumulation dtype: the gradient of the logits taken to the hidden states."""
+        """Logit gradient [n,V] -> hidden-state gradient [n,E] in the accumulation dtype."""
         if self.narrow:
             return torch.mm(grad_nV, self.head_VE, out_dtype=self.dtype)
         return grad_nV @ self.head_VE
 
 
 class HeadGradient:
-    """Sum of gradᵀ hidden over the blocks of a batch, in the accumulation dtype.
+    """Accumulates gradᵀ hidden over the blocks of a batch, in the accumulation dtype.
 
-    `add_outer(total, grad, hidden, begun)` makes or adds a product; None: the library's.
+    `add_outer(total, grad, hidden, begun)` stores (begun False) or adds a product; None: the library's product.
     """
 
     def __init__(self, operand: Operand, add_outer: Callable[[Tensor, Tensor, Tensor, bool], None] | None) -> None:
@@ -76,7 +76,7 @@ class HeadGradient:
             torch.mm(grad.t(), right, out=total, **narrow)
 
     def finish(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The gradient [V,E] times `scale` in `dtype`, as pieces of rows; spends the sum, piece by piece."""
+        """The gradient [V,E] times `scale` in `dtype`, as row slabs; frees the sum slab by slab."""
         pieces = []
         while self.slabs:
             total = self.slabs.pop(0)
@@ -88,7 +88,7 @@ class HeadGradient:
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as `torch.nn.functional.linear` would under an active autocast; the casts are differentiable."""
+    """Cast as `torch.nn.functional.linear` does under an active autocast; the casts are differentiable."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -97,5 +97,5 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def waiting_dtype(like: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient that waits for backward: fp16 could not hold values below 6e-8, so those stay wide until scaled."""
+    """Dtype of a gradient stored until backward: not fp16, which cannot represent unscaled values below 6e-8."""
     return dtype if like.dtype == torch.float16 else like.dtype

@@ -1,4 +1,4 @@
-"""Losses and gradients of rows of logits, in plain torch; `triton_rows.py` does the same in one kernel.
+"""Losses and gradients of rows of logits in plain torch; `triton_rows.py` is the same as one kernel.
 
 Dims: n rows (tokens), V vocabulary. Mathematics: README.md.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class RowSettings(NamedTuple):
-    """What every row has in common. The gradient of a row is
+    """Settings of all rows. The gradient of a row is
 
     kl_factor (q - p) + ce_factor_n (softmax(z) - (1 - smoothing) onehot - smoothing / V) + l2wrap · z_top onehot(top)
     """
@@ -26,8 +26,8 @@ class RowSettings(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """Per row [n] in the accumulation dtype, without any weight: KL, negative log likelihood, its smoothed part
-    (mean over the vocabulary of -log softmax), and whether the top token is the teacher's (without one: the label)."""
+    """Unweighted losses per row, [n], in the accumulation dtype. nll: negative log likelihood; smooth: mean over the
+    vocabulary of -log softmax; same: whether the top token equals the teacher's, or the label without a teacher."""
 
     kl: Tensor
     nll: Tensor
@@ -44,12 +44,12 @@ def torch_rows(
     settings: RowSettings,
     losses: RowLosses,
 ) -> None:
-    """Fill `losses` and, if given, `grad_nV` (which may be the memory of z). The logits z and y are spent."""
+    """Write `losses` and, if given, `grad_nV` (which may share memory with z). Overwrites the logits z and y."""
     dtype = losses.kl.dtype
     z, tau = z_nV.to(dtype), settings.student_temperature
     top = z.argmax(-1, keepdim=True)
     top_value = z.gather(1, top) if settings.l2wrap and grad_nV is not None else None
-    pull = None  # gradient of the part at temperature 1
+    pull = None  # gradient of the CE term, at temperature 1
     if labels_n is not None:
         valid = labels_n != settings.ignore_index
         label = labels_n.where(valid, 0)[:, None]

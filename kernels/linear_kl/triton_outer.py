@@ -1,9 +1,8 @@
-"""The gradient of a head, block by block: gradᵀ hidden added to an fp32 sum that stays in memory. For NVIDIA's Hopper.
+"""The gradient of a head for NVIDIA Hopper: adds gradᵀ hidden of each block to an fp32 sum in memory.
 
-A block's product is as large as the head and must be added to what earlier blocks left: 5 GB a block for a head of
-152,064 × 4,096, which a library's product reads and writes between its products. Here a program sends its tile
-off to be added by the memory (a reduction by the copy engine, one addition an entry, so the result is the same every
-time) and goes on with the next.
+The product of a block is as large as the head: for a head of 152,064 × 4,096, adding it reads and writes 5 GB per
+block, which a library product does between its multiplications. Here a program hands its tile to the copy engine, which
+adds it in memory (one addition per entry, so the result is deterministic), and continues with the next tile.
 
 Dims: n tokens of a block, V vocabulary, D width.
 """
@@ -18,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radlads.kernels.linear_kl.triton_product import quarters, resident
 
-ROWS, COLUMNS, DEPTH = 128, 256, 64  # of the head, of its width, tokens at a time
+ROWS, COLUMNS, DEPTH = 128, 256, 64  # tile: head rows, head columns, tokens per step
 WARPS, STAGES = 8, 4
 
 
@@ -34,7 +33,7 @@ def _send(total, row, column, z, BEGUN: tl.constexpr):
 def outer_kernel(
     grad, hidden, total, n, V, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEGUN: tl.constexpr
 ):  # fmt: skip
-    """grad [n,V], hidden [n,D], total [V,D]: descriptors of memory. BEGUN: there is something to add to."""
+    """grad [n,V], hidden [n,D], total [V,D]: tensor descriptors. BEGUN: add to total instead of overwriting it."""
     column_tiles = tl.cdiv(D, BN)
     Q: tl.constexpr = BN // 4
     for tile in tl.range(tl.program_id(0), tl.cdiv(V, BM) * column_tiles, tl.num_programs(0), flatten=True):
@@ -51,8 +50,8 @@ def outer_kernel(
 
 
 def add_outer(total_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor, begun: bool) -> None:
-    """total (fp32) becomes gradᵀ hidden, or if it is `begun` has that added. 16-bit operands of one dtype, rows of
-    multiples of 16 bytes."""
+    """Store gradᵀ hidden in total (fp32), or add it if `begun`. Operands: one 16-bit dtype, row lengths a multiple of
+    16 bytes."""
     (n, V), D = grad_nV.shape, hidden_nD.shape[1]
     programs = resident(triton.cdiv(V, ROWS) * triton.cdiv(D, COLUMNS), grad_nV)
     with torch.cuda.device_of(grad_nV):

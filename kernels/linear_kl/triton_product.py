@@ -1,14 +1,14 @@
-"""Logits that are never written: a product whose tiles leave as exponentials and sums. For NVIDIA's Hopper.
+"""A head product for NVIDIA Hopper that stores exponentials and sums instead of logits.
 
-One program multiplies 128 tokens with 256 rows of the head (a part), and while the 128 x 256 logits are still in its
-registers it finds, for every token, the part's maximum and the sums of `triton_rows.py`. What is written is
-e^((z - maximum of the part) / temperature), in fp16: within [0, 1], so known to 2^-12 of itself, and below 2^-14 of
-the part's largest to 2^-25 of that. The teacher's product comes first; the student's reads the teacher's exponentials,
-so that KL is summed with fp32 logits of the student. Then `combine` makes the sums of the rows, and one elementwise
-kernel turns both exponentials into the gradient, in place.
+One program multiplies 128 tokens with 256 rows of the head (a part). While the 128 x 256 logits are in registers, it
+computes for each token the maximum of the part and the sums of `triton_rows.py`. It stores
+e^((z - maximum of the part) / temperature) in fp16: values in [0, 1] with relative error 2^-12, or, below 2^-14 of the
+part's largest, with absolute error 2^-25 of it. The teacher's product runs first. The student's product reads the
+teacher's exponentials, so KL is summed with fp32 student logits. Then `combine` computes the sums of the rows, and one
+elementwise kernel converts both exponentials to the gradient, in place.
 
-Every sum is over the rounded exponentials: both distributions sum to one, and equal logits give nothing but the
-rounding of a few fp32 operations.
+All sums use the rounded exponentials: both distributions sum to one, and equal logits give a gradient and KL of zero up
+to the rounding of a few fp32 operations.
 
 Dims: n tokens of a tile, D width, V vocabulary, P parts of a row.
 """
@@ -26,16 +26,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings
 from radlads.kernels.linear_kl.triton_rows import FACTS, LOG2E, RESULTS, combine, pull_of
 
-TOKENS, PART, DEPTH = 128, 256, 64  # of a program's tile; how much of the width it has at a time
-WARPS = 8  # two groups of four, each with half the tokens
+TOKENS, PART, DEPTH = 128, 256, 64  # tile of a program; width per step
+WARPS = 8  # two groups of four; each has half of the tokens
 STAGES = 4
-_GRADIENT_PARTS = 8  # parts of a program of the elementwise kernel
-_TEACHER = tl.constexpr(5)  # where the teacher's facts begin
+_GRADIENT_PARTS = 8  # parts per program of the elementwise kernel
+_TEACHER = tl.constexpr(5)  # index of the first teacher fact
 
 
 @triton.jit
 def quarters(z, BM: tl.constexpr, BN: tl.constexpr):
-    """The columns of a tile [BM,BN] in four pieces, which stay in the registers that they are in."""
+    """Split the columns of a tile [BM,BN] into four pieces, without moving registers."""
     left, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
     a, b = left.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
     c, d = right.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
@@ -53,8 +53,8 @@ def _inside(z, x, V, EVEN: tl.constexpr):
 def _sums(
     z, p, top, start, column, kept, V, cold, cold_other, KIND: tl.constexpr
 ):  # fmt: skip
-    """Writes the exponentials of a piece of the tile. Sums of them; of those at the other temperature; of them (or of
-    the teacher's, p) times their exponents of 2; of the logits."""
+    """Store the exponentials u of a piece of the tile. Returns the sums of u; of u at the other temperature; of u (or
+    the teacher's p) times the base-2 exponent; and of the logits."""
     WIDTH: tl.constexpr = KIND[0]
     TEACHER: tl.constexpr = KIND[1]
     AGAINST: tl.constexpr = KIND[2]
@@ -79,7 +79,7 @@ def _sums(
         if AGAINST:
             weighted = p.to(tl.float32) * d
         if not EVEN:
-            weighted = tl.where((x < V)[None, :], weighted, 0.0)  # where d is infinite
+            weighted = tl.where((x < V)[None, :], weighted, 0.0)  # d is infinite there
         cross = tl.sum(weighted, 1)
     return total, other, cross, plain
 
@@ -95,10 +95,10 @@ def product_kernel(
     D: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TEACHER: tl.constexpr,
     AGAINST: tl.constexpr, POWERED: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Facts of every part of n rows, and their exponentials. hidden [n,D], head [V,D], kept [n,V] are descriptors of
-    memory, theirs [n,V] memory. TEACHER: of the teacher; AGAINST: of a student, whose teacher's are there. `cold` is 1
-    / the temperature of the exponentials, `cold_kl` of KL. POWERED: a sum at another temperature, 1 / `cold_other`, is
-    wanted; 1: for CE, 2: for KL (then those of CE are as kept)."""
+    """Compute the facts and exponentials of all parts of n rows. hidden [n,D], head [V,D], kept [n,V]: tensor
+    descriptors; theirs [n,V]: pointer. TEACHER: for the teacher. AGAINST: for the student, with the teacher's
+    exponentials in `theirs`. cold: 1 / temperature of the exponentials; cold_kl: 1 / temperature of KL. POWERED: also
+    sum at temperature 1 / `cold_other`; 1: for CE, 2: for KL (the stored exponentials are then those of CE)."""
     row_tiles = tl.cdiv(n, BM)
     Q: tl.constexpr = BN // 4
     for tile in tl.range(tl.program_id(0), row_tiles * PARTS, tl.num_programs(0), flatten=True):
@@ -112,7 +112,7 @@ def product_kernel(
         x = at + tl.arange(0, Q)
         kind: tl.constexpr = (Q, TEACHER, AGAINST, POWERED, SMOOTH, EVEN)
         p0, p1, p2, p3 = 0, 0, 0, 0
-        if AGAINST:  # asked for before anything is computed that could pass the time
+        if AGAINST:  # load early, to overlap with the computation below
             source = theirs + rows.to(tl.int64)[:, None] * stride_theirs + x[None, :]
             p0 = tl.load(source, mask=real[:, None], other=0.0)
             p1 = tl.load(source + Q, mask=real[:, None], other=0.0)
@@ -139,7 +139,7 @@ def product_kernel(
         if POWERED:
             tl.store(mine + 2 * PARTS, total if POWERED == 2 else other, mask=real)
             total = other if POWERED == 2 else total
-        if AGAINST:  # sum of p (y - z): the teacher's part so far, and each from its own maximum
+        if AGAINST:  # sum of p (y - z), each relative to its own maximum; the teacher stored its term
             there = mine + _TEACHER * PARTS
             top_t = tl.load(there, mask=real, other=0.0)
             total_t = tl.load(there + PARTS, mask=real, other=0.0)
@@ -152,7 +152,7 @@ def product_kernel(
 
 @triton.jit
 def _top_place(kept, stride, facts, row, V, PARTS: tl.constexpr, POWER: tl.constexpr, BN: tl.constexpr):
-    """Where the largest logit of a row is: the first whose exponential is the largest there is, 1."""
+    """Position of the largest logit of a row: the first one whose exponential is 1, the maximum."""
     i = tl.arange(0, POWER)
     part = tl.argmax(tl.load(facts + i, mask=i < PARTS, other=-float("inf")), 0)
     x = part * BN + tl.arange(0, BN)
@@ -164,17 +164,17 @@ def _top_place(kept, stride, facts, row, V, PARTS: tl.constexpr, POWER: tl.const
 def label_kernel(
     hidden, head, labels, of_label, V, stride_hidden, stride_head, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The logit of one row's label; 0 for a label outside the vocabulary."""
+    """The label's logit for one row; 0 for a label outside the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     known = (label >= 0) & (label < V)
-    found = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         k = start + tl.arange(0, BLOCK)
         x = tl.load(hidden + row * stride_hidden + k, mask=k < D, other=0.0).to(tl.float32)
         w = tl.load(head + label * stride_head + k, mask=(k < D) & known, other=0.0).to(tl.float32)
-        found += x * w
-    tl.store(of_label + row, tl.sum(found, 0))
+        products += x * w
+    tl.store(of_label + row, tl.sum(products, 0))
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def combine_kernel(
     PARTS: tl.constexpr, POWER: tl.constexpr, BN: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Losses and results of one row."""
+    """Compute losses and results of one row."""
     row = tl.program_id(0).to(tl.int64)
     logit = 0.0
     if LABELS:
@@ -207,7 +207,7 @@ def gradient_kernel(
     PARTS: tl.constexpr, BN: tl.constexpr, TAKEN: tl.constexpr, TEACHER: tl.constexpr, FACTORS: tl.constexpr,
     TEMPERED: tl.constexpr, POWERED: tl.constexpr, SMOOTH: tl.constexpr, WRAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of TAKEN parts of a row; `grad` may be the memory of `ours`."""
+    """Write the gradient of TAKEN parts of a row; `grad` may share memory with `ours`."""
     groups: tl.constexpr = (PARTS + TAKEN - 1) // TAKEN
     row = (tl.program_id(0) // groups).to(tl.int64)
     part = (tl.program_id(0) % groups) * TAKEN + tl.arange(0, TAKEN)
@@ -241,8 +241,8 @@ def gradient_kernel(
 
 
 def takes(hidden: Tensor, head: Tensor) -> bool:
-    """Whether the products can be of these: 16 bits, and rows of whole multiples of 16 bytes, one after the other, as
-    copies want them."""
+    """Whether the products support these operands: one 16-bit dtype, contiguous rows, row strides and addresses in
+    multiples of 16 bytes."""
     D = hidden.shape[1]
     if hidden.dtype != head.dtype or hidden.dtype.itemsize != 2 or D == 0 or D % 8:
         return False
@@ -253,7 +253,7 @@ def takes(hidden: Tensor, head: Tensor) -> bool:
 
 
 def resident(tiles: int, x: Tensor) -> int:
-    """Programs that go through so many tiles: one a multiprocessor of the GPU that holds x, as its tiles fill it."""
+    """Number of persistent programs for a number of tiles: at most one per multiprocessor of the GPU of x."""
     if not x.is_cuda:
         return tiles
     return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
@@ -272,10 +272,10 @@ def product_rows(
     settings: RowSettings,
     losses: RowLosses,
 ) -> None:
-    """Losses of n tokens from their hidden states, and if given the gradient of their logits.
+    """Write the losses of n tokens from their hidden states and, if given, the gradient of their logits.
 
-    `ours_nV` and `theirs_nV` (fp16) are where the exponentials wait, views of rows of whole parts in memory; the
-    gradient may be in the memory of the former. A label outside the vocabulary makes its loss NaN.
+    `ours_nV` and `theirs_nV` (fp16) are buffers for the exponentials, views of rows padded to whole parts; `grad_nV`
+    may share memory with `ours_nV`. A label outside the vocabulary gives a NaN loss.
     """
     n, V = hidden_nD.shape[0], head_VD.shape[0]
     device = hidden_nD.device
@@ -284,7 +284,7 @@ def product_rows(
     cold_s, cold_t = 1 / tau, 1 / settings.teacher_temperature
     tempered, labelled, taught = tau != 1, labels_n is not None, teacher_nE is not None
     powered, cold, other = 0, cold_s, 1.0
-    if tempered and labelled:  # kept at the warmer of both temperatures, so that nothing that counts has vanished
+    if tempered and labelled:  # store at the higher temperature, so that relevant values do not underflow
         powered, cold, other = (1, cold_s, 1.0) if tau > 1 else (2, 1.0, cold_s)
     stride_theirs = 0 if theirs_nV is None else theirs_nV.stride(0)
     parts = triton.cdiv(V, PART)

@@ -1,17 +1,17 @@
-"""Losses and gradients of rows of logits in one Triton kernel: read from memory once, a second time from the L2 cache.
+"""Losses and gradients of rows of logits in one Triton kernel: one read from memory, a second one from the L2 cache.
 
-A row is cut into PARTS parts; a task is one part of one row. The grid is as many programs as fit on the GPU together,
-P of them, and program p takes tasks p, p + P, p + 2P ... For each it publishes maxima and sums of the part; whoever is
-the last of a row to do so combines them into the row's losses and the few numbers that its gradient needs. LAG tasks
-later the program reads the part again and writes its gradient. Between the two passes nothing is kept in registers, so
-many programs fit on a multiprocessor, and the loads of one overlap with the arithmetic and the waiting of the others.
+A row has PARTS parts; a task is one part of one row. The grid has P programs, as many as fit on the GPU at once;
+program p runs tasks p, p + P, p + 2P ... For each task it publishes maxima and sums of the part. The last program of a
+row combines them into the row's losses and the few values that its gradient needs. LAG tasks later, the program reads
+the part again and writes its gradient. Nothing stays in registers between the two passes, so many programs fit on a
+multiprocessor, and their loads, arithmetic and waits overlap.
 
-Waiting ends because all P programs run at once (a cooperative launch: one that does not fit fails) and LAG P >= PARTS:
-the second pass of round k waits for first passes of rounds up to k only, and a program's first pass comes before its
-second.
+There is no deadlock: all P programs run at once (a cooperative launch fails if they do not fit), and LAG P >= PARTS, so
+the second pass of round k waits only for first passes of rounds up to k, and in each round the first pass comes before
+the second.
 
-A gradient in the place of the logits is safe: a part is overwritten by the program that has just read it for the second
-time, after the row was combined, and only the combination reads logits of other parts (the label's).
+The gradient may overwrite the logits: a program overwrites a part only after its own second read and after the row was
+combined, and only the combination reads logits of other parts (the label's).
 
 Dims: n rows (tokens), V vocabulary.
 """
@@ -27,15 +27,15 @@ from torch import Tensor
 
 from radlads.kernels.linear_kl.rows import RowLosses, RowSettings
 
-# What waits in the L2 cache is at most 2 LAG P blocks of both models' logits: on an H100, with these and fp32 logits,
+# The L2 cache holds at most 2 LAG P blocks of both models' logits between the passes: on an H100 with fp32 logits,
 # 2 · 132 · 6 · 2048 · 8 bytes = 26 MB of 50.
-_BLOCK = 2048  # logits of one model in a part
+_BLOCK = 2048  # logits of one model per part
 _WARPS = 4
-_PROGRAMS = 6  # on a multiprocessor, where they fit
-_REGISTERS = 80  # of a thread, at most: six programs of four warps then fit on an NVIDIA multiprocessor
-_LAG = 1  # rounds between a part's two passes; more where a row has more parts than there are programs
-FACTS = tl.constexpr(9)  # numbers about a part of a row
-RESULTS = tl.constexpr(6)  # numbers about a row
+_PROGRAMS = 6  # per multiprocessor, if they fit
+_REGISTERS = 80  # maximum per thread, so that six programs of four warps fit on an NVIDIA multiprocessor
+_LAG = 1  # rounds between the two passes of a part; more if a row has more parts than there are programs
+FACTS = tl.constexpr(9)  # values per part of a row
+RESULTS = tl.constexpr(6)  # values per row
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,7 +56,7 @@ def _three_sums(a, b, c, d, e, f):
 
 @triton.jit
 def _top_place(facts, PARTS: tl.constexpr, POWER: tl.constexpr):
-    """Where the first of a model's largest logits is."""
+    """Position of the first of a model's largest logits."""
     infinity = float("inf")
     i = tl.arange(0, POWER)
     tops = tl.load(facts + i, mask=i < PARTS, other=-infinity, cache_modifier=".cg")
@@ -70,8 +70,8 @@ def combine(
     PARTS: tl.constexpr, POWER: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr, TEMPERED: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Losses and results of a row from the facts of its parts, the logit of its label (any, where none counts) and the
-    places of both models' largest logits."""
+    """Compute losses and results of a row from the facts of its parts, the label's logit (any value without a label)
+    and the positions of both models' largest logits."""
     infinity = float("inf")
     if LABELS:
         label = tl.load(labels + row)
@@ -121,8 +121,8 @@ def pull_of(
     q, p, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap,
     TEACHER: tl.constexpr, FACTORS: tl.constexpr, SMOOTH: tl.constexpr, WRAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits `x` of a row from the distributions of the student (at its temperature, and at 1) and
-    of the teacher."""
+    """The gradient of the logits `x` of a row, from the student's distributions (at its temperature and at 1) and the
+    teacher's."""
     pull = tl.zeros_like(x).to(tl.float32)
     if TEACHER:
         pull = kl_factor * (q - p)
@@ -146,15 +146,15 @@ def _publish(
     PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """First pass of a task: facts of the part. The last of a row combines them."""
+    """First pass of a task: publish the facts of the part. The last program of a row combines them."""
     row = (task // PARTS).to(tl.int64)
     part = task % PARTS
     x = part * BLOCK + tl.arange(0, BLOCK)
     inside = x < V
     infinity = float("inf")
-    mine = facts + row * (FACTS * PARTS) + part  # a fact of all parts lies together: read as one
+    mine = facts + row * (FACTS * PARTS) + part  # one fact of all parts is contiguous
     zx = tl.load(z + row * stride_z + x, mask=inside, other=-infinity).to(tl.float32)
-    if TEACHER:  # the two models' maxima, places and sums are reduced together: half the barriers
+    if TEACHER:  # reduce both models together: half of the barriers
         yx = tl.load(y + row * stride_y + x, mask=inside, other=-infinity).to(tl.float32)
         top, top_y = tl.reduce((zx, yx), 0, _two_largest)
         at, at_y = tl.reduce((tl.where(zx == top, x, V), tl.where(yx == top_y, x, V)), 0, _two_smallest)
@@ -192,7 +192,7 @@ def _publish(
             row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, facts, results, V, cold_s, cold_t,
             ignore_index, PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH,
         )  # fmt: skip
-        tl.debug_barrier()  # every thread has read the label's logit, which a gradient may now overwrite
+        tl.debug_barrier()  # all threads have read the label's logit, which the gradient may overwrite
         tl.atomic_add(arrived + row, 1, sem="release")
 
 
@@ -203,7 +203,7 @@ def _write_gradient(
     PARTS: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, FACTORS: tl.constexpr, TEMPERED: tl.constexpr,
     SMOOTH: tl.constexpr, WRAP: tl.constexpr,
 ):  # fmt: skip
-    """Second pass of a task."""
+    """Second pass of a task: write the gradient of the part."""
     row = (task // PARTS).to(tl.int64)
     part = task % PARTS
     x = part * BLOCK + tl.arange(0, BLOCK)
@@ -213,14 +213,14 @@ def _write_gradient(
         yx = tl.load(y + row * stride_y + x, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     while tl.atomic_add(arrived + row, 0, sem="acquire") <= PARTS:
         pass
-    tl.debug_barrier()  # also: every thread has its logits, which the gradient may overwrite
+    tl.debug_barrier()  # all threads have read their logits, which the gradient may overwrite
     out = results + row * RESULTS
     top = tl.load(out, cache_modifier=".cg")
     q = tl.zeros([BLOCK], tl.float32)
     p = q
     if TEACHER or not TEMPERED:
         q = tl.exp2((zx - top) * (cold_s * LOG2E) - tl.load(out + 1, cache_modifier=".cg"))
-    if TEACHER:  # p and q are divided by their sums in the exponent: equal logits then pull by exactly 0
+    if TEACHER:  # normalise p and q in the exponent, so that equal logits have gradient exactly 0
         top_y = tl.load(out + 4, cache_modifier=".cg")
         p = tl.exp2((yx - top_y) * (cold_t * LOG2E) - tl.load(out + 5, cache_modifier=".cg"))
     q_ce = q
@@ -240,7 +240,7 @@ def rows_kernel(
     LABELS: tl.constexpr, FACTORS: tl.constexpr, GRAD: tl.constexpr, TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
     WRAP: tl.constexpr,
 ):  # fmt: skip
-    """All tasks of one program. `cold_s` and `cold_t` are 1 / temperature; TEMPERED if the student's is not 1."""
+    """All tasks of one program. cold_s, cold_t: 1 / temperature; TEMPERED: the student's temperature is not 1."""
     programs = tl.num_programs(0)
     end = tasks
     if GRAD:
@@ -279,9 +279,9 @@ def triton_rows(
     registers: int | None = None,
     lag: int | None = None,
 ) -> None:
-    """As `torch_rows`, for logits and sums that are not fp64. A label outside the vocabulary makes its loss NaN.
+    """As `torch_rows`, except for fp64. A label outside the vocabulary gives a NaN loss.
 
-    The keywords replace the constants of this file, for measurements."""
+    The keywords override the constants of this file, for benchmarks."""
     n, V = z_nV.shape
     device = z_nV.device
     labels_n, ce_factor_n = (None if x is None else x.contiguous() for x in (labels_n, ce_factor_n))
@@ -313,11 +313,11 @@ def triton_rows(
 
 
 def _together(device: torch.device, programs: int, warps: int, registers: int) -> int:
-    """Programs that run on the GPU at once: `programs` a multiprocessor, or as many as have room."""
+    """Programs that run on the GPU at once: `programs` per multiprocessor, or as many as fit."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is None:
         of_registers = properties.regs_per_multiprocessor // (32 * warps * triton.cdiv(registers, 8) * 8)
         room = min(of_registers, properties.max_threads_per_multi_processor // (32 * warps))
     else:
-        room = 8 // warps  # two wavefronts a unit: each may then have all 256 vector registers
+        room = 8 // warps  # two wavefronts per unit, each with up to 256 vector registers
     return properties.multi_processor_count * max(1, min(programs, room))

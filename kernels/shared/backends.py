@@ -1,4 +1,5 @@
-"""Which form of a recurrence runs a call. Triton is imported only when used: a machine without it has the others."""
+"""Which form of a recurrence runs a call. What a GPU needs is imported only when used: a machine without it has the
+others."""
 
 from __future__ import annotations
 
@@ -15,33 +16,39 @@ from torch import Tensor
 from radlads.kernels.shared.check import check_bounds, check_inputs
 from radlads.kernels.shared.chosen import note_kernel
 
-BACKENDS = ("reference", "chunked", "triton")
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one operator; its Triton form is `<name>_triton` of `kernels/<name>/triton_op.py`."""
+    """The forms of one operator; that for GPUs is `<name>_<gpu>` of `kernels/<name>/<gpu>_op.py`, a module that also
+    has `why_not_applicable` and may import the package `gpu`."""
 
     name: str
     reference: Operator
     chunked: Operator
     meta: Operator
+    gpu: str = "triton"
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """What `backend` may be."""
+        return ("reference", "chunked", self.gpu)
 
     def choose(self, backend: str | None, v: Tensor, K: int, dtype: torch.dtype) -> Operator:
-        """The form behind `backend`; None: Triton on a GPU where it applies, else chunked. Raises ValueError.
+        """The form behind `backend`; None: the GPU's on a GPU where it applies, else chunked. Raises ValueError.
 
         dtype: what r, k, v and the like are multiplied in (`common_dtype`).
         """
         if v.is_meta:
             return self.meta
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"{self.name}: unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-        reason = None if backend in ("reference", "chunked") else self.why_not_triton(v, K, dtype)
-        if backend == "triton" and reason is not None:
-            raise ValueError(f"{self.name}: backend 'triton' cannot run here: {reason}")
-        if backend == "triton" or (backend is None and v.is_cuda and reason is None):
-            operator: Operator = getattr(self._triton(), f"{self.name}_triton")
+        if backend is not None and backend not in self.backends:
+            raise ValueError(f"{self.name}: unknown backend {backend!r}; choose from {', '.join(self.backends)}")
+        reason = None if backend in ("reference", "chunked") else self.why_not_gpu(v, K, dtype)
+        if backend == self.gpu and reason is not None:
+            raise ValueError(f"{self.name}: backend '{self.gpu}' cannot run here: {reason}")
+        if backend == self.gpu or (backend is None and v.is_cuda and reason is None):
+            operator: Operator = getattr(self._gpu_module(), f"{self.name}_{self.gpu}")
             return operator  # notes itself which of its kernels it takes
         note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "asked for")
         return self.reference if backend == "reference" else self.chunked
@@ -62,15 +69,20 @@ class Forms:
             check_bounds(self.name, cu_seqlens, v.shape[1])
         return operator(*inputs.values(), cu_seqlens=cu_seqlens, **states)
 
-    def why_not_triton(self, v: Tensor, K: int, dtype: torch.dtype) -> str | None:
-        """One line on why these tensors cannot go through the Triton kernels; None if they can."""
-        if not triton_installed():
-            return "triton is not installed"
-        reason: str | None = self._triton().why_not_applicable(v, K, dtype)
+    def why_not_gpu(self, v: Tensor, K: int, dtype: torch.dtype) -> str | None:
+        """One line on why these tensors cannot go through the GPU's kernels; None if they can."""
+        if not installed(self.gpu):
+            return f"{self.gpu} is not installed" if v.is_cuda else not_on_gpu(v)
+        reason: str | None = self._gpu_module().why_not_applicable(v, K, dtype)
         return reason
 
-    def _triton(self) -> Any:
-        return import_module(f"radlads.kernels.{self.name}.triton_op")
+    def _gpu_module(self) -> Any:
+        return import_module(f"radlads.kernels.{self.name}.{self.gpu}_op")
+
+
+def not_on_gpu(x: Tensor) -> str:
+    """Why a kernel for GPUs cannot take a tensor that is elsewhere."""
+    return f"the tensors are on {x.device.type}, not on a GPU"
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
@@ -87,5 +99,10 @@ def is_hopper(device: torch.device | None = None) -> bool:
 
 
 @cache
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not."""
+    return find_spec(package) is not None
+
+
 def triton_installed() -> bool:
-    return find_spec("triton") is not None
+    return installed("triton")

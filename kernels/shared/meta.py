@@ -27,24 +27,27 @@ def wkv7_meta(
     V, tiles = v_BTHV.shape[-1], B * -(-T // _CHUNK) * H
     sizes = ((tiles, K, K), (tiles, K, V), (tiles, _CHUNK, _CHUNK), r_BTHK.shape)
     kept = [v_BTHV.new_empty(size) for size in sizes]
-    return _finish(_Kept.apply(kept, v_BTHV, r_BTHK, log_decay, k, a, b), K, options)
+    return finish_meta(KeptForBackward.apply(kept, v_BTHV, r_BTHK, log_decay, k, a, b), K, options)
 
 
 def wkv6_meta(r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, **options: Any) -> Any:
     """As `wkv6`. Keeps what the chunked form does: inputs, and the fp32 state before every chunk."""
     B, T, H, K = r_BTHK.shape
     states = v_BTHV.new_empty(B * -(-T // _CHUNK) * H, K, v_BTHV.shape[-1], dtype=torch.float32)
-    return _finish(_Kept.apply([states], v_BTHV, r_BTHK, log_decay, k), K, options)
+    return finish_meta(KeptForBackward.apply([states], v_BTHV, r_BTHK, log_decay, k), K, options)
 
 
-class _Kept(torch.autograd.Function):
+class KeptForBackward(torch.autograd.Function):
+    """An output like v, and a node of the graph that keeps `kept`, v and the inputs."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, kept: list[Tensor], v: Tensor, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*kept, v, *inputs)
         return torch.empty_like(v)
 
 
-def _finish(out_BTHV: Tensor, K: int, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def finish_meta(out_BTHV: Tensor, K: int, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The output and, where `options` ask for it, a final state [B,H,K,V]."""
     if not options.get("output_final_state"):
         return out_BTHV, None
     B, _, H, V = out_BTHV.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,9 +91,10 @@ def outputs_and_gradients(
     initial_state: Tensor | None = None,
     *,
     seed: int = 1,
+    names: Sequence[str] = INPUT_NAMES,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """`operator` (wkv7 or, with four inputs, wkv6) forward and backward, upstream gradients fixed.
+    """`operator` forward and backward, upstream gradients fixed. names: of its inputs; wkv6 has the first of wkv7's.
 
     Returns {"out", "state", "d r", ..., "d initial_state"}.
     """
@@ -105,8 +106,8 @@ def outputs_and_gradients(
         return torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype)
 
     grads = torch.autograd.grad((out, state), leaves, (upstream(out), upstream(state)))
-    names = [f"d {name}" for name in INPUT_NAMES[: len(inputs)]] + ["d initial_state"]
-    return {"out": out, "state": state, **dict(zip(names, grads, strict=False))}
+    labels = [f"d {name}" for name in names[: len(inputs)]] + ["d initial_state"]
+    return {"out": out, "state": state, **dict(zip(labels, grads, strict=False))}
 
 
 def assert_autograd_rules(operator: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 Dims: B batch, T time, H heads, K key dim, V value dim, N packed sequences, C chunk, G tiles (chunk slots x heads).
 
-Needs torch and `slots.py` only, so that an exported model can carry both. The one Python loop is over chunks; it
-carries the state. Everything is computed in fp32 (fp64 for fp64 inputs), whatever the dtype of the inputs.
+Needs torch, `slots.py` and `triangular.py` only, so that an exported model can carry them. The one Python loop is over
+chunks; it carries the state. Everything is computed in fp32 (fp64 for fp64 inputs), whatever the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.shared.slots import Slots, chunk_slots, longest_chunk, scan_chunks, sum_type, zero_states
+from radlads.kernels.shared.triangular import unit_lower_inverse
 
 CHUNK = 32
 # Inside a chunk, reads carry exp(g - m) and writes exp(m - g), with m the cumulative log decay g in the middle.
@@ -78,28 +79,12 @@ class _DeltaTerms:
         lower = torch.ones(C, C, dtype=dtype, device=w.device).tril()
         self.mask = torch.cat([lower.repeat(1, 2), lower.tril(-1).repeat(1, 2)])
         self.A = (self.Z @ self.Y.mT).mul_(self.mask)
-        self.T = _unit_lower_inverse(self.A[:, C:, C:])
+        self.T = unit_lower_inverse(self.A[:, C:, C:])
         self.W = self.T @ self.Z[:, C:]
         step = self.Y[:, C:].mT @ self.W
         self.step = step.mul_(self.leave).mul_(self.enter.mT)  # the transition, its decay added below
         self.through = g[:, -1:].exp()  # [G,1,K]: the decay of the whole chunk
         self.step.diagonal(dim1=1, dim2=2).add_(self.through[:, 0])
-
-
-def _unit_lower_inverse(L: Tensor) -> Tensor:
-    """(I - L)⁻¹ for strictly lower L [G,C,C] by blocks. No powers of L: they cancel when keys repeat."""
-    G, C, _ = L.shape
-    if C <= 8:
-        inverse = torch.eye(C, dtype=L.dtype, device=L.device).repeat(G, 1, 1)
-        for row in range(1, C):
-            inverse[:, row : row + 1, :row] = L[:, row : row + 1, :row] @ inverse[:, :row, :row]
-        return inverse
-    half = C // 2
-    diagonal = _unit_lower_inverse(torch.cat([L[:, :half, :half], L[:, half:, half:]]))
-    inverse = torch.zeros_like(L, memory_format=torch.contiguous_format)
-    inverse[:, :half, :half], inverse[:, half:, half:] = diagonal[:G], diagonal[G:]
-    inverse[:, half:, :half] = diagonal[G:] @ (L[:, half:, :half] @ diagonal[:G])
-    return inverse
 
 
 class _ChunkedWkv7(torch.autograd.Function):

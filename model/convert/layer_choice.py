@@ -81,20 +81,6 @@ def difficulty_scores(
     return {layer: float(value / highest) if highest else 0.0 for layer, value in zip(layers, total, strict=True)}
 
 
-def difficulty_layers(
-    curves: Mapping[int, Sequence[float]],
-    count: int,
-    *,
-    num_layers: int,
-    ratios: Mapping[int, float] | None = None,
-    weights: DifficultyWeights = DifficultyWeights(),
-) -> tuple[int, ...]:
-    """The `count` layers of `curves` with the highest difficulty for the price of their gaps. Raises UserError."""
-    return spaced_layers(
-        difficulty_scores(curves, ratios=ratios, weights=weights), count, num_layers=num_layers, weights=weights
-    )
-
-
 def spaced_layers(
     scores: Mapping[int, float],
     count: int,
@@ -214,9 +200,10 @@ def _matrix(curves: Mapping[int, Sequence[float]], layers: Sequence[int]) -> np.
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
-    """To 0 ... 1 over the layers; 0 where all are alike."""
+    """To 0 ... 1 over the layers; 0 where all are alike, but for the rounding of what they were computed by."""
     low, high = values.min(), values.max()
-    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    alike = high - low <= 1e-9 * np.abs(values).max()
+    scaled: np.ndarray = np.zeros_like(values) if alike else (values - low) / (high - low)
     return scaled
 
 

@@ -16,7 +16,7 @@ from radlads.kernels.linear_kl import linear_kl
 from radlads.model.convert.layer_choice import LayerScore
 from radlads.model.convert.restore import restored
 from radlads.model.student.modeling import RadladsForCausalLM
-from radlads.model.training.objectives import plain_hidden
+from radlads.model.training.objectives import head_inputs, plain_hidden
 
 BEFORE = -1
 """Stands for no candidate: the student with the kept layers alone."""
@@ -62,24 +62,6 @@ class TokenCount:
 
     student: int = 0
     teacher: int = 0
-
-
-def score_layers(
-    student: RadladsForCausalLM,
-    teacher: PreTrainedModel,
-    batches: Iterable[ProbeBatch],
-    *,
-    kept: Sequence[int] = (),
-    candidates: Sequence[int] | None = None,
-) -> tuple[LayerScore, dict[int, LayerScore]]:
-    """The student with `kept` restored, and with each candidate restored as well; None: every other layer.
-
-    batches: of recall and of held-out text; see `ProbeBatch`. Nothing trains, and the student is left as it was.
-    """
-    layers = [i for i in student.mixers() if i not in kept] if candidates is None else list(candidates)
-    sums = sum_layers(student, teacher, batches, kept=kept, candidates=[BEFORE, *layers])
-    scores = {layer: found.score() for layer, found in sums.items()}
-    return scores.pop(BEFORE), scores
 
 
 @torch.no_grad()
@@ -133,9 +115,9 @@ def _compare(
     if wanted is None:
         return _recall(student, batch, hidden)
     _, metrics = linear_kl(
-        hidden.flatten(0, 1),
+        head_inputs(student, hidden).flatten(0, 1),
         student.get_output_embeddings().weight,
-        wanted.flatten(0, 1),
+        head_inputs(teacher, wanted).flatten(0, 1),
         teacher.get_output_embeddings().weight,
     )
     tokens = hidden.shape[0] * hidden.shape[1]
@@ -148,7 +130,8 @@ def _recall(model: PreTrainedModel, batch: ProbeBatch, hidden_BTD: Tensor) -> Su
     answers_BT = batch.answers[:, 1:].to(hidden_BTD.device)
     labels_BT = batch.input_ids[:, 1:].to(hidden_BTD.device)
     at = answers_BT > 0
-    logits_NV = torch.nn.functional.linear(hidden_BTD[at], model.get_output_embeddings().weight).float()
+    head = model.get_output_embeddings().weight
+    logits_NV = torch.nn.functional.linear(head_inputs(model, hidden_BTD[at]), head).float()
     labels_N = labels_BT[at]
     right_N = logits_NV.argmax(-1) == labels_N
     log_probabilities_N = logits_NV.log_softmax(-1).gather(1, labels_N[:, None]).squeeze(1)

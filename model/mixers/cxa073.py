@@ -20,32 +20,19 @@ same. The offset is 0.6 and not RWKV-7's 0.5: it bounds what its kernel divides 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from radlads.model.mixers.shared.mixer import AttentionShape
-from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.options import STOCK_RANKS, Rank, StockOptions
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
-class Options(Rwkv7Options):
+class Options(StockOptions):
     """Choices of cxa073; its ranks follow from A."""
 
-    RANKS: ClassVar[dict[str, Rank]] = {
-        "decay_rank": Rank(0.5, 1.8),
-        "iclr_rank": Rank(0.5, 1.8),
-        "value_rank": Rank(0.5, 1.3),
-    }
-
-    rope: bool = False
-    """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
-    first_values_gradient: bool = True
-    """False: as published, deeper layers do not train the first one through v_first."""
-    value_residual_init: Annotated[float, INITIAL] = 1.0
-    """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
-    value_rank: int | None = Field(default=None, ge=1)
+    RANKS: ClassVar[dict[str, Rank]] = {name: rank for name, rank in STOCK_RANKS.items() if name != "gate_rank"}
 
 
 class Mixer(Rwkv7Mixer):

@@ -33,11 +33,11 @@ from pydantic import Field
 from torch import Tensor
 
 from radlads.model.mixers.shared.mixer import AttentionShape
-from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.options import INITIAL, HxaOptions, Rank
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
-class Options(Rwkv7Options):
+class Options(HxaOptions):
     """Choices of hxa079; its ranks follow from A."""
 
     RANKS: ClassVar[dict[str, Rank]] = {
@@ -48,8 +48,6 @@ class Options(Rwkv7Options):
         "gate_rank": Rank(0.8, 0.35),
     }
 
-    rope: bool = True
-    """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
     key_scaling: Literal["decay", "log_log_decay"] = "decay"
     """log_log_decay: as published; needed for published weights, not for new conversions."""
     first_values_gradient: bool = True
@@ -60,11 +58,8 @@ class Options(Rwkv7Options):
     """v0. Published: 0.73, which starts every layer with 67 % first-layer values; -4 starts with 2 %."""
     key_residual_init: Annotated[float, INITIAL] = 0.73
     """k0, likewise for keys."""
-    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
-    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
     value_rank: int | None = Field(default=None, ge=1)
     key_rank: int | None = Field(default=None, ge=1)
-    gate_rank: int | None = Field(default=None, ge=1)
     rank_floor: Annotated[int, INITIAL] = Field(default=32, ge=1)
     """Least rank of decay and gate. 32: Reka Flash 3.1. 256: RWKVInside from July 2025 on."""
 

@@ -20,17 +20,17 @@ weights made with it load with `key_scaling: log_log_decay`. The default is the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from radlads.model.mixers.shared.mixer import AttentionShape, init_low_rank_out
-from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.options import HxaOptions, Rank
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
-class Options(Rwkv7Options):
+class Options(HxaOptions):
     """Choices of hxa07b; its ranks follow from A."""
 
     RANKS: ClassVar[dict[str, Rank]] = {
@@ -40,14 +40,9 @@ class Options(Rwkv7Options):
         "gate_rank": Rank(0.6, 1.7, 256),
     }
 
-    rope: bool = True
-    """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
     key_scaling: Literal["decay", "log_log_decay"] = "decay"
     """log_log_decay: as published; needed for published weights, not for new conversions."""
-    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
-    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
     value_rank: int | None = Field(default=None, ge=1)
-    gate_rank: int | None = Field(default=None, ge=1)
 
 
 class Mixer(Rwkv7Mixer):

@@ -83,6 +83,11 @@ class Mixer(BaseMixer):
         "output_scale": "head_dim^-0.5",
     }
     CALIBRATED: ClassVar[dict[str, str]] = BaseMixer.CALIBRATED | {"decay": "time_decay"}
+    PARTS: ClassVar = {
+        "decay_base": ("time_decay",),
+        "decay": ("time_decay", "time_decay_w1", "time_decay_w2"),
+        "token_shift": ("time_maa_*",),
+    }
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
         """See the base's; `first` makes no difference here."""

@@ -30,19 +30,14 @@ import torch
 from pydantic import Field
 
 from radlads.model.mixers.shared.mixer import AttentionShape
-from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.options import INITIAL, STOCK_RANKS, Rank, Rwkv7Options
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
 class Options(Rwkv7Options):
     """Choices of rad_rwkv7; its ranks follow from D (2505.03005, appendix)."""
 
-    RANKS: ClassVar[dict[str, Rank]] = {
-        "decay_rank": Rank(0.5, 1.8),
-        "iclr_rank": Rank(0.5, 1.8),
-        "value_rank": Rank(0.5, 1.3),
-        "gate_rank": Rank(0.8, 0.6),
-    }
+    RANKS: ClassVar[dict[str, Rank]] = STOCK_RANKS
 
     form: Literal["balanced", "groupnorm"] = "balanced"
     rope: bool = True

@@ -28,36 +28,24 @@ import torch
 from pydantic import Field
 
 from radlads.model.mixers.shared.mixer import AttentionShape
-from radlads.model.mixers.shared.options import INITIAL, Rank, Rwkv7Options
+from radlads.model.mixers.shared.options import INITIAL, STOCK_RANKS, Rank, StockOptions
 from radlads.model.mixers.shared.rwkv7_design import Design, Rwkv7Mixer
 
 
-class Options(Rwkv7Options):
+class Options(StockOptions):
     """Choices of rwkv7; its ranks follow from A."""
 
-    RANKS: ClassVar[dict[str, Rank]] = {
-        "decay_rank": Rank(0.5, 1.8),
-        "iclr_rank": Rank(0.5, 1.8),
-        "value_rank": Rank(0.5, 1.3),
-        "gate_rank": Rank(0.8, 0.6),
-    }
+    RANKS: ClassVar[dict[str, Rank]] = STOCK_RANKS
 
     token_shift: bool = True
     gate: bool = True
     """False: ARWKV's form without gate."""
     group_norm: bool = True
     """False: ARWKV's form without GroupNorm; nothing scales the output then."""
-    rope: bool = False
-    """Official: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
-    first_values_gradient: bool = True
-    """False: deeper layers do not train the first one through v_first."""
     token_shift_init: Annotated[Literal["none", "official"], INITIAL] = "none"
     """none: every branch starts on the token itself, as the teacher does. official: what pretraining starts from."""
-    value_residual_init: Annotated[float, INITIAL] = 1.0
-    """v0. Official: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
     gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
     """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
-    value_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import importlib
 import json
 import re
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -34,44 +34,24 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_radlads.RadladsForSequenceClassification",
 }
 _HEADER = "# Part of a model exported by radlads (Apache-2.0). Loaded by transformers with trust_remote_code=True.\n"
-# Module of the package → file name in the folder; what a module imports from the package follows it.
-_FLAT = {
-    "radlads.model.student.configuration": "configuration_radlads",
-    "radlads.model.student.modeling": "modeling_radlads",
-    "radlads.model.student.cache": "cache_radlads",
-    "radlads.model.student.documents": "documents_radlads",
-    "radlads.model.student.forward_pass": "forward_pass_radlads",
-    "radlads.model.mixers.shared.mixer": "mixer_radlads",
-    "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7_radlads",
-    "radlads.model.mixers.shared.recurrence": "recurrence_radlads",
-    "radlads.model.mixers.shared.recurrence_wkv7": "recurrence_wkv7_radlads",
-    "radlads.model.mixers.shared.token_shift": "token_shift_radlads",
-    "radlads.model.student.precision": "precision_radlads",
-    "radlads.model.student.releases": "releases_radlads",
-    "radlads.model.mixers.shared.registry": "variants_radlads",
-    "radlads.kernels.shared.slots": "slots_radlads",
-    "radlads.kernels.wkv6": "wkv6_radlads",
-    "radlads.kernels.wkv6.chunked": "wkv6_chunked_radlads",
-    "radlads.kernels.wkv6.step": "wkv6_step_radlads",
-    "radlads.kernels.wkv7": "wkv7_radlads",
-    "radlads.kernels.wkv7.chunked": "wkv7_chunked_radlads",
-    "radlads.kernels.wkv7.step": "wkv7_step_radlads",
+# Files whose name in the folder is older than their place in the package; the others are called by their place.
+_RENAMED = {
+    "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7",
+    "radlads.model.mixers.shared.registry": "variants",
 }
-# Written instead of copied: the package's own versions choose among variants and backends, the folder has one of each.
-_WRITTEN = {
-    "radlads.kernels.wkv6": (
-        '"""The RAD-RWKV6 operator: the chunked torch form for sequences, one step for decoding."""\n\n'
-        "from radlads.kernels.wkv6.chunked import wkv6_chunked as wkv6\n"
-        "from radlads.kernels.wkv6.step import wkv6_step_torch as wkv6_step\n\n"
-        '__all__ = ["wkv6", "wkv6_step"]\n'
-    ),
-    "radlads.kernels.wkv7": (
-        '"""The RWKV-7 operator: the chunked torch form for sequences, one step for decoding."""\n\n'
-        "from radlads.kernels.wkv7.chunked import wkv7_chunked as wkv7\n"
-        "from radlads.kernels.wkv7.step import wkv7_delta_step_torch as wkv7_delta_step\n\n"
-        '__all__ = ["wkv7", "wkv7_delta_step"]\n'
-    ),
-}
+# What a folder may carry: pattern of a module → its name there. An operator in plain torch, no part of it for GPUs.
+_CARRIED = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"radlads\.model\.(?:student|mixers\.shared)\.(\w+)", r"\1"),
+        (r"radlads\.model\.mixers\.(?!shared\b)(\w+)", r"\1"),
+        (r"radlads\.kernels\.shared\.(slots|triangular)", r"\1"),
+        (r"radlads\.kernels\.(?!shared\b)(\w+)", r"\1"),
+        (r"radlads\.kernels\.(?!shared\b)(\w+)\.(chunked|step)", r"\1_\2"),
+    )
+)
+_KERNEL = re.compile(r"radlads\.kernels\.(?!shared\b)\w+")
+_REGISTRY = "radlads.model.mixers.shared.registry"
 # Needed to choose a variant's options, not to run it.
 _BUILD_ONLY_IMPORTS = {"pydantic", "radlads.model.mixers.shared.options"}
 _BUILD_ONLY_CLASSES = {"Options"}
@@ -126,28 +106,22 @@ def export_papers(
 
 def remote_code(variant: str) -> dict[str, str]:
     """File name → text of every Python file that the folder of a variant carries."""
-    flat = {**_FLAT, f"radlads.model.mixers.{variant}": f"{variant}_radlads"}
-    written = {
-        **_WRITTEN,
-        "radlads.model.mixers.shared.registry": (
-            '"""The one mixer of this model."""\n\n'
-            f"from radlads.model.mixers.{variant} import Mixer\n\n\n"
-            "def mixer_class(name: str) -> type[Mixer]:\n"
-            f'    if name != "{variant}":\n'
-            f'        raise ValueError(f"this folder holds the mixer {variant}, its config names {{name}}")\n'
-            "    return Mixer\n"
-        ),
-    }
     files: dict[str, str] = {}
+    origins: dict[str, str] = {}
     waiting = ["radlads.model.student.configuration", "radlads.model.student.modeling"]
     while waiting:
         module = waiting.pop()
-        name = f"{_flat_name(flat, module)}.py"
+        name = f"{_flat_name(module)}.py"
+        if origins.setdefault(name, module) != module:
+            raise ValueError(f"{module} and {origins[name]} would both be {name} in an exported model: rename one")
         if name in files:
             continue
-        text = written[module] if module in written else _without_build_parts(_source(module))
+        if module == _REGISTRY:
+            text = _only_mixer(variant)
+        else:
+            text = _plain_kernel(module) if _KERNEL.fullmatch(module) else _without_build_parts(_source(module))
         waiting += [match.group(2) for match in _IMPORT.finditer(text)]
-        files[name] = _HEADER + _IMPORT.sub(lambda m: f"{m.group(1)}from .{_flat_name(flat, m.group(2))} import", text)
+        files[name] = _HEADER + _IMPORT.sub(lambda m: f"{m.group(1)}from .{_flat_name(m.group(2))} import", text)
     # One process may load several students whose folders are all called `model`. transformers finds a model's class by
     # its config's, and takes config classes for the same where folder name and text are: so the text names the code.
     code = hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()
@@ -155,10 +129,41 @@ def remote_code(variant: str) -> dict[str, str]:
     return files
 
 
-def _flat_name(flat: Mapping[str, str], module: str) -> str:
-    if module not in flat:
-        raise ValueError(f"an exported model cannot carry {module}: give it a place in model/student/export.py")
-    return flat[module]
+def _flat_name(module: str) -> str:
+    for pattern, name in _CARRIED:
+        if found := pattern.fullmatch(module):
+            return f"{_RENAMED.get(module) or found.expand(name)}_radlads"
+    raise ValueError(
+        f"an exported model cannot carry {module}: it has files of model/student, model/mixers and kernels"
+    )
+
+
+def _only_mixer(variant: str) -> str:
+    """The registry of a folder, which has one mixer."""
+    return (
+        '"""The one mixer of this model."""\n\n'
+        f"from radlads.model.mixers.{variant} import Mixer\n\n\n"
+        "def mixer_class(name: str) -> type[Mixer]:\n"
+        f'    if name != "{variant}":\n'
+        f'        raise ValueError(f"this folder holds the mixer {variant}, its config names {{name}}")\n'
+        "    return Mixer\n"
+    )
+
+
+def _plain_kernel(package: str) -> str:
+    """The operator of kernels/<name> in plain torch: `name` is its chunked form, what ends in `_step` its step."""
+    name, public = package.rpartition(".")[2], importlib.import_module(package).__all__
+    other = [function for function in public if function != name and not function.endswith("_step")]
+    if other:
+        raise ValueError(f"an exported model cannot carry {other[0]} of {package}: {name} and ..._step alone")
+    steps = "".join(
+        f"from {package}.step import {function}_torch as {function}\n" for function in public if function != name
+    )
+    return (
+        f'"""{name} in plain torch: the chunked form for sequences, one step for decoding."""\n\n'
+        f"from {package}.chunked import {name}_chunked as {name}\n{steps}\n"
+        f"__all__ = {json.dumps(sorted(public))}\n"
+    )
 
 
 def _source(module: str) -> str:

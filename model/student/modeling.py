@@ -15,7 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationC
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import can_return_tuple
 
-from radlads.model.mixers.shared.mixer import AttentionShape, Mixer, read_attention_shape
+from radlads.model.mixers.shared.attention_shape import AttentionShape, read_attention_shape
+from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
@@ -200,6 +201,18 @@ class RadladsForSequenceClassification(GenericForSequenceClassification, _WithBa
         self.post_init()
 
 
+def norm_names(parts: Any) -> tuple[str, ...]:
+    """The norms of a layer that a family names."""
+    named = (parts.input_norm, parts.mlp_norm, *getattr(parts, "other_norms", ()))
+    return tuple(name for name in named if name is not None)
+
+
+def logit_factor(config: Any, parts: Any) -> float:
+    """What a family multiplies its head's output by; `parts`: a family, or its names. Softcaps are refused."""
+    times, over = getattr(parts, "logit_scale", None), getattr(parts, "logit_divisor", None)
+    return (getattr(config, times) if times else 1.0) / (getattr(config, over) if over else 1.0)
+
+
 def parameter_group(name: str, parts: Any, mixer_layers: set[int]) -> str:
     """The group of a parameter of a student (no mixer layers: of a teacher). Raises KeyError for an unknown one."""
     words = name.split(".")
@@ -214,7 +227,7 @@ def parameter_group(name: str, parts: Any, mixer_layers: set[int]) -> str:
             return "mixer" if int(words[place + 1]) in mixer_layers else "attention"
         if part == parts.mlp:
             return "mlp"
-        if part in (parts.input_norm, parts.mlp_norm):
+        if part in norm_names(parts):
             return "norms"
     elif parts.final_norm in words:
         return "norms"

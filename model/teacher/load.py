@@ -1,98 +1,29 @@
 """The frozen softmax-attention model: which families can be taught from, and how one is loaded.
 
-A family is one file of `model/teacher/families/`, named after its Hugging Face `model_type`: one `TeacherFamily`.
+A family is one row of `model/teacher/families.py`, by its Hugging Face `model_type`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from radlads.model.student.configuration import windowed_layers
+from radlads.model.teacher.families import FAMILIES
+from radlads.model.teacher.family import TeacherFamily
 from radlads.model.teacher.refusals import refusal
 from radlads.model.teacher.vision_language import is_nested, text_config
 from radlads.model.teacher.weights import load_causal_model
 from radlads.tasks.contracts.errors import UserError, error_text
 
 
-@dataclass(frozen=True)
-class TeacherFamily:
-    """Where the parts of a family's transformers model are, all relative to the backbone (`model.model`) or to a layer.
-
-    Sizes and biases are not here: they are read from the modules.
-    """
-
-    model_type: str
-    layers: str = "layers"
-    attention: str = "self_attn"
-    input_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp: str = "mlp"
-    embeddings: str = "embed_tokens"
-    final_norm: str = "norm"
-    rotary: str = "rotary_emb"
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    qkv: str | None = None
-    """One projection with the rows of q, k and v, in this order; then q, k and v name those of the student alone."""
-    q_norm: str | None = None
-    k_norm: str | None = None
-    window: Literal["none", "all", "layer_types"] = "none"
-    """Which layers obey the config's `sliding_window`."""
-    text_of: tuple[str, ...] = ()
-    """Model types of vision-language text parts that compute the same when there is no picture."""
-
-    def names(self) -> dict[str, str | None]:
-        """The part names as a plain mapping, as the student's config stores them."""
-        return {key: value for key, value in asdict(self).items() if key not in ("model_type", "text_of")}
-
-    def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The softmax attention module of every layer of a loaded teacher."""
-        layers = getattr(backbone(model), self.layers)
-        return [getattr(layer, self.attention) for layer in layers]
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise UserError unless every part is where this family says it is."""
-        inner = backbone(model)
-        missing = [
-            name for name in (self.layers, self.embeddings, self.final_norm, self.rotary) if not hasattr(inner, name)
-        ]
-        for index, layer in enumerate(getattr(inner, self.layers, ())):
-            parts = (self.attention, self.input_norm, self.mlp_norm, self.mlp)
-            missing += [f"layer {index}: {name}" for name in parts if not hasattr(layer, name)]
-            attention = getattr(layer, self.attention, None)
-            projections = (self.qkv, self.o) if self.qkv else (self.q, self.k, self.v, self.o)
-            wanted = [*projections, *filter(None, (self.q_norm, self.k_norm))]
-            missing += [f"layer {index}: {self.attention}.{name}" for name in wanted if not hasattr(attention, name)]
-        if missing:
-            raise UserError(
-                f"this model lacks what the family '{self.model_type}' expects: {', '.join(missing[:5])}; "
-                "it is another architecture under this name, or a new transformers release moved the parts"
-            )
-
-
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model under the language-model head. Raises UserError where there is none."""
-    inner = getattr(model, "model", None)
-    if not isinstance(inner, nn.Module):
-        raise UserError(f"{type(model).__name__} has no backbone `model`; a causal language model is needed")
-    return inner
-
-
 def list_families() -> list[str]:
-    """The model types that can be converted: the files of model/teachers."""
-    package = importlib.import_module("radlads.model.teacher.families")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    """The model types that can be converted: the rows of model/teacher/families.py."""
+    return sorted(FAMILIES)
 
 
 def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
@@ -105,31 +36,21 @@ def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
     for part in (raw, text):
         if isinstance(part, Mapping) and (reason := refusal(part)):
             raise UserError(reason)
-    model_type, known = raw["model_type"], list_families()
-    if model_type in known:
-        return _load_family(model_type)
+    model_type = raw["model_type"]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
     text_type = text.get("model_type") if isinstance(text, Mapping) else None
-    for name in known if text_type else ():
-        family = _load_family(name)
-        if text_type in (name, *family.text_of):
+    for family in FAMILIES.values() if text_type else ():
+        if text_type in (family.model_type, *family.text_of):
             return family
     hint = f" (its text part is '{text_type}')" if text_type else ""
     remote = "; its code comes with its weights, and mixers cannot be fitted to unknown code" * bool(
         raw.get("auto_map")
     )
     raise UserError(
-        f"no teacher family for model_type '{model_type}'{hint}{remote}; known: {', '.join(known)}. "
-        "A family is one file in model/teachers"
+        f"no teacher family for model_type '{model_type}'{hint}{remote}; known: {', '.join(list_families())}. "
+        "A family is one row in model/teacher/families.py"
     )
-
-
-def _load_family(model_type: str) -> TeacherFamily:
-    family = importlib.import_module(f"radlads.model.teacher.families.{model_type}").FAMILY
-    if not isinstance(family, TeacherFamily) or family.model_type != model_type:
-        raise TypeError(
-            f"model/teacher/families/{model_type}.py must define FAMILY = TeacherFamily(model_type='{model_type}', ...)"
-        )
-    return family
 
 
 def load_teacher(
@@ -203,8 +124,9 @@ def teacher_warnings(
             f"the kept attention layers {confined} see the last {config.sliding_window} tokens only, as in the "
             "teacher: such a window recalls nothing from further back"
         )
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
+    for rope in _rotary_settings(config.rope_parameters or {}):
+        if rope.get("rope_type") not in ("longrope", "dynamic"):
+            continue
         border = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         lines.append(
             f"the teacher's rotary positions turn otherwise in contexts beyond {border} tokens ({rope['rope_type']}); "
@@ -213,6 +135,12 @@ def teacher_warnings(
     if source := getattr(config, "text_part_of", None):
         lines.append(f"only the text part of this {source} model is converted; the student sees no pictures")
     return lines
+
+
+def _rotary_settings(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """One for all layers, or one for each kind of layer."""
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return nested or [parameters]
 
 
 def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:

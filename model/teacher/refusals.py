@@ -13,20 +13,27 @@ _CONVERTED = re.compile(
 )
 # Architectures whose attention mixers cannot stand in for, or that no family describes.
 _OTHER_BLOCKS = {
-    ("glm", "glm4", "glm4v", "chatglm", "helium", "cohere", "cohere2", "ernie4_5"): (
-        "its rotary positions turn neighbouring channels (interleaved), and mixers turn halves of a head"
+    (
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "kimi_k2", "longcat_flash", "mistral4", "youtu",
+        "glm4_moe_lite", "glm_moe_dsa",
+    ): "its keys and values come from one latent (MLA), so there are no k and v projections to transplant",
+    (
+        "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "falcon_h1", "granitemoehybrid", "recurrent_gemma", "lfm2",
+        "lfm2_moe", "olmo_hybrid", "minimax",
+    ): "it is a hybrid already: most of its layers are state-space, convolution or linear-attention layers",
+    ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"): (
+        "most of its layers are gated delta nets already, whose memory no student's cache has a place for, and its "
+        "attention gates its own output"
     ),
-    ("deepseek_v2", "deepseek_v3", "minicpm3", "kimi_k2", "longcat_flash"): (
-        "its keys and values come from one latent (MLA), so there are no k and v projections to transplant"
-    ),
-    ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "olmo2", "olmo3"): (
-        "its blocks place or scale norms and embeddings otherwise"
+    ("gemma2",): "it caps its attention scores and its logits, which neither mixers nor the distillation loss do",
+    ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"): (
+        "its layers share keys and values, or have inputs beside the residual stream"
     ),
     ("gpt2", "gpt_neox", "gptj", "phi", "falcon", "bloom", "opt", "mpt"): (
         "its blocks have no RMSNorm, gated MLP and separate residuals as Llama's have"
     ),
     ("gpt_oss",): "its attention has learned sinks, which no mixer has a place for",
-}
+}  # fmt: skip
 # The largest sizes of a config, far above any published model: building begins with loops over some of them.
 _MOST = {
     "num_hidden_layers": 1024,
@@ -55,11 +62,11 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             return f"{name} is {repr(value)[:40]} in its config; a whole number from 1 to {most:,} is needed"
     positions = raw.get("rope_parameters")
-    for name, value in (
-        ("rms_norm_eps", raw.get("rms_norm_eps")),
-        ("rope_theta", raw.get("rope_theta")),
-        ("rope_parameters.rope_theta", positions.get("rope_theta") if isinstance(positions, Mapping) else None),
-    ):
+    numbers = {name: raw.get(name) for name in ("rms_norm_eps", "layer_norm_eps", "rope_theta")}
+    if isinstance(positions, Mapping):  # of all layers, or of each kind of layer
+        parts = {"": positions} | {f"{kind}.": part for kind, part in positions.items() if isinstance(part, Mapping)}
+        numbers |= {f"rope_parameters.{kind}rope_theta": part.get("rope_theta") for kind, part in parts.items()}
+    for name, value in numbers.items():
         # What is no number at all is transformers' to say.
         if isinstance(value, int | float) and not 0 < value < math.inf:
             return f"{name} is {value} in its config; a number above 0 is needed"
@@ -100,14 +107,18 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
     names = [model_type, *(raw.get("architectures") or ())]
     if any(_CONVERTED.search(_spaced(name)) for name in names):
         return f"the teacher ({', '.join(names)}) is a linear-attention model already; give the softmax model behind it"
+    for types, reason in _OTHER_BLOCKS.items():
+        if model_type in types:
+            return f"no teacher family for model_type '{model_type}': {reason}"
     if any(kind not in ("full_attention", "sliding_attention") for kind in raw.get("layer_types") or ()):
         kinds = ", ".join(sorted(set(raw["layer_types"])))
         return (
             f"the teacher mixes kinds of layers ({kinds}); only softmax attention, full or windowed, can be converted"
         )
-    for types, reason in _OTHER_BLOCKS.items():
-        if model_type in types:
-            return f"no teacher family for model_type '{model_type}': {reason}"
+    if raw.get("use_bidirectional_attention"):
+        return "the teacher's attention sees later tokens too (use_bidirectional_attention); mixers are causal"
+    if raw.get("final_logit_softcapping"):
+        return "the teacher caps its logits (final_logit_softcapping), which the distillation loss does not"
     if raw.get("quantization_config"):
         return f"the teacher's weights are {_QUANTISED}"
     if reason := named_weights(raw):

@@ -1,7 +1,8 @@
 """The text part of a vision-language model, as the language model that it is when there is no picture.
 
 Such a config nests the language model's own under `text_config`; its checkpoint nests the weights under another prefix.
-With text alone the positions of the three axes of a multimodal RoPE are equal, and it is the plain one.
+With text alone the positions of the three axes of a multimodal RoPE are equal, and it is the plain one. A scale of the
+logits is the language model's, also where transformers' class of the whole leaves it out (Command A Vision).
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ z [B,T,A] is what a mixer hands to o_proj, z* what the teacher's attention hands
 (but for a factor, where the transplant scaled it), so a mixer that puts out z* is aligned. Per layer, on the teacher's
 own inputs:
 
-    value, iclr, decay   Offsets [A] before a nonlinearity (v0, a0, w0). A head's channels move together, by the shift
-                         of -6 … 6 that leaves the smallest ‖z* - z‖² in the head, its channels' best gains presumed.
+    value, iclr, decay   Offsets [A] or [H] before a nonlinearity (v0, a0, w0). A head's channels move together, by the
+                         shift of -6 … 6 that leaves the smallest ‖z* - z‖² in the head, its channels' best gains
+                         presumed.
     gate                 z is linear in the gate's second factor (g2 [R,A]), and where there is none in the norm's
                          weight (ln_x [A]): every channel's gain is that of least squares, z + Δ u with
                          Δ = <u, z* - z> / <u, u>, u = ∂z/∂gain.
@@ -226,13 +227,13 @@ class _ShiftFit(_Fit):
             return None
         error, across, square = self._sums[layer].unbind(1)
         left = error - across.square() / (square + _TINY)
-        # Offsets are of query heads, or of the kv heads that several of those share.
-        heads = offset.numel() // mixer.shape.head_dim
-        left = left.unflatten(1, (heads, -1)).sum(-1)
+        # Offsets are of channels, or one a head [H]; of query heads, or of the kv heads that several of those share.
+        width = 1 if offset.dim() == 1 else mixer.shape.head_dim
+        left = left.unflatten(1, (offset.numel() // width, -1)).sum(-1)
         # Of equal ones the first: the smallest shift. NaN is the least to argmin, and no fit.
         best = left.where(left.isfinite(), torch.inf).argmin(0)
         shifts = torch.tensor(SHIFTS, dtype=torch.float64, device=best.device)[best]
-        offset.add_(shifts.repeat_interleave(mixer.shape.head_dim).view_as(offset).to(offset.dtype))
+        offset.add_(shifts.repeat_interleave(width).view_as(offset).to(offset.dtype))
         return [float(shift) for shift in shifts]
 
 

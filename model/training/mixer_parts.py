@@ -1,20 +1,27 @@
-"""Parts of a mixer by the names of its parameters, which every variant keeps (rwkv7_variants §7.3, radlads §3.1)."""
+"""Parts of a mixer by the names of its parameters, as the variants declare them (`Mixer.PARTS`)."""
 
 from __future__ import annotations
 
-_DECAY_BASE = ("w0", "time_decay")
-_DECAY = (*_DECAY_BASE, "w1", "w2", "time_decay_w1", "time_decay_w2")
-_TOKEN_SHIFT = ("x_", "time_maa_")
+from fnmatch import fnmatchcase
+from functools import cache
+
+from radlads.model.mixers.shared.registry import list_variants, mixer_class
 
 
 def is_decay_base(name: str) -> bool:
     """Whether a parameter is the decay's base, which holds before the token is looked at."""
-    return name.rpartition(".")[2] in _DECAY_BASE
+    return _is_part(name, "decay_base")
 
 
 def mixer_parts(name: str) -> set[str]:
     """What a mixer's parameter belongs to: `mixer`, and `decay` or `token_shift`."""
-    last = name.rpartition(".")[2]
-    if last in _DECAY:
-        return {"mixer", "decay"}
-    return {"mixer", "token_shift"} if last.startswith(_TOKEN_SHIFT) else {"mixer"}
+    return {"mixer", *(part for part in ("decay", "token_shift") if _is_part(name, part))}
+
+
+def _is_part(name: str, part: str) -> bool:
+    return any(fnmatchcase(word, pattern) for word in name.split(".") for pattern in _patterns(part))
+
+
+@cache
+def _patterns(part: str) -> tuple[str, ...]:
+    return tuple(sorted({pattern for name in list_variants() for pattern in mixer_class(name).PARTS[part]}))

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.model.student.documents import document_bounds, document_positions
-from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
+from radlads.model.student.modeling import RadladsForCausalLM, logit_factor, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
-from radlads.model.teacher.load import backbone, find_family
+from radlads.model.teacher.family import backbone
+from radlads.model.teacher.load import find_family
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
 from radlads.model.training.lora import lora_trains
 from radlads.model.training.mixer_parts import mixer_parts
@@ -98,9 +99,7 @@ class Objective(nn.Module):
         return parameter_group(name, self._parts(), set())
 
     def _parts(self) -> Any:
-        if isinstance(self.student, RadladsForCausalLM):
-            return self.student.parts
-        return SimpleNamespace(**find_family(self.student.config).names())
+        return _parts(self.student)
 
     def _of_final_norm(self, name: str) -> bool:
         parts, words = self._parts(), name.split(".")
@@ -195,9 +194,9 @@ class DistillObjective(Objective):
         wanted = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
         hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
         loss, metrics = linear_kl(
-            hidden.flatten(0, 1),
+            head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
-            wanted.flatten(0, 1),
+            head_inputs(self.teacher, wanted).flatten(0, 1),
             self.teacher.get_output_embeddings().weight,
             labels_N=tokens[:, 1:].flatten(),
             **self._settings(),
@@ -220,7 +219,7 @@ class NextTokenObjective(Objective):
         else:
             hidden = plain_hidden(self.student, tokens[:, :-1], cu_seqlens)
         loss, metrics = linear_ce(
-            hidden.flatten(0, 1),
+            head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
             labels.flatten(),
             label_smoothing=self.section.label_smoothing if isinstance(self.section, HasLabelChoices) else 0.0,
@@ -291,6 +290,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def build_objective(spec: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
     """The objective of a training stage. Raises UserError for settings that contradict the model."""
     return OBJECTIVES[spec.objective](spec.section, student, teacher)
+
+
+def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The last hidden state with the family's scale of logits: times the head's weight it gives the logits."""
+    factor = logit_factor(model.config, _parts(model))
+    return hidden if factor == 1.0 else hidden * factor
+
+
+def _parts(model: PreTrainedModel) -> Any:
+    return (
+        model.parts if isinstance(model, RadladsForCausalLM) else SimpleNamespace(**find_family(model.config).names())
+    )
 
 
 def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.stages import Stage
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _MOST_JOB_BYTES = 64 << 20
 
 ExitReason = Literal["done", "preempted", "config", "out-of-memory", "disk-full", "nonfinite", "crash"]
@@ -43,11 +43,13 @@ class StoreRef(Sheet):
 
 
 class LeaseRef(Sheet):
-    """The lease under which a job works: it commits only while the lease still has this token."""
+    """The lease on the product that a job makes: it writes only while the lease still has this token and this owner."""
 
     key: str
     """Of lease.json in the store."""
     token: int
+    owner: str = ""
+    """Of this acquisition: a lease that was removed and made again may have the same token."""
 
 
 class TrackingRef(Sheet):
@@ -82,10 +84,11 @@ class JobSpec(Sheet):
     """The stage's part of the recipe and whatever else determines its product; what `digest` is made of."""
     inputs: dict[str, InputRef] = Field(default_factory=dict)
     output_uri: str
-    """The prefix that the job commits to, e.g. <store>/runs/<run>/align."""
+    """The prefix that the job commits to: <store>/products/<stage>/<digest>."""
     store: StoreRef
     tracking: TrackingRef | None = None
     lease: LeaseRef | None = None
+    """On the product."""
     resources: JobResources
     scratch: str = Field(pattern=r"^[^\x00-\x1f]+$")
     """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, what it is about to upload."""
@@ -125,6 +128,8 @@ class Manifest(Sheet):
     files: tuple[FileEntry, ...]
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Numbers worth comparing, and small tables (lists of numbers); strict JSON, no NaN."""
+    run: str = ""
+    """The run that had it made; others that ask for the same share it."""
     mlflow_run_id: str | None = None
     code: CodeVersion
     kernels: dict[str, str] = Field(default_factory=dict)

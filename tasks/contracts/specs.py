@@ -77,9 +77,16 @@ Pins = Annotated[dict[str, Pin], PLACE]
 
 
 class PlanSpec(Sheet):
-    """No inputs. Product: plan.json (a PlanReport)."""
+    """No inputs. Product: plan.json (a PlanReport).
+
+    A plan is of one run: what it finds at the places that the recipe names is what the run goes on with.
+    """
 
     recipe: Recipe
+    run: str = ""
+    contents: dict[str, str] = Field(default_factory=dict)
+    """Location in the recipe → content, of what an earlier plan of the run found otherwise, the recipe naming another
+    place by now."""
     preview: bool = False
     """For a person to look at: what does not fit into memory is reported beside the sizes and refuses nothing."""
     sizes_only: bool = False

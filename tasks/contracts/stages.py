@@ -44,8 +44,8 @@ class StageInfo:
     makes: Literal["student", "teacher"] | None = None
     """The model in its product: a converted student, or a teacher from nothing."""
     judges: bool = False
-    shared: bool = False
-    """Its product belongs to all runs of a store, and a run may have several."""
+    several: bool = False
+    """A run may have several, each under the name that its spec has."""
     loss: str = "loss"
     """Of a training stage: what its curve shows, with the unit."""
 
@@ -61,7 +61,7 @@ class StageInfo:
 
 
 PLAN = StageInfo("plan", "PlanSpec", "plan.plan", "checks every option and size, and pins what is read")
-TOKENIZE = StageInfo("tokenize", "TokenizeSpec", "data.tokens", "makes one of the recipe's datasets", shared=True)
+TOKENIZE = StageInfo("tokenize", "TokenizeSpec", "data.tokens", "makes one of the recipe's datasets", several=True)
 TRANSPLANT = StageInfo(
     "transplant",
     "TransplantSpec",

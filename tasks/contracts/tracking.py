@@ -30,11 +30,12 @@ __all__ = [
     "RunIdentity",
     "close_run",
     "flatten",
+    "link_product",
     "log_file",
-    "log_params",
     "mirror_product",
     "open_pipeline_run",
     "open_stage_run",
+    "retag_run",
     "run_url",
     "settle_run",
 ]
@@ -114,13 +115,6 @@ def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) 
     return False
 
 
-def log_params(ref: TrackingRef | None, params: Mapping[str, Any]) -> None:
-    """Write params that the run does not have yet. An outage is no error."""
-    if ref is not None:
-        with _outage_is_no_error(ref.uri):
-            _add_params(connect(ref.uri), ref.run_id, params)
-
-
 def mirror_product(
     parent: TrackingRef | None, stage: TrackingRef | None, label: str, uri: str, manifest: Manifest
 ) -> bool:
@@ -151,6 +145,31 @@ def mirror_product(
         client.set_tag(stage.run_id, "radlads.output_uri", uri)
         files = [entry.model_dump(mode="json", exclude_none=True) for entry in manifest.files]
         client.log_dict(stage.run_id, {"uri": uri, "digest": manifest.digest, "files": files}, "product.json")
+        return True
+    return False
+
+
+def link_product(parent: TrackingRef, label: str, uri: str, manifest: Manifest) -> bool:
+    """Show in a pipeline's run a product that another run made: where it lies, who made it, and the MLflow run that has
+    its numbers, which are not copied. Doing it again changes nothing; an outage is no error. Returns whether MLflow has
+    it."""
+    with _outage_is_no_error(parent.uri):
+        client, name = connect(parent.uri), f"radlads.reused.{_metric_name(label).replace(' ', '-')}"
+        tags = {name: uri, f"{name}.digest": manifest.digest, f"{name}.run": manifest.run}
+        if manifest.mlflow_run_id is not None:
+            tags[f"{name}.mlflow_run_id"] = manifest.mlflow_run_id
+        known = client.get_run(parent.run_id).data.tags
+        for key, value in tags.items():
+            if known.get(key) != value:
+                client.set_tag(parent.run_id, key, value)
+        return True
+    return False
+
+
+def retag_run(uri: str, run_id: str, digest: str) -> bool:
+    """Have the MLflow run of a stage be found by another digest; whether it is now. An outage is no error."""
+    with _outage_is_no_error(uri):
+        connect(uri).set_tag(run_id, "radlads.digest", digest)
         return True
     return False
 

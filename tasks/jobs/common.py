@@ -162,7 +162,7 @@ class Job:
             if manifest.digest != reference.digest:
                 raise UserError(
                     f"input '{name}' at {reference.uri} holds another product than the one this job was planned with "
-                    f"(digest {manifest.digest[:12]}, expected {reference.digest[:12]}); choose a new run name"
+                    f"(digest {manifest.digest[:12]}, expected {reference.digest[:12]}); start the run again"
                 )
             found = self.store.fetch(self.store.key(reference.uri), folder)
             write_json(marker, {"folder": str(found)})
@@ -213,6 +213,7 @@ class Job:
             spec=self.spec.spec,
             files=(),
             metrics=metrics,
+            run=self.spec.run,
             mlflow_run_id=self.spec.tracking.run_id if self.spec.tracking else None,
             code=code_version(),
             kernels=chosen_kernels(),
@@ -221,7 +222,7 @@ class Job:
         return self.store.commit(self.output_prefix, self.output, manifest, guard=self.confirm_lease)
 
     def confirm_lease(self) -> None:
-        """Raises LeaseLost where another process makes this run by now: what this one has is not to be committed."""
+        """Raises LeaseLost where another process makes this product by now: this one's must not be committed."""
         if self.spec.lease is not None:
             confirm_lease(self.store, self.spec.lease)
 

@@ -17,6 +17,7 @@ from radlads.model.student.export import export_student
 from radlads.model.student.load import load_student
 from radlads.model.teacher.load import load_generation_config, load_teacher_config
 from radlads.model.weights.openmose_weights import export_openmose, load_openmose
+from radlads.tasks.contracts.job import ExitReason
 from radlads.tasks.contracts.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.contracts.parsing.credentials import HidingFormatter
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES, Preempted, explain, write_ending
@@ -69,7 +70,8 @@ def main() -> None:
     quiet_libraries()
     path = Path(sys.argv[1])
     kinds: TypeAdapter[OpenMoseImport | OpenMoseExport] = TypeAdapter(OpenMoseImport | OpenMoseExport)
-    reason, message = "done", ""
+    reason: ExitReason = "done"
+    message = ""
     try:
         perform(kinds.validate_json(path.read_bytes()))
     except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down

@@ -64,6 +64,8 @@ class FakeJobs:
     order: list[str] = field(default_factory=list)
     specs: dict[str, JobSpec] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
+    """Location in the recipe → what the next plan finds there."""
     teacher: str = "f"
     """Fingerprint of the teacher that the next plan sees."""
 
@@ -83,27 +85,31 @@ class FakeJobs:
             (scratch / "exit.json").write_text(json.dumps({"reason": reason, "message": f"no luck with {spec.stage}"}))
             return 1
         output = scratch / "output"
-        for name, data in product_files(spec, self.teacher).items():
+        for name, data in product_files(spec, self.teacher, self.contents).items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (output / name).write_bytes(data)
         store = open_store(spec.store)
         manifest = Manifest(
             stage=spec.stage, digest=spec.digest, inputs=spec.inputs, spec=spec.spec, files=(),
             metrics={"loss": 0.25}, code=CodeVersion(sha=None, versions={}), created_at=datetime.now(UTC),
-            mlflow_run_id=spec.tracking.run_id if spec.tracking else None,
+            mlflow_run_id=spec.tracking.run_id if spec.tracking else None, run=spec.run,
         )  # fmt: skip
         store.commit(store.key(spec.output_uri), output, manifest)
         (scratch / "exit.json").write_text('{"reason": "done", "message": ""}')
         return 0
 
 
-def product_files(spec, fingerprint="f"):
+def product_files(spec, fingerprint="f", contents=None):
     if spec.stage == "plan":
         teacher = TeacherRef(path="demo", fingerprint=fingerprint, tokenizer_fingerprint="t")
         student = parse_recipe(spec.spec["recipe"]).student
         late = isinstance(student.attention_layers, AttentionChoice) and student.attention_layers.after_align
         pins = {
-            reading.location: Pin(kind=reading.kind, place=reading.place, content=f"content of {reading.location}")
+            reading.location: Pin(
+                kind=reading.kind,
+                place=reading.place,
+                content=(contents or {}).get(reading.location, f"content of {reading.location}"),
+            )
             for reading in readings(parse_recipe(spec.spec["recipe"]))
         }
         report = PlanReport(

@@ -13,6 +13,10 @@ from radlads.flows import cli, services
 from radlads.flows.demo import read_progress, scratch_of
 from radlads.flows.services import Service
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.locks.lease import run_lease
+from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.contracts.store.pointers import point
 
 RUNNER = CliRunner()
 
@@ -126,6 +130,8 @@ def test_progress_in_words(tmp_path):
     (tmp_path / "progress.json").write_text('{"done": 1200, "total": 2000, "unit": "steps"}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.23456}\n')
     assert read_progress(tmp_path) == (1200, 2000, "1,200/2,000 steps, loss 1.235")
-    assert scratch_of(tmp_path, "r1", "align") == tmp_path / "r1" / "align"
-    (tmp_path / "datasets" / "abc").mkdir(parents=True)
-    assert scratch_of(tmp_path, "r1", "tokenize train") == tmp_path / "datasets" / "abc"
+    store, work = open_store(StoreRef(uri=str(tmp_path / "store"))), tmp_path / "work"
+    assert scratch_of(store, work, "r1", "tokenize train") == work, "before anything was asked for"
+    with run_lease(store, "r1", work) as lease:
+        point(store, "r1", "tokenize-train", "tokenize", "abc", lease)
+    assert scratch_of(store, work, "r1", "tokenize train") == work / "products" / "tokenize" / "abc"

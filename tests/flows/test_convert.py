@@ -19,10 +19,12 @@ from radlads.flows.pretrain import radlads_pretrain
 from radlads.tasks.contracts import metrics_record, tracking
 from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef
 from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.contracts.store.open import StageConflict, open_store
+from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.launchers import gpu_lock
 from radlads.tasks.launchers import local as launch
 from radlads.tasks.mirror import sync_run
+from radlads.tasks.pipeline import finished_students
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 STAGES = ["plan", "tokenize", "transplant", "align", "distill", "finetune", "evaluate", "needle", "publish"]
@@ -47,14 +49,18 @@ def test_a_whole_run(recipe, places, jobs, tmp_path):
     assert jobs.specs["distill"].inputs["student"].uri == made["align"]
     assert jobs.specs["needle"].inputs["student"].uri == made["finetune"]
     assert made["run"] == "r1"
-    assert made["publish"] == f"{tmp_path}/store/runs/r1/publish"
-    assert made["train data"].startswith(f"{tmp_path}/store/datasets/")
+    assert made["publish"] == f"{tmp_path}/store/products/publish/{jobs.specs['publish'].digest}"
+    assert made["train data"].startswith(f"{tmp_path}/store/products/tokenize/")
+    store = open_store(StoreRef(uri=places["store"]))
+    pointed = {label: pointer.uri for label, pointer in read_pointers(store, "r1").items()}
+    assert pointed.pop("tokenize-train") == made["train data"]
+    assert pointed == {stage: uri for stage, uri in made.items() if stage not in ("run", "train data")}
     assert load_recipe(f"{tmp_path}/store/runs/r1/recipe.yaml").name == "tiny"
     corpus = jobs.specs["tokenize"].spec["dataset"]["sources"][0]["paths"]
     assert corpus == [f"{tmp_path}/recipe/corpus.txt"]
-    papers = open_store(StoreRef(uri=places["store"])).list("runs/r1/align/job")
+    papers = store.list(f"{store.key(made['align'])}/job")
     assert [key.rsplit("/", 1)[-1] for key in papers] == ["exit.json", "job.json", "log.txt", "metrics.jsonl"]
-    assert not (tmp_path / "work/r1/align/output").exists()
+    assert not (Path(jobs.specs["align"].scratch) / "output").exists()
 
 
 def test_the_same_run_again_launches_nothing(recipe, places, jobs):
@@ -64,11 +70,34 @@ def test_the_same_run_again_launches_nothing(recipe, places, jobs):
     assert not jobs.launched
 
 
-def test_another_run_shares_the_dataset(recipe, places, jobs):
+def test_two_runs_share_what_is_the_same(recipe, places, jobs):
+    """A sweep over distill costs one align; what follows distill is each run's own."""
+    first = radlads(recipe, run="r1", **places)
+    second = radlads(recipe, run="r2", overrides={"distill.tokens": 8192}, **places)
+    assert dict(jobs.launched) == {
+        "plan": 2, "tokenize": 1, "transplant": 1, "align": 1, "distill": 2, "finetune": 2, "evaluate": 2,
+        "needle": 2, "publish": 2,
+    }  # fmt: skip
+    assert first["align"] == second["align"]
+    assert jobs.specs["distill"].inputs["student"].uri == first["align"]
+
+
+def test_another_name_makes_only_what_bears_the_name(recipe, places, jobs):
+    """The plan is what a run found, the report has its name in its title; every model and every number is shared."""
     radlads(recipe, run="r1", **places)
-    radlads(recipe, run="r2", overrides={"distill.tokens": 8192}, **places)
-    assert jobs.launched["tokenize"] == 1
-    assert jobs.launched["align"] == 2
+    jobs.launched.clear()
+    radlads(recipe, run="r2", **places)
+    assert dict(jobs.launched) == {"plan": 1, "publish": 1}
+
+
+def test_a_recipe_that_gains_a_section_makes_only_that(recipe, places, jobs):
+    radlads(recipe, run="r1", overrides={"evaluate": None, "needle": None}, **places)
+    jobs.launched.clear()
+    radlads(recipe, run="r1", **places)
+    assert dict(jobs.launched) == {"plan": 1, "evaluate": 1, "needle": 1, "publish": 1}
+    jobs.launched.clear()
+    radlads(recipe, run="r1", overrides={"needle.lengths": [64, 128]}, **places)
+    assert dict(jobs.launched) == {"plan": 1, "needle": 1, "publish": 1}
 
 
 @pytest.mark.parametrize(("way", "inputs"), [("recall", {"student", "data"}), ("difficulty", {"student"})])
@@ -111,15 +140,50 @@ def test_operational_settings_are_the_same_run(recipe, places, jobs, tmp_path):
     assert len(list((tmp_path / "store/runs/r1").glob("recipe-*.yaml"))) == 1
 
 
-def test_another_recipe_under_the_same_name_is_a_conflict(recipe, places, jobs):
+def test_a_plan_of_another_version_is_passed_over(recipe, places, jobs, tmp_path, caplog):
+    """Its spec has a key that today's recipes do not know: the run is planned anew, and says so in one line."""
     radlads(recipe, run="r1", **places)
+    manifest = tmp_path / "store" / "products" / "plan" / jobs.specs["plan"].digest / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["spec"]["recipe"]["key_of_long_ago"] = 1
+    manifest.write_text(json.dumps(raw))
     jobs.launched.clear()
-    state = radlads(recipe, run="r1", overrides={"align.tokens": 8192}, **places, return_state=True)
-    assert state.is_failed()
-    assert "choose a new run name" in state.message
+    radlads(recipe, run="r1", overrides={"needle.lengths": [128]}, **places)
+    assert dict(jobs.launched) == {"plan": 1, "needle": 1, "publish": 1}
+    assert "is of another version and is passed over: recipe.key_of_long_ago" in caplog.text
+
+
+def test_another_setting_in_the_same_run_is_a_new_product_and_the_old_one_stays(recipe, places, jobs, tmp_path):
+    first = radlads(recipe, run="r1", **places)
+    jobs.launched.clear()
+    changed = {"distill.tokens": 8192}
+    second = radlads(recipe, run="r1", overrides=changed, **places)
+    assert sorted(jobs.launched) == sorted(["plan", "distill", "finetune", "evaluate", "needle", "publish"])
+    assert second["align"] == first["align"]
+    store = open_store(StoreRef(uri=places["store"]))
+    pointer = read_pointers(store, "r1")["distill"]
+    assert [target.uri for target in pointer.targets] == [second["distill"], first["distill"]]
+    assert store.read_manifest(store.key(first["distill"])) is not None
+    assert load_recipe(f"{tmp_path}/store/runs/r1/recipe.yaml").distill.tokens == 8192, "what the run is made by now"
+    assert len(list((tmp_path / "store/runs/r1").glob("recipe-*.yaml"))) == 1
+    jobs.launched.clear()
+    assert radlads(recipe, run="r1", **places) == first, "putting the recipe back costs nothing"
     assert not jobs.launched
-    with pytest.raises(StageConflict):
-        radlads(recipe, run="r1", overrides={"align.tokens": 8192}, **places)
+    assert read_pointers(store, "r1")["distill"].uri == first["distill"]
+
+
+def test_of_a_changed_run_the_newest_chain_of_models_is_judged(recipe, places, jobs):
+    """A run whose align changed and that stopped in distill: models of other settings are not mixed in."""
+    first = radlads(recipe, run="r1", **places)
+    store = open_store(StoreRef(uri=places["store"]))
+    assert list(finished_students(store, "r1")) == ["transplant", "align", "distill", "finetune"]
+    jobs.failures["distill"] = ["config"]
+    assert radlads(recipe, run="r1", overrides={"align.tokens": 8192}, **places, return_state=True).is_failed()
+    found = finished_students(store, "r1")
+    assert list(found) == ["transplant", "align"]
+    assert found["align"].uri not in first.values()
+    radlads(recipe, run="r1", overrides={"align": None}, **places)
+    assert list(finished_students(store, "r1")) == ["transplant", "distill", "finetune"]
 
 
 def test_absent_stages_are_left_out(recipe, places, jobs):
@@ -182,8 +246,32 @@ def test_mlflow_has_a_parent_and_a_child_for_every_stage(recipe, places, jobs, t
     assert parent.data.params["align.tokens"] == "4096"
     assert parent.data.metrics["distill/loss"] == 0.25
     assert children["align"].data.metrics["loss"] == 0.5
-    assert children["align"].data.tags["radlads.output_uri"] == f"{tmp_path}/store/runs/r1/align"
+    place = f"{tmp_path}/store/products/align/{jobs.specs['align'].digest}"
+    assert children["align"].data.tags["radlads.output_uri"] == place
     assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {"needle.png", "report.md"}
+
+
+def test_mlflow_links_what_another_run_made(recipe, places, jobs, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    made = radlads(recipe, run="r1", **{**places, "tracking": uri})
+    for _ in range(2):
+        radlads(recipe, run="r2", overrides={"distill.tokens": 8192}, **{**places, "tracking": uri})
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    parents = {run.data.tags["radlads.run"]: run for run in runs if "mlflow.parentRunId" not in run.data.tags}
+    align = [run for run in runs if run.info.run_name == "align"]
+    assert [run.data.tags["mlflow.parentRunId"] for run in align] == [parents["r1"].info.run_id]
+    tags = parents["r2"].data.tags
+    assert tags["radlads.reused.align"] == made["align"]
+    assert tags["radlads.reused.align.digest"] == jobs.specs["align"].digest
+    assert tags["radlads.reused.align.run"] == "r1"
+    assert tags["radlads.reused.align.mlflow_run_id"] == align[0].info.run_id
+    assert "radlads.reused.tokenize-train" in tags
+    assert "radlads.reused.distill" not in tags
+    assert "align/loss" not in parents["r2"].data.metrics
+    assert parents["r2"].data.metrics["distill/loss"] == 0.25
+    sync_run(open_store(StoreRef(uri=places["store"])), uri, "r2")
+    assert len([r for r in client.search_runs([align[0].info.experiment_id]) if r.info.run_name == "align"]) == 1
 
 
 def test_a_dead_tracking_server_does_not_matter(recipe, places, jobs):
@@ -273,7 +361,7 @@ def test_an_outage_that_ends_before_the_run_is_made_up_for_at_its_end(recipe, pl
     real = goes_away_in(jobs, "align", away)
 
     def run(command, **named):
-        if "publish" in command[-1]:
+        if "/publish/" in command[-1]:
             away.clear()
         return real(command, **named)
 
@@ -348,12 +436,12 @@ def test_evaluate_and_needle_do_not_share_a_gpu(recipe, places, jobs, monkeypatc
 
 
 def test_judging_a_finished_run_again(recipe, places, jobs):
-    radlads(recipe, run="r1", **places)
+    first = radlads(recipe, run="r1", **places)
     jobs.launched.clear()
     made = radlads_evaluate("r1", recipe, run="again", overrides={"needle.lengths": [128]}, **places)
-    assert dict(jobs.launched) == {"plan": 1, "evaluate": 1, "needle": 1}
-    assert jobs.specs["needle"].inputs["student"].uri.endswith("runs/r1/finetune")
-    assert made["needle"].endswith("runs/again/needle")
+    assert dict(jobs.launched) == {"plan": 1, "needle": 1}, "the held-out loss is what it was"
+    assert jobs.specs["needle"].inputs["student"].uri == first["finetune"]
+    assert read_pointers(open_store(StoreRef(uri=places["store"])), "again")["needle"].uri == made["needle"]
     state = radlads_evaluate("nobody", recipe, run="x", **places, return_state=True)
     assert "no finished model of a run 'nobody'" in state.message
     state = radlads_evaluate("nobody", run="x", **places, return_state=True)
@@ -386,32 +474,34 @@ def test_another_teacher_judges_only_where_it_is_meant(recipe, places, jobs):
         assert jobs.specs[stage].spec["teacher"]["fingerprint"] == "another"
 
 
-def test_another_text_under_the_same_name_is_said_before_anything_is_reused(recipe, places, jobs, tmp_path):
+def test_another_text_in_the_same_run_is_a_new_plan_and_only_what_reads_it_is_new(recipe, places, jobs, tmp_path):
     for name in ("a", "b"):
-        (tmp_path / "recipe" / f"{name}.txt").write_text("A needle. In hay.")
+        (tmp_path / "recipe" / f"{name}.txt").write_text(f"A needle. In hay of {name}.")
     asked = {"needle.haystack": ["a.txt"]}
     radlads(recipe, run="r1", overrides=asked, **places)
-    jobs.launched.clear()
     pin = jobs.specs["needle"].spec["pins"]["section.haystack"]
     assert pin["place"] == [f"{tmp_path}/recipe/a.txt"]
-    state = radlads(recipe, run="r1", overrides={"needle.haystack": ["b.txt"]}, **places, return_state=True)
-    assert "needle.haystack names" in state.message
-    assert "choose a new run name" in state.message
-    assert not jobs.launched
+    for _ in range(2):
+        jobs.launched.clear()
+        jobs.contents["needle.haystack"] = "content of b"
+        radlads(recipe, run="r1", overrides={"needle.haystack": ["b.txt"]}, **places)
+    assert not jobs.launched, "the second time it is the same plan"
+    assert jobs.specs["plan"].spec["contents"].keys() == {"needle.haystack"}
+    assert jobs.specs["needle"].spec["pins"]["section.haystack"]["content"] == "content of b"
 
 
-def test_a_run_of_another_schema_says_so(recipe, places, jobs, tmp_path):
+def test_a_store_of_the_layout_before_is_refused_before_anything_is_written(recipe, places, jobs, tmp_path):
     radlads(recipe, run="r1", **places)
-    for path in (tmp_path / "store/runs/r1").glob("*/manifest.json"):
-        path.chmod(0o644)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
-    jobs.launched.clear()
-    again = radlads(recipe, run="r1", **places, return_state=True)
+    old = tmp_path / "store" / "runs" / "old" / "align" / "job" / "log.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("")
+    (tmp_path / "store" / "layout").unlink()
+    again = radlads(recipe, run="r2", **places, return_state=True)
     judged = radlads_evaluate("r1", run="again", **places, return_state=True)
     for state in (again, judged):
-        assert "was made by another version of radlads (schema 1, this one has 2)" in state.message
+        assert "radlads store upgrade" in state.message
         assert len(messages(state)) == 1
-    assert dict(jobs.launched) == {"plan": 1}
+    assert not (tmp_path / "store" / "runs" / "r2").exists()
 
 
 def test_pretraining(tmp_path, recipe, places, jobs):
@@ -423,7 +513,7 @@ def test_pretraining(tmp_path, recipe, places, jobs):
     made = radlads_pretrain(str(path), run="t1", **places)
     assert jobs.order == ["plan", "tokenize", "pretrain", "publish"]
     assert set(jobs.specs["pretrain"].inputs) == {"data"}
-    assert made["pretrain"].endswith("runs/t1/pretrain")
+    assert made["pretrain"] == f"{tmp_path}/store/products/pretrain/{jobs.specs['pretrain'].digest}"
     state = radlads_pretrain(recipe, run="t2", **places, return_state=True)
     assert "no section `pretrain`" in state.message
     state = radlads(str(path), run="t3", **places, return_state=True)
@@ -448,11 +538,11 @@ def bucket(monkeypatch):
 def test_products_in_s3(recipe, places, jobs, bucket):
     places = {**places, "store": bucket}
     made = radlads(recipe, run="r1", **places)
-    assert made["publish"] == "s3://models/radlads/runs/r1/publish"
+    assert made["publish"].startswith("s3://models/radlads/products/publish/")
     assert radlads(recipe, run="r1", **places) == made
     assert set(jobs.launched.values()) == {1}
     store = open_store(jobs.specs["align"].store)
-    assert store.read_file("runs/r1/publish", "report.md") == b"# Report"
+    assert store.read_file(store.key(made["publish"]), "report.md") == b"# Report"
 
 
 def test_a_missing_bucket_is_said_in_one_line(recipe, places, jobs, bucket):

@@ -19,7 +19,11 @@ from rich.console import Console
 
 from radlads.flows import demo, services
 from radlads.flows.foreground import command_line
+from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.locks.lease import run_lease
 from radlads.tasks.contracts.settings import resolve_settings
+from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.contracts.store.pointers import point
 
 # `radlads`, with a job that only waits: for SIGTERM, upon which it "saves" as a training job does, unless `stubborn`.
 PROGRAM = """
@@ -72,14 +76,13 @@ class Terminal:
         )  # fmt: skip
 
     def wait_for_job(self):
-        pid = self.folder / "home/work/r1/plan/pid"
         end = time.monotonic() + 120
-        while not (pid.exists() and pid.read_text()):
+        while not (pids := [pid for pid in (self.folder / "home/work").glob("products/plan/*/pid") if pid.read_text()]):
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < end
             time.sleep(0.1)
         time.sleep(1.5)  # until the launcher has read how far it is
-        return int(pid.read_text())
+        return int(pids[0].read_text())
 
     def interrupt(self):
         os.killpg(self.process.pid, signal.SIGINT)
@@ -192,15 +195,19 @@ class FakeApi:
 
 
 def test_ctrl_c_in_the_demo_cancels_the_run(tmp_path, monkeypatch):
-    (tmp_path / "work/r1/align").mkdir(parents=True)
-    (tmp_path / "work/r1/align/progress.json").write_text('{"done": 12, "total": 50, "unit": "steps"}')
+    store = open_store(StoreRef(uri=str(tmp_path / "store")))
+    with run_lease(store, "r1", tmp_path) as lease:
+        point(store, "r1", "align", "align", "d1", lease)
+    (tmp_path / "work/products/align/d1").mkdir(parents=True)
+    (tmp_path / "work/products/align/d1/progress.json").write_text('{"done": 12, "total": 50, "unit": "steps"}')
     api, out = FakeApi(), StringIO()
     monkeypatch.setattr(demo, "deploy", lambda: None)
     monkeypatch.setattr(demo, "get_client", lambda **_: api)
     monkeypatch.setattr(demo, "_LOOK_SECONDS", 0)
     settings = resolve_settings(
-        store=str(tmp_path), work=str(tmp_path / "work"), tracking="none", environment={"RADLADS_HOME": str(tmp_path)}
-    )
+        store=str(tmp_path / "store"), work=str(tmp_path / "work"), tracking="none",
+        environment={"RADLADS_HOME": str(tmp_path)},
+    )  # fmt: skip
     running = {"prefect": services.Service("prefect", 1, 0, "http://127.0.0.1:9", "log")}
     assert demo.run_demo(Console(file=out), running, settings, "smoke", "r1", {}, "radlads demo --run r1") == 130
     assert api.states == [(RUN, "CANCELLING")]

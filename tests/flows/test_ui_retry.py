@@ -29,12 +29,13 @@ pytestmark = [
 ]
 
 
-def write_recipe(folder):
-    """A random two-layer teacher, a corpus, and a recipe whose align stage lasts long enough to be killed."""
+def write_recipe(folder, seed=0):
+    """A random two-layer teacher, a corpus, and a recipe whose align stage lasts long enough to be killed. seed: of the
+    teacher; runs with the same one share their products."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
@@ -111,11 +112,19 @@ class Rescue:
             time.sleep(0.2)
 
     def product(self, stage):
-        return self.home / "store" / "runs" / self.name / stage
+        return self.home / "store" / "products" / stage / self.digest(stage)
+
+    def scratch(self, stage):
+        return self.home / "work" / "products" / stage / self.digest(stage)
+
+    def digest(self, stage):
+        """Of what the run points at; a name that nothing has before it does."""
+        (path,) = [*(self.home / "store" / "runs" / self.name / "stages").glob(f"{stage}*.json")] or [None]
+        return json.loads(path.read_text())["digest"] if path else "none"
 
     def processes(self, stage):
         """Every process of a stage's job: supervisor, launchers, ranks."""
-        marker = str(self.home / "work" / self.name / stage)
+        marker = str(self.scratch(stage))
         found = [p for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or ())]
         return {process.pid: process.info["cmdline"] for process in found}
 
@@ -145,12 +154,12 @@ class Rescue:
 
     def attempts(self):
         """Stage → how often a job was started for it."""
-        logs = {path.parent.name: path for path in (self.home / "work" / self.name).glob("*/log.txt")}
-        (logs["tokenize"],) = (self.home / "work" / "datasets").glob("*/log.txt")
-        return {stage: path.read_text().count("=== attempt") for stage, path in logs.items()}
+        pointed = (self.home / "store" / "runs" / self.name / "stages").glob("*.json")
+        logs = {stage: self.scratch(stage) / "log.txt" for stage in (path.stem.split("-")[0] for path in pointed)}
+        return {stage: path.read_text().count("=== attempt") for stage, path in logs.items() if path.exists()}
 
     def steps(self, stage):
-        rows = (self.home / "work" / self.name / stage / "metrics.jsonl").read_text().splitlines()
+        rows = (self.scratch(stage) / "metrics.jsonl").read_text().splitlines()
         return [row["step"] for row in map(json.loads, rows) if "loss" in row]
 
 
@@ -165,7 +174,7 @@ def rescue(tmp_path_factory):
 def rescue_a_run(rescue, folder, say=lambda text: None):
     rescue.run(write_recipe(folder), "rescue")
     say(f"started {rescue.page}/runs/flow-run/{rescue.flow_run}")
-    rescue.wait_for((rescue.product("align") / "checkpoints" / "latest").exists, "a checkpoint of align")
+    rescue.wait_for(lambda: (rescue.product("align") / "checkpoints" / "latest").exists(), "a checkpoint of align")
     rescue.kill_a_rank("align")
     say("killed a rank of align with -9")
     rescue.wait_for(lambda: rescue.state()[0] in ("FAILED", "COMPLETED", "CRASHED"), "the failure")
@@ -183,7 +192,7 @@ def rescue_a_run(rescue, folder, say=lambda text: None):
     say(f"completed; jobs started for each stage: {rescue.attempts()}")
     assert rescue.attempts() == {"plan": 1, "tokenize": 1, "transplant": 1, "align": 2, "publish": 1}
     assert rescue.steps("align") == list(range(1, 61))
-    log = (rescue.home / "work" / "rescue" / "align" / "log.txt").read_text().split("=== attempt")[-1]
+    log = (rescue.scratch("align") / "log.txt").read_text().split("=== attempt")[-1]
     assert "step 1/60" not in log, "it started over instead of going on from its checkpoint"
 
 
@@ -192,13 +201,13 @@ def test_a_killed_run_is_rescued_in_the_page(rescue, tmp_path):
 
 
 def test_a_cancelled_run_leaves_no_process(rescue, tmp_path):
-    rescue.run(write_recipe(tmp_path), "cancelled")
-    rescue.wait_for((rescue.product("align") / "checkpoints" / "latest").exists, "a checkpoint of align")
+    rescue.run(write_recipe(tmp_path, seed=1), "cancelled")
+    rescue.wait_for(lambda: (rescue.product("align") / "checkpoints" / "latest").exists(), "a checkpoint of align")
     assert len(rescue.processes("align")) >= 4, "supervisor, its warden, launcher, rank"
     rescue.api.post(f"/flow_runs/{rescue.flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
     rescue.wait_for(lambda: rescue.state()[0] == "CANCELLED", "the cancellation")
     rescue.wait_for(lambda: not rescue.processes("align"), "the end of the job", seconds=90)
-    ending = json.loads((rescue.home / "work" / "cancelled" / "align" / "exit.json").read_text())
+    ending = json.loads((rescue.scratch("align") / "exit.json").read_text())
     assert ending["reason"] == "preempted", "the ranks were asked before anybody was killed, and saved a checkpoint"
 
 

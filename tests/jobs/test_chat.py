@@ -269,14 +269,14 @@ def test_tool_calls_are_json_and_their_answers_a_users(make_tokenizer: Make):
             assert said(tokenizer, messages, name) == call + "Sunny.<|im_end|>"
     rendered = open_template(tokenizer, "qwen3").render(read_messages(turns, ""))
     assert "<|im_start|>user\n<tool_response>\nSun\n</tool_response><|im_end|>\n" in rendered.text
-    with pytest.raises(UserError, match="message 2 has tool_calls, of which the chat template knows nothing"):
+    with pytest.raises(UserError, match="message 2 has tool_calls, which the chat template does not support"):
         said(tokenizer, turns, "chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     )
-    with pytest.raises(UserError, match="as Python does"):
+    with pytest.raises(UserError, match="in Python syntax"):
         said(tokenizer, turns)
 
 
@@ -317,13 +317,13 @@ def test_roles_that_a_template_drops_or_refuses_are_told(make_tokenizer: Make):
     ]
     for name in ("qwen3", "mistral-v7", "phi-3"):
         tokenizer = make_tokenizer(*FAMILIES[name][:3])
-        with pytest.raises(UserError, match=r"row 3: the chat template refuses the chat: role 'critic'"):
+        with pytest.raises(UserError, match=r"row 3: the chat template rejects the chat: role 'critic'"):
             open_template(tokenizer, name).render(turns, "row 3")
     silent = (
         "{% for m in messages %}{% if m.role != 'critic' %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     )
-    with pytest.raises(UserError, match="message 2: the chat template leaves out what 'critic' says"):
+    with pytest.raises(UserError, match="message 2: the chat template drops the 'critic' message"):
         said(make_tokenizer(template=silent), turns)
 
 
@@ -340,13 +340,13 @@ def test_a_chat_that_the_assistant_begins(make_tokenizer: Make):
     ("template", "message"),
     [
         (None, "no chat template; set chat_template"),
-        ("{{ broken", "the chat template refuses the chat"),
-        ("{% for m in messages %}{{ m.nothing.here }}{% endfor %}", "the chat template refuses the chat"),
+        ("{{ broken", "the chat template rejects the chat"),
+        ("{% for m in messages %}{{ m.nothing.here }}{% endfor %}", "the chat template rejects the chat"),
         ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", "today's date"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}"
             "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
-            "marks no word",
+            "marks no assistant text",
         ),
     ],
 )

@@ -60,19 +60,19 @@ def test_the_cost_and_what_it_bought_are_said():
 def test_difficulty_has_its_own_columns():
     text = render_markdown("t", choice_blocks(products(DIFFICULTY), []))
     assert "| 0 | 1.0000 | 0.4000 | yes | abc123 |" in text
-    assert "layer 0, chosen by how badly" in text
+    assert "layer 0, whose mixers fitted it worst" in text
 
 
 def test_what_is_scored_with_positions_and_goes_on_without_is_said():
     without = {**RECALL, "attention_rope": False}
-    assert "goes on without them" in (choice_summary(products(without)) or "")
+    assert "the student has none" in (choice_summary(products(without)) or "")
     assert "positions" not in (choice_summary(products({**RECALL, "attention_rope": True})) or "")
 
 
 def test_the_ratio_stands_beside_its_parts():
     table = choice_table(products(RECALL))
     assert table is not None
-    assert table.header[1:5] == ("recall gained", "KL saved", "KL left", "recall gained per KL left")
+    assert table.header[1:5] == ("recall gained", "KL saved", "remaining KL", "recall gained per remaining KL")
     assert table.rows[1][1:5] == ("0.3000", "0.1000", "1.0000", "0.3000")
 
 

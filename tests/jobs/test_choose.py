@@ -142,7 +142,7 @@ def test_a_quiz_holds_its_facts_and_marks_its_answers(tokenizer_folder: Path):
 
 def test_a_quiz_too_short_for_a_fact_is_refused(tokenizer_folder: Path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    with pytest.raises(UserError, match="cannot hold its fact and question"):
+    with pytest.raises(UserError, match="is too short for its fact and question"):
         build_quiz(tokenizer, load_filler(()), length=10, rng=random.Random(0))
 
 

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a.jsonl",
         GOOD.encode() + b'{"text": "x\xe9y"}\n',
         {},
-        "line 2: the byte 0xe9 is not UTF-8; mend",
+        "line 2: the byte 0xe9 is not UTF-8; fix",
     ),
     "bytes in jsonl.gz": (
         "a.jsonl.gz",
@@ -83,13 +83,13 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "bytes in a text": ("a.txt", b"one\r\ntw\xc3\r\n", {}, "line 2: the byte 0xc3"),
     "bytes in a text.gz": ("a.txt.gz", gzip.compress(b"\n\none\ntw\xfe"), {}, "line 4: the byte 0xfe"),
     "bytes in parquet": ("a.parquet", bad_utf8_parquet(), {}, "row 2: the byte 0xff"),
-    "bytes in a binary column": ("a.parquet", parquet([b"one"]), {}, "row 1: the field 'text' holds a bytes"),
+    "bytes in a binary column": ("a.parquet", parquet([b"one"]), {}, "row 1: the field 'text' is a bytes"),
     "UTF-16": ("a.txt", "one".encode("utf-16"), {}, "UTF-16 or UTF-32, not UTF-8; convert"),
     "UTF-16 jsonl.gz": ("a.jsonl.gz", gzip.compress(GOOD.encode("utf-16")), {}, "UTF-16 or UTF-32"),
-    "cut parquet": ("a.parquet", PARQUET[:-20], {}, "after row 0: the file is damaged or cut short"),
-    "damaged parquet": ("a.parquet", b"PAR1" + b"\0" * 30 + PARQUET[34:], {}, "damaged or cut short"),
-    "no parquet": ("a.parquet", b"hello", {}, "damaged or cut short"),
-    "cut gz": ("a.txt.gz", gzip.compress(b"one two three" * 999)[:-30], {}, r"damaged or cut short.*fetch it again"),
+    "cut parquet": ("a.parquet", PARQUET[:-20], {}, "after row 0: the file is damaged or truncated"),
+    "damaged parquet": ("a.parquet", b"PAR1" + b"\0" * 30 + PARQUET[34:], {}, "damaged or truncated"),
+    "no parquet": ("a.parquet", b"hello", {}, "damaged or truncated"),
+    "cut gz": ("a.txt.gz", gzip.compress(b"one two three" * 999)[:-30], {}, r"damaged or truncated.*download it again"),
     "cut jsonl.gz": (
         "a.jsonl.gz",
         gzip.compress((GOOD * 9999).encode())[:-12],
@@ -100,22 +100,22 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a.txt.gz",
         gzip.compress(bytes(range(32, 127)) * 99)[:20] + b"\xaa" * 60,
         {},
-        "damaged or cut short",
+        "damaged or truncated",
     ),
     "no gz": ("a.jsonl.gz", GOOD.encode(), {}, "after line 0: the file is damaged"),
     "an array line": (
         "a.jsonl",
         (GOOD + "[1, 2]\n").encode(),
         {},
-        r"line 2: expected a JSON object .*, found an array",
+        r"line 2: expected a JSON object .*, got an array",
     ),
-    "a number line": ("a.jsonl", (GOOD + "\n17\n").encode(), {}, r"line 3: expected a JSON object .*, found a number"),
-    "null": ("a.jsonl", b"null\n", {}, r"line 1: expected .* found null"),
+    "a number line": ("a.jsonl", (GOOD + "\n17\n").encode(), {}, r"line 3: expected a JSON object .*, got a number"),
+    "null": ("a.jsonl", b"null\n", {}, r"line 1: expected .* got null"),
     "an array over lines": (
         "a.json",
         b'[\n{"text": "one"}\n]\n',
         {},
-        r"line 1: not valid JSON .*array; write its objects one a line",
+        r"line 1: not valid JSON .*array; write one object per line",
     ),
     "no JSON": ("a.jsonl", (GOOD + '{"text": one}\n').encode(), {}, r"line 2: not valid JSON .*character 10"),
     "a cut line": ("a.jsonl", (GOOD + '{"text": "tw').encode(), {}, "line 2: not valid JSON"),
@@ -139,12 +139,12 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         {},
         "line 2 has no field 'text'; it has: body",
     ),
-    "not text": ("a.jsonl", b'{"text": ["one"]}', {}, "line 1: the field 'text' holds a list"),
-    "an empty file": ("a.jsonl", b"", {}, "the file holds no document; leave it out"),
-    "a blank file": ("a.txt", b" \n\n", {}, "the file holds no document"),
-    "an empty gz": ("a.txt.gz", gzip.compress(b""), {}, "the file holds no document"),
-    "an empty parquet": ("a.parquet", parquet([], pa.string()), {}, "the file holds no document"),
-    "nothing but nulls": ("a.parquet", parquet([None, ""]), {}, "the file holds no document"),
+    "not text": ("a.jsonl", b'{"text": ["one"]}', {}, "line 1: the field 'text' is a list"),
+    "an empty file": ("a.jsonl", b"", {}, "the file contains no document; remove it from the source"),
+    "a blank file": ("a.txt", b" \n\n", {}, "the file contains no document"),
+    "an empty gz": ("a.txt.gz", gzip.compress(b""), {}, "the file contains no document"),
+    "an empty parquet": ("a.parquet", parquet([], pa.string()), {}, "the file contains no document"),
+    "nothing but nulls": ("a.parquet", parquet([None, ""]), {}, "the file contains no document"),
     "a message without role": (
         "a.jsonl",
         (chat("a") + '{"m": [{"content": "x"}]}').encode(),
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         {"messages_field": "m"},
         "line 1: (its messages are nested too deeply|not usable JSON)",
     ),
-    "a chat as text": ("a.jsonl", b'{"m": "Hi"}', {"messages_field": "m"}, r"line 1: expected a list .* found text"),
+    "a chat as text": ("a.jsonl", b'{"m": "Hi"}', {"messages_field": "m"}, r"line 1: expected a list .* got text"),
     "a kind unknown": ("a.csv", b"text\none\n", {}, "unknown kind of file"),
 }
 
@@ -270,7 +270,7 @@ def test_haystacks_are_read_by_the_same_rules(tmp_path: Path):
         load_filler([path])
     path = tmp_path / "hay.txt.gz"
     path.write_bytes(gzip.compress(b"One cat. Two dogs." * 99)[:-9])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         load_filler([path])
 
 

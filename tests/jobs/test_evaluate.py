@@ -142,7 +142,7 @@ def test_one_window_has_no_error():
 
 def test_a_broken_student_is_named():
     broken = {"kl": {"value": math.nan, "stderr": None}}
-    with pytest.raises(UserError, match="'distill' gives kl that is no number"):
+    with pytest.raises(UserError, match=r"'distill' has non-finite scores \(kl\)"):
         bits.check_finite("distill", broken)
 
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from radlads.kernels.shared.backends import Forms
-from radlads.kernels.shared.meta import wkv7_meta
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import RadladsForCausalLM, build_student
+from radlads.model.teacher.load import list_families
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import (
     Align,
@@ -138,36 +138,48 @@ def test_weights_are_exact(section: Training, teacher_bits: Any, mlp_bits: Any, 
     assert abs(bytes_held(teacher, student) - told) <= small
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "llama", "qwen3_moe"])
-def test_parameters_are_those_of_real_models(model_type: str):
-    config = config_of(model_type, **(EXPERTS if model_type == "qwen3_moe" else {}))
-    teacher, student = pair(config, (1, 3))
-    networks = count_networks(recipe_of(attention_layers=[1, 3]), config)
+@pytest.mark.parametrize("model_type", list_families())
+def test_parameters_are_those_of_real_models(family_config, model_type: str):
+    config = family_config(model_type, **EXPERTS if model_type == "qwen3_moe" else {})
+    teacher, student = pair(config, (1,))
+    networks = count_networks(recipe_of(attention_layers=[1]), config)
     assert networks.teacher_parameters == sum(p.numel() for p in teacher.parameters())
     assert networks.student_parameters == sum(p.numel() for p in student.parameters())
     assert sum(networks.groups.values()) == networks.student_parameters
     assert networks.groups["mixer"] == sum(p.numel() for m in student.mixers().values() for p in m.parameters())
     theirs = dict(teacher.named_parameters())
     assert networks.new_parameters == sum(p.numel() for n, p in student.named_parameters() if n not in theirs)
-    expert = 3 * 128 * 128  # gate, up, down
-    assert networks.idle == (4 * 6 * expert if model_type == "qwen3_moe" else 0)
+    expert = 3 * config.hidden_size * 128  # gate, up, down
+    assert networks.idle == (3 * 6 * expert if model_type == "qwen3_moe" else 0)
+    attention = student.model.layers[1].self_attn
+    shape = student.mixers()[0].shape
+    assert (networks.hidden, networks.width, networks.head_dim) == (shape.hidden_size, shape.width, shape.head_dim)
+    assert networks.kv_width == shape.num_kv_heads * shape.head_dim
+    assert networks.groups["attention"] == sum(p.numel() for p in attention.parameters())
+
+
+OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4", "cohere2", "exaone4")]
 
 
 @pytest.mark.parametrize("attention_layers", [(), (1, 2)])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("variant", ["rad_rwkv7", "hxa079", "rwkv7"])
+@pytest.mark.parametrize(
+    ("variant", "model_type"),
+    [("rad_rwkv7", "qwen3"), ("hxa079", "qwen3"), ("rwkv7", "qwen3"), ("gated_deltanet", "qwen3"), *OTHER_BLOCKS],
+)
 def test_activations_are_near_what_autograd_keeps(
-    monkeypatch: pytest.MonkeyPatch, variant: str, frozen: bool, attention_layers: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, family_config, variant: str, model_type: str, frozen: bool, attention_layers
 ):
     """A whole student on the CPU, its recurrence standing in for the kernels (which the CPU form does not resemble)."""
-    config = config_of()
+    kinds = {} if model_type in ("qwen3", "glm4") else {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = family_config(model_type, **SIZES | kinds)
     student = build_student(
         config, variant=variant, options={}, attention_layers=attention_layers, attention_rope=False
     )
     section = Finetune(tokens=9999, context=128, batch=1, freeze=("mlp",) if frozen else ())
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not (frozen and ".mlp." in name))
-    monkeypatch.setattr(Forms, "choose", lambda *args: wkv7_meta)
+    monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
     kept: dict[int, torch.Tensor] = {}
     known = {p.untyped_storage().data_ptr() for p in student.parameters()}
 

@@ -96,7 +96,7 @@ def test_a_prompt_has_one_bos_where_the_tokenizer_or_the_recipe_wants_it(
 
 
 def test_prompts_too_short_are_refused(teacher_folder: Path):
-    with pytest.raises(UserError, match="cannot hold"):
+    with pytest.raises(UserError, match="is too short"):
         needle.make_trials(Needle(lengths=(8,)), load_tokenizer(str(teacher_folder)))
 
 

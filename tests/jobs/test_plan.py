@@ -128,7 +128,7 @@ def test_nothing_is_read_whole_before_all_else_is_checked(recipe: Callable[..., 
         ({"data__train__add_bos": True, "align__context": 4096}, "align.context .4096. is beyond the 512 positions"),
         ({"align__tokens": 100}, "align.tokens .100. is less than one step"),
         ({"finetune__assistant_only": True}, "no source of data.train has messages_field"),
-        ({"needle__lengths": [10]}, "needle: a needle prompt of 10 tokens cannot hold"),
+        ({"needle__lengths": [10]}, "needle: a needle prompt of 10 tokens is too short"),
         ({"needle__depths": [1.5]}, "needle: depths are shares from 0 to 1"),
         (
             {"distill__lora": {"targets": ["qproj"]}},
@@ -220,11 +220,11 @@ def test_a_choice_is_planned(recipe: Callable[..., Recipe], way: str, layers: tu
         ),
         (
             {"count": 1, "choose": "recall", "recall": {"lengths": [20], "context": 16, "heldout_tokens": 64}},
-            "cannot hold its fact and question",
+            "is too short for its fact and question",
         ),
         (
             {"count": 1, "choose": "recall", "recall": {"lengths": [64], "context": 1024}},
-            "reads 1024 tokens at once, beyond the 512 positions",
+            "sequences of 1024 tokens, but the teacher has 512 positions",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def second_set(folder: Path) -> None:
         (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 100), "its header claims 18446744073709551615 bytes"),
         (lambda f: (f / WEIGHTS).write_bytes(b""), "is no whole safetensors file"),
         (lambda f: (f / WEIGHTS).rename(f / "model.fp16.safetensors"), "it has only model.fp16.safetensors"),
-        (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled .bin files are not read"),
+        (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled .bin files are not supported"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "a PEFT adapter .* beside whole weights"),
         (second_set, "holds two sets of weights"),
         (lambda f: change(f, **{Q: None}), f"lacks {Q}, which its config asks for"),

@@ -196,8 +196,8 @@ def say(evaluated: Any, needles: Any = None, stage: str = "distill", **metrics: 
         (evaluation(1.02, student=0.1), "good", "2.0 % above the teacher's"),
         (evaluation(0.99, student=0.1), "good", "1.0 % below the teacher's"),
         (evaluation(1.08, student=0.1), "warning", "8.0 % above the teacher's"),
-        (evaluation(1.01, transplant=3.0, align=4.0, student=0.1), "warning", "align took the student away"),
-        (evaluation(1.01, align=0.2, student=0.3), "warning", "distill took the student away"),
+        (evaluation(1.01, transplant=3.0, align=4.0, student=0.1), "warning", "align increased the KL to the teacher"),
+        (evaluation(1.01, align=0.2, student=0.3), "warning", "distill increased the KL to the teacher"),
     ],
 )
 def test_text_verdicts(evaluated: Any, level: str, words: str):
@@ -207,7 +207,7 @@ def test_text_verdicts(evaluated: Any, level: str, words: str):
 
 def test_leaving_the_teacher_in_finetune_is_a_note():
     said = say(evaluation(1.0, align=0.5, distill=0.1, student=0.2), stage="finetune")
-    assert any("Finetuning follows the data" in text and level == "note" for text, level in said.items())
+    assert any("follows the data, not the teacher" in text and level == "note" for text, level in said.items())
 
 
 def test_a_task_that_dropped_is_told():
@@ -220,14 +220,14 @@ def test_a_task_that_dropped_is_told():
 
 def test_needle_verdicts():
     good = say(None, {"models": {"teacher": found(1.0), "student": found(0.95)}}, needle_at_training_length_ratio=0.95)
-    assert any("95 % of what its teacher finds" in text and level == "good" for text, level in good.items())
+    assert any("95 % of its teacher's needles" in text and level == "good" for text, level in good.items())
     bad = say(None, {"models": {"teacher": found(1.0), "student": found(0.2)}}, needle_at_training_length_ratio=0.2)
-    assert any("does not retrieve" in text and level == "warning" for text, level in bad.items())
+    assert any("retrieves too little" in text and level == "warning" for text, level in bad.items())
     blind = say(None, {"models": {"teacher": found(0.1), "student": found(0.1)}}, needle_at_training_length_ratio=1.0)
-    assert any("no retrieval to keep" in text and level == "note" for text, level in blind.items())
+    assert any("too few to compare the retrieval" in text and level == "note" for text, level in blind.items())
     lost = {"teacher": found(1.0), "student": found(0.94), "distill": found(1.0, 0.01)}
     said = say(None, {"models": lost}, "finetune", needle_at_training_length_ratio=0.94)
-    assert any("Retrieval was lost after distill" in text and level == "warning" for text, level in said.items())
+    assert any("Retrieval decreased after distill" in text and level == "warning" for text, level in said.items())
     partly = {"teacher": found(1.0), "student": found(1.0, not_run=(4096,))}
     said = say(None, {"models": partly}, needle_at_training_length_ratio=1.0)
     assert any("was not run at 4096 tokens" in text for text in said)

@@ -88,9 +88,9 @@ def test_a_long_document_holds_as_many_facts_as_are_asked_for(tokenizer: PreTrai
 
 
 def test_too_short_a_prompt_and_too_many_facts_are_told(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="cannot hold its fact and question"):
+    with pytest.raises(UserError, match="is too short for its fact and question"):
         build_case(tokenizer, FILLER, length=8, depth=0.5, rng=random.Random(0))
-    with pytest.raises(UserError, match="different keys"):
+    with pytest.raises(UserError, match="distinct keys"):
         draw_facts(random.Random(0), 100_000)
 
 

@@ -202,7 +202,7 @@ def test_a_checkpoint_that_lacks_something(tmp_path, damage):
         save_file({"param/layer.bias": torch.zeros(3)}, states)
     else:
         (tmp_path / "checkpoint.json").unlink()
-    with pytest.raises(UserError, match="cannot be continued from") as said:
+    with pytest.raises(UserError, match="cannot be resumed") as said:
         open_checkpoint(tmp_path, 5, SHAPES)
     check_line(said.value)
 

@@ -259,7 +259,7 @@ def test_special_tokens_in_text_are_counted_and_told(tokenize: Any, special_corp
     folder, _ = tokenize([source], heldout_fraction=0.2)
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
     assert metrics["special_tokens_as_text"] == 4
-    assert "stands 4 times in the documents" in caplog.text
+    assert "the text of special tokens 4 times" in caplog.text
 
 
 def test_a_separator_is_no_part_of_a_document_whatever_it_is(tokenize: Any, corpus: Path, tokenizer_folder: Path):
@@ -277,7 +277,7 @@ def test_a_tokenizer_that_makes_control_tokens_out_of_text_is_told():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     encoder = TokenEncoder(tokenizer)
     assert encoder.encode_texts(["one two"])[0][0] == [2, 0]
-    with pytest.raises(UserError, match="makes the control token '<eos>' out of plain text"):
+    with pytest.raises(UserError, match="encodes the plain text of the control token '<eos>' as that token"):
         encoder.encode_texts(["one <eos>"])
     assert encoder.encode_texts(["one <eos>"], parse=True)[0][0] == [2, 1]
 
@@ -397,7 +397,7 @@ def test_recall_documents_are_made_one_by_one(tokenize: Any, tokenizer_folder: P
     ("sources", "options", "message"),
     [
         ([{"kind": "files", "paths": ["nowhere/*.txt"]}], {}, "no file matches"),
-        ([{"kind": "files", "paths": ["{corpus}"], "max_documents": 1}], {}, "no document is left"),
+        ([{"kind": "files", "paths": ["{corpus}"], "max_documents": 1}], {}, "split would be empty"),
         ([{"kind": "files", "paths": ["{corpus}"], "messages_field": "m"}], {}, "no field 'm'"),
         ([{"kind": "files", "paths": ["{corpus}"], "separator": "<|endoftext|>"}], {"max_tokens": 3}, "first document"),
         ([{"kind": "sample", "tokens": 100}], {}, "needs a teacher"),

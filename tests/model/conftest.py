@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -26,25 +25,6 @@ from transformers import (
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.export import export_student
 from radlads.model.student.load import RadladsForCausalLM, build_student
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 48,
-    "vocab_size": 64,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-# What a family needs besides.
-OF_FAMILY: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
-}
 
 MakeTeacher = Callable[..., PreTrainedModel]
 MakeStudent = Callable[..., RadladsForCausalLM]
@@ -59,13 +39,10 @@ def scramble(module: torch.nn.Module, scale: float = 0.2, seed: int = 1) -> None
 
 
 @pytest.fixture(scope="session")
-def make_teacher() -> MakeTeacher:
+def make_teacher(family_config: Callable[..., Any]) -> MakeTeacher:
     def make(model_type: str = "qwen3", **changes: Any) -> PreTrainedModel:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            model_type, **{"tie_word_embeddings": False, **SIZES, **OF_FAMILY.get(model_type, {}), **changes}
-        )
-        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_config(family_config(model_type, **changes), dtype=torch.float32)
         scramble(teacher)
         return teacher.eval().requires_grad_(False)
 
@@ -147,7 +124,7 @@ def exported(make_teacher: MakeTeacher, make_student: MakeStudent, tmp_path_fact
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """[2, 21] int64, without special tokens."""
-    return torch.randint(3, SIZES["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(7))
+    return torch.randint(3, 64, (2, 21), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_every_variant_starts_nearer(teacher, make_student, variant):
     touched = {
         name.split(".")[-1] for name, tensor in student.state_dict().items() if not torch.equal(tensor, started[name])
     }
-    assert touched <= {"w0", "time_decay", "g2", "weight"}
+    assert touched <= {"w0", "time_decay", "dt_bias", "g2", "weight"}
     assert not any(
         "_proj" in name for name, tensor in student.state_dict().items() if not torch.equal(tensor, started[name])
     )

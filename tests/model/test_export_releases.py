@@ -16,7 +16,10 @@ import transformers
 from packaging.version import Version
 
 from radlads.model.student import releases
+from radlads.model.student.export import export_student
+from radlads.model.student.load import load_student
 from radlads.model.student.releases import TESTED, cache_keyword, check_calls, check_release
+from radlads.model.teacher.load import list_families
 
 # Runs in a process of its own, which has bare transformers and the folders.
 SCRIPT = """
@@ -24,12 +27,13 @@ import json, sys, tempfile, torch, transformers
 from transformers import AutoModelForCausalLM
 greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 seen = {"version": transformers.__version__, "from": transformers.__file__}
-tokens = torch.tensor(json.loads(sys.argv[1]))
+given = json.loads(sys.argv[1])
+tokens = torch.tensor(given["tokens"])
 short = tokens[1:, :-5]
 rows = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1)])
 mask = torch.ones_like(rows)
 mask[1, :5] = 0
-for folder in sys.argv[2:]:
+for folder in given["folders"]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(tokens).logits
@@ -56,18 +60,38 @@ for folder in sys.argv[2:]:
         "reloaded": same,
         "checkpointed": max(float((g - gradients[0]).norm() / gradients[0].norm()) for g in gradients[1:]),
     }
-print("RESULT" + json.dumps(seen))
+families = {}
+for name, folder in given["families"].items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(tokens).logits[:, -1].tolist()
+    made, uncached = (model.generate(tokens, **greedy, use_cache=c, pad_token_id=0).tolist() for c in (True, False))
+    families[name] = {"logits": logits, "made": made, "uncached": uncached}
+print("RESULT" + json.dumps(seen | {"families": families}))
 """
 
 
+@pytest.fixture(scope="module")
+def families(make_teacher, make_student, tmp_path_factory) -> dict[str, Path]:
+    """Family → the folder of an exported student of it, layer 1 kept."""
+    root = tmp_path_factory.mktemp("families")
+    for name in list_families():
+        student = make_student(make_teacher(name), attention_layers=(1,), attention_rope=True)
+        export_student(student, None, root / name)
+    return {name: root / name for name in list_families()}
+
+
 @pytest.mark.parametrize("release", ["lowest", "locked", "newest"])
-def test_an_export_does_the_same_under_every_release(exported, tokens, project_root: Path, tmp_path, release) -> None:
+def test_an_export_does_the_same_under_every_release(
+    exported, families, tokens, project_root: Path, tmp_path, release
+) -> None:
     path = project_root / ".venv-transformers" / release
     if release != "locked" and not path.is_dir():
         pytest.skip("tests/releases.py, which make test runs, installs other releases of transformers")
-    folders = [str(exported["hybrid"]), str(exported["pure"])]
+    given = {"tokens": tokens.tolist(), "folders": [str(exported["hybrid"]), str(exported["pure"])]}
+    given["families"] = {name: str(folder) for name, folder in families.items()}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(tokens.tolist()), *folders],
+        [sys.executable, "-c", SCRIPT, json.dumps(given)],
         capture_output=True,
         text=True,
         check=False,
@@ -82,6 +106,7 @@ def test_an_export_does_the_same_under_every_release(exported, tokens, project_r
     )
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.split("RESULT")[1])
+    of_families = seen.pop("families")
     version = seen.pop("version")
     assert Path(seen.pop("from")).is_relative_to(path) == (release != "locked")
     assert version == {"locked": transformers.__version__, "lowest": TESTED[0]}.get(release, version)
@@ -94,6 +119,11 @@ def test_an_export_does_the_same_under_every_release(exported, tokens, project_r
         assert got["padded"] == got["alone"]
         assert got["reloaded"]
         assert got["checkpointed"] < 1e-5
+    for name, folder in families.items():
+        with torch.no_grad():
+            expected = load_student(folder)(tokens).logits[:, -1]
+        torch.testing.assert_close(torch.tensor(of_families[name]["logits"]), expected, atol=1e-5, rtol=1e-5, msg=name)
+        assert of_families[name]["made"] == of_families[name]["uncached"], name
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.16.1", "6.0.0", "6.0.0.dev0"])

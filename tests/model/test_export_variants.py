@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from radlads.model import list_variants
 from radlads.model.mixers import rad_rwkv6, rwkv7
-from radlads.model.student.export import export_student, remote_code
+from radlads.model.student import export
+from radlads.model.student.export import _flat_name, export_student, remote_code
 
 # One process for all folders: starting it takes longer than anything that it does.
 BARE = """
@@ -51,7 +53,9 @@ CASES = {
     "hxa079-published": ("hxa079", {"key_scaling": "log_log_decay"}, ()),
     "arwkv": ("rwkv7", {"gate": False, "group_norm": False}, (0,)),
     "rad_rwkv6-groupnorm": ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank"}, (2,)),
+    "gated_deltanet-conv": ("gated_deltanet", {"short_conv": 4, "gate": "full"}, (0,)),
 }
+KERNELS = {"rad_rwkv6": "wkv6", "gated_deltanet": "gated_delta"}  # the others: wkv7
 
 
 def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens, tmp_path: Path) -> None:
@@ -84,9 +88,36 @@ def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens,
 
 @pytest.mark.parametrize("variant", list_variants())
 def test_a_folder_carries_the_kernel_that_it_runs(variant: str) -> None:
-    kernels = {name for name in remote_code(variant) if name.startswith("wkv")}
-    own = "wkv6" if variant == "rad_rwkv6" else "wkv7"
+    kernels = {name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta)_", name)}
+    own = KERNELS.get(variant, "wkv7")
     assert kernels == {f"{own}_radlads.py", f"{own}_chunked_radlads.py", f"{own}_step_radlads.py"}
+
+
+def test_names_in_the_folder_follow_from_places_in_the_package() -> None:
+    """Also those of a kernel or a mixer to come; what is no part of a model is refused, and so are two of one name."""
+    named = {
+        "radlads.model.student.cache": "cache_radlads",
+        "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7_radlads",
+        "radlads.model.mixers.shared.registry": "variants_radlads",
+        "radlads.model.mixers.kda": "kda_radlads",
+        "radlads.kernels.shared.slots": "slots_radlads",
+        "radlads.kernels.kda": "kda_radlads",
+        "radlads.kernels.kda.chunked": "kda_chunked_radlads",
+    }
+    assert {module: _flat_name(module) for module in named} == named
+    for module in ("radlads.model.training.lora", "radlads.kernels.shared.check", "radlads.kernels.wkv7.triton_op"):
+        with pytest.raises(ValueError, match=f"cannot carry {module}"):
+            _flat_name(module)
+
+
+def test_a_mixer_called_like_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = export._source
+    imports = "from radlads.kernels.{0} import {0}\n"
+    monkeypatch.setattr(
+        export, "_source", lambda module: imports.format("wkv6") if module.endswith(".wkv6") else source(module)
+    )
+    with pytest.raises(ValueError, match=r"would both be wkv6_radlads\.py"):
+        remote_code("wkv6")
 
 
 def test_files_hold_the_equations() -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from radlads.model.convert.layer_choice import (
     DifficultyWeights,
     LayerScore,
-    difficulty_layers,
     difficulty_scores,
     even_layers,
     last_layers,
@@ -70,7 +69,7 @@ def test_the_layer_that_learns_worst_is_the_hardest():
     assert max(scores, key=scores.get) == 1
     assert scores[1] == 1.0
     assert all(0 <= score <= 1 for score in scores.values())
-    assert difficulty_layers(curves, 1, num_layers=4) == (1,)
+    assert spaced_layers(scores, 1, num_layers=4) == (1,)
 
 
 def test_the_scale_term_is_the_distance_from_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from radlads.kernels.gated_delta import gated_delta
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7
 from radlads.model import list_variants
-from radlads.model.mixers import rad_rwkv6
+from radlads.model.mixers import gated_deltanet, rad_rwkv6
 from radlads.model.mixers.shared import mixer as shared
 from radlads.model.mixers.shared import recurrence_wkv7
 from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer, apply_rope
@@ -27,6 +29,14 @@ EXTRA = [
     ("cxa073", {"rope": True}),
     ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank"}),
     ("rad_rwkv6", {"token_shift": False, "gate": "none", "rope": True}),
+    ("gated_deltanet", {"short_conv": 4, "gate": "full"}),
+    ("gated_deltanet", {"short_conv": 2, "gate": "none", "norm": False, "rope": False}),
+]
+# Where each operator is called from.
+OPERATORS = [
+    (recurrence_wkv7, "wkv7", wkv7),
+    (rad_rwkv6, "wkv6", wkv6),
+    (gated_deltanet, "gated_delta", gated_delta),
 ]
 CASES = [(name, {}) for name in list_variants()] + EXTRA
 D, H, G, K, T = 24, 4, 2, 8, 37
@@ -90,12 +100,12 @@ def test_no_output_sees_the_future(mixer: Mixer) -> None:
 def test_chunked_is_the_loop(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(mixer)
     chunked = mixer.mix(**given, output_state=True)
-    monkeypatch.setattr(recurrence_wkv7, "wkv7", lambda *a, **k: wkv7(*a, **k, backend="reference"))
-    monkeypatch.setattr(rad_rwkv6, "wkv6", lambda *a, **k: wkv6(*a, **k, backend="reference"))
+    for module, name, operator in OPERATORS:
+        monkeypatch.setattr(module, name, partial(operator, backend="reference"))
     loop = mixer.mix(**given, output_state=True)
     close(chunked.out, loop.out, 1e-5)
-    close(chunked.state.wkv, loop.state.wkv, 1e-5)
-    assert loop.state.wkv.dtype == torch.float32
+    close(chunked.state.recurrent, loop.state.recurrent, 1e-5)
+    assert loop.state.recurrent.dtype == torch.float32
 
 
 @torch.no_grad()

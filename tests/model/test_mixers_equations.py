@@ -129,13 +129,58 @@ def rad_rwkv6_by_hand(m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], given: d
     return m.o_proj(y)
 
 
+def gated_deltanet_by_hand(m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], given: dict) -> Tensor:
+    """In the paper's orientation: S is value × key, and S_t = S_{t-1} (decay (I - beta k kᵀ)) + beta v kᵀ."""
+    B, time, _ = x.shape
+
+    def convolved(z: Tensor, taps: Tensor) -> Tensor:
+        out = torch.zeros_like(z)
+        for t in range(time):
+            for n in range(min(len(taps), t + 1)):
+                out[:, t] += taps[len(taps) - 1 - n] * z[:, t - n]
+        return out
+
+    z = [projection(x) for projection in (m.q_proj, m.k_proj, m.v_proj)]
+    if given.get("short_conv"):
+        z = [convolved(part, taps) for part, taps in zip(z, m.conv.split([H * K, G * K, G * K], -1), strict=True)]
+    q, k, v = (part.view(B, time, -1, K) for part in z)
+    if given.get("rope", True):
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    decay = torch.exp(-torch.exp(m.A_log) * torch.log1p(torch.exp(x @ m.a_proj.weight.T + m.dt_bias)))
+    beta = sigmoid(x @ m.b_proj.weight.T)
+    y = torch.zeros(B, time, H, K, dtype=x.dtype)
+    for b in range(B):
+        for h in range(H):
+            S = torch.zeros(K, K, dtype=x.dtype)
+            for t in range(time):
+                key, query = k[b, t, h * G // H], q[b, t, h]
+                key, query, rate = key / key.norm(), query / query.norm(), beta[b, t, h]
+                S = S @ (decay[b, t, h] * (torch.eye(K, dtype=x.dtype) - rate * torch.outer(key, key)))
+                S = S + rate * torch.outer(v[b, t, h * G // H], key)
+                y[b, t, h] = S @ query / math.sqrt(K)
+    if given.get("norm", True):
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * m.o_norm.weight
+    y = y.reshape(B, time, H * K)
+    gate = given.get("gate", "low_rank")
+    if gate == "full":
+        z = x @ m.g_proj.weight.T
+        y = y * z * sigmoid(z)
+    elif gate == "low_rank":
+        y = y * (sigmoid(x @ m.g1) @ m.g2)
+    return m.o_proj(y)
+
+
 CASES = [
     *[(name, {}) for name in list_variants() if name != "rad_rwkv7"],
     *[(name, {"key_scaling": "log_log_decay"}) for name in ("hxa079", "hxa07a", "hxa07b")],
     ("rwkv7", {"token_shift": False, "gate": False, "group_norm": False}),
     ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank", "rope": True}),
     ("rad_rwkv6", {"token_shift": False, "gate": "none"}),
+    ("gated_deltanet", {"short_conv": 4, "gate": "full", "rope": False}),
+    ("gated_deltanet", {"short_conv": 2, "gate": "none", "norm": False}),
 ]
+# Those that are no RWKV-7.
+BY_HAND = {"rad_rwkv6": rad_rwkv6_by_hand, "gated_deltanet": gated_deltanet_by_hand}
 
 
 @pytest.mark.parametrize(("variant", "options"), CASES, ids=str)
@@ -153,8 +198,8 @@ def test_mixers_are_their_equations(variant: str, options: dict) -> None:
     width = G if variant == "hxa079" else H
     first = FirstValues(noise(2, T, width, K), noise(2, T, width, K))
     rope = (angle.cos(), angle.sin())
-    if variant == "rad_rwkv6":
-        wanted = rad_rwkv6_by_hand(mixer, x, rope, options)
+    if variant in BY_HAND:
+        wanted = BY_HAND[variant](mixer, x, rope, options)
     else:
         wanted = by_hand(variant, mixer, x, rope, first, options)
     # Gates and decays are taken in fp32, whatever the model's precision.
@@ -214,6 +259,23 @@ def test_rad_rwkv6_starts_as_published() -> None:
     assert mixer.time_maa_w2.shape == (5, 32, 64)
     for name in ("time_maa_w2", "time_decay_w2"):
         assert 0.005 < getattr(mixer, name).abs().max() <= 0.01
+
+
+def test_gated_deltanet_starts_slow_and_half_open() -> None:
+    mixer = make("gated_deltanet", {"short_conv": 4}, hidden_size=64, num_heads=8, num_kv_heads=2, head_dim=16)
+    x = torch.randn(3, 64)
+    decay = torch.exp(-torch.exp(mixer.A_log) * nn.functional.softplus(mixer.a_proj(x) + mixer.dt_bias))
+    torch.testing.assert_close(decay[:, [0, -1]], torch.tensor([[0.999, 0.905]]).expand(3, 2), atol=5e-4, rtol=0)
+    assert (decay.diff(dim=-1) < 0).all()
+    assert (torch.sigmoid(mixer.b_proj(x)) == 0.5).all()
+    assert (mixer.o_norm.weight == 1).all()
+    torch.testing.assert_close(
+        make("gated_deltanet", {"decay_shift": 1.0}).dt_bias, make("gated_deltanet", {}).dt_bias + 1
+    )
+    sequence = torch.randn(2, T, D, generator=torch.Generator().manual_seed(0))
+    plain, convolved = make("gated_deltanet", {}).eval(), make("gated_deltanet", {"short_conv": 4}).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(convolved.mix(sequence).out, plain.mix(sequence).out)
 
 
 def test_the_start_of_the_decay_by_depth() -> None:

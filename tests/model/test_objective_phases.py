@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
 
+from radlads.model.mixers.shared.mixer import AttentionShape
+from radlads.model.mixers.shared.registry import find_variant, list_variants
 from radlads.model.training.lora import add_lora
 from radlads.model.training.objectives import build_objective
+from radlads.model.training.trainable import is_decay_base, mixer_parts
 from radlads.tasks.contracts.recipe.recipe import Distill, Finetune, Lora, Phase
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 
@@ -94,6 +98,37 @@ def test_step_3a_trains_decay_and_token_shift(make_teacher, make_student) -> Non
     shifts = {n.rpartition(".")[2] for n in trained(objective("finetune", six, train_only=["decay", "token_shift"]))}
     assert {"time_decay", "time_decay_w1", "time_decay_w2", "time_maa_x", "time_maa_w", "time_maa_w1"} <= shifts
     assert all(name.startswith(("time_decay", "time_maa")) for name in shifts)
+    delta = make_student(teacher, variant="gated_deltanet", options={"short_conv": 4})
+    names = {n.split("self_attn.")[1] for n in trained(objective("finetune", delta, train_only=["decay"]))}
+    assert names == {"A_log", "dt_bias", "a_proj.weight"}
+    both = trained(objective("finetune", delta, train_only=["decay", "token_shift"]))
+    assert {n.split("self_attn.")[1] for n in both} == names | {"conv"}
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_a_name_is_the_same_part_in_every_variant(variant: str) -> None:
+    """Parts are looked up by name alone, so what one variant declares must not catch another's parameters."""
+    options = find_variant(variant).Options().resolve(32, 64)
+    flags = dict.fromkeys(("q_bias", "k_bias", "v_bias", "o_bias", "qk_norm"), True)
+    shape = AttentionShape(32, 4, 2, 16, norm_eps=1e-6, **flags)
+    mixer = find_variant(variant).Mixer(shape, options, layer=1, num_layers=4, first=False)
+    own = mixer.PARTS
+    assert set(own) == {"decay_base", "decay", "token_shift"}
+    found = {part: set() for part in own}
+    for name, _ in mixer.named_parameters():
+        for part in mixer_parts(f"model.layers.1.self_attn.{name}") - {"mixer"}:
+            found[part].add(name)
+        if is_decay_base(f"model.layers.1.self_attn.{name}"):
+            found["decay_base"].add(name)
+    for part, names in found.items():
+        declared = {
+            name
+            for name, _ in mixer.named_parameters()
+            if any(fnmatchcase(word, pattern) for word in name.split(".") for pattern in own[part])
+        }
+        assert names == declared, part
+    assert found["decay_base"]
+    assert found["decay_base"] < found["decay"]
 
 
 def test_lora_trains_pairs_and_what_the_mixers_add(make_teacher, make_student) -> None:

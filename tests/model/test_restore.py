@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radlads.model.convert.layer_choice import recall_layers
-from radlads.model.convert.layer_scores import ProbeBatch, TokenCount, score_layers, sum_layers, teacher_recall
+from radlads.model.convert.layer_scores import BEFORE, ProbeBatch, TokenCount, sum_layers, teacher_recall
 from radlads.model.convert.restore import restore_attention, restored
 from radlads.model.mixers.shared.registry import list_variants
 from radlads.model.student.export import export_student
@@ -100,6 +100,14 @@ def probe(num_answers=3, T=24, seed=3):
     for number in range(num_answers):
         answers[:, 6 + 5 * number : 8 + 5 * number] = number + 1
     return [ProbeBatch(ids, answers), ProbeBatch(torch.randint(3, 64, (3, T), generator=generator))]
+
+
+def score_layers(student, teacher, batches, *, kept=(), candidates=None):
+    """The student with `kept` restored, and with each candidate as well; None: every other layer."""
+    layers = [i for i in student.mixers() if i not in kept] if candidates is None else candidates
+    sums = sum_layers(student, teacher, batches, kept=kept, candidates=[BEFORE, *layers])
+    scores = {layer: found.score() for layer, found in sums.items()}
+    return scores.pop(BEFORE), scores
 
 
 def test_scores_are_those_of_plain_forward_passes(teacher, make_student):

@@ -87,8 +87,8 @@ def test_memory_is_a_state_where_attention_was_replaced(student, tokens) -> None
     recurrent = {i for i, layer in enumerate(cache.layers) if isinstance(layer, RecurrentLayer)}
     assert recurrent == set(student.mixers())
     for i in recurrent:
-        assert cache.layers[i].state.wkv.shape == (2, 4, 16, 16)
-        assert cache.layers[i].state.wkv.dtype == torch.float32
+        assert cache.layers[i].state.recurrent.shape == (2, 4, 16, 16)
+        assert cache.layers[i].state.recurrent.dtype == torch.float32
     kept = 3 - len(recurrent)
     assert cache.num_bytes() == 4 * (len(recurrent) * 2 * 4 * 16 * 16 + kept * 2 * 2 * 2 * 21 * 16)
     with pytest.raises(ValueError, match="forget"):

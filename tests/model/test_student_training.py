@@ -21,6 +21,7 @@ CASES: list[tuple[str, tuple[int, ...], str]] = [
     ("llama", (0,), "hxa079"),
     ("qwen3_moe", (1,), "rwkv7"),
     ("llama", (), "rad_rwkv6"),
+    ("qwen3", (0,), "gated_deltanet"),
 ]
 
 

@@ -110,12 +110,11 @@ def test_phi3_rotates_a_part_of_the_head_and_scales_long_contexts(
         assert cos.shape[-1] == 8 * rope.get("partial_rotary_factor", 1.0)
 
 
-@pytest.mark.parametrize("kept", [(), (1,)], ids=str)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_students_export_and_load_again(
-    make_teacher, make_student, tokens: Tensor, tmp_path: Path, model_type: str, kept: tuple[int, ...]
+    make_teacher, make_student, tokens: Tensor, tmp_path: Path, model_type: str
 ) -> None:
-    student = make_student(make_teacher(model_type, **WINDOWED.get(model_type, {})), attention_layers=kept)
+    student = make_student(make_teacher(model_type, **WINDOWED.get(model_type, {})), attention_layers=(1,))
     export_student(student, None, tmp_path)
     remote = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     again = load_student(tmp_path)
@@ -125,7 +124,7 @@ def test_students_export_and_load_again(
         assert torch.equal(remote.eval()(tokens).logits, wanted)
 
 
-@pytest.mark.parametrize("kept", [(), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("kept", [(), (0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_generation_with_the_cache_is_generation_without(
     make_teacher, make_student, tokens: Tensor, model_type: str, kept: tuple[int, ...]

@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 import boto3
+import botocore.session
 import pytest
 from botocore.config import Config
 
@@ -60,6 +61,9 @@ def s3_credentials(tmp_path_factory):
     patch.setenv("AWS_CONFIG_FILE", str(nothing))
     patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nothing))
     patch.delenv("AWS_PROFILE", raising=False)
+    # Every store has a client of its own, and each would read botocore's description of S3 again: 0.1 s of parsing.
+    loader = botocore.session.create_loader()
+    patch.setattr("botocore.session.create_loader", lambda search_path_string=None: loader)
     yield
     patch.undo()
 

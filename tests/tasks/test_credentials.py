@@ -224,8 +224,10 @@ def test_a_launched_job_writes_none(moto_endpoint, mlflow_server, tmp_path, monk
         assert pipeline.settings.tracking == f"http://{mlflow_server}"
         asked = PlanSpec(recipe=pipeline.recipe, sizes_only=True)
         ref = TrackingRef(uri=pipeline.settings.tracking, experiment="e", run_id="f" * 32)
-        product = run_stage(pipeline.request("plan", asked, {}), open_tracking=lambda digest: ref)
-    scratch = tmp_path / "home" / "work" / "r" / "plan"
+        request = pipeline.request("plan", asked, {})
+        product = run_stage(request, open_tracking=lambda digest: ref)
+    scratch = request.scratch
+    assert scratch == tmp_path / "home" / "work" / "products" / "plan" / request.digest
     assert scratch.stat().st_mode & 0o777 == 0o700
     assert (scratch / "job.json").stat().st_mode & 0o777 == 0o600
     job = json.loads((scratch / "job.json").read_text())

@@ -135,5 +135,5 @@ def test_the_cause_may_lie_below(tmp_path):
 
 
 def test_a_scratch_that_cannot_be_written(mounted):
-    with pytest.raises(UserError, match="work: the file system is read-only; choose another place"):
+    with pytest.raises(UserError, match="work: the file system is read-only; choose another location"):
         launch(spec(mounted("ro") / "work"))

@@ -48,7 +48,7 @@ REPORT = PlanReport(
         ({"teacher_kl": -1}, "extend.teacher_kl: Input should be greater than or equal to 0"),
         ({"teacher_kl": 0.1, "label_smoothing": 0.1}, "label_smoothing and teacher_kl both soften the labels"),
         ({"phases": [{"tokens": 896, "teacher_kl": 0.1}], "label_smoothing": 0.1}, "give one of them"),
-        ({"train_only": ["decay"], "lora": {}}, "train_only and lora both say what trains"),
+        ({"train_only": ["decay"], "lora": {}}, "train_only and lora cannot be combined"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(extend: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ def test_a_folder_is_one_users_alone(tmp_path, monkeypatch):
     assert folder.stat().st_mode & 0o777 == 0o700
     mine = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
-    with pytest.raises(UserError, match=f"belongs to another user \\(uid {mine}\\); choose a folder of your own"):
+    with pytest.raises(UserError, match=f"belongs to another user \\(uid {mine}\\); choose your own folder"):
         private_folder(folder)
 
 
@@ -35,8 +35,8 @@ def test_a_file_is_never_seen_half_or_by_others(tmp_path):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(errno.ENOSPC, "x"), "here: no space is left; free some, or choose another place"),
-        (OSError(errno.EROFS, "x"), "here: the file system is read-only; choose another place"),
+        (OSError(errno.ENOSPC, "x"), "here: no space left on the device; free some, or choose another location"),
+        (OSError(errno.EROFS, "x"), "here: the file system is read-only; choose another location"),
         (PermissionError(errno.EACCES, "x"), "here: permission denied"),
         (OSError(errno.EIO, "Input/output error"), "here: Input/output error"),
         (ValueError("embedded null byte"), "here: not a usable path: embedded null byte"),

@@ -180,7 +180,7 @@ def test_what_a_task_names_outside_its_folder_is_content_too(tmp_path: Path) -> 
         seen.add(digest(evaluate_of(task)))
     assert len(seen) == 5
     write(task, {"mine.yaml": "task: mine\ndataset_kwargs: {data_files: 'https://example.org/x.json'}\n"})
-    with pytest.raises(UserError, match="put a copy beside it"):
+    with pytest.raises(UserError, match="whose content can change; use a local copy"):
         digest(evaluate_of(task))
 
 
@@ -275,11 +275,11 @@ def test_a_run_goes_on_where_its_files_moved_and_not_with_others(tmp_path: Path,
     assert spec_digest("needle", after, {}) == before
     check_pins(after, ContentHashes())
     b.write_text("other")
-    with pytest.raises(UserError, match=r"needle\.haystack names .*b/a\.txt, which holds something else"):
+    with pytest.raises(UserError, match=r"needle\.haystack is .*b/a\.txt, whose content differs"):
         follow_moves(recipe_of(b), report, ContentHashes())
     gone = follow_moves(recipe_of(tmp_path / "gone" / "a.txt"), report, ContentHashes())
     assert gone.pins == report.pins
-    assert "left as the plan saw it" in caplog.text
+    assert "keeps the pin of the plan" in caplog.text
     with pytest.raises(UserError, match=r"needle\.haystack: no file matches"):
         follow_moves(recipe_of(tmp_path / "gone" / "b.txt"), report, ContentHashes())
 
@@ -335,7 +335,7 @@ def test_without_a_connection_the_cache_says_which_commit_it_is(cache: Path, kin
     (cache / f"{kind}s--org--fetched" / "snapshots" / LATER).mkdir(parents=True)
     assert hub_commit("org/fetched", None, kind) == LATER
     (cache / f"{kind}s--org--fetched" / "snapshots" / COMMIT).mkdir()
-    with pytest.raises(UserError, match="does not know which commit"):
+    with pytest.raises(UserError, match="has no commit for"):
         hub_commit("org/fetched", None, kind)
     for repo, revision in (("org/unknown", None), ("org/name", "v3")):
         with pytest.raises(UserError, match="pin one with `revision: <commit>`") as raised:

@@ -43,8 +43,8 @@ def test_every_shipped_recipe_validates_and_survives_a_round_trip(name: str) -> 
             "align.data is 'web', but `data` has 'train'",
         ),
         ({"student": {"attention_layers": [-1]}}, "cannot be negative"),
-        ({"student": {"attention_layers": [2, 2]}}, "names a layer twice"),
-        ({"teacher": None}, "give `teacher` (to convert one) or `pretrain`"),
+        ({"student": {"attention_layers": [2, 2]}}, "has a layer twice"),
+        ({"teacher": None}, "give exactly one of `teacher` (to convert it) and `pretrain`"),
         ({"needle": {"trials": 3}}, "needle.trials"),
         ({"name": "No Spaces"}, "name"),
     ],
@@ -81,7 +81,7 @@ def test_a_typo_in_a_nested_section_is_matched_with_that_sections_keys() -> None
         ({"student": {"attention_layers": {"choose": "last"}}}, "student.attention_layers.count: Field required"),
         (
             {"student": {"attention_layers": {"count": 1, "choose": "last", "recall": {"documents": 9}}}},
-            "student.attention_layers: settings of `recall` are given, but `choose` is last; drop them",
+            "student.attention_layers: settings of `recall` are given, but `choose` is last; remove them",
         ),
         (
             {"data": {"train": {"sources": [{"kind": "files", "paths": [3]}]}}},

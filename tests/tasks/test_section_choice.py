@@ -54,11 +54,11 @@ def test_a_list_is_what_it_was():
         ({"count": 1, "choose": "even", "recall": {"seed": 1}}, "settings of `recall` are given, but `choose` is even"),
         ({"count": 1, "choose": "recall", "recall": {"data": "no"}}, "recall.data is 'no'"),
         ({"count": 1, "choose": "recall", "recall": {"budget": 0.5}}, "less than or equal to 0.05"),
-        ({"count": 1, "choose": "recall", "recall": {"heldout_tokens": 64}}, "less than one window of 512"),
+        ({"count": 1, "choose": "recall", "recall": {"heldout_tokens": 64}}, "fewer than one window of 512"),
         ({"count": 1, "choose": "difficulty", "difficulty": {"min_gap": 9}}, "min_gap must not be larger"),
         ("even", "give a list of layers, or {count: N, choose:"),
         ([-1], "counted from 0"),
-        ([1, 1], "names a layer twice"),
+        ([1, 1], "has a layer twice"),
     ],
 )
 def test_bad_choices_are_one_line(layers, words):
@@ -76,7 +76,7 @@ def test_a_choice_after_align_needs_align(way):
 
 
 def test_calibration_needs_align():
-    with pytest.raises(RecipeError, match="calibrate works at the start of align"):
+    with pytest.raises(RecipeError, match="calibrate needs an align stage"):
         recipe([1], align=None, student={"calibrate": {}})
 
 

@@ -14,7 +14,7 @@ from radlads.tasks import stage
 from radlads.tasks.contracts.job import CodeVersion, JobResources, JobSpec, Manifest, StoreRef
 from radlads.tasks.contracts.recipe.recipe import parse_recipe
 from radlads.tasks.contracts.specs import PlanSpec
-from radlads.tasks.contracts.store.open import CorruptArtifact, LocalStore, StageConflict
+from radlads.tasks.contracts.store.open import CorruptArtifact, LocalStore
 from radlads.tasks.launchers import local as launch
 from radlads.tasks.launchers.local import JobCrashed
 from radlads.tasks.stage import StageRequest, run_stage
@@ -33,7 +33,7 @@ def ask(tmp_path):
     def make(**changes):
         return StageRequest(
             stage="plan", run="r", recipe="tiny", spec=PlanSpec(recipe=parse_recipe(RECIPE | changes)), inputs={},
-            output_key="runs/r/plan", store=store, scratch=tmp_path / "work",
+            store=store, work=tmp_path / "work",
             resources=JobResources(device="cpu", processes=1, threads=1),
         )  # fmt: skip
 
@@ -91,11 +91,12 @@ def test_no_tracking_and_no_slot_for_what_is_committed(ask, job):
     run_stage(ask(), open_tracking=lambda digest: pytest.fail("opened a run"), slot=slot())
 
 
-def test_a_conflict_is_said_before_anything_runs(ask, job):
-    run_stage(ask())
-    with pytest.raises(StageConflict, match="choose a new run name"):
-        run_stage(ask(student={"attention_layers": [1]}))
-    assert job.runs == 1
+def test_another_setting_is_another_product_and_both_stay(ask, job):
+    first, other = run_stage(ask()), run_stage(ask(student={"attention_layers": [1]}))
+    assert first.uri != other.uri
+    assert job.runs == 2
+    assert run_stage(ask()).reused
+    assert job.runs == 2
 
 
 def test_exit_zero_without_a_manifest_is_a_failure(ask, job):
@@ -106,7 +107,7 @@ def test_exit_zero_without_a_manifest_is_a_failure(ask, job):
 
 def test_a_manifest_of_something_else_is_a_failure(ask, job):
     job.digest = "other"
-    with pytest.raises(StageConflict):
+    with pytest.raises(CorruptArtifact, match="does not belong there"):
         run_stage(ask())
 
 
@@ -129,23 +130,23 @@ def test_papers_are_kept_and_the_scratch_is_cleared(ask, job, tmp_path):
     with pytest.raises(JobCrashed):
         run_stage(ask())
     store = ask().store
-    assert store.get_bytes("runs/r/plan/job/exit.json") == b'{"reason": "crash", "message": "boom"}'
-    assert (tmp_path / "work" / "output").is_dir(), "a retry goes on from what is there"
+    assert store.get_bytes(f"{ask().key}/job/exit.json") == b'{"reason": "crash", "message": "boom"}'
+    assert (ask().scratch / "output").is_dir(), "a retry goes on from what is there"
     job.code, job.ending, job.commits = 0, {"reason": "done", "message": ""}, True
     run_stage(ask())
-    assert store.get_bytes("runs/r/plan/job/log.txt").count(b"=== attempt") == 2
-    assert not (tmp_path / "work" / "output").exists()
+    assert store.get_bytes(f"{ask().key}/job/log.txt").count(b"=== attempt") == 2
+    assert not (ask().scratch / "output").exists()
 
 
 def test_the_record_follows_to_another_machine(ask, job, tmp_path):
     store = ask().store
-    store.put_bytes("runs/r/plan/job/metrics.jsonl", b'{"step": 1, "time": 1, "loss": 1.0}\n')
+    store.put_bytes(f"{ask().key}/job/metrics.jsonl", b'{"step": 1, "time": 1, "loss": 1.0}\n')
     run_stage(ask())
-    assert b'"step": 1' in (tmp_path / "work" / "metrics.jsonl").read_bytes()
+    assert b'"step": 1' in (ask().scratch / "metrics.jsonl").read_bytes()
 
 
 def test_checkpoints_go_once_the_product_is_committed_and_stay_while_it_is_not(ask, job):
-    store, kept = ask().store, "runs/r/plan/checkpoints/step-000005/state.safetensors"
+    store, kept = ask().store, f"{ask().key}/checkpoints/step-000005/state.safetensors"
     store.put_bytes(kept, b"moments")
     job.commits = False
     with pytest.raises(JobCrashed):
@@ -153,8 +154,8 @@ def test_checkpoints_go_once_the_product_is_committed_and_stay_while_it_is_not(a
     assert store.get_bytes(kept) == b"moments"
     job.commits = True
     product = run_stage(ask())
-    assert store.list("runs/r/plan/checkpoints") == []
-    assert store.read_manifest("runs/r/plan") == product.manifest
+    assert store.list(f"{ask().key}/checkpoints") == []
+    assert store.read_manifest(ask().key) == product.manifest
 
 
 def test_what_a_flow_left_that_died_right_after_the_commit_goes_when_the_stage_is_reused(
@@ -162,9 +163,9 @@ def test_what_a_flow_left_that_died_right_after_the_commit_goes_when_the_stage_i
 ):
     """Between the job's commit and the flow's tidying: optimizer states in the store, full scratch, papers not kept."""
     store = ask().store
-    store.put_bytes("runs/r/plan/checkpoints/step-000005/state.safetensors", b"moments")
-    store.put_bytes("runs/r/plan/checkpoints/latest", b"step-000005\n")
-    store.put_bytes("runs/r/plan/job/metrics.jsonl", b"")
+    store.put_bytes(f"{ask().key}/checkpoints/step-000005/state.safetensors", b"moments")
+    store.put_bytes(f"{ask().key}/checkpoints/latest", b"step-000005\n")
+    store.put_bytes(f"{ask().key}/job/metrics.jsonl", b"")
 
     def died(*_, **__):
         raise KeyboardInterrupt
@@ -173,13 +174,13 @@ def test_what_a_flow_left_that_died_right_after_the_commit_goes_when_the_stage_i
         patch.setattr(stage, "_keep_papers", died)
         with pytest.raises(KeyboardInterrupt):
             run_stage(ask())
-    (tmp_path / "work" / "metrics.jsonl").write_bytes(b'{"step": 1, "time": 1, "loss": 1.0}\n')
-    assert (tmp_path / "work" / "output").is_dir()
+    (ask().scratch / "metrics.jsonl").write_bytes(b'{"step": 1, "time": 1, "loss": 1.0}\n')
+    assert (ask().scratch / "output").is_dir()
     assert run_stage(ask()).reused
-    assert store.list("runs/r/plan/checkpoints") == []
-    assert store.get_bytes("runs/r/plan/job/metrics.jsonl") == b'{"step": 1, "time": 1, "loss": 1.0}\n'
-    assert b"=== attempt" in store.get_bytes("runs/r/plan/job/log.txt")
-    assert not (tmp_path / "work" / "output").exists()
+    assert store.list(f"{ask().key}/checkpoints") == []
+    assert store.get_bytes(f"{ask().key}/job/metrics.jsonl") == b'{"step": 1, "time": 1, "loss": 1.0}\n'
+    assert b"=== attempt" in store.get_bytes(f"{ask().key}/job/log.txt")
+    assert not (ask().scratch / "output").exists()
 
 
 def test_the_scratch_of_another_store_is_left_alone_by_a_stage_that_is_reused(ask, job, tmp_path):
@@ -187,11 +188,11 @@ def test_the_scratch_of_another_store_is_left_alone_by_a_stage_that_is_reused(as
     other = ask()
     moved = LocalStore(StoreRef(uri=str(tmp_path / "copy")))
     shutil.copytree(tmp_path / "store", tmp_path / "copy", dirs_exist_ok=True)
-    (tmp_path / "work" / "output").mkdir()
-    (tmp_path / "work" / "log.txt").write_text("another store's")
+    (ask().scratch / "output").mkdir()
+    (ask().scratch / "log.txt").write_text("another store's")
     assert run_stage(replace(other, store=moved)).reused
-    assert (tmp_path / "work" / "output").exists()
-    assert b"another store's" not in moved.get_bytes("runs/r/plan/job/log.txt")
+    assert (ask().scratch / "output").exists()
+    assert b"another store's" not in moved.get_bytes(f"{ask().key}/job/log.txt")
 
 
 def test_a_dataset_that_another_process_is_making_is_waited_for(ask, job, monkeypatch):

@@ -33,7 +33,6 @@ LITERALS = {
     "tasks/contracts/stages.py": NAMES,  # the table
     "model/training/objectives.py": set(TRAINING_STAGES),  # objectives by stage
     "flows/cli/evaluate.py": {"evaluate"},  # the command `radlads evaluate`
-    "flows/demo.py": {"tokenize"},  # the beginning of a label
     "tasks/jobs/choose/choose.py": {"choose"},  # the key of choose.json, the recipe's own
     "tasks/jobs/choose/choice_chart.py": {"choose"},
     "tasks/jobs/report/choice_report.py": {"choose"},

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from radlads.tasks.contracts.job import CodeVersion, Manifest, StoreRef
-from radlads.tasks.contracts.store.open import CorruptArtifact, StageConflict, StoreError, StoreUnusable, open_store
+from radlads.tasks.contracts.store.open import CommitConflict, CorruptArtifact, StoreError, StoreUnusable, open_store
 
 
 def sheet(digest="d1", **changes):
@@ -123,7 +123,7 @@ def test_same_digest_again_is_returned(store, folder):
 def test_another_digest_is_a_conflict(store, folder, tmp_path):
     store.commit("runs/a/align", folder, sheet("d1"))
     (folder / "empty").write_text("changed")
-    with pytest.raises(StageConflict, match="choose a new run name"):
+    with pytest.raises(CommitConflict, match="nothing is overwritten"):
         store.commit("runs/a/align", folder, sheet("d2"))
     assert (store.fetch("runs/a/align", tmp_path / "into") / "empty").read_bytes() == b""
 
@@ -137,7 +137,7 @@ def test_damage_is_found(store, folder, tmp_path, damage):
         store.delete(key)
     else:
         spoil(store, key, data[:-1] if damage == "torn" else data[:-1] + b"?")
-    with pytest.raises(CorruptArtifact, match=r"weights\.bin.*choose a new run name"):
+    with pytest.raises(CorruptArtifact, match=r"weights\.bin.*have it made again"):
         store.fetch("runs/a/align", tmp_path / "into")
     with pytest.raises(CorruptArtifact):
         store.read_file("runs/a/align", "model/weights.bin")
@@ -168,7 +168,7 @@ def test_concurrent_commits_one_wins_and_is_whole(store, tmp_path):
         barrier.wait()
         try:
             results[number] = store.commit("runs/a/align", folders[number], sheet(f"d{number}"))
-        except StageConflict as error:
+        except CommitConflict as error:
             results[number] = error
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(writers)]

@@ -13,7 +13,7 @@ from botocore.config import Config
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store import base as store_base
 from radlads.tasks.contracts.store import proof as store_proof
-from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StageConflict, StoreError
+from radlads.tasks.contracts.store.open import CommitConflict, CorruptArtifact, S3Store, StoreError
 from radlads.tasks.contracts.store.s3 import client as s3_client
 from radlads.tasks.contracts.store.s3.seal import seal_file
 
@@ -209,7 +209,7 @@ def test_a_late_upload_of_an_unfinished_attempt(store, folder, tmp_path, direct,
 
     for name in ("config.json", "weights.bin"):  # the first goes on where it was
         send(f"{PLACE}/{name}", older / name, seal_file(older / name, 16 << 20))
-    with pytest.raises(StageConflict):
+    with pytest.raises(CommitConflict):
         store.commit(PLACE, older, sheet("d1"))
     for entry in made.files:
         body = direct.get_object(Bucket="art", Key=store._full(f"{PLACE}/{entry.path}"))["Body"].read()

@@ -158,3 +158,19 @@ def test_errors_of_the_filesystem_are_one_line(store, folder, monkeypatch, numbe
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StoreUnusable, match=words):
         store.commit("runs/a/align", folder, sheet())
+
+
+def test_clearing_up_after_a_commit_leaves_a_lease_that_is_being_written(store, folder, monkeypatch):
+    """The heartbeat of the maker writes beside the product while the job commits it."""
+    real = store._write_beside
+
+    def commits_meanwhile(target, data):
+        temporary = real(target, data)
+        if target.name == "lease.json":
+            store._tidy("products/align/d1")
+        return temporary
+
+    store.put_bytes("products/align/d1/x", b"1")
+    monkeypatch.setattr(store, "_write_beside", commits_meanwhile)
+    store.put_bytes("products/align/d1/lease.json", b"{}")
+    assert store.get_bytes("products/align/d1/lease.json") == b"{}"

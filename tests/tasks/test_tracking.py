@@ -18,7 +18,6 @@ from radlads.tasks.contracts.tracking import (
     RunIdentity,
     close_run,
     log_file,
-    log_params,
     mirror_product,
     open_pipeline_run,
     open_stage_run,
@@ -59,7 +58,7 @@ def test_a_retry_finds_its_runs_again(uri):
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert run.data.params == {"tokens": "5"}
     assert client.get_run(parent.run_id).data.params == {"recipe.align.tokens": "5"}
-    log_params(child, {"tokens": 7, "other": 1})
+    assert open_stage_run(again, "align", "d1", params={"tokens": 7, "other": 1}) == child
     assert client.get_run(child.run_id).data.params == {"tokens": "5", "other": "1"}
 
 

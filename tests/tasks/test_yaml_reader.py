@@ -59,7 +59,7 @@ def test_values_of_a_program():
         (loop, "w: x.x.x.x.x.x.x.x…: nested more than 40 deep"),
         ({"a": {1: 2}}, "w: a: the key 1 is not text"),
         ({"a": [0, float("inf")]}, "w: a.1: inf is not a finite number"),
-        ({"a": b"x"}, "w: a: a bytes is nothing that JSON can hold"),
+        ({"a": b"x"}, "w: a: a bytes cannot be represented in JSON"),
         ([0] * 30_000, "more than 20,000 values"),
     ):
         with pytest.raises(DocumentError, match=told.replace("…", ".")):

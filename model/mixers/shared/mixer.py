@@ -1,4 +1,4 @@
-"""What mixers share: sizes, low-rank maps, GQA repeat, RoPE, per-head norms, the first-layer residual, the state.
+"""What mixers share: low-rank maps, GQA repeat, RoPE, per-head norms, the first-layer residual, the state.
 
 Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head, V value dim per head (= K),
 A = H·K, R low rank, N packed sequences. Needs torch only: an exported model carries this file.
@@ -12,51 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes of the attention that a mixer replaces, read from the module and never from a config's defaults."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    q_bias: bool
-    k_bias: bool
-    v_bias: bool
-    o_bias: bool
-    qk_norm: bool
-    norm_eps: float
-
-    @property
-    def width(self) -> int:
-        """A = H·K; differs from D in some teachers."""
-        return self.num_heads * self.head_dim
-
-
-def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> AttentionShape:
-    """Sizes of a softmax attention module; `family` names its projections, or the one that holds all of them."""
-    head_dim, o = int(attention.head_dim), getattr(attention, family.o)
-    fused = getattr(family, "qkv", None)
-    if fused:
-        q = k = v = getattr(attention, fused)
-        q_width = o.in_features
-        kv_width = (q.out_features - q_width) // 2
-    else:
-        q, k, v = (getattr(attention, name) for name in (family.q, family.k, family.v))
-        q_width, kv_width = q.out_features, k.out_features
-    return AttentionShape(
-        hidden_size=q.in_features,
-        num_heads=q_width // head_dim,
-        num_kv_heads=kv_width // head_dim,
-        head_dim=head_dim,
-        q_bias=q.bias is not None,
-        k_bias=k.bias is not None,
-        v_bias=v.bias is not None,
-        o_bias=o.bias is not None,
-        qk_norm=family.q_norm is not None,
-        norm_eps=norm_eps,
-    )
+from radlads.model.mixers.shared.attention_shape import AttentionShape
 
 
 class FirstValues(NamedTuple):
@@ -72,10 +28,10 @@ class FirstValues(NamedTuple):
 class MixerState(NamedTuple):
     """Recurrent memory of one layer between calls."""
 
-    wkv: Tensor
+    recurrent: Tensor
     """[B,H,K,V], fp32."""
     shift: Tensor | None = None
-    """[B,D], the last input, for variants with a token shift."""
+    """The last inputs, for variants that mix neighbours: [B,D] of a token shift, [B,W-1,·] of a short convolution."""
 
 
 class MixerOutput(NamedTuple):
@@ -116,20 +72,21 @@ class Mixer(nn.Module):
     How parameters start is none of it."""
     CALIBRATED: ClassVar[dict[str, str]] = {"value": "v0", "iclr": "a0", "decay": "w0", "gate": "g2", "norm": "ln_x"}
     """What calibration (model/training/calibration.py) may move: part → attribute; an absent one or None is no part."""
+    PARTS: ClassVar = {"decay_base": ("w0",), "decay": ("w0", "w1", "w2"), "token_shift": ("x_?",)}
+    """Parts that recipes name (train_only, decay_base_rate) → patterns of names, which mean the same in any variant."""
 
     def __init__(self, shape: AttentionShape, layer: int, num_layers: int) -> None:
         super().__init__()
-        self.shape = shape
-        self.layer = layer
-        self.num_layers = num_layers
+        self.shape, self.layer, self.num_layers = shape, layer, num_layers
         self.depth = layer / max(1, num_layers - 1)
         D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(D, A, bias=shape.q_bias)
         self.k_proj = nn.Linear(D, kv, bias=shape.k_bias)
         self.v_proj = nn.Linear(D, kv, bias=shape.v_bias)
         self.o_proj = nn.Linear(A, D, bias=shape.o_bias)
-        self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
-        self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        norm, per_head = shape.norm or HeadNorm, not shape.norm_all_heads
+        self.q_norm = norm(shape.head_dim if per_head else A, shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = norm(shape.head_dim if per_head else kv, shape.norm_eps) if shape.qk_norm else None
 
     def start(self) -> None:
         """Give the parameters their initial values; on the meta device, where models are loaded, there are none."""
@@ -148,18 +105,25 @@ class Mixer(nn.Module):
         x_k_BTD: Tensor | None = None,
         x_v_BTD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, normed where the teacher norms, rotated by `rope`.
+        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, and normed, rotated and scaled as the teacher does.
 
-        x_k_BTD, x_v_BTD: inputs of keys and values, where a token shift makes them differ from those of r.
+        rope: None where the variant does without. x_k_BTD, x_v_BTD: inputs of keys and values, where a token shift
+        makes them differ from those of r.
         """
-        sources = (x_BTD, x_BTD if x_k_BTD is None else x_k_BTD, x_BTD if x_v_BTD is None else x_v_BTD)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        r, k, v = (p(x).unflatten(-1, (-1, self.shape.head_dim)) for p, x in zip(projections, sources, strict=True))
-        if self.q_norm is not None and self.k_norm is not None:
+        x_k, x_v = (x_BTD if x is None else x for x in (x_k_BTD, x_v_BTD))
+        return self.to_heads(self.q_proj(x_BTD), self.k_proj(x_k), self.v_proj(x_v), rope)
+
+    def to_heads(self, r_BTA: Tensor, k_BTA: Tensor, v_BTA: Tensor, rope: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of the projections as `project` returns them."""
+        r, k, v, shape = r_BTA, k_BTA, v_BTA, self.shape
+        if self.q_norm is not None and self.k_norm is not None and shape.norm_all_heads:
             r, k = self.q_norm(r), self.k_norm(k)
-        if rope is not None:
-            r, k = apply_rope(r, *rope), apply_rope(k, *rope)
-        return r, k, v
+        r, k, v = (z.unflatten(-1, (-1, shape.head_dim)) for z in (r, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not shape.norm_all_heads:
+            r, k = self.q_norm(r), self.k_norm(k)
+        if rope is not None and shape.rotates:
+            r, k = (shape.rotary or rotate_halves)(r, k, *rope, unsqueeze_dim=2)
+        return (r if shape.q_scale == 1 else r * shape.q_scale), k, v
 
     def repeat(self, x_BTGK: Tensor) -> Tensor:
         return repeat_kv(x_BTGK, self.shape.num_heads // self.shape.num_kv_heads)
@@ -255,6 +219,13 @@ def low_rank_size(width: int, exponent: float, scale: float) -> int:
 def repeat_kv(x_BTGK: Tensor, repeats: int) -> Tensor:
     """[B,T,G,K] -> [B,T,G·repeats,K]: kv head g serves the query heads g·repeats ... g·repeats + repeats - 1."""
     return x_BTGK if repeats == 1 else x_BTGK.repeat_interleave(repeats, dim=2)
+
+
+def rotate_halves(
+    r_BTHK: Tensor, k_BTGK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, unsqueeze_dim: int = 2
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope` of both, called as transformers' families call theirs; for mixers without a teacher."""
+    return apply_rope(r_BTHK, cos_BTP, sin_BTP), apply_rope(k_BTGK, cos_BTP, sin_BTP)
 
 
 def apply_rope(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:

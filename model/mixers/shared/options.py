@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -96,3 +96,34 @@ class Rwkv7Options(MixerOptions):
     iclr_rank: int | None = Field(default=None, ge=1)
     decay_shift: Annotated[float, INITIAL] = 0.0
     """Added to w0, whose published start forgets slowly. Positive: forget faster at first."""
+
+
+STOCK_RANKS = {
+    "decay_rank": Rank(0.5, 1.8),
+    "iclr_rank": Rank(0.5, 1.8),
+    "value_rank": Rank(0.5, 1.3),
+    "gate_rank": Rank(0.8, 0.6),
+}
+"""The official RWKV-7 code's."""
+
+
+class StockOptions(Rwkv7Options):
+    """What variants with RWKV-7's own keys and first-layer values let a user choose."""
+
+    rope: bool = False
+    """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
+    first_values_gradient: bool = True
+    """False: deeper layers do not train the first one through v_first, as in the published OpenMOSE runs."""
+    value_residual_init: Annotated[float, INITIAL] = 1.0
+    """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
+    value_rank: int | None = Field(default=None, ge=1)
+
+
+class HxaOptions(Rwkv7Options):
+    """What hxa079 and its successors let a user choose."""
+
+    rope: bool = True
+    """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
+    gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
+    """published: a small random signed gate. identity: the same parameters, started so that the gate is 1."""
+    gate_rank: int | None = Field(default=None, ge=1)

@@ -23,7 +23,7 @@ def run_recurrence(
     output_state: bool,
     training: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`(out [B,T,H,V], state [B,H,K,V] fp32 or None)` of an operator of radlads.kernels over inputs [B,T,H,·].
+    """`(out [B,T,H,V], state [B,H,K,V] fp32 or None)` of an operator of radlads.kernels; inputs [B,T,H,·] or [B,T,H].
 
     One token on a kept state is a decode step (the state is updated in place); everything else is one parallel pass.
     Raises ValueError when packed documents (cu_seqlens) meet a state.
@@ -35,6 +35,5 @@ def run_recurrence(
         out, _ = operator(*(x.reshape(1, B * T, *x.shape[2:]) for x in inputs), cu_seqlens=cu_seqlens)
         return out.view(B, T, *out.shape[2:]), None
     if T == 1 and state is not None and not training:
-        wkv = state.wkv
-        return step(*(x[:, 0] for x in inputs), wkv).unsqueeze(1), wkv
-    return operator(*inputs, initial_state=None if state is None else state.wkv, output_final_state=output_state)
+        return step(*(x[:, 0] for x in inputs), state.recurrent).unsqueeze(1), state.recurrent
+    return operator(*inputs, initial_state=None if state is None else state.recurrent, output_final_state=output_state)

@@ -1,7 +1,7 @@
-"""Credentials that come in an address: taken out at the door, kept in memory, and never written down.
+"""Credentials in addresses: removed on input, kept in memory, never stored.
 
-What is left of the address may be shown and stored. A child process gets them through its environment, which only its
-own user can read; everything that is told (messages, logs, records) goes through `hide`.
+The remaining address may be shown and stored. Child processes get the credentials through their environment, which
+only their own user can read. All output (messages, logs, records) passes through `hide`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 VARIABLE = "RADLADS_CREDENTIALS"
-"""Environment of jobs: JSON, scheme://host → user:password as an address has it."""
+"""Environment variable of jobs: JSON, scheme://host → user:password, percent-encoded as in an address."""
 HIDDEN = "***"
 _SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
@@ -30,7 +30,7 @@ _SECRET_VARIABLES = (
 )
 _SHORTEST_SECRET = 6
 _SURELY_SECRET = 16
-"""Characters of a secret that is no word of a recipe by chance."""
+"""Minimum length of a secret that cannot occur in a recipe by chance."""
 _ADDRESS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)(?P<user>[^/?#]*)@(?P<host>[^/?#@]*)(?P<rest>.*)", re.S)
 _IN_ADDRESS = re.compile(r"://[^\s'\"<>]*@")
 _IN_QUERY = re.compile(
@@ -45,7 +45,7 @@ _secrets: set[str] = set()
 
 @dataclass(frozen=True)
 class Secret:
-    """What was found where it must not be. keys: its place. what, cure: for a message."""
+    """A secret in a document. keys: its location. what, cure: texts for the message."""
 
     keys: tuple[str, ...]
     what: str
@@ -53,7 +53,7 @@ class Secret:
 
 
 def learn(environment: Mapping[str, str]) -> None:
-    """Know the credentials in an environment: those that a parent handed on, and those that must not be shown."""
+    """Register the credentials of an environment: those passed by a parent process, and those to hide."""
     for name in _SECRET_VARIABLES:
         _note(environment.get(name, ""))
     for place, user in json.loads(environment.get(VARIABLE) or "{}").items():
@@ -61,39 +61,39 @@ def learn(environment: Mapping[str, str]) -> None:
 
 
 def take_credentials(address: str) -> str:
-    """The address without user and password, which are kept in this process for `with_credentials`."""
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
+    """The address without user and password, which this process keeps for `with_credentials`."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
         return address
-    clean = f"{found['scheme']}{found['host']}{found['rest']}"
-    _keep(_place(clean), found["user"])
+    clean = f"{match['scheme']}{match['host']}{match['rest']}"
+    _keep(_place(clean), match["user"])
     return clean
 
 
 def has_credentials(address: str) -> bool:
-    """Whether a user or a password stands in the address, or a signature that works as one."""
+    """Whether the address contains a user, a password or a signature."""
     return _ADDRESS.fullmatch(address) is not None or _IN_QUERY.search(address) is not None
 
 
 def credentials_of(address: str) -> str | None:
-    """user:password of an address, percent-encoded as in one; None where none is known."""
+    """The known user:password of an address, percent-encoded; None if there is none."""
     return _kept.get(_place(address))
 
 
 def with_credentials(address: str) -> str:
-    """The address as a client needs it. Not to be shown or stored."""
+    """The address with its credentials, for a client. Must not be shown or stored."""
     user = credentials_of(address)
     scheme, _, rest = address.partition("://")
     return f"{scheme}://{user}@{rest}" if user else address
 
 
 def child_environment() -> dict[str, str]:
-    """What a child process needs in its environment to know them too."""
+    """Environment variables that pass the credentials to a child process."""
     return {VARIABLE: json.dumps(_kept)} if _kept else {}
 
 
 def hide(text: str) -> str:
-    """The text without passwords: those known, and whatever looks like one in an address."""
+    """The text without known secrets and without anything that looks like a password in an address."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = _IN_ADDRESS.sub(f"://{HIDDEN}@", text)
@@ -102,21 +102,23 @@ def hide(text: str) -> str:
 
 
 def find_secret(values: Any) -> Secret | None:
-    """The first text among nested values that gives something away. It is not repeated in what is returned."""
+    """The first secret among nested values; None if there is none. The result does not contain the secret."""
     for keys, text in _texts(values, ()):
         if re.search(r"://[^\s/@]*:[^\s/@]*@", text):
-            return Secret(keys, "a password in an address", "leave it out, and set it in the environment of the jobs")
+            return Secret(keys, "a password in an address", "remove it, and set it in the environment of the jobs")
         if _IN_QUERY.search(text):
-            return Secret(keys, "a signed address", "give the plain one; credentials belong in the jobs' environment")
+            return Secret(
+                keys, "a signed address", "use the plain one, and set credentials in the environment of the jobs"
+            )
         if _TOKEN.search(text):
             return Secret(keys, "an access key or token", "set it in the environment of the jobs (HF_TOKEN, AWS_...)")
         if any(len(secret) >= _SURELY_SECRET and secret in text for secret in _secrets):
-            return Secret(keys, "a password or key of the environment", "leave it there alone")
+            return Secret(keys, "a password or key of the environment", "remove it")
     return None
 
 
 class HidingFormatter(logging.Formatter):
-    """Formats records, tracebacks included, without passwords."""
+    """Formats log records, tracebacks included, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
@@ -126,8 +128,8 @@ class HidingFormatter(logging.Formatter):
 def _keep(place: str, user: str) -> None:
     _kept[place] = user
     password = user.partition(":")[2] or user
-    for written in (user, password, unquote(password)):
-        _note(written)
+    for secret in (user, password, unquote(password)):
+        _note(secret)
 
 
 def _note(secret: str) -> None:

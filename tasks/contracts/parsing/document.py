@@ -1,7 +1,6 @@
-"""Values that people and programs send, taken strictly: small, finite, and in JSON's terms.
+"""Strict validation of values from users and programs: small, finite, and representable in JSON.
 
-Limits hold before anything is built from them, so that no document takes long or much memory. YAML is read by
-yaml_reader.py.
+Limits are checked before anything is built from the values, which bounds time and memory. yaml_reader.py reads YAML.
 """
 
 from __future__ import annotations
@@ -17,32 +16,32 @@ MOST_BYTES = 256 * 1024
 DEEPEST = 40
 MOST_VALUES = 20_000
 LARGEST = 2**53
-"""Whole numbers beyond are not exact in JSON's readers, Prefect's page among them."""
+"""Larger integers are not exact in JSON readers such as the Prefect UI."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_SHOWN = 80
 
 
 class DocumentError(UserError):
-    """A document or a value that cannot be used; one line that says what is wrong, where, and how to mend it."""
+    """An invalid document or value; the message is one line with the fault, its location and the remedy."""
 
 
 def plain_values(value: Any, *, where: str) -> Any:
-    """A copy of what a program or an API passed: dicts with text keys, lists, text, finite numbers, true, false, null.
+    """A copy of a value as dicts with text keys, lists, text, finite numbers, booleans and None.
 
-    Raises DocumentError, one line with the place, for what JSON cannot hold and for what is too large or too deep.
+    Raises DocumentError, one line with the location, for values that JSON cannot represent or that exceed the limits.
     """
     return _Copier(where).copy(value, ())
 
 
 def one_line(text: str, longest: int = 400) -> str:
-    """Text for a message: whitespace as single spaces, what cannot be printed escaped, cut where it is very long."""
+    """Text for a message: whitespace collapsed, unprintable characters escaped, truncated to `longest`."""
     joined = " ".join(text[: 4 * longest].split())
     shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in joined)
     return shown if len(shown) <= longest else f"{shown[:longest]}…"
 
 
 def shown(value: Any) -> str:
-    """A value in a message: its repr in one line, cut where it is long."""
+    """A value for a message: its repr in one line, truncated."""
     return one_line(repr(value), _LONGEST_SHOWN)
 
 
@@ -70,21 +69,23 @@ class _Copier:
             return value
         if isinstance(value, int):
             if abs(value) > LARGEST:
-                raise self._fault(keys, "the number is too large: whole numbers go to 2**53")
+                raise self._fault(keys, "the number is too large: the limit for integers is 2**53")
             return value
         if isinstance(value, float):
             if not math.isfinite(value):
                 raise self._fault(keys, f"{value} is not a finite number")
             return value
-        raise self._fault(keys, f"a {type(value).__name__} is nothing that JSON can hold")
+        raise self._fault(keys, f"a {type(value).__name__} cannot be represented in JSON")
 
     def _text(self, text: str, keys: tuple[str, ...]) -> str:
         if len(text) > MOST_BYTES:
-            raise self._fault(keys, f"a text of {len(text):,} characters; at most {MOST_BYTES:,} are taken")
+            raise self._fault(keys, f"a text of {len(text):,} characters; at most {MOST_BYTES:,} are allowed")
         if SURROGATE.search(text):
-            raise self._fault(keys, "half of a surrogate pair is no character; write the character itself")
+            raise self._fault(keys, "half of a surrogate pair is not a character; write the character itself")
         return text
 
-    def _fault(self, keys: tuple[str, ...], told: str) -> DocumentError:
-        place = ".".join(keys[:8]) + ("…" if len(keys) > 8 else "")
-        return DocumentError(f"{self._where}: {one_line(place, 120)}: {told}" if place else f"{self._where}: {told}")
+    def _fault(self, keys: tuple[str, ...], fault: str) -> DocumentError:
+        location = ".".join(keys[:8]) + ("…" if len(keys) > 8 else "")
+        return DocumentError(
+            f"{self._where}: {one_line(location, 120)}: {fault}" if location else f"{self._where}: {fault}"
+        )

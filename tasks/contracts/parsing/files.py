@@ -1,4 +1,4 @@
-"""The file system's errors in one line of ours, where files and folders of a user are entered."""
+"""Reports file-system errors as one-line UserErrors, and writes private files and folders."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from radlads.tasks.contracts.parsing.document import one_line
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 """What the operating system says where there is no room."""
 _CURES = {
-    errno.ENOSPC: "no space is left; free some, or choose another place",
-    errno.EDQUOT: "the quota is used up; free some space, or choose another place",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.EACCES: "permission denied; choose another place, or change its permissions",
-    errno.EPERM: "not permitted; choose another place, or change its permissions",
-    errno.EEXIST: "a file stands where a folder is needed",
+    errno.ENOSPC: "no space left on the device; free some, or choose another location",
+    errno.EDQUOT: "the quota is exceeded; free some space, or choose another location",
+    errno.EROFS: "the file system is read-only; choose another location",
+    errno.EACCES: "permission denied; choose another location, or change its permissions",
+    errno.EPERM: "not permitted; choose another location, or change its permissions",
+    errno.EEXIST: "a file exists where a folder is needed",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.EISDIR: "this is a folder, not a file",
-    errno.ELOOP: "its links go in a circle",
+    errno.ELOOP: "its symbolic links form a loop",
 }
 MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL_DISK}
 """Refusals that another place, permissions or more room would mend."""
@@ -31,8 +31,8 @@ MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL_DI
 
 @contextmanager
 def file_errors(where: str) -> Iterator[None]:
-    """Raises UserError, one line, for what the operating system refuses inside the block. where: as the user knows the
-    place."""
+    """Turn errors of the operating system inside the block into a one-line UserError. where: the path as the user
+    wrote it."""
     try:
         yield
     except OSError as error:
@@ -42,20 +42,20 @@ def file_errors(where: str) -> Iterator[None]:
 
 
 def private_folder(path: Path) -> Path:
-    """A folder of our own naming that only this user can enter, made if it is not there. Raises UserError where it is
-    somebody else's."""
+    """Create a folder that only this user can access, or restrict an existing one. Raises UserError if another user
+    owns it."""
     with file_errors(str(path)):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = path.stat()
         if status.st_uid != os.geteuid():
-            raise UserError(f"{path} belongs to another user (uid {status.st_uid}); choose a folder of your own")
+            raise UserError(f"{path} belongs to another user (uid {status.st_uid}); choose your own folder")
         if status.st_mode & 0o077:
             path.chmod(0o700)
     return path
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file by one that only this user can read; a reader sees the old one or the new one."""
+    """Replace a file atomically by one that only this user can read."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with file_errors(str(path)):
         temporary.unlink(missing_ok=True)
@@ -66,6 +66,6 @@ def write_private(path: Path, text: str) -> None:
 
 
 def explain_os_error(error: OSError, where: str | None = None) -> str:
-    """What was refused, where, and what to do, in one line."""
-    place = where or one_line(str(error.filename or "the disk"), 200)
-    return f"{place}: {_CURES.get(error.errno or 0, one_line(error.strerror or str(error), 200))}"
+    """One line with the location, the error and the remedy."""
+    location = where or one_line(str(error.filename or "the disk"), 200)
+    return f"{location}: {_CURES.get(error.errno or 0, one_line(error.strerror or str(error), 200))}"

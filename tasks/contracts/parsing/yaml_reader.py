@@ -1,8 +1,7 @@
-"""YAML that people write, read strictly: it means one thing, and is no larger than a recipe can be.
+"""A strict reader for YAML recipes: unambiguous and limited in size.
 
-Scalars are those of YAML 1.2's core schema, with two liberties that recipes take: `1_000` and `1e6` are whole numbers.
-What YAML 1.1 and 1.2 read differently (`010`), what is written twice, and what only programs need (tags) is refused,
-with its place.
+Scalars follow the core schema of YAML 1.2, with two additions: `1_000` and `1e6` are integers. Text that YAML 1.1 and
+1.2 read differently (`010`), duplicate keys, and tags are rejected, with line and column.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ _OPEN = object()
 
 
 def read_yaml(data: bytes, *, where: str) -> Any:
-    """The only document of a YAML file, as dicts with text keys, lists and scalars; nothing is shared between parts.
+    """Parse a YAML file with one document to dicts with text keys, lists and scalars, without shared objects.
 
-    where: the file's name as messages give it. Raises DocumentError, one line: `where:line:column: ...`.
+    where: the file name for messages. Raises DocumentError, one line: `where:line:column: ...`.
     """
     if len(data) > MOST_BYTES:
-        raise DocumentError(f"{where}: too large: at most {MOST_BYTES:,} bytes are read, a recipe has a few thousand")
+        raise DocumentError(f"{where}: too large: the limit is {MOST_BYTES:,} bytes; recipes have a few thousand")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,38 +65,38 @@ def read_yaml(data: bytes, *, where: str) -> Any:
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """As read_yaml, of text. Raises DocumentError."""
+    """As read_yaml, for text. Raises DocumentError."""
     if len(text) > MOST_BYTES:
-        raise DocumentError(f"{where}: too large: at most {MOST_BYTES:,} characters are read")
+        raise DocumentError(f"{where}: too large: the limit is {MOST_BYTES:,} characters")
     bad = _UNREADABLE.search(text)
     if bad is not None:
         line, column = text.count("\n", 0, bad.start()) + 1, bad.start() - text.rfind("\n", 0, bad.start())
         raise DocumentError(
-            f"{where}:{line}:{column}: the character U+{ord(bad[0]):04X} cannot stand in YAML; remove it, or write it "
-            "as an escape in double quotes"
+            f"{where}:{line}:{column}: the character U+{ord(bad[0]):04X} is not allowed in YAML; remove it, or write "
+            "it as an escape in double quotes"
         )
     try:
         return _Builder(text, where).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        told = ", ".join(part for part in (error.context, error.problem) if part)
-        raise DocumentError(f"{place}: not valid YAML: {one_line(told)}") from None
+        fault = ", ".join(part for part in (error.context, error.problem) if part)
+        raise DocumentError(f"{place}: not valid YAML: {one_line(fault)}") from None
     except yaml.YAMLError as error:
         raise DocumentError(f"{where}: not valid YAML: {one_line(str(error))}") from None
 
 
 def dump_yaml(values: Any) -> str:
-    """YAML that read_yaml, and any reader of YAML 1.1, reads as the same values."""
+    """YAML that read_yaml and YAML 1.1 readers parse to the same values."""
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    # PyYAML writes Unicode's own line breaks and some invisible marks as they are, and reads them as others.
+    # PyYAML writes Unicode line breaks and byte-order marks unescaped, but does not read them back unchanged.
     if re.search("[\x85\u2028\u2029\ufeff]", text):
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
     return text
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML takes for something else, and shares nothing."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type; writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -113,7 +112,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 class _Builder:
-    """Builds values from the parser's events, counting as it goes."""
+    """Builds values from parser events, with limits on their number and depth."""
 
     def __init__(self, text: str, where: str) -> None:
         self._events: Iterator[Event] = yaml.parse(text, Loader=_LOADER)
@@ -131,7 +130,7 @@ class _Builder:
         self._next(DocumentEndEvent)
         event = next(self._events)
         if not isinstance(event, StreamEndEvent):
-            raise self._fault(event, "a second document begins here; a file holds one")
+            raise self._fault(event, "a second document starts here; only one is allowed")
         return value
 
     def _next(self, kind: type[Event]) -> Event:
@@ -145,8 +144,8 @@ class _Builder:
             return self._alias(event, depth)
         tag = getattr(event, "tag", None)
         if tag is not None:
-            written = one_line(tag.replace("tag:yaml.org,2002:", "!!"), 40)
-            raise self._fault(event, f"the tag {written} is not read here; write the value itself, text in quotes")
+            name = one_line(tag.replace("tag:yaml.org,2002:", "!!"), 40)
+            raise self._fault(event, f"the tag {name} is not supported; write the value itself, text in quotes")
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
             self._anchors[anchor] = _OPEN
@@ -168,7 +167,7 @@ class _Builder:
         return items
 
     def _mapping(self, depth: int) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), MappingEndEvent):
@@ -177,18 +176,18 @@ class _Builder:
                 what = "a list or a mapping" if key is _OPEN else f"{shown(key)}, not text"
                 raise self._fault(event, f"this key is {what}; put it in quotes")
             if key in lines:
-                raise self._fault(event, f"'{one_line(key, 60)}' stands here again; it is first in line {lines[key]}")
+                raise self._fault(event, f"duplicate key '{one_line(key, 60)}'; it is first in line {lines[key]}")
             lines[key] = _place(event)[0]
             following = next(self._events)
             value = self._value(following, depth + 1)
             if key == "<<" and isinstance(event, ScalarEvent) and event.implicit[0]:
                 for part in value if isinstance(value, list) else [value]:
                     if not isinstance(part, dict):
-                        raise self._fault(following, "<< takes in a mapping, by its anchor: <<: *name")
+                        raise self._fault(following, "<< needs the anchor of a mapping: <<: *name")
                     merged = part | merged
             else:
-                made[key] = value
-        return made if not merged else {**merged, **made}
+                own[key] = value
+        return own if not merged else {**merged, **own}
 
     def _alias(self, event: AliasEvent, depth: int) -> Any:
         anchor = event.anchor or ""
@@ -196,11 +195,11 @@ class _Builder:
         if value is self:
             raise self._fault(event, f"*{name} has no anchor &{name} before it")
         if value is _OPEN:
-            raise self._fault(event, f"*{name} stands inside what &{name} names, which would have no end")
+            raise self._fault(event, f"*{name} is inside &{name} itself, so it would be infinite")
         return self._again(value, event, depth)
 
     def _again(self, value: Any, event: Event, depth: int) -> Any:
-        """A copy, so that an override of one use changes no other; it counts as if it were written out."""
+        """Copy an aliased value, so that overrides affect one use only; every copy counts toward the limits."""
         self._enter(event, depth, 1)
         if isinstance(value, dict):
             return {key: self._again(item, event, depth + 1) for key, item in value.items()}
@@ -211,7 +210,7 @@ class _Builder:
     def _enter(self, event: Event, depth: int, values: int) -> None:
         self._count += values
         if self._count > MOST_VALUES:
-            raise self._fault(event, f"more than {MOST_VALUES:,} values, repeated ones counted; a recipe has hundreds")
+            raise self._fault(event, f"more than {MOST_VALUES:,} values, aliases included; a recipe has hundreds")
         if depth > DEEPEST:
             raise self._fault(event, f"nested more than {DEEPEST} deep")
 
@@ -219,33 +218,33 @@ class _Builder:
         text: str = event.value
         if not event.implicit[0]:
             if SURROGATE.search(text):
-                raise self._fault(event, "half of a surrogate pair is no character; write the character itself")
+                raise self._fault(event, "half of a surrogate pair is not a character; write the character itself")
             return text
         try:
             return _plain_scalar(text)
         except ValueError as error:
             raise self._fault(event, str(error)) from None
 
-    def _fault(self, event: Event, told: str) -> DocumentError:
+    def _fault(self, event: Event, fault: str) -> DocumentError:
         line, column = _place(event)
-        return DocumentError(f"{self._where}:{line}:{column}: {told}")
+        return DocumentError(f"{self._where}:{line}:{column}: {fault}")
 
 
 def _place(event: Event) -> tuple[int, int]:
-    """Line and column, counted from 1."""
+    """Line and column, from 1."""
     mark = event.start_mark
     return (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
 
 
 def _plain_scalar(text: str) -> Any:
-    """A scalar without quotes. Raises ValueError for numbers that are not finite, too large, or read in two ways."""
+    """Parse an unquoted scalar. Raises ValueError for non-finite, too large or ambiguous numbers."""
     if text in _WORDS:
         return _WORDS[text]
     if _PADDED.fullmatch(text):
         plain = text.lstrip("+-0_") or "0"
         short = one_line(text, 40)
         raise ValueError(
-            f"{short} is octal to some readers of YAML; write {one_line(plain, 40)}, or '{short}' for text"
+            f"{short} is octal in YAML 1.1 and decimal in 1.2; write {one_line(plain, 40)}, or '{short}' for text"
         )
     if _NOT_FINITE.fullmatch(text):
         raise ValueError(f"{text} is not a finite number")
@@ -253,7 +252,7 @@ def _plain_scalar(text: str) -> Any:
         digits = text.replace("_", "")
         if len(digits) <= 20 and abs(number := int(digits, 0)) <= LARGEST:
             return number
-        raise ValueError(f"{one_line(text, 40)} is too large: whole numbers go to 2**53")
+        raise ValueError(f"{one_line(text, 40)} is too large: the limit for integers is 2**53")
     if _FRACTION.fullmatch(text):
         fraction = float(text.replace("_", "")[:400])
         if not math.isfinite(fraction):

@@ -1,4 +1,4 @@
-"""sha256 of files, each taken once: what was hashed before is known again by size, times and inode."""
+"""sha256 of files, cached by size, times and inode."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import canonical_json
 
 _THREADS = 4
-# Below this, hashing a file again costs less than remembering it.
+# Smaller files are cheaper to hash again than to cache.
 _WORTH_KEEPING = 1 << 20
-# A file that was written just now may be written again without its times showing it: clocks of file systems are coarse.
+# File-system timestamps are coarse: a file changed less than this ago may change again with the same timestamps.
 _SETTLED_NS = 2_000_000_000
 _SKIPPED = {"__pycache__"}
 
@@ -26,10 +26,10 @@ _Stamp = tuple[int, int, int, int]
 
 
 class ContentHashes:
-    """sha256 of files by their content.
+    """Computes sha256 of files.
 
-    A file is hashed again only when its size, its times or its inode changed. cache: a file that remembers large ones
-    between processes; None for none.
+    A file is hashed again only if its size, times or inode changed. cache: a JSON file that keeps the hashes of large
+    files between processes; None: no cache.
     """
 
     def __init__(self, cache: Path | None = None) -> None:
@@ -44,7 +44,7 @@ class ContentHashes:
         return self.of_all([path])[0]
 
     def of_all(self, paths: Sequence[Path]) -> list[str]:
-        """sha256 (hex) of every file, in order; several are read at once. Raises UserError."""
+        """sha256 (hex) of each file, in order, read in parallel. Raises UserError."""
         with ThreadPoolExecutor(_THREADS) as pool:
             hashes = list(pool.map(self._hash, paths))
         self._save()
@@ -63,7 +63,7 @@ class ContentHashes:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         if changed:
-            raise UserError(f"{path} changed while it was read; wait until it is whole, and start again")
+            raise UserError(f"{path} changed while it was read; wait until it is complete, and start again")
         if now - max(stamp[1], stamp[2]) > _SETTLED_NS:
             self._known[key] = (stamp, digest)
             if stamp[0] >= _WORTH_KEEPING:
@@ -71,7 +71,7 @@ class ContentHashes:
         return digest
 
     def _save(self) -> None:
-        """Add what was hashed here to the cache; of two processes that write at once, one's additions may be lost."""
+        """Add new hashes to the cache. Concurrent writers may lose entries, which only costs time."""
         if self._cache is None or not self._new:
             return
         kept = {key: value for key, value in _read_cache(self._cache).items() if Path(key).is_file()}
@@ -90,10 +90,9 @@ def hash_of(value: Any) -> str:
 
 
 def walk_files(folder: Path) -> Iterator[str]:
-    """Relative names of all files in a folder, sorted, with forward slashes; hidden ones and Python's caches are left
-    out, links are followed."""
+    """Relative POSIX names of all files in a folder, sorted. Skips hidden files and Python caches; follows links."""
     seen: set[str] = set()
-    found: list[str] = []
+    names: list[str] = []
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
@@ -101,14 +100,14 @@ def walk_files(folder: Path) -> Iterator[str]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not _is_skipped(name)]
-        found += [Path(root, name).relative_to(folder).as_posix() for name in files if not _is_skipped(name)]
-    yield from sorted(found)
+        names += [Path(root, name).relative_to(folder).as_posix() for name in files if not _is_skipped(name)]
+    yield from sorted(names)
 
 
 def matching_files(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Relative names of a folder's files that match one of the patterns, sorted."""
-    found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    return sorted(name for name in found if (folder / name).is_file())
+    """Relative names of the files in a folder that match any of the patterns, sorted."""
+    names = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(name for name in names if (folder / name).is_file())
 
 
 def _is_skipped(name: str) -> bool:
@@ -116,13 +115,13 @@ def _is_skipped(name: str) -> bool:
 
 
 def _stamp(path: Path) -> _Stamp:
-    found = path.stat()
-    # The change time as well: copying tools set the modification time back.
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    status = path.stat()
+    # Includes the change time, because copying tools can set the modification time.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _read_cache(path: Path) -> dict[str, tuple[_Stamp, str]]:
-    """What the cache knows; nothing where it is absent or was damaged: it only saves time."""
+    """The entries of the cache; empty if it is missing or damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         return {

@@ -1,13 +1,13 @@
-"""Pins: what is there, at a place that a recipe names, when a run is planned; and whether it still is when it is read.
+"""Pins record the content of everything that a recipe reads when a run is planned, and verify it before use.
 
-Files and folders are named by their content, models and datasets of the hub by their commit.
+Files and folders are pinned by sha256, models and datasets of the hub by commit.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +30,7 @@ from radlads.tasks.contracts.specs import FileRef, Pin, PlanReport, StageSpec, T
 
 _log = logging.getLogger(__name__)
 
-# What transformers reads a tokenizer from, the code of one that brings its own included.
+# The files from which transformers loads a tokenizer, including custom code.
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("tekken.json", "*.model", "*.tiktoken", "*.txt", "*.vocab", "*.jinja", "additional_chat_templates/*.jinja"),
@@ -41,7 +41,7 @@ _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.saf
 
 
 def pin_place(reading: Reading, hashes: ContentHashes) -> Pin:
-    """What a place holds now. Raises UserError."""
+    """Pin the current content of a place. Raises UserError."""
     content, files = _CONTENTS[reading.kind](reading.place, reading.revision, hashes)
     return Pin(kind=reading.kind, place=reading.place, revision=reading.revision, content=content, files=files)
 
@@ -49,7 +49,7 @@ def pin_place(reading: Reading, hashes: ContentHashes) -> Pin:
 def pin_teacher(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False, hashes: ContentHashes | None = None
 ) -> TeacherRef:
-    """The teacher and its tokenizer, by what they hold. Raises UserError as teacher_revision does."""
+    """Pin a teacher and its tokenizer by content. Raises UserError as teacher_revision does."""
     hashes = hashes or ContentHashes()
     pinned = teacher_revision(path, revision, trust_remote_code=trust_remote_code)
     return TeacherRef(
@@ -62,9 +62,9 @@ def pin_teacher(
 
 
 def teacher_revision(path: str, revision: str | None, *, trust_remote_code: bool) -> str | None:
-    """The commit of a teacher of the hub; the revision as it is of a folder.
+    """The commit of a hub teacher; the given revision for a folder.
 
-    Raises UserError when it cannot be reached, has no safetensors, or is to run code of a commit that nobody named.
+    Raises UserError if it cannot be reached, has no safetensors, or needs remote code without a pinned commit.
     """
     resolved = resolve_teacher_path(path)
     if Path(resolved).is_dir():
@@ -73,30 +73,30 @@ def teacher_revision(path: str, revision: str | None, *, trust_remote_code: bool
     commit = hub_commit(resolved, revision, "model")
     if trust_remote_code and not is_commit(revision):
         raise UserError(
-            f"trust_remote_code runs code of '{path}', so the commit that was read must be named: "
-            f"`revision: {commit}` is the one that it is at now"
+            f"trust_remote_code runs code of '{path}', so its commit must be pinned; set "
+            f"`revision: {commit}` for the current one"
         )
     return commit
 
 
 def teacher_fingerprint(path: str, revision: str | None, hashes: ContentHashes) -> str:
-    """Folder: sha256 over config, tokenizer and every byte of the weights. Hub: `hub:<id>@<commit>`."""
+    """Folder: sha256 over config, tokenizer and weights. Hub: `hub:<id>@<commit>`."""
     return _teacher((path,), revision, hashes)[0]
 
 
 def tokenizer_fingerprint(path: str, revision: str | None = None, hashes: ContentHashes | None = None) -> str:
-    """Folder: sha256 over the tokenizer's files, its chat templates included. Hub: `hub:<id>@<commit>`."""
+    """Folder: sha256 over the tokenizer files, including chat templates. Hub: `hub:<id>@<commit>`."""
     return _tokenizer((path,), revision, hashes or ContentHashes())[0]
 
 
 def pinned_commit(fingerprint: str) -> str | None:
-    """The commit that a hub fingerprint names; None of a folder's."""
+    """The commit of a hub fingerprint; None for a folder."""
     return fingerprint.rpartition("@")[2] if fingerprint.startswith("hub:") else None
 
 
 def check_pins(spec: StageSpec, hashes: ContentHashes) -> None:
-    """Raises UserError unless everything that a stage's spec names is what the plan saw. What is of the hub is read by
-    its commit, and stays what it is."""
+    """Raises UserError if anything that a stage's spec reads differs from its pin. Hub content is read by commit, so it
+    cannot change."""
     pins: Mapping[str, Pin] = getattr(spec, "pins", {})
     for reading in readings(spec):
         pin = pins.get(reading.location)
@@ -104,37 +104,28 @@ def check_pins(spec: StageSpec, hashes: ContentHashes) -> None:
             _compare(pin, pin_place(reading, hashes), " and ".join(reading.place))
     teacher: TeacherRef | None = getattr(spec, "teacher", None)
     if teacher is not None and pinned_commit(teacher.fingerprint) is None:
-        found = teacher_fingerprint(teacher.path, teacher.revision, hashes)
-        _same(found, teacher.fingerprint, f"the teacher at {teacher.path}")
+        actual = teacher_fingerprint(teacher.path, teacher.revision, hashes)
+        _same(actual, teacher.fingerprint, f"the teacher at {teacher.path}")
     if isinstance(spec, TokenizeSpec) and pinned_commit(spec.tokenizer_fingerprint) is None:
-        found = tokenizer_fingerprint(spec.tokenizer, None, hashes)
-        _same(found, spec.tokenizer_fingerprint, f"the tokenizer at {spec.tokenizer}")
+        actual = tokenizer_fingerprint(spec.tokenizer, None, hashes)
+        _same(actual, spec.tokenizer_fingerprint, f"the tokenizer at {spec.tokenizer}")
 
 
 def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> PlanReport:
-    """The report with the places that the recipe names now: folders move, and what a committed plan pinned does not.
+    """Update the places in a committed plan to those of the recipe, if their content equals the pins.
 
-    A moved folder that is not on this machine keeps what the plan saw: what was made from it stands, and what is yet to
-    read it says so. Raises UserError where another content is at a place that the plan did not see.
+    A moved folder that does not exist on this machine keeps its pin; a stage that reads it will report it. Raises
+    UserError if a new place has other content than its pin.
     """
     pins = dict(report.pins)
-    for reading in readings(recipe):
-        pin = pins.get(reading.location)
-        if pin is None or (pin.place, pin.revision) == (reading.place, reading.revision):
-            continue
-        try:
-            found = pin_place(reading, hashes)
-        except UserError as error:
-            if _last_names(pin.place) != _last_names(reading.place) or pin.revision != reading.revision:
-                raise UserError(f"{reading.location}: {error}") from error
-            _log.warning("%s is left as the plan saw it: %s", reading.location, error)
-            continue
-        if found.content != pin.content:
+    for location, actual in _moved(recipe, report, hashes):
+        pin = pins[location]
+        if actual.content != pin.content:
             raise UserError(
-                f"{reading.location} names {' and '.join(reading.place)}, which holds something else than what this "
-                f"run was planned with ({' and '.join(pin.place)}); choose a new run name, or put the recipe back"
+                f"{location} is {' and '.join(actual.place)}, whose content differs from what this run was planned "
+                f"with ({' and '.join(pin.place)}); start the run again, or restore the recipe"
             )
-        pins[reading.location] = found.model_copy(update={"commits": pin.commits})
+        pins[location] = actual.model_copy(update={"commits": pin.commits})
     changes: dict[str, Any] = {"pins": pins}
     if report.teacher is not None and _TEACHER in pins:
         (path,) = pins[_TEACHER].place
@@ -144,13 +135,38 @@ def follow_moves(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> P
     return report.model_copy(update=changes)
 
 
+def moved_content(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> dict[str, str]:
+    """Location in the recipe → content, where it names another place than the plan saw, and that holds something else.
+
+    Raises UserError where nothing can be found there.
+    """
+    pins = report.pins
+    return {name: pin.content for name, pin in _moved(recipe, report, hashes) if pin.content != pins[name].content}
+
+
+def _moved(recipe: Recipe, report: PlanReport, hashes: ContentHashes) -> Iterator[tuple[str, Pin]]:
+    """(location, what is there) of every place that the recipe names otherwise than the plan did."""
+    for reading in readings(recipe):
+        pin = report.pins.get(reading.location)
+        if pin is None or (pin.place, pin.revision) == (reading.place, reading.revision):
+            continue
+        if pin.commit is not None and pin.place == reading.place and reading.revision in (None, pin.commit):
+            continue  # what had no revision is read at the commit that was pinned
+        try:
+            yield reading.location, pin_place(reading, hashes)
+        except UserError as error:
+            if _last_names(pin.place) != _last_names(reading.place) or pin.revision != reading.revision:
+                raise UserError(f"{reading.location}: {error}") from error
+            _log.warning("%s keeps the pin of the plan: %s", reading.location, error)
+
+
 def _last_names(place: tuple[str, ...]) -> list[str]:
-    """Absolute places by their last names, which they keep where a folder moves; others, hub ids above all, whole."""
+    """The last path components of absolute places, which survive a move; other places, such as hub ids, unchanged."""
     return [PurePosixPath(text).name if text.startswith("/") else text for text in place]
 
 
 def with_commits(dataset: Dataset, pins: Mapping[str, Pin], place: str) -> Dataset:
-    """The dataset with hub sources at the commits that they were pinned to. place: of the dataset, in the pins."""
+    """The dataset with its hub sources at their pinned commits. place: key prefix of the dataset in the pins."""
     sources = []
     for index, source in enumerate(dataset.sources):
         commit = _commit(source.path, pins.get(f"{place}.sources.{index}.path")) if source.kind == "hub" else None
@@ -159,7 +175,7 @@ def with_commits(dataset: Dataset, pins: Mapping[str, Pin], place: str) -> Datas
 
 
 def at_pinned_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:
-    """The recipe with all that it names of the hub at the commits that a plan of it pinned."""
+    """The recipe with all hub content at the commits pinned by its plan."""
     data = {name: with_commits(dataset, pins, f"data.{name}") for name, dataset in recipe.data.items()}
     changes: dict[str, Any] = {"data": data}
     teacher = recipe.teacher
@@ -170,14 +186,14 @@ def at_pinned_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:
 
 
 def _commit(path: str, pin: Pin | None) -> str | None:
-    """The commit of a hub id, where the pin is one of it."""
+    """The commit of a hub id, if the pin is for it."""
     return pin.commit if pin is not None and pin.place == (path,) else None
 
 
-def _compare(pin: Pin, found: Pin, place: str) -> None:
-    if found.content == pin.content:
+def _compare(pin: Pin, actual: Pin, place: str) -> None:
+    if actual.content == pin.content:
         return
-    before, after = ({file.path: file.sha256 for file in one.files} for one in (pin, found))
+    before, after = ({file.path: file.sha256 for file in one.files} for one in (pin, actual))
     for name in (*before, *after):
         if before.get(name) != after.get(name):
             whole = name if pin.kind == "files" else f"{place}/{name}"
@@ -185,15 +201,15 @@ def _compare(pin: Pin, found: Pin, place: str) -> None:
     raise UserError(_changed(place))
 
 
-def _same(found: str, pinned: str, what: str) -> None:
-    if found != pinned:
+def _same(actual: str, pinned: str, what: str) -> None:
+    if actual != pinned:
         raise UserError(_changed(what))
 
 
 def _changed(what: str, how: str = "") -> str:
     more = f" (it {how})" if how else ""
     return (
-        f"{what} changed since the run was planned{more}; put it back, or choose a new run name to use it as it is now"
+        f"{what} changed since the run was planned{more}; restore it, or choose a new run name to use it as it is now"
     )
 
 
@@ -203,12 +219,12 @@ _Found = tuple[str, tuple[FileRef, ...]]
 def _files(place: tuple[str, ...], _: str | None, hashes: ContentHashes) -> _Found:
     names = expand_paths(place)
     refs = _refs([(name, resolve_file(name)) for name in names], hashes)
-    # In the order in which they are read, and with what they are read as.
+    # Order and format affect the documents, so both enter the hash.
     return hash_of([[_format(name), ref.sha256] for name, ref in zip(names, refs, strict=True)]), refs
 
 
 def _format(name: str) -> str:
-    """`.jsonl.gz`: what decides how a corpus file is read."""
+    """The suffix that determines the format of a corpus file, e.g. `.jsonl.gz`."""
     path = PurePosixPath(name)
     return "".join(PurePosixPath(path.stem).suffixes[-1:]) + ".gz" if path.suffix == ".gz" else path.suffix
 
@@ -256,17 +272,19 @@ def _tokenizer(place: tuple[str, ...], revision: str | None, hashes: ContentHash
         return f"hub:{resolved}@{hub_commit(resolved, revision, 'model')}", ()
     names = matching_files(folder, _TOKENIZER_FILES)
     if not names:
-        raise UserError(f"{folder} holds no tokenizer files (looked for {', '.join(_TOKENIZER_FILES[:4])}, ...)")
+        raise UserError(f"{folder} has no tokenizer files (expected {', '.join(_TOKENIZER_FILES[:4])}, ...)")
     return _folder(folder, names, hashes, more=_class_hints(folder))
 
 
 def _require_weights(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors weights (pickled .bin files are not read); convert them first")
+        raise UserError(
+            f"{folder} has no .safetensors weights (pickled .bin files are not supported); convert them first"
+        )
 
 
 def _class_hints(folder: Path) -> dict[str, Any] | None:
-    """What of a model's config decides which tokenizer class transformers takes."""
+    """The config keys that determine the tokenizer class in transformers; None without a config."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -278,10 +296,10 @@ def _class_hints(folder: Path) -> dict[str, Any] | None:
 
 
 def _refs(named: Sequence[tuple[str, Path]], hashes: ContentHashes) -> tuple[FileRef, ...]:
-    found = hashes.of_all([path for _, path in named])
+    hashed = hashes.of_all([path for _, path in named])
     return tuple(
         FileRef(path=name, size=path.stat().st_size, sha256=sha256)
-        for (name, path), sha256 in zip(named, found, strict=True)
+        for (name, path), sha256 in zip(named, hashed, strict=True)
     )
 
 

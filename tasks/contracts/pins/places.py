@@ -1,4 +1,4 @@
-"""Where things are: what a recipe names, as files and folders of this machine."""
+"""Resolves the places that a recipe names to files and folders on this machine."""
 
 from __future__ import annotations
 
@@ -20,30 +20,27 @@ def demo_folder() -> Path:
 
 
 def resolve_teacher_path(path: str) -> str:
-    """`demo` → the shipped teacher's folder, `demo:NAME` → that of another one shipped beside it; a local folder → its
-    absolute path; anything else is a hub id.
+    """`demo` or `demo:NAME` → folder of a shipped teacher; a local folder → its absolute path; else a hub id.
 
-    Raises UserError where the shipped teacher or a path that looks local does not exist.
+    Raises UserError if a shipped teacher or a path that looks local does not exist.
     """
     if path == DEMO or path.startswith(_DEMO_FILE):
         folder = demo_folder() / ("teacher" if path == DEMO else path.removeprefix(_DEMO_FILE))
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"there is no shipped teacher at {folder}; reinstall the package, or give a teacher of your own"
-            )
+            raise UserError(f"there is no shipped teacher at {folder}; reinstall the package, or give your own teacher")
         return str(folder)
     return _folder_or_hub_id(path, "teacher folder", ", or `demo`")
 
 
 def resolve_tokenizer_path(path: str) -> str:
-    """As resolve_teacher_path, and `demo:NAME` is a folder shipped with the demo teacher."""
+    """As resolve_teacher_path; `demo:NAME` is a folder shipped with the demo teacher."""
     if path.startswith(_DEMO_FILE):
         return str(resolve_file(path))
     return resolve_teacher_path(path)
 
 
 def resolve_dataset_path(path: str) -> str:
-    """A local folder of a `hub` source → its absolute path; anything else is a hub id. Raises UserError."""
+    """Path of a `hub` source: a local folder → its absolute path; else a hub id. Raises UserError."""
     return _folder_or_hub_id(path, "dataset folder", "")
 
 
@@ -57,7 +54,7 @@ def _folder_or_hub_id(path: str, what: str, more: str) -> str:
 
 
 def resolve_task_folder(path: str) -> Path:
-    """The folder of a task of one's own. Raises UserError."""
+    """The folder of a user-supplied task. Raises UserError."""
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -65,8 +62,8 @@ def resolve_task_folder(path: str) -> Path:
 
 
 def resolve_file(path: str) -> Path:
-    """A corpus file's place on this machine; `demo:NAME` is shipped with the demo teacher, `template:NAME` is a shipped
-    chat template."""
+    """The local path of a file; `demo:NAME` is shipped with the demo teacher, `template:NAME` is a shipped chat
+    template."""
     if path.startswith(_DEMO_FILE):
         return demo_folder() / path.removeprefix(_DEMO_FILE)
     if path.startswith(SHIPPED):
@@ -75,11 +72,11 @@ def resolve_file(path: str) -> Path:
 
 
 def expand_paths(patterns: Iterable[str]) -> list[str]:
-    """Every file that the paths and globs name, in a stable order; shipped files (`demo:`, `template:`) keep that name.
+    """All files that match the paths and globs, in a stable order; shipped files (`demo:`, `template:`) as named.
 
     Raises UserError for a pattern that matches nothing.
     """
-    found: list[str] = []
+    names: list[str] = []
     for pattern in patterns:
         local = resolve_file(pattern)
         if local.is_file():
@@ -87,7 +84,7 @@ def expand_paths(patterns: Iterable[str]) -> list[str]:
         else:
             matches = sorted(str(Path(m).resolve()) for m in glob.glob(str(local), recursive=True) if Path(m).is_file())
         if not matches:
-            hint = "" if local.is_absolute() else " beside the recipe's file or where the command was given"
+            hint = "" if local.is_absolute() else " in the recipe's folder or in the working directory"
             raise UserError(f"no file matches '{pattern}'{hint}")
-        found += [m for m in matches if m not in found]
-    return found
+        names += [m for m in matches if m not in names]
+    return names

@@ -1,4 +1,4 @@
-"""What the YAML files of an evaluation task name outside their folder."""
+"""Finds the files outside a task folder that its YAML files refer to."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def outside_files(folder: Path, yaml_names: Sequence[str]) -> list[tuple[str, Path]]:
-    """(as written, file) of every data file or included YAML file outside a task folder. yaml_names: its YAML files,
-    relative to it, as what they name is. Raises UserError for what cannot be read, or is of the web.
+    """(as written, file) of each data file or included YAML file outside a task folder. yaml_names: its YAML files;
+    these names, and those in the files, are relative to the folder. Raises UserError for unreadable files and URLs.
     """
-    found: dict[str, Path] = {}
-    waiting, seen = [folder / name for name in yaml_names], set[Path]()
-    while waiting:
-        path = waiting.pop()
+    outside: dict[str, Path] = {}
+    queue, seen = [folder / name for name in yaml_names], set[Path]()
+    while queue:
+        path = queue.pop()
         if path.resolve() in seen:
             continue
         seen.add(path.resolve())
         config = _read(path)
         included = list(_included(config, path.parent))
-        waiting += [place for _, place in included if place.is_file()]
+        queue += [place for _, place in included if place.is_file()]
         for written, place in [*included, *_data_files(config, folder, path)]:
             if place.is_file() and not place.resolve().is_relative_to(folder):
-                found[written] = place
-    return sorted(found.items())
+                outside[written] = place
+    return sorted(outside.items())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def _read(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _included(config: dict[str, Any], beside: Path) -> Iterator[tuple[str, Path]]:
+def _included(config: dict[str, Any], folder: Path) -> Iterator[tuple[str, Path]]:
     for written in _strings(config.get("include")):
-        yield written, beside / written
+        yield written, folder / written
 
 
 def _data_files(config: dict[str, Any], folder: Path, where: Path) -> Iterator[tuple[str, Path]]:
@@ -65,7 +65,7 @@ def _data_files(config: dict[str, Any], folder: Path, where: Path) -> Iterator[t
 
 def _data(written: str, folder: Path, where: Path) -> Iterator[tuple[str, Path]]:
     if "://" in written:
-        raise UserError(f"{where} reads {written}, which may change at any time; put a copy beside it and name that")
+        raise UserError(f"{where} reads the URL {written}, whose content can change; use a local copy")
     place = folder / Path(written).expanduser()
     if place.is_dir():
         yield from ((f"{written}/{name}", place / name) for name in walk_files(place))

@@ -1,4 +1,4 @@
-"""Base of every part of a recipe, the kinds of values that parts share, and the marks of what a digest is made of."""
+"""Base class of recipe sections, shared value types, and markers that control what enters a digest."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ReadsKind = Literal["files", "teacher", "tokenizer", "dataset", "task"]
 
 @dataclass(frozen=True)
 class Undigested:
-    """Marks a field that no digest is made of."""
+    """Marks a field that does not enter any digest."""
 
     why: str
 
 
-OPERATIONAL = Undigested("it changes memory, speed or what is recorded on the way, not the result")
-PLACE = Undigested("it says where something is; what is there is named beside it")
+OPERATIONAL = Undigested("it changes memory, speed or what is recorded, not the result")
+PLACE = Undigested("it is a location; the content at it is pinned separately")
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,30 @@ class AddedLater:
 
 @dataclass(frozen=True)
 class Reads:
-    """Marks a field that says where something is that a stage reads: a digest names what is there, never the place.
+    """Marks a field with the location of stage input: its content enters the digest, the location does not.
 
-    kind: `files` are paths and globs of texts, `dataset` a hub id or folder for `datasets`, `task` the folder of a task
-    of the evaluation harness (empty: one that the harness ships).
+    kind: `files` are paths and globs of text files, `dataset` a hub id or folder for `datasets`, `task` the folder of
+    an evaluation-harness task (empty: a task that the harness ships).
     """
 
     kind: ReadsKind
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and strict about its keys."""
+    """Base class of recipe sections: frozen, unknown keys rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _no_control_characters(text: str) -> str:
     if re.search("[\x00-\x1f\x7f]", text):
-        raise ValueError("a place has no control characters, line breaks among them, in its name")
+        raise ValueError("a location must not contain control characters or line breaks")
     return text
 
 
 Place = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control_characters)]
 """A path, a pattern of paths, or a hub id."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What every generator of random numbers takes."""
+"""A seed that every random generator accepts."""
 Length = Annotated[int, Field(gt=0, le=2**22)]
-"""Tokens of a document or a prompt that is built."""
+"""Length of a generated document or prompt, in tokens."""

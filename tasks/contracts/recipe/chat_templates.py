@@ -1,4 +1,4 @@
-"""The chat templates that are shipped: deployments/chat_templates/NAME.jinja, in recipes NAME or template:NAME."""
+"""Shipped chat templates: deployments/chat_templates/NAME.jinja, in recipes NAME or template:NAME."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SHIPPED = "template:"
 
 
 def shipped_chat_templates() -> list[str]:
-    """Their names."""
+    """Names of the shipped chat templates, sorted."""
     return sorted(path.stem for path in _folder().glob("*.jinja"))
 
 
 def shipped_chat_template(place: str) -> Path:
-    """The file of `template:NAME`. Raises UserError for a name that is not shipped."""
+    """The file of `template:NAME`. Raises UserError for an unknown name."""
     name, known = place.removeprefix(SHIPPED), shipped_chat_templates()
     if name not in known:
         hint = did_you_mean(name, known, cutoff=0.5)

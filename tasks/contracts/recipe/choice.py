@@ -1,4 +1,4 @@
-"""Which layers stay softmax attention, where the recipe names a way to choose them; and calibration before align."""
+"""Settings for choosing the attention layers, and for calibrating mixers before align."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ _LEAST_DOCUMENTS = 4
 
 
 class Difficulty(Section):
-    """`choose: difficulty`: the layers whose mixers learn worst in an align of all layers, kept apart from each other.
+    """`choose: difficulty`: the layers whose mixers learn worst in an align of all layers, spaced apart.
 
-    The published tool (rwkv7_variants §5.2) with its scale term mended. Each part is min-max normalised over the
-    layers; `spread` is what a choice loses for uneven gaps, `gap_penalty` for each gap outside min_gap ... max_gap.
+    The published tool (rwkv7_variants §5.2) with its scale term corrected. Each part is min-max normalised over the
+    layers. `spread` is the penalty for uneven gaps, `gap_penalty` for each gap outside min_gap ... max_gap.
     """
 
     residue: float = Field(default=0.30, ge=0)
-    """Weight of the loss at the end."""
+    """Weight of the final loss."""
     convergence: float = Field(default=0.25, ge=0)
-    """Weight of 1 - slope: how slowly the logarithm of the loss falls."""
+    """Weight of 1 - slope, where slope is the decrease of the log loss."""
     alignment: float = Field(default=0.20, ge=0)
-    """Weight of 1 - the share of the first loss that is gone at the end."""
+    """Weight of 1 - (first loss - final loss) / first loss."""
     scale: float = Field(default=0.15, ge=0)
-    """Weight of |norm ratio of the outputs - 1|, where the align stage recorded it; shared by the others if not."""
+    """Weight of |norm ratio of the outputs - 1|, if recorded in align; else distributed over the other weights."""
     instability: float = Field(default=0.10, ge=0)
-    """Weight of the variance of the step-to-step differences."""
+    """Weight of the variance of the loss differences between steps."""
     min_gap: int = Field(default=1, ge=1)
     max_gap: int = Field(default=8, ge=1)
-    """Gaps are differences of the numbers of neighbouring kept layers."""
+    """A gap is the difference between the indices of consecutive attention layers."""
     gap_penalty: float = Field(default=0.75, ge=0)
     spread: float = Field(default=0.1, ge=0)
     max_consecutive: int = Field(default=2, ge=1)
-    """Kept layers in a row, never more."""
+    """Maximum number of adjacent attention layers."""
 
     @model_validator(mode="after")
     def _gaps_are_ordered(self) -> Self:
         if self.min_gap > self.max_gap:
             raise ValueError("min_gap must not be larger than max_gap")
         if not self.residue + self.convergence + self.alignment + self.instability:
-            raise ValueError("every weight is 0, so no layer would be harder than another")
+            raise ValueError("all weights are 0, so all layers would have the same score")
         return self
 
 
 class RecallProbe(Section):
-    """`choose: recall`: the layers whose softmax gives back most recall for what is left of the held-out KL.
+    """`choose: recall`: the layers whose softmax attention restores most recall relative to the remaining held-out KL.
 
-    Inference only. The probe is made smaller than asked for where it would take more than `budget` of the run.
+    Inference only. The probe is reduced if it would exceed `budget`.
     """
 
     lengths: tuple[Length, ...] = Field(default=(256, 512), min_length=1)
-    """Tokens of the documents that hide facts and ask for them, used in turn."""
+    """Lengths of the quiz documents in tokens, used in turn."""
     documents: int = Field(default=128, ge=_LEAST_DOCUMENTS, le=1_000_000)
-    """At most."""
+    """Maximum number of quiz documents."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     data: str | None = None
-    """Dataset whose held-out text the KL is measured on; None: the one that align learns from."""
+    """Dataset whose held-out text is used to measure KL; None: the dataset of align."""
     heldout_tokens: int = Field(default=32768, gt=0)
-    """At most."""
+    """Maximum number of held-out tokens."""
     context: int = Field(default=512, gt=1)
-    """Tokens of a held-out window."""
+    """Length of a held-out window in tokens."""
     micro_batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
-    """Sequences of a forward pass."""
+    """Sequences per forward pass."""
     budget: float = Field(default=0.05, gt=0, le=0.05)
-    """Share of the run's training tokens that the forward passes of the choice may take."""
+    """Maximum tokens of the forward passes of the choice, as a fraction of the run's training tokens."""
     seed: Seed = 1234
 
     @model_validator(mode="after")
     def _a_window_fits(self) -> Self:
         if self.heldout_tokens < self.context:
-            raise ValueError(f"heldout_tokens ({self.heldout_tokens}) is less than one window of {self.context}")
+            raise ValueError(f"heldout_tokens ({self.heldout_tokens}) is fewer than one window of {self.context}")
         return self
 
 
 class AttentionChoice(Section):
     """`attention_layers: {count: N, choose: ...}`.
 
-    even: the last layer, and every (layers // count)-th before it. last: the last ones. Both are known when the run is
-    planned. difficulty, recall: found out after an align of all layers, by the stage `choose`.
+    even: the last layer and every (layers // count)-th layer before it. last: the last layers. Both are resolved when
+    the run is planned. difficulty, recall: resolved by the `choose` stage after an align of all layers.
     """
 
     count: int = Field(gt=0, le=10_000)
@@ -96,26 +96,26 @@ class AttentionChoice(Section):
     def _settings_are_used(self) -> Self:
         for way, default in (("difficulty", Difficulty()), ("recall", RecallProbe())):
             if self.choose != way and getattr(self, way) != default:
-                raise ValueError(f"settings of `{way}` are given, but `choose` is {self.choose}; drop them")
+                raise ValueError(f"settings of `{way}` are given, but `choose` is {self.choose}; remove them")
         return self
 
     @property
     def after_align(self) -> bool:
-        """Whether the layers are only known once align has ended."""
+        """Whether the layers are chosen after align."""
         return self.choose in ("difficulty", "recall")
 
 
 class Calibration(Section):
-    """Start mixers close to the attention that they replace, from a few batches of the teacher's activations.
+    """Initialise mixers close to the attention that they replace, from a few batches of teacher activations.
 
-    Before the first step of align, on its data. `decay` shifts each head's forgetting by what fits best, of a few
-    shifts; `gate` gives every output channel the gain of least squares; `iclr` and `value` shift the in-context
-    learning rate and the share of the first layer's values as `decay` does. A variant without such a part keeps it.
+    Runs before the first step of align, on its data. `decay` selects, per head, the best of a few shifts of the decay.
+    `gate` sets the least-squares gain of each output channel. `iclr` and `value` select shifts of the in-context
+    learning rate and of the first-value mix, as `decay` does. Parts that a variant does not have are skipped.
     """
 
     batches: int = Field(default=4, gt=0)
     sequences: int = Field(default=8, gt=0)
-    """Sequences of a batch, of align's context."""
+    """Sequences per batch, with the context length of align."""
     parts: tuple[Literal["value", "iclr", "decay", "gate"], ...] = Field(default=("decay", "gate"), min_length=1)
 
 
@@ -136,18 +136,18 @@ AttentionLayers = Annotated[
 
 
 def listed_layers(student: Student) -> tuple[int, ...]:
-    """The layers that a recipe names itself; none where it names a way to choose them."""
+    """The attention layers listed in a recipe; empty if they are to be chosen."""
     return () if isinstance(student.attention_layers, AttentionChoice) else student.attention_layers
 
 
 def late_choice(recipe: Recipe) -> AttentionChoice | None:
-    """The choice that the stage `choose` makes after align; None where there is nothing to choose then."""
+    """The choice to make after align; None if the layers are listed or resolved by the plan."""
     layers = recipe.student.attention_layers
     return layers if isinstance(layers, AttentionChoice) and layers.after_align else None
 
 
 def choice_data(recipe: Recipe) -> str | None:
-    """The dataset that a choice by recall reads, None without one."""
+    """The dataset that a choice by recall reads; None for other choices."""
     choice = late_choice(recipe)
     if choice is None or choice.choose != "recall":
         return None
@@ -155,15 +155,15 @@ def choice_data(recipe: Recipe) -> str | None:
 
 
 def check_choice(recipe: Recipe) -> None:
-    """What must be there for a choice after align, and for calibration. Raises ValueError."""
+    """Raises ValueError if a choice after align or a calibration lacks its align stage or dataset."""
     choice = late_choice(recipe)
     if choice is not None and recipe.align is None:
         raise ValueError(
-            f"student.attention_layers chooses by {choice.choose}, from an align stage, and the recipe has none; "
-            "choose even or last, or name the layers"
+            f"student.attention_layers: choose: {choice.choose} needs an align stage, and the recipe has none; "
+            "choose even or last, or list the layers"
         )
     if recipe.student.calibrate is not None and recipe.align is None:
-        raise ValueError("student.calibrate works at the start of align, and the recipe has no align stage; drop it")
+        raise ValueError("student.calibrate needs an align stage, and the recipe has none; remove it")
     data = choice_data(recipe)
     if data is not None and data not in recipe.data:
         known = " and ".join(f"'{name}'" for name in recipe.data)
@@ -176,21 +176,21 @@ def run_tokens(recipe: Recipe) -> int:
 
 
 def probe_passes(count: int, num_candidates: int) -> int:
-    """Forward passes over the probe, at most: the student as it is, every candidate in every round, the teacher."""
+    """Maximum forward passes over the probe: the initial student, each candidate in each round, the teacher."""
     return 1 + sum(num_candidates - chosen for chosen in range(count)) + count
 
 
 def fit_probe(probe: RecallProbe, *, count: int, num_candidates: int, tokens: int) -> RecallProbe:
-    """The probe with as many documents and held-out tokens as its budget allows. tokens: of the run.
+    """Reduce the probe's documents and held-out tokens to its budget. tokens: training tokens of the run.
 
-    Raises ValueError where it allows too few.
+    Raises ValueError if the budget is too small.
     """
     passes = probe_passes(count, num_candidates)
     allowed = int(probe.budget * tokens) // passes
     reading = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
     if allowed >= reading + probe.heldout_tokens:
         return probe
-    # Half for each kind, and what one does not need for the other.
+    # Half of the tokens for each kind; one kind may use what the other does not need.
     documents = min(
         probe.documents, _documents_within(probe.lengths, max(allowed // 2, allowed - probe.heldout_tokens))
     )
@@ -199,14 +199,14 @@ def fit_probe(probe: RecallProbe, *, count: int, num_candidates: int, tokens: in
     if windows < 1 or documents < _LEAST_DOCUMENTS:
         raise ValueError(
             f"choosing {count} of {num_candidates} layers by recall takes {passes} passes, and {probe.budget:.0%} of "
-            f"the run's {tokens} tokens leave {allowed} to each, too few to tell layers apart; train on more tokens, "
-            "shorten recall.lengths or recall.context, or choose even, last or difficulty"
+            f"the run's {tokens} tokens allow {allowed} tokens per pass, too few to compare layers; train on more "
+            "tokens, shorten recall.lengths or recall.context, or choose even, last or difficulty"
         )
     return probe.model_copy(update={"documents": documents, "heldout_tokens": windows * probe.context})
 
 
 def _documents_within(lengths: Sequence[int], tokens: int) -> int:
-    """How many documents of these lengths, taken in turn, fit into so many tokens."""
+    """Number of documents, with lengths used in turn, that fit in a token count."""
     count = 0
     while tokens >= lengths[count % len(lengths)]:
         tokens -= lengths[count % len(lengths)]

@@ -1,4 +1,4 @@
-"""The training stages of a recipe: what each minimises, and its defaults."""
+"""The training stages of a recipe: their losses and defaults."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from radlads.tasks.contracts.recipe.training import MixedRows, PhasedTraining, R
 class Comprehensive(Section):
     """Weights of the seven terms of the `comprehensive` align loss (model/training/align_losses.py).
 
-    The published code multiplies content by 1 − 0.3·q and context by 1 + 0.5·q at depth q = layer / layers; that is
-    done here too. `batch_independent` is the revision at the commit of cxa073, whose spectral term is a Frobenius norm;
-    `svd` is the one before it, which compares leading singular values, here of each sequence and not of a micro-batch.
+    As in the published code, content is multiplied by 1 − 0.3·q and context by 1 + 0.5·q at depth q = layer / layers.
+    `batch_independent` is the revision at the commit of cxa073, whose spectral term is a Frobenius norm. `svd` is the
+    earlier revision, which compares leading singular values; here per sequence instead of per micro-batch.
     """
 
     content: float = Field(default=1.0, ge=0)
@@ -44,12 +44,12 @@ class Align(Training):
     @model_validator(mode="after")
     def _weights_are_used(self) -> Self:
         if self.loss != "comprehensive" and self.comprehensive != Comprehensive():
-            raise ValueError("`comprehensive` weighs the terms of loss: comprehensive, which is not the loss here")
+            raise ValueError("`comprehensive` sets the weights of `loss: comprehensive`, but another loss is selected")
         return self
 
 
 class CeSpikes(Section):
-    """Every `every`-th optimizer step (counted from 1 in its phase) the cross entropy weighs `weight`, not
+    """At every `every`-th optimizer step (from 1 within its phase) the cross entropy has weight `weight` instead of
     `ce_weight`."""
 
     every: int = Field(gt=0)
@@ -59,12 +59,13 @@ class CeSpikes(Section):
 class Lora(Section):
     """Low-rank updates of chosen projections: y = x Wᵀ + scale·(x Aᵀ) Bᵀ, A Kaiming-uniform, B zero, W frozen.
 
-    With it train the pairs and what the mixers add to their projections, nothing else. The product has them merged.
-    rank and scale are the seed's defaults; it zeroed A as well, and so learned nothing (rwkv7_variants §8.6).
+    Only these pairs and the mixer parameters other than projections train. The exported model has them merged. rank and
+    scale are the defaults of the published code, which also zeroes A and therefore learns nothing (rwkv7_variants
+    §8.6).
     """
 
     targets: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
-    """Last names of linear modules of the layers, mixers and kept attention and MLPs alike."""
+    """Last name components of linear modules in mixers, attention layers and MLPs."""
     rank: int = Field(default=32, gt=0)
     scale: float = Field(default=0.5, gt=0)
 
@@ -86,22 +87,24 @@ class Distill(PhasedTraining):
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
     schedule: Schedule = Schedule(kind="constant")
     temperature: float = Field(default=1.0, gt=0)
-    """τ of both sides; the KL is multiplied by τ². Held-out losses are at 1."""
+    """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1."""
     teacher_temperature: float | None = Field(default=None, gt=0)
-    """τ of the teacher alone, the student's being 1 and nothing multiplied: another target, not classical KD."""
+    """τ of the teacher alone, with student τ = 1 and no factor τ²; this changes the target, unlike classical KD."""
     kl_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=0.0, ge=0)
     ce_spikes: CeSpikes | None = None
     l2wrap: float = Field(default=0.0, ge=0)
-    """RWKV's L2Wrap: adds l2wrap·z to the gradient of every position's largest logit z; the loss told is without.
-    Published: 1e-4."""
+    """RWKV's L2Wrap: adds l2wrap·z to the gradient of the largest logit z of each position; not included in the
+    reported loss. Published: 1e-4."""
     lora: Lora | None = None
     phases: tuple[Phase, ...] = ()
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Self:
         if self.teacher_temperature is not None and self.temperature != 1:
-            raise ValueError("give temperature (of both sides) or teacher_temperature (of the teacher alone), not both")
+            raise ValueError(
+                "give temperature (of teacher and student) or teacher_temperature (of the teacher alone), not both"
+            )
         return self
 
     @model_validator(mode="after")
@@ -115,16 +118,16 @@ class NextTokenTraining(Training):
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     assistant_only: bool = False
-    """Chat data: only the assistant's tokens count. A step without any is an error."""
+    """Chat data: only assistant tokens are labels. A step without any is an error."""
     train_only: tuple[Literal["mixer", "decay", "token_shift"], ...] = ()
-    """Only these parts of the mixers train; empty: all that `freeze` leaves. `[decay, token_shift]` is step 3a of
-    2505.03005, which fits long contexts into little memory."""
+    """Train only these parts of the mixers; empty: everything except `freeze`. `[decay, token_shift]` is step 3a of
+    2505.03005, which reduces memory at long contexts."""
     lora: Lora | None = None
 
     @model_validator(mode="after")
     def _lora_fits(self) -> Self:
         if self.lora is not None and self.train_only:
-            raise ValueError("train_only and lora both say what trains; give one of them")
+            raise ValueError("train_only and lora cannot be combined; remove one of them")
         _check_lora(self, self.lora)
         return self
 
@@ -180,7 +183,7 @@ class Extend(PhasedTraining, NextTokenTraining):
 
 
 class Pretrain(Training):
-    """Train a small teacher from nothing with the same loop; the flow `radlads-pretrain`."""
+    """Train a small teacher from random weights with the same loop; the flow `radlads-pretrain`."""
 
     config: dict[str, Any]
     """A Hugging Face config (model_type and its fields)."""

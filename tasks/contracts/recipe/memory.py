@@ -1,4 +1,4 @@
-"""How frozen weights are held: the values that a recipe may give, and which stages they change."""
+"""Precision of frozen weights in memory, and the stages to which it applies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from radlads.tasks.contracts.recipe.sections import Recipe
 
 FrozenBits = Literal[8, 16]
-"""Bits of a frozen weight matrix: 16 is the precision of the stage, 8 is int8 with one scale for 128 numbers."""
+"""Bits of a frozen weight matrix: 16 is the precision of the stage, 8 is int8 with one scale per 128 values."""
 MLP_PROJECTIONS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 
@@ -31,7 +31,7 @@ def mlp_bits(recipe: Recipe, stage: str) -> FrozenBits:
 
 
 def freezes_mlp(stage: str, section: Training) -> bool:
-    """Whether the MLPs stay as they are in a training stage."""
+    """Whether a training stage leaves the MLPs unchanged."""
     lora = getattr(section, "lora", None)
     if lora is not None:
         return not MLP_PROJECTIONS & set(lora.targets)
@@ -39,9 +39,9 @@ def freezes_mlp(stage: str, section: Training) -> bool:
 
 
 def frozen_groups(stage: str, section: Training) -> tuple[str, ...]:
-    """The groups of parameters that surely stay as they are throughout a stage, norms left aside: they are small."""
+    """The parameter groups that a stage does not change. Norms are ignored, because they are small."""
     everything = ("mlp", "embeddings", "head", "attention")
-    if getattr(section, "lora", None) is not None:  # adapted matrices change as they are merged
+    if getattr(section, "lora", None) is not None:  # merging changes the adapted matrices
         return ("mlp", "embeddings", "head") if freezes_mlp(stage, section) else ("embeddings", "head")
     if stage_info(stage).layerwise or _train_only(section):
         return everything
@@ -49,8 +49,8 @@ def frozen_groups(stage: str, section: Training) -> tuple[str, ...]:
 
 
 def held_once(stage: str, section: Training, teacher_bits: FrozenBits, mlp_bits: FrozenBits) -> tuple[str, ...]:
-    """The frozen groups that the student may hold as the teacher does, and so need not hold itself. In align it never
-    runs what it shares, so there the bits need not agree."""
+    """The frozen groups whose memory student and teacher can share, because they have the same bits. In align the
+    student does not run the shared groups, so their bits may differ."""
     theirs = {"mlp": teacher_bits, "attention": teacher_bits}
     ours = {"mlp": mlp_bits}
     return tuple(

@@ -1,9 +1,8 @@
-"""Recipe: what a user asks for, as data.
+"""Reads, validates and writes recipes.
 
-A recipe is a YAML file validated into frozen pydantic models: unknown keys are refused with a suggestion, sizes are
-in tokens, and everything that is wrong is told in one line each before any job starts. It crosses three boundaries
-(Prefect's API, the control plane, a job on another machine) unchanged, so it holds no code and no machine paths
-beyond those the user wrote.
+A recipe is a YAML file, validated into frozen pydantic models. Unknown keys are rejected with a suggestion, sizes are
+in tokens, and every error is one line, reported before any job starts. A recipe is passed unchanged to Prefect's API,
+the control plane and jobs on other machines, so it contains no code, and only the paths that the user wrote.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ _MOST_FAULTS = 20
 
 
 class RecipeError(DocumentError):
-    """A recipe that cannot be used; the message says what is wrong, where, and how to mend it."""
+    """An invalid recipe; the message has the fault, its location and the remedy."""
 
 
 def list_recipes() -> list[str]:
@@ -105,7 +104,7 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a shipped recipe by name, or a YAML file by path, and apply typed overrides.
+    """Read a shipped recipe by name or a YAML file by path, and apply typed overrides.
 
     overrides: dotted key → value, e.g. {"distill.tokens": 1_000_000, "student.attention_layers": [3]}; None removes an
     optional section. Raises DocumentError, one line per fault.
@@ -115,10 +114,10 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
 
 
 def recipe_of_data(data: bytes, overrides: Mapping[str, Any] | None = None, *, where: str) -> Recipe:
-    """A recipe from the YAML of its file, as load_recipe. Raises DocumentError."""
+    """A recipe from the bytes of its YAML file, as load_recipe. Raises DocumentError."""
     raw = read_yaml(data, where=where)
     if overrides is not None and not isinstance(overrides, Mapping):
-        raise RecipeError(f"overrides: a mapping of dotted keys to values is asked for, not {shown(overrides)}")
+        raise RecipeError(f"overrides: expected a mapping of dotted keys to values, not {shown(overrides)}")
     for key, value in plain_values(overrides or {}, where="overrides").items():
         _override(raw, key, value)
     return parse_recipe(raw, where=where)
@@ -129,12 +128,14 @@ def parse_recipe(raw: Any, *, where: str = "recipe") -> Recipe:
     where = one_line(hide(where))
     if not isinstance(raw, dict):
         kinds = {type(None): "empty", list: "a list", str: "text"}
-        raise RecipeError(f"{where}: a recipe is a mapping of sections, this is {kinds.get(type(raw), shown(raw))}")
+        raise RecipeError(
+            f"{where}: a recipe must be a mapping of sections, but this is {kinds.get(type(raw), shown(raw))}"
+        )
     raw = plain_values(raw, where=where)
     secret = find_secret(raw)
     if secret is not None:
         raise RecipeError(
-            f"{where}: {one_line('.'.join(secret.keys), 120)}: {secret.what} stands here, and recipes are written down "
+            f"{where}: {one_line('.'.join(secret.keys), 120)}: this contains {secret.what}, and recipes are stored "
             f"in several places; {secret.cure}"
         )
     try:
@@ -143,12 +144,12 @@ def parse_recipe(raw: Any, *, where: str = "recipe") -> Recipe:
         faults = _without_echoes(error.errors(include_context=False, include_url=False))
         lines = [f"{where}: {_explain(fault, raw)}" for fault in faults[:_MOST_FAULTS]]
         if len(faults) > _MOST_FAULTS:
-            lines.append(f"{where}: and {len(faults) - _MOST_FAULTS} more faults like these")
+            lines.append(f"{where}: and {len(faults) - _MOST_FAULTS} more faults")
         raise RecipeError("\n".join(lines)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; load_recipe of it gives the same recipe."""
+    """The resolved recipe as YAML; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
@@ -172,10 +173,10 @@ def _read_data(name_or_path: str, where: str) -> bytes:
 
 
 def _override(raw: Any, dotted: str, value: Any) -> None:
-    """Set raw[a][b][c] = value for the key 'a.b.c', making missing mappings on the way."""
+    """Set raw[a][b][c] = value for the key 'a.b.c'; creates missing mappings."""
     *parents, last = dotted.split(".")
     if not all((*parents, last)):
-        raise RecipeError(f"override '{one_line(dotted, 120)}': write keys with one dot between them, as align.tokens")
+        raise RecipeError(f"override '{one_line(dotted, 120)}': separate keys by single dots, as in align.tokens")
     dotted = one_line(dotted, 120)
     node = raw
     for part in parents:
@@ -183,15 +184,15 @@ def _override(raw: Any, dotted: str, value: Any) -> None:
         if child is None and isinstance(node, dict):
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"override '{dotted}': '{one_line(part, 60)}' is not a section that holds other keys")
+            raise RecipeError(f"override '{dotted}': '{one_line(part, 60)}' is not a section with keys")
         node = child
     if not isinstance(node, dict):
-        raise RecipeError(f"override '{dotted}': there is no section to put it into")
+        raise RecipeError(f"override '{dotted}': there is no section for it")
     node[last] = value
 
 
 def _without_echoes(faults: list[Any]) -> list[Any]:
-    """Without the second fault of a list that counts as empty because what is in it was refused."""
+    """Remove `too_short` faults of lists whose items have faults of their own."""
     return [
         fault
         for fault in faults
@@ -201,7 +202,7 @@ def _without_echoes(faults: list[Any]) -> list[Any]:
 
 
 def _keys_written(fault: Any, raw: Any) -> list[str]:
-    """The fault's place in the user's own keys: pydantic puts the branch of a union among them."""
+    """The location of a fault in the user's keys, without the union branches that pydantic adds."""
     node, keys = raw, []
     for number, part in enumerate(fault["loc"], 1):
         inside = part in node if isinstance(node, Mapping) else isinstance(node, list | tuple) and isinstance(part, int)
@@ -221,12 +222,12 @@ def _explain(fault: Any, raw: Any) -> str:
         return f"{place}: unknown key '{one_line(word, 60)}'{did_you_mean(word, _known_keys(fault['loc'][:-1]))}"
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
     given = fault.get("input")
-    told = f" (given: {shown(given)})" if isinstance(given, str | int | float | bool) else ""
-    return f"{place}: {one_line(message)}{told}"
+    suffix = f" (given: {shown(given)})" if isinstance(given, str | int | float | bool) else ""
+    return f"{place}: {one_line(message)}{suffix}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at a location of the recipe, found by walking the models' fields."""
+    """The keys allowed at a location of the recipe."""
     models: list[type[BaseModel]] = [Recipe]
     for part in location:
         following: list[type[BaseModel]] = []

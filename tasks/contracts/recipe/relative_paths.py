@@ -1,4 +1,4 @@
-"""Relative places in a recipe, made absolute: jobs run in folders of their own."""
+"""Makes relative paths in a recipe absolute, because jobs run in other folders."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SINGLE_PLACES = {"path", "tokenizer", "chat_template"}
 
 
 def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:
-    """The recipe with its files and folders looked for beside the recipe's own file, then in the folder `here`.
+    """Resolve relative paths against the folder of the recipe file, then against the folder `here`.
 
-    What is in neither place is left as it is: a hub id, a `demo:` file, or a mistake that `plan` reports.
+    Paths that exist in neither are unchanged: hub ids, `demo:` files, or errors that `plan` reports.
     """
-    given = Path(name_or_path)
-    folders = [given.expanduser().absolute().parent, here] if given.suffix in (".yaml", ".yml") else [here]
+    path = Path(name_or_path)
+    folders = [path.expanduser().absolute().parent, here] if path.suffix in (".yaml", ".yml") else [here]
     return parse_recipe(_anchor(recipe.model_dump(mode="json"), folders, where=name_or_path), where=name_or_path)
 
 
 def _anchor(value: Any, folders: list[Path], key: str = "", *, where: str) -> Any:
     if isinstance(value, dict):
-        # `org/name` is a dataset of the hub, whatever folder has that name here; `./name` is a folder.
+        # `org/name` is always a hub dataset; `./name` is a folder.
         is_hub = value.get("kind") == "hub" and not str(value.get("path")).startswith(".")
         return {
             name: item if is_hub and name != "chat_template" else _anchor(item, folders, name, where=where)

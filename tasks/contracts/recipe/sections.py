@@ -1,7 +1,6 @@
-"""The sections of a recipe: every key a user may write, its type, its default and what it means.
+"""The sections of a recipe: all keys with type, default and meaning.
 
-Sizes are in tokens, batches in sequences; optimizer steps are derived. Where a default is a published number, the
-source is named.
+Sizes are in tokens, batches in sequences; optimizer steps are derived. Published defaults have their source.
 """
 
 from __future__ import annotations
@@ -67,14 +66,14 @@ class Teacher(Section):
     """The frozen softmax-attention model."""
 
     path: Annotated[Place, Reads("teacher")]
-    """A hub id, a local Hugging Face folder, or `demo` for the teacher shipped with the package."""
+    """A hub id, a local Hugging Face folder, or `demo` for the shipped teacher."""
     revision: Annotated[str | None, PLACE] = None
-    """Of the hub: a branch, a tag or a commit. The plan pins the commit that it is."""
+    """Branch, tag or commit of the hub id. The plan resolves it to a commit and pins that."""
     trust_remote_code: bool = False
-    """Run the tokenizer's own code; of a hub id only with its commit as `revision`. A model's own code never runs: its
-    family's class in transformers does."""
+    """Run custom code of the tokenizer; for a hub id this needs a commit as `revision`. Custom model code never runs:
+    the model class is that of its family in transformers."""
     bits: FrozenBits = 16
-    """8: the matrices of its layers are held in 8 bit while it teaches. Judged is always the teacher as it is."""
+    """8: layer matrices are int8 during training. Evaluation always uses the original teacher."""
 
 
 class Student(Section):
@@ -82,16 +81,15 @@ class Student(Section):
 
     variant: str = "rad_rwkv7"
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the variant; validated by the `plan` stage, which knows them."""
+    """Options of the variant, validated by the `plan` stage."""
     attention_layers: AttentionLayers = ()
-    """Layers, counted from 0, that stay softmax attention; or how many, and how to choose them. Empty: a pure recurrent
-    student."""
+    """Indices (from 0) of the layers that keep softmax attention, or a rule to choose them. Empty: a pure student."""
     attention_rope: bool = False
-    """Whether kept softmax layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
+    """Whether attention layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
     mlp_bits: FrozenBits = 16
-    """8: stages that freeze the MLPs (experts included) hold them in 8 bit. The export stays the teacher's own."""
+    """8: stages that freeze the MLPs (experts included) hold them as int8. The export has the teacher's weights."""
     untie_embeddings: bool = False
-    """Give the student a head of its own where the teacher's is its embeddings; RADLADS found that to end badly."""
+    """Give the student a separate head if the teacher ties it to the embeddings; RADLADS reports worse results."""
     transplant: TransplantScale = TransplantScale()
     calibrate: Calibration | None = None
 
@@ -100,29 +98,29 @@ class Student(Section):
         layers = listed_layers(self)
         if any(layer < 0 for layer in layers):
             raise ValueError(
-                "attention_layers are counted from 0 and cannot be negative; leave it empty for a pure student"
+                "attention_layers are counted from 0 and cannot be negative; use an empty list for a pure student"
             )
         if len(set(layers)) != len(layers):
-            raise ValueError("attention_layers names a layer twice")
+            raise ValueError("attention_layers has a layer twice")
         return self
 
 
 class DocumentSource(Section):
-    """What sources of documents that somebody else wrote have in common."""
+    """Settings that `hub` and `files` sources share."""
 
     text_field: str = "text"
     messages_field: str | None = None
-    """Chat data: the field that holds [{role, content}, ...]."""
+    """Chat data: the field with [{role, content}, ...]."""
     chat_template: Annotated[Place | None, Reads("files")] = None
-    """What chats are rendered with: the name of a shipped template (chatml, llama-3, mistral-v3, mistral-v7, phi-3,
-    phi-4, phi-4-mini, qwen2.5, qwen3), or a file ending with .jinja; None: the tokenizer's own. Shipped ones mark the
-    assistant's words, so that chats of several turns can be masked."""
+    """The template that renders chats: the name of a shipped one (chatml, llama-3, mistral-v3, mistral-v7, phi-3,
+    phi-4, phi-4-mini, qwen2.5, qwen3), or a file ending in .jinja; None: the tokenizer's own. Shipped templates mark
+    the assistant's text, so that multi-turn chats can be masked."""
     special_tokens: Literal["text", "parse"] = "text"
-    """What the text of a special token (`<|endoftext|>`, `</s>`) inside a document or a message is: text, or (parse)
-    that token. What a chat template itself writes is always parsed. A file whose documents are separated by it wants
-    `separator` instead."""
+    """How the text of a special token (`<|endoftext|>`, `</s>`) in a document or message is encoded: as plain text, or
+    (parse) as that token. Tokens of a chat template are always parsed. For files with such a separator between
+    documents, set `separator` instead."""
     bad_characters: Literal["error", "replace"] = "error"
-    """Bytes that are not UTF-8, lone surrogates and NUL: an error with the line, or U+FFFD in their place, counted."""
+    """Handling of invalid UTF-8, lone surrogates and NUL: an error with the line, or replacement by U+FFFD."""
 
     @field_validator("chat_template")
     @classmethod
@@ -134,7 +132,7 @@ class DocumentSource(Section):
     @model_validator(mode="after")
     def _template_is_used(self) -> Self:
         if self.chat_template is not None and self.messages_field is None:
-            raise ValueError("chat_template is for chats; give messages_field, the field that holds them")
+            raise ValueError("chat_template is for chats; set messages_field, the field with the messages")
         return self
 
 
@@ -143,29 +141,28 @@ class HubSource(DocumentSource):
 
     kind: Literal["hub"]
     path: Annotated[Place, Reads("dataset")]
-    """A hub id, or a local folder of data files: an absolute path, or one that begins with `./`."""
+    """A hub id, or a local folder of data files: an absolute path or one that starts with `./`."""
     subset: str | None = None
     split: str = "train"
     revision: Annotated[str | None, PLACE] = None
-    """A branch, a tag or a commit. The plan pins the commit that it is."""
+    """Branch, tag or commit. The plan resolves it to a commit and pins that."""
     max_documents: int | None = Field(default=None, gt=0)
 
 
 class FilesSource(DocumentSource):
-    """Local parquet, jsonl, or text files, plain or gzipped (.gz)."""
+    """Local parquet, jsonl or text files; jsonl and text also gzipped (.gz)."""
 
     kind: Literal["files"]
     paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
     """Files or globs; relative to the recipe's folder or the working directory. `demo:NAME` is a file shipped with
     the demo teacher."""
     separator: str | None = Field(default=None, min_length=1)
-    """Text files only: what separates documents, e.g. <|endoftext|>; it is no part of them. None: every file is one
-    document."""
+    """Text files only: the separator between documents, e.g. <|endoftext|>. None: each file is one document."""
     max_documents: int | None = Field(default=None, gt=0)
 
 
 class SampleSource(Section):
-    """Text sampled from the teacher itself, for when no corpus is at hand."""
+    """Text sampled from the teacher, for use without a corpus."""
 
     kind: Literal["sample"]
     tokens: int = Field(gt=0)
@@ -173,22 +170,21 @@ class SampleSource(Section):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     batch: int = Field(default=64, gt=0)
-    """Documents that are written at once. The text depends on it, so it is not taken from the machine."""
+    """Documents sampled in parallel. The text depends on it, so it is part of the digest."""
     seed: Seed = 1337
 
 
 class RecallSource(Section):
-    """Synthetic needle documents: a haystack with facts to remember, then questions about them."""
+    """Synthetic recall text: a haystack with facts, then questions about them."""
 
     kind: Literal["recall"]
     documents: int = Field(gt=0, le=10**9)
     lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
-    """Document lengths in tokens, each as often as the others; facts in a haystack lie up to that far from their
-    questions."""
+    """Document lengths in tokens, used in turn. Facts in a haystack are up to that far from their questions."""
     facts: Annotated[int | None, AddedLater()] = Field(default=None, gt=0, le=500)
-    """Facts of a document, at most, and one for every 28 tokens. None: 8 in a haystack, 10 without one."""
+    """Maximum number of facts per document, and at most one per 28 tokens. None: 8 in a haystack, 10 without one."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
-    """Files (as in `files`) that the filler sentences come from; empty: the built-in filler."""
+    """Files (as in `files`) with the filler sentences; empty: the built-in filler."""
     haystack_separator: str | None = None
     seed: Seed = 1337
 
@@ -197,18 +193,17 @@ Source = Annotated[HubSource | FilesSource | SampleSource | RecallSource, Field(
 
 
 class Dataset(Section):
-    """Documents → one flat stream of tokens with boundaries, cut into shards of equal width."""
+    """Documents → one flat token stream with document boundaries, in shards of equal length."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
     heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
-    """Share of the documents, chosen by a hash of their text, that no training stage sees."""
+    """Fraction of the documents, selected by a hash of their text, that no training stage reads."""
     shard_tokens: int = Field(default=1 << 22, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     add_bos: bool = False
-    """Put the tokenizer's BOS token before every document that does not begin with it; a chat whose template writes one
-    keeps that one."""
+    """Prepend the tokenizer's BOS token to each document that does not start with it."""
     seed: Seed = 1337
-    """Order of the documents."""
+    """Seed of the document order."""
 
 
 class EvalTask(Section):
@@ -216,13 +211,13 @@ class EvalTask(Section):
 
     name: str
     path: Annotated[Place | None, Reads("task")] = None
-    """Folder with the task's YAML file, for tasks that the harness does not ship or that must run offline."""
+    """Folder with the task's YAML file, for tasks that the harness does not ship and for offline use."""
     num_fewshot: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, gt=0)
 
 
 class Evaluate(Section):
-    """Teacher beside student in one run."""
+    """Evaluation of teacher and student in one run."""
 
     data: str = "train"
     heldout_tokens: int = Field(default=65536, gt=0)
@@ -230,28 +225,28 @@ class Evaluate(Section):
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
     add_bos: bool | None = None
-    """Of the tasks' prompts, as `add_bos_token` of the harness's `hf` model. None, as published scores are made: what
-    the tokenizer does by itself."""
+    """Prepend BOS to task prompts, as `add_bos_token` of the harness's `hf` model. None: the tokenizer's default, which
+    published scores use."""
     seed: Seed = 1234
 
 
 class Needle(Section):
-    """Needle in a haystack: a fact at a depth of a text, asked for at its end; the answer is generated and matched."""
+    """Needle in a haystack: retrieval of a fact at a given depth, by greedy generation and string match."""
 
     lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
-    """Prompt lengths in tokens, the question included."""
+    """Prompt lengths in tokens, including the question."""
     depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     trials: int = Field(default=5, ge=5)
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     max_new_tokens: int = Field(default=16, gt=0)
     training_length: int | None = Field(default=None, gt=0)
-    """Drawn as a dashed line; None: the longest context of the training stages."""
+    """Training length in tokens, drawn as a dashed line; None: the longest context of the training stages."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     haystack_separator: str | None = None
     chat_template: bool = False
-    """Ask in a user's message, rendered with the tokenizer's own chat template, which comes on top of the length."""
+    """Put the prompt into a user message with the tokenizer's chat template, whose tokens are added to the length."""
     add_bos: bool | None = None
-    """Of the prompts. None: what the tokenizer does by itself."""
+    """Prepend BOS to the prompts. None: the tokenizer's default."""
     seed: Seed = 1234
 
 
@@ -264,34 +259,34 @@ class Publish(Section):
 
 
 class Resources(Section):
-    """Where jobs run. Not part of any digest: the same recipe on more GPUs is the same run."""
+    """Hardware settings of jobs. Not in any digest: the same recipe on more GPUs is the same run."""
 
     launcher: Literal["local"] = "local"
     """What starts the jobs. local: processes of this machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
-    """Processes of a DeepSpeed job; auto: one a GPU, one on a CPU."""
+    """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
     zero_stage: Literal[0, 1, 2] = 1
     threads: int | None = Field(default=None, gt=0, le=4096)
-    """CPU threads of one process; None: the machine's cores shared among them."""
+    """CPU threads per process; None: the cores divided by the number of processes."""
     offload_optimizer: bool = False
-    """Keep fp32 masters and Adam's moments in host memory, and step there. Slower; frees 12 bytes a trained number."""
+    """Keep fp32 masters and Adam moments in host memory and step there. Slower; frees 12 bytes per parameter."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of one GPU, for a plan that is made where there is none; None: asked of the GPU."""
+    """Memory of one GPU, for planning without a GPU; None: detected."""
     dollars_per_gpu_hour: float | None = Field(default=None, ge=0)
-    """For the plan's and the report's cost."""
+    """Price for the cost in the plan and the report."""
 
 
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
 class Recipe(Section):
-    """One experiment worth naming."""
+    """A conversion, or the training of a small teacher, with its data and evaluation."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str = ""
     sources: tuple[str, ...] = ()
-    """Where the numbers come from: paper, section, model card; and what deviates from it."""
+    """Sources of the numbers (paper, section, model card) and deviations from them."""
     teacher: Teacher | None = None
     student: Student = Student()
     data: dict[DatasetName, Dataset] = Field(min_length=1)
@@ -308,7 +303,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _datasets_exist(self) -> Self:
         if (self.teacher is None) == (self.pretrain is None):
-            raise ValueError("give `teacher` (to convert one) or `pretrain` (to make one), not both and not neither")
+            raise ValueError("give exactly one of `teacher` (to convert it) and `pretrain` (to train one)")
         for name in DATA_SECTIONS:
             section = getattr(self, name)
             if section is not None and section.data not in self.data:

@@ -1,4 +1,4 @@
-"""What every training stage of a recipe has: sizes, rates, optimizer, schedule."""
+"""Settings that all training stages share: sizes, rates, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from radlads.tasks.contracts.stages import stage_info
 
 
 class Rate(Section):
-    """Learning rate of one parameter group, from `start` to `final` along the stage's schedule."""
+    """Learning rate of a parameter group, from `start` to `final` along the schedule."""
 
     start: float = Field(ge=0)
     final: float = Field(ge=0)
@@ -24,27 +24,27 @@ class Optimizer(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of tensors with at least two dimensions larger than one: matrices, low-rank factors, the bonus; not of norms,
-    biases and per-channel vectors."""
+    """Applied to tensors with at least two dimensions larger than one (matrices, low-rank factors, the bonus), not to
+    norms, biases and per-channel vectors."""
     clip: float = Field(default=1.0, gt=0)
     decay_base_rate: float = Field(default=1.0, gt=0)
-    """Multiplier of the rate of the decay's base (w0, time_decay); 2 in the hxa079 runs (rwkv7_variants §7.3)."""
+    """Learning-rate multiplier of the decay base (w0, time_decay); 2 in the hxa079 runs (rwkv7_variants §7.3)."""
 
 
 class Schedule(Section):
     """Learning-rate schedule over a stage's optimizer steps.
 
-    `quarter_cosine` is the one of the RADLADS code: final + (start − final)·cos(π q / 2), flat at first and steepest at
-    the end; `cosine` is the usual half cosine; `stable_cosine_stable` (its step 2a) holds `start`, follows the quarter
-    cosine between `begin` and `end` (shares of the stage's steps; published: .833 and .875), then holds `final`.
-    `linear` and `exponential` (start·(final / start)^q) go evenly; `constant` stays at `start`.
+    q in [0, 1] is the progress. `quarter_cosine` is from the RADLADS code: final + (start − final)·cos(π q / 2).
+    `cosine` is the usual half cosine. `stable_cosine_stable` (RADLADS step 2a) holds `start`, follows the quarter
+    cosine between `begin` and `end` (fractions of the steps; published: .833 and .875), then holds `final`. `linear`
+    interpolates linearly, `exponential` is start·(final / start)^q, `constant` stays at `start`.
     """
 
     kind: Literal["quarter_cosine", "cosine", "stable_cosine_stable", "linear", "exponential", "constant"] = (
         "quarter_cosine"
     )
     warmup_steps: int = Field(default=50, ge=0)
-    """Linear from 1 % to 100 % of the scheduled rate; never more than a tenth of the stage's steps."""
+    """Linear from 1 % to 100 % of the scheduled rate; limited to a tenth of the steps."""
     begin: float = Field(default=0.0, ge=0, le=1)
     end: float = Field(default=1.0, ge=0, le=1)
 
@@ -65,7 +65,7 @@ class MixedRows(Section):
 
 
 class Training(Section):
-    """What every training stage has."""
+    """Settings that all training stages share."""
 
     data: str = "train"
     """Name of an entry of the recipe's `data`."""
@@ -75,14 +75,14 @@ class Training(Section):
     batch: int = Field(gt=0)
     """Sequences per optimizer step, over all processes and accumulation steps."""
     micro_batch: Annotated[int, OPERATIONAL] = Field(default=1, gt=0)
-    """Sequences per forward pass on one process. Not part of the digest: it changes memory, not the result, which is
-    normalised by the labels of the whole optimizer step."""
+    """Sequences per forward pass of one process. Not in the digest: it changes memory, not the result, because the
+    loss is normalised by the labels of the whole optimizer step."""
     mixer_rate: Rate
     rest_rate: Rate
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
-    """Parameter groups that do not train. `attention`: the kept softmax layers; `norms` includes the final one."""
+    """Parameter groups that do not train. `attention`: the attention layers; `norms` includes the final norm."""
     gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
@@ -91,15 +91,14 @@ class Training(Section):
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
     heldout_every: Annotated[int, OPERATIONAL] = Field(default=0, ge=0)
-    """Optimizer steps between held-out losses; 0: only at the end."""
+    """Optimizer steps between held-out evaluations; 0: only at the end."""
     heldout_tokens: int = Field(default=16384, gt=0)
     reset_at_documents: bool = False
-    """Reset the recurrent state (and mask attention) at document boundaries. Off in the published runs."""
+    """Reset the recurrent state and mask attention at document boundaries. Off in the published runs."""
 
     @property
     def parts(self) -> tuple[Training, ...]:
-        """What the stage trains through one after the other, each a section without phases; itself, where it has
-        none."""
+        """The phases in order, each as a section without phases; the section itself if it has none."""
         return (self,)
 
     @property
@@ -129,19 +128,19 @@ class Training(Section):
 
     @property
     def seen_tokens(self) -> int:
-        """Tokens that the steps see: `tokens` without the remainder of a step."""
+        """Tokens that are trained on: `tokens` rounded to whole steps."""
         return sum(part.own_steps * part.batch * part.context for part in self.parts)
 
     def place(self, step: int) -> tuple[int, int]:
-        """(index of the part, step within it) of an optimizer step; all counted from 0."""
+        """(index of the part, step within it) of an optimizer step, all from 0."""
         for index, part in enumerate(self.parts):
             if step < part.own_steps:
                 return index, step
             step -= part.own_steps
-        raise ValueError("this step is beyond the stage's last one")
+        raise ValueError("the step is beyond the last step of the stage")
 
     def begins_anew(self, index: int) -> bool:
-        """Whether a part begins with the optimizer as new; the first one does anyway."""
+        """Whether a part starts with a new optimizer state; always true for the first part."""
         return index == 0
 
     @property
@@ -159,7 +158,7 @@ class Training(Section):
     def _rates_fit_the_schedule(self) -> Self:
         rates = (self.mixer_rate, self.rest_rate)
         if self.schedule.kind == "exponential" and any((rate.start == 0) != (rate.final == 0) for rate in rates):
-            raise ValueError("an exponential schedule neither reaches a rate of 0 nor leaves it")
+            raise ValueError("an exponential schedule cannot start or end at a rate of 0")
         return self
 
 

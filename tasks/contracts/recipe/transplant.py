@@ -1,4 +1,4 @@
-"""What the transplant stage does to the weights that it copies."""
+"""Scaling of weights that the transplant stage copies."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from radlads.tasks.contracts.recipe.base import Section
 
 
 class TransplantScale(Section):
-    """Multipliers of the projections (weight and bias) copied into converted layers; softmax layers keep theirs whole.
+    """Multipliers of the projections (weight and bias) copied into converted layers; attention layers are not scaled.
 
-    The published RWKV-7 conversions shrink them so that an output without a norm does not blow up at first: cxa073
-    0.5, 0.4, 0.3, 0.5, hxa079 1, 1, 0.3, 0.5 (rwkv7_variants §4.2). Where q and k have norms, theirs change nothing.
+    The published RWKV-7 conversions scale them down to keep an output without a norm small at the start: q, k, v, o of
+    cxa073 0.5, 0.4, 0.3, 0.5; of hxa079 1, 1, 0.3, 0.5 (rwkv7_variants §4.2). With norms on q and k, their scales have
+    no effect.
     """
 
     q: float = Field(default=1.0, gt=0)

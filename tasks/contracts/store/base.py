@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -87,9 +87,10 @@ class Store(ABC):
         """Every key under the prefix, sorted."""
         return sorted(self.sizes(prefix))
 
-    def delete(self, prefix: str) -> None:
-        """Delete everything under the prefix, its manifest first, so that no half-deleted product looks committed."""
-        keys = self.list(check_key(prefix))
+    def delete(self, prefix: str, *, keep: Collection[str] = ()) -> None:
+        """Delete everything under the prefix but the keys to keep, its manifest first, so that no half-deleted product
+        looks committed."""
+        keys = [key for key in self.list(check_key(prefix)) if key not in keep]
         manifests = [key for key in keys if key.rsplit("/", 1)[-1] == MANIFEST]
         self._delete_keys(manifests)
         self._delete_keys([key for key in keys if key not in set(manifests)])
@@ -99,6 +100,15 @@ class Store(ABC):
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write a small object unless there is one; whether this call wrote it. Atomic among any number of writers
         (as far as the endpoint can: see probe)."""
+
+    @abstractmethod
+    def copy(self, source: str, target: str, entry: FileEntry) -> None:
+        """Have the content of one object under another key as well, without bringing it here: a copy made by the
+        server, or a second link to a file. Replaces what is at the target.
+
+        entry: size and sha256 of the content. Raises CorruptArtifact where the source or what arrived is not that,
+        StoreError.
+        """
 
     @abstractmethod
     def probe(self) -> dict[str, bool | str]:
@@ -114,7 +124,7 @@ class Store(ABC):
 
         The manifest comes without `files`; the committed one is returned. The same digest already committed is
         returned as it is. guard: called before the upload and once more before the manifest is written; raises where
-        this writer may write no longer. Raises StageConflict for another digest, CorruptArtifact if what arrived is
+        this writer may write no longer. Raises CommitConflict for another digest, CorruptArtifact if what arrived is
         not what was sent, StoreError.
         """
         check_key(prefix)
@@ -135,6 +145,16 @@ class Store(ABC):
             if existing is None:
                 raise StoreError(f"{self.join(prefix)}: the manifest was refused, yet there is none; try again")
             return self._agree(prefix, existing, manifest)
+
+    def adopt(self, prefix: str, manifest: Manifest) -> None:
+        """Make files that lie under a prefix already, and were verified, a product: write the manifest that lists them.
+
+        Raises CorruptArtifact unless they are all there, CommitConflict for another digest, StoreError.
+        """
+        self.verify(prefix, manifest)
+        if not self._publish(f"{check_key(prefix)}/{MANIFEST}", _dump(manifest)):
+            existing = self.open_manifest(prefix)
+            self.verify(prefix, self._agree(prefix, existing, manifest))
 
     def settle(self, prefix: str, manifest: Manifest) -> None:
         """What follows a commit, and may be repeated: no unfinished attempt's file stays under the name of one of the

@@ -18,30 +18,34 @@ class CorruptArtifact(StoreError):  # noqa: N818
     """A committed product is torn or altered: a file is missing, or its size or sha256 is not the manifest's."""
 
 
-class StageConflict(StoreError, UserError):  # noqa: N818
-    """Something else is already committed at this place."""
+class CommitConflict(StoreError, UserError):  # noqa: N818
+    """Another writer committed something else at this place."""
 
 
-def conflict(uri: str, existing: str, wanted: str) -> StageConflict:
+def conflict(uri: str, existing: str, wanted: str) -> CommitConflict:
     """The error for a place that holds another digest."""
-    return StageConflict(
-        f"{uri} already holds another result (digest {existing[:12]}, this recipe asks for {wanted[:12]}): "
-        "nothing is overwritten; choose a new run name, or put the recipe back as it was"
+    return CommitConflict(
+        f"{uri} already holds another product (digest {existing[:12]}, this one has {wanted[:12]}): nothing is "
+        "overwritten; another process writes there, or files were moved by hand"
     )
+
+
+def misplaced(uri: str, found: str) -> CorruptArtifact:
+    """The error for a product that lies where its digest does not belong."""
+    return corrupt(uri, f"it holds the product {found[:12]}, which does not belong there")
 
 
 def older_schema(uri: str, manifest: Manifest) -> str:
     """Why a product of another schema version is not compared with what is asked for."""
     return (
         f"{uri} was made by another version of radlads (schema {manifest.schema_version}, this one has "
-        f"{SCHEMA_VERSION}), so it cannot be told whether it is what is asked for; nothing is overwritten: choose a "
-        "new run name"
+        f"{SCHEMA_VERSION}), so it cannot be told whether it is what is asked for"
     )
 
 
 def corrupt(uri: str, fault: str) -> CorruptArtifact:
     """The error for a product that is damaged where it lies."""
-    return CorruptArtifact(f"{uri}: {fault}; delete this prefix to have it made again, or choose a new run name")
+    return CorruptArtifact(f"{uri}: {fault}; delete this prefix to have it made again")
 
 
 def unsteady(uri: str, fault: str) -> StoreError:

@@ -71,12 +71,14 @@ def clear_unlisted(folder: Path, listed: Collection[str]) -> None:
                     path.rmdir()
 
 
-def place_file(source: Path, target: Path) -> None:
+def place_file(source: Path, target: Path, *, symbolic: bool = True) -> None:
     """Have the content of `source` at `target` without copying it, where the filesystem can: shared blocks, a hard
-    link, a symbolic link; a copy where it can do none of these."""
+    link, a symbolic link unless that is unwanted; a copy where it can do none of these."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    ways: list[Callable[[Path, Path], object]] = [_share_blocks, os.link, os.symlink]
+    ways: list[Callable[[Path, Path], object]] = [_share_blocks, os.link]
+    if symbolic:
+        ways.append(os.symlink)
     try:
         for way in ways:
             try:

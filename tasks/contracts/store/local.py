@@ -22,6 +22,8 @@ from radlads.tasks.contracts.store.files import TEMPORARY, hash_file, parallel, 
 from radlads.tasks.contracts.store.names import check_key, place_of
 
 _LOCKS = ".locks"
+_LEASE = f"{TEMPORARY}lease-"
+"""How a lease begins that is being written: its holder does so while a commit clears up beside it."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -150,6 +152,19 @@ class LocalStore(Store):
                     found[path.relative_to(self.root).as_posix()] = size
         return found
 
+    @_plain
+    def copy(self, source: str, target: str, entry: FileEntry) -> None:
+        """See Store."""
+        origin, place = self._path(source).resolve(), self._path(target)
+        try:
+            place_file(origin, place, symbolic=False)
+        except FileNotFoundError:
+            raise corrupt(self.join(source), "it is missing") from None
+        _sync_folder(place.parent)
+        if (place.stat().st_size, self._verified.sha256(place)) != (entry.size, entry.sha256):
+            place.unlink()
+            raise corrupt(self.join(source), "its content is not what its manifest says")
+
     def probe(self) -> dict[str, bool | str]:
         """See Store."""
         return {"uri": self.uri, "conditional_put": True, "conditional_replace": True, "conditional_multipart": True}
@@ -194,7 +209,8 @@ class LocalStore(Store):
 
     def _write_beside(self, target: Path, data: bytes) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        mark = _LEASE if target.name == "lease.json" else TEMPORARY
+        temporary = target.parent / f"{mark}{uuid.uuid4().hex}"
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -238,7 +254,8 @@ class LocalStore(Store):
     def _tidy(self, prefix: str) -> None:
         top = self._path(prefix)
         for leftover in top.rglob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+            if not leftover.name.startswith(_LEASE):
+                leftover.unlink(missing_ok=True)
         if top.is_dir() and not any(path.is_file() for path in top.rglob("*")):
             shutil.rmtree(top, ignore_errors=True)
 

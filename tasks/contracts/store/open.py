@@ -1,4 +1,4 @@
-"""Where products live: a folder or any S3 endpoint, behaving alike. See store_base for the commit protocol."""
+"""Where products live: a folder or any S3 endpoint, behaving alike. See store/base.py for the commit protocol."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import uuid
 
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.base import Store
-from radlads.tasks.contracts.store.errors import CorruptArtifact, StageConflict, StoreError, StoreUnusable
+from radlads.tasks.contracts.store.errors import CommitConflict, CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.contracts.store.local import LocalStore
 from radlads.tasks.contracts.store.s3.store import S3Store
 
 __all__ = [
+    "CommitConflict",
     "CorruptArtifact",
     "LocalStore",
     "S3Store",
-    "StageConflict",
     "Store",
     "StoreError",
     "StoreUnusable",

@@ -1,9 +1,9 @@
-"""Step checkpoints: everything that a killed job needs to go on as if nothing had happened.
+"""Step checkpoints: the complete state that a killed job needs to resume exactly.
 
-A checkpoint is a product of its own under `<output>/checkpoints/step-000500/`: fp32 masters and Adam moments by
-parameter name (so that any number of processes can read it), the random states of every rank, the step, and the
-record so far; safetensors and JSON. Its manifest is written last; then `latest`. The upload runs beside the training,
-but the next save waits for it, and its failure is the job's.
+A checkpoint is a product under `<output>/checkpoints/step-000500/`, as safetensors and JSON: fp32 masters and Adam
+moments by parameter name (readable by any number of processes), the random states of all ranks, the step, and the
+metrics so far. Its manifest is written last, then `latest`. The upload runs concurrently with training; the next save
+waits for it and raises its error.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from radlads.tasks.jobs.train.engine import Engine
 logger = logging.getLogger("radlads")
 
 _SHARD_BYTES = 2 << 30
-_STATE_BYTES = 12  # of a parameter: its fp32 master and two moments
+_STATE_BYTES = 12  # per parameter: fp32 master and two moments
 _STEP = re.compile(r"/step-(\d+)/manifest\.json$")
 
 
 class Checkpoints:
-    """The checkpoints of one job. Every rank makes one and calls the same methods; the first rank writes.
+    """The checkpoints of one job. Collective: every rank calls the same methods; rank 0 writes.
 
-    A context manager: leaving it waits for the upload under way.
+    A context manager; its exit waits for a pending upload.
     """
 
     def __init__(self, job: Job, engine: Engine, *, seed: int, keep: int) -> None:
@@ -64,10 +64,10 @@ class Checkpoints:
         if error is None:
             self.wait()
         elif self._upload is not None:
-            self._upload.join()  # the error under way is the one to tell
+            self._upload.join()  # the original error takes precedence
 
     def wait(self) -> None:
-        """Wait for the upload under way. Raises what it raised."""
+        """Wait for the pending upload. Raises its error."""
         if self._upload is not None:
             self._upload.join()
             self._upload = None
@@ -78,7 +78,7 @@ class Checkpoints:
     # Saving
 
     def save(self, step: int) -> None:
-        """Write the state after `step` optimizer steps, and start its upload. Raises what the last upload raised."""
+        """Write the state after `step` optimizer steps and start its upload. Raises errors of the previous upload."""
         self.wait()
         folder = self.job.scratch / "saving" / _name(step)
         if self.job.rank == 0:
@@ -111,7 +111,7 @@ class Checkpoints:
         return sum(parameter.numel() for parameter in self.engine.parameters.values())
 
     def _write_parameters(self, folder: Path) -> dict[str, str]:
-        """Shards of parameters and moments; returns parameter name → file. The other ranks only take part."""
+        """Write shards of parameters and moments on rank 0; returns parameter name → file. Collective."""
         files: dict[str, str] = {}
         pending: dict[str, Tensor] = {}
         size = number = 0
@@ -138,7 +138,7 @@ class Checkpoints:
     def _commit(self, folder: Path, step: int) -> None:
         store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
         self.job.confirm_lease()
-        store.delete(prefix)  # what a corrupt or an abandoned attempt left; the checkpoint before it still stands
+        store.delete(prefix)  # remnants of a failed attempt; the previous checkpoint is intact
         store.commit(prefix, folder, self._manifest(step), guard=self.job.confirm_lease)
         self.job.confirm_lease()
         store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
@@ -159,22 +159,22 @@ class Checkpoints:
         )
 
     def _committed_steps(self) -> list[int]:
-        """Steps that have a manifest, the newest first."""
-        found = (_STEP.search(key) for key in self.job.store.list(self.prefix))
-        return sorted((int(match.group(1)) for match in found if match), reverse=True)
+        """Steps with a manifest, newest first."""
+        matches = (_STEP.search(key) for key in self.job.store.list(self.prefix))
+        return sorted((int(match.group(1)) for match in matches if match), reverse=True)
 
     # Restoring
 
     def restore(self) -> int:
-        """Load the newest checkpoint that verifies; returns its step, 0 where there is none. Seeds the generators."""
+        """Load the newest valid checkpoint; returns its step, or 0 if there is none. Sets the random generators."""
         step = self._choose()
         if step == 0:
             seed_everything(self.seed + self.job.rank)
             return 0
         folder = self._fetched(step)
-        sheet = open_checkpoint(folder, step, {name: p.shape for name, p in self.engine.parameters.items()})
-        self.engine.set_adam_steps(sheet.adam_steps)
-        for name, tensors in _read_parameters(folder, sheet.parameters):
+        checkpoint = open_checkpoint(folder, step, {name: p.shape for name, p in self.engine.parameters.items()})
+        self.engine.set_adam_steps(checkpoint.adam_steps)
+        for name, tensors in _read_parameters(folder, checkpoint.parameters):
             self.engine.write(name, tensors)
         with safe_open(folder / "random.safetensors", "pt") as file:
             states = file.get_tensor("states")
@@ -190,7 +190,7 @@ class Checkpoints:
         return step
 
     def _choose(self) -> int:
-        """The newest step that verifies, the same on every rank; the first rank looks."""
+        """The newest step with a valid checkpoint, found by rank 0 and broadcast."""
         chosen = torch.zeros(1, dtype=torch.int64, device=self.job.device)
         if self.job.rank == 0:
             chosen[0] = next((step for step in self._committed_steps() if self._verifies(step)), 0)
@@ -204,38 +204,38 @@ class Checkpoints:
             if manifest is not None and manifest.schema_version != SCHEMA_VERSION:
                 raise UserError(older_schema(store.join(prefix), manifest))
             if manifest is None or manifest.spec.get("checkpoint_of") != self.job.spec.digest:
-                raise UserError(
-                    f"{store.join(prefix)} is a checkpoint of another recipe; choose a new run name, "
-                    "or put the recipe back as it was"
-                )
+                raise UserError(f"{store.join(prefix)} is a checkpoint of another product; delete it")
             self._fetch(step)
-        except CorruptArtifact as error:  # anything else, an outage above all, must not cost the work done
-            logger.warning("passing over the checkpoint of step %d: %s", step, error)
+        except CorruptArtifact as error:  # other errors, such as an outage, must not discard progress
+            logger.warning("skipping the checkpoint of step %d: %s", step, error)
             return False
         return True
 
     def _fetch(self, step: int) -> Path:
         folder = self.job.scratch / "restoring" / _name(step)
         folder.mkdir(parents=True, exist_ok=True)
-        found = self.job.store.fetch(f"{self.prefix}/{_name(step)}", folder)
-        write_json(self._marker, {"folder": str(found)})
-        return found
+        fetched = self.job.store.fetch(f"{self.prefix}/{_name(step)}", folder)
+        write_json(self._marker, {"folder": str(fetched)})
+        return fetched
 
     @property
     def _marker(self) -> Path:
         return self.job.scratch / "restoring" / "here.json"
 
     def _fetched(self, step: int) -> Path:
-        """The checkpoint's folder on this machine."""
+        """The local folder of the checkpoint; downloads it once per machine."""
         if self.job.rank != 0 and self.job.local_rank == 0:
             self._fetch(step)
         self.job.barrier()
         return Path(json.loads(self._marker.read_text(encoding="utf-8"))["folder"])
 
     def _restore_record(self, folder: Path, step: int) -> None:
-        """The record up to the checkpoint, also on a machine that has not seen this job before."""
+        """Restore metrics.jsonl up to the checkpoint, if this machine has none or less."""
         saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
-        if self.job.rank == 0 and saved.is_file() and not here.is_file():
+        if self.job.rank != 0 or not saved.is_file():
+            return
+        # Another machine may have gone on from here: what this one has on record then ends before the checkpoint.
+        if not here.is_file() or here.stat().st_size < saved.stat().st_size:
             shutil.copyfile(saved, here)
 
 
@@ -244,7 +244,7 @@ def _name(step: int) -> str:
 
 
 def _read_parameters(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, {param, exp_avg, exp_avg_sq}) for every parameter of a checkpoint, one at a time."""
+    """Yield (name, {param, exp_avg, exp_avg_sq}) for each parameter of a checkpoint."""
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(folder / file, "pt")) for file in dict.fromkeys(files.values())}
         for name, file in files.items():

@@ -1,4 +1,4 @@
-"""checkpoint.json, and whether the tensors beside it are those that the job wants: shapes and types, from headers."""
+"""Schema of checkpoint.json, and validation of the tensor shapes and types in the file headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
 class CheckpointSheet(StrictSheet):
-    """checkpoint.json. parameters: name → file that holds it and its moments."""
+    """checkpoint.json. parameters: name → file with the parameter and its moments."""
 
     version: int
     step: Count
@@ -27,9 +27,9 @@ class CheckpointSheet(StrictSheet):
 
 
 def open_checkpoint(folder: Path, step: int, shapes: Mapping[str, Sequence[int]]) -> CheckpointSheet:
-    """Read the sheet of the checkpoint of a step and check it against the parameters that the job trains.
+    """Read checkpoint.json and verify it against the step and the trained parameters.
 
-    shapes: parameter name → its shape. Raises UserError where this is not the state of that step and those parameters.
+    shapes: parameter name → shape. Raises UserError on any mismatch.
     """
     try:
         sheet = read_sheet(folder / "checkpoint.json", CheckpointSheet)
@@ -41,12 +41,12 @@ def open_checkpoint(folder: Path, step: int, shapes: Mapping[str, Sequence[int]]
     if differing:
         raise UserError(
             f"the checkpoint of step {step} and this job do not train the same parameters "
-            f"({len(differing)} differ, e.g. {min(differing)}); choose a new run name"
+            f"({len(differing)} differ, e.g. {min(differing)}); delete that checkpoint"
         )
     try:
         _check_headers(folder, step, sheet.parameters, shapes)
     except (SafetensorError, OSError) as error:
-        raise _refused(step, f"a file of it cannot be read ({error})") from None
+        raise _refused(step, f"one of its files cannot be read ({error})") from None
     return sheet
 
 
@@ -55,14 +55,16 @@ def _check_headers(folder: Path, step: int, files: Mapping[str, str], shapes: Ma
         opened = {file: stack.enter_context(safe_open(folder / file, "pt")) for file in sorted(set(files.values()))}
         for name, file in files.items():
             for kind in KINDS:
-                found = opened[file].get_slice(f"{kind}/{name}")
-                if list(found.get_shape()) != list(shapes[name]) or found.get_dtype() != "F32":
+                tensor = opened[file].get_slice(f"{kind}/{name}")
+                if list(tensor.get_shape()) != list(shapes[name]) or tensor.get_dtype() != "F32":
                     raise _refused(
                         step,
-                        f"{kind} of {name} is {found.get_dtype()} {list(found.get_shape())}, "
+                        f"{kind} of {name} is {tensor.get_dtype()} {list(tensor.get_shape())}, "
                         f"expected F32 {list(shapes[name])}",
                     )
 
 
 def _refused(step: int, fault: str) -> UserError:
-    return UserError(f"the checkpoint of step {step} cannot be continued from: {fault}; choose a new run name")
+    return UserError(
+        f"the checkpoint of step {step} cannot be resumed: {fault}; delete it to resume from the previous one"
+    )

@@ -1,4 +1,4 @@
-"""The random generators of a process as one tensor, and back: no pickle, one length for every rank."""
+"""Saves and restores the random generators of a process as one tensor, without pickle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-_PYTHON_WORDS = 625  # the Mersenne twister's 624 words and its position
+_PYTHON_WORDS = 625  # 624 words of the Mersenne twister and the position
 _NUMPY_WORDS = 624
 
 
@@ -21,7 +21,7 @@ def seed_everything(seed: int) -> None:
 
 
 def read_random_state() -> Tensor:
-    """The states of this process's generators [bytes] uint8; the length depends on the kind of device only."""
+    """The generator states of this process, [bytes] uint8. The length depends on the device type only."""
     _, words, spare = random.getstate()
     twister: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, gauss = twister
@@ -35,7 +35,7 @@ def read_random_state() -> Tensor:
 
 
 def write_random_state(state: Tensor) -> None:
-    """Put back what read_random_state gave; a GPU's part is ignored where there is none, and left alone if missing."""
+    """Restore a state of read_random_state. The GPU part is ignored without a GPU, and optional with one."""
     data = state.numpy().tobytes()
     num_integers = _PYTHON_WORDS + _NUMPY_WORDS + 2
     integers = np.frombuffer(data, dtype="<u8", count=num_integers)
@@ -52,7 +52,7 @@ def write_random_state(state: Tensor) -> None:
 
 
 def gather_random_states(device: torch.device) -> Tensor:
-    """The states of every rank [ranks, bytes] uint8, on the CPU. Every rank calls it."""
+    """The states of all ranks, [ranks, bytes] uint8, on the CPU. Collective."""
     mine = read_random_state().to(device)
     everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everyone, mine)

@@ -1,4 +1,4 @@
-"""The scores of a choice of layers as a picture: a bar a layer, the chosen ones filled."""
+"""Draws the scores of a layer choice: one bar per layer, chosen layers filled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 
 _PANELS = {
     "recall": (
-        ("score", "recall gained per KL left"),
-        ("recall_gained", "recall gained, nats a token"),
-        ("kl_saved", "KL saved, nats a token"),
+        ("score", "recall gained per remaining KL"),
+        ("recall_gained", "recall gained, nats per token"),
+        ("kl_saved", "KL saved, nats per token"),
     ),
     "difficulty": (("score", "difficulty"), ("loss", "align loss at the end")),
 }
@@ -23,7 +23,7 @@ _CHOSEN, _OTHER = "#2a62b8", "#c9d5e8"
 
 
 def draw_choice(sheet: dict[str, Any], path: Path) -> None:
-    """Write the PNG of a choose.json; the first round's scores, the number of its round above each chosen layer."""
+    """Write the PNG of a choose.json: first-round scores, with the round number above each chosen layer."""
     panels, rows = _PANELS[sheet["choose"]], sheet["layers"]
     width = max(3.4, 0.16 * len(rows) + 1.2)
     figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 3.2), squeeze=False, layout="constrained")

@@ -1,4 +1,4 @@
-"""The probe of a choice by recall: documents that ask for their facts, and windows of held-out text, in batches."""
+"""Probe data for choosing layers by recall: batches of quiz documents and of held-out text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from radlads.tasks.jobs.sources import expand_paths, resolve_file
 
 
 def make_quizzes(section: RecallProbe, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Quiz]]:
-    """Length → documents, `section.documents` in all, lengths in turn; a pure function of the section.
+    """Length → quizzes, `section.documents` in total, cycling through the lengths; a pure function of the section.
 
     Raises UserError.
     """
@@ -31,18 +31,18 @@ def make_quizzes(section: RecallProbe, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 def check_probe(section: RecallProbe, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
-    """Whether such documents can be made and read. positions: how far the teacher sees. Raises UserError."""
+    """Raises UserError if the probe cannot be built or is longer than the teacher's maximum number of positions."""
     longest = max(*section.lengths, section.context)
     if positions is not None and longest > positions:
         raise UserError(
-            f"attention_layers.recall reads {longest} tokens at once, beyond the {positions} positions that the "
-            "teacher was made for; shorten lengths or context"
+            f"attention_layers.recall uses sequences of {longest} tokens, but the teacher has {positions} positions; "
+            "shorten lengths or context"
         )
     make_quizzes(section.model_copy(update={"documents": 1, "lengths": (min(section.lengths),)}), tokenizer)
 
 
 def quiz_batches(quizzes: dict[int, list[Quiz]], size: int, *, bos_id: int | None) -> list[ProbeBatch]:
-    """Batches of documents of one length, padded on the right. bos_id: put before each, where the data has it."""
+    """Batches of quizzes of equal length, padded on the right. bos_id: prepended to each if not None."""
     parts = [part[start : start + size] for part in quizzes.values() for start in range(0, len(part), size)]
     return [_batch(part, [] if bos_id is None else [bos_id]) for part in parts]
 
@@ -58,9 +58,11 @@ def _batch(quizzes: Sequence[Quiz], before: list[int]) -> ProbeBatch:
 
 
 def text_batches(split: TokenSplit, section: RecallProbe) -> Iterator[ProbeBatch]:
-    """Batches of windows of held-out text. Raises UserError where there is none."""
+    """Batches of held-out windows. Raises UserError if there is no held-out text."""
     if split.tokens < 2:
-        raise UserError(f"{split.folder} has {split.tokens} held-out tokens to measure KL on; raise heldout_fraction")
+        raise UserError(
+            f"{split.folder} has {split.tokens} held-out tokens, too few to measure KL; raise heldout_fraction"
+        )
     context = min(section.context, split.tokens - 1)
     for batch in split.heldout(context, section.micro_batch, section.heldout_tokens):
         yield ProbeBatch(batch["input_ids"])

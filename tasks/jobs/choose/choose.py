@@ -1,7 +1,7 @@
-"""choose: which layers of an aligned student become softmax attention again, and that student.
+"""The choose job: selects the layers of an aligned student that become softmax attention again, and restores them.
 
-By difficulty: from the curves that the align stage recorded. By recall: by forward passes of the student with layers
-restored, shared by the ranks, over documents that ask for their facts and over held-out text.
+By difficulty: from the loss curves of the align stage. By recall: from forward passes of the student with candidate
+layers restored, over quiz documents and held-out text, split over the ranks.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _LAYER = "layer_"
 
 
 def main(job: Job) -> dict[str, Any] | None:
-    """Write model/, choose.json and choose.png; returns the layers, the scores before and after, and the cost."""
+    """Write model/, choose.json and choose.png; returns the layers, scores before and after, and the cost."""
     spec: ChooseSpec = job.typed
     choice, reference, started = spec.section, spec.teacher, time.monotonic()
     folder = job.input("student") / "model"
     student = load_student(folder, dtype=None, device=job.device)
     if student.config.attention_layers:
-        raise UserError("layers are chosen from an align of all layers, but this student keeps some as attention")
-    # In the student's own precision, in which it is handed over.
+        raise UserError("layers can be chosen only after an align of all layers, but this student has attention layers")
+    # In the student's precision: its attention weights are copied into the student.
     teacher = load_teacher(
         resolve_teacher_path(reference.path),
         dtype=student.dtype,
@@ -58,28 +58,28 @@ def main(job: Job) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(str(folder), trust_remote_code=reference.trust_remote_code)
     if choice.choose == "recall":
         check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)
-        found = choose_by_recall(job, student, teacher, tokenizer, choice.count, choice.recall, spec.run_tokens)
+        choice_result = choose_by_recall(job, student, teacher, tokenizer, choice.count, choice.recall, spec.run_tokens)
     else:
-        found = choose_by_difficulty(job, len(student.mixers()), choice.count, choice.difficulty)
+        choice_result = choose_by_difficulty(job, len(student.mixers()), choice.count, choice.difficulty)
     if job.rank != 0:
         return None
-    layers = found["attention_layers"]
+    layers = choice_result["attention_layers"]
     logger.info("layers %s become softmax attention", ", ".join(map(str, layers)))
     tensors = restore_attention(student, teacher, layers, attention_rope=spec.attention_rope)
     export_student(student.eval(), tokenizer, job.output / "model")
-    sheet = {
+    result = {
         "choose": choice.choose,
         "count": choice.count,
-        **found,
+        **choice_result,
         "attention_rope": spec.attention_rope,
         "tensors": tensors,
         "dtype": str(student.dtype).removeprefix("torch."),
         "processes": job.world_size,
         "seconds": time.monotonic() - started,
     }
-    write_json(job.output / "choose.json", sheet)
-    draw_choice(sheet, job.output / "choose.png")
-    for row in sheet["layers"]:
+    write_json(job.output / "choose.json", result)
+    draw_choice(result, job.output / "choose.png")
+    for row in result["layers"]:
         numbers = {
             key: float(value) for key, value in row.items() if key not in ("layer", "round") and value is not None
         }
@@ -88,14 +88,14 @@ def main(job: Job) -> dict[str, Any] | None:
         job.record.artifact(job.output / name)
     return {
         "attention_layers": list(layers),
-        **sheet["numbers"],
-        "seconds": sheet["seconds"],
+        **result["numbers"],
+        "seconds": result["seconds"],
         "processes": job.world_size,
     }
 
 
 def choose_by_difficulty(job: Job, num_layers: int, count: int, section: Difficulty) -> dict[str, Any]:
-    """The layers by the curves of the align stage's record. Raises UserError where it has none of every layer."""
+    """Choose layers from the loss curves in the align stage's metrics.jsonl. Raises UserError if a layer has none."""
     path = job.input("student") / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     rows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
@@ -126,7 +126,7 @@ def choose_by_recall(
     section: RecallProbe,
     run_tokens: int,
 ) -> dict[str, Any]:
-    """The layers by greedy selection. All ranks call it; each scores its share of the batches, all know the whole."""
+    """Choose layers by greedy selection. Collective: each rank scores its share, and all get the same result."""
     folder = job.input("data")
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     bos_id = tokenizer.bos_token_id if index.get("add_bos") else None
@@ -143,31 +143,31 @@ def choose_by_recall(
         done += 1
         job.progress(done, total, "passes")
 
-    def score(kept: tuple[int, ...], left: tuple[int, ...]) -> tuple[LayerScore, dict[int, LayerScore]]:
-        asked = [*(() if frozenset(kept) in known else (BEFORE,)), *left]
-        own = sum_layers(student, teacher, mine, kept=kept, candidates=asked, count=used, progress=passed)
+    def score(kept: tuple[int, ...], remaining: tuple[int, ...]) -> tuple[LayerScore, dict[int, LayerScore]]:
+        scored = [*(() if frozenset(kept) in known else (BEFORE,)), *remaining]
+        own = sum_layers(student, teacher, mine, kept=kept, candidates=scored, count=used, progress=passed)
         parts = gather(own, job.world_size)
-        for layer in asked:
+        for layer in scored:
             key = frozenset(kept) if layer == BEFORE else frozenset({*kept, layer})
             known[key] = sum((part[layer] for part in parts), Sums())
         before = known[frozenset(kept)].score()
         _check_finite(before)
         logger.info("with %s: recall %.3f nats, KL %.4f", list(kept) or "no layer", before.recall, before.kl)
-        return before, {layer: known[frozenset({*kept, layer})].score() for layer in left}
+        return before, {layer: known[frozenset({*kept, layer})].score() for layer in remaining}
 
     chosen, rounds = recall_layers(score, count, range(num_layers))
     theirs = sum(gather(teacher_recall(teacher, mine, count=used), job.world_size), Sums()).score()
     tokens = sum(gather(used.student + used.teacher, job.world_size))
     if tokens > section.budget * run_tokens:
         raise UserError(
-            f"the choice took {tokens} tokens, more than {section.budget:.0%} of the run's {run_tokens}; lower "
+            f"the choice used {tokens} tokens, more than {section.budget:.0%} of the run's {run_tokens}; lower "
             "recall.documents or recall.heldout_tokens"
         )
     after = known[frozenset(chosen)].score()
     return {
         "attention_layers": list(chosen),
         "layers": _table(rounds, chosen),
-        "rounds": [_round(number, found) for number, found in enumerate(rounds)],
+        "rounds": [_round(number, result) for number, result in enumerate(rounds)],
         "teacher": {"recall": theirs.recall, "accuracy": theirs.accuracy},
         "probe": {
             "documents": section.documents,
@@ -186,8 +186,8 @@ def choose_by_recall(
 
 
 def _table(rounds: list[Round], chosen: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row a layer: what it gives alone, and in which round it was taken."""
-    first, taken = rounds[0], {found.chosen: number for number, found in enumerate(rounds, start=1)}
+    """One row per layer: its scores in the first round, and the round in which it was chosen."""
+    first, taken = rounds[0], {result.chosen: number for number, result in enumerate(rounds, start=1)}
     return [
         {
             "layer": layer,
@@ -203,18 +203,18 @@ def _table(rounds: list[Round], chosen: tuple[int, ...]) -> list[dict[str, Any]]
     ]
 
 
-def _round(number: int, found: Round) -> dict[str, Any]:
+def _round(number: int, result: Round) -> dict[str, Any]:
     scores = {
         str(layer): {key: _finite(value) for key, value in vars(score).items()}
-        | {"score": _finite(found.values[layer])}
-        for layer, score in sorted(found.scores.items())
+        | {"score": _finite(result.values[layer])}
+        for layer, score in sorted(result.scores.items())
     }
-    return {"round": number + 1, "before": vars(found.before), "candidates": scores, "chosen": found.chosen}
+    return {"round": number + 1, "before": vars(result.before), "candidates": scores, "chosen": result.chosen}
 
 
 def _check_finite(score: LayerScore) -> None:
     if not all(map(math.isfinite, vars(score).values())):
-        raise NonFiniteError("the aligned student's recall or KL is no number, so its layers cannot be told apart")
+        raise NonFiniteError("the recall or KL of the aligned student is not finite, so its layers cannot be compared")
 
 
 def _finite(value: float) -> float | None:

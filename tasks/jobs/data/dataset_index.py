@@ -1,4 +1,4 @@
-"""index.json of a dataset: which files hold which split."""
+"""The schema of a dataset's index.json: the files of each split."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from radlads.tasks.jobs.strict_json import Count, FileName, StrictSheet
 
 
 class Shard(StrictSheet):
-    """One file of the stream of tokens."""
+    """One file of the token stream."""
 
     file: FileName
     tokens: Count
 
 
 class SplitIndex(StrictSheet):
-    """Files of one split; see TokenSplit."""
+    """The files of one split; see TokenSplit."""
 
     shards: tuple[Shard, ...] = Field(strict=False)
     mask_files: tuple[FileName, ...] | None = Field(default=(), strict=False)
@@ -29,7 +29,7 @@ class SplitIndex(StrictSheet):
 
 
 class DatasetIndex(StrictSheet):
-    """The whole sheet."""
+    """The whole index."""
 
     dtype: Literal["uint16", "uint32"]
     eos_id: Count

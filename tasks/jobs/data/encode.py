@@ -1,4 +1,4 @@
-"""Documents → token ids, with what later stages must know of every document and of every held-out token."""
+"""Documents → token ids, with per-document metadata and the byte counts of held-out tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from radlads.tasks.jobs.data.text.token_encoder import Frame, TokenEncoder
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive documents, encoded. Flat arrays: `ids` and `mask` of all, `token_bytes` of the held-out ones."""
+    """Consecutive documents, encoded, as flat arrays. `token_bytes` covers the held-out documents only."""
 
     ids: np.ndarray
-    """Tokens, EOS of every document included."""
+    """Token ids, including the BOS and EOS of each document."""
     lengths: np.ndarray
     """Tokens of each document."""
     num_bytes: np.ndarray
@@ -35,39 +35,39 @@ class Part:
     mask: np.ndarray
     """1 where a token counts as a label in assistant-only training; empty when the dataset has no chats."""
     token_bytes: np.ndarray
-    """UTF-8 bytes that each token of the held-out documents stands for; they sum to num_bytes. EOS and BOS: 0."""
+    """UTF-8 bytes of text per token of the held-out documents; they sum to num_bytes. EOS and BOS: 0."""
     state: dict[str, Any]
-    """Where the reader stood after these documents."""
+    """State of the reader after these documents."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What was met in them: special_tokens_as_text, special_tokens_parsed, replaced_characters,
+    """Occurrences by kind: special_tokens_as_text, special_tokens_parsed, replaced_characters,
     chats_without_assistant."""
 
 
 @dataclass
 class _Encoded:
-    """One document between the tokenizer and its Part."""
+    """One tokenized document, before framing."""
 
     text: str
     ids: list[int]
     spans: np.ndarray | None
-    """Characters of each token; None where they are not needed, or not known."""
+    """Character range of each token; None if not needed or not known."""
     mask: list[int] | None = None
-    """Of a chat."""
+    """Assistant mask of a chat; None for plain text."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns documents into a Part; the same documents give the same Part on every machine and in every process."""
+    """Encodes documents into a Part; deterministic across machines and processes."""
 
     tokenizer: PreTrainedTokenizerBase
     add_bos: bool
     heldout_fraction: float
     with_mask: bool
     sources: Sequence[Source] = ()
-    """What the documents' `source` numbers mean; without them, documents are encoded by the defaults of a source."""
+    """The sources that `Document.source` indexes; a document without one is encoded with the defaults."""
 
     def encode(self, documents: Sequence[Document], state: dict[str, Any]) -> Part:
-        """Encode in order. Raises UserError for a chat that its template refuses."""
+        """Encode in order. Raises UserError for a chat that its template rejects."""
         counts: Counter[str] = Counter()
         hashes = [document_hash(document) for document in documents]
         heldout = [is_heldout(value, self.heldout_fraction) for value in hashes]
@@ -80,7 +80,7 @@ class Encoder:
             before, after = frame.around(one.ids)
             ids.append([*before, *one.ids, *after])
             if self.with_mask:
-                # The end of a text is to be learned; a chat's own end-of-turn token says where it ends.
+                # EOS is a label after plain text; a chat already ends with an end-of-turn label.
                 inner = [1] * len(one.ids) if one.mask is None else one.mask
                 end = [1 if one.mask is None else 0] * len(after)
                 masks.append(np.array([*([0] * len(before)), *inner, *end], np.uint8))
@@ -102,7 +102,7 @@ class Encoder:
 
     def _encode(self, documents: Sequence[Document], heldout: list[bool], counts: Counter[str]) -> list[_Encoded]:
         encoded: dict[int, _Encoded] = {}
-        # Texts that want the same of the tokenizer go to it together.
+        # Texts with the same tokenizer options are encoded together.
         for parse in (False, True):
             for held in (False, True):
                 chosen = [
@@ -111,8 +111,8 @@ class Encoder:
                     if document.messages is None and self._parses(document) == parse and heldout[i] == held
                 ]
                 texts = [documents[i].text or "" for i in chosen]
-                found = self._tokens.encode_texts(texts, parse=parse, offsets=held)
-                for i, text, (ids, spans) in zip(chosen, texts, found, strict=True):
+                results = self._tokens.encode_texts(texts, parse=parse, offsets=held)
+                for i, text, (ids, spans) in zip(chosen, texts, results, strict=True):
                     encoded[i] = _Encoded(text, ids, spans)
                     counts[_count_of(parse)] += self._tokens.count_specials(text)
         for i, document in enumerate(documents):
@@ -157,12 +157,12 @@ def _count_of(parse: bool) -> str:
 
 
 def document_hash(document: Document) -> int:
-    """First 64 bits of the sha256 of a document's text."""
+    """First 64 bits of the sha256 of a document's canonical text."""
     return int.from_bytes(hashlib.sha256(document.canonical.encode()).digest()[:8], "big")
 
 
 def is_heldout(value: int, fraction: float) -> bool:
-    """Whether a document with this hash is held out; equal texts always go the same way."""
+    """Whether a document with this hash is held out. Equal texts always get the same split."""
     return value < int(fraction * 2**64)
 
 
@@ -171,9 +171,9 @@ def _flat(pieces: list[Any], dtype: Any) -> np.ndarray:
 
 
 def _bytes_per_token(text: str, spans: np.ndarray | None, num_tokens: int) -> np.ndarray:
-    """UTF-8 bytes of each token, telescoping over the ends of their spans so that they sum to the whole text.
+    """UTF-8 bytes per token, [num_tokens]: differences between span ends, so that they sum to the whole text.
 
-    Without spans (slow tokenizers) the bytes are spread evenly over the document.
+    Without spans (slow tokenizers) the bytes are distributed evenly over the tokens.
     """
     total = len(text.encode())
     if num_tokens == 0:
@@ -187,7 +187,7 @@ def _bytes_per_token(text: str, spans: np.ndarray | None, num_tokens: int) -> np
 
 
 def _byte_ends(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character position. [characters + 1]"""
+    """UTF-8 byte offset of each character position, [characters + 1]."""
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)
     return np.concatenate([[0], np.cumsum(widths)])

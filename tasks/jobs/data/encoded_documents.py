@@ -1,4 +1,4 @@
-"""Encoded documents on their way to shards, in a few flat files: any corpus takes the same few maps and handles."""
+"""Encoded documents in a fixed number of flat files, before they are written as shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
 
 
 class Spool:
-    """Parts appended one after the other, each wholly or not at all; a folder that was left can be gone on with."""
+    """Appends parts atomically; opening an existing folder continues it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,9 +33,9 @@ class Spool:
         self._sheet_path = folder / "spool.json"
         self.parts = 0
         self.state: dict[str, Any] | None = None
-        """Where the reader stood after the last part."""
+        """State of the reader after the last part."""
         self.counts: Counter[str] = Counter()
-        """The sum of the parts' counts."""
+        """Sum of the counts of all parts."""
         self._sizes = dict.fromkeys(_TYPES, 0)
         if self._sheet_path.is_file():
             sheet = json.loads(self._sheet_path.read_text(encoding="utf-8"))
@@ -43,16 +43,16 @@ class Spool:
             self.counts.update(sheet["counts"])
         for name, dtype in _TYPES.items():
             with self._path(name).open("ab") as stream:
-                # What was appended after the sheet was last written belongs to no part.
+                # Values appended after spool.json was last written belong to no part.
                 stream.truncate(self._sizes[name] * dtype.itemsize)
 
     @property
     def tokens(self) -> int:
-        """Tokens so far."""
+        """Number of tokens appended."""
         return self._sizes["ids"]
 
     def append(self, part: Part) -> None:
-        """Add a part. It is there once this returns."""
+        """Append a part; it is durable when this returns."""
         for name, dtype in _TYPES.items():
             values = np.asarray(getattr(part, name)).astype(dtype)
             self._sizes[name] += len(values)
@@ -68,7 +68,7 @@ class Spool:
         write_json(self._sheet_path, sheet)
 
     def read(self) -> Part:
-        """All parts as one; its arrays stay on disk until they are read."""
+        """All parts as one Part of memory-mapped arrays."""
         arrays = {name: self._map(name, dtype) for name, dtype in _TYPES.items()}
         return Part(**arrays, state=self.state or {}, counts=dict(self.counts))
 

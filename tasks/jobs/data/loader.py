@@ -20,17 +20,17 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.jobs.data.dataset_index import DatasetIndex, SplitIndex
 from radlads.tasks.jobs.strict_json import SheetError, read_sheet
 
-# Of a mask that is read from beginning to end, at a time.
+# Mask values read at a time when a whole mask is read.
 _READ_TOKENS = 1 << 24
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Batch = dict[str, torch.Tensor]
-"""input_ids [B, context + 1] int64; loss_mask [B, context + 1] bool, where the dataset has masks; document_ids [B,
-context + 1] int64, where asked for."""
+"""input_ids [B, context + 1] int64; loss_mask [B, context + 1] bool, if the dataset has masks; document_ids [B,
+context + 1] int64, on request."""
 
 
 class DatasetError(UserError):
-    """A dataset that does not hold what its index says."""
+    """The files of a dataset do not match its index."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class TokenSplit:
     tokens: int
     documents: int
     bytes: int
-    """UTF-8 bytes of the text, for bits per byte."""
+    """UTF-8 bytes of the text, for the bits-per-byte metric."""
 
     def rows(self, context: int) -> int:
-        """How many whole rows of this context there are."""
+        """Number of complete rows of this context length."""
         return max(0, (self.tokens - 1) // context)
 
     @cached_property
     def document_starts(self) -> np.ndarray[Any, Any]:
-        """Offset in the stream of every document's first token [documents], ascending."""
+        """Stream offset of each document's first token, ascending, [documents]."""
         if self.boundaries_file is None:
             raise DatasetError(f"{self.folder}: the dataset has no document boundaries; tokenize it again")
         return np.memmap(self.folder / self.boundaries_file, dtype="<u8", mode="r")
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Tokens [start, stop) of the stream, [stop - start] in the shards' dtype."""
+        """Tokens [start, stop) of the stream, [stop - start], in the dtype of the shards."""
         return self._read(self.shard_files, self.dtype, start, stop)
 
     def read_mask(self, start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -81,7 +81,7 @@ class TokenSplit:
         return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
     def batch(self, rows: np.ndarray[Any, Any] | list[int], context: int, *, document_ids: bool = False) -> Batch:
-        """The given rows as one batch. Raises IndexError for a row that does not exist."""
+        """Read the given rows as one batch. Raises IndexError for a row that does not exist."""
         starts = np.asarray(rows, dtype=np.int64) * context
         width = context + 1
         batch = {"input_ids": torch.from_numpy(np.stack([self.read(s, s + width) for s in starts]).astype(np.int64))}
@@ -95,7 +95,7 @@ class TokenSplit:
     def heldout(
         self, context: int, batch_size: int, max_tokens: int, *, rank: int = 0, world_size: int = 1, **options: bool
     ) -> Iterator[Batch]:
-        """The first rows of the split, up to max_tokens, this rank's share of them; always at least one row in all."""
+        """This rank's share of the first rows of the split, up to max_tokens; at least one row over all ranks."""
         count = min(self.rows(context), max(1, max_tokens // context))
         mine = np.arange(rank, count, world_size)
         for start in range(0, len(mine), batch_size):
@@ -108,7 +108,7 @@ class TokenSplit:
         pieces = []
         while start < stop:
             shard, offset = divmod(start, width)
-            # Opened for each read: a map a shard is more than a process may hold of a large corpus.
+            # Open per read: one memory map per shard can exceed the process limit for a large corpus.
             count = min(stop - start, self.shard_tokens[shard] - offset)
             pieces.append(np.fromfile(self.folder / files[shard], dtype, count, offset=offset * dtype.itemsize))
             start += count
@@ -117,7 +117,7 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """A verified dataset folder. `open_dataset` makes it."""
+    """A verified dataset folder, returned by `open_dataset`."""
 
     folder: Path
     splits: dict[str, TokenSplit]
@@ -132,7 +132,7 @@ class TokenDataset:
 
 
 def open_dataset(folder: Path) -> TokenDataset:
-    """Read index.json and check that every file has the size that it says. Raises DatasetError."""
+    """Read index.json and verify the size of every file. Raises DatasetError."""
     path = folder / "index.json"
     try:
         index = read_sheet(path, DatasetIndex)
@@ -151,7 +151,7 @@ def open_dataset(folder: Path) -> TokenDataset:
     except FileNotFoundError:
         raise DatasetError(f"{folder} is not a dataset: it has no index.json") from None
     except (SheetError, KeyError) as error:
-        raise DatasetError(f"{path} is torn or of another version ({error}); tokenize the dataset again") from None
+        raise DatasetError(f"{path} is damaged or of another version ({error}); tokenize the dataset again") from None
 
 
 def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex) -> TokenSplit:
@@ -169,9 +169,11 @@ def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex
     if boundaries is not None:
         _check_size(folder / boundaries, entry.documents * 8)
     if sum(counts) != entry.tokens:
-        raise DatasetError(f"{folder}: the {name} split says {entry.tokens} tokens, its shards say {sum(counts)}")
+        raise DatasetError(
+            f"{folder}: the {name} split has {entry.tokens} tokens in the index, but {sum(counts)} in its shards"
+        )
     if any(count != counts[0] for count in counts[:-1]) or (counts and counts[-1] > counts[0]):
-        raise DatasetError(f"{folder}: the shards of the {name} split are not of equal width")
+        raise DatasetError(f"{folder}: the shards of the {name} split are not of equal length")
     return TokenSplit(
         name=name,
         folder=folder,
@@ -187,7 +189,7 @@ def _open_split(folder: Path, name: str, dtype: np.dtype[Any], entry: SplitIndex
 
 
 def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise DatasetError(f"{path} {state}, its index says {expected} bytes; delete the dataset and tokenize it again")
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != expected:
+        state = "is missing" if actual is None else f"has {actual} bytes"
+        raise DatasetError(f"{path} {state}, expected {expected} bytes; delete the dataset and tokenize it again")

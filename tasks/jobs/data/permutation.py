@@ -1,4 +1,4 @@
-"""A seeded order of n things that can be asked for one place at a time."""
+"""A seeded permutation of range(n), computed for any position without the others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ _ROUNDS = 6
 
 
 def permute(places: np.ndarray[Any, Any], n: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
-    """Where the seeded permutation of range(n) sends each place; int64, same shape as places.
+    """Map each position through the seeded permutation of range(n); int64, same shape as places.
 
-    A Feistel network over the next even power of two, walked until it lands below n: O(len(places)) time and memory
-    for any n, and, being integer arithmetic of ours, the same on every machine and with every library version.
+    A Feistel network over the next even power of two, applied until the value is below n (cycle walking):
+    O(len(places)) time and memory for any n. Integer arithmetic only, so the result is the same on every machine and
+    with every library version.
     """
     half = max(1, (max(1, n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -31,7 +32,7 @@ def permute(places: np.ndarray[Any, Any], n: int, seed: int, epoch: int) -> np.n
 
 
 def _mix(values: Any) -> Any:
-    """The finalizer of splitmix64: every bit of the input changes half of the output's."""
+    """The finalizer of splitmix64: each input bit changes half of the output bits on average."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

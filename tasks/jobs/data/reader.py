@@ -1,4 +1,4 @@
-"""Batches of documents out of several sources, in an order that can be continued from any point."""
+"""Batches of documents from several sources, in an order that can be resumed at any batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from radlads.tasks.jobs.data.text.documents import Document, iterate_documents
 
 @dataclass
 class Reader:
-    """Reads the sources in turn, always the one that has given the fewest bytes so far.
+    """Interleaves the sources: the next document comes from the source with the fewest bytes read so far.
 
-    So a dataset that is cut at max_tokens takes from each of its sources alike. `state` is all that is needed to go on.
+    A dataset truncated at max_tokens therefore has equal shares of its sources. `state` suffices to resume.
     """
 
     sources: Sequence[Source]
@@ -28,7 +28,7 @@ class Reader:
     def batches(
         self, max_bytes: int, state: dict[str, Any] | None = None
     ) -> Iterator[tuple[list[Document], dict[str, Any]]]:
-        """(documents, state after them) of about max_bytes of text each, from `state` on. Raises UserError."""
+        """Yield (documents, state after them) of about max_bytes of text each, from `state` on. Raises UserError."""
         documents = list(state["documents"]) if state else [0] * len(self.sources)
         num_bytes = list(state["bytes"]) if state else [0] * len(self.sources)
         open_ones = {

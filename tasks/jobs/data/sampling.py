@@ -1,4 +1,4 @@
-"""Text sampled from the teacher itself, for when no corpus is at hand."""
+"""Training text sampled from the teacher, for use without a corpus."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger("radlads")
 def sample_sources(
     job: Job, sources: dict[int, SampleSource], teacher: TeacherRef, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, Path]:
-    """Sample every source; returns source index → its jsonl file of {"text"}. All ranks call it, and share the work.
+    """Sample every source; returns source index → its jsonl file of {"text"}. Collective: the ranks share the work.
 
-    Finished batches stay in the job's scratch folder and are not sampled again.
+    Finished batches are kept in the job's scratch folder and reused after a restart.
     """
     if not sources:
         return {}
@@ -40,7 +40,7 @@ def _sample_source(
     tokens = 0
     first = 0
     while tokens < source.tokens:
-        # A round: one batch a rank. What a round has too much is thrown away, so that the number of ranks cannot tell.
+        # One round is one batch per rank. Surplus texts are discarded: the result does not depend on the rank count.
         mine = folder / f"batch-{first + job.rank:06d}.json"
         if not mine.exists():
             write_json(mine, sample_batch(model, tokenizer, source, batch=first + job.rank))
@@ -64,9 +64,9 @@ def _sample_source(
 def sample_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: SampleSource, *, batch: int
 ) -> list[dict[str, str | int]]:
-    """[{"text", "tokens"}] of one batch, a pure function of the source's seed and the batch's number.
+    """Sample one batch: [{"text", "tokens"}], a pure function of the source's seed and the batch number.
 
-    Each row starts from BOS, or EOS where there is no BOS, or a random token, and ends at EOS or at the context.
+    A row starts from BOS, else from EOS, else from a random token. It ends at EOS or at the context length.
     """
     seed = hashlib.sha256(f"{source.seed}:{batch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
@@ -92,7 +92,7 @@ def sample_batch(
     sampled: list[dict[str, str | int]] = []
     for row in rows_BT[:, 1 if start is not None else 0 :].tolist():
         ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
-        # A row cut at the context can end in the middle of a character.
+        # A row truncated at the context length can end in the middle of a character.
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("�").strip()
         if text:
             sampled.append({"text": text, "tokens": len(ids) + 1})

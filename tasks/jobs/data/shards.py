@@ -1,4 +1,4 @@
-"""Encoded parts → the shards, boundaries and index of a dataset."""
+"""Writes encoded documents as the shards, boundaries and index of a dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLUSH_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset is written."""
+    """Format of a dataset on disk."""
 
     shard_tokens: int
     max_tokens: int | None
@@ -32,12 +32,12 @@ class Layout:
 
     @property
     def dtype(self) -> np.dtype:
-        """uint16 where every id fits, else uint32; little endian."""
+        """uint16 if every id fits, else uint32; little endian."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
 
 class ShardWriter:
-    """One flat stream cut into files of equal width; the last one is shorter."""
+    """Writes one flat stream as files of `width` values; the last file may be shorter."""
 
     def __init__(self, folder: Path, prefix: str, dtype: np.dtype, width: int) -> None:
         self.folder, self.prefix, self.dtype, self.width = folder, prefix, dtype, width
@@ -51,14 +51,14 @@ class ShardWriter:
         return self.total + self._buffered
 
     def append(self, values: np.ndarray) -> None:
-        """Add to the stream."""
+        """Append values to the stream."""
         self._buffer.append(np.asarray(values).astype(self.dtype))
         self._buffered += len(values)
         if self._buffered >= _FLUSH_TOKENS:
             self._flush()
 
     def close(self) -> list[dict[str, Any]]:
-        """Write what is left; returns [{file, tokens}, ...]."""
+        """Flush the buffer; returns [{file, tokens}, ...]."""
         self._flush()
         counts = [min(self.width, self.total - start) for start in range(0, self.total, self.width)]
         return [{"file": self._name(i), "tokens": count} for i, count in enumerate(counts)]
@@ -85,7 +85,7 @@ def write_dataset(
 ) -> dict[str, Any]:
     """Write shards, boundaries and index.json into an empty folder; returns the index.
 
-    Documents are taken in reading order up to max_tokens, then shuffled by the seed. Raises UserError when the
+    Documents are taken in reading order up to max_tokens, then shuffled with the seed. Raises UserError if the
     training or the held-out split would be empty.
     """
     documents = _Documents(corpus, layout.max_tokens)
@@ -99,8 +99,8 @@ def write_dataset(
     ):
         if not len(chosen):
             raise UserError(
-                f"no document is left for the {split} split of {documents.count}; give more documents (a text file "
-                f"needs `separator` to hold several), or another heldout_fraction"
+                f"the {split} split would be empty: {documents.count} documents; add documents (a text file needs "
+                f"`separator` to hold several), or change heldout_fraction"
             )
         splits[split] = _write_split(documents, chosen, folder, layout, split, prefix)
         written += splits[split]["tokens"]
@@ -123,7 +123,7 @@ def write_dataset(
 def _write_split(
     documents: _Documents, chosen: np.ndarray, folder: Path, layout: Layout, split: str, prefix: str
 ) -> dict[str, Any]:
-    # The names of the contract: shard-00000.bin and mask-00000.bin for training, heldout-00000.bin beside.
+    # File names: shard-00000.bin and mask-00000.bin for training, heldout-00000.bin and heldout-mask-00000.bin.
     tokens = ShardWriter(folder, "heldout" if prefix else "shard", layout.dtype, layout.shard_tokens)
     masks = ShardWriter(folder, f"{prefix}mask", np.dtype("u1"), layout.shard_tokens)
     sizes = ShardWriter(folder, f"{prefix}token-bytes", np.dtype("<u4"), layout.shard_tokens)
@@ -150,7 +150,7 @@ def _write_split(
 
 
 class _Documents:
-    """The documents of a corpus in reading order, cut where max_tokens is reached."""
+    """The documents of a corpus in reading order, truncated at max_tokens."""
 
     def __init__(self, corpus: Part, max_tokens: int | None) -> None:
         self.corpus = corpus
@@ -163,14 +163,14 @@ class _Documents:
         self.lengths = lengths[: self.count]
         self.heldout = heldout[: self.count]
         self.starts = _starts(self.lengths)
-        # Only held-out documents have bytes per token, so these start elsewhere.
+        # token_bytes covers held-out documents only, so it has its own offsets.
         self.byte_starts = _starts(self.lengths * self.heldout)
         self.num_bytes = np.asarray(corpus.num_bytes)[: self.count]
         self.hashes = np.asarray(corpus.hashes)[: self.count]
         self.total = int(self.lengths.sum())
 
     def heldout_or_smallest(self) -> np.ndarray:
-        """Held-out flags [documents]; of a corpus so small that the hash chose none, the one with the smallest hash."""
+        """Held-out flags, [documents]; if the hash selected none, the document with the smallest hash."""
         if self.heldout.any() or self.count < 2:
             return self.heldout
         smallest: np.ndarray = self.hashes == self.hashes.min()
@@ -183,7 +183,7 @@ class _Documents:
         return self._slice(self.corpus.mask, self.starts[document], document)
 
     def token_bytes(self, document: int) -> np.ndarray:
-        if not self.heldout[document]:  # chosen late, by heldout_or_smallest: spread its bytes evenly
+        if not self.heldout[document]:  # selected by heldout_or_smallest: distribute its bytes evenly
             ends = np.arange(1, self.lengths[document] + 1) * self.num_bytes[document] // self.lengths[document]
             return np.diff(ends, prepend=0)
         return self._slice(self.corpus.token_bytes, self.byte_starts[document], document)

@@ -1,7 +1,7 @@
-"""tokenize: documents → one flat stream of tokens with boundaries, cut into shards of equal width.
+"""The tokenize job: documents → one flat token stream with document boundaries, in shards of equal length.
 
-The same spec gives the same bytes, however many processes or restarts it took. Finished parts are kept in the job's
-scratch folder, and a restarted job goes on after them.
+The output bytes depend on the spec alone, not on the number of processes or restarts. Finished parts are kept in the
+job's scratch folder; a restarted job continues after them.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
 logger = logging.getLogger("radlads")
 
 _PART_BYTES = 4 << 20
-# Below this a second process costs more than it saves: each imports its libraries anew.
+# Smaller corpora are encoded in-process: starting a worker, which imports all libraries, would take longer.
 _POOL_FROM_BYTES = 64 << 20
 
 
 def main(job: Job) -> dict[str, Any] | None:
-    """Fill job.output with shards and index.json. Under several ranks all of them sample, one of them tokenizes."""
+    """Write shards and index.json to job.output. All ranks sample; rank 0 tokenizes."""
     spec: TokenizeSpec = job.typed
     started = time.monotonic()
     tokenizer = open_tokenizer(spec)
-    wanted = {i: s for i, s in enumerate(spec.dataset.sources) if isinstance(s, SampleSource)}
-    if wanted and spec.teacher is None:
+    to_sample = {i: s for i, s in enumerate(spec.dataset.sources) if isinstance(s, SampleSource)}
+    if to_sample and spec.teacher is None:
         raise UserError("a `sample` source needs a teacher, and this recipe has none")
-    samples = sample_sources(job, wanted, spec.teacher, tokenizer) if spec.teacher else {}
+    samples = sample_sources(job, to_sample, spec.teacher, tokenizer) if spec.teacher else {}
     if job.rank != 0:
         return None
 
     reader = Reader(spec.dataset.sources, tokenizer, samples)
     spool = Spool(job.scratch / "encoded" / job.spec.digest[:16])
     _encode(job, spec, reader, _make_encoder(spec, tokenizer), spool)
-    check_pins(spec, job.hashes)  # reading took long: what was read must be what was pinned
+    check_pins(spec, job.hashes)  # the files may have changed while they were read
     if not spool.tokens:
         raise UserError(f"dataset '{spec.name}' has no documents")
     _warn_of(spool.counts)
@@ -79,7 +79,7 @@ def main(job: Job) -> dict[str, Any] | None:
 
 
 def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer that the plan pinned. Raises UserError."""
+    """Load the tokenizer at its pinned commit. Raises UserError."""
     revision = pinned_commit(spec.tokenizer_fingerprint)
     tokenizer = load_tokenizer(spec.tokenizer, revision=revision, trust_remote_code=spec.trust_remote_code)
     if spec.dataset.add_bos and tokenizer.bos_token_id is None:
@@ -97,39 +97,39 @@ def _make_encoder(spec: TokenizeSpec, tokenizer: PreTrainedTokenizerBase) -> Enc
 
 
 def _encode(job: Job, spec: TokenizeSpec, reader: Reader, encoder: Encoder, spool: Spool) -> None:
-    """Fill the spool in reading order, after what it holds, until there are enough tokens."""
-    enough = spec.dataset.max_tokens or float("inf")
+    """Append parts to the spool in reading order, after those it holds, until max_tokens is reached."""
+    limit = spec.dataset.max_tokens or float("inf")
     total_bytes = max(1, sum(file.size for file in spec.files))
     if spool.parts:
         logger.info("reusing %d finished parts, %d tokens", spool.parts, spool.tokens)
-    if spool.tokens >= enough:
+    if spool.tokens >= limit:
         return
     batches = reader.batches(_PART_BYTES, spool.state)
     with _encoding(spec, encoder, job.spec.resources.threads, total_bytes) as encode:
         for part in _in_order(encode, batches):
             spool.append(part)
-            _report(job, spool.tokens, enough, sum(part.state["bytes"]), total_bytes)
-            if spool.tokens >= enough:
+            _report(job, spool.tokens, limit, sum(part.state["bytes"]), total_bytes)
+            if spool.tokens >= limit:
                 break
 
 
 def _warn_of(counts: Mapping[str, int]) -> None:
     if count := counts.get("special_tokens_as_text"):
         logger.warning(
-            "the text of special tokens stands %d times in the documents, and is text; `special_tokens: parse` on the "
-            "source takes it for the tokens, `separator` parts a text file's documents by it",
+            "the documents contain the text of special tokens %d times; it is encoded as plain text. Set "
+            "`special_tokens: parse` on the source to encode the tokens, or `separator` to split text files at it",
             count,
         )
     if count := counts.get("replaced_characters"):
-        logger.warning("%d characters that are no text were replaced by U+FFFD", count)
+        logger.warning("%d invalid characters were replaced by U+FFFD", count)
     if count := counts.get("chats_without_assistant"):
-        logger.warning("%d chats hold no word of an assistant", count)
+        logger.warning("%d chats contain no assistant text", count)
 
 
-def _report(job: Job, tokens: int, enough: float, read_bytes: int, total_bytes: int) -> None:
-    if enough != float("inf"):
-        job.progress(min(tokens, enough), enough, "tokens")
-    else:  # compressed files hold more text than their size says
+def _report(job: Job, tokens: int, limit: float, read_bytes: int, total_bytes: int) -> None:
+    if limit != float("inf"):
+        job.progress(min(tokens, limit), limit, "tokens")
+    else:  # compressed files contain more text than their size
         job.progress(min(read_bytes, total_bytes), total_bytes, "bytes")
     logger.info("tokenized %d tokens of %.1f MB", tokens, read_bytes / 1e6)
 
@@ -138,7 +138,7 @@ Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 
 
 def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, Any]]]) -> Iterator[Part]:
-    """Encoded parts in order, with a few batches under way ahead of the one that is waited for."""
+    """Yield encoded parts in order, with a bounded number of batches encoding ahead."""
     ahead: deque[Future[Part]] = deque()
     for documents, state in batches:
         ahead.append(encode(documents, state))
@@ -150,7 +150,7 @@ def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, 
 
 @contextmanager
 def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
-    """A function that encodes a batch: here, or in worker processes for a large corpus."""
+    """Yield a function that encodes a batch: in this process, or in worker processes for a large corpus."""
     hub = any(isinstance(source, HubSource) for source in spec.dataset.sources)
     if threads == 1 or not (hub or total_bytes >= _POOL_FROM_BYTES):
 
@@ -161,7 +161,7 @@ def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: i
 
         yield encode_here
         return
-    # Spawned, not forked: the tokenizer's and torch's threads do not survive a fork.
+    # Spawn, not fork: the threads of the tokenizer and of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(),))
     try:

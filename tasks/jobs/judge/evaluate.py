@@ -1,7 +1,7 @@
-"""evaluate: teacher beside student in one run: held-out loss, bits per byte, KL, agreement, and harness tasks.
+"""The evaluate job: teacher and student in one run on held-out loss, bits per byte, KL, agreement and harness tasks.
 
-Every model that the job is given is scored on the same windows, so that the KL of each stage can be compared. Tasks of
-the lm-evaluation-harness are run for the teacher and the student. The work is split over the ranks.
+All models are scored on the same windows, so the KL values of the stages are comparable. The lm-evaluation-harness
+tasks are run for the teacher and the final student. The work is split over the ranks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SAMPLE_TOKENS = 48
 
 
 def main(job: Job) -> dict[str, Any] | None:
-    """Write evaluate.json; returns its numbers, flat."""
+    """Write evaluate.json; returns its numbers as flat metrics."""
     spec: EvaluateSpec = job.typed
     section = spec.section
     started = time.monotonic()
@@ -61,17 +61,17 @@ def main(job: Job) -> dict[str, Any] | None:
     for number, name in enumerate(names):
         with opened_student(job, name) as student:
             scores = _score(job, teacher, student, windows, section, done=number, total=len(names))
-            found = summarize(scores, windows.num_bytes, windows.context)
-            check_finite(name, found["student"])
-            models[TEACHER], models[name] = found["teacher"], found["student"]
-            logger.info("%s: KL %.4f, bits per byte ×%.4f", name, *_shown(found["student"]))
+            summary = summarize(scores, windows.num_bytes, windows.context)
+            check_finite(name, summary["student"])
+            models[TEACHER], models[name] = summary["teacher"], summary["student"]
+            logger.info("%s: KL %.4f, bits per byte ×%.4f", name, *_shown(summary["student"]))
             if name == STUDENT:
                 samples = sample_texts(teacher, student, tokenizer, windows)
                 both = {TEACHER: teacher, STUDENT: student}
                 tasks = run_tasks(job, both, tokenizer, section)
     if job.rank != 0:
         return None
-    sheet = {
+    result = {
         "teacher": spec.teacher.model_dump(mode="json"),
         "other_teacher": not own,
         "windows": len(windows),
@@ -85,10 +85,10 @@ def main(job: Job) -> dict[str, Any] | None:
         "seconds": time.monotonic() - started,
         "processes": job.world_size,
     }
-    write_json(job.output / "evaluate.json", sheet)
+    write_json(job.output / "evaluate.json", result)
     numbers = flatten(models, tasks)
     job.record.log(0, numbers)
-    return numbers | {"seconds": sheet["seconds"], "processes": job.world_size}
+    return numbers | {"seconds": result["seconds"], "processes": job.world_size}
 
 
 def _score(
@@ -101,7 +101,7 @@ def _score(
     done: int,
     total: int,
 ) -> np.ndarray:
-    """[windows, SUMS], the same on every rank."""
+    """Scores of all windows, [windows, SUMS], gathered on every rank."""
     mine = range(job.rank, len(windows), job.world_size)
     scores: dict[int, list[float]] = {}
     own = score_windows(
@@ -123,8 +123,8 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
 ) -> dict[str, dict[str, Any]]:
-    """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}. All
-    ranks call it."""
+    """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}.
+    Collective."""
     if not section.tasks:
         return {}
     from radlads.tasks.jobs.judge.lmeval import (  # the harness takes seconds to import
@@ -133,9 +133,9 @@ def run_tasks(
         run_task,
     )
 
-    # The student's config has no limit of its own: both are asked within the teacher's positions.
+    # The student's config has no length limit, so the teacher's limit applies to both.
     max_length = max_length_of(models[TEACHER], tokenizer)
-    results: dict[str, dict[str, Any]] = {task.name: _asked(task) for task in section.tasks}
+    results: dict[str, dict[str, Any]] = {task.name: _task_settings(task) for task in section.tasks}
     for name, model in models.items():
         lm = SharedHFLM(
             model,
@@ -154,13 +154,13 @@ def run_tasks(
 
 
 def _commits(job: Job) -> list[dict[str, str]]:
-    """Hub dataset → commit, of every task."""
+    """For each task: hub dataset → commit."""
     spec: EvaluateSpec = job.typed
     pins = [spec.pins.get(f"section.tasks.{index}.path") for index in range(len(spec.section.tasks))]
     return [{} if pin is None else pin.commits for pin in pins]
 
 
-def _asked(task: EvalTask) -> dict[str, Any]:
+def _task_settings(task: EvalTask) -> dict[str, Any]:
     return {"num_fewshot": task.num_fewshot, "limit": task.limit}
 
 
@@ -168,7 +168,7 @@ def _asked(task: EvalTask) -> dict[str, Any]:
 def sample_texts(
     teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows
 ) -> list[dict[str, str]]:
-    """[{prompt, teacher, student}]: greedy continuations of held-out beginnings, to be looked at. All ranks call it."""
+    """[{prompt, teacher, student}]: greedy continuations of held-out prefixes, for inspection. Collective."""
     prompts = windows.input_ids(range(min(_SAMPLES, len(windows))))[:, :_SAMPLE_PROMPT].to(teacher.device)
     eos = tokenizer.eos_token_id
     texts = {}
@@ -185,7 +185,7 @@ def sample_texts(
 
 
 def flatten(models: dict[str, dict[str, Estimate]], tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The numbers by the names that MLflow shows: `kl`, `kl/align`, `student/bits_per_byte`, `student/<task>/acc`."""
+    """The numbers under their MLflow names: `kl`, `kl/align`, `student/bits_per_byte`, `student/<task>/acc`."""
     flat: dict[str, float] = {}
 
     def put(key: str, estimate: Estimate) -> None:

@@ -1,4 +1,4 @@
-"""The needle grid as a picture: length across, depth down, red to green, one panel a model."""
+"""The needle grid as a heatmap: length on the x axis, depth on the y axis, one panel per model."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
-# Red and green that people with a red-green weakness can still tell apart by lightness; grey is "not run".
+# These colours differ in lightness, for readers with red-green colour blindness. Grey: not run.
 _NOT_RUN = "#d9d9d9"
 _STOPS = ["#b2182b", "#f4a582", "#fee08b", "#a6d96a", "#1a9850"]
 _COLOURS = LinearSegmentedColormap.from_list("needle", _STOPS).with_extremes(bad=_NOT_RUN)
 
 
 def draw_heatmap(sheet: dict[str, Any], path: Path) -> None:
-    """Write the PNG of a needle.json: teacher beside students, a dashed line at the training length."""
+    """Write the PNG of a needle.json: one panel per model, a dashed line at the training length."""
     names = list(sheet["models"])
     lengths, depths = sorted(set(sheet["lengths"])), sorted(set(sheet["depths"]))
     width = max(3.2, 0.75 * len(lengths) + 1.6)
     figure, axes = plt.subplots(
         1, len(names), figsize=(width * len(names) + 0.8, 0.42 * len(depths) + 2.0), squeeze=False, layout="constrained"
     )
-    image = None
+    mesh = None
     for axis, name in zip(axes[0], names, strict=True):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for cell in sheet["cells"]:
             if cell[name] is not None:
                 grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = 100 * cell[name]["mean"]
-        # Columns are the lengths in order; lengths are powers of two by convention, so this is a log2 axis with ticks.
+        # The x axis is log2 of the length, with one column and one tick per length.
         edges = _edges(lengths)
-        image = axis.pcolormesh(
+        mesh = axis.pcolormesh(
             edges, np.arange(len(depths) + 1), np.ma.masked_invalid(grid), cmap=_COLOURS, vmin=0, vmax=100
         )
         _label_cells(axis, grid, lengths, edges)
-        _dress(axis, sheet, name, lengths, depths, edges)
+        _label_axes(axis, sheet, name, lengths, depths, edges)
     axes[0][0].set_ylabel("depth of the fact, %")
-    if image is not None:
-        figure.colorbar(image, ax=axes[0].tolist(), label="found, %", shrink=0.9)
+    if mesh is not None:
+        figure.colorbar(mesh, ax=axes[0].tolist(), label="found, %", shrink=0.9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def _edges(lengths: list[int]) -> np.ndarray:
-    """Bounds of the columns on a log2 axis: half-way between neighbours. [lengths + 1]"""
+    """Column edges on a log2 axis, half-way between neighbours, [lengths + 1]."""
     logs = np.log2(np.array(lengths, dtype=float))
     if len(logs) == 1:
         return np.array([logs[0] - 0.5, logs[0] + 0.5])
@@ -65,7 +65,7 @@ def _label_cells(axis: Axes, grid: np.ndarray, lengths: list[int], edges: np.nda
         axis.text(middle, row + 0.5, text, ha="center", va="center", fontsize=7, color="#202020")
 
 
-def _dress(
+def _label_axes(
     axis: Axes, sheet: dict[str, Any], name: str, lengths: list[int], depths: list[float], edges: np.ndarray
 ) -> None:
     numbers = sheet["models"][name]
@@ -77,5 +77,5 @@ def _dress(
     axis.set_xlabel("context length, tokens (log2)")
     axis.invert_yaxis()
     within = [index for index, length in enumerate(lengths) if length <= sheet["training_length"]]
-    if within:  # between the last column that training reached and the first that it did not
+    if within:  # right of the last column within the training length
         axis.axvline(edges[within[-1] + 1], color="#202020", linestyle="--", linewidth=2.0, clip_on=False)

@@ -1,4 +1,4 @@
-"""Held-out scores of a student beside its teacher, window by window: losses, bytes, KL, agreement; and their errors.
+"""Held-out scores of student and teacher per window (loss, bytes, KL, agreement), with standard errors.
 
 Dims: T tokens of a window, V vocabulary.
 """
@@ -22,29 +22,29 @@ from radlads.tasks.jobs.data.loader import open_dataset
 
 logger = logging.getLogger("radlads")
 
-# Positions whose logits are held in fp32 at a time.
+# Positions whose logits are converted to fp32 at a time.
 _ROWS = 512
 
 SUMS = ("teacher nll", "student nll", "KL", "top-1 agreement", "teacher nll of text", "student nll of text")
-"""What is summed over a window's tokens; `of text`: without the tokens that mark documents."""
+"""Sums over the tokens of a window; `of text`: without BOS and EOS labels."""
 
 Estimate = dict[str, float | None]
-"""{"value", "stderr"}; stderr None where one window cannot tell."""
+"""{"value", "stderr"}; stderr is None for a single window."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Consecutive windows of a held-out stream, and the bytes of text that their labels stand for."""
+    """Consecutive windows of a held-out stream, with the bytes of text of their labels."""
 
     input_ids: Callable[[Sequence[int]], torch.Tensor]
     """Window numbers → [windows, context + 1]."""
     num_bytes: np.ndarray
-    """[windows] UTF-8 bytes of each window's labels."""
+    """UTF-8 bytes of each window's labels, [windows]."""
     context: int
     add_bos: bool
-    """Whether the dataset put BOS before its documents."""
+    """Whether documents start with BOS."""
     markers: tuple[int, ...]
-    """Ids of the tokens that begin and end documents, which stand for no text."""
+    """Ids of the tokens that mark document bounds and represent no text."""
 
     def __len__(self) -> int:
         return len(self.num_bytes)
@@ -53,21 +53,21 @@ class Windows:
 def open_windows(folder: Path, context: int, max_tokens: int) -> Windows:
     """The first windows of a dataset's held-out split, up to max_tokens, at least one.
 
-    Raises UserError for a dataset without bytes per token, or without held-out text.
+    Raises UserError if the dataset has no bytes per token, or no held-out text.
     """
     split = open_dataset(folder).split("heldout")
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    sheet = index["splits"]["heldout"]
-    if not sheet.get("token_bytes_files"):
+    entry = index["splits"]["heldout"]
+    if not entry.get("token_bytes_files"):
         raise UserError(f"{folder} has no bytes per token for its held-out split; tokenize it again")
     if split.tokens < 2:
         raise UserError(f"{folder} has {split.tokens} held-out tokens; raise heldout_fraction")
     if split.rows(context) == 0:
-        logger.warning("%d held-out tokens are less than one window of %d", split.tokens, context)
+        logger.warning("%d held-out tokens are fewer than one window of %d tokens", split.tokens, context)
         context = split.tokens - 1
     count = min(split.rows(context), max(1, max_tokens // context))
-    sizes = np.concatenate([np.fromfile(folder / name, "<u4") for name in sheet["token_bytes_files"]])
-    # The label of position t is token t + 1, so a window's first token is never scored in it.
+    sizes = np.concatenate([np.fromfile(folder / name, "<u4") for name in entry["token_bytes_files"]])
+    # The label of position t is token t + 1, so the first token of a window is not scored.
     labels = sizes[1 : 1 + count * context].reshape(count, context)
     markers = tuple({index["eos_id"], *((index["bos_id"],) if index["add_bos"] else ())})
     return Windows(
@@ -89,7 +89,7 @@ def score_windows(
     mine: Sequence[int],
     progress: Callable[[int], None] = lambda _done: None,
 ) -> dict[int, list[float]]:
-    """Window number → sums over its tokens, in the order of SUMS."""
+    """Window number → sums over its tokens, in the order of SUMS. mine: the window numbers to score."""
     scores: dict[int, list[float]] = {}
     markers = torch.tensor(windows.markers, device=teacher.device)
     for start in range(0, len(mine), batch):
@@ -111,11 +111,11 @@ def score_windows(
 def _compare(
     labels_T: torch.Tensor, text_T: torch.Tensor, teacher_TV: torch.Tensor, student_TV: torch.Tensor
 ) -> torch.Tensor:
-    """SUMS over T, in fp32."""
+    """SUMS over T, in fp32, [SUMS]."""
     p = teacher_TV.float().log_softmax(-1)
     q = student_TV.float().log_softmax(-1)
     teacher_nll, student_nll = (-x.gather(1, labels_T[:, None]).squeeze(1) for x in (p, q))
-    # Identical logits must give exactly nothing, so KL is summed as one difference.
+    # p · (log p − log q) in one product, so that identical logits give exactly 0.
     kl = (p.exp() * (p - q)).sum(-1)
     agree = (p.argmax(-1) == q.argmax(-1)).float()
     columns = (teacher_nll, student_nll, kl, agree, teacher_nll * text_T, student_nll * text_T)
@@ -123,10 +123,10 @@ def _compare(
 
 
 def summarize(scores: np.ndarray, num_bytes: np.ndarray, context: int) -> dict[str, dict[str, Estimate]]:
-    """Teacher and student numbers from [windows, SUMS]; errors over the windows.
+    """Teacher and student estimates from scores [windows, SUMS]; standard errors over windows.
 
-    loss, kl: nats a token. loss_gap: student minus teacher, paired, so its error is far smaller than theirs.
-    bits_per_byte: of the text alone, so that it does not depend on how documents are marked.
+    loss, kl: nats per token. loss_gap: student minus teacher, paired by window, which reduces its error.
+    bits_per_byte: over text tokens only, so that it does not depend on document markers.
     """
     teacher, student, kl, agreement, teacher_text, student_text = scores.T
     teacher, student, kl, agreement = (column / context for column in (teacher, student, kl, agreement))
@@ -163,7 +163,7 @@ def ratio_of(above: np.ndarray, below: np.ndarray) -> Estimate:
 
 
 def check_finite(name: str, numbers: dict[str, Any]) -> None:
-    """Raises UserError naming the model when a score is no number: such a model cannot be judged."""
+    """Raises UserError if a score of the model is not finite."""
     bad = [key for key, estimate in numbers.items() if not math.isfinite(estimate["value"])]
     if bad:
-        raise UserError(f"the model '{name}' gives {', '.join(bad)} that is no number; it cannot be judged")
+        raise UserError(f"the model '{name}' has non-finite scores ({', '.join(bad)}) and cannot be evaluated")

@@ -1,4 +1,4 @@
-"""The models that a judging job was given: the teacher, the student, and those of earlier stages."""
+"""Opens the models of an evaluation job: the teacher, the student, and the models of earlier stages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TEACHER = "teacher"
 
 
 def student_names(job: Job, *, not_models: tuple[str, ...] = ("data",)) -> list[str]:
-    """The student's input first, then every earlier stage's, in the order they were given."""
+    """Input names of the models: the student first, then earlier stages in input order."""
     return [STUDENT, *(name for name in job.spec.inputs if name not in (STUDENT, *not_models))]
 
 
 def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
-    """The frozen teacher on this rank's device."""
+    """Load the frozen teacher on this rank's device."""
     return as_judged(
         load_teacher(
             resolve_teacher_path(reference.path),
@@ -38,13 +38,13 @@ def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
 
 
 def open_tokenizer(reference: TeacherRef) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer."""
+    """Load the teacher's tokenizer."""
     return load_tokenizer(reference.path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
 
 
 @contextmanager
 def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
-    """One student on this rank's device, and its memory given back afterwards. All ranks call it."""
+    """Load one student on this rank's device; free its memory on exit. Collective."""
     model = as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=job.device))
     try:
         yield model
@@ -58,7 +58,7 @@ def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
 def continue_ids(
     model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
-    """The prompts with what `generate` adds to them; options: those of a GenerationConfig, nothing else counts."""
+    """Prompts and their continuations by `generate`. options: of GenerationConfig, replacing all model defaults."""
     generate: Any = model.generate
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
     config = GenerationConfig(use_cache=True, **options)
@@ -69,7 +69,7 @@ def continue_ids(
 
 
 def as_judged(model: PreTrainedModel) -> PreTrainedModel:
-    """Frozen, and without generation defaults of its own: a teacher's repetition penalty would flatter or hurt it."""
+    """Freeze a model and reset its generation config: a repetition penalty, for example, would bias the comparison."""
     model.eval().requires_grad_(False)
     model.generation_config = GenerationConfig()
     return model

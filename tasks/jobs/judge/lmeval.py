@@ -1,4 +1,4 @@
-"""lm-evaluation-harness tasks through its own API, with a model that is already in memory, split over the ranks."""
+"""Runs lm-evaluation-harness tasks through its API on a loaded model, split over the ranks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from radlads.tasks.jobs.work_sharing import gather
 
 logger = logging.getLogger("radlads")
 
-# Resampling for metrics without a closed form (perplexities); accuracies have one.
+# Bootstrap samples for metrics without a closed-form standard error (perplexity).
 _BOOTSTRAP = 1000
 
 
 class SharedHFLM(HFLM):  # type: ignore[misc]
-    """The harness's own Hugging Face adapter around a loaded model, with the harness's own settings: the scores are
-    those of `lm_eval --model hf` for the same model and tokenizer.
+    """The harness's Hugging Face adapter around a loaded model: the scores equal those of `lm_eval --model hf` for the
+    same model and tokenizer.
 
-    add_bos: the harness's `add_bos_token`; None leaves BOS to the tokenizer, as the harness does. Every rank builds all
-    requests and answers its share; answers are gathered, so every rank (and any number of ranks) computes the same
-    scores. To the harness each rank is alone.
+    add_bos: the harness's `add_bos_token`; None leaves BOS to the tokenizer, as in the harness. Every rank builds all
+    requests and computes its share; the responses are gathered, so every rank computes the same scores for any number
+    of ranks. The harness itself sees a single process.
     """
 
     def __init__(
@@ -77,23 +77,23 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return self._share(super().generate_until, requests)
 
-    def _share(self, answer: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
+    def _share(self, respond: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
         mine = requests[self._own_rank :: self._num_ranks]
-        answers: list[Any] = [None] * len(requests)
-        for rank, given in enumerate(gather(answer(mine, disable_tqdm=True) if mine else [], self._num_ranks)):
-            answers[rank :: self._num_ranks] = given
-        return answers
+        responses: list[Any] = [None] * len(requests)
+        for rank, part in enumerate(gather(respond(mine, disable_tqdm=True) if mine else [], self._num_ranks)):
+            responses[rank :: self._num_ranks] = part
+        return responses
 
 
 def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that the harness gives a model at most."""
+    """Maximum sequence length that the harness uses for a model, in tokens."""
     return int(resolve_max_length(model.config, tokenizer))
 
 
 def check_tasks(tasks: Sequence[EvalTask], commits: Sequence[Mapping[str, str]] = ()) -> list[str]:
-    """What is wrong with the tasks, one line each; offline tasks are built whole, others looked up by name.
+    """Errors of the tasks, one line each. Tasks with a path are built, others are looked up by name.
 
-    commits: of each task, as of run_task.
+    commits: for each task, as in run_task.
     """
     faults: list[str] = []
     for index, task in enumerate(tasks):
@@ -103,12 +103,12 @@ def check_tasks(tasks: Sequence[EvalTask], commits: Sequence[Mapping[str, str]] 
             except UserError as error:
                 faults.append(f"evaluate.tasks: {error}")
         elif task.name not in _shipped().task_index:
-            faults.append(f"evaluate.tasks: the harness has no task '{task.name}'; give `path` for one of your own")
+            faults.append(f"evaluate.tasks: the harness has no task '{task.name}'; set `path` for a task of your own")
     return faults
 
 
 def hub_datasets(task: EvalTask) -> dict[str, str | None]:
-    """Hub id → revision (None: not given) of every dataset that the task reads."""
+    """Hub id → revision (None: not given) of each dataset that the task reads."""
     if task.path is None:
         return named_datasets(_shipped(), task.name, None)
     return named_datasets(_offline_manager(task), task.name, resolve_task_folder(task.path))
@@ -117,9 +117,9 @@ def hub_datasets(task: EvalTask) -> dict[str, str | None]:
 def run_task(
     lm: SharedHFLM, task: EvalTask, *, seed: int, commits: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, float | None]]:
-    """Metric → {value, stderr} for the task, or `subtask/metric` for a group. All ranks call it, all get the answer.
+    """Metric → {value, stderr} of a task; `subtask/metric` for a group. Collective; the same result on every rank.
 
-    commits: hub dataset → commit that it is read at.
+    commits: hub dataset → commit to read it at.
     """
     commits = commits or {}
     loaded = _load_offline(task, commits) if task.path else _load_shipped(task, commits)
@@ -128,11 +128,11 @@ def run_task(
         shots = built.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
         built.set_config(key="num_fewshot", value=shots or 0)
         built.set_fewshot_seed(seed=seed)
-    # Tasks may draw from any of the three.
+    # Tasks may use any of the three generators.
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    # Not simple_evaluate, which indexes thousands of shipped tasks and inspects the machine on every call.
+    # Not simple_evaluate: it indexes all shipped tasks and collects machine details on every call.
     results = evaluate(
         lm=lm,
         task_dict=loaded,
@@ -145,7 +145,7 @@ def run_task(
 
 @cache
 def _shipped() -> TaskManager:
-    """The harness's own tasks; finding them takes about ten seconds."""
+    """The harness's own tasks; indexing them takes about ten seconds."""
     return TaskManager()
 
 
@@ -156,20 +156,20 @@ def _load_shipped(task: EvalTask, commits: Mapping[str, str]) -> Any:
 
 
 def _offline_manager(task: EvalTask) -> TaskManager:
-    """The harness's index of a task's folder alone. Raises UserError."""
+    """A harness index of one task folder. Raises UserError."""
     try:
         folder = resolve_task_folder(task.path or "")
     except UserError as error:
         raise UserError(f"task '{task.name}': {error}") from error
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     if task.name not in manager.task_index:
-        found = ", ".join(manager.all_tasks) or "none"
-        raise UserError(f"task '{task.name}': no YAML file in {folder} has it; tasks found: {found}")
+        present = ", ".join(manager.all_tasks) or "none"
+        raise UserError(f"task '{task.name}': no YAML file in {folder} defines it; tasks there: {present}")
     return manager
 
 
 def _load_offline(task: EvalTask, commits: Mapping[str, str]) -> Any:
-    """The harness's TaskDict of one YAML file; relative data files in it are relative to its folder."""
+    """The harness's TaskDict of a task folder; data paths in its YAML are relative to that folder."""
     manager, folder = _offline_manager(task), resolve_task_folder(task.path or "")
     manager._factory = PinnedFactory(commits)
     with contextlib.chdir(folder):

@@ -1,6 +1,8 @@
-"""needle: a fact at a depth of a text of a length, asked for at its end, generated greedily, matched as a string.
+"""The needle job: retrieval of a fact at a given depth of a text of a given length, by greedy generation and string
+match.
 
-Teacher and students answer the very same prompts. A length that could not be run is marked so and counts nowhere.
+Teacher and students get identical prompts. A length that does not fit in memory is reported as not run and excluded
+from all means.
 """
 
 from __future__ import annotations
@@ -51,14 +53,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; text None: it could not be run at this length."""
+    """Output of a model; text is None if the length was not run."""
 
     text: str | None
     hit: bool
 
 
 def main(job: Job) -> dict[str, Any] | None:
-    """Write needle.json and needle.png; returns means by model and length."""
+    """Write needle.json and needle.png; returns the means by model and length."""
     spec: NeedleSpec = job.typed
     section = spec.section
     started = time.monotonic()
@@ -69,23 +71,23 @@ def main(job: Job) -> dict[str, Any] | None:
     seconds: dict[str, float] = {}
     total = len(trials) * (1 + len(names))
 
-    def ask(name: str, model: PreTrainedModel) -> None:
-        began = time.monotonic()
+    def run(name: str, model: PreTrainedModel) -> None:
+        start = time.monotonic()
         done = len(answers) * len(trials)
-        answers[name] = _ask_shared(
+        answers[name] = _generate_answers(
             job, model, tokenizer, trials, section, lambda n: job.progress(done + n, total, "prompts")
         )
-        seconds[name] = time.monotonic() - began
+        seconds[name] = time.monotonic() - start
         hits = sum(answer.hit for answer in answers[name])
         logger.info("%s: %d of %d needles found in %.1f s", name, hits, len(trials), seconds[name])
 
-    ask(TEACHER, open_teacher(job, spec.teacher))
+    run(TEACHER, open_teacher(job, spec.teacher))
     for name in names:
         with opened_student(job, name) as student:
-            ask(name, student)
+            run(name, student)
     if job.rank != 0:
         return None
-    hits = {name: [None if a.text is None else a.hit for a in given] for name, given in answers.items()}
+    hits = {name: [None if a.text is None else a.hit for a in replies] for name, replies in answers.items()}
     sheet = {
         "teacher": spec.teacher.model_dump(mode="json"),
         "other_teacher": not own,
@@ -110,11 +112,11 @@ def main(job: Job) -> dict[str, Any] | None:
 
 
 def make_trials(section: Needle, tokenizer: PreTrainedTokenizerBase) -> list[Trial]:
-    """Every prompt of the grid, shortest lengths first; a pure function of the section. Raises UserError."""
+    """All prompts of the grid, shortest lengths first; a pure function of the section. Raises UserError."""
     paths = [resolve_file(name) for name in expand_paths(section.haystack)]
     filler = load_filler(paths, section.haystack_separator)
     template = open_chat_template(TokenEncoder(tokenizer), None) if section.chat_template else None
-    # Around a chat stands what its template writes; what is asked for in a chat is a text without a frame.
+    # A chat template writes its own control tokens, so the prompt inside it has no frame.
     frame = prompt_frame(tokenizer, section.add_bos) if template is None else BARE
     trials: list[Trial] = []
     for length in sorted(set(section.lengths)):
@@ -127,14 +129,14 @@ def make_trials(section: Needle, tokenizer: PreTrainedTokenizerBase) -> list[Tri
 
 
 def _as_chat(template: ChatTemplate, case: Case, section: Needle) -> Case:
-    """The prompt as a user's message; the template's own tokens come on top of the length."""
+    """The prompt as a user message; template tokens are added to the length."""
     rendered = template.prompt(case.prompt)
     ids, _, _ = template.encode(rendered)
     before, _ = (prompt_frame(template.encoder.tokenizer, True) if section.add_bos else BARE).around(ids)
     return Case(rendered.text, [*before, *ids], case.answer)
 
 
-def _ask_shared(
+def _generate_answers(
     job: Job,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,7 +144,7 @@ def _ask_shared(
     section: Needle,
     progress: Callable[[int], None],
 ) -> list[Answer]:
-    """The model's answer to every trial, in their order, on every rank; each rank generates its share."""
+    """The model's answers in the order of the trials, on every rank; each rank generates its share."""
     batches = _batches(trials, section.batch)
     own: dict[int, Answer] = {}
     for count, batch in enumerate(batches[job.rank :: job.world_size], start=1):
@@ -157,12 +159,12 @@ def _ask_shared(
 
 
 def is_hit(text: str, answer: str) -> bool:
-    """Whether the answer stands in the text, not as a part of a longer number or word."""
+    """Whether the text contains the answer as whole words."""
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
 
 
 def _batches(trials: Sequence[Trial], size: int) -> list[list[int]]:
-    """Indices of trials of one length each, the longest first: whatever does not fit shows at once."""
+    """Batches of trial indices of equal length, longest first, so that memory limits show early."""
     batches: list[list[int]] = []
     for length in sorted({trial.length for trial in trials}, reverse=True):
         chosen = [i for i, trial in enumerate(trials) if trial.length == length]
@@ -174,7 +176,7 @@ def _batches(trials: Sequence[Trial], size: int) -> list[list[int]]:
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[str | None]:
-    """Greedy continuations with cache, batched with left padding; None for a prompt that does not fit in memory."""
+    """Greedy continuations with cache, left-padded; None for a prompt that does not fit in memory."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids_BT = torch.full((len(prompts), width), pad)
@@ -190,7 +192,7 @@ def generate(
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         if len(prompts) == 1:
-            logger.warning("a prompt of %d tokens does not fit in memory; its length is not run", width)
+            logger.warning("a prompt of %d tokens does not fit in memory; this length is not run", width)
             return [None]
         half = len(prompts) // 2
         first = generate(model, tokenizer, prompts[:half], max_new_tokens)
@@ -199,10 +201,10 @@ def generate(
 
 
 def _examples(trials: Sequence[Trial], answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
-    """The first trial of every cell: what was asked for, and what each model said."""
+    """The first trial of each cell: the expected answer and the output of each model."""
     return [
         {"length": t.length, "depth": t.depth, "expected": t.case.answer, "prompt_tokens": len(t.case.prompt_ids)}
-        | {name: given[index].text for name, given in answers.items()}
+        | {name: replies[index].text for name, replies in answers.items()}
         for index, t in enumerate(trials)
         if t.number == 0
     ]

@@ -1,4 +1,4 @@
-"""The needle grid added up: cells, means by length, and what was not run."""
+"""Aggregates needle trials: cells, means by length, and lengths that were not run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 Hits = list[bool | None]
-"""One entry a trial; None: not run."""
+"""One entry per trial; None: not run."""
 
 
 class Placed(Protocol):
-    """Where a trial stands in the grid."""
+    """Coordinates of a trial in the grid."""
 
     @property
     def length(self) -> int: ...
@@ -21,12 +21,12 @@ class Placed(Protocol):
 
 
 def make_cells(trials: Sequence[Placed], hits: dict[str, Hits]) -> list[dict[str, Any]]:
-    """[{length, depth, <model>: {mean, stderr, trials}}]; None for a model that was not run on the whole cell."""
+    """[{length, depth, <model>: {mean, stderr, trials}}]; None for a model not run on every trial of a cell."""
     places = list(dict.fromkeys((trial.length, trial.depth) for trial in trials))
     members = {place: [i for i, t in enumerate(trials) if (t.length, t.depth) == place] for place in places}
     return [
         {"length": length, "depth": depth}
-        | {name: rate([found[i] for i in members[length, depth]]) for name, found in hits.items()}
+        | {name: rate([results[i] for i in members[length, depth]]) for name, results in hits.items()}
         for length, depth in places
     ]
 
@@ -34,15 +34,15 @@ def make_cells(trials: Sequence[Placed], hits: dict[str, Hits]) -> list[dict[str
 def summarize(trials: Sequence[Placed], hits: dict[str, Hits], training_length: int) -> dict[str, Any]:
     """Model → {mean, stderr, trials, by_length, not_run, at_training_length}.
 
-    mean: over the trials of the lengths that were run whole. at_training_length: of the longest length that was run
-    and is no longer than the training length; None where there is none.
+    mean: over the trials of all completely run lengths. at_training_length: the longest such length that is no longer
+    than the training length; None if there is none.
     """
     lengths = sorted({trial.length for trial in trials})
     models: dict[str, Any] = {}
-    for name, found in hits.items():
-        by_length = {n: rate([h for t, h in zip(trials, found, strict=True) if t.length == n]) for n in lengths}
+    for name, results in hits.items():
+        by_length = {n: rate([h for t, h in zip(trials, results, strict=True) if t.length == n]) for n in lengths}
         run = [n for n in lengths if by_length[n] is not None]
-        overall = rate([h for t, h in zip(trials, found, strict=True) if t.length in run]) if run else None
+        overall = rate([h for t, h in zip(trials, results, strict=True) if t.length in run]) if run else None
         trained = [n for n in run if n <= training_length]
         models[name] = {
             **(overall or {"mean": None, "stderr": None, "trials": 0}),
@@ -54,18 +54,18 @@ def summarize(trials: Sequence[Placed], hits: dict[str, Hits], training_length: 
 
 
 def rate(hits: Hits) -> dict[str, Any] | None:
-    """{mean, stderr, trials}, None when one of them was not run. stderr: of a proportion, by Agresti and Coull, so that
-    it is not zero where all or none were found."""
+    """{mean, stderr, trials}; None if a trial was not run. stderr: of a proportion, by Agresti and Coull, which is not
+    zero for all hits or no hits."""
     if not hits or any(hit is None for hit in hits):
         return None
     count = len(hits)
-    found = sum(bool(hit) for hit in hits)
-    shifted = (found + 2) / (count + 4)
-    return {"mean": found / count, "stderr": math.sqrt(shifted * (1 - shifted) / (count + 4)), "trials": count}
+    successes = sum(bool(hit) for hit in hits)
+    shifted = (successes + 2) / (count + 4)
+    return {"mean": successes / count, "stderr": math.sqrt(shifted * (1 - shifted) / (count + 4)), "trials": count}
 
 
 def flatten(sheet: dict[str, Any]) -> dict[str, float]:
-    """The numbers by the names that MLflow shows: `student/needle`, `student/needle/1024`, `needle_ratio`, ..."""
+    """The numbers under their MLflow names: `student/needle`, `student/needle/1024`, `needle_ratio`, ..."""
     flat: dict[str, float] = {}
     for name, numbers in sheet["models"].items():
         if numbers["mean"] is None:
@@ -85,7 +85,7 @@ def flatten(sheet: dict[str, Any]) -> dict[str, float]:
 
 
 def _put_ratio(flat: dict[str, float], key: str, teacher: Any, student: Any, lengths: list[str]) -> None:
-    """Student over teacher, over lengths that both were run at; nothing where the teacher found nothing."""
+    """Put student / teacher over the given lengths; no entry if the teacher's rate is 0."""
     theirs, ours = (sum(numbers["by_length"][n]["mean"] for n in lengths) for numbers in (teacher, student))
     if theirs:
         flat[key] = ours / theirs

@@ -1,4 +1,4 @@
-"""The hub datasets that tasks of the evaluation harness read, and reading them at the commits that the plan pinned."""
+"""Hub datasets of evaluation-harness tasks: finds them, and loads them at pinned commits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("radlads")
 
 
 class PinnedFactory(TaskFactory):  # type: ignore[misc]
-    """The harness's maker of tasks, with the commit of every hub dataset put into what it loads."""
+    """The harness's task factory, with the pinned commit as `revision` of every hub dataset."""
 
     def __init__(self, commits: Mapping[str, str]) -> None:
         super().__init__()
@@ -34,23 +34,23 @@ class PinnedFactory(TaskFactory):  # type: ignore[misc]
 
 
 def named_datasets(manager: TaskManager, name: str, folder: Path | None) -> dict[str, str | None]:
-    """Hub id → revision that the YAML gives, for everything that a task, group or tag reads.
+    """Hub id → revision in the YAML, for all datasets of a task, group or tag.
 
-    folder: of a task of one's own; what lies in it is no hub id.
+    folder: of a user's own task; a dataset path that exists in it is not a hub id.
     """
-    found: dict[str, str | None] = {}
+    datasets: dict[str, str | None] = {}
     for config in _configs(manager, name):
         path = str(config.get("dataset_path") or "")
         if "class" in config or "custom_dataset" in config:
-            logger.warning("task '%s' loads its data by code of its own, which pins no version of them", name)
+            logger.warning("task '%s' loads its data with its own code; the data version cannot be pinned", name)
         elif path and path not in _PACKAGED_DATASETS_MODULES and not (folder and (folder / path).is_dir()):
-            found[path] = (config.get("dataset_kwargs") or {}).get("revision")
-    return found
+            datasets[path] = (config.get("dataset_kwargs") or {}).get("revision")
+    return datasets
 
 
 def check_commits(name: str, built: Any, commits: Mapping[str, str]) -> None:
-    """Raises UserError where the harness was given another commit of a dataset than the one that was pinned: without a
-    connection `datasets` takes whatever it has in its cache."""
+    """Raises UserError if a dataset was loaded at another commit than the pinned one: offline, `datasets` uses whatever
+    version is in its cache."""
     commit = commits.get(str(getattr(built, "DATASET_PATH", None)))
     splits: Any = getattr(built, "dataset", None)
     if commit is None or not isinstance(splits, Mapping):
@@ -58,8 +58,8 @@ def check_commits(name: str, built: Any, commits: Mapping[str, str]) -> None:
     files = [file["filename"] for split in splits.values() for file in getattr(split, "cache_files", ())]
     if files and not all(commit in Path(file).parts for file in files):
         raise UserError(
-            f"task '{name}': the cache holds another commit of {built.DATASET_PATH} than {commit}, and the hub cannot "
-            "be reached; fetch that commit while online, or start a new run"
+            f"task '{name}': the cache has another commit of {built.DATASET_PATH} than {commit}, and the hub is not "
+            "reachable; download that commit while online, or start a new run"
         )
 
 

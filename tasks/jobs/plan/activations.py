@@ -7,6 +7,7 @@ Dims: B batch, T time, D model width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.student.modeling import RadladsForCausalLM, norm_names
 
 # A multiple of the kernels' chunk, so that a token's share is exact.
 _TOKENS = 128
@@ -32,7 +33,8 @@ class LayerBytes:
     mlp: int
     """With weights that train."""
     frozen_mlp: int
-    norm: int
+    norms: int
+    """All norms of a layer."""
 
 
 def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerBytes:
@@ -43,14 +45,14 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     config: Any = inner.config
     x = torch.empty(1, _TOKENS, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(_TOKENS, device="meta")[None]
-    rope = tuple(part.to(dtype) for part in getattr(inner, parts.rotary)(x, positions))
+    rope = _rotary_positions(getattr(inner, parts.rotary), x, positions, config)
     known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
     mixer, first = 0, None
     for module in list(student.mixers().values())[:2]:
         mixer, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
         first = mixed.first
     layer: Any = getattr(inner, parts.layers)[0]
-    mlp, norm = getattr(layer, parts.mlp), getattr(layer, parts.mlp_norm)
+    mlp, norms = getattr(layer, parts.mlp), [getattr(layer, name) for name in norm_names(parts)]
     word = dtype.itemsize
     trained, frozen = _experts_bytes(config, word) if _has_experts(mlp) else _mlp_bytes(mlp, x, known)
     return LayerBytes(
@@ -58,8 +60,15 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
         attention=_attention_bytes(config, word),
         mlp=trained,
         frozen_mlp=frozen,
-        norm=_kept(partial(norm, x), known)[0] // _TOKENS + config.hidden_size * word,
+        norms=sum(_kept(partial(norm, x), known)[0] // _TOKENS + config.hidden_size * word for norm in norms),
     )
+
+
+def _rotary_positions(rotary: nn.Module, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """cos and sin; where each kind of layer has its own, those of the first."""
+    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+    cos, sin = rotary(x, positions, config.layer_types[0]) if by_kind else rotary(x, positions)
+    return cos, sin
 
 
 def _kept(run: Callable[[], Any], known: set[int]) -> tuple[int, Any]:

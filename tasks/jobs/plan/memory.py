@@ -175,15 +175,15 @@ def _activations(stage: str, part: Training, networks: NetworkSizes, resources: 
     mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
     rows = networks.hidden * word
     if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
-        passing = of.attention + of.frozen_mlp + 2 * of.norm
+        passing = of.attention + of.frozen_mlp + of.norms
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
         each = rows + target if part.gradient_checkpointing else of.mixer + target
         return tokens * (recurrent * each + passing + of.mixer)
     largest = max(of.mixer if recurrent else 0, of.attention if kept else 0)
     if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
         first = 2 * networks.kv_width * word  # gradients
-        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + 2 * of.norm))
-    each = networks.num_layers * (mlp + 2 * of.norm) + recurrent * of.mixer + kept * of.attention
+        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + of.norms))
+    each = networks.num_layers * (mlp + of.norms) + recurrent * of.mixer + kept * of.attention
     return tokens * (each + largest + mlp)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from radlads.model.student.load import build_student
-from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
+from radlads.model.student.modeling import RadladsForCausalLM, norm_names, parameter_group
 from radlads.model.teacher.load import find_family
 from radlads.model.teacher.weights import build_empty
 from radlads.model.training.lora import linear_names
@@ -128,6 +128,7 @@ def _layer_bytes(student: Any, dtype: torch.dtype) -> LayerBytes:
     if isinstance(student, RadladsForCausalLM):
         return count_layer_bytes(student, dtype)
     values, word = _values(student.config), dtype.itemsize
+    norms = len(norm_names(find_family(student.config)))
     mlp = (4 * values.intermediate_size + values.hidden_size) * word
     attention = (values.hidden_size + 7 * values.num_attention_heads * (getattr(values, "head_dim", None) or 0)) * word
-    return LayerBytes(0, attention, mlp, mlp, 3 * values.hidden_size * word)
+    return LayerBytes(0, attention, mlp, mlp, norms * 3 * values.hidden_size * word)

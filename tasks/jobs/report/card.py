@@ -30,7 +30,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 
 
 def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], *, title: str) -> str:
-    """README.md: YAML metadata, how the model was made, numbers with their sources, usage, limits, recipe."""
+    """README.md: YAML metadata, verdicts, numbers with sources, usage, training, limits, recipe."""
     blocks: list[Block] = [Text(_introduction(products, recipe)), *verdicts]
     tables = [table(products) for table in (summary_table, stages_table, tasks_table, choice_table)]
     if any(table is not None for table in tables):
@@ -40,8 +40,8 @@ def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], 
         Heading("Use"),
         Code(_USAGE, "python"),
         Text(
-            f"It needs `torch` and `transformers` (tested with {TESTED[0]} to {TESTED[1]}), nothing else: the model's "
-            "code is in this folder."
+            f"It needs only `torch` and `transformers` (tested with {TESTED[0]} to {TESTED[1]}); the model's code is "
+            "in this folder."
         ),
         Heading("How it was made"),
         *_making(products, recipe),
@@ -55,7 +55,7 @@ def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], 
 
 
 def teacher_name(recipe: Recipe) -> str:
-    """A teacher's name without the path on somebody's machine."""
+    """The teacher's name, without local paths."""
     if recipe.teacher is None:
         return "nothing (trained from random weights)"
     path = recipe.teacher.path
@@ -85,10 +85,10 @@ def _introduction(products: Products, recipe: Recipe) -> str:
     kept = len(products.attention_layers(recipe))
     layers = products.plan.num_layers if products.plan is not None else None
     if not kept:
-        shape = "In every layer, softmax attention was replaced by a recurrent mixer of constant memory"
+        shape = "In every layer, a recurrent mixer with constant memory replaces softmax attention"
     else:
         share = f"{layers - kept} of its {layers} layers" if layers else "most layers"
-        shape = f"In {share}, softmax attention was replaced by a recurrent mixer of constant memory"
+        shape = f"In {share}, a recurrent mixer with constant memory replaces softmax attention"
     return (
         f"{teacher_name(recipe)}, converted to linear attention by the RADLADS method (arXiv 2505.03005). {shape} "
         f"(`{recipe.student.variant}`)."
@@ -119,29 +119,31 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
             )
         )
     if not any(product for stage in TRAINING_STAGES if (product := products.of_stage(stage))):
-        blocks.append(Text("Weights copied from the teacher; nothing was trained."))
+        blocks.append(Text("The weights are copied from the teacher; no training."))
     return blocks
 
 
 def _each(values: Iterable[int]) -> str:
-    """Different numbers in their order."""
+    """The distinct numbers in order."""
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
 def _limits(products: Products, recipe: Recipe) -> list[Block]:
-    """What a user must not expect. Only what is known of this model."""
+    """Known limits of this model."""
     limits = []
     if recipe.teacher is not None and not products.attention_layers(recipe):
         limits.append(
-            "It has no softmax attention: its memory is a state of fixed size, and it cannot look up arbitrary details "
-            "of a long text. Converted models of this kind lose most retrieval beyond the length they were trained at."
+            "It has no softmax attention: its memory is a state of fixed size, so it cannot retrieve arbitrary details "
+            "of a long text. Such models lose most retrieval beyond their training length."
         )
     contexts = [section.longest_context for stage in TRAINING_STAGES if (section := getattr(recipe, stage)) is not None]
     if contexts:
-        limits.append(f"The longest context it was trained at is {max(contexts)} tokens.")
+        limits.append(f"The longest training context is {max(contexts)} tokens.")
     if products.evaluation is None or not products.evaluation["tasks"]:
-        limits.append("It was not measured on benchmark tasks.")
-    limits.append("One run with one seed; differences of the order of the errors given mean nothing.")
+        limits.append("It was not evaluated on benchmark tasks.")
+    limits.append(
+        "The numbers are from one run with one seed; differences within the given errors are not significant."
+    )
     limits.append(
         "It inherits the knowledge, the biases and the licence terms of its teacher and of its training text."
     )

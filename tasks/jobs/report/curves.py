@@ -1,4 +1,4 @@
-"""Loss curves of the training stages, as pictures."""
+"""Draws the loss curves of the training stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from radlads.tasks.contracts.stages import ALIGN, stage_info
 
 
 def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """One panel a stage: the loss of every step, faint, its running mean, the held-out losses. sheets: train.json."""
+    """One panel per stage: loss per step (faint), running mean, held-out losses. sheets: stage → train.json."""
     figure, axes = plt.subplots(1, len(sheets), figsize=(4.6 * len(sheets), 3.4), squeeze=False, layout="constrained")
     for axis, (stage, sheet) in zip(axes[0], sheets.items(), strict=True):
         steps, losses = np.array(sheet["losses"], dtype=float).T
@@ -41,7 +41,7 @@ def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
 
 
 def draw_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """The align loss of every layer over the steps, early layers dark; False, and no file, where none was logged."""
+    """Draw the align loss of each layer, early layers dark; returns False, without a file, if none was logged."""
     names = sorted({key for row in rows for key in row if key.startswith("layer_")})
     if not names:
         return False
@@ -66,7 +66,7 @@ def draw_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _use_log_scale(axis: Axes) -> None:
-    """Logarithmic, with plain numbers at its ticks."""
+    """Log scale with plain numbers as tick labels."""
     axis.set_yscale("log")
     plain = FuncFormatter(lambda value, _position: f"{value:g}")
     axis.yaxis.set_major_formatter(plain)
@@ -75,7 +75,7 @@ def _use_log_scale(axis: Axes) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over a fiftieth of the curve, with shorter windows at its beginning."""
+    """Running mean over 1/50 of the curve, with shorter windows at the start; same length as values."""
     width = max(1, len(values) // 50)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

@@ -1,4 +1,4 @@
-"""The blocks of a report as one HTML file that needs nothing beside it: style and pictures are inside."""
+"""Renders the blocks of a report as one self-contained HTML file, with inline style and pictures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: var(--note); }
 
 
 def render_html(title: str, blocks: Sequence[Block], folder: Path) -> str:
-    """One self-contained page; pictures are read from `folder`."""
+    """The HTML page; pictures are read from `folder`."""
     headings = [block.text for block in blocks if isinstance(block, Heading)]
     links = "".join(f'<a href="#{_anchor(text)}">{_inline(text)}</a>' for text in headings)
     body = "\n".join(_html(block, folder) for block in blocks)
@@ -103,7 +103,7 @@ def _class(kind: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escaped, with `code` between backticks."""
+    """Escaped text, with backtick spans as <code>."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Number formats for reports."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ NONE = "–"
 
 
 def plain(value: float | None, digits: int | None = None) -> str:
-    """1.2346, 123.46, 1,234,568, or a dash; `digits` after the point where they are given."""
+    """1.2346, 123.46, 1,234,568, or a dash for None. digits: decimal places, by magnitude if None."""
     if value is None:
         return NONE
     return f"{value:,.{_digits(value) if digits is None else digits}f}"
 
 
 def measured(estimate: Mapping[str, float | None] | None) -> str:
-    """1.2346 ± 0.0012, both to the same place."""
+    """1.2346 ± 0.0012, with equal decimal places."""
     if estimate is None or estimate["value"] is None:
         return NONE
     value, error = estimate["value"], estimate.get("stderr")
@@ -34,7 +34,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def rate_of(cell: Mapping[str, float] | None) -> str:
-    """80 % ± 7 of a needle cell, or "not run"."""
+    """80 % ± 7 for a needle cell, or "not run"."""
     if not cell:
         return "not run"
     return f"{100 * cell['mean']:.0f} % ± {100 * cell['stderr']:.0f}"
@@ -65,8 +65,8 @@ def dollars(value: float | None) -> str:
 
 
 def prompt_note(task: Mapping[str, Any]) -> str:
-    """What a task's prompts began with, without which its scores cannot be compared with published ones."""
+    """Whether the prompts of a task begin with BOS, which is needed to compare its scores with published ones."""
     if "begins_with_bos" not in task:
         return ""
-    way = "which is the tokenizer's own way" if task["add_bos"] is None else "as evaluate.add_bos says"
+    way = "the tokenizer's default" if task["add_bos"] is None else "as set by evaluate.add_bos"
     return f"Prompts begin {'with' if task['begins_with_bos'] else 'without'} BOS, {way}."

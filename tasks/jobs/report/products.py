@@ -1,4 +1,4 @@
-"""What the stages of a run left behind, read back for the report: manifests and the small sheets beside the weights."""
+"""Reads the products of a run for its report: manifests and small JSON files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class ReportedProduct:
     """One committed product."""
 
     name: str
-    """The name of the input: a stage, or a dataset."""
+    """Name of the input: a stage or a dataset."""
     prefix: str
     """Its key in the store."""
     manifest: Manifest
 
     @property
     def short(self) -> str:
-        """The beginning of its digest, which names it in the report."""
+        """Prefix of the digest, used as its name in the report."""
         return self.manifest.digest[:12]
 
 
 class Products:
-    """All inputs of a publish job, and the datasets behind them (`datasets`)."""
+    """All inputs of a publish job, and the datasets that they were made from (`datasets`)."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -51,7 +51,7 @@ class Products:
     @property
     def stages(self) -> list[ReportedProduct]:
         """Every product but the datasets, models in the order of the pipeline."""
-        order = (name for name, stage in STAGES.items() if not stage.shared)
+        order = (name for name, stage in STAGES.items() if not stage.several)
         return [product for name in order if (product := self.of_stage(name)) is not None]
 
     @property
@@ -59,24 +59,24 @@ class Products:
         """The last model of the run. Raises UserError when there is none."""
         models = [product for stage in MODEL_STAGES if (product := self.of_stage(stage)) is not None]
         if not models:
-            raise UserError("publish needs a model: none of its inputs comes from a stage that makes one")
+            raise UserError("publish needs a model, but none of its inputs is the product of a stage that makes one")
         return models[-1]
 
     def _find_datasets(self) -> list[ReportedProduct]:
         """The datasets that were given, and those that the given products were made from."""
-        found = {p.manifest.digest: p for p in self.all if p.manifest.stage == TOKENIZE.name}
+        datasets = {p.manifest.digest: p for p in self.all if p.manifest.stage == TOKENIZE.name}
         for product in self.all:
             for name, ref in product.manifest.inputs.items():
-                if name != "data" or ref.digest in found:
+                if name != "data" or ref.digest in datasets:
                     continue
                 prefix = self._job.store.key(ref.uri)
                 manifest = self._job.store.read_manifest(prefix)
                 if manifest is not None:
-                    found[ref.digest] = ReportedProduct(name, prefix, manifest)
-        return list(found.values())
+                    datasets[ref.digest] = ReportedProduct(name, prefix, manifest)
+        return list(datasets.values())
 
     def sheet(self, stage: str, file: str) -> dict[str, Any] | None:
-        """A JSON file of a stage's product; None where the run does not have the stage. Verified."""
+        """A verified JSON file of a stage's product; None if the run has no such product."""
         product = self.of_stage(stage)
         if product is None:
             return None
@@ -84,7 +84,7 @@ class Products:
         return read
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        """metrics.jsonl of a training stage."""
+        """The rows of metrics.jsonl of a training stage; empty if there is none."""
         product = self.of_stage(stage)
         if product is None or not any(entry.path == "metrics.jsonl" for entry in product.manifest.files):
             return []
@@ -92,7 +92,7 @@ class Products:
         return [json.loads(line) for line in text.splitlines() if line.strip()]
 
     def picture(self, stage: str, file: str) -> bytes | None:
-        """A picture of a stage's product."""
+        """A picture of a stage's product; None if the run has no such product."""
         product = self.of_stage(stage)
         return None if product is None else self._job.store.read_file(product.prefix, file)
 
@@ -108,7 +108,7 @@ class Products:
         return self.sheet(CHOOSE.name, "choose.json")
 
     def attention_layers(self, recipe: Recipe) -> tuple[int, ...]:
-        """The layers that are softmax attention in the final model: as chosen, as planned, as the recipe names them."""
+        """Attention layers of the final model: from choose.json, else plan.json, else the recipe."""
         if self.choice is not None:
             return tuple(self.choice["attention_layers"])
         return self.plan.attention_layers if self.plan is not None else tuple(sorted(listed_layers(recipe.student)))
@@ -124,5 +124,5 @@ class Products:
         return self.sheet(NEEDLE.name, "needle.json")
 
     def fetch_model(self, into: Path) -> Path:
-        """The final model's Hugging Face folder, verified, on this machine."""
+        """Download the final model's Hugging Face folder, verified; returns its path."""
         return self._job.store.fetch(self.final.prefix, into, subset="model") / "model"

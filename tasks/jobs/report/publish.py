@@ -1,4 +1,4 @@
-"""publish: the finished model with its card, and the report of the run that made it."""
+"""The publish job: the finished model with its card, and the report of its run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("radlads")
 
 
 def main(job: Job) -> dict[str, Any]:
-    """Write model/ with README.md, report.md, report.html, recipe.yaml and the pictures."""
+    """Write model/ with README.md, report.md, report.html, recipe.yaml and pictures; returns the main metrics."""
     spec: PublishSpec = job.typed
     recipe = spec.recipe
     products = Products(job)
@@ -61,7 +61,7 @@ def main(job: Job) -> dict[str, Any]:
 def copy_model(
     products: Products, scratch: Path, folder: Path, max_shard_bytes: int, trust_remote_code: bool = False
 ) -> None:
-    """The last stage's model; written anew where its shards are larger than asked for. trust_remote_code: of its
+    """Copy the final model; export it again if a shard is larger than max_shard_bytes. trust_remote_code: for its
     tokenizer."""
     scratch.mkdir(parents=True, exist_ok=True)
     source = products.fetch_model(scratch)
@@ -75,7 +75,7 @@ def copy_model(
 
 
 def draw_pictures(products: Products, folder: Path) -> list[str]:
-    """Names of the pictures that the run's products can give: losses.png, layers.png, needle.png."""
+    """Draw or copy the available pictures (losses, layers, needle, choose); returns their file names."""
     pictures = []
     sheets = {stage: sheet for stage in TRAINING_STAGES if (sheet := products.sheet(stage, "train.json")) is not None}
     sheets = {stage: sheet for stage, sheet in sheets.items() if sheet["losses"]}
@@ -100,8 +100,8 @@ def _title(products: Products, recipe: Recipe, run: str) -> str:
 
 
 def _metrics(products: Products) -> dict[str, Any]:
-    """The numbers by which runs are compared, once more in one place."""
-    wanted = (
+    """The metrics by which runs are compared, copied from evaluate and needle."""
+    names = (
         "kl",
         "top1_agreement",
         "bits_per_byte_ratio",
@@ -112,12 +112,12 @@ def _metrics(products: Products) -> dict[str, Any]:
         "needle_ratio",
         "needle_at_training_length_ratio",
     )
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for stage in JUDGING_STAGES:
         product = products.of_stage(stage)
         if product is not None:
-            found |= {key: product.manifest.metrics[key] for key in wanted if key in product.manifest.metrics}
-    return found
+            metrics |= {key: product.manifest.metrics[key] for key in names if key in product.manifest.metrics}
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A report as a list of blocks, and the same blocks as Markdown."""
+"""The blocks of a report, and their Markdown form."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ MARKS: dict[Level, str] = {"good": "OK", "note": "Note", "warning": "Warning"}
 
 @dataclass(frozen=True)
 class Heading:
-    """A section begins."""
+    """A section heading."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `code` between backticks."""
+    """A paragraph; backticks mark code."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One thing that a reader must know, and whether it is good."""
+    """One conclusion, with its level."""
 
     level: Level
     text: str
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG beside the report."""
+    """A PNG file in the report's folder."""
 
     file: str
     alt: str
@@ -53,12 +53,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """A listing; `folded` ones can be opened."""
+    """A listing, optionally folded."""
 
     text: str
     language: str = ""
     folded: str = ""
-    """What the fold says; empty: shown at once."""
+    """Summary of the fold; empty: not folded."""
 
 
 Block = Heading | Text | Verdict | Table | Picture | Code

@@ -1,4 +1,4 @@
-"""What the report of a run says, as blocks. Every number names the product that it comes from by its digest."""
+"""Builds the report of a run as blocks. Every number has the digest of the product that it comes from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SOURCE = "source"
 def build_report(
     products: Products, recipe: Recipe, verdicts: Sequence[Verdict], pictures: Sequence[str]
 ) -> list[Block]:
-    """The whole report. pictures: file names that were drawn."""
+    """The whole report. pictures: file names of the available pictures."""
     blocks: list[Block] = []
     if recipe.description:
         blocks.append(Text(recipe.description))
@@ -43,7 +43,7 @@ def build_report(
 
 
 def summary_table(products: Products) -> Table | None:
-    """Teacher against student; None without any judging stage."""
+    """Teacher and student side by side; None without evaluate and needle."""
     rows: list[tuple[str, str, str, str, str]] = []
     evaluation, judged = products.evaluation, products.of_stage(EVALUATE.name)
     if evaluation is not None and judged is not None:
@@ -52,12 +52,12 @@ def summary_table(products: Products) -> Table | None:
         rows += [
             ("bits per byte", *_pair(teacher, student, "bits_per_byte"), f"× {measured(ratio)}", judged.short),
             (
-                "loss, nats a token",
+                "loss, nats per token",
                 *_pair(teacher, student, "loss"),
                 f"{student['loss_gap']['value']:+.4f}",
                 judged.short,
             ),
-            ("KL(teacher‖student), nats a token", "0", measured(student["kl"]), "", judged.short),
+            ("KL(teacher‖student), nats per token", "0", measured(student["kl"]), "", judged.short),
             ("same most likely token", "100 %", percent(student["top1_agreement"]["value"]), "", judged.short),
         ]
     needle, searched = products.needle, products.of_stage(NEEDLE.name)
@@ -71,14 +71,14 @@ def summary_table(products: Products) -> Table | None:
     return Table(
         ("", "teacher", "student", "student / teacher", _SOURCE),
         rows,
-        "± is one standard error. The source is the digest of the stage whose product holds the number.",
+        "± is one standard error. Source: digest of the product that contains the number.",
         words=(_SOURCE,),
     )
 
 
 def _trained(numbers: dict[str, Any]) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = numbers["at_training_length"]
-    return found
+    cell: dict[str, Any] | None = numbers["at_training_length"]
+    return cell
 
 
 def _pair(teacher: dict[str, Any], student: dict[str, Any], key: str) -> tuple[str, str]:
@@ -153,10 +153,12 @@ def _needle(products: Products, pictures: Sequence[str]) -> list[Block]:
     blocks: list[Block] = [Heading("Needle in a haystack")]
     if "needle.png" in pictures:
         caption = (
-            f"Share of facts found by greedy generation and string match, {sheet['trials']} trials a cell. Dashed: the "
-            f"training length, {sheet['training_length']} tokens. Grey: not run."
+            f"Share of facts found by greedy generation and string match, {sheet['trials']} trials per cell. Dashed: "
+            f"the training length, {sheet['training_length']} tokens. Grey: not run."
         )
-        blocks.append(Picture("needle.png", "Heatmap of needles found by length and depth, a panel a model", caption))
+        blocks.append(
+            Picture("needle.png", "Heatmap of needles found by length and depth, one panel per model", caption)
+        )
     blocks.append(Table(("length", *names, _SOURCE), rows, "Mean over depths.", words=(_SOURCE,)))
     return blocks
 
@@ -187,9 +189,7 @@ def _curves(products: Products, pictures: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
     if "losses.png" in pictures:
         sources = [p.short for stage in TRAINING_STAGES if (p := products.of_stage(stage)) is not None]
-        caption = (
-            f"Training loss of every step (faint), its running mean, held-out losses. Sources: {', '.join(sources)}."
-        )
+        caption = f"Training loss per step (faint), its running mean, held-out losses. Sources: {', '.join(sources)}."
         blocks.append(Picture("losses.png", "Loss curves of the training stages", caption))
     if "layers.png" in pictures:
         caption = "Align, layer by layer: layers that stay high are candidates for `student.attention_layers`."
@@ -222,9 +222,9 @@ def _student(products: Products, recipe: Recipe) -> list[Block]:
         f"{'' if recipe.student.attention_rope or kept == 'none' else ' (without rotary positions)'}. "
         f"Source: {product.short}."
     )
-    caption = "What became of the teacher's parameters at the transplant."
+    caption = "Parameters copied from the teacher, newly initialised and dropped in transplant."
     if products.choice is not None:
-        caption += " The layers chosen after align got the teacher's attention back and lost what was fresh."
+        caption += " In the layers chosen after align, the teacher's attention then replaced the new parameters."
     table = Table(("parameters", "copied", "fresh", "dropped"), rows, caption)
     return [Heading("The student"), Text(text), table]
 
@@ -255,8 +255,8 @@ def _cost(products: Products, recipe: Recipe) -> list[Block]:
     if not rows:
         return []
     header = ("stage", "steps", "tokens", "time", "memory", "GPU hours", "cost", _SOURCE)
-    caption = "Time, memory, GPU hours and cost: planned / actual. Plans are estimates made before anything ran."
-    return [Heading("Plan and reality"), Table(header, rows, caption, words=(_SOURCE,))]
+    caption = "Time, memory, GPU hours and cost: planned / actual. Planned values are estimates made before the run."
+    return [Heading("Planned and actual cost"), Table(header, rows, caption, words=(_SOURCE,))]
 
 
 def gpu_hours(product: ReportedProduct, planned: dict[str, Any]) -> float | None:
@@ -283,7 +283,7 @@ def _data(products: Products) -> list[Block]:
                 product.short,
             )
         )
-    header = ("dataset", "training tokens", "held-out tokens", "documents", "bytes a token", _SOURCE)
+    header = ("dataset", "training tokens", "held-out tokens", "documents", "bytes per token", _SOURCE)
     return [Heading("Data"), Table(header, rows, words=(_SOURCE,))] if rows else []
 
 
@@ -306,7 +306,7 @@ def _provenance(products: Products) -> list[Block]:
     header = ("stage", "digest", "committed", "MLflow run", "code")
     return [
         Heading("Provenance"),
-        Table(header, rows, "A digest covers a stage's settings and its inputs' digests.", words=header),
+        Table(header, rows, "A digest covers the settings of a stage and the digests of its inputs.", words=header),
         Text(f"Versions: {with_versions}."),
     ]
 

@@ -1,4 +1,4 @@
-"""What the numbers of a run say, plainly: what was reached, what was not, what grew worse, what is unknown."""
+"""Verdicts on the metrics of a run: targets reached or missed, regressions, and missing measurements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from radlads.tasks.contracts.stages import STAGES, STUDENT_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.number_format import percent
 from radlads.tasks.jobs.report.report_blocks import Verdict
 
-# A conversion that works at all gets this near to its teacher.
+# Targets of a working conversion, relative to the teacher.
 BITS_PER_BYTE_RATIO = 1.03
 NEEDLE_RATIO = 0.90
-# Below this the teacher itself does not retrieve, and a student's share of nothing says nothing.
+# Minimum needle score of the teacher for a meaningful ratio.
 _TEACHER_RETRIEVES = 0.5
 # Stages that must bring the student nearer to its teacher.
 _TOWARD_TEACHER = tuple(
@@ -27,7 +27,7 @@ def judge(
     needle_metrics: dict[str, Any],
     final_stage: str,
 ) -> list[Verdict]:
-    """The verdicts, warnings first. final_stage: the one that made the student."""
+    """The verdicts, warnings first. final_stage: the stage that made the student."""
     verdicts = [*_judge_text(evaluation, final_stage), *_judge_needle(needle, needle_metrics)]
     order = {"warning": 0, "good": 1, "note": 2}
     return sorted(verdicts, key=lambda verdict: order[verdict.level])
@@ -35,7 +35,7 @@ def judge(
 
 def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Verdict]:
     if evaluation is None:
-        return [Verdict("warning", "The student was not evaluated: nothing is known of its quality.")]
+        return [Verdict("warning", "The student was not evaluated; its quality is unknown.")]
     student = evaluation["models"]["student"]
     ratio = student["bits_per_byte_ratio"]["value"]
     distance = f"{percent(abs(ratio - 1))} {'above' if ratio >= 1 else 'below'} the teacher's"
@@ -46,10 +46,12 @@ def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Ver
         else Verdict("warning", f"The student predicts text worse: its bits per byte are {distance}; {target}.")
     ]
     if evaluation.get("other_teacher"):
-        verdicts.append(Verdict("warning", "It was judged against another teacher than it was converted from."))
+        verdicts.append(
+            Verdict("warning", "The student was compared with a different teacher than the one it was converted from.")
+        )
     verdicts += _judge_stages(evaluation["models"], final_stage)
     if not evaluation["tasks"]:
-        verdicts.append(Verdict("note", "No harness task was run; losses alone hide damage that generation shows."))
+        verdicts.append(Verdict("note", "No harness task was run; losses alone can hide errors that generation shows."))
     verdicts += [verdict for name, task in evaluation["tasks"].items() for verdict in _judge_task(name, task)]
     return verdicts
 
@@ -66,8 +68,7 @@ def _judge_stages(models: dict[str, Any], final_stage: str) -> list[Verdict]:
             verdicts.append(
                 Verdict(
                     "warning",
-                    f"{after} took the student away from its teacher: KL {kl[before]['value']:.4f} → "
-                    f"{kl[after]['value']:.4f}.",
+                    f"{after} increased the KL to the teacher: {kl[before]['value']:.4f} → {kl[after]['value']:.4f}.",
                 )
             )
     if present and STAGES[present[-1]].matches_logits:
@@ -98,7 +99,7 @@ def _judge_task(name: str, task: dict[str, Any]) -> list[Verdict]:
                 Verdict(
                     "warning",
                     f"On {name} ({metric}) the student is {percent(drop)} behind its teacher: "
-                    f"{percent(ours['value'])} against {percent(theirs['value'])}.",
+                    f"{percent(ours['value'])}, teacher {percent(theirs['value'])}.",
                 )
             )
     return verdicts
@@ -112,22 +113,23 @@ def _judge_needle(needle: dict[str, Any] | None, metrics: dict[str, Any]) -> lis
     reached = models["teacher"]["at_training_length"]
     ratio = metrics.get("needle_at_training_length_ratio")
     if reached is None or reached["mean"] < _TEACHER_RETRIEVES or ratio is None:
-        found = "nothing" if not reached else percent(reached["mean"], 0)
+        rate = "none" if not reached else percent(reached["mean"], 0)
         verdicts.append(
             Verdict(
-                "note", f"The teacher itself finds {found} of the needles; there is no retrieval to keep or to lose."
+                "note",
+                f"The teacher itself finds {rate} of the needles, too few to compare the retrieval of the student.",
             )
         )
     else:
-        says = f"{percent(ratio, 0)} of what its teacher finds at the training length ({reached['length']} tokens)"
+        share = f"{percent(ratio, 0)} of its teacher's needles at the training length ({reached['length']} tokens)"
         if ratio >= NEEDLE_RATIO:
-            verdicts.append(Verdict("good", f"The student finds {says}; the target is {percent(NEEDLE_RATIO, 0)}."))
+            verdicts.append(Verdict("good", f"The student finds {share}; the target is {percent(NEEDLE_RATIO, 0)}."))
         else:
             verdicts.append(
                 Verdict(
                     "warning",
-                    f"The student does not retrieve: it finds only {says}; the target is {percent(NEEDLE_RATIO, 0)}. "
-                    f"What keeps retrieval are softmax layers (`student.attention_layers`) and text that needs it.",
+                    f"The student retrieves too little: only {share}; the target is {percent(NEEDLE_RATIO, 0)}. "
+                    f"Softmax layers (`student.attention_layers`) and training text that needs recall improve it.",
                 )
             )
     verdicts += _judge_recall_drop(models)
@@ -135,13 +137,13 @@ def _judge_needle(needle: dict[str, Any] | None, metrics: dict[str, Any]) -> lis
         if numbers["not_run"]:
             lengths = ", ".join(map(str, numbers["not_run"]))
             verdicts.append(
-                Verdict("note", f"The {name} was not run at {lengths} tokens; no mean counts these lengths.")
+                Verdict("note", f"The {name} was not run at {lengths} tokens; the means exclude these lengths.")
             )
     return verdicts
 
 
 def _judge_recall_drop(models: dict[str, Any]) -> list[Verdict]:
-    """Finetuning can erase retrieval without any loss showing it (2606.11052)."""
+    """Warn if retrieval decreased after a stage: finetuning can erase it without a change in loss (2606.11052)."""
     verdicts = []
     student = models["student"]
     for name, numbers in models.items():
@@ -152,8 +154,8 @@ def _judge_recall_drop(models: dict[str, Any]) -> list[Verdict]:
             verdicts.append(
                 Verdict(
                     "warning",
-                    f"Retrieval was lost after {name}: {percent(numbers['mean'], 0)} of the needles then, "
-                    f"{percent(student['mean'], 0)} now. The later stages are no success in this respect.",
+                    f"Retrieval decreased after {name}: {percent(numbers['mean'], 0)} of the needles then, "
+                    f"{percent(student['mean'], 0)} now. The later stages caused this.",
                 )
             )
     return verdicts

@@ -1,7 +1,7 @@
-"""Chats as text: which characters the assistant said, and which control tokens the template wrote.
+"""Renders chats as text, with the character ranges of the assistant and of the template's control tokens.
 
-The words of a message never become control tokens: before a template sees them, every text of a control token in them
-is put out of its sight (a noncharacter and a private one), and put back after it.
+Message text never becomes control tokens: before rendering, each occurrence of a control token's text in a message is
+replaced by a placeholder (a noncharacter and a private-use character), and it is restored afterwards.
 """
 
 from __future__ import annotations
@@ -25,44 +25,43 @@ from radlads.tasks.jobs.sources import first_line, resolve_file
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
-# Unicode noncharacters, which no text may hold: _HIDDEN and a private character stand for the text of a control token.
+# Unicode noncharacters, rejected in messages. _HIDDEN and a private-use character replace the text of a control token.
 _HIDDEN = "\ufdd1"
 _NONCHARACTERS = re.compile("[\ufdd0\ufdd1]")
 _FIRST_PRIVATE = 0xF0000
-# Templates of Llama 3.1 and later write today's date where they are not given one; this is their own fixed default.
+# Templates of Llama 3.1 and later write today's date unless one is given; this is their own fixed default.
 _DATE = "26 Jul 2024"
 _TURN = re.compile(r"<\|[a-z_]+\|>|\[/?[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat as the model reads it."""
+    """A chat rendered by its template."""
 
     text: str
     assistant_spans: tuple[tuple[int, int], ...]
-    """Character ranges [start, end) of `text` that the assistant said, its end-of-turn marker included."""
+    """Character ranges [start, end) of the assistant in `text`, end-of-turn marker included."""
     controls: tuple[Control, ...]
-    """The control tokens in `text`; everything else is words."""
+    """The control tokens in `text`; everything else is plain text."""
 
 
 @dataclass
 class ChatTemplate:
-    """A chat template and the tokenizer that reads what it writes."""
+    """A chat template and the encoder for its output."""
 
     encoder: TokenEncoder
     template: str
     parse: bool = False
-    """Whether the text of a control token in a message is that token."""
+    """Whether a control token's text in a message is encoded as that token."""
     _seen_roles: set[tuple[str, bool]] = field(default_factory=set)
 
     def render(self, messages: Sequence[dict[str, Any]], where: str = "a chat") -> Rendered:
-        """Render and find the assistant's part.
+        """Render a chat and locate the assistant's text.
 
-        Templates with `{% generation %}` marks say it themselves; for others the text is rendered up to each assistant
-        turn, without and with it, and the difference is what the assistant said. An empty thought
-        (`<think></think>`) that the template puts before an answer is not the assistant's. Raises UserError, beginning
-        with `where`, for a chat that the template refuses, leaves out in part, or rewrites so that the difference
-        cannot be told.
+        Templates with `{% generation %}` marks give its ranges. For others the chat is rendered up to each assistant
+        turn, without it and with it; the difference is the assistant's text. An empty thought (`<think></think>`) that
+        the template adds before an answer does not count. Raises UserError, prefixed with `where`, if the template
+        rejects the chat, drops a message, or rewrites earlier turns.
         """
         try:
             return self._render(self._hide(list(messages)))
@@ -70,16 +69,16 @@ class ChatTemplate:
             raise UserError(f"{where}: {error}") from error
 
     def prompt(self, content: str) -> Rendered:
-        """A user's message, up to where the assistant begins. Raises UserError."""
+        """Render one user message and the generation prompt. Raises UserError."""
         messages = self._hide([{"role": "user", "content": content}])
         return self._reveal(self._text(messages, add_generation_prompt=True), ())
 
     def encode(self, rendered: Rendered) -> tuple[list[int], np.ndarray, list[int]]:
-        """(ids, spans [tokens, 2], mask): mask is 1 for a token of what the assistant said. Raises UserError."""
+        """(ids, spans [tokens, 2], mask [tokens]): mask is 1 for tokens of the assistant. Raises UserError."""
         ids, spans, is_control = self.encoder.encode_rendered(rendered.text, rendered.controls)
         mask = np.zeros(len(ids), np.bool_)
         for start, end in rendered.assistant_spans:
-            # Some control tokens swallow the space after them: only where they begin counts.
+            # Some control tokens include the following space, so only their start counts.
             mask |= (spans[:, 0] < end) & (spans[:, 1] > start) & (~is_control | (spans[:, 0] >= start))
         return ids, spans, mask.astype(int).tolist()
 
@@ -94,7 +93,7 @@ class ChatTemplate:
     def _marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         texts, spans = self._call(messages, return_assistant_tokens_mask=True)
         if not spans[0] and any(message["role"] == "assistant" for message in messages):
-            raise UserError("the chat template marks no word of the assistant with {% generation %}")
+            raise UserError("the chat template marks no assistant text with {% generation %}")
         return texts[0], [(start, end) for start, end in spans[0]]
 
     def _by_prefix(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
@@ -105,25 +104,25 @@ class ChatTemplate:
                 continue
             if index == 0:
                 raise UserError(
-                    "the chat begins with the assistant, and the chat template does not mark the assistant's words; "
+                    "the chat begins with the assistant, and the chat template has no {% generation %} marks; "
                     f"begin with a user or system message, or {_way_out()}"
                 )
             before = self._text(messages[:index], add_generation_prompt=True)
             after = self._text(messages[: index + 1])
             if not (after.startswith(before) and whole.startswith(after)):
                 raise UserError(
-                    "the chat template rewrites earlier turns, so the assistant's tokens cannot be told from the rest; "
+                    "the chat template rewrites earlier turns, so the assistant's tokens cannot be located; "
                     f"{_way_out()}, or train on single-turn chats"
                 )
             spans.append((len(before), len(after)))
         return whole, spans
 
     def _check_whole(self, messages: list[dict[str, Any]], text: str) -> None:
-        """Raises UserError where the template leaves a message out, or writes an object as Python would."""
+        """Raises UserError if the template drops a message, or prints an object in Python syntax."""
         for index, message in enumerate(messages):
             calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
             if missing := [key for key in calls if key not in self.template]:
-                raise UserError(f"message {index + 1} has {missing[0]}, of which the chat template knows nothing")
+                raise UserError(f"message {index + 1} has {missing[0]}, which the chat template does not support")
             for key in calls:
                 self._check_objects(message[key], text, index)
             place = (message["role"], index == 0)
@@ -133,8 +132,8 @@ class ChatTemplate:
             changed[index] = message | {"content": message["content"] + " x"}
             if self._text(changed) == text:
                 raise UserError(
-                    f"message {index + 1}: the chat template leaves out what '{message['role']}' says there; drop such "
-                    "messages, or give a chat_template that knows the role"
+                    f"message {index + 1}: the chat template drops the '{message['role']}' message; remove such "
+                    "messages, or set a chat_template that supports the role"
                 )
             self._seen_roles.add(place)
 
@@ -143,8 +142,8 @@ class ChatTemplate:
             shown = repr(value)
             if value and shown in text and shown != json.dumps(value, ensure_ascii=False):
                 raise UserError(
-                    f"message {index + 1}: the chat template writes an object as Python does ({shown[:60]}), not as "
-                    "JSON; mend it with `| tojson`"
+                    f"message {index + 1}: the chat template prints an object in Python syntax ({shown[:60]}), not "
+                    "as JSON; use `| tojson` in the template"
                 )
             for item in value.values() if isinstance(value, dict) else value:
                 self._check_objects(item, text, index)
@@ -158,13 +157,13 @@ class ChatTemplate:
         try:
             return render_jinja_template(conversations=[messages], chat_template=self.template, **options, **names)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"the chat template refuses the chat: {first_line(error)}") from error
+            raise UserError(f"the chat template rejects the chat: {first_line(error)}") from error
 
     def _hide(self, value: Any) -> Any:
-        """The messages with every text of a control token hidden. Raises UserError for noncharacters."""
+        """Replace control-token text in the messages by placeholders. Raises UserError for noncharacters."""
         if isinstance(value, str):
             if _NONCHARACTERS.search(value):
-                raise UserError("a message holds U+FDD0 or U+FDD1, which are no characters; remove them")
+                raise UserError("a message contains U+FDD0 or U+FDD1, which are not characters; remove them")
             return value if self.parse else self.encoder.special_pattern.sub(self._hidden, value)
         if isinstance(value, dict):
             return {key: self._hide(item) for key, item in value.items()}
@@ -172,59 +171,59 @@ class ChatTemplate:
 
     @cached_property
     def _written(self) -> re.Pattern[str]:
-        """What is hidden (group 1), or the text of a control token."""
+        """Matches a placeholder (group 1) or the text of a control token."""
         return re.compile(f"{_HIDDEN}(.)|{self.encoder.special_pattern.pattern}", re.DOTALL)
 
-    def _hidden(self, found: re.Match[str]) -> str:
-        return _HIDDEN + chr(_FIRST_PRIVATE + self.encoder.numbers[found[0]])
+    def _hidden(self, match: re.Match[str]) -> str:
+        return _HIDDEN + chr(_FIRST_PRIVATE + self.encoder.numbers[match[0]])
 
     def _reveal(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
-        """What was hidden put back; spans are of the text with it hidden."""
+        """Restore the text behind placeholders; spans refer to the text with placeholders."""
         specials = self.encoder.specials
         pieces: list[str] = []
         controls: list[Control] = []
-        shifts: list[tuple[int, int]] = []  # (place in the text given, characters gained up to there)
+        shifts: list[tuple[int, int]] = []  # (offset in the given text, characters added before it)
         at = length = gained = 0
-        for found in self._written.finditer(text):
-            pieces.append(text[at : found.start()])
-            length += found.start() - at
-            at = found.end()
-            if found[1] is None:
-                pieces.append(found[0])
-                controls.append(Control(length, length + len(found[0]), self.encoder.numbers[found[0]]))
+        for match in self._written.finditer(text):
+            pieces.append(text[at : match.start()])
+            length += match.start() - at
+            at = match.end()
+            if match[1] is None:
+                pieces.append(match[0])
+                controls.append(Control(length, length + len(match[0]), self.encoder.numbers[match[0]]))
             else:
-                pieces.append(specials[ord(found[1]) - _FIRST_PRIVATE])
+                pieces.append(specials[ord(match[1]) - _FIRST_PRIVATE])
                 gained += len(pieces[-1]) - 2
                 shifts.append((at, gained))
             length += len(pieces[-1])
         whole = "".join([*pieces, text[at:]])
 
-        def moved(place: int) -> int:
-            return place + next((more for end, more in reversed(shifts) if end <= place), 0)
+        def moved(offset: int) -> int:
+            return offset + next((more for end, more in reversed(shifts) if end <= offset), 0)
 
-        said = [_words(whole, controls, moved(start), moved(end)) for start, end in spans]
-        return Rendered(whole, tuple(span for span in said if span[0] < span[1]), tuple(controls))
+        trimmed = [_words(whole, controls, moved(start), moved(end)) for start, end in spans]
+        return Rendered(whole, tuple(span for span in trimmed if span[0] < span[1]), tuple(controls))
 
 
 def _words(text: str, controls: Sequence[Control], start: int, end: int) -> tuple[int, int]:
-    """A span without an empty thought before the answer, and without what follows its end-of-turn token."""
+    """Trim a span: no empty thought before the answer, nothing after the end-of-turn token."""
     if thought := _EMPTY_THOUGHT.match(text, start, end):
         start = thought.end()
-    words = end
+    turn_end = end
     for control in reversed(controls):
-        if control.end > words:
+        if control.end > turn_end:
             continue
-        if control.start < start or text[control.end : words].strip():
+        if control.start < start or text[control.end : turn_end].strip():
             break
-        # Nothing but space and control tokens follows: the turn ends here, or earlier.
-        words, end = control.start, control.end
+        # Only whitespace and control tokens follow: the turn ends here or earlier.
+        turn_end, end = control.start, control.end
     return start, end
 
 
 def open_chat_template(encoder: TokenEncoder, name: str | None, *, parse: bool = False) -> ChatTemplate:
-    """The template that a source asks for: `template:NAME` for a shipped one, a file, or (None) the tokenizer's own.
+    """Open a shipped template (`template:NAME`), a template file, or the tokenizer's own (None).
 
-    Raises UserError where there is none, where it writes today's date, or where the tokenizer lacks its control tokens.
+    Raises UserError if there is none, if it writes today's date, or if the tokenizer lacks its control tokens.
     """
     if name is not None:
         template = _read(resolve_file(name))
@@ -242,7 +241,7 @@ def open_chat_template(encoder: TokenEncoder, name: str | None, *, parse: bool =
         raise UserError(f"the tokenizer has several chat templates and none is the default; {_way_out()}") from error
     if "strftime_now" in template and "date_string" not in template:
         raise UserError(
-            f"the tokenizer's chat template writes today's date, so that tomorrow the same recipe gives other tokens; "
+            f"the tokenizer's chat template writes today's date, so the tokens would change from day to day; "
             f"{_way_out()}"
         )
     return ChatTemplate(encoder, template, parse)
@@ -265,4 +264,4 @@ def _check_known(encoder: TokenEncoder, template: str, name: str) -> None:
 
 def _way_out() -> str:
     names = ", ".join(shipped_chat_templates())
-    return f"set chat_template on the source: one of {names}, or a Jinja file of your own with {{% generation %}} marks"
+    return f"set chat_template on the source: one of {names}, or your own Jinja file with {{% generation %}} marks"

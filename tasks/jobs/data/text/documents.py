@@ -1,4 +1,4 @@
-"""Documents of a corpus, one after the other, whatever it is stored in."""
+"""Iterates over the documents of a source: files, hub datasets, samples, recall text."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from radlads.tasks.jobs.sources import expand_paths, first_line, resolve_file
 
 @dataclass(frozen=True)
 class Document:
-    """One document: plain text, or a chat (exactly one of the two)."""
+    """One document: either plain text or a chat."""
 
     text: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     where: str = field(default="", compare=False)
-    """File and line, or row, for messages."""
+    """File and line or row, for error messages."""
     replaced: int = 0
-    """Bad characters that were replaced."""
+    """Number of invalid characters that were replaced."""
     source: int = 0
-    """Which of the dataset's sources it is from."""
+    """Index of its source in the dataset."""
 
     @property
     def canonical(self) -> str:
-        """What the document's hash, and its size, are made of."""
+        """The text that the document's hash and size are computed from."""
         if self.text is not None:
             return self.text
         return json.dumps(self.messages, ensure_ascii=False, sort_keys=True, default=str)
@@ -52,19 +52,19 @@ class Document:
 
 @dataclass(frozen=True)
 class RowReader:
-    """How rows with fields become documents."""
+    """Converts rows with fields to documents."""
 
     text_field: str = "text"
     messages_field: str | None = None
     replace: bool = False
-    """Replace bad characters; otherwise the first is an error."""
+    """Replace invalid characters; otherwise the first one is an error."""
 
     @property
     def field(self) -> str:
         return self.messages_field or self.text_field
 
     def documents(self, rows: Iterator[tuple[int, dict[str, Any]]], name: str, unit: str) -> Iterator[Document]:
-        """Documents of (number, row), empty ones left out. unit: what is numbered, `line` or `row`."""
+        """Documents of (number, row), skipping empty ones. unit: `line` or `row`, for messages."""
         for number, row in rows:
             where = f"{name}, {unit} {number}"
             if self.field not in row:
@@ -77,8 +77,7 @@ class RowReader:
     def _text(self, value: Any, where: str) -> Document:
         if not isinstance(value, str):
             raise UserError(
-                f"{where}: the field '{self.field}' holds a {type(value).__name__}, not text; for chats set "
-                "messages_field"
+                f"{where}: the field '{self.field}' is a {type(value).__name__}, not text; for chats set messages_field"
             )
         text, replaced = clean(value, lambda _: where, replace=self.replace)
         return Document(text=text, where=where, replaced=replaced)
@@ -107,15 +106,14 @@ class RowReader:
 def iterate_documents(
     source: Source, *, tokenizer: PreTrainedTokenizerBase, skip: int = 0, samples: Path | None = None
 ) -> Iterator[Document]:
-    """The source's documents in its own fixed order, empty ones left out, without the first `skip`.
+    """The non-empty documents of a source in a fixed order, after the first `skip`.
 
-    samples: samples.jsonl, what a `sample` source has sampled. Raises UserError for what cannot be read, with the file
-    and the line.
+    samples: the samples.jsonl of a `sample` source. Raises UserError with file and line for unreadable input.
     """
     if isinstance(source, SampleSource):
         if samples is None:
             raise UserError("a `sample` source needs the teacher to be sampled first")
-        # What a model says can hold a NUL, which is no fault that a user could mend.
+        # Sampled text can contain NUL, which the user cannot fix.
         rows = RowReader(replace=True)
         return itertools.islice(rows.documents(json_rows(samples), str(samples), "line"), skip, None)
     if isinstance(source, RecallSource):
@@ -136,7 +134,7 @@ def _file_documents(source: FilesSource) -> Iterator[Document]:
 def read_file(name: str, reader: RowReader, *, separator: str | None = None) -> Iterator[Document]:
     """Documents of one parquet, jsonl or text file, the latter two plain or gzipped.
 
-    Raises UserError for what cannot be read, and for a file without any document.
+    Raises UserError for unreadable input and for a file without documents.
     """
     path = resolve_file(name)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -156,13 +154,13 @@ def read_file(name: str, reader: RowReader, *, separator: str | None = None) -> 
         raise UserError(f"{name}: unknown kind of file; known endings are {known} (all but parquet also with .gz)")
     first = next(documents, None)
     if first is None:
-        raise UserError(f"{name}: the file holds no document; leave it out")
+        raise UserError(f"{name}: the file contains no document; remove it from the source")
     yield first
     yield from documents
 
 
 def _hub_documents(source: HubSource) -> Iterator[Document]:
-    # Imported here: it takes seconds, and most corpora are files.
+    # Imported here: it takes seconds, and most sources are files.
     from datasets import load_dataset
 
     try:
@@ -177,7 +175,7 @@ def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, 
     try:
         for number, row in enumerate(rows, start=1):
             yield number, row
-    except ValueError as error:  # of the data; what the network does to it may pass, and is tried again
+    except ValueError as error:  # an error in the data; network errors propagate and are retried
         raise UserError(f"{name}, after row {number}: {damage(error)}") from error
 
 
@@ -185,7 +183,7 @@ def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, 
     paths = [resolve_file(name) for name in expand_paths(source.haystack)]
     filler = load_filler(paths, source.haystack_separator)
     for index in range(skip, source.documents):
-        # One seed a document: any of them can be made without those before it.
+        # One seed per document, so that any document can be built without the earlier ones.
         rng = random.Random(f"{source.seed}:{index}")
         length = source.lengths[index % len(source.lengths)]
         text = build_document(tokenizer, filler, length=length, rng=rng, most_facts=source.facts)
@@ -193,7 +191,7 @@ def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, 
 
 
 def first_documents(source: Source, *, tokenizer: PreTrainedTokenizerBase, count: int) -> Sequence[Document]:
-    """The first documents of a source that can be read before the job runs (none of a `sample` source)."""
+    """The first documents of a source, at most `count`; none of a `sample` source."""
     if isinstance(source, SampleSource):
         return []
     return list(itertools.islice(iterate_documents(source, tokenizer=tokenizer), count))

@@ -1,6 +1,6 @@
-"""Messages of a chat as they stand in a data file → messages as a template reads them: role, text, what else it knows.
+"""Converts chat messages of a data file to the form that templates read: role, text content, tool calls.
 
-What has no place in a text is refused: images, audio, objects that a template would print as Python writes them.
+Non-text content (images, audio, other objects) is rejected.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def read_messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """The messages of one row. Raises UserError, naming the row and the message, for what is not a chat of text.
+    """The messages of one row. Raises UserError, naming the row and the message, for anything but a text chat.
 
-    A list of text parts is joined without anything between, as templates that take parts do; keys that hold null are
-    left out; arguments of tool calls given as JSON text are read.
+    Lists of text parts are concatenated, as templates that accept parts do. Keys with a null value are dropped.
+    Tool-call arguments given as JSON text are parsed.
     """
     if not isinstance(value, list | tuple):
-        raise UserError(f"{where}: expected a list of {{role, content}} messages, found {_kind(value)}")
+        raise UserError(f"{where}: expected a list of {{role, content}} messages, got {_kind(value)}")
     return tuple(_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1))
 
 
 def _message(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object with role and content, found {_kind(value)}")
+        raise UserError(f"{where}: expected an object with role and content, got {_kind(value)}")
     message = {key: item for key, item in value.items() if item is not None}
     if not isinstance(message.get("role"), str) or not message["role"].strip():
         hint = (
@@ -57,7 +57,7 @@ def _part(part: Any, where: str) -> str:
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else _kind(part)
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise UserError(f"{where}: a part of its content is '{kind}', and only text can be learned from; leave it out")
+        raise UserError(f"{where}: a part of its content is '{kind}', but only text is supported; remove it")
     text: str = part["text"]
     return text
 
@@ -77,7 +77,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
         try:
             parsed = json.loads(arguments)
         except (ValueError, RecursionError):
-            return call  # text that is no JSON stays the text that it is
+            return call  # not JSON: keep the text
         if isinstance(parsed, dict):
             call["arguments"] = parsed
     return call

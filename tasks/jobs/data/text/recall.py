@@ -1,13 +1,13 @@
-"""Recall text: a haystack of ordinary sentences that hides facts, and questions about them at the end.
+"""Recall text: facts hidden in a haystack of ordinary sentences, with questions about them at the end.
 
-One format serves both to train recall (the `recall` data source) and to measure it (the needle stage):
+The same format trains recall (the `recall` data source) and measures it (the needle stage):
 
     fact      The red dog says castle drum.
     question  What does the red dog say? The red dog says
     answer    castle drum
 
-It is the single- and multi-key retrieval of RULER (2404.06654) in words that a very small model knows. A fact's
-place is a depth: 0 is the beginning of the haystack, 1 its end, just before the question.
+It is the single- and multi-key retrieval of RULER (2404.06654) with words that a very small model knows. The depth of
+a fact is its relative position: 0 is the start of the haystack, 1 its end, just before the question.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+")
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to remember."""
+    """A key and the value to recall for it."""
 
     key: str
     value: str
@@ -62,13 +62,13 @@ class Fact:
 
     @property
     def question(self) -> str:
-        """Ends where the answer begins, without the space before it."""
+        """The question, up to the answer, without the space before it."""
         return f"What does the {self.key} say? The {self.key} says"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt of the needle grid and the string that its continuation must hold."""
+    """One prompt of the needle grid and the string that its continuation must contain."""
 
     prompt: str
     prompt_ids: list[int]
@@ -77,41 +77,41 @@ class Case:
 
 @dataclass(frozen=True)
 class Quiz:
-    """A document that asks for its facts and answers itself."""
+    """A document with facts, questions and answers, for scoring without generation."""
 
     text: str
     ids: list[int]
     answers: list[int]
-    """Of every token: the number of the answer that it belongs to, from 1 on; 0 elsewhere."""
+    """For each token, the number (from 1) of the answer that it belongs to; 0 elsewhere. [tokens]"""
 
 
 def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
-    """Sentences of the given text files (plain or .gz), in order; of the built-in filler where no file is given.
+    """Sentences of the given text files (plain or .gz), in order; the built-in filler if no file is given.
 
-    separator: what parts documents; it never appears in a sentence. Raises UserError for a file without sentences, and
-    for one that cannot be read.
+    separator: the text between documents; never part of a sentence. Raises UserError for an unreadable file and for a
+    file without sentences.
     """
     if not paths:
         return list(_BUILT_IN_FILLER)
     sentences: list[str] = []
     for path in map(Path, paths):
         documents = [document for _, document, _ in clean_documents(path, separator)]
-        found = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
-        if not found:
-            raise UserError(f"{path}: no sentences to make a haystack of; give a text file in `haystack`")
-        sentences += found
+        parts = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
+        if not parts:
+            raise UserError(f"{path}: contains no sentences; give a text file in `haystack`")
+        sentences += parts
     return sentences
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts with different keys. Raises UserError when there are not that many keys."""
+    """Draw `count` facts with distinct keys. Raises UserError if there are not enough keys."""
     total = len(_ADJECTIVES) * len(_NOUNS)
     if count > total:
-        raise UserError(f"{count} facts asked for, but there are only {total} different keys; ask for fewer")
+        raise UserError(f"{count} facts requested, but there are only {total} distinct keys; use fewer facts")
     keys = [
         f"{_ADJECTIVES[i % len(_ADJECTIVES)]} {_NOUNS[i // len(_ADJECTIVES)]}" for i in rng.sample(range(total), count)
     ]
-    # Two words: chance is one in thousands, and no word of a value is a word of a key.
+    # Two words: a random guess is right once in thousands. Values and keys share no words.
     return [Fact(key, " ".join(rng.sample(_VALUES, 2))) for key in keys]
 
 
@@ -125,24 +125,23 @@ def build_case(
     num_facts: int = 1,
     frame: Frame = BARE,
 ) -> Case:
-    """A prompt of at most `length` tokens, less than a sentence short of it, with the asked fact at `depth` in [0, 1].
+    """A prompt of at most `length` tokens, within one sentence of it, with the queried fact at `depth` in [0, 1].
 
-    The other num_facts − 1 facts are distractors at random depths. frame: what stands before the prompt, counted in its
-    length. Raises UserError when the length cannot hold
-    facts and question.
+    The other num_facts − 1 facts are distractors at random depths. frame: tokens before the prompt, counted in
+    `length`. Raises UserError if facts and question do not fit in `length`.
     """
     facts = draw_facts(rng, num_facts)
-    asked = facts[0]
-    fixed = [fact.sentence for fact in facts] + [asked.question]
+    queried = facts[0]
+    fixed = [fact.sentence for fact in facts] + [queried.question]
     length -= len(frame.before)
     sentences = _filler_of(tokenizer, filler, _room(tokenizer, fixed, length), rng)
     while True:
-        places = [(depth, asked.sentence)] + [(rng.random(), fact.sentence) for fact in facts[1:]]
-        prompt = " ".join([*_insert(sentences, places), asked.question])
+        places = [(depth, queried.sentence)] + [(rng.random(), fact.sentence) for fact in facts[1:]]
+        prompt = " ".join([*_insert(sentences, places), queried.question])
         (ids,) = text_ids(tokenizer, [prompt])
         if len(ids) <= length:
-            return Case(prompt, [*frame.before, *ids], asked.value)
-        # Joined text can take a token more than its parts; give up a sentence.
+            return Case(prompt, [*frame.before, *ids], queried.value)
+        # Joined text can have more tokens than its parts; drop a sentence.
         if not sentences:
             raise UserError(_too_short(length, len(ids)))
         sentences.pop()
@@ -156,12 +155,12 @@ def build_document(
     rng: random.Random,
     most_facts: int | None = None,
 ) -> str:
-    """Training text for recall, of about `length` tokens or fewer, one of three kinds.
+    """Training text for recall, up to about `length` tokens, of one of three kinds.
 
-    Three in ten repeat a list of random words, from which copying is learned first; four in ten are facts and then all
-    the questions, with nothing between; three in ten are facts scattered in a haystack, asked at its end. Only the
-    last kind fills the length: the short ones are what makes recall form at all in a small model. most_facts: of a
-    document; None: 8 in a haystack, 10 without one.
+    30 %: a repeated list of random words, which trains copying. 40 %: facts followed directly by all questions and
+    answers. 30 %: facts scattered in a haystack, with questions and answers at the end. Only the last kind fills
+    `length`; a small model does not learn recall without the short ones. most_facts: per document; None: 8 in a
+    haystack, 10 without one.
     """
     kind = rng.random()
     if kind < 0.3:
@@ -181,14 +180,14 @@ def build_document(
 def build_quiz(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random) -> Quiz:
     """Facts scattered in a haystack, then every question with its answer, in at most `length` tokens.
 
-    For models that are asked without generating: an answer's tokens are judged where they stand. Up to eight facts,
-    one for every 32 tokens. Raises UserError when the length cannot hold one.
+    For teacher-forced scoring of the answer tokens, without generation. One fact per 32 tokens, at most eight. Raises
+    UserError if not even one fact fits in `length`.
     """
     num_facts = max(1, min(8, length // 32))
     while True:
         facts = draw_facts(rng, num_facts)
-        asked = rng.sample(facts, num_facts)
-        fixed = [*(fact.sentence for fact in facts), *(f"{fact.question} {fact.value}." for fact in asked)]
+        queried = rng.sample(facts, num_facts)
+        fixed = [*(fact.sentence for fact in facts), *(f"{fact.question} {fact.value}." for fact in queried)]
         room = _room(tokenizer, fixed, length, strict=num_facts == 1)
         if room >= 0:
             break
@@ -198,7 +197,7 @@ def build_quiz(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, len
     while True:
         text = " ".join(_insert(sentences, places))
         bounds = [0]
-        for fact in asked:
+        for fact in queried:
             text += f" {fact.question}"
             bounds.append(_count(tokenizer, text))
             text += f" {fact.value}"
@@ -218,7 +217,7 @@ def build_quiz(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, len
 
 
 def vocabulary() -> list[str]:
-    """Every word that facts are made of."""
+    """All words used in facts, sorted."""
     return sorted({*_ADJECTIVES, *_NOUNS, *_VALUES})
 
 
@@ -227,7 +226,7 @@ def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def _room(tokenizer: PreTrainedTokenizerBase, fixed: Sequence[str], length: int, *, strict: bool = True) -> int:
-    """Tokens left for filler beside the sentences that must be there."""
+    """Tokens remaining for filler beside the required sentences."""
     used = _count(tokenizer, " ".join(fixed))
     if strict and used > length:
         raise UserError(_too_short(length, used))
@@ -235,16 +234,16 @@ def _room(tokenizer: PreTrainedTokenizerBase, fixed: Sequence[str], length: int,
 
 
 def _too_short(length: int, needed: int) -> str:
-    return f"a needle prompt of {length} tokens cannot hold its fact and question, which take {needed}; use longer ones"
+    return f"a needle prompt of {length} tokens is too short for its fact and question ({needed} tokens)"
 
 
 def _filler_of(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], room: int, rng: random.Random) -> list[str]:
-    """Consecutive filler sentences, from a random start and around the end, that fill `room` tokens."""
+    """Consecutive filler sentences (cyclic, from a random start) that fill `room` tokens."""
     start = rng.randrange(len(filler))
     chosen: list[str] = []
     index = start
     while room > 0:
-        # Batches keep the tokenizer's call overhead away.
+        # Batches amortise the tokenizer's call overhead.
         batch = [filler[(index + i) % len(filler)] for i in range(16)]
         for sentence, ids in zip(batch, text_ids(tokenizer, [" " + s for s in batch]), strict=True):
             if len(ids) > room:
@@ -256,7 +255,7 @@ def _filler_of(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], room: 
 
 
 def _insert(sentences: Sequence[str], places: Sequence[tuple[float, str]]) -> list[str]:
-    """The sentences with each of `places` (depth, sentence) put in at its depth."""
+    """Insert each (depth, sentence) of `places` into the sentences at its depth."""
     slots: dict[int, list[str]] = {}
     for depth, sentence in places:
         slots.setdefault(round(depth * len(sentences)), []).append(sentence)

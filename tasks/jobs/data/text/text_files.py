@@ -1,7 +1,7 @@
-"""Text, JSON-lines and parquet files, read so that whatever is wrong with one is a single line with its place.
+"""Readers for text, JSON-lines and parquet files; every error is one line with file and line or row.
 
-Bytes that are not UTF-8 become lone surrogates on the way in (`surrogateescape`), so that they, the lone surrogates of
-JSON escapes, and NUL are found by one check, `clean`, with the file and the line.
+Bytes that are not UTF-8 are decoded to lone surrogates (`surrogateescape`), so that one check, `clean`, detects them,
+the lone surrogates of JSON escapes, and NUL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from radlads.tasks.contracts.errors import UserError, did_you_mean
 from radlads.tasks.jobs.sources import first_line
 
 MAX_CHARACTERS = 64 << 20
-"""Of one document, and of one line of JSON. A longer one is a separator or a line break that is missing."""
+"""Maximum length of a document or a JSON line. A longer one indicates a missing separator or line break."""
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _READ_CHARACTERS = 1 << 20
@@ -32,17 +32,17 @@ _REPLACEMENT = "\ufffd"
 
 
 def clean(text: str, where: Callable[[int], str], *, replace: bool) -> tuple[str, int]:
-    """(text, replaced): a text that can be encoded as UTF-8 and holds no NUL.
+    """(text, replaced): a text that is valid UTF-8 without NUL, and the number of replaced characters.
 
-    where: place of a character, for the message. replace: put U+FFFD for each bad character and count them; otherwise
-    raises UserError for the first.
+    where: position of a character, for the message. replace: substitute U+FFFD for each invalid character; otherwise
+    raises UserError for the first one.
     """
     if "\0" not in text and _is_utf8(text):
         return text, 0
     bad = [at for at, character in enumerate(text) if character == "\0" or "\ud800" <= character <= "\udfff"]
     if not replace:
         raise UserError(
-            f"{where(bad[0])}: {_name_of(text[bad[0]])}; mend the file, or set bad_characters: replace on the source"
+            f"{where(bad[0])}: {_name_of(text[bad[0]])}; fix the file, or set bad_characters: replace on the source"
         )
     characters = list(text)
     for at in bad:
@@ -65,12 +65,12 @@ def _name_of(character: str) -> str:
         return "a NUL character"
     if "\udc80" <= character <= "\udcff":
         return f"the byte 0x{ord(character) - 0xDC00:02x} is not UTF-8"
-    return f"a lone surrogate, \\u{ord(character):04x}, is no character"
+    return f"a lone surrogate, \\u{ord(character):04x}, is not a character"
 
 
 @contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """A plain or gzipped file as characters, without a byte-order mark. Raises UserError for UTF-16 and UTF-32."""
+    """Open a plain or gzipped UTF-8 file as text, without byte-order mark. Raises UserError for UTF-16 and UTF-32."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as binary:
         beginning = binary.peek(4)[:4]
         if beginning.startswith(_WIDE_MARKS):
@@ -79,9 +79,9 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
 
 
 def text_documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
-    """(line where it begins, document) of a text file, surrounding space removed, empty ones left out.
+    """Yield (first line, document) for the stripped, non-empty documents of a text file.
 
-    separator: what stands between documents; None: the file is one. CRLF is read as LF. Raises UserError.
+    separator: the text between documents; None: the file is one document. CRLF is read as LF. Raises UserError.
     """
     rest, line, searched = "", 1, 0
     try:
@@ -99,7 +99,7 @@ def text_documents(path: Path, separator: str | None) -> Iterator[tuple[int, str
                 if len(rest) > MAX_CHARACTERS:
                     raise UserError(
                         f"{path}, line {line}: a document of more than {MAX_CHARACTERS >> 20} million characters "
-                        "begins here; set `separator` to what stands between documents, or cut the file"
+                        "begins here; set `separator` to the text between documents, or split the file"
                     )
     except _UNREADABLE as error:
         raise UserError(f"{path}, after line {line + rest.count(chr(10))}: {damage(error)}") from error
@@ -107,7 +107,7 @@ def text_documents(path: Path, separator: str | None) -> Iterator[tuple[int, str
 
 
 def clean_documents(path: Path, separator: str | None, *, replace: bool = False) -> Iterator[tuple[int, str, int]]:
-    """(line, document, characters replaced) of a text file. Raises UserError."""
+    """Yield (line, document, characters replaced) for a text file. Raises UserError."""
     for line, text in text_documents(path, separator):
 
         def place(at: int, line: int = line, text: str = text) -> str:
@@ -122,7 +122,7 @@ def _stripped(line: int, text: str) -> Iterator[tuple[int, str]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of a file with one JSON object a line, empty lines left out. Raises UserError."""
+    """Yield (line, object) for a file with one JSON object per line; empty lines are skipped. Raises UserError."""
     number = 0
     try:
         with open_text(path, newline="\n") as stream:
@@ -131,7 +131,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if len(line) > MAX_CHARACTERS:
                     raise UserError(
                         f"{path}, line {number}: longer than {MAX_CHARACTERS >> 20} million characters; "
-                        "one JSON object a line is expected"
+                        "expected one JSON object per line"
                     )
                 if line.strip():
                     yield number, _json_object(line, f"{path}, line {number}")
@@ -143,21 +143,21 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        # A list over several lines shows as a first line that does not end.
-        hint = " (this begins a JSON array; write its objects one a line)" if line.lstrip().startswith("[") else ""
+        # A JSON array over several lines fails on its first line.
+        hint = " (this starts a JSON array; write one object per line)" if line.lstrip().startswith("[") else ""
         raise UserError(
-            f"{place}: not valid JSON ({error.msg}, character {error.colno}); one object a line is expected{hint}"
+            f"{place}: not valid JSON ({error.msg}, character {error.colno}); expected one object per line{hint}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not usable JSON: {first_line(error)}") from error
     if not isinstance(row, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(type(row), "a number")
-        raise UserError(f'{place}: expected a JSON object with fields, {{"text": ...}}, found {kind}')
+        raise UserError(f'{place}: expected a JSON object with fields, {{"text": ...}}, got {kind}')
     return row
 
 
 def parquet_rows(path: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row counted from 1, {field: value}) of a parquet file. Raises UserError."""
+    """Yield (row from 1, {field: value}) for a parquet file. Raises UserError."""
     number = 0
     try:
         with pq.ParquetFile(path) as table:
@@ -183,13 +183,13 @@ def _values(column: pa.Array, place: str) -> list[Any]:
 
 
 def damage(error: BaseException) -> str:
-    """What is wrong with a file that cannot be read on."""
+    """The error text for a file that cannot be read further."""
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
-    return f"the file is damaged or cut short ({first_line(error)}); write or fetch it again"
+    return f"the file is damaged or truncated ({first_line(error)}); write or download it again"
 
 
 def no_field(where: str, field: str, present: Iterable[str]) -> str:
-    """The message for a field that is not there."""
+    """The error text for a missing field."""
     names = list(present)
     return f"{where} has no field '{field}'; it has: {', '.join(names) or 'none'}{did_you_mean(field, names)}"

@@ -1,8 +1,8 @@
-"""Text → token ids, by one set of rules for documents, chats and prompts.
+"""Text → token ids, with the same rules for documents, chats and prompts.
 
-Control tokens (a tokenizer's special tokens) come from whoever frames a text: BOS and EOS of a document, a chat
-template. The text of one inside a document or a message is text, unless it is asked to be parsed. Added tokens that
-are not special (`<think>`, `<tool_call>`) are vocabulary and always recognised.
+Control tokens (a tokenizer's special tokens) are added by the document frame (BOS, EOS) or by a chat template. Their
+text inside a document or message is encoded as plain text, unless parsing is requested. Added tokens that are not
+special (`<think>`, `<tool_call>`) are vocabulary and always recognised.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
 
-# Unicode noncharacters, "for internal use": _MARK and a private character stand for one control token.
+# A Unicode noncharacter. _MARK and a private-use character represent one control token.
 _MARK = "\ufdd0"
 _FIRST_PRIVATE = 0xF0000
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control token that a template wrote: characters [start, end) of a rendered chat."""
+    """A control token written by a template: characters [start, end) of a rendered chat."""
 
     start: int
     end: int
     number: int
-    """Which of `TokenEncoder.specials`."""
+    """Index into `TokenEncoder.specials`."""
 
 
 @dataclass
 class TokenEncoder:
-    """Encodes with one tokenizer. `specials`: the texts of its control tokens."""
+    """Encodes text with one tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
 
     @cached_property
     def specials(self) -> tuple[str, ...]:
-        """Texts of the control tokens, longest first, so that the first one that matches is the right one."""
+        """Texts of the control tokens, longest first, so that alternation matches the longest."""
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
         known = (text for text in texts if text.strip() and self._id(text) is not None)
@@ -50,7 +50,7 @@ class TokenEncoder:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Text of a control token → which of `specials` it is."""
+        """Text of a control token → its index in `specials`."""
         return {text: number for number, text in enumerate(self.specials)}
 
     @cached_property
@@ -59,16 +59,16 @@ class TokenEncoder:
         return re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
 
     def count_specials(self, text: str) -> int:
-        """How often a text holds the text of a control token."""
+        """Number of occurrences of control-token text."""
         return sum(1 for _ in self.special_pattern.finditer(text))
 
     def encode_texts(
         self, texts: Sequence[str], *, parse: bool = False, offsets: bool = False
     ) -> list[tuple[list[int], np.ndarray | None]]:
-        """(ids, spans) of each text, nothing added. spans: characters [start, end) of each token [tokens, 2], where
-        asked for and the tokenizer is a fast one.
+        """(ids, spans) of each text, without BOS or EOS. spans: character range [start, end) per token, [tokens, 2],
+        or None unless `offsets` is set and the tokenizer is fast.
 
-        parse: recognise control tokens. Raises UserError for a tokenizer that makes them out of plain text.
+        parse: recognise control tokens. Raises UserError if the tokenizer produces them from plain text anyway.
         """
         if not texts:
             return []
@@ -89,10 +89,10 @@ class TokenEncoder:
         ]
 
     def encode_rendered(self, text: str, controls: Sequence[Control]) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """(ids, spans [tokens, 2], is_control [tokens]) of a rendered chat, whose control tokens are `controls` and no
-        others. Raises UserError without a fast tokenizer."""
+        """(ids, spans [tokens, 2], is_control [tokens]) of a rendered chat; only `controls` become control tokens.
+        Raises UserError without a fast tokenizer."""
         pieces: list[str] = []
-        # Character of the marked text → character of the text. One control is two characters there.
+        # Offset in the marked text → offset in the text. A control token is two characters in the marked text.
         places: list[np.ndarray] = []
         at = 0
         for control in controls:
@@ -113,10 +113,10 @@ class TokenEncoder:
         if self._suspicious:
             for row in ids:
                 if not self._suspicious.isdisjoint(row):
-                    found = self.tokenizer.convert_ids_to_tokens(next(i for i in row if i in self._suspicious))
+                    token = self.tokenizer.convert_ids_to_tokens(next(i for i in row if i in self._suspicious))
                     raise UserError(
-                        f"this tokenizer makes the control token '{found}' out of plain text, so that text cannot be "
-                        "told from control; set special_tokens: parse on the source to take it so"
+                        f"this tokenizer encodes the plain text of the control token '{token}' as that token; set "
+                        "special_tokens: parse on the source to accept this"
                     )
 
     @cached_property
@@ -125,8 +125,8 @@ class TokenEncoder:
         return frozenset(i for i in ids if i is not None and i != self.tokenizer.unk_token_id)
 
     def _id(self, text: str) -> int | None:
-        found: Any = self.tokenizer.convert_tokens_to_ids(text)
-        return found if found != self.tokenizer.unk_token_id or text == self.tokenizer.unk_token else None
+        token_id: Any = self.tokenizer.convert_tokens_to_ids(text)
+        return token_id if token_id != self.tokenizer.unk_token_id or text == self.tokenizer.unk_token else None
 
     @cached_property
     def _marks(self) -> tuple[str, ...]:
@@ -134,9 +134,9 @@ class TokenEncoder:
 
     @cached_property
     def _marked_backend(self) -> Tokenizer:
-        """The tokenizer with a second name for each control token, which no text can hold. The first is text to it."""
+        """The tokenizer with each control token renamed to its mark; the original name is plain text to it."""
         if not self.tokenizer.is_fast:
-            raise UserError("chats need a fast tokenizer (tokenizer.json), which tells where in the text each token is")
+            raise UserError("chats need a fast tokenizer (tokenizer.json), which reports token positions")
         backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
@@ -169,31 +169,31 @@ class TokenEncoder:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the tokens of a document: BOS before (None: no BOS), EOS after (None: no EOS)."""
+    """The tokens around a document: BOS before, EOS after; None: no such token."""
 
     bos: int | None
     eos: int | None
 
     @property
     def before(self) -> tuple[int, ...]:
-        """What stands before a text that cannot hold a control token."""
+        """Tokens to put before a text without control tokens."""
         return () if self.bos is None else (self.bos,)
 
     def around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(before, after): what is to be added so that there is exactly one BOS and one EOS."""
+        """(before, after): tokens to add so that there is exactly one BOS and one EOS."""
         before = [token for token in self.before if token not in ids[:1]]
-        # The BOS of a tokenizer that has one token for both ends nothing.
+        # If BOS and EOS are the same token, a leading BOS does not count as EOS.
         words = ids[1:] if self.before and not before else ids
         after = [] if self.eos is None or self.eos in words[-1:] else [self.eos]
         return before, after
 
 
 BARE = Frame(None, None)
-"""Nothing around a text."""
+"""A frame without tokens."""
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """ids of texts alone: nothing added, and the text of a control token is text."""
+    """Token ids of each text: no BOS or EOS, and control-token text is plain text."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)[
         "input_ids"
     ]
@@ -201,13 +201,13 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts BOS before a text by itself, as generation and the evaluation harness let it."""
+    """Whether the tokenizer adds BOS by default, as in generation and the evaluation harness."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def prompt_frame(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> Frame:
-    """What stands before a prompt. add_bos None: BOS where the tokenizer puts one. Raises UserError without a BOS."""
+    """The frame of a prompt. add_bos None: the tokenizer's default. Raises UserError if there is no BOS token."""
     if add_bos and tokenizer.bos_token_id is None:
         raise UserError("add_bos is on, but the tokenizer has no BOS token")
-    wanted = adds_bos(tokenizer) if add_bos is None else add_bos
-    return Frame(tokenizer.bos_token_id if wanted else None, None)
+    with_bos = adds_bos(tokenizer) if add_bos is None else add_bos
+    return Frame(tokenizer.bos_token_id if with_bos else None, None)

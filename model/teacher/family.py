@@ -1,0 +1,91 @@
+"""What a teacher family is: where its transformers model keeps its parts, and what its attention does otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from radlads.tasks.contracts.errors import UserError
+
+
+@dataclass(frozen=True)
+class TeacherFamily:
+    """Names of a family's parts, all relative to the backbone (`model.model`), to a layer, or to its attention.
+
+    Sizes, biases, the rotary function, the kind of q/k norm and the scale of the scores are not here: they are read
+    from the modules. The defaults are Llama's.
+    """
+
+    model_type: str
+    layers: str = "layers"
+    attention: str = "self_attn"
+    input_norm: str | None = "input_layernorm"
+    """The norm before attention; None where attention reads the residual stream itself."""
+    mlp_norm: str | None = "post_attention_layernorm"
+    """The norm before the MLP; None where the MLP has no norm of its own."""
+    other_norms: tuple[str, ...] = ()
+    """Further norms of a layer: after attention, after the MLP."""
+    mlp: str = "mlp"
+    embeddings: str = "embed_tokens"
+    final_norm: str = "norm"
+    rotary: str = "rotary_emb"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    qkv: str | None = None
+    """One projection with the rows of q, k and v, in this order; then q, k and v name those of the student alone."""
+    q_norm: str | None = None
+    k_norm: str | None = None
+    window: Literal["none", "all", "layer_types"] = "none"
+    """Which layers obey the config's `sliding_window`."""
+    rotates: tuple[str, ...] = ()
+    """Attributes of an attention module, of which one must be true where it rotates q and k; `not x` is true where x is
+    false or None. Empty: every layer rotates."""
+    logit_scale: str | None = None
+    """The config's number that logits are multiplied by."""
+    logit_divisor: str | None = None
+    """The config's number that logits are divided by."""
+    text_of: tuple[str, ...] = ()
+    """Model types of vision-language text parts that compute the same when there is no picture."""
+
+    def names(self) -> dict[str, str | tuple[str, ...] | None]:
+        """The part names as a plain mapping, as the student's config stores them."""
+        return {key: value for key, value in asdict(self).items() if key not in ("model_type", "text_of")}
+
+    def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The softmax attention module of every layer of a loaded teacher."""
+        layers = getattr(backbone(model), self.layers)
+        return [getattr(layer, self.attention) for layer in layers]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise UserError unless every part is where this family says it is."""
+        inner = backbone(model)
+        missing = [
+            name for name in (self.layers, self.embeddings, self.final_norm, self.rotary) if not hasattr(inner, name)
+        ]
+        norms = (self.input_norm, self.mlp_norm, *self.other_norms)
+        for index, layer in enumerate(getattr(inner, self.layers, ())):
+            parts = (self.attention, *filter(None, norms), self.mlp)
+            missing += [f"layer {index}: {name}" for name in parts if not hasattr(layer, name)]
+            attention = getattr(layer, self.attention, None)
+            projections = (self.qkv, self.o) if self.qkv else (self.q, self.k, self.v, self.o)
+            flags = (name.removeprefix("not ") for name in self.rotates)
+            wanted = [*projections, *filter(None, (self.q_norm, self.k_norm)), *flags]
+            missing += [f"layer {index}: {self.attention}.{name}" for name in wanted if not hasattr(attention, name)]
+        if missing:
+            raise UserError(
+                f"this model lacks what the family '{self.model_type}' expects: {', '.join(missing[:5])}; "
+                "it is another architecture under this name, or a new transformers release moved the parts"
+            )
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model under the language-model head. Raises UserError where there is none."""
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, nn.Module):
+        raise UserError(f"{type(model).__name__} has no backbone `model`; a causal language model is needed")
+    return inner

@@ -1,0 +1,76 @@
+"""Where things lie in a store: products by what they are, and of each run what it was asked for and where that is.
+
+<store>/layout                        the version of this layout
+<store>/products/<stage>/<digest>/    files, job/, checkpoints/, lease.json, manifest.json (last)
+<store>/runs/<run>/                   recipe.yaml, recipe-<digest>.yaml, lease.json, stages/<label>.json
+"""
+
+from __future__ import annotations
+
+import re
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.store.base import Store
+from radlads.tasks.contracts.store.errors import StoreError
+
+LAYOUT = 3
+PRODUCTS, RUNS, DATASETS = "products", "runs", "datasets"
+_LAYOUT_KEY = "layout"
+# What runs/<run>/ held of each stage before, when products lay there; and the place of datasets then.
+_FORMER = re.compile(r"(runs/[^/]+/(?!stages/)[^/]+|datasets/[^/]+)/(manifest\.json|job/|checkpoints/)")
+
+
+def product_key(stage: str, digest: str) -> str:
+    """The prefix of a product."""
+    return f"{PRODUCTS}/{stage}/{digest}"
+
+
+def run_key(run: str) -> str:
+    """The prefix of what is kept of a run itself."""
+    return f"{RUNS}/{run}"
+
+
+def lease_key(prefix: str) -> str:
+    """The lease on a product or on a run."""
+    return f"{prefix}/lease.json"
+
+
+def recipe_key(run: str) -> str:
+    """The recipe that a run is made by."""
+    return f"{run_key(run)}/recipe.yaml"
+
+
+def pointers_key(run: str) -> str:
+    """The prefix of a run's pointers."""
+    return f"{run_key(run)}/stages"
+
+
+def run_names(store: Store) -> list[str]:
+    """Every run that the store has something of."""
+    return sorted({key.split("/")[1] for key in store.list(RUNS) if key.count("/") > 1})
+
+
+def former_keys(store: Store) -> list[str]:
+    """The keys of a store of the layout before this one that are still to be moved."""
+    return [key for top in (RUNS, DATASETS) for key in store.list(top) if _FORMER.match(key)]
+
+
+def check_layout(store: Store) -> None:
+    """Raises UserError for a store of another layout. A new store is marked with this one."""
+    found = store.get_bytes(_LAYOUT_KEY)
+    if found is None:
+        if former_keys(store):
+            raise UserError(
+                f"{store.uri} has the layout of an earlier version (products under runs/ and datasets/): "
+                f"convert it first, which copies no file of a folder: radlads store upgrade --store {store.uri}"
+            )
+        mark_layout(store)
+    elif found.strip() != str(LAYOUT).encode():
+        shown = ascii(found[:20].decode(errors="replace"))
+        raise UserError(f"{store.uri} has layout {shown}, this version reads {LAYOUT}; use the version that made it")
+
+
+def mark_layout(store: Store) -> None:
+    """Note the layout in the store. Raises StoreError."""
+    if not store.put_if_absent(_LAYOUT_KEY, f"{LAYOUT}\n".encode()) and store.get_bytes(_LAYOUT_KEY) is None:
+        raise StoreError(f"{store.join(_LAYOUT_KEY)} was written and is not there")

@@ -1,0 +1,110 @@
+"""benchmarks/training.py: it runs where there is no GPU, and both of its builds compute the same step."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "training.py"
+TINY = "--shape tiny --device cpu --threads 1 --context 16 --micro-batch 2 --steps 1 --warmup 1".split()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_both_builds_run_and_lose_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "rows.md"
+    done = run(*TINY, "--batch", "4", "--profile", "1", "--compare-plain", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    text = out.read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| tiny")]
+    assert [row[5].split(",")[0] for row in rows] == ["product", "plain"]
+    product, plain = ([float(x) for x in row[-1].split(" → ")] for row in rows)
+    assert product == pytest.approx(plain, rel=1e-3)
+    assert product[0] != product[-1]
+    assert all(float(row[6].replace(",", "")) > 0 for row in rows)
+    kept = [float(row[10].split()[0].replace(",", "")) for row in rows]
+    assert all(5 * 64 * 4 < one < 500 * 64 * 4 for one in kept)
+    assert float(re.sub(r" .*", "", rows[0][13])) > 0, "a checkpoint was saved"
+    for group in ("gemm", "wkv7", "mixer, elementwise", "optimizer", "loss"):
+        assert len(re.findall(rf"^\| {group} \| [\d.]+ \| [\d.]+% \|$", text, re.MULTILINE)) == 2, group
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--batch", "3"], "--batch 3 is not a multiple of --micro-batch 2 × --gpus 1"),
+        (["--attention-layers", "3"], "a model of 3 layers does not have"),
+        (["--mlp-bits", "8"], "needs --freeze mlp"),
+        (["--recipe", "nothing"], "no shipped recipe 'nothing'"),
+        (["--zero", "7"], "zero_stage"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_made(
+    bench: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], why: str
+) -> None:
+    import training
+
+    monkeypatch.setattr(sys, "argv", ["training.py", *TINY, "--work", str(tmp_path / "work"), *options])
+    with pytest.raises(SystemExit, match=re.escape(why)):
+        training.main()
+    assert not (tmp_path / "work").exists()
+
+
+def test_flops_follow_the_rules(bench: None) -> None:
+    from training_bench.case import Case
+    from training_bench.inputs import case_flops
+
+    every = 7_615_616_512  # Qwen2.5-7B
+    looked_up = 152064 * 3584
+    found = {stage: case_flops(Case("qwen2.5-7b", stage)) for stage in ("align", "distill", "finetune")}
+    assert {parameters for _, parameters in found.values()} == {every}
+    assert found["distill"][0].by_rule == 8 * every
+    assert found["finetune"][0].by_rule == 6 * every
+    # A student is its teacher and a few per cent of low-rank maps; embeddings are looked up.
+    assert 1.0 < found["distill"][0].by_matrix / (8 * (every - looked_up)) < 1.05
+    assert 1.0 < found["finetune"][0].by_matrix / (6 * (every - looked_up)) < 1.05
+    align = found["align"][0].by_matrix - 2 * (every - 2 * looked_up)
+    attention = 28 * 2 * 3584 * (3584 + 512)
+    assert 4 * attention < align < 6 * 1.5 * attention
+    frozen = case_flops(Case("qwen2.5-7b", "distill", freeze=("mlp",)))[0]
+    assert found["distill"][0].by_matrix - frozen.by_matrix == pytest.approx(2 * 28 * 3 * 3584 * 18944)
+
+
+def test_a_recipe_gives_its_settings(bench: None) -> None:
+    from training_bench.case import recipe_settings
+
+    found = recipe_settings("hrwkv7-reka-flash-3.1", "distill", 6)
+    assert (found["shape"], found["variant"], found["context"]) == ("reka-flash-21b", "hxa079", 4096)
+    assert (found["micro_batch"], found["batch"], found["mlp_bits"], found["teacher_bits"]) == (7, 35, 8, 8)
+    assert "mlp" in found["freeze"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part", "group"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopB_TNT", "backward of student mlp", "gemm"),
+        ("void at::native::vectorized_elementwise_kernel<4, MulFunctor>", "student mixer", "mixer, elementwise"),
+        ("forward_kernel", "backward of wkv7", "wkv7"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "gradients", "communication"),
+        ("void at::native::vectorized_elementwise_kernel<4, MulFunctor>", "backward of teacher norm", "norm"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "teacher attention", "softmax attention"),
+        ("nvjet_tst_128x256_64x4", "loss", "loss"),
+    ],
+)
+def test_kernels_are_grouped_by_name_and_part(bench: None, kernel: str, part: str, group: str) -> None:
+    from training_bench.profiling import group_of
+
+    assert group_of(kernel, part) == group
