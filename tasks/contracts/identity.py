@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from radlads.tasks.contracts.recipe.base import Reads, ReadsKind, Undigested
+from radlads.tasks.contracts.recipe.base import AddedLater, Reads, ReadsKind, Undigested
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def _identity(value: Any, dumped: Any, pins: Mapping[str, Pinned] | None, prefix
             if any(isinstance(mark, Undigested) for mark in field.metadata):
                 continue
             mark, item, location = _reads(field), getattr(value, name), f"{prefix}{name}"
+            if item == field.default and any(isinstance(one, AddedLater) for one in field.metadata):
+                continue
             if mark is None:
                 kept[name] = _identity(item, dumped[name], pins, f"{location}.")
             elif not _place(item) and mark.kind != "task":

@@ -77,7 +77,15 @@ def test_memory_is_that_of_the_longest_context(tmp_path: Path) -> None:
     assert memory["teacher"] == 0
     (misfit,) = planned(tmp_path, gibibytes=24).misfits
     assert misfit.startswith("extend needs about")
-    assert "resources.offload_optimizer: true" in misfit
+
+
+def test_the_longest_phase_is_given_up_last(tmp_path: Path) -> None:
+    report = planned(tmp_path, gibibytes=40)
+    (misfit,) = report.misfits
+    assert "no phase of extend beyond context 32768 (then" in misfit
+    assert "not enough" not in misfit
+    shorter = planned(tmp_path, gibibytes=40, phases=PHASES[:2], tokens=1 << 28)
+    assert shorter.misfits == ()
 
 
 def test_the_teacher_takes_memory_and_time_only_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -88,8 +96,9 @@ def test_the_teacher_takes_memory_and_time_only_where_it_is_asked_for(tmp_path: 
     before, after = (report.stages["extend"]["phases"] for report in (alone, taught))
     assert after[0]["flops"] > 1.2 * before[0]["flops"]
     assert after[1:] == before[1:]
-    assert "teacher.bits: 8" in planned(tmp_path, gibibytes=24, teacher_kl=0.1, phases=PHASES[:2],
-                                        tokens=1 << 28).misfits[0]  # fmt: skip
+    one = {"phases": [], "context": 32768, "batch": 32}
+    assert "teacher.bits: 8" in planned(tmp_path, gibibytes=24, teacher_kl=0.1, **one).misfits[0]
+    assert "teacher.bits" not in planned(tmp_path, gibibytes=24, **one).misfits[0]
 
 
 def test_a_teacher_beyond_its_positions_is_refused_and_nothing_else(tmp_path: Path) -> None:

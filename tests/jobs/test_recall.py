@@ -75,6 +75,18 @@ def test_documents_stay_near_their_length_and_ask_only_what_they_told(tokenizer:
             assert f"The {key} says {answer}." in text.split("What does")[0]
 
 
+def test_a_long_document_holds_as_many_facts_as_are_asked_for(tokenizer: PreTrainedTokenizerBase) -> None:
+    def counts(most: int | None) -> list[int]:
+        rng = [random.Random(seed) for seed in range(40)]
+        return [build_document(tokenizer, FILLER, length=2048, rng=r, most_facts=most).count(" say? ") for r in rng]
+
+    assert max(counts(None)) <= 10
+    assert 20 < max(counts(40)) <= 40
+    assert max(counts(1)) == 1
+    unchanged = build_document(tokenizer, FILLER, length=256, rng=random.Random(2), most_facts=None)
+    assert unchanged == build_document(tokenizer, FILLER, length=256, rng=random.Random(2))
+
+
 def test_too_short_a_prompt_and_too_many_facts_are_told(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="is too short for its fact and question"):
         build_case(tokenizer, FILLER, length=8, depth=0.5, rng=random.Random(0))

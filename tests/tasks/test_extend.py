@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.parsing.document import DocumentError
-from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe, parse_recipe
+from radlads.tasks.contracts.recipe.recipe import RecallSource, Recipe, load_recipe, parse_recipe
 from radlads.tasks.contracts.specs import PlanReport, TeacherRef, spec_digest
 from radlads.tasks.stage_specs import needle_spec, train_spec
 
@@ -97,6 +98,16 @@ def test_its_digest_is_of_what_changes_the_result() -> None:
         {"seed": 1},
     ]
     assert len({plain, *(digest(**changes) for changes in others)}) == 1 + len(others)
+
+
+def test_a_setting_that_came_later_is_in_no_digest_until_it_is_used() -> None:
+    """Recall datasets that were made before `facts` keep their names."""
+    plain = RecallSource(kind="recall", documents=40, lengths=(64,))
+    assert "extend" not in identity(load_recipe("smoke"), None)
+    assert "extend" in identity(recipe(), None)
+    before = {"kind", "documents", "lengths", "haystack", "haystack_separator", "seed"}
+    assert identity(plain, None).keys() == before
+    assert identity(plain.model_copy(update={"facts": 30}), None).keys() == before | {"facts"}
 
 
 def test_a_teacher_is_named_only_where_a_phase_asks_for_it() -> None:

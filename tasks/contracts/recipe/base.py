@@ -23,6 +23,12 @@ PLACE = Undigested("it is a location; the content at it is pinned separately")
 
 
 @dataclass(frozen=True)
+class AddedLater:
+    """Marks a field that is younger than products made without it: no digest is made of its default, which is what they
+    were made with."""
+
+
+@dataclass(frozen=True)
 class Reads:
     """Marks a field with the location of stage input: its content enters the digest, the location does not.
 

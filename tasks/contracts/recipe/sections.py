@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, Length, Place, Reads, Section, Seed
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.contracts.recipe.losses import (
@@ -180,7 +180,9 @@ class RecallSource(Section):
     kind: Literal["recall"]
     documents: int = Field(gt=0, le=10**9)
     lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
-    """Document lengths in tokens, used in turn."""
+    """Document lengths in tokens, used in turn. Facts in a haystack are up to that far from their questions."""
+    facts: Annotated[int | None, AddedLater()] = Field(default=None, gt=0, le=500)
+    """Maximum number of facts per document, and at most one per 28 tokens. None: 8 in a haystack, 10 without one."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Files (as in `files`) with the filler sentences; empty: the built-in filler."""
     haystack_separator: str | None = None
@@ -292,7 +294,7 @@ class Recipe(Section):
     align: Align | None = None
     distill: Distill | None = None
     finetune: Finetune | None = None
-    extend: Extend | None = None
+    extend: Annotated[Extend | None, AddedLater()] = None
     evaluate: Evaluate | None = None
     needle: Needle | None = None
     publish: Publish = Publish()

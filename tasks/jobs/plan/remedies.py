@@ -9,7 +9,7 @@ from typing import Any
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
-from radlads.tasks.contracts.recipe.training import runs_teacher
+from radlads.tasks.contracts.recipe.training import PhasedTraining, runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory, training_memory, word_bytes
 
@@ -41,7 +41,7 @@ class Setting:
 def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> str:
     """The changes that together bring a stage under `limit` bytes, or the least that it can be brought to.
 
-    Those that change no result come first; each is kept only if the rest does not do without it.
+    Those that change no result come first; each, the dearest first, is kept only if the rest does not do without it.
     """
     chosen: list[tuple[str, Setting]] = []
     now = setting
@@ -52,7 +52,7 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
         chosen, now = [*chosen, (label, changed)], following
         if now.need(networks) <= limit:
             break
-    for change in list(chosen[:-1]):
+    for change in reversed(chosen[:-1]):
         rest = [one for one in chosen if one is not change]
         without = _all(setting, rest)
         if without.need(networks) <= max(limit, now.need(networks)):
@@ -104,6 +104,13 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         changed = section.model_copy(update={"freeze": (*section.freeze, "mlp")})
         label = f"mlp in {stage}.freeze and student.mlp_bits: 8 (costs quality)"
         yield label, replace(setting, section=changed, mlp_bits=8)
+    phases = section.phases if isinstance(section, PhasedTraining) else ()
+    for count in range(len(phases) - 1, 0, -1):
+        first = {"phases": phases[:count], "tokens": sum(phase.tokens for phase in phases[:count])}
+        shorter = section.model_copy(update=first)
+        if shorter.longest_context < section.longest_context:
+            label = f"no phase of {stage} beyond context {shorter.longest_context}"
+            yield label, replace(setting, section=shorter)
 
 
 def _in_8_bit(setting: Setting) -> Iterator[tuple[str, Setting]]:

@@ -186,7 +186,8 @@ def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, 
         # One seed per document, so that any document can be built without the earlier ones.
         rng = random.Random(f"{source.seed}:{index}")
         length = source.lengths[index % len(source.lengths)]
-        yield Document(text=build_document(tokenizer, filler, length=length, rng=rng), where=f"recall {index}")
+        text = build_document(tokenizer, filler, length=length, rng=rng, most_facts=source.facts)
+        yield Document(text=text, where=f"recall {index}")
 
 
 def first_documents(source: Source, *, tokenizer: PreTrainedTokenizerBase, count: int) -> Sequence[Document]:

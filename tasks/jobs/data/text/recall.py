@@ -148,19 +148,25 @@ def build_case(
 
 
 def build_document(
-    tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], *, length: int, rng: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Sequence[str],
+    *,
+    length: int,
+    rng: random.Random,
+    most_facts: int | None = None,
 ) -> str:
     """Training text for recall, up to about `length` tokens, of one of three kinds.
 
     30 %: a repeated list of random words, which trains copying. 40 %: facts followed directly by all questions and
     answers. 30 %: facts scattered in a haystack, with questions and answers at the end. Only the last kind fills
-    `length`; a small model does not learn recall without the short ones.
+    `length`; a small model does not learn recall without the short ones. most_facts: per document; None: 8 in a
+    haystack, 10 without one.
     """
     kind = rng.random()
     if kind < 0.3:
         words = [rng.choice(rng.choice(filler).split()) for _ in range(rng.randint(8, max(9, min(80, length // 4))))]
         return " ".join(words * rng.randint(2, 3))
-    most = max(1, min(10 if kind < 0.7 else 8, length // 28))
+    most = max(1, min(most_facts or (10 if kind < 0.7 else 8), length // 28))
     facts = draw_facts(rng, rng.randint(1, most))
     answers = [f"{fact.question} {fact.value}." for fact in facts]
     rng.shuffle(answers)
