@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from radlads.kernels.gated_delta import api, gated_delta, gated_delta_step
+from radlads.kernels.gated_delta import api, fla_op, gated_delta, gated_delta_step
 from radlads.kernels.gated_delta.fla_op import why_not_applicable
 from radlads.kernels.shared import backends
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels

@@ -11,8 +11,8 @@ import torch
 from radlads.model.mixers.shared.mixer import AttentionShape
 from radlads.model.mixers.shared.registry import find_variant, list_variants
 from radlads.model.training.lora import add_lora
+from radlads.model.training.mixer_parts import is_decay_base, mixer_parts
 from radlads.model.training.objectives import build_objective
-from radlads.model.training.trainable import is_decay_base, mixer_parts
 from radlads.tasks.contracts.recipe.recipe import Distill, Finetune, Lora, Phase
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 
