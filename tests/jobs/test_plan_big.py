@@ -159,5 +159,5 @@ def test_mlps_that_are_held_twice_are_warned_about(recipe: Callable[..., Recipe]
 
 
 def test_a_plan_that_will_run_still_needs_weights(recipe: Callable[..., Recipe]):
-    with pytest.raises(UserError, match=r"holds no .safetensors weights"):
+    with pytest.raises(UserError, match=r"has no .safetensors weights"):
         plan.make_plan(recipe(REKA), CPU)
