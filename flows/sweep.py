@@ -90,7 +90,7 @@ class _Sweep:
         return {"recipe": self.recipe, "run": member.name, "overrides": member.overrides or None, **self.places}
 
 
-@flow(name="radlads-sweep", persist_result=False)
+@flow(name="radlads-sweep", flow_run_name="{sweep}", persist_result=False)
 @explain_errors
 def radlads_sweep(
     recipe: str,
@@ -189,9 +189,10 @@ def flow_of(members: Sequence[Member]) -> Any:
 
 
 def _in_turn(sweep: _Sweep) -> None:
-    for number, member in enumerate(sweep.waiting, 1):
+    waiting = sweep.waiting
+    for number, member in enumerate(waiting, 1):
         REQUEST.check()
-        _log.info("run %d of %d: %s", number, len(sweep.members), member.name)
+        _log.info("run %d of %d: %s", number, len(waiting), member.name)
         sweep.begin(member)
         member_flow = flow_of(sweep.members).with_options(flow_run_name=member.name)
         state: State[Any] = member_flow(**sweep.parameters(member), return_state=True)

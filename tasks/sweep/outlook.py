@@ -25,7 +25,7 @@ def describe_sweep(found: Mapping[str, Sequence[Outlook]]) -> list[str]:
     lines.append(f"in all: {_number(len(found), 'member')}, {counts_of(once)}{_to_go(once, ' to go')}")
     saved = [one for group in asked for one in group[1:]]
     cost = cost_of(saved)
-    if cost:
+    if cost not in ("", "0 s"):
         lines.append(f"made one by one they would take about {cost} more: members share what they ask for alike")
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +108,10 @@ def keep_table(store: Store, table: SweepTable) -> None:
 
 def kept_failures(store: Store, sweep: str) -> dict[str, str]:
     """Member → why it failed, as far as the last table says."""
-    data = store.get_bytes(f"{sweep_key(sweep)}/table.json")
-    rows = json.loads(data)["rows"] if data else []
-    return {row["member"]: row["reason"] for row in rows if row["reason"]}
+    with suppress(ValueError, KeyError, TypeError):  # of another version, or altered: the next table replaces it
+        rows = json.loads(store.get_bytes(f"{sweep_key(sweep)}/table.json") or "")["rows"]
+        return {row["member"]: row["reason"] for row in rows if row["reason"]}
+    return {}
 
 
 def _row(store: Store, member: str, values: dict[str, Any], failure: str, better: dict[str, bool | None]) -> MemberRow:
@@ -135,10 +137,10 @@ def _why_it_ended(store: Store, pointers: Mapping[str, Pointer], made: Mapping[s
     """What the job said that left a stage unfinished; "" where none did."""
     order = list(STAGES)
     for label in sorted(set(pointers) - set(made), key=lambda label: order.index(pointers[label].stage)):
-        data = store.get_bytes(f"{pointers[label].key}/job/exit.json")
-        ending = json.loads(data) if data else {}
-        if ending.get("reason") not in (None, "done", "preempted"):
-            return f"{label}: {ending.get('message') or ending['reason']}"
+        with suppress(ValueError, AttributeError):  # none, or only half written
+            ending = json.loads(store.get_bytes(f"{pointers[label].key}/job/exit.json") or "{}")
+            if ending.get("reason") not in (None, "done", "preempted"):
+                return f"{label}: {ending.get('message') or ending['reason']}"
     return ""
 
 

@@ -21,7 +21,8 @@ from radlads.flows.convert import radlads
 from radlads.flows.sweep import SweepFailed, radlads_sweep
 from radlads.flows.sweep_deployments import check_deployment, run_deployed
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.launchers.stopping import RunStopped, StopRequest
+from radlads.tasks.launchers.stopping import REQUEST, RunStopped, StopRequest
+from radlads.tasks.sweep.tracked import TrackedSweep
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 RATE, TOKENS = "distill.mixer_rate.start", "distill.tokens"
@@ -101,6 +102,15 @@ def test_one_failure_is_a_row_and_the_same_command_goes_on(recipe, places, jobs,
     assert radlads_sweep(recipe, "s1", GRID, FINAL, **places) == dict.fromkeys(MEMBERS, "done")
     assert dict(jobs.launched) == {"distill": 1, "finetune": 1, "evaluate": 1, "needle": 1, "publish": 1}
     assert [row["reason"] for row in table_of(places)["rows"]] == [""] * 4
+
+
+def test_ctrl_c_is_a_request_between_two_members_too(recipe, places, jobs, monkeypatch):
+    running = []
+    begin = TrackedSweep.begin
+    monkeypatch.setattr(TrackedSweep, "begin", lambda *args: (running.append(REQUEST.running), begin(*args)))
+    radlads_sweep(recipe, "s1", {TOKENS: [4096, 8192]}, {"finetune": None, "needle": None}, **places)
+    assert running == [True, True]
+    assert not REQUEST.running
 
 
 def test_stop_on_failure_starts_nothing_more(recipe, places, jobs):

@@ -234,6 +234,8 @@ def test_the_table_marks_the_best_and_keeps_failures_as_rows(store, tmp_path):
     assert rows[two]["best"] == ["KL", "lambada/perplexity", "needle"]
     assert rows[one]["values"] == {TOKENS: 1_000_000}
     assert kept_failures(store, "first") == {three: "distill: no luck | today"}
+    store.put_bytes("sweeps/first/table.json", b'{"rows": 1}')
+    assert kept_failures(store, "first") == {}
     failed = make_table(store, "first", record, {five: "refused", one: "an old story"}).rows
     assert [(row.status, row.reason) for row in (failed[0], failed[4])] == [("done", ""), ("failed", "refused")]
 
@@ -247,3 +249,6 @@ def test_without_judges_the_last_loss_is_the_score(store, tmp_path):
     table = make_table(store, "first", record, {})
     assert [row.scores for row in table.rows] == [{"distill loss": 1.0}, {"distill loss": 2.0}]
     assert table.best("distill loss") == 1.0
+    make(store, tmp_path, next(iter(record.members)), "publish", of="a setting that changed")
+    row = make_table(store, "first", record, {}).rows[0]
+    assert (row.status, row.scores) == ("unfinished", {}), "a loss on the way is no result"
