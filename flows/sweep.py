@@ -172,9 +172,8 @@ def _announce(sweep: _Sweep) -> None:
 def _outlook(sweep: _Sweep, member: Member) -> list[Outlook]:
     """What is going to happen to a member's stages, by its plan, which is made if it is not there. MLflow hears of the
     plan when the member runs."""
-    places = {**sweep.places, "tracking": "none"}
-    asked: dict[str, Any] = {"overrides": member.overrides, "run": member.name, "run_id": member.name}
-    with open_pipeline(sweep.recipe, **asked, **places) as pipeline:
+    asked: dict[str, Any] = {"overrides": member.overrides, "run": member.name, **sweep.places, "tracking": "none"}
+    with open_pipeline(sweep.recipe, run_id=member.name, **asked) as pipeline:
         plan = PlainRunner(pipeline).plan(pipeline.recipe)
         return outlook(pipeline, plan, partial(_graph(pipeline.recipe), pipeline.recipe))
 

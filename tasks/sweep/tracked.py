@@ -44,9 +44,9 @@ class TrackedSweep:
         """End the sweep's run, with the table in Markdown, and with the members that an outage kept from it."""
         if self._parent is None:
             self._open()
-        for member in self._begun:
-            if member.name not in self._nested:
-                self.begin(member)
+        missing = [member for member in self._begun if member.name not in self._nested]
+        for member in missing if self._parent is not None else []:
+            self.begin(member)
         log_file(self._parent, "table.md", table.encode())
         close_run(self._parent, ending)
 

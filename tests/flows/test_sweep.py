@@ -22,6 +22,7 @@ from radlads.flows.sweep import SweepFailed, radlads_sweep
 from radlads.flows.sweep_deployments import check_deployment, run_deployed
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped, StopRequest
+from radlads.tasks.sweep import tracked
 from radlads.tasks.sweep.tracked import TrackedSweep
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -178,11 +179,25 @@ def test_mlflow_has_one_run_above_all(recipe, places, jobs, tmp_path):
     assert len(runs("tags.`radlads.kind` = 'pipeline'")) == 2
 
 
+def test_what_an_outage_kept_from_mlflow_is_there_at_the_end(recipe, places, jobs, tmp_path, monkeypatch):
+    opened = tracked.open_sweep_run
+    away = lambda *args, **more: opened(*args, **more) if jobs.launched else None  # noqa: E731
+    monkeypatch.setattr(tracked, "open_sweep_run", away)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    radlads_sweep(recipe, "s1", {TOKENS: [4096, 8192]}, {"needle": None}, **places | {"tracking": uri})
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    (parent,) = [run for run in found if run.data.tags["radlads.kind"] == "sweep"]
+    parents = [r.data.tags["mlflow.parentRunId"] for r in found if r.data.tags["radlads.kind"] == "pipeline"]
+    assert parents == [parent.info.run_id] * 2
+    assert parent.info.status == "FINISHED"
+
+
 def test_a_run_that_was_there_is_taken_under_the_sweep(recipe, places, jobs, tmp_path):
-    tracked = places | {"tracking": f"sqlite:///{tmp_path}/mlflow.db"}
-    radlads(recipe, run="s1-tokens_4096", overrides={TOKENS: 4096}, **tracked)
-    radlads_sweep(recipe, "s1", {TOKENS: [4096]}, **tracked)
-    client = MlflowClient(tracked["tracking"])
+    tracking = places | {"tracking": f"sqlite:///{tmp_path}/mlflow.db"}
+    radlads(recipe, run="s1-tokens_4096", overrides={TOKENS: 4096}, **tracking)
+    radlads_sweep(recipe, "s1", {TOKENS: [4096]}, **tracking)
+    client = MlflowClient(tracking["tracking"])
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.`radlads.kind` = 'sweep'")
     (child,) = client.search_runs([experiment], "tags.`radlads.kind` = 'pipeline'")
