@@ -96,7 +96,7 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(flow_function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> Any:
-        REQUEST.running = True
+        outer, REQUEST.running = REQUEST.running, True  # a flow may run others
         try:
             REQUEST.check()
             return flow_function(*args, **kwargs)
@@ -113,7 +113,7 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
                 raise
             raise RuntimeError(f"{type(error).__name__}: {told}") from None  # Prefect keeps what is raised here
         finally:
-            REQUEST.running = False
+            REQUEST.running = outer
 
     return explained
 

@@ -46,6 +46,15 @@ def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
 
     Raises UserError with the one explanation, and what helps; ends the process with 130 after Ctrl-C.
     """
+    state = end_in_foreground(flow, parameters, again, err)
+    if not state.is_completed():
+        raise failure_of(state, again)
+    made: dict[str, str] = state.result()
+    return made
+
+
+def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> Any:
+    """As run_in_foreground; the flow's final state, whatever it is."""
     from radlads.flows.common import ENDINGS
 
     ending = _Ending(again, err)
@@ -60,11 +69,13 @@ def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
         if REQUEST.asked_at is not None and (state is None or not state.is_completed()):
             ending.stopped(begun=state is not None)
             raise SystemExit(EXIT_INTERRUPTED)
-    if state.is_completed():
-        made: dict[str, str] = state.result()
-        return made
+    return state
+
+
+def failure_of(state: Any, again: str) -> UserError:
+    """Why a flow did not complete, and the command that goes on, for who called it."""
     error = state.result(raise_on_failure=False)
-    raise UserError("\n".join([state.message or str(error), *_advice(error, again)]))
+    return UserError("\n".join([state.message or str(error), *_advice(error, again)]))
 
 
 def _advice(error: Any, again: str) -> list[str]:

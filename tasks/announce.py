@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
@@ -32,10 +32,12 @@ _Made = TypeVar("_Made")
 @dataclass(frozen=True)
 class Outlook:
     """What is going to happen to a stage. made: the manifest of what is reused. step, steps: where it continues.
-    seconds, gpu_hours, dollars: what it still takes by the plan; None where the plan does not know."""
+    seconds, gpu_hours, dollars: what it still takes by the plan; None where the plan does not know. product: its key in
+    the store, which other runs may ask for as well."""
 
     label: str
     what: Literal["reused", "continued", "new"]
+    product: str = ""
     made: Manifest | None = None
     step: int = 0
     steps: int = 0
@@ -66,11 +68,20 @@ def outlook(pipeline: Pipeline, plan: Plan, graph: Callable[[Runner], object]) -
 
 def describe(found: list[Outlook]) -> list[str]:
     """A line a stage, and one for all of them."""
-    counts = ", ".join(f"{sum(one.what == what for one in found)} {what}" for what in ("reused", "continued", "new"))
+    cost = cost_of(found)
+    return [*map(str, found), f"in all: {counts_of(found)}{f'; about {cost} to go' if cost else ''}"]
+
+
+def counts_of(found: Iterable[Outlook]) -> str:
+    """ "2 reused, 0 continued, 3 new" """
+    kinds = [one.what for one in found]
+    return ", ".join(f"{kinds.count(what)} {what}" for what in ("reused", "continued", "new"))
+
+
+def cost_of(found: Sequence[Outlook]) -> str:
+    """What some stages take together, as far as the plan knows; "" where it knows nothing."""
     totals = [[getattr(one, name) for one in found] for name in ("seconds", "gpu_hours", "dollars")]
-    known = [sum(value for value in values if value is not None) or None for values in totals]
-    cost = _cost(*known)
-    return [*map(str, found), f"in all: {counts}{f'; about {cost} to go' if cost else ''}"]
+    return _cost(*(sum(value for value in values if value is not None) or None for values in totals))
 
 
 class _Announcing:
@@ -105,7 +116,7 @@ class _Looking:
     def plan(self, recipe: Recipe) -> Plan:
         """The plan, which is made already."""
         if self._plan.product.reused:
-            self.found.append(Outlook(PLAN.name, "reused", self._plan.product.manifest))
+            self.found.append(Outlook(PLAN.name, "reused", made=self._plan.product.manifest))
         return self._plan
 
     def run(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None) -> Product:
@@ -113,10 +124,10 @@ class _Looking:
         request, store = self._pipeline.request(stage, spec, inputs), self._pipeline.store
         manifest = store.read_manifest(request.key)
         if manifest is not None:
-            self.found.append(Outlook(label or stage, "reused", manifest))
+            self.found.append(Outlook(label or stage, "reused", request.key, manifest))
         else:
             planned = self._plan.report.stages.get(stage, {})
-            self.found.append(_ahead(label or stage, planned, _newest(store, request.key)))
+            self.found.append(_ahead(label or stage, request.key, planned, _newest(store, request.key)))
             manifest = _expected(stage, request.digest)
         return Product(uri=store.join(request.key), manifest=manifest, reused=True)
 
@@ -125,7 +136,7 @@ class _Looking:
         return Done(self.run(stage, spec, inputs))
 
 
-def _ahead(label: str, planned: Mapping[str, object], step: int) -> Outlook:
+def _ahead(label: str, product: str, planned: Mapping[str, object], step: int) -> Outlook:
     steps = planned.get("steps")
     steps = steps if isinstance(steps, int) else 0
     left = 1.0 - step / steps if steps else 1.0
@@ -133,6 +144,7 @@ def _ahead(label: str, planned: Mapping[str, object], step: int) -> Outlook:
     return Outlook(
         label,
         "continued" if step else "new",
+        product,
         step=step,
         steps=steps,
         seconds=_share(seconds, left),

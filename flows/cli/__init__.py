@@ -17,6 +17,7 @@ from radlads.flows.cli import (  # noqa: F401 - they register commands
     run,
     services,
     store,
+    sweep,
     sync,
 )
 from radlads.flows.cli.application import ERR, app, parse_overrides

@@ -33,8 +33,10 @@ __all__ = [
     "link_product",
     "log_file",
     "mirror_product",
+    "nest_run",
     "open_pipeline_run",
     "open_stage_run",
+    "open_sweep_run",
     "retag_run",
     "run_url",
     "settle_run",
@@ -92,6 +94,25 @@ def open_stage_run(
     identity = {"mlflow.parentRunId": parent.run_id, "radlads.digest": digest}
     marks = {**identity, "radlads.stage": stage, "radlads.kind": "stage", **(tags or {})}
     return _open(parent.uri, parent.experiment, stage, identity, marks, params, running)
+
+
+def open_sweep_run(
+    uri: str, experiment: str, identity: RunIdentity, *, params: Mapping[str, Any] | None = None
+) -> TrackingRef | None:
+    """The run above all pipeline runs of a sweep, continued if there is one. identity.run: the sweep's name. None when
+    MLflow cannot be reached."""
+    marks = {"radlads.sweep": identity.run, "radlads.store_id": identity.store, "radlads.kind": "sweep"}
+    return _open(uri, experiment, identity.run, marks, marks, params, True)
+
+
+def nest_run(parent: TrackingRef, child: TrackingRef) -> bool:
+    """Have MLflow show a run under another one; whether it does. An outage is no error."""
+    with _outage_is_no_error(parent.uri):
+        client = connect(parent.uri)
+        if client.get_run(child.run_id).data.tags.get("mlflow.parentRunId") != parent.run_id:
+            client.set_tag(child.run_id, "mlflow.parentRunId", parent.run_id)
+        return True
+    return False
 
 
 def close_run(ref: TrackingRef | None, status: Ending) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -68,6 +69,8 @@ class FakeJobs:
     """Location in the recipe → what the next plan finds there."""
     teacher: str = "f"
     """Fingerprint of the teacher that the next plan sees."""
+    metrics: dict[str, Callable[[JobSpec], dict]] = field(default_factory=dict)
+    """Stage → the numbers of its product."""
 
     def __call__(self, command, *, env, cwd, log, on_tick, grace_seconds):
         spec = JobSpec.model_validate_json(Path(command[-1]).read_text())
@@ -89,9 +92,10 @@ class FakeJobs:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (output / name).write_bytes(data)
         store = open_store(spec.store)
+        metrics = self.metrics[spec.stage](spec) if spec.stage in self.metrics else {"loss": 0.25}
         manifest = Manifest(
             stage=spec.stage, digest=spec.digest, inputs=spec.inputs, spec=spec.spec, files=(),
-            metrics={"loss": 0.25}, code=CodeVersion(sha=None, versions={}), created_at=datetime.now(UTC),
+            metrics=metrics, code=CodeVersion(sha=None, versions={}), created_at=datetime.now(UTC),
             mlflow_run_id=spec.tracking.run_id if spec.tracking else None, run=spec.run,
         )  # fmt: skip
         store.commit(store.key(spec.output_uri), output, manifest)

@@ -44,6 +44,11 @@ def test_recipes_are_listed():
         (["run", "demo-teacher", "--set", "tokens"], "write it as KEY=VALUE"),
         (["evaluate", "nobody", "--recipe", "nonsense"], "error: no recipe named 'nonsense'"),
         (["evaluate", "../nobody", "--recipe", "smoke"], "'../nobody' cannot be a run's name"),
+        (["sweep"], "error: name a recipe, e.g. radlads sweep smoke --grid"),
+        (["sweep", "smoke"], "error: a sweep needs at least one --grid KEY=VALUE,VALUE"),
+        (["sweep", "smoke", "--grid", "distill.tokenz=1,2"], "unknown key 'tokenz'; did you mean 'tokens'?"),
+        (["sweep", "smoke", "--grid", "distill.tokens=1e6", "--run", "a/b"], "'a/b' cannot be a run's name"),
+        (["sweep", "smoke", "--table", "first"], "error: --table prints the table of a sweep that is there"),
         (["sync", ""], "'' cannot be a run's name"),
         (
             ["run", "smoke", "--store", "/dev/null/store", "--tracking", "none"],

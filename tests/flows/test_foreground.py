@@ -56,12 +56,13 @@ JOB = """
 class Terminal:
     """A command in a process group of its own, as a shell starts it in the foreground."""
 
-    def __init__(self, folder, recipe, mode, *, api):
+    def __init__(self, folder, recipe, mode, *, api, first=("run",)):
         (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
         (folder / "job.py").write_text(textwrap.dedent(JOB))
         self.folder = folder
         self.arguments = [
-            "run", recipe, "--run", "r1", "--set", "align.tokens=8192", "--set", "student.attention_layers=[0, 1]",
+            first[0], recipe, *first[1:], "--run", "r1",
+            "--set", "align.tokens=8192", "--set", "student.attention_layers=[0, 1]",
             "--store", str(folder / "my store"), "--tracking", "none",
         ]  # fmt: skip
         env = {**os.environ, "RADLADS_HOME": str(folder / "home"), "RADLADS_RETRIES": "0", "NO_COLOR": "1"}
@@ -96,12 +97,12 @@ class Terminal:
 def terminal(tmp_path, recipe, request):
     started = []
 
-    def start(mode, *, server):
+    def start(mode, *, server, first=("run",)):
         api = None
         if server:
             request.getfixturevalue("prefect_server")
             api = PREFECT_API_URL.value()
-        started.append(Terminal(tmp_path, recipe, mode, api=api))
+        started.append(Terminal(tmp_path, recipe, mode, api=api, first=first))
         return started[0]
 
     yield start
@@ -115,10 +116,13 @@ def said(err):
     return [line for line in err.splitlines() if "stopped" in line or "error" in line.lower() or "Traceback" in line]
 
 
+SWEEP = ("sweep", "--grid", "distill.tokens=4096,8192")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("server", [True, False])
-def test_ctrl_c_ends_a_run_in_order(terminal, server):
-    run = terminal("saves", server=server)
+@pytest.mark.parametrize(("server", "first"), [(True, ("run",)), (False, ("run",)), (True, SWEEP)])
+def test_ctrl_c_ends_a_run_in_order(terminal, server, first):
+    run = terminal("saves", server=server, first=first)
     pid = run.wait_for_job()
     before = time.monotonic()
     run.interrupt()

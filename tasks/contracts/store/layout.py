@@ -3,6 +3,7 @@
 <store>/layout                        the version of this layout
 <store>/products/<stage>/<digest>/    files, job/, checkpoints/, lease.json, manifest.json (last)
 <store>/runs/<run>/                   recipe.yaml, recipe-<digest>.yaml, lease.json, stages/<label>.json
+<store>/sweeps/<sweep>/               sweep.yaml, table.md, table.json
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import StoreError
 
 LAYOUT = 3
-PRODUCTS, RUNS, DATASETS = "products", "runs", "datasets"
+PRODUCTS, RUNS, DATASETS, SWEEPS = "products", "runs", "datasets", "sweeps"
 _LAYOUT_KEY = "layout"
 # What runs/<run>/ held of each stage before, when products lay there; and the place of datasets then.
 _FORMER = re.compile(r"(runs/[^/]+/(?!stages/)[^/]+|datasets/[^/]+)/(manifest\.json|job/|checkpoints/)")
@@ -28,6 +29,11 @@ def product_key(stage: str, digest: str) -> str:
 def run_key(run: str) -> str:
     """The prefix of what is kept of a run itself."""
     return f"{RUNS}/{run}"
+
+
+def sweep_key(sweep: str) -> str:
+    """The prefix of what is kept of a sweep; its runs lie where all runs do."""
+    return f"{SWEEPS}/{sweep}"
 
 
 def lease_key(prefix: str) -> str:

@@ -1,0 +1,134 @@
+"""The members of a sweep as runs of a deployment: submitted all at once through Prefect's API, and waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterTags
+from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelled, Cancelling
+
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.launchers.stopping import REQUEST, RunStopped
+
+DEPLOYMENT = "full"
+_LOOK_SECONDS = 1.0
+_CANCEL_SECONDS = 10.0
+_PAGE = 200
+
+
+def check_deployment(flow: str) -> UUID:
+    """The id of the flow's deployment. Raises UserError where there is no server, or nothing is deployed on it."""
+    if not PREFECT_API_URL.value():
+        raise UserError("--deployments needs a Prefect server with a worker: start them with `radlads services up`")
+    with get_client(sync_client=True) as client:
+        return _deployment_id(client, flow)
+
+
+def run_deployed(
+    flow: str,
+    asked: Mapping[str, Mapping[str, Any]],
+    begun: Callable[[str], None],
+    ended: Callable[[str, State[Any]], bool],
+    *,
+    sweep: str,
+) -> None:
+    """Run a deployment once for each of some names, all at once, and wait for all of them.
+
+    asked: name → parameters. begun: called with a name once its run has started. ended: called with its final state;
+    says whether all others are to be stopped. A run of that name and sweep that is still at work is waited for instead
+    of started again. Once a person stops the sweep all are cancelled. Raises RunStopped, UserError.
+    """
+    with get_client(sync_client=True) as client:
+        deployment = _deployment_id(client, flow)
+        tag = f"sweep:{sweep}"
+        waiting = _at_work(client, deployment, tag)
+        waiting = {name: run for name, run in waiting.items() if name in asked}
+        for name, parameters in asked.items():
+            if name not in waiting:
+                run = client.create_flow_run_from_deployment(
+                    deployment, parameters=dict(parameters), name=name, tags=[tag]
+                )
+                waiting[name] = run.id
+        try:
+            _wait(client, waiting, begun, ended)
+        except RunStopped:
+            _cancel(client, waiting)
+            raise
+
+
+def _deployment_id(client: SyncPrefectClient, flow: str) -> UUID:
+    try:
+        return client.read_deployment_by_name(f"{flow}/{DEPLOYMENT}").id
+    except ObjectNotFound:
+        raise UserError(
+            f"Prefect at {PREFECT_API_URL.value()} has no deployment {flow}/{DEPLOYMENT}; in the project's folder: "
+            "prefect --no-prompt deploy --all"
+        ) from None
+
+
+def _at_work(client: SyncPrefectClient, deployment: UUID, tag: str) -> dict[str, UUID]:
+    """Name → flow run of what an earlier call submitted and did not see end."""
+    wanted = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]), tags=FlowRunFilterTags(all_=[tag])
+    )
+    at_work: dict[str, UUID] = {}
+    seen = 0
+    while page := client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE, offset=seen):
+        seen += len(page)
+        at_work |= {run.name: run.id for run in page if run.state is None or not run.state.is_final()}
+    return at_work
+
+
+def _wait(
+    client: SyncPrefectClient,
+    waiting: dict[str, UUID],
+    begun: Callable[[str], None],
+    ended: Callable[[str, State[Any]], bool],
+) -> None:
+    """Until all have ended; who has is taken out of `waiting`."""
+    started: set[str] = set()
+    while waiting:
+        for name, flow_run_id in list(waiting.items()):
+            REQUEST.check()
+            state = client.read_flow_run(flow_run_id).state
+            if state is None or state.is_scheduled() or state.is_pending():
+                continue
+            if name not in started:
+                started.add(name)
+                begun(name)
+            if state.is_final():
+                del waiting[name]
+                if ended(name, state):
+                    _cancel(client, waiting)
+                    return
+        end = time.monotonic() + _LOOK_SECONDS
+        while waiting and time.monotonic() < end:
+            REQUEST.check()
+            time.sleep(0.1)
+
+
+def _cancel(client: SyncPrefectClient, waiting: Mapping[str, UUID]) -> None:
+    """Have the worker stop what runs and drop what does not yet, and wait for that, though not for long."""
+    try:
+        for flow_run_id in waiting.values():
+            state = client.read_flow_run(flow_run_id).state
+            if state is None or not state.is_final():
+                is_ahead = state is None or state.is_scheduled()
+                stop = Cancelled if is_ahead else Cancelling
+                client.set_flow_run_state(flow_run_id, stop(message="the sweep was stopped"))
+        end = time.monotonic() + _CANCEL_SECONDS
+        while time.monotonic() < end and not REQUEST.patience_is_over:
+            states = [client.read_flow_run(flow_run_id).state for flow_run_id in waiting.values()]
+            if all(state is not None and state.is_final() for state in states):
+                return
+            time.sleep(_LOOK_SECONDS)
+    except httpx.HTTPError:
+        return
