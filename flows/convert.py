@@ -31,7 +31,8 @@ def radlads(
     folder. tracking: an MLflow server's address, `sqlite:///file.db`, or `none`. work: folder for running jobs.
     Returns stage → uri of its product, and `run` → the run's name.
     """
-    places = {"store": store, "tracking": tracking, "work": work}
-    with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
+    with open_pipeline(
+        recipe, overrides=overrides, run=run, run_id=run_identity(), store=store, tracking=tracking, work=work
+    ) as pipeline:
         made = run_announced(pipeline, PrefectRunner(pipeline), partial(convert, pipeline.recipe))
         return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}

@@ -32,9 +32,10 @@ def radlads_evaluate(
     nothing of the judged run is changed. other_teacher: the recipe's teacher may be another one than the models were
     converted from; without it, that is refused. The other parameters are those of the flow `radlads`.
     """
-    places = {"store": store, "tracking": tracking, "work": work}
     asked = recipe_of_run(judged_run, overrides, store=store) if recipe is None else recipe
-    with open_pipeline(asked, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
+    with open_pipeline(
+        asked, overrides=overrides, run=run, run_id=run_identity(), store=store, tracking=tracking, work=work
+    ) as pipeline:
         students = finished_students(pipeline.store, judged_run)
         graph = partial(judge, pipeline.recipe, students=students, other_teacher=other_teacher)
         judged = run_announced(pipeline, PrefectRunner(pipeline), graph)

@@ -25,7 +25,8 @@ def radlads_pretrain(
     work: str | None = None,
 ) -> dict[str, str]:
     """Train the recipe's `pretrain` section from nothing. The parameters are those of the flow `radlads`."""
-    places = {"store": store, "tracking": tracking, "work": work}
-    with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
+    with open_pipeline(
+        recipe, overrides=overrides, run=run, run_id=run_identity(), store=store, tracking=tracking, work=work
+    ) as pipeline:
         made = run_announced(pipeline, PrefectRunner(pipeline), partial(pretrain, pipeline.recipe))
         return {"run": pipeline.run, **{stage: product.uri for stage, product in made.items()}}
