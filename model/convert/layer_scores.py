@@ -82,13 +82,13 @@ def sum_layers(
     totals = {layer: Sums() for layer in candidates}
     for batch in batches:
         ids = batch.input_ids.to(student.device)
-        wanted = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
-        if count is not None and wanted is not None:
+        teacher_state = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
+        if count is not None and teacher_state is not None:
             count.teacher += ids[:, :-1].numel()
         for layer in candidates:
             with restored(student, teacher, [*kept, layer] if layer != BEFORE else kept):
                 hidden = student.hidden(ids[:, :-1])
-            totals[layer] += _compare(student, teacher, batch, hidden, wanted)
+            totals[layer] += _compare(student, teacher, batch, hidden, teacher_state)
             if count is not None:
                 count.student += ids[:, :-1].numel()
             progress()
@@ -111,14 +111,18 @@ def teacher_recall(teacher: PreTrainedModel, batches: Iterable[ProbeBatch], *, c
 
 
 def _compare(
-    student: RadladsForCausalLM, teacher: PreTrainedModel, batch: ProbeBatch, hidden: Tensor, wanted: Tensor | None
+    student: RadladsForCausalLM,
+    teacher: PreTrainedModel,
+    batch: ProbeBatch,
+    hidden: Tensor,
+    teacher_state: Tensor | None,
 ) -> Sums:
-    if wanted is None:
+    if teacher_state is None:
         return _recall(student, batch, hidden)
     _, metrics = linear_kl(
         head_inputs(student, hidden).flatten(0, 1),
         student.get_output_embeddings().weight,
-        head_inputs(teacher, wanted).flatten(0, 1),
+        head_inputs(teacher, teacher_state).flatten(0, 1),
         teacher.get_output_embeddings().weight,
     )
     tokens = hidden.shape[0] * hidden.shape[1]

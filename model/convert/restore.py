@@ -87,14 +87,14 @@ def _as_first(student: RadladsForCausalLM, layer: int, mixer: Mixer) -> nn.Modul
     """The mixer as the first recurrent one: without the parameters that take values from a layer before it."""
     with torch.device("meta"):
         fresh = student.build_mixer(layer, mixer.shape)
-    source, wanted = mixer.state_dict(keep_vars=True), fresh.state_dict()
-    if source.keys() == wanted.keys():
+    source, required = mixer.state_dict(keep_vars=True), fresh.state_dict()
+    if source.keys() == required.keys():
         return mixer
-    if wanted.keys() - source.keys():
+    if required.keys() - source.keys():
         raise UserError(
-            f"layer {layer} cannot become the first recurrent layer: {sorted(wanted.keys() - source.keys())}"
+            f"layer {layer} cannot become the first recurrent layer: {sorted(required.keys() - source.keys())}"
         )
-    fresh.load_state_dict({name: source[name] for name in wanted}, assign=True)
+    fresh.load_state_dict({name: source[name] for name in required}, assign=True)
     return fresh.train(mixer.training)
 
 

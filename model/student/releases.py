@@ -37,13 +37,13 @@ def check_calls(backbone: Any, layer: Any, attention: Any) -> None:
     """
     cache, faults = cache_keyword(backbone), []
     generate = transformers.GenerationMixin.prepare_inputs_for_generation
-    wanted: Iterable[tuple[str, Any, tuple[str, ...]]] = (
+    required: Iterable[tuple[str, Any, tuple[str, ...]]] = (
         (type(backbone).__name__, backbone.forward, (cache, "position_ids", "use_cache")),
         (type(layer).__name__, layer.forward, (cache,)),
         (type(attention).__name__, attention.forward, (cache, "position_embeddings")),
         ("generate", generate, (cache,)),
     )
-    for owner, function, names in wanted:
+    for owner, function, names in required:
         parameters = inspect.signature(function).parameters
         faults += [f"{owner} takes no '{name}'" for name in names if name not in parameters]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

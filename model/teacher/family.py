@@ -74,8 +74,8 @@ class TeacherFamily:
             attention = getattr(layer, self.attention, None)
             projections = (self.qkv, self.o) if self.qkv else (self.q, self.k, self.v, self.o)
             flags = (name.removeprefix("not ") for name in self.rotates)
-            wanted = [*projections, *filter(None, (self.q_norm, self.k_norm)), *flags]
-            missing += [f"layer {index}: {self.attention}.{name}" for name in wanted if not hasattr(attention, name)]
+            expected = [*projections, *filter(None, (self.q_norm, self.k_norm)), *flags]
+            missing += [f"layer {index}: {self.attention}.{name}" for name in expected if not hasattr(attention, name)]
         if missing:
             raise UserError(
                 f"this model lacks what the family '{self.model_type}' expects: {', '.join(missing[:5])}; "

@@ -52,8 +52,8 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return causal_models.from_config(copy.deepcopy(config))
     except _REFUSALS as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"transformers cannot build the model of this config: {told}") from error
+        causes = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"transformers cannot build the model of this config: {causes}") from error
 
 
 class TeacherWeights:
@@ -121,18 +121,18 @@ class TeacherWeights:
             raise UserError(f"the teacher's config has {layers} layers, its checkpoint {len(self.shapes)} tensors")
         model = build_empty(config)
         tied = dict(model.all_tied_weights_keys)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if missing := [name for name in wanted if name not in self.shapes and name not in tied]:
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if missing := [name for name in expected if name not in self.shapes and name not in tied]:
             hint = self._hint(missing)
             raise UserError(f"the teacher's checkpoint lacks {_listed(missing)}, which its config asks for{hint}")
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             if (found := self.shapes.get(name, shape)) != shape:
                 size = " (vocab_size)" if shape[0] == config.vocab_size and found[1:] == shape[1:] else ""
                 raise UserError(
                     f"teacher tensor {name} is {found} in the checkpoint and {shape} by its config{size}; "
                     "config.json and weights are not of one model"
                 )
-        if homeless := [name for name in self.shapes if name not in wanted]:
+        if homeless := [name for name in self.shapes if name not in expected]:
             raise UserError(
                 f"the teacher's checkpoint has {_listed(homeless)}, without a place in the model that its config "
                 "describes"
@@ -170,7 +170,7 @@ class TeacherWeights:
         return self._files.read(self._plain[name], start, stop).transpose(1, 2).contiguous()
 
     def load(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor to be held in a model: the file's own pages where they are what is wanted, else memory of its own.
+        """A tensor to be held in a model: the file's own pages where they can be used unchanged, else memory of its own.
 
         Raises UserError for values that are not finite, in the file or in that dtype.
         """

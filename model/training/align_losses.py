@@ -120,8 +120,8 @@ def build_align_loss(section: AlignSettings, num_layers: int) -> LayerLoss:
 def no_spectrum(section: AlignSettings, width: int) -> str | None:
     """Why an align section's loss would lack its spectral term, in one line; None where it has it. width: D."""
     weights = section.comprehensive
-    asked = section.loss == "comprehensive" and weights.revision == "svd" and weights.spectral > 0
-    if not asked or section.context >= width / 4:
+    has_spectrum = section.loss == "comprehensive" and weights.revision == "svd" and weights.spectral > 0
+    if not has_spectrum or section.context >= width / 4:
         return None
     return (
         f"comprehensive.revision svd compares spectra of sequences of a quarter of the model's width or more "

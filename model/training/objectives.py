@@ -191,12 +191,12 @@ class DistillObjective(Objective):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens = batch["input_ids"]
         cu_seqlens = self.bounds(batch)
-        wanted = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
+        teacher_state = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
         hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
         loss, metrics = linear_kl(
             head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
-            head_inputs(self.teacher, wanted).flatten(0, 1),
+            head_inputs(self.teacher, teacher_state).flatten(0, 1),
             self.teacher.get_output_embeddings().weight,
             labels_N=tokens[:, 1:].flatten(),
             **self._settings(),

@@ -88,5 +88,5 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        wanted = output[0] if isinstance(output, tuple) else output
-        self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], wanted)
+        teacher_output = output[0] if isinstance(output, tuple) else output
+        self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], teacher_output)

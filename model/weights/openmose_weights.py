@@ -70,11 +70,13 @@ def load_openmose(
     )
     parts = SimpleNamespace(**config.family)
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in RadladsForCausalLM(copy.deepcopy(config)).state_dict().items()}
+        expected = {
+            name: tensor.shape for name, tensor in RadladsForCausalLM(copy.deepcopy(config)).state_dict().items()
+        }
     if not head:
-        wanted.pop("lm_head.weight", None)
-    state = dict(_read(files, held, wanted, parts))
-    missing = sorted(wanted.keys() - state.keys())
+        expected.pop("lm_head.weight", None)
+    state = dict(_read(files, held, expected, parts))
+    missing = sorted(expected.keys() - state.keys())
     if missing:
         raise UserError(f"the checkpoint lacks {len(missing)} tensors of {held.variant}, first {missing[0]}")
     if dtype is None:
@@ -135,7 +137,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read(
-    files: WeightFiles, held: OpenMoseModel, wanted: Mapping[str, torch.Size], parts: SimpleNamespace
+    files: WeightFiles, held: OpenMoseModel, expected: Mapping[str, torch.Size], parts: SimpleNamespace
 ) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors by our names. Raises UserError for one without a counterpart in the student."""
     recurrent = set(range(held.num_layers)) - set(held.attention_layers)
@@ -143,9 +145,9 @@ def _read(
         if name in held.unused:
             continue
         ours = _our_name(name, parts, recurrent)
-        if ours not in wanted:
+        if ours not in expected:
             raise UserError(f"the checkpoint's tensor '{name}' has no place in a {held.variant} student")
-        shape, needed = files.shape(name), wanted[ours]
+        shape, needed = files.shape(name), expected[ours]
         # Vectors are [1,1,A] or [A], depending on the age of the file.
         if _without_ones(shape) != _without_ones(needed):
             raise UserError(f"'{name}' is {tuple(shape)} in the checkpoint and {tuple(needed)} in the student")
