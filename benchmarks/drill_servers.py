@@ -1,4 +1,4 @@
-"""Cases of the drill in which the MLflow or the Prefect server goes away while `radlads run` is at work."""
+"""Cases of the drill in which the MLflow or the Prefect server stops during `radlads run`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Server:
             MLFLOW_DISABLE_TELEMETRY="true",
         )  # fmt: skip
         with (self._place.folder / f"{self._name}.log").open("ab") as log:
-            # Elsewhere than in the case's folder: it is no process that the case may leave behind.
+            # Not in the case's folder: the check for remaining processes of the case must not count it.
             self._process = subprocess.Popen(
                 self._command,
                 cwd="/",
@@ -70,7 +70,8 @@ class Server:
 
 
 def mlflow_outage(place: Place, whole: Curve) -> str:
-    """The MLflow server dies in the middle of the stage and comes back after the run; the next run catches it up."""
+    """The MLflow server dies in the middle of the stage and comes back after the run; the next run sends the missing
+    metrics."""
     server = Server(place, "mlflow")
     server.start()
     try:

@@ -1,10 +1,10 @@
-"""One rank of the plain build: the same step as somebody would write it with transformers and torch.
+"""One rank of the plain build: the same step, written directly with transformers and torch.
 
     python -m torch.distributed.run --nproc-per-node N plain.py FOLDER
 
 Modules of transformers, mixers in plain torch over fla's operator, whole logits in fp32, torch's cross entropy and KL,
 torch's AdamW. One GPU: bf16 weights with fp32 masters beside them. Several: FSDP2 with fp32 parameters, bf16
-arithmetic and fp32 reductions. It reads the product's files and its batches, so its losses can be laid beside it.
+arithmetic and fp32 reductions. It reads the product's files and its batches, so its losses can be compared.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one build of a case did. measured: of every rank. failed: why there is nothing measured."""
+    """Result of one build of a case. measured: of every rank. failed: why there are no measurements."""
 
     case: Case
     build: str
@@ -45,7 +45,7 @@ class Row:
 
 
 def gpu_name() -> str | None:
-    """Without a context on the GPU, which the programs that are measured want whole."""
+    """Query without a context on the GPU, all of whose memory the measured programs need."""
     asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if not shutil.which(asked[0]):
         return None
@@ -54,7 +54,7 @@ def gpu_name() -> str | None:
 
 
 def describe_machine(command: str) -> str:
-    """When, on what and with what."""
+    """Date, hardware and versions."""
     versions = []
     for package in ("torch", "triton", "transformers", "deepspeed", "fla-core", "liger-kernel"):
         try:
@@ -71,7 +71,7 @@ def describe_machine(command: str) -> str:
 
 
 def legend() -> str:
-    """What the columns mean."""
+    """Description of the columns."""
     return (
         "Shares are of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N) "
         "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are by matrices. By "
@@ -134,7 +134,7 @@ def _options(case: Case) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    """The product beside the plain build, where both ran."""
+    """The product compared with the plain build, where both ran."""
     lines = []
     plain = [row for row in rows if row.build != "product" and not row.failed]
     for row in rows:
@@ -148,7 +148,7 @@ def _ratios(rows: Sequence[Row]) -> str:
 
 
 def details(row: Row) -> str:
-    """Start-up by parts, what a mixer keeps, and the profile, where there is one."""
+    """Start-up by parts, memory kept by a mixer, and the profile, if any."""
     if row.failed:
         return f"### {row.case.name}, {row.build}\n\n```\n{row.failed}\n```\n"
     first = row.measured[0]

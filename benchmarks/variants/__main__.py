@@ -1,12 +1,12 @@
-"""Every mixer variant converts the demo teacher at equal tokens; one table of what came out, and JSON lines beside it.
+"""Convert the demo teacher with every mixer variant at equal tokens; writes one table of results, and JSON lines.
 
     python benchmarks/variants --out DIR                        # one GPU; --help lists the sizes
-    python benchmarks/variants --out DIR --device cpu --quick   # the same code on a CPU, with sizes that prove nothing
+    python benchmarks/variants --out DIR --device cpu --quick   # the same code on a CPU, too small to be meaningful
 
-Everything happens by the product's own functions, its engine and its steps included, but with no process a stage: that
-would cost more than the stage. Data, losses, optimizer, schedules and rates are those of the recipe smoke-pure, the
-same for every variant; batches may be larger (--align-batch, --distill-batch), so that a GPU is not idle. There is no
-finetune stage, and no checkpoint is kept.
+All work is done by the product's own functions, its engine and its steps included, but without a process per stage,
+which would take longer than the stage. Data, losses, optimizer, schedules and rates are those of the recipe smoke-pure,
+the same for every variant; batches may be larger (--align-batch, --distill-batch), so that a GPU is not idle. There is
+no finetune stage, and no checkpoint is kept.
 
 Rows: `default` is a variant's options as new conversions have them, `faithful` those of published weights (defects
 included), `close` its start nearer to the teacher where it has the options (decay_shift 1, first-layer shares at -4).
@@ -17,8 +17,8 @@ start), hybrid (a quarter of the layers is softmax again, restored into the pure
 chose, restored alike; one seed). So layers chosen by `even` and
 `last` are aligned with the others here, which a recipe would not do. Alignment losses are on held-out rows.
 
-Units run side by side, the most telling first; a failed one is recorded with its reason, and a second run with the same
---out and --work goes on where the first stopped. Speeds are measured at the end, with nothing else on the GPU.
+Units run in parallel, the most informative first; a failed one is recorded with its reason, and a second run with the
+same --out and --work continues where the first stopped. Speeds are measured at the end, with nothing else on the GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Results:
         self.records: list[Record] = [json.loads(line) for line in text.splitlines()]
 
     def done(self, unit: Unit) -> Record | None:
-        """What is known of a unit; a failure is none."""
+        """The recorded result of a unit; a failure does not count."""
         return next((r for r in reversed(self.records) if r["key"] == unit.key and "error" not in r), None)
 
     def add(self, unit: Unit, found: Record) -> None:
@@ -73,7 +73,7 @@ class Results:
 
 
 def settings_of(asked: argparse.Namespace) -> Settings:
-    """The recipe with the sizes that were asked for."""
+    """The recipe with the requested sizes."""
     sizes = {
         "align.tokens": asked.align_tokens,
         "align.batch": asked.align_batch,
@@ -99,7 +99,7 @@ def settings_of(asked: argparse.Namespace) -> Settings:
 
 
 def describe(asked: argparse.Namespace, settings: Settings) -> str:
-    """The head of the page: when, on what, how, with what sizes."""
+    """The head of the page: date, hardware, command, sizes."""
     gpu = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {platform.machine()}"
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
