@@ -117,20 +117,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".radlads/benchmark"))
     parser.add_argument("--out", type=Path, help="markdown file to write")
     parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; timings are then less reliable")
-    asked = parser.parse_args()
+    parsed = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in asked.set)}
-    names = [asked.name or Path(recipe).stem for recipe in asked.recipes]
-    with ThreadPoolExecutor(asked.parallel) as pool:
-        work = asked.work.absolute()
-        done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), asked.recipes, names)
+    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in parsed.set)}
+    names = [parsed.name or Path(recipe).stem for recipe in parsed.recipes]
+    with ThreadPoolExecutor(parsed.parallel) as pool:
+        work = parsed.work.absolute()
+        done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), parsed.recipes, names)
         results = dict(zip(names, done, strict=True))
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     text = f"# Conversions\n\n{datetime.now(UTC):%Y-%m-%d}, {hardware()}\n\n    {command}\n\n{table(results)}\n"
     logger.info("%s", text)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text, encoding="utf-8")
+    if parsed.out:
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        parsed.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

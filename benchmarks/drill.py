@@ -284,7 +284,7 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=2, help="concurrent cases")
     parser.add_argument("--only", default="", help="regular expression: only the cases whose name matches")
     parser.add_argument("--out", type=Path, help="markdown file to write")
-    asked = parser.parse_args()
+    parsed = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("botocore").setLevel(logging.ERROR)
@@ -300,24 +300,24 @@ def main() -> int:
         drill = Drill(work, endpoint)
         drill.prepare()
         parts: dict[str, list[tuple[str, Callable[[], Row]]]] = {
-            f"{asked.kills} kills, seed {asked.seed}": [
-                (f"{k.victim} {k.moment} {k.kind}", lambda k=k: drill.kill(k)) for k in draw(asked.kills, asked.seed)
+            f"{parsed.kills} kills, seed {parsed.seed}": [
+                (f"{k.victim} {k.moment} {k.kind}", lambda k=k: drill.kill(k)) for k in draw(parsed.kills, parsed.seed)
             ],
             "The network before S3": [(n, lambda i=i, n=n: drill.fault(i, n)) for i, n in enumerate(FAULTS)],
             "Servers beside the run": [(n, lambda i=i, n=n: drill.server(i, n)) for i, n in enumerate(SERVER_CASES)],
         }
         rows = {}
-        with ThreadPoolExecutor(asked.parallel) as pool:
+        with ThreadPoolExecutor(parsed.parallel) as pool:
             waiting = {
-                part: [pool.submit(case) for name, case in cases if re.search(asked.only, name)]
+                part: [pool.submit(case) for name, case in cases if re.search(parsed.only, name)]
                 for part, cases in parts.items()
             }
             rows = {part: [future.result() for future in futures] for part, futures in waiting.items() if futures}
     finally:
         server.stop()
     text = report(rows, f"python {' '.join(sys.argv)}", time.monotonic() - began)
-    if asked.out:
-        asked.out.write_text(text, encoding="utf-8")
+    if parsed.out:
+        parsed.out.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     failed = any(row.faults for part in rows.values() for row in part)
     if failed:

@@ -132,11 +132,11 @@ def _check_mirror(url: str, whole: Curve) -> None:
     client = MlflowClient(tracking_uri=url)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = [run for run in client.search_runs(experiments) if "loss" in run.data.metrics]
-    found = [
+    actual = [
         sorted((point.step, "loss", point.value) for point in client.get_metric_history(run.info.run_id, "loss"))
         for run in runs
         if run.data.tags.get("mlflow.runName", "").endswith("distill")
     ]
     expected = [point for point in whole if point[1] == "loss"]
-    if found != [expected]:
-        raise RuntimeError(f"MLflow has {[len(points) for points in found]} points of {len(expected)}")
+    if actual != [expected]:
+        raise RuntimeError(f"MLflow has {[len(points) for points in actual]} points of {len(expected)}")

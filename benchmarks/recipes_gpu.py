@@ -284,9 +284,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def hardware() -> str:
     """GPU, versions and date of the run."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout if shutil.which(asked[0]) else ""
-    gpu = told.splitlines()[0] if told else "no GPU"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout if shutil.which(query[0]) else ""
+    gpu = answer.splitlines()[0] if answer else "no GPU"
     return f"{gpu}; torch {torch.__version__}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
 
 

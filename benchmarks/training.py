@@ -119,9 +119,9 @@ def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int
     """The product's row, then the plain build's. threads: of a process; None: the cores, divided evenly."""
     flops, parameters = case_flops(case)
     free = shutil.disk_usage(work).free
-    wanted = _STATE_BYTES * parameters
-    if case.checkpoint and case.stage != "align" and wanted > 0.5 * free:
-        logger.warning("no checkpoint: it could take %.0f GB, and %.0f GB are free", wanted / 1e9, free / 1e9)
+    needed = _STATE_BYTES * parameters
+    if case.checkpoint and case.stage != "align" and needed > 0.5 * free:
+        logger.warning("no checkpoint: it could take %.0f GB, and %.0f GB are free", needed / 1e9, free / 1e9)
         case = dataclasses.replace(case, checkpoint=False)
     inputs = Inputs(work, case)
     name = f"{number:03d}-{case.stage}"
@@ -164,8 +164,8 @@ def read_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> lis
 def _roomy(cases: Sequence[Case]) -> Path | None:
     """Memory, where it is free for three copies of everything at once and as much again; else the usual place."""
     memory = Path("/dev/shm")
-    wanted = sum(2 * 3 * parameters for parameters in {case_flops(case)[1] for case in cases})
-    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * wanted + (4 << 30) else None
+    needed = sum(2 * 3 * parameters for parameters in {case_flops(case)[1] for case in cases})
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * needed + (4 << 30) else None
 
 
 def main() -> int:
@@ -173,11 +173,11 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     arguments = sys.argv[1:]
     try:
-        asked = read_sweep(parse(), arguments)
-        cases = [build_case(options) for options in asked]
+        sweep = read_sweep(parse(), arguments)
+        cases = [build_case(options) for options in sweep]
     except (UserError, ValueError) as error:
         raise SystemExit(f"training.py: {error}") from None
-    first = asked[0]
+    first = sweep[0]
     gpu = gpu_name() if first.device == "cuda" else "cpu"
     if gpu is None:
         raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
@@ -190,7 +190,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="radlads-training-", dir=_roomy(cases)) as temporary:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        for number, (case, options) in enumerate(zip(cases, asked, strict=True)):
+        for number, (case, options) in enumerate(zip(cases, sweep, strict=True)):
             rows += run_case(case, work, number, compare=options.compare_plain, threads=options.threads)
             text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
             out.write_text(f"{before}{text}\n", encoding="utf-8")  # at once, in case a later case fails

@@ -109,7 +109,7 @@ def _why(code: int, log: Path, ending: Path) -> str:
         return "out-of-memory"
     raised = [found[1] for line in lines if (found := _RAISED.search(line)) and "ChildFailedError" not in line]
     tail = "\n".join(lines[-_TAIL_LINES:])
-    return f"{raised[0][:200] if raised else f'it ended with {code}'}\nThe end of {log}:\n{tail}"
+    return f"{raised[0][:200] if raised else f'it exited with {code}'}\nThe end of {log}:\n{tail}"
 
 
 def _free_port() -> int:

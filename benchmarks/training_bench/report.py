@@ -46,10 +46,10 @@ class Row:
 
 def gpu_name() -> str | None:
     """Query without a context on the GPU, all of whose memory the measured programs need."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if not shutil.which(asked[0]):
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if not shutil.which(query[0]):
         return None
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
@@ -164,17 +164,19 @@ def details(row: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _profile(found: dict[str, Any]) -> list[str]:
-    total = found["busy_ms"] or 1.0
-    syncs = ", ".join(f"{name} {count:.0f}" for name, count in found["syncs"].items()) or "none"
-    idle = f"GPU idle {found['idle']:.1%} of {found['span_ms']:.1f} ms; " if "idle" in found else ""
-    lines = [f"One step under the profiler: {idle}{found['launches']:.0f} launches; host waits: {syncs}.", ""]
+def _profile(profile: dict[str, Any]) -> list[str]:
+    total = profile["busy_ms"] or 1.0
+    syncs = ", ".join(f"{name} {count:.0f}" for name, count in profile["syncs"].items()) or "none"
+    idle = f"GPU idle {profile['idle']:.1%} of {profile['span_ms']:.1f} ms; " if "idle" in profile else ""
+    lines = [f"One step under the profiler: {idle}{profile['launches']:.0f} launches; host waits: {syncs}.", ""]
     lines += ["| group | ms | share |", "| :-- | --: | --: |"]
-    lines += [f"| {group} | {ms:.2f} | {ms / total:.1%} |" for group, ms in found["groups"].items()]
+    lines += [f"| {group} | {ms:.2f} | {ms / total:.1%} |" for group, ms in profile["groups"].items()]
     lines += ["", "| part of the step | ms | by group |", "| :-- | --: | :-- |"]
-    for part, groups in sorted(found["parts"].items(), key=lambda item: -sum(item[1].values())):
+    for part, groups in sorted(profile["parts"].items(), key=lambda item: -sum(item[1].values())):
         inside = ", ".join(f"{group} {ms:.2f}" for group, ms in groups.items())
         lines.append(f"| {part} | {sum(groups.values()):.2f} | {inside} |")
     lines += ["", "| kernel | ms | calls |", "| :-- | --: | --: |"]
-    lines += [f"| `{name[:110].replace('|', '/')}` | {ms:.2f} | {calls:.1f} |" for name, ms, calls in found["kernels"]]
+    lines += [
+        f"| `{name[:110].replace('|', '/')}` | {ms:.2f} | {calls:.1f} |" for name, ms, calls in profile["kernels"]
+    ]
     return [*lines, ""]

@@ -196,7 +196,7 @@ def _matrix(curves: Mapping[int, Sequence[float]], layers: Sequence[int]) -> np.
         )
     losses = np.array([curves[layer] for layer in layers], dtype=np.float64)
     if not (np.isfinite(losses).all() and (losses > 0).all()):
-        raise UserError("the align stage recorded losses that are no positive numbers; layers cannot be told apart")
+        raise UserError("the align stage recorded losses that are not positive numbers; layers cannot be ranked")
     return losses
 
 

@@ -129,11 +129,11 @@ def teacher_warnings(
             continue
         border = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         lines.append(
-            f"the teacher's rotary positions turn otherwise in contexts beyond {border} tokens ({rope['rope_type']}); "
-            "a student that is trained below that never saw those"
+            f"the teacher's rotary positions change in contexts beyond {border} tokens ({rope['rope_type']}); "
+            "a student trained on shorter contexts never learns those"
         )
     if source := getattr(config, "text_part_of", None):
-        lines.append(f"only the text part of this {source} model is converted; the student sees no pictures")
+        lines.append(f"only the text part of this {source} model is converted; the student accepts no images")
     return lines
 
 

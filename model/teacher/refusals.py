@@ -101,7 +101,7 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
     """Why the model of this config cannot be a teacher, in one line; None if it can."""
     model_type = str(raw.get("model_type") or "")
     if not model_type:
-        return "the teacher's config.json has no model_type, so its architecture cannot be told"
+        return "the teacher's config.json has no model_type, so its architecture is unknown"
     if fault := size_fault(raw):
         return fault
     names = [model_type, *(raw.get("architectures") or ())]

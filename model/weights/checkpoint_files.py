@@ -63,7 +63,7 @@ def join_entries(entries: dict[str, TensorEntry], more: dict[str, TensorEntry]) 
         name = min(twice)
         raise UserError(
             f"tensor {short_name(name)} is in {entries[name].path} and in {more[name].path.name}; which one counts "
-            "cannot be told: download the checkpoint again, into an empty folder"
+            "cannot be determined: download the checkpoint again, into an empty folder"
         )
     entries |= more
 

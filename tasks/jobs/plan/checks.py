@@ -243,7 +243,7 @@ def check_needle(
         if beyond:
             findings.warnings.append(
                 f"needle.lengths {beyond} are beyond the {positions} positions that the teacher was made for; expect "
-                f"it to fail there"
+                f"failures there"
             )
 
 

@@ -117,7 +117,7 @@ def _train(
         if stopping:
             checkpoints.wait()
             job.barrier()  # the launcher ends every rank as soon as one has exited
-            raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt goes on from there")
+            raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt resumes there")
 
 
 def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, float]:
