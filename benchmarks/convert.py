@@ -1,10 +1,10 @@
-"""Run whole conversions without the orchestrator, and write one table of what came out.
+"""Run whole conversions without the orchestrator, and write one table of the results.
 
     python benchmarks/convert.py benchmarks/recipes/stories260k.yaml smoke --out benchmarks/results/convert.md
     python benchmarks/convert.py smoke --set student.attention_layers=[] --name smoke-pure
 
 Every stage is the job that the flow launches, by the same launcher; only Prefect and MLflow are left out, so that it
-runs on a machine that has neither. A second run with the same --work goes on where the first stopped.
+runs on a machine that has neither. A second run with the same --work continues where the first stopped.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ COLUMNS = (
 
 
 def convert_recipe(recipe: str, name: str, overrides: dict[str, Any], work: Path) -> dict[str, Any]:
-    """All stages of a recipe; returns the numbers that its manifests hold."""
+    """Run all stages of a recipe; returns the numbers in its manifests."""
     places = {"store": str(work / "store"), "work": str(work / "work"), "tracking": "none"}
     with open_pipeline(recipe, overrides=overrides, run=name, run_id=name, **places) as pipeline:
         return run_stages(pipeline)
 
 
 def run_stages(pipeline: Pipeline) -> dict[str, Any]:
-    """The stages that the pipeline's recipe has; returns the numbers that their manifests hold."""
+    """Run the stages of the pipeline's recipe; returns the numbers in their manifests."""
     numbers: dict[str, Any] = {"stage seconds": {}, "stage speed": {}}
 
     def note(done: StageRun) -> None:
@@ -98,7 +98,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def hardware() -> str:
-    """What it ran on, and with what."""
+    """Hardware, versions and commit of the run."""
     import torch
     import transformers
 
@@ -116,21 +116,21 @@ def main() -> None:
     parser.add_argument("--name", help="name of the run, where there is one recipe")
     parser.add_argument("--work", type=Path, default=Path(".radlads/benchmark"))
     parser.add_argument("--out", type=Path, help="markdown file to write")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; timings are worth less then")
-    asked = parser.parse_args()
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; timings are then less reliable")
+    parsed = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in asked.set)}
-    names = [asked.name or Path(recipe).stem for recipe in asked.recipes]
-    with ThreadPoolExecutor(asked.parallel) as pool:
-        work = asked.work.absolute()
-        done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), asked.recipes, names)
+    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in parsed.set)}
+    names = [parsed.name or Path(recipe).stem for recipe in parsed.recipes]
+    with ThreadPoolExecutor(parsed.parallel) as pool:
+        work = parsed.work.absolute()
+        done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), parsed.recipes, names)
         results = dict(zip(names, done, strict=True))
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     text = f"# Conversions\n\n{datetime.now(UTC):%Y-%m-%d}, {hardware()}\n\n    {command}\n\n{table(results)}\n"
     logger.info("%s", text)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text, encoding="utf-8")
+    if parsed.out:
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        parsed.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Decoding on one GPU, in a graph: one token for every sequence, ours beside fla's and what no step can avoid.
+"""Decoding on one GPU, in a graph: one token per sequence, compared with fla and with a lower bound.
 
     python3 benchmarks/decode.py [--out FILE.json] [--batch 64] [--heads 40] [--size 128]
 
-Median µs of a step in graphs of 20, replayed in turns. The floor multiplies the state in place: it reads and writes it
-once, as every step must. fla's candidates compile in parallel processes first (peers.py), then it searches. Needs the
-package importable as `radlads`.
+Median µs of a step in graphs of 20, replayed alternately. The lower bound multiplies the state in place: it reads and
+writes it once, as every step must. fla's candidates compile in parallel processes first (peers.py), then it searches.
+Needs the package importable as `radlads`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def peers(x: dict[str, torch.Tensor], state: torch.Tensor) -> dict[str, Callable
 
 
 def cases() -> list[Case]:
-    """What the compiling processes call: they read the shape from the command line as this one does."""
+    """Calls for the compiling processes: they read the shape from the command line as this one does."""
     options = arguments()
     x, state = draw(options.batch, options.heads, options.size)
     return [Case(name, run, searched=True) for name, run in peers(x, state).items()]

@@ -1,13 +1,14 @@
-"""Kill it, again and again, and see whether anything is lost: `make drill`.
+"""Fault-injection test: kill processes of a run repeatedly and check that nothing is lost: `make drill`.
 
     python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
 Random kill -9s of the flow, the supervisor, DeepSpeed's launcher and the rank, at random moments (start-up, a step, a
-save, an upload, a commit), over a store in a folder and one behind S3; then what a bad network does to an S3 store,
+save, an upload, a commit), over a store in a folder and one behind S3; then network faults of an S3 store,
 and outages of the MLflow and the Prefect server. After each the run is started again. It must end with the curve of an
-unbroken run, bit for bit, in the product and in the record; nothing may still run, every product must verify.
+unbroken run, bit for bit, in the product and in the record; no process may remain, every product must verify.
 
-The same seed draws the same victims, stores and moments; how far a process has come by then is the machine's affair.
+The same seed draws the same victims, stores and moments; the progress of a process at that moment depends on the
+machine.
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ FAULTS: dict[str, list[Rule]] = {
 
 
 class MissedError(Exception):
-    """The moment for a kill passed before anybody was killed."""
+    """The moment for a kill passed before the kill."""
 
 
 @dataclass
 class Row:
-    """One case as it is reported."""
+    """The result of one case."""
 
     what: str
     store: str
@@ -88,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Kill:
-    """What a kill is drawn to be. step: of the checkpoint, or of the training; share: of the delay that the moment
+    """A randomly drawn kill. step: of the checkpoint, or of the training; share: of the delay that the moment
     allows, from 0 to 1; drop: whether the request that shows the moment still arrives."""
 
     number: int
@@ -117,7 +118,7 @@ def draw(kills: int, seed: int) -> list[Kill]:
 
 
 class Drill:
-    """The parts that all cases share: the S3 server, the stages before, the unbroken run's curve."""
+    """Shared parts of all cases: the S3 server, the products of earlier stages, the unbroken run's curve."""
 
     def __init__(self, work: Path, s3: str) -> None:
         self.work, self.s3 = work, s3
@@ -125,7 +126,7 @@ class Drill:
         self.whole: Curve = []
 
     def prepare(self) -> None:
-        """The unbroken run. Raises RuntimeError if even that fails."""
+        """The unbroken run. Raises RuntimeError if it fails."""
         with open_place(self.work / "base", "folder", self.s3) as place:
             code = wait(place.start())
             if code:
@@ -136,13 +137,14 @@ class Drill:
             raise RuntimeError(f"the unbroken run has the steps {losses}")
 
     def case(self, name: str, kind: str, what: str, act: Callable[[Place], str]) -> Row:
-        """Run a case in a place of its own: `act` makes the first attempt and says how it went; then it goes on."""
+        """Run a case in a place of its own: `act` makes the first attempt and returns a description of it; then the run
+        is continued."""
         folder, began = self.work / name, time.monotonic()
         with open_place(folder, kind, self.s3) as place:
             try:
                 copy_base(self.base, place)
                 first = act(place)
-                for _ in range(2):  # the second only if the first had to wait for what the kill left
+                for _ in range(2):  # the second only if the first waited for remains of the killed attempt
                     code = wait(place.start())
                     if code == 0:
                         break
@@ -159,7 +161,7 @@ class Drill:
         return Row(what, kind, first, seconds, faults)
 
     def kill(self, kill: Kill) -> Row:
-        """A kill at its moment. A moment that passed unseen is waited for again, then exchanged for a step."""
+        """A kill at its moment. A missed moment is awaited again, then replaced by a step."""
         for suffix, drawn in (("", kill), ("-again", kill), ("-step", replace(kill, moment="step"))):
             what = f"{drawn.victim} at {drawn.moment}"
             if drawn.moment not in ("start", "commit", "product's manifest"):
@@ -184,7 +186,7 @@ class Drill:
             at = f", the flow ended with {wait(flow)}"
         if not done.is_set():
             raise MissedError(f"nobody was killed{at}")
-        flow.poll()  # a killed flow is buried: a zombie is no holder of the lease either way
+        flow.poll()  # a killed flow is reaped; a zombie does not hold the lease in either case
         return f"{place.rows()} steps on record{at}"
 
     @staticmethod
@@ -212,7 +214,7 @@ class Drill:
         return kill.share * {"start": 8.0, "step": 0.2}.get(kill.moment, 0.03)
 
     def fault(self, number: int, name: str) -> Row:
-        """A case of the S3 proxy: the network does this to one run."""
+        """A case of the S3 proxy: a network fault during one run."""
 
         def act(place: Place) -> str:
             assert place.proxy is not None
@@ -227,7 +229,7 @@ class Drill:
         return self.case(f"fault-{number:02d}", "s3", name, act)
 
     def server(self, number: int, name: str) -> Row:
-        """An outage of a server beside the run."""
+        """An outage of a server during the run."""
         return self.case(f"server-{number:02d}", "folder", name, lambda place: SERVER_CASES[name](place, self.whole))
 
 
@@ -279,10 +281,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=2, help="cases at a time")
+    parser.add_argument("--parallel", type=int, default=2, help="concurrent cases")
     parser.add_argument("--only", default="", help="regular expression: only the cases whose name matches")
     parser.add_argument("--out", type=Path, help="markdown file to write")
-    asked = parser.parse_args()
+    parsed = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("botocore").setLevel(logging.ERROR)
@@ -298,24 +300,24 @@ def main() -> int:
         drill = Drill(work, endpoint)
         drill.prepare()
         parts: dict[str, list[tuple[str, Callable[[], Row]]]] = {
-            f"{asked.kills} kills, seed {asked.seed}": [
-                (f"{k.victim} {k.moment} {k.kind}", lambda k=k: drill.kill(k)) for k in draw(asked.kills, asked.seed)
+            f"{parsed.kills} kills, seed {parsed.seed}": [
+                (f"{k.victim} {k.moment} {k.kind}", lambda k=k: drill.kill(k)) for k in draw(parsed.kills, parsed.seed)
             ],
             "The network before S3": [(n, lambda i=i, n=n: drill.fault(i, n)) for i, n in enumerate(FAULTS)],
             "Servers beside the run": [(n, lambda i=i, n=n: drill.server(i, n)) for i, n in enumerate(SERVER_CASES)],
         }
         rows = {}
-        with ThreadPoolExecutor(asked.parallel) as pool:
+        with ThreadPoolExecutor(parsed.parallel) as pool:
             waiting = {
-                part: [pool.submit(case) for name, case in cases if re.search(asked.only, name)]
+                part: [pool.submit(case) for name, case in cases if re.search(parsed.only, name)]
                 for part, cases in parts.items()
             }
             rows = {part: [future.result() for future in futures] for part, futures in waiting.items() if futures}
     finally:
         server.stop()
     text = report(rows, f"python {' '.join(sys.argv)}", time.monotonic() - began)
-    if asked.out:
-        asked.out.write_text(text, encoding="utf-8")
+    if parsed.out:
+        parsed.out.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     failed = any(row.faults for part in rows.values() for row in part)
     if failed:

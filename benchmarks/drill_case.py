@@ -1,4 +1,4 @@
-"""One case of the drill: a place of its own, the flow in it, who is killed when, and what must hold afterwards."""
+"""One case of the drill: a folder and environment of its own, the flow in it, the kill, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Place:
 
     @property
     def scratch(self) -> Path:
-        """Of the stage that is killed; a folder that is not there before it was asked for."""
+        """Of the stage that is killed; a folder that does not exist before the stage is requested."""
         return scratch_folder(self.folder / "work", STAGE, self.digest or "none")
 
     @property
     def digest(self) -> str | None:
-        """Of the product of the stage that is killed; None before the run has asked for it."""
+        """Of the product of the stage that is killed; None before the run has requested it."""
         pointer = read_pointer(self.open(), RUN, STAGE)
         return None if pointer is None else pointer.digest
 
@@ -64,7 +64,7 @@ class Place:
         return product_key(STAGE, self.digest or "none")
 
     def open(self) -> Store:
-        """The store, past any fault."""
+        """The store, without the fault proxy."""
         endpoint = self.proxy.endpoint if self.proxy else None
         return open_store(StoreRef(uri=self.store, endpoint_url=endpoint))
 
@@ -86,7 +86,7 @@ class Place:
             )
 
     def processes(self) -> dict[int, list[str]]:
-        """pid → command line of everything that works in this place."""
+        """pid → command line of all processes of this case."""
         found = {}
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) == os.getpid():
@@ -111,7 +111,7 @@ class Place:
 
 
 def find_victim(place: Place, victim: str, flow: int) -> int | None:
-    """The process id of the flow, the job's supervisor, DeepSpeed's launcher or the rank; None if it is not there."""
+    """The process id of the flow, the job's supervisor, DeepSpeed's launcher or the rank; None if it is not running."""
     if victim == "flow":
         return flow
     found: dict[str, int] = {}
@@ -130,7 +130,7 @@ def find_victim(place: Place, victim: str, flow: int) -> int | None:
 def kill_when(
     place: Place, flow: subprocess.Popen[bytes], victim: str, moment: Callable[[], bool], delay: float
 ) -> bool:
-    """Wait for the moment, and a little, and kill -9 the victim; False where the flow ended before."""
+    """Wait for the moment and a short delay, then kill -9 the victim; False if the flow ended before."""
     while flow.poll() is None:
         if moment():
             time.sleep(delay)
@@ -153,7 +153,7 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def wait_for_nobody(place: Place) -> list[str]:
-    """Command lines of what still works in the place after a while."""
+    """Command lines of processes of this case that still run after a while."""
     end = time.monotonic() + ORPHAN_SECONDS
     while place.processes() and time.monotonic() < end:
         time.sleep(0.1)
@@ -164,7 +164,7 @@ def wait_for_nobody(place: Place) -> list[str]:
 
 
 def curve_of(place: Place, key: str | None = None) -> Curve:
-    """(step, metric, value) of what training computed, from the product's own record or from the one at a key."""
+    """(step, metric, value) of the training metrics, from the product's own record or from the one at a key."""
     store = place.open()
     data = store.get_bytes(key) if key else store.read_file(place.product, "metrics.jsonl")
     rows = [json.loads(line) for line in (data or b"").decode().splitlines()]
@@ -173,7 +173,7 @@ def curve_of(place: Place, key: str | None = None) -> Curve:
 
 
 def check(place: Place, whole: Curve) -> list[str]:
-    """What does not hold after the last attempt of a case; empty where all is well."""
+    """Failed checks after the last attempt of a case; empty if all hold."""
     faults = [f"still runs: {words}" for words in wait_for_nobody(place)]
     store, product = place.open(), place.product
     if store.read_manifest(product) is None:
@@ -197,7 +197,7 @@ def check(place: Place, whole: Curve) -> list[str]:
 
 
 def copy_base(base: Path, place: Place) -> None:
-    """The stages before the one that is killed, so that no case makes them again."""
+    """Make the products of the stages before the killed one, so that no case repeats them."""
     store = place.open()
     for path in sorted(base.rglob("*")):
         key = path.relative_to(base).as_posix()

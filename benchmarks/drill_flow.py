@@ -21,7 +21,7 @@ logger = logging.getLogger("drill")
 
 
 def main() -> int:
-    """0 done, 2 for the user to mend, 3 to be tried again."""
+    """Exit codes: 0 done, 2 an error that the user has to fix, 3 to be retried."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     recipe, run, store, work = sys.argv[1:]
     try:

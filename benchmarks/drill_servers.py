@@ -1,4 +1,4 @@
-"""Cases of the drill in which the MLflow or the Prefect server goes away while `radlads run` is at work."""
+"""Cases of the drill in which the MLflow or the Prefect server stops during `radlads run`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Server:
             MLFLOW_DISABLE_TELEMETRY="true",
         )  # fmt: skip
         with (self._place.folder / f"{self._name}.log").open("ab") as log:
-            # Elsewhere than in the case's folder: it is no process that the case may leave behind.
+            # Not in the case's folder: the check for remaining processes of the case must not count it.
             self._process = subprocess.Popen(
                 self._command,
                 cwd="/",
@@ -70,7 +70,8 @@ class Server:
 
 
 def mlflow_outage(place: Place, whole: Curve) -> str:
-    """The MLflow server dies in the middle of the stage and comes back after the run; the next run catches it up."""
+    """The MLflow server dies in the middle of the stage and comes back after the run; the next run sends the missing
+    metrics."""
     server = Server(place, "mlflow")
     server.start()
     try:
@@ -131,11 +132,11 @@ def _check_mirror(url: str, whole: Curve) -> None:
     client = MlflowClient(tracking_uri=url)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = [run for run in client.search_runs(experiments) if "loss" in run.data.metrics]
-    found = [
+    actual = [
         sorted((point.step, "loss", point.value) for point in client.get_metric_history(run.info.run_id, "loss"))
         for run in runs
         if run.data.tags.get("mlflow.runName", "").endswith("distill")
     ]
     expected = [point for point in whole if point[1] == "loss"]
-    if found != [expected]:
-        raise RuntimeError(f"MLflow has {[len(points) for points in found]} points of {len(expected)}")
+    if actual != [expected]:
+        raise RuntimeError(f"MLflow has {[len(points) for points in actual]} points of {len(expected)}")

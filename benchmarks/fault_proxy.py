@@ -1,4 +1,4 @@
-"""A proxy before an S3 endpoint that does what networks and gateways do: cut, alter, lose, delay, forget.
+"""A proxy before an S3 endpoint that simulates faults of networks and gateways: cut, alter, lose, delay, forget.
 
 A rule applies to the first `times` requests that match it, after `skip` others. The tests of the store and the drill
 share it.
@@ -25,12 +25,12 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "proxy
 
 @dataclass
 class Rule:
-    """What happens to requests of a method whose path, with its query, matches a pattern.
+    """A fault for requests of a method whose path, with its query, matches a pattern.
 
-    act: `flip-request`, `flip-answer` (one byte of the body), `short` (half of the body, as if that were all), `cut`
+    act: `flip-request`, `flip-answer` (one byte of the body), `short` (half of the body, presented as complete), `cut`
     (the connection ends in the middle of the body), `missing` (404), `busy` (503), `drop` (no answer, nothing done),
     `lose` (done, and no answer), `late` (no answer; done after `delay` seconds), `slow` (done after `delay` seconds),
-    `call` (`hook` is called first, then nothing is wrong).
+    `call` (`hook` is called first, then the request is served).
     """
 
     method: str
@@ -44,7 +44,7 @@ class Rule:
     hits: int = field(default=0, init=False)
 
     def takes(self, method: str, path: str) -> bool:
-        """Whether the rule applies to this request, which counts."""
+        """Count this request; returns whether the rule applies to it."""
         if method not in self.method.split("|") or not re.search(self.pattern, path):
             return False
         self.seen += 1
@@ -78,7 +78,7 @@ class FaultProxy:
         self._server.server_close()
 
     def rule(self, method: str, path: str) -> Rule | None:
-        """The rule for a request; each that matches it counts."""
+        """The rule for a request; every matching rule counts it."""
         with self.lock:
             return next((rule for rule in self.rules if rule.takes(method, path)), None)
 
@@ -98,7 +98,7 @@ class FaultProxy:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed in the middle of a request is what this is for; everything else is told."""
+        """Ignore errors of a client that was killed during a request; report all others."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
         self._answer(status, given, data, cut=rule.act == "cut")
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve  # noqa: N815 - names that http.server asks for
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve  # noqa: N815 - names that http.server requires
 
     def _answer(self, status: int, headers: list[Any], data: bytes, *, cut: bool = False) -> None:
         self.send_response_only(status)

@@ -1,16 +1,16 @@
-"""Everything about our kernels on one GPU: every setting checked and timed, peers beside them, in a few minutes.
+"""Benchmark of all kernels on one GPU: every setting checked and timed, with other libraries, in a few minutes.
 
     python3 benchmarks/kernels.py [--out DIR] [--sections sweep,table,...] [--budget SECONDS]
 
 Writes `kernels_<gpu>.md` and the raw rows as JSONL. Sections: `sweep` (every candidate of triton_tuning.py: errors
-against fp64 and the time of each kernel), `table` (the operator at the shapes that matter), `errors` (dtypes, ragged
-and packed sequences, repeated keys), `step` (decoding; decode.py has fla beside it), `kl` (linear_kl.py),
+against fp64 and the time of each kernel), `table` (the operator at the important shapes), `errors` (dtypes, ragged
+and packed sequences, repeated keys), `step` (decoding; decode.py compares it with fla), `kl` (linear_kl.py),
 `torch` (the chunked form), `sdpa`, `fla` (flash-linear-attention, if it can be imported, and ours at the same shapes:
 peers.py makes its search short enough; alone it takes `--sections fla --budget 200`, each shape's rows as soon as they
 are known).
 
 Needs the package importable as `radlads`. Settings compile in parallel processes first; the sections run in a child
-process that may die (a bad setting can take the CUDA context with it) and is then started again after the fatal row.
+process that may crash (a bad setting can destroy the CUDA context) and is then restarted after the fatal row.
 """
 
 import argparse
@@ -306,13 +306,13 @@ def torch_form(emit: Callable[..., None], done: set[str]) -> None:
 
 
 def peer_shapes() -> list[tuple[str, tuple[int, int, int, int], list[int] | None]]:
-    """(row, shape, bounds of packed sequences), what matters most first."""
+    """(row, shape, bounds of packed sequences), the most important first."""
     rows = [(name, SHAPES[name], None) for name in ("S1", "S2", "S3", "S4")]
     return [*rows[:2], ("24 ragged", SHAPES["S2"], ragged_bounds()), *rows[2:]]
 
 
 def peer_options() -> list[tuple[str, dict[str, object]]]:
-    """fla's modes with its tensor-core form, which this range of decays allows."""
+    """fla's modes, in its tensor-core form, which this range of decays permits."""
     options = {"scale": 1.0, "safe_gate": True, "lower_bound": DECAY_FLOOR, "chunk_size": 64}
     return [(f"cs64{' recompute' * again}", {**options, "disable_recompute": not again}) for again in (False, True)]
 
@@ -323,7 +323,7 @@ def peer_case(H: int, D: int, packed: list[int] | None) -> str:
 
 
 def peer_cases() -> list[Case]:
-    """What the section `fla` launches, on few tokens: ours with the settings of each shape, fla with all candidates."""
+    """Calls of the section `fla`, on few tokens: ours with the settings of each shape, fla with all candidates."""
     from fla.ops.rwkv7 import chunk_rwkv7
 
     def run(operator: Callable, B: int, H: int, D: int, packed: list[int] | None, **options) -> None:

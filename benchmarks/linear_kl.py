@@ -1,12 +1,12 @@
-"""linear_kl and linear_ce on one GPU: right, how much memory, and how long beside the matrix products alone.
+"""linear_kl and linear_ce on one GPU: errors, memory, and time relative to the matrix products alone.
 
     python3 benchmarks/linear_kl.py [--out FILE.json] [--tokens 16384] [--width 4096] [--vocabulary 152064]
 
-About a minute. "products" is the time of the products that a case must do, each whole and in bf16: logits of student
-and (for KL) teacher, gradient of the hidden states, gradient of the head if it trains; all are timed in turns. Peak
-memory is what a case needs beyond its operands; the head's gradient (fp32 while it is summed) is told apart.
-liger-kernel and fla, where they can be imported, are measured on what they have in common with linear_kl: temperature
-1, no cross entropy.
+About a minute. "products" is the time of the products that a case requires, each whole and in bf16: logits of student
+and (for KL) teacher, gradient of the hidden states, gradient of the head if it trains; all are timed alternately. Peak
+memory excludes the operands; the head's gradient (fp32 while it is summed) is reported separately.
+liger-kernel and fla, where they can be imported, are measured on the settings that they share with linear_kl:
+temperature 1, no cross entropy.
 
 Needs the package importable as `radlads`.
 """
@@ -50,8 +50,8 @@ def once(run: Callable[[], object]) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median milliseconds of each, the second of two calls a round. Taken in turns, in another order each round: a GPU
-    at its power limit slows down as it warms, and what is timed first would look fastest."""
+    """Median milliseconds of each, the second of two calls a round. Timed alternately, in a different order each round:
+    a GPU at its power limit slows down as it warms, which would favour the first one."""
     order, shuffled = list(runs), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -150,7 +150,7 @@ def peers(student: Tensor, head: Tensor, teacher: Tensor, other: Tensor) -> Iter
 
 
 def beyond(run: Callable[[], object]) -> float:
-    """GiB allocated beyond what was there."""
+    """GiB allocated in addition to the initial amount."""
     run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -161,7 +161,7 @@ def beyond(run: Callable[[], object]) -> float:
 
 
 def losses(N: int, D: int, V: int) -> Iterator[dict]:
-    """All cases in turns with the products alone, which come first."""
+    """All cases, timed alternately with the products alone, which come first."""
     student, head, teacher, other, labels = draw(N, D, V)
     alone = products(student.detach(), head)
     student.requires_grad_()

@@ -1,4 +1,4 @@
-"""wkv7_operands on one GPU beside its torch form: milliseconds, and what each keeps.
+"""wkv7_operands on one GPU compared with its torch form: milliseconds, and memory kept for the backward pass.
 
     python benchmarks/mixer_ops.py
 

@@ -1,4 +1,4 @@
-"""Searches of libraries that tune themselves, made short: candidates compiled beforehand, in parallel, on the CPU.
+"""Shorter autotuning of other libraries: candidates are compiled beforehand, in parallel, on the CPU.
 
 Triton's `autotune` compiles its candidates one after another when a kernel is first called, which takes minutes for an
 operator of a dozen kernels. Here processes make the same calls on few tokens without launching anything: each candidate
@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Case:
-    """Calls to compile for. `searched`: all processes make them and share the candidates out; else one makes them."""
+    """Calls to compile for. `searched`: all processes make them and divide the candidates; else one makes them."""
 
     name: str
     run: Callable[[], object]
@@ -37,7 +37,7 @@ class Case:
 
 
 class Share:
-    """Hands out numbered pieces of work that all processes meet in the same order."""
+    """Distributes numbered pieces of work that all processes reach in the same order."""
 
     def __init__(self, tickets: Any, case: int) -> None:
         self.tickets, self.case = tickets, case
@@ -57,7 +57,7 @@ class Share:
 
 
 def die_with_parent() -> None:
-    """Linux ends this process with the one that started it, however that one ends."""
+    """Have Linux end this process when its parent ends, for any reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -93,7 +93,7 @@ def compile_only(share: Share) -> Callable[..., None]:
 
 
 def work(index: int, cases: Callable[[], list[Case]], tickets: Any, progress: Any) -> None:
-    """One process: through all cases in order. `progress[index]` says how many are behind it."""
+    """One process: all cases in order. `progress[index]` is the number of finished ones."""
     die_with_parent()
     os.nice(5)
     torch.set_num_threads(1)
@@ -147,7 +147,7 @@ class Compilers:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Nothing compiles meanwhile: for the times that are reported."""
+        """Context without compilation, for reported timings."""
         running = [process for process in self.processes if process.is_alive()]
         for process in running:
             os.kill(process.pid, signal.SIGSTOP)
@@ -178,7 +178,7 @@ def search(deadline: float = float("inf")) -> Iterator[None]:
         except RuntimeError as error:
             if "PassManager" not in str(error):
                 raise
-            return [float("inf")] * 3  # the compiler gave this candidate up
+            return [float("inf")] * 3  # the compiler failed on this candidate
 
     def run(tuner: Autotuner, *args: Any, **kwargs: Any) -> object:
         if tuner not in fresh:

@@ -1,4 +1,4 @@
-"""Run shipped recipes at their true width on one GPU, with only layers, steps and rows of a step cut.
+"""Run shipped recipes at their true width on one GPU, with fewer layers, steps and rows per step.
 
     python benchmarks/recipes_gpu.py --out benchmarks/results/recipes_gpu.md
     python benchmarks/recipes_gpu.py --recipes hrwkv7-reka-flash-3.1 --layers 2 --steps 1
@@ -6,7 +6,7 @@
 The teacher has random weights in its published shape. Every stage is the product's own job: plan, tokenize,
 transplant, align, choose, distill with every phase, finetune, evaluate, needle, publish; then the exported folder is
 loaded and generates. Contexts, micro-batches, bits, losses, LoRA, phases, checkpointing, kept layers and variants are
-the recipe's; documents are packed and kept apart, and one distill has cross-entropy spikes, which no shipped recipe
+the recipe's; documents are packed and separated, and one distill has cross-entropy spikes, which no shipped recipe
 sets.
 """
 
@@ -69,7 +69,7 @@ _QWEN2 = {
     "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "max_position_embeddings": 32768, "tie_word_embeddings": False,
 }  # fmt: skip
-# The published shapes of the recipes' teachers, but for their layers.
+# The published shapes of the recipes' teachers, without the number of layers.
 SHAPES: dict[str, dict[str, Any]] = {
     "RekaAI/reka-flash-3": _REKA,
     "RekaAI/reka-flash-3.1": _REKA,
@@ -97,7 +97,8 @@ class Row:
 
 
 def cut_recipe(raw: dict[str, Any], folder: Path, *, layers: int, steps: int) -> dict[str, Any]:
-    """A recipe with its sizes but few layers, and few steps of two micro-batches; teacher and data are in `folder`."""
+    """A recipe at its own sizes with few layers, and few steps of two micro-batches; teacher and data are in
+    `folder`."""
     student = dict(raw["student"])
     kept = student.get("attention_layers")
     if isinstance(kept, dict):
@@ -216,7 +217,8 @@ def _module(stage: StageInfo) -> str:
 
 
 def in_a_fork(function: Callable[..., None], *arguments: Any) -> int:
-    """Exit code of a function in a forked child, with a GPU context of its own: what it held is gone afterwards."""
+    """Exit code of a function in a forked child, with a GPU context of its own, which frees all its memory
+    afterwards."""
     child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     child.start()
     child.join()
@@ -271,7 +273,7 @@ def _load_and_generate(folder: Path, found: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: what ran, how long, how much memory, on which kernels."""
+    """Markdown table: stages, time, memory, kernels."""
     lines = ["| recipe | stage | seconds | peak GiB | numbers | kernels |", "| :-- | :-- | --: | --: | :-- | :-- |"]
     for row in rows:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.numbers.items())
@@ -281,10 +283,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def hardware() -> str:
-    """What it ran on, and with what."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout if shutil.which(asked[0]) else ""
-    gpu = told.splitlines()[0] if told else "no GPU"
+    """GPU, versions and date of the run."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout if shutil.which(query[0]) else ""
+    gpu = answer.splitlines()[0] if answer else "no GPU"
     return f"{gpu}; torch {torch.__version__}, Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}"
 
 
@@ -302,7 +304,7 @@ def workplace(given: str | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Run the recipes asked for; 1 where one did not come to its end."""
+    """Run the requested recipes; 1 if one did not finish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="*", help="names; default: every shipped recipe of a large teacher")
     parser.add_argument("--layers", type=int, default=3)
@@ -317,8 +319,8 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lanes share the GPU's memory
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not make a context that forks cannot use
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # torchao asks for the GPU as it is imported
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # this check creates no context, unusable in forks
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # torchao queries the GPU on import
         for module in {_module(stage): None for stage in STAGES.values()}:  # once, before anything forks
             import_module(module)
     if torch.cuda.is_initialized():
@@ -336,7 +338,7 @@ def main() -> int:
 
 
 def _sequence(names: Sequence[str], options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """Rows of what ran, and recipe → why it did not come to its end."""
+    """Rows of finished stages, and recipe → why it did not finish."""
     known = dict(large_recipes())
     rows: list[Row] = []
     failed: dict[str, str] = {}
@@ -344,14 +346,14 @@ def _sequence(names: Sequence[str], options: argparse.Namespace) -> tuple[list[R
         with workplace(options.work) as work:
             try:
                 _convert_one(known[name], work, options, rows)
-            except Exception as error:  # the table of the others is worth having
+            except Exception as error:  # still write the table of the others
                 logger.exception("%s failed", name)
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return rows, failed
 
 
 def _lanes(names: Sequence[str], options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """As `_sequence`, with the recipes shared out among processes that run side by side."""
+    """As `_sequence`, with the recipes divided among concurrent processes."""
     given = ["--layers", str(options.layers), "--steps", str(options.steps), "--spikes", *options.spikes]
     given += ["--vocab", str(options.vocab)] if options.vocab else []
     rows: list[Row] = []

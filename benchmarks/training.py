@@ -1,4 +1,4 @@
-"""How fast training is at real shapes: the product's own job beside a plain build of the same step.
+"""Speed of training at real shapes: the product's own job compared with a plain build of the same step.
 
     python benchmarks/training.py --shape qwen2.5-7b --layers 8 --stage distill --micro-batch 12 --compare-plain
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
@@ -8,8 +8,8 @@
 
 A random teacher of a public shape is written to files, the product's transplant makes the student, random tokens are
 the dataset, and the product's launcher starts its training program for a few steps. The rows go to
-results/training_<gpu>.md. Neither network, Prefect nor MLflow is needed. Not run at a time with anything else on the
-same GPUs.
+results/training_<gpu>.md. Neither network, Prefect nor MLflow is needed. Run nothing else on the same GPUs at the same
+time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STATE_BYTES = 24  # of a trained number: its master and moments in a checkpoint
 
 
 def parse() -> argparse.ArgumentParser:
-    """What may be asked."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), help="default: the recipe's, else smollm2-135m")
     parser.add_argument("--stage", choices=list(SECTIONS), default="distill")
@@ -66,7 +66,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--profile", type=int, nargs="?", const=2, default=0, metavar="STEPS", help="and profile some")
     parser.add_argument("--no-checkpoint", action="store_true", help="do not measure the stall of a checkpoint")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--threads", type=int, help="CPU threads of a process; default: the cores, shared out")
+    parser.add_argument("--threads", type=int, help="CPU threads of a process; default: the cores, divided evenly")
     parser.add_argument("--work", type=Path, help="folder to keep, so that later runs find teacher and student")
     parser.add_argument("--out", type=Path, help="Markdown file to add to")
     parser.add_argument("--sweep-file", type=Path, help="a line of further options for every case; # for comments")
@@ -116,12 +116,12 @@ def build_case(options: argparse.Namespace) -> Case:
 
 
 def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int | None) -> list[Row]:
-    """The product's row, then the plain build's. threads: of a process; None: the cores, shared out."""
+    """The product's row, then the plain build's. threads: of a process; None: the cores, divided evenly."""
     flops, parameters = case_flops(case)
     free = shutil.disk_usage(work).free
-    wanted = _STATE_BYTES * parameters
-    if case.checkpoint and case.stage != "align" and wanted > 0.5 * free:
-        logger.warning("no checkpoint: it could take %.0f GB, and %.0f GB are free", wanted / 1e9, free / 1e9)
+    needed = _STATE_BYTES * parameters
+    if case.checkpoint and case.stage != "align" and needed > 0.5 * free:
+        logger.warning("no checkpoint: it could take %.0f GB, and %.0f GB are free", needed / 1e9, free / 1e9)
         case = dataclasses.replace(case, checkpoint=False)
     inputs = Inputs(work, case)
     name = f"{number:03d}-{case.stage}"
@@ -164,20 +164,20 @@ def read_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> lis
 def _roomy(cases: Sequence[Case]) -> Path | None:
     """Memory, where it is free for three copies of everything at once and as much again; else the usual place."""
     memory = Path("/dev/shm")
-    wanted = sum(2 * 3 * parameters for parameters in {case_flops(case)[1] for case in cases})
-    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * wanted + (4 << 30) else None
+    needed = sum(2 * 3 * parameters for parameters in {case_flops(case)[1] for case in cases})
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * needed + (4 << 30) else None
 
 
 def main() -> int:
-    """Run the cases; 1 where one did not come to its end."""
+    """Run the cases; 1 if one did not finish."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     arguments = sys.argv[1:]
     try:
-        asked = read_sweep(parse(), arguments)
-        cases = [build_case(options) for options in asked]
+        sweep = read_sweep(parse(), arguments)
+        cases = [build_case(options) for options in sweep]
     except (UserError, ValueError) as error:
         raise SystemExit(f"training.py: {error}") from None
-    first = asked[0]
+    first = sweep[0]
     gpu = gpu_name() if first.device == "cuda" else "cpu"
     if gpu is None:
         raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
@@ -190,10 +190,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="radlads-training-", dir=_roomy(cases)) as temporary:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        for number, (case, options) in enumerate(zip(cases, asked, strict=True)):
+        for number, (case, options) in enumerate(zip(cases, sweep, strict=True)):
             rows += run_case(case, work, number, compare=options.compare_plain, threads=options.threads)
             text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
-            out.write_text(f"{before}{text}\n", encoding="utf-8")  # now: whatever ends this early, they are there
+            out.write_text(f"{before}{text}\n", encoding="utf-8")  # at once, in case a later case fails
     sys.stdout.write(text)
     return 1 if any(row.failed for row in rows) else 0
 

@@ -1,8 +1,8 @@
-"""wkv6 on one GPU: errors against fp64 at hard decays, times, and the settings worth trying; fla's gla beside it.
+"""wkv6 on one GPU: errors against fp64 at hard decays, times, and candidate settings; compared with fla's gla.
 
     python3 benchmarks/wkv6.py [--out FILE.json] [--budget SECONDS]
 
-Stops at the budget, a minute unless told otherwise; what is known by then has been said and written. Ours come first,
+Stops at the budget, by default a minute; results until then are printed and written. Ours come first,
 then fla's operator where it can be imported. Everything compiles in parallel processes meanwhile (peers.py). The plain
 torch form runs in fp64 only, as the reference, on the few hundred tokens that a row of errors names. Needs the package
 importable as `radlads`.
@@ -29,7 +29,7 @@ from radlads.kernels.wkv6.triton_op import Wkv6Tuning, candidates, current_backe
 BF16 = torch.bfloat16
 SHAPES = {"H64 D64": (4, 4096, 64, 64), "H40 D128": (4, 4096, 40, 128), "one long": (1, 32768, 40, 128)}
 START = time.time()
-MARGIN = 10.0  # seconds of the budget that go to imports before the start and to the row in hand at the end
+MARGIN = 10.0  # seconds of the budget for imports before the start and for the current row at the end
 
 
 def say(text: str) -> None:
@@ -56,7 +56,7 @@ def settings() -> list[Wkv6Tuning]:
 
 
 def cases() -> list[Case]:
-    """What the rows below launch, on fewer tokens."""
+    """Calls of the rows below, on fewer tokens."""
 
     def run(operator: Callable, B: int, T: int, H: int, D: int, state: bool = False) -> None:
         inputs = wkv6_inputs(B, T, H, D, dtype=BF16, device="cuda")

@@ -1,4 +1,4 @@
-"""One case of benchmarks/training.py: what is run, and its section of a recipe."""
+"""One case of benchmarks/training.py: its settings, and its section of a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 
 @dataclass(frozen=True)
 class Case:
-    """What one run is made of. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
+    """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
     GPUs. mlp_bits, teacher_bits: 8 or 16."""
 
     shape: str
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def student_key(self) -> str:
-        """Names the student's files: cases that differ in nothing else share them."""
+        """Names the student's files: cases that differ only in other settings share them."""
         options = json.dumps([self.options, self.attention_layers], sort_keys=True)
         safe = "".join(letter if letter.isalnum() else "-" for letter in options)[:80]
         return f"{self.shape}-{self.depth}-{self.variant}-{safe}"
@@ -96,7 +96,7 @@ class Case:
         )
 
     def check(self) -> None:
-        """Raises UserError, one line, for what cannot be run; nothing is made before."""
+        """Raises UserError, one line, for a case that cannot be run, before anything is made."""
         if self.shape not in SHAPES:
             raise UserError(f"no shape '{self.shape}'; there are {', '.join(SHAPES)}")
         if self.batch % (self.micro_batch * self.gpus):
@@ -114,7 +114,7 @@ class Case:
 
     @classmethod
     def read(cls, path: Path) -> Case:
-        """The case in a case.json, which also says when its job was launched."""
+        """The case in a case.json, which also holds the time when its job was launched."""
         given = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "launched"}
         tuples = {name: tuple(given[name]) for name in ("attention_layers", "freeze")}
         return cls(**given | tuples)

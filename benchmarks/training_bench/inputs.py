@@ -1,7 +1,7 @@
-"""What a training job reads, made without a network: a random teacher, its student, and random tokens as a dataset.
+"""Inputs of a training job, made without a network: a random teacher, its student, and random tokens as a dataset.
 
 The student is made by the product's own transplant job; teacher and student are kept in the work folder and shared by
-the cases that differ in nothing else.
+the cases that differ only in other settings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Inputs:
         self._teacher_ref: TeacherRef | None = None
 
     def make(self, name: str, threads: int) -> JobSpec:
-        """Everything that the case's training job reads, and the job. name: of the job, unlike any other's."""
+        """Make all inputs of the case's training job, and the job. name: of the job, unique."""
         write_teacher(self.case, self.teacher)
         self._teacher_ref = pin_teacher(str(self.teacher), hashes=ContentHashes(self.content_cache))
         inputs = {"student": self._student(threads), "data": self._dataset(name)}
@@ -141,7 +141,7 @@ def teacher_config(case: Case) -> PreTrainedConfig:
 
 
 def case_flops(case: Case) -> tuple[Flops, int]:
-    """What a token of the case must compute, and the teacher's parameters; nothing is allocated."""
+    """FLOP of a token of the case, and the teacher's parameters; nothing is allocated."""
     config = teacher_config(case)
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""Starts the programs that are measured, each in processes of its own, and says how they ended."""
+"""Starts the measured programs, each in processes of its own, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Exha
 
 
 def run_product(job: JobSpec, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank measured of a training job, started as the product starts it.
+    """Measurements of each rank of a training job, started as the product starts it.
 
     The command is the local launcher's own; only its module, the training program, is replaced by `product.py`, which
-    runs that program's `main` and watches it. Raises UserError with the reason where it fails.
+    runs that program's `main` and measures it. Raises UserError with the reason if it fails.
     """
     scratch = Path(job.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def run_product(job: JobSpec, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_plain(job: JobSpec, case: dict[str, Any], teacher: Path) -> list[dict[str, Any]]:
-    """What each rank measured of the plain build on the same files. Raises UserError where it fails."""
+    """Measurements of each rank of the plain build on the same files. Raises UserError if it fails."""
     scratch = Path(f"{job.scratch}-plain")
     scratch.mkdir(parents=True, exist_ok=True)
     student = Path(job.inputs["student"].uri) / "model"
@@ -109,7 +109,7 @@ def _why(code: int, log: Path, ending: Path) -> str:
         return "out-of-memory"
     raised = [found[1] for line in lines if (found := _RAISED.search(line)) and "ChildFailedError" not in line]
     tail = "\n".join(lines[-_TAIL_LINES:])
-    return f"{raised[0][:200] if raised else f'it ended with {code}'}\nThe end of {log}:\n{tail}"
+    return f"{raised[0][:200] if raised else f'it exited with {code}'}\nThe end of {log}:\n{tail}"
 
 
 def _free_port() -> int:

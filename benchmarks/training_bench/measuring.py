@@ -1,4 +1,4 @@
-"""What a rank measures of its own steps: when they come, how long they take, how much memory they need."""
+"""Measurements of a rank's own steps: start times, durations, memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Watch:
         self._began = 0.0
 
     def mark(self, what: str) -> None:
-        """Note the seconds since the launch."""
+        """Record the seconds since the launch."""
         self.found["marks"][what] = round(time.time() - self.launched, 2)
 
     def before(self, step: int, *, student: nn.Module, teacher: nn.Module | None, objective: nn.Module) -> None:
@@ -63,7 +63,7 @@ class Watch:
             self.found["profile"] = self.profile.end()
 
     def write(self) -> None:
-        """For the process that launched this one."""
+        """Write the results for the process that launched this one."""
         path = self.folder / f"measured-{self.rank}.json"
         path.write_text(json.dumps(self.found), encoding="utf-8")
 

@@ -1,10 +1,10 @@
-"""One rank of the plain build: the same step as somebody would write it with transformers and torch.
+"""One rank of the plain build: the same step, written directly with transformers and torch.
 
     python -m torch.distributed.run --nproc-per-node N plain.py FOLDER
 
 Modules of transformers, mixers in plain torch over fla's operator, whole logits in fp32, torch's cross entropy and KL,
 torch's AdamW. One GPU: bf16 weights with fp32 masters beside them. Several: FSDP2 with fp32 parameters, bf16
-arithmetic and fp32 reductions. It reads the product's files and its batches, so its losses can be laid beside it.
+arithmetic and fp32 reductions. It reads the product's files and its batches, so its losses can be compared.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class Step(nn.Module):
 
     def _compare(self, mixer: nn.Module) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x, wanted = args[0] if args else kwargs["hidden_states"], output[0].float()
+            x, expected = args[0] if args else kwargs["hidden_states"], output[0].float()
             with torch.enable_grad():
                 out = mixer(x, kwargs["position_embeddings"])[0].float()
                 if self.case.loss == "mse":
-                    self._losses.append(F.mse_loss(out, wanted))
+                    self._losses.append(F.mse_loss(out, expected))
                 else:
-                    self._losses.append((wanted - out).norm(dim=-1).mean() * out.shape[-1] ** -0.5)
+                    self._losses.append((expected - out).norm(dim=-1).mean() * out.shape[-1] ** -0.5)
 
         return hook
 
@@ -116,9 +116,9 @@ class Step(nn.Module):
             return torch.stack(self._losses).mean()
         if self.case.stage == "distill":
             with torch.no_grad():
-                wanted = F.log_softmax(teacher(inputs, use_cache=False).logits.float(), dim=-1).flatten(0, 1)
+                expected = F.log_softmax(teacher(inputs, use_cache=False).logits.float(), dim=-1).flatten(0, 1)
             found = F.log_softmax(self.student(inputs, use_cache=False).logits.float(), dim=-1).flatten(0, 1)
-            return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+            return F.kl_div(found, expected, log_target=True, reduction="batchmean")
         logits = self.student(inputs, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 

@@ -58,14 +58,14 @@ def _fla_cases(heads: int, head_dim: int) -> list[Any]:
 
 
 class FirstValues:
-    """What the first recurrent layer hands to the deeper ones in a forward pass."""
+    """Outputs of the first recurrent layer for the deeper ones in a forward pass."""
 
     v: Tensor | None = None
     k: Tensor | None = None
 
 
 class PlainMixer(nn.Module):
-    """Stands in an attention's place and is called as it is."""
+    """Replaces an attention module and has its call signature."""
 
     def __init__(
         self,

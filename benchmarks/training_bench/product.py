@@ -1,8 +1,8 @@
-"""One rank of the training job that is measured: the product's training program, watched.
+"""One rank of the measured training job: the product's training program with measurements.
 
     python product.py job.json
 
-What the product does is not changed, but for its end: after the last step no model is exported.
+The product is not changed, except that no model is exported after the last step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Measured(Exception):  # noqa: N818
 
 
 def watched_engine(watch: Watch) -> type[train.Engine]:
-    """The engine, telling the watch of its steps."""
+    """The engine, reporting its steps to the watch."""
 
     class Watched(train.Engine):
         def step(self, batches: Any, rates: Any, number: int, *, stop: bool) -> Any:
@@ -49,7 +49,7 @@ def watched_engine(watch: Watch) -> type[train.Engine]:
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """The training program's parts, telling the watch what they do."""
+    """The training program's parts, reporting their progress to the watch."""
     load, save, wait = train.load_networks, train.Checkpoints.save, train.Checkpoints.wait
     loop = train._train
 
@@ -91,7 +91,7 @@ def watched(watch: Watch) -> Iterator[None]:
 
 
 def main(job: Job) -> dict[str, Any]:
-    """As a job's main; its product is a file that says so."""
+    """A job's main; its product is a file with a note that no model is exported."""
     watch = Watch(job.scratch, Case.read(job.scratch / "case.json"), job.device, job.rank)
     try:
         with watched(watch):

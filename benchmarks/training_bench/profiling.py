@@ -31,7 +31,7 @@ _TOP = 45
 
 
 def part_of(name: str, module: nn.Module) -> str | None:
-    """What part of a step a module is; None: it is none, or holds several."""
+    """The part of a step that a module belongs to; None: no part, or several."""
     last, kind = name.rpartition(".")[2], type(module).__name__
     if isinstance(module, Mixer) or kind == "PlainMixer":
         return "mixer"
@@ -171,14 +171,14 @@ def _on_host(event: Any) -> list[tuple[str, float]]:
 
 
 def _on_device(events: Any) -> list[Any]:
-    """Kernels, copies and fills; a range that a program opened is shown among them and is none."""
+    """Whether an event is a kernel, copy or fill; user ranges appear among them and are excluded."""
     kind = torch.autograd.DeviceType.CUDA
     ranges = {event.name for event in events if event.is_user_annotation}
     return [event for event in events if event.device_type == kind and event.name not in ranges]
 
 
 def _idle(events: Any, steps: int) -> dict[str, float]:
-    """How much of the time between a GPU's first and last kernel none of them ran."""
+    """Share of the time between a GPU's first and last kernel without a running kernel."""
     spans = sorted((event.time_range.start, event.time_range.end) for event in _on_device(events))
     busy, until = 0.0, spans[0][0]
     for start, end in spans:

@@ -29,7 +29,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one build of a case did. measured: of every rank. failed: why there is nothing measured."""
+    """Result of one build of a case. measured: of every rank. failed: why there are no measurements."""
 
     case: Case
     build: str
@@ -45,16 +45,16 @@ class Row:
 
 
 def gpu_name() -> str | None:
-    """Without a context on the GPU, which the programs that are measured want whole."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if not shutil.which(asked[0]):
+    """Query without a context on the GPU, all of whose memory the measured programs need."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if not shutil.which(query[0]):
         return None
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
 def describe_machine(command: str) -> str:
-    """When, on what and with what."""
+    """Date, hardware and versions."""
     versions = []
     for package in ("torch", "triton", "transformers", "deepspeed", "fla-core", "liger-kernel"):
         try:
@@ -71,7 +71,7 @@ def describe_machine(command: str) -> str:
 
 
 def legend() -> str:
-    """What the columns mean."""
+    """Description of the columns."""
     return (
         "Shares are of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N) "
         "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are by matrices. By "
@@ -134,7 +134,7 @@ def _options(case: Case) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    """The product beside the plain build, where both ran."""
+    """The product compared with the plain build, where both ran."""
     lines = []
     plain = [row for row in rows if row.build != "product" and not row.failed]
     for row in rows:
@@ -148,7 +148,7 @@ def _ratios(rows: Sequence[Row]) -> str:
 
 
 def details(row: Row) -> str:
-    """Start-up by parts, what a mixer keeps, and the profile, where there is one."""
+    """Start-up by parts, memory kept by a mixer, and the profile, if any."""
     if row.failed:
         return f"### {row.case.name}, {row.build}\n\n```\n{row.failed}\n```\n"
     first = row.measured[0]
@@ -164,17 +164,19 @@ def details(row: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _profile(found: dict[str, Any]) -> list[str]:
-    total = found["busy_ms"] or 1.0
-    syncs = ", ".join(f"{name} {count:.0f}" for name, count in found["syncs"].items()) or "none"
-    idle = f"GPU idle {found['idle']:.1%} of {found['span_ms']:.1f} ms; " if "idle" in found else ""
-    lines = [f"One step under the profiler: {idle}{found['launches']:.0f} launches; host waits: {syncs}.", ""]
+def _profile(profile: dict[str, Any]) -> list[str]:
+    total = profile["busy_ms"] or 1.0
+    syncs = ", ".join(f"{name} {count:.0f}" for name, count in profile["syncs"].items()) or "none"
+    idle = f"GPU idle {profile['idle']:.1%} of {profile['span_ms']:.1f} ms; " if "idle" in profile else ""
+    lines = [f"One step under the profiler: {idle}{profile['launches']:.0f} launches; host waits: {syncs}.", ""]
     lines += ["| group | ms | share |", "| :-- | --: | --: |"]
-    lines += [f"| {group} | {ms:.2f} | {ms / total:.1%} |" for group, ms in found["groups"].items()]
+    lines += [f"| {group} | {ms:.2f} | {ms / total:.1%} |" for group, ms in profile["groups"].items()]
     lines += ["", "| part of the step | ms | by group |", "| :-- | --: | :-- |"]
-    for part, groups in sorted(found["parts"].items(), key=lambda item: -sum(item[1].values())):
+    for part, groups in sorted(profile["parts"].items(), key=lambda item: -sum(item[1].values())):
         inside = ", ".join(f"{group} {ms:.2f}" for group, ms in groups.items())
         lines.append(f"| {part} | {sum(groups.values()):.2f} | {inside} |")
     lines += ["", "| kernel | ms | calls |", "| :-- | --: | --: |"]
-    lines += [f"| `{name[:110].replace('|', '/')}` | {ms:.2f} | {calls:.1f} |" for name, ms, calls in found["kernels"]]
+    lines += [
+        f"| `{name[:110].replace('|', '/')}` | {ms:.2f} | {calls:.1f} |" for name, ms, calls in profile["kernels"]
+    ]
     return [*lines, ""]

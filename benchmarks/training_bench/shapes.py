@@ -1,4 +1,4 @@
-"""The public shapes that benchmarks/training.py makes random teachers of, and what a step of one must compute."""
+"""The public shapes of benchmarks/training.py's random teachers, and the FLOP of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _QWEN2 = {
     "model_type": "qwen2", "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "max_position_embeddings": 32768, "tie_word_embeddings": False,
 }  # fmt: skip
-# The published configs, without the numbers of their tokens.
+# The published configs, without token ids.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -74,7 +74,7 @@ class Flops:
     """FLOP of one token of a stage."""
 
     by_rule: float
-    """distill: 8 N, finetune: 6 N, N all parameters of the teacher; align: `by_matrix`, for it has no rule."""
+    """distill: 8 N, finetune: 6 N, N all parameters of the teacher; align: `by_matrix`, because no rule exists."""
     by_matrix: float
     """Of every matrix that a token is multiplied with: 2 forward, 2 for the gradient of its input, 2 for its own where
     it trains. Neither softmax attention's products of tokens with tokens, nor the recurrence, nor recomputation."""

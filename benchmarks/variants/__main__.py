@@ -1,12 +1,12 @@
-"""Every mixer variant converts the demo teacher at equal tokens; one table of what came out, and JSON lines beside it.
+"""Convert the demo teacher with every mixer variant at equal tokens; writes one table of results, and JSON lines.
 
     python benchmarks/variants --out DIR                        # one GPU; --help lists the sizes
-    python benchmarks/variants --out DIR --device cpu --quick   # the same code on a CPU, with sizes that prove nothing
+    python benchmarks/variants --out DIR --device cpu --quick   # the same code on a CPU, too small to be meaningful
 
-Everything happens by the product's own functions, its engine and its steps included, but with no process a stage: that
-would cost more than the stage. Data, losses, optimizer, schedules and rates are those of the recipe smoke-pure, the
-same for every variant; batches may be larger (--align-batch, --distill-batch), so that a GPU is not idle. There is no
-finetune stage, and no checkpoint is kept.
+All work is done by the product's own functions, its engine and its steps included, but without a process per stage,
+which would take longer than the stage. Data, losses, optimizer, schedules and rates are those of the recipe smoke-pure,
+the same for every variant; batches may be larger (--align-batch, --distill-batch), so that a GPU is not idle. There is
+no finetune stage, and no checkpoint is kept.
 
 Rows: `default` is a variant's options as new conversions have them, `faithful` those of published weights (defects
 included), `close` its start nearer to the teacher where it has the options (decay_shift 1, first-layer shares at -4).
@@ -17,8 +17,8 @@ start), hybrid (a quarter of the layers is softmax again, restored into the pure
 chose, restored alike; one seed). So layers chosen by `even` and
 `last` are aligned with the others here, which a recipe would not do. Alignment losses are on held-out rows.
 
-Units run side by side, the most telling first; a failed one is recorded with its reason, and a second run with the same
---out and --work goes on where the first stopped. Speeds are measured at the end, with nothing else on the GPU.
+Units run in parallel, the most informative first; a failed one is recorded with its reason, and a second run with the
+same --out and --work continues where the first stopped. Speeds are measured at the end, with nothing else on the GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Results:
         self.records: list[Record] = [json.loads(line) for line in text.splitlines()]
 
     def done(self, unit: Unit) -> Record | None:
-        """What is known of a unit; a failure is none."""
+        """The recorded result of a unit; a failure does not count."""
         return next((r for r in reversed(self.records) if r["key"] == unit.key and "error" not in r), None)
 
     def add(self, unit: Unit, found: Record) -> None:
@@ -72,34 +72,34 @@ class Results:
         self.page.write_text(f"{self.head}\n\n{tables(self.records, ROWS, self.tokens)}\n", encoding="utf-8")
 
 
-def settings_of(asked: argparse.Namespace) -> Settings:
-    """The recipe with the sizes that were asked for."""
+def settings_of(parsed: argparse.Namespace) -> Settings:
+    """The recipe with the requested sizes."""
     sizes = {
-        "align.tokens": asked.align_tokens,
-        "align.batch": asked.align_batch,
-        "align.micro_batch": asked.align_batch,
-        "distill.tokens": asked.distill_tokens,
-        "distill.batch": asked.distill_batch,
-        "distill.micro_batch": asked.distill_batch,
+        "align.tokens": parsed.align_tokens,
+        "align.batch": parsed.align_batch,
+        "align.micro_batch": parsed.align_batch,
+        "distill.tokens": parsed.distill_tokens,
+        "distill.batch": parsed.distill_batch,
+        "distill.micro_batch": parsed.distill_batch,
         "finetune": None,
-        "needle.trials": asked.trials,
+        "needle.trials": parsed.trials,
     }
-    if asked.quick:
+    if parsed.quick:
         small = {"needle.lengths": [64], "evaluate.heldout_tokens": 1024, "evaluate.context": 128}
         sizes |= small | {"align.context": 64, "distill.context": 64, "needle.max_new_tokens": 8}
     recipe: Recipe = load_recipe("smoke-pure", sizes)
     hay = {"haystack": recipe.needle.haystack, "haystack_separator": recipe.needle.haystack_separator}
-    if asked.quick:
+    if parsed.quick:
         probe = RecallProbe(**hay, lengths=(64,), documents=8, heldout_tokens=512, context=128)
     else:
         probe = RecallProbe(**hay, micro_batch=32)
         probe = fit_probe(probe, count=1, num_candidates=NUM_LAYERS, tokens=run_tokens(recipe))
-    large = tuple(map(int, asked.large.split("x")))
-    return Settings(recipe, probe, asked.device, asked.work.absolute(), (large[0], large[1]), asked.speed_steps)
+    large = tuple(map(int, parsed.large.split("x")))
+    return Settings(recipe, probe, parsed.device, parsed.work.absolute(), (large[0], large[1]), parsed.speed_steps)
 
 
-def describe(asked: argparse.Namespace, settings: Settings) -> str:
-    """The head of the page: when, on what, how, with what sizes."""
+def describe(parsed: argparse.Namespace, settings: Settings) -> str:
+    """The head of the page: date, hardware, command, sizes."""
     gpu = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {platform.machine()}"
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -119,7 +119,7 @@ def describe(asked: argparse.Namespace, settings: Settings) -> str:
     needle = settings.recipe.needle
     return "\n".join(
         [
-            "# Every variant on the demo teacher, equal tokens" + (" (quick: proves nothing)" if asked.quick else ""),
+            "# Every variant on the demo teacher, equal tokens" + (" (quick: proves nothing)" if parsed.quick else ""),
             "",
             f"{datetime.now(UTC):%Y-%m-%d}, {gpu}; {said}, Python {platform.python_version()}; commit "
             f"{done.stdout.strip() or 'unknown'}; {'bf16, fp32 masters' if settings.device == 'cuda' else 'fp32'}.",
@@ -128,8 +128,8 @@ def describe(asked: argparse.Namespace, settings: Settings) -> str:
             "",
             "Recipe smoke-pure without its finetune stage, the same rates for every variant. " + ". ".join(sizes) + ".",
             f"Needle: lengths {list(needle.lengths)}, {len(needle.depths)} depths, {needle.trials} trials; "
-            f"{asked.seeds} seeds (mixers' start and order of the data); cells: mean (each seed). "
-            f"{asked.processes} conversions at a time; speeds alone.",
+            f"{parsed.seeds} seeds (mixers' start and order of the data); cells: mean (each seed). "
+            f"{parsed.processes} conversions at a time; speeds alone.",
         ]
     )
 
@@ -155,22 +155,22 @@ def main() -> None:
     parser.add_argument("--large", default="32x1024", help="sequences x context of the second speed")
     parser.add_argument("--speed-steps", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="four rows, one seed, tiny sizes: a check of the code")
-    asked = parser.parse_args()
-    if asked.quick:
-        asked.align_tokens, asked.align_batch, asked.distill_tokens, asked.distill_batch = 1024, 4, 1024, 4
-        asked.trials, asked.seeds, asked.large, asked.speed_steps = 5, 1, "4x128", 2
+    parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.align_tokens, parsed.align_batch, parsed.distill_tokens, parsed.distill_batch = 1024, 4, 1024, 4
+        parsed.trials, parsed.seeds, parsed.large, parsed.speed_steps = 5, 1, "4x128", 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     began = time.monotonic()
-    rows = [ROWS[name] for name in asked.rows.split(",")] if asked.rows else list(ROWS.values())
-    if asked.quick and not asked.rows:
+    rows = [ROWS[name] for name in parsed.rows.split(",")] if parsed.rows else list(ROWS.values())
+    if parsed.quick and not parsed.rows:
         rows = [ROWS[name] for name in ("rwkv7", "hxa079", "rad_rwkv7", "rad_rwkv6")]
-    settings = settings_of(asked)
+    settings = settings_of(parsed)
     stages = {"align": settings.recipe.align, "distill": settings.recipe.distill}
     tokens = {name: stage.seen_tokens for name, stage in stages.items()}
-    results = Results(asked.out, describe(asked, settings), tokens)
+    results = Results(parsed.out, describe(parsed, settings), tokens)
 
     def next_units(unit: Unit, found: Record) -> list[Unit]:
-        wanted = (one for one in follow_ups(unit, found) if not (asked.quick and one.kind == "control"))
+        wanted = (one for one in follow_ups(unit, found) if not (parsed.quick and one.kind == "control"))
         return [one for one in wanted if results.done(one) is None]
 
     def note(unit: Unit, found: Record) -> list[Unit]:
@@ -180,19 +180,19 @@ def main() -> None:
         logger.info("%5.0f s  %s: %s", time.monotonic() - began, unit.key, said)
         return next_units(unit, found)
 
-    seeds = range(asked.seeds)
+    seeds = range(parsed.seeds)
     units = [Unit("teacher_needle"), *(Unit("pure", row.name, seed) for row in rows for seed in seeds)]
     units += [Unit("calibrated", row.name, seed) for row in rows for seed in seeds if row.kind == "default"]
     known = [(unit, results.done(unit)) for unit in units]
     todo = [unit for unit, found in known if found is None]
     for unit, found in known:
         todo += next_units(unit, found) if found else []
-    until = began + asked.budget
+    until = began + parsed.budget
     prepare = lambda: make_data(settings.recipe, settings.work)  # noqa: E731
-    run_units(todo, settings, asked.processes, until, GRACE_SECONDS, note, before=prepare)
+    run_units(todo, settings, parsed.processes, until, GRACE_SECONDS, note, before=prepare)
     speeds = [Unit("speed", row.name) for row in rows if row.kind == "default"]
     speeds = [unit for unit in speeds if results.done(unit) is None]
-    run_units(speeds, settings, 1, time.monotonic() + asked.speed_seconds, GRACE_SECONDS, note)
+    run_units(speeds, settings, 1, time.monotonic() + parsed.speed_seconds, GRACE_SECONDS, note)
     logger.info("%s and %s, %.0f s", results.page, results.lines, time.monotonic() - began)
 
 

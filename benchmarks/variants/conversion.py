@@ -46,7 +46,7 @@ SHARE = 0.25
 
 
 class Bench:
-    """Teacher and data of one process, and the units that it can do."""
+    """Teacher and data of one process, and the units that it can run."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.recipe = settings, settings.recipe
@@ -58,7 +58,7 @@ class Bench:
         self.tokenizer = load_tokenizer(TEACHER.path)
 
     def open_data(self) -> None:
-        """Once the datasets are there."""
+        """Called when the datasets exist."""
         recipe, work = self.recipe, self.settings.work
         self.data = open_dataset(work / recipe.align.data)
         judging = recipe.evaluate
@@ -67,7 +67,7 @@ class Bench:
         self.unseen = heldout_batches(self.data.split("heldout"), 16, recipe.align.context)
 
     def run(self, unit: Unit) -> Record:
-        """What a unit found. Raises whatever goes wrong in it."""
+        """Run a unit and return its results. Raises all of its errors."""
         began = time.monotonic()
         found: Record = getattr(self, unit.kind)(*([ROWS[unit.row], unit] if unit.row else []))
         return found | {"seconds": round(time.monotonic() - began, 2)}
@@ -127,7 +127,7 @@ class Bench:
         return student.eval()
 
     def fresh(self, student: RadladsForCausalLM, row: Row) -> RadladsForCausalLM:
-        """A student like one that was trained, and that no engine has taken hold of."""
+        """A copy of a trained student that no engine uses."""
         return self._filled(row, _own_tensors(student))
 
     def _filled(self, row: Row, tensors: dict[str, torch.Tensor]) -> RadladsForCausalLM:
@@ -175,8 +175,8 @@ class Bench:
     ) -> dict[str, list[float]]:
         """A stage's optimizer steps by the product's engine; metric → its value at every step. Raises NonFiniteError.
 
-        watch is called before every step, with the number of steps that were taken. The student belongs to the engine
-        from here on: `fresh` gives one like it that can be trained further.
+        watch is called before every step, with the number of completed steps. The engine owns the student
+        afterwards: `fresh` makes a copy that can be trained further.
         """
         student.requires_grad_(True)
         if section.gradient_checkpointing:

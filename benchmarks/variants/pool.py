@@ -1,4 +1,4 @@
-"""Units of work side by side, in processes that share the GPU."""
+"""Units of work in parallel, in processes that share the GPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ logger = logging.getLogger("variants")
 
 
 def serve(pipe: Any, settings: Settings) -> None:
-    """A worker: everything loaded, then one unit after the other. Ends with the first that fails: what a failure leaves
-    on the GPU is not known."""
+    """A worker: everything loaded, then one unit after the other. Ends with the first failure, because the
+    state of the GPU after it is unknown."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -38,7 +38,7 @@ def serve(pipe: Any, settings: Settings) -> None:
 
 
 class Worker:
-    """A process with its pipe; started anew where it died."""
+    """A process with its pipe; restarted if it died."""
 
     def __init__(self, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -107,8 +107,8 @@ def run_units(
 
 
 def urgency(unit: Unit) -> tuple[Any, ...]:
-    """What comes first when time runs out: default rows of seed 0 (pure, hybrid, calibrated), those of the next seed,
-    then the other constants and the layers that nobody chose."""
+    """Priority if time runs out: default rows of seed 0 (pure, hybrid, calibrated), those of the next seed,
+    then the other constants and the layers that no way chose."""
     if not unit.row:
         return (-1,)
     if unit.kind == "control":
@@ -120,7 +120,8 @@ def urgency(unit: Unit) -> tuple[Any, ...]:
 
 
 def follow_ups(unit: Unit, found: Record) -> list[Unit]:
-    """What a pure unit makes possible: hybrids with the layers that were chosen, and controls with the others."""
+    """Units that a finished pure unit makes possible: hybrids with the layers that were chosen, and controls with the
+    others."""
     if unit.kind != "pure" or "error" in found or ROWS[unit.row].kind != "default":
         return []
     sets = sorted({tuple(layers) for layers in found["choices"].values()})

@@ -1,4 +1,4 @@
-"""What is measured: the rows of the table, the units of work, and what every process must know."""
+"""The rows of the table, the units of work, and the settings of every process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every process must know."""
+    """Settings of every process."""
 
     recipe: Recipe
     probe: RecallProbe
@@ -51,7 +51,7 @@ class Settings:
 
 
 def table_rows() -> list[Row]:
-    """All variants as they are by default, then their faithful and their close forms."""
+    """All variants with default options, then their faithful and their close forms."""
     plain = [(name, name, {}) for name in list_variants()]
     plain.append(("rad_rwkv7 groupnorm", "rad_rwkv7", {"form": "groupnorm"}))
     rows = [Row(*one, "default") for one in plain]

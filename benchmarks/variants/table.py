@@ -12,7 +12,7 @@ Get = Callable[[Record], Any]
 
 
 def tables(records: list[Record], rows: Mapping[str, Row], tokens: Mapping[str, int]) -> str:
-    """Everything that is known so far; a later record of a unit counts, and a failure only where nothing else does.
+    """All results so far; the latest record of a unit counts, a failure only if there is no result.
 
     tokens: of the stages align and distill.
     """

@@ -16,7 +16,7 @@ from radlads.kernels.shared.slots import Slots, chunk_slots
 from radlads.kernels.shared.triangular import unit_lower_inverse
 
 CHUNK = 64
-# Minus infinity minus itself is no number; exp(-1e4) is zero in every dtype.
+# Minus infinity minus itself is NaN; exp(-1e4) is zero in every dtype.
 _MIN_LOG_DECAY = -1e4
 
 
@@ -51,22 +51,22 @@ def gated_delta_chunked(
 
 
 class _Terms:
-    """What a chunk needs and its state does not change, in the notation of README.md."""
+    """Quantities of a chunk that do not depend on the state, in the notation of README.md."""
 
     def __init__(self, slots: Slots, dtype: torch.dtype, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor) -> None:
-        # In fp64: after strong decays the sums are large, and weak ones beside them must not be rounded away.
+        # In fp64: after strong decays the sums are large, and weak decays must not be rounded away.
         g = slots.pack(log_decay[..., None], torch.float64).clamp_(min=_MIN_LOG_DECAY).cumsum(1)  # [G,C,1]
         self.enter = g.exp().to(dtype)  # from the state before the chunk to each token
         self.leave = (g[:, -1:] - g).exp().to(dtype)  # from each token to the end of the chunk
         self.through = g[:, -1:].exp().to(dtype)  # [G,1,1], the whole chunk
-        self.D = (g - g.mT).tril_().exp_().to(dtype).tril_()  # above the diagonal nothing is exponentiated
+        self.D = (g - g.mT).tril_().exp_().to(dtype).tril_()  # no exponentials above the diagonal
         self.q, self.k = slots.pack(q, dtype), slots.pack(k, dtype)
         self.beta = slots.pack(beta[..., None], dtype)  # [G,C,1]
         self.P = (self.q @ self.k.mT).mul_(self.D)
         self.N = (self.k @ self.k.mT).mul_(self.D).tril_(-1)
         self.L = self.N * self.beta
         self.T = unit_lower_inverse(-self.L)
-        self.read = self.k * self.enter  # what the state before the chunk is asked for
+        self.read = self.k * self.enter  # reads of the state before the chunk
         self.write = self.k * self.leave
         self.W = self.T @ (self.read * self.beta)
 
@@ -101,7 +101,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         q, k, v, log_decay, beta, initial_state, states, U = ctx.saved_tensors
         slots, dtype = ctx.slots, ctx.dtype
         with torch.autocast(v.device.type, enabled=False):
-            x = _Terms(slots, dtype, q, k, log_decay, beta)  # again: cheaper than keeping it
+            x = _Terms(slots, dtype, q, k, log_decay, beta)  # recomputed: cheaper than storing it
             dO = slots.pack(dout, dtype)
             own = (x.q * x.enter).mT @ dO
             dstates, dU, dinitial = _scan_back(slots, x, x.P.mT @ dO, own, slots.pack_state(dfinal, dtype))
@@ -132,7 +132,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
 
 
 def _decay_gradient(pairs_GCC: Tensor, reads_GC1: Tensor, writes_GC1: Tensor, passed_G11: Tensor) -> Tensor:
-    """[G,C,1]: of token t, all that was written before it and is read at it or later. Nothing here cancels.
+    """[G,C,1]: for token t, the sum over writes before it that are read at it or later. No cancellation.
 
     pairs: of a read i and a write j of the chunk; reads: of the state before it; writes: that reach the state after it.
     """
@@ -160,7 +160,7 @@ def _scan_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backwards: (the gradient of the state after each chunk [G,K,V], of U, of the first state of every sequence).
 
-    dU, own: what each chunk's own outputs give U and the state before it.
+    dU, own: gradients from each chunk's own outputs to U and to the state before it.
     """
     dstates, dU, dstate = torch.empty_like(own_GKV), torch.empty_like(dU_GCV), dstate.clone()
     for start, count in zip(reversed(slots.starts), reversed(slots.counts), strict=True):

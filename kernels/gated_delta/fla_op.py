@@ -1,6 +1,6 @@
-"""The gated delta rule by the Triton kernels of flash-linear-attention (package fla-core), where that is installed.
+"""The gated delta rule by the Triton kernels of flash-linear-attention (package fla-core), if installed.
 
-fla is imported in the call alone. Its kernels pick their launch settings by timing them in the first calls.
+fla is imported only in the call. Its kernels choose their launch settings by timing them in the first calls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gated delta rule on the meta device: shapes alone, and what a call keeps for its backward pass."""
+"""The gated delta rule on the meta device: shapes, and the tensors that a call keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from radlads.kernels.shared.meta import KeptForBackward, finish_meta
 def gated_delta_meta(
     q_BTHK: Tensor, k: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """As `gated_delta`. Keeps what the form does that this installation takes on a GPU.
+    """As `gated_delta`. Keeps the same tensors as the form that this installation uses on a GPU.
 
     fla: inputs, cumulative decays in fp32 and the inverse of every chunk. chunked: inputs, the fp32 state before every
     chunk and the fp32 U of every token.

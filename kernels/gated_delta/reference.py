@@ -8,7 +8,7 @@ Per head, with the state S [K, V] (keys index rows) and decay_t = exp(log_decay_
     o_t = q_tᵀ S_t
 
 Source: Gated DeltaNet (Yang, Kautz, Hatamizadeh), arXiv 2412.06464, equation 10, with its state transposed. There k has
-unit norm and beta lies in (0, 1), so that a write replaces what stood at its key.
+unit norm and beta lies in (0, 1), so that a write replaces the value stored at its key.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def wkv7_operands(
 ) -> Operands:
     """The operands; equations in reference.py. On a GPU one Triton kernel, else `wkv7_operands_reference`.
 
-    Gradients flow to every tensor. Raises ValueError, in one line, for shapes that do not fit together, and for keys
-    that are mixed at full width.
+    Gradients flow to every tensor. Raises ValueError, in one line, for shapes that do not fit together, and for a
+    residual of keys at full width.
     """
     _check(k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, values, keys)
     inputs = (k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A)

@@ -10,9 +10,9 @@ Dims: B batch, T time, H query heads, G kv heads, K key and value dim per head, 
     kk = k / ‖k‖,  a = -kk,  b = kk ⊙ iclr
     k = k ⊙ (1 - e^log_decay + iclr)                or, log_log: k ⊙ (1 - (log σ(speed) - decay_offset) + iclr)
 
-The backward pass computes everything again from the inputs, which are all that is kept: in bf16 about three times A and
-what is at kv width. Beyond its outputs the same in torch keeps 14 times A numbers of 16 bits, eight of them as fp32
-(four tensors).
+The backward pass recomputes everything from the inputs, the only tensors kept: in bf16 about three times A and
+the tensors at kv width. In addition to its outputs, the same code in torch keeps 14 times A numbers of 16 bits, eight
+of them as fp32 (four tensors).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Operands(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """The way to a first layer's values or keys."""
+    """A residual to the first layer's values or keys."""
 
     first: Tensor
     """[B,T,G,K], or of values [B,T,H,K]: mixed after the repeat."""

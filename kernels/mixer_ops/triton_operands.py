@@ -1,4 +1,4 @@
-"""The Triton form of wkv7_operands: one program for a block of tokens and one kv head, with all heads that it serves.
+"""The Triton form of wkv7_operands: one program per block of tokens and kv head, with all query heads of that kv head.
 
 Keys and values are read once for all their heads, and their gradients are summed over the heads in registers. Gradients
 of the vectors (w0, a0, v0, k0) leave each program as a sum over its tokens; torch adds those up, in a fixed order.
@@ -36,7 +36,7 @@ def _store(pointer, at, value, mask):
 
 @triton.jit
 def _share(low, offset, at, vector, inside, known):
-    """σ(offset + low): how much of the first layer's there is."""
+    """σ(offset + low): the share of the first layer's value."""
     return tl.sigmoid(_load(offset, vector, known)[None, :] + _load(low, at, inside))
 
 

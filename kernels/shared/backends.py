@@ -1,5 +1,5 @@
-"""Which form of a recurrence runs a call. What a GPU needs is imported only when used: a machine without it has the
-others."""
+"""Choice of the form of a recurrence for a call. GPU packages are imported only when used, so that the other forms
+run without them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one operator; that for GPUs is `<name>_<gpu>` of `kernels/<name>/<gpu>_op.py`, a module that also
-    has `why_not_applicable` and may import the package `gpu`."""
+    """The forms of one operator; the form for GPUs is `<name>_<gpu>` of `kernels/<name>/<gpu>_op.py`, a module that
+    also has `why_not_applicable` and may import the package `gpu`."""
 
     name: str
     reference: Operator
@@ -32,13 +32,13 @@ class Forms:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """What `backend` may be."""
+        """Allowed values of `backend`."""
         return ("reference", "chunked", self.gpu)
 
     def choose(self, backend: str | None, v: Tensor, K: int, dtype: torch.dtype) -> Operator:
-        """The form behind `backend`; None: the GPU's on a GPU where it applies, else chunked. Raises ValueError.
+        """The form for `backend`; None: the GPU form on a GPU where it applies, else chunked. Raises ValueError.
 
-        dtype: what r, k, v and the like are multiplied in (`common_dtype`).
+        dtype: the dtype of products of r, k, v and the like (`common_dtype`).
         """
         if v.is_meta:
             return self.meta
@@ -49,8 +49,8 @@ class Forms:
             raise ValueError(f"{self.name}: backend '{self.gpu}' cannot run here: {reason}")
         if backend == self.gpu or (backend is None and v.is_cuda and reason is None):
             operator: Operator = getattr(self._gpu_module(), f"{self.name}_{self.gpu}")
-            return operator  # notes itself which of its kernels it takes
-        note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "asked for")
+            return operator  # records the kernel that it uses itself
+        note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "requested")
         return self.reference if backend == "reference" else self.chunked
 
     def run(
@@ -81,12 +81,12 @@ class Forms:
 
 
 def not_on_gpu(x: Tensor) -> str:
-    """Why a kernel for GPUs cannot take a tensor that is elsewhere."""
+    """Why a kernel for GPUs cannot take a tensor on another device."""
     return f"the tensors are on {x.device.type}, not on a GPU"
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that all of them share; fp32 where they differ."""
+    """The common dtype of all tensors; fp32 if they differ."""
     dtypes = {x.dtype for x in tensors}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -100,7 +100,7 @@ def is_hopper(device: torch.device | None = None) -> bool:
 
 @cache
 def installed(package: str) -> bool:
-    """Whether a package can be imported; it is not."""
+    """Whether a package can be imported, without importing it."""
     return find_spec(package) is not None
 
 

@@ -1,4 +1,4 @@
-"""Refuse wrong shapes with one line, before any kernel reads out of bounds: what the operators over sequences share."""
+"""Checks of operators over sequences: a one-line error for wrong shapes, before any kernel reads out of bounds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which form of each operator ran, and why not a faster one: said once in the log, and kept for the manifest.
+"""The form of each operator that ran, and why no faster one did: logged once, and kept for the manifest.
 
-Standard library only, so that whoever writes a manifest can ask without loading a kernel.
+Standard library only, so that code that writes a manifest can read it without loading a kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ _chosen: dict[str, dict[str, str]] = {}
 
 
 def note_kernel(operator: str, form: str, why: Callable[[], str] | None = None) -> None:
-    """Record that `form` ran a call of `operator`; logged the first time. why: asked then, why no faster form ran."""
+    """Record that `form` ran a call of `operator`; logged the first time. why: called then, returns why no faster form
+    ran."""
     forms = _chosen.setdefault(operator, {})
     if form not in forms:
         reason = forms[form] = "" if why is None else why()

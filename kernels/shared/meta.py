@@ -1,7 +1,6 @@
-"""The recurrences on the meta device: shapes alone, and what a kernel keeps for its backward pass.
+"""The recurrences on the meta device: shapes, and the tensors that a kernel keeps for its backward pass.
 
-Where nothing can be computed, bytes still can be counted: a plan runs a layer on the meta device and adds up what
-autograd keeps.
+A plan runs a layer on the meta device and sums the bytes that autograd keeps.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ _CHUNK = 32
 def wkv7_meta(
     r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, a: Tensor, b: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """As `wkv7`. Keeps what the Triton kernels with chunks in parallel do: inputs, reads, per chunk L, state, inverse.
+    """As `wkv7`. Keeps the tensors of the Triton kernels with chunks in parallel: inputs, reads, per chunk L, state,
+    inverse.
 
-    The fused kernels, which serve all but few heads, keep as much within 3 % for heads over 64 (two states a chunk, U),
-    and less below. For few heads in 16 bits on NVIDIA, L, states and reads are fp32: twice what is counted here.
+    The fused kernels, used except for few heads, keep the same within 3 % for heads over 64 (two states a chunk, U),
+    and less below. For few heads in 16 bits on NVIDIA, L, states and reads are fp32: twice the bytes counted here.
     """
     B, T, H, K = r_BTHK.shape
     V, tiles = v_BTHV.shape[-1], B * -(-T // _CHUNK) * H
@@ -31,7 +31,7 @@ def wkv7_meta(
 
 
 def wkv6_meta(r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, **options: Any) -> Any:
-    """As `wkv6`. Keeps what the chunked form does: inputs, and the fp32 state before every chunk."""
+    """As `wkv6`. Keeps the tensors of the chunked form: inputs, and the fp32 state before every chunk."""
     B, T, H, K = r_BTHK.shape
     states = v_BTHV.new_empty(B * -(-T // _CHUNK) * H, K, v_BTHV.shape[-1], dtype=torch.float32)
     return finish_meta(KeptForBackward.apply([states], v_BTHV, r_BTHK, log_decay, k), K, options)
@@ -47,7 +47,7 @@ class KeptForBackward(torch.autograd.Function):
 
 
 def finish_meta(out_BTHV: Tensor, K: int, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The output and, where `options` ask for it, a final state [B,H,K,V]."""
+    """The output and, if set in `options`, a final state [B,H,K,V]."""
     if not options.get("output_final_state"):
         return out_BTHV, None
     B, _, H, V = out_BTHV.shape

@@ -1,6 +1,6 @@
-"""Compile the Triton kernels for a GPU that this machine need not have: what CI can know about them.
+"""Compile the Triton kernels for a GPU that this machine need not have: the check of them in CI.
 
-Swaps Triton's driver for one that only answers questions about the target, so use it in a process of its own.
+Replaces Triton's driver by one that only describes the target, so use it in a process of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Utilities:
 
 
 class _Driver:
-    """Answers as a machine with one such GPU would; launches nothing."""
+    """Describes a machine with one such GPU; launches nothing."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target

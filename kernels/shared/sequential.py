@@ -1,4 +1,4 @@
-"""A recurrence run token by token: what the reference forms share around their one step.
+"""A recurrence run token by token: the common loop of the reference forms.
 
 Dims: B batch, T time, H heads, K key dim per head, V value dim per head, N packed sequences.
 """
@@ -27,7 +27,7 @@ def run_sequentially(
 ) -> tuple[Tensor, Tensor | None]:
     """`(out [B,T,H,V] in v's dtype, final state [B or N,H,K,V] in fp32 (fp64) or None)`; differentiable by autograd.
 
-    inputs: r, log_decay, k, v and what the recurrence has besides, [B,T,H,·], in the order that `token` takes them.
+    inputs: r, log_decay, k, v and the recurrence's further inputs, [B,T,H,·], in the order of `token`'s arguments.
     """
     _, _, k, v = inputs[:4]
     dtype = sum_type(v)

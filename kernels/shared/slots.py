@@ -1,4 +1,4 @@
-"""What the operators in plain torch share: where the chunks of dense and packed sequences lie, and how long they are.
+"""Common parts of the operators in plain torch: positions and lengths of the chunks of dense and packed sequences.
 
 Dims: B batch, T time, H heads, D, K, V dims of a head, N packed sequences, C chunk, G tiles (chunk slots x heads).
 
@@ -53,7 +53,7 @@ class PackedSlots:
         num_steps = int(steps.max()) if steps.numel() else 0
         counts = [int((steps > step).sum()) for step in range(num_steps)]
         sequence = torch.cat([order[:count] for count in counts]) if counts else order[:0]
-        host = partial(torch.arange, device="cpu")  # whatever torch's default device is
+        host = partial(torch.arange, device="cpu")  # independent of torch's default device
         step = host(num_steps).repeat_interleave(torch.tensor(counts, dtype=torch.long, device="cpu"))
         position = step[:, None] * C + host(C)
         live = position < length[sequence][:, None]
@@ -102,12 +102,12 @@ def longest_chunk(most: int, T: int, fits: Callable[[int], bool]) -> int:
 
 
 def sum_type(v: Tensor) -> torch.dtype:
-    """What everything is computed in: fp32; fp64 for fp64 inputs."""
+    """The compute dtype: fp32; fp64 for fp64 inputs."""
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 def zero_states(k_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The state before every sequence, [B or N,H,K,V], where the caller gave none."""
+    """The state before every sequence, [B or N,H,K,V], if the caller gave none."""
     B, _, H, K = k_BTHK.shape
     count = B if cu_seqlens is None else cu_seqlens.numel() - 1
     return torch.zeros(count, H, K, v_BTHV.shape[-1], dtype=sum_type(v_BTHV), device=v_BTHV.device)

@@ -1,4 +1,4 @@
-"""What the kernel tests and benchmarks share: inputs like RWKV-7's, the error measure, and poisoned scratch memory."""
+"""Common parts of kernel tests and benchmarks: inputs like RWKV-7's, the error measure, and poisoned scratch memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def outputs_and_gradients(
 
 
 def assert_autograd_rules(operator: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> None:
-    """What training code may ask of an autograd function, each bit-equal to one plain backward pass.
+    """Uses of an autograd function in training code, each bit-equal to one plain backward pass.
 
     Non-reentrant activation checkpointing (twice nested too), a second backward pass over a retained graph, an output
     that the loss does not use, and an input that needs no gradient. `operator(*inputs)` gives (output, second output
@@ -147,7 +147,7 @@ def assert_autograd_rules(operator: Callable[..., tuple[Tensor, Tensor | None]],
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, uninitialised floating tensors hold NaN: a kernel that reads what nobody wrote shows it."""
+    """Context in which uninitialised floating tensors hold NaN, so that reads of unwritten memory become visible."""
     names = ("empty", "empty_like", "empty_strided")
     originals = {name: getattr(torch, name) for name in names}
     new_empty = Tensor.new_empty

@@ -1,4 +1,4 @@
-"""What every launch of a recurrence's Triton kernels knows: the backend, sizes, sequences and their chunks."""
+"""Data of every launch of a recurrence's Triton kernels: the backend, sizes, sequences and their chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_CHANNELS = 256
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Everything about a call that is not a tensor of it. A slot is one chunk of one sequence."""
+    """All properties of a call except its tensors. A slot is one chunk of one sequence."""
 
     T: int
     H: int
@@ -63,7 +63,7 @@ def current_backend() -> str:
 
 
 def why_not_in_triton(v: Tensor, K: int, backend: str) -> str | None:
-    """Why no Triton kernel of a recurrence takes these tensors, in one line; None where nothing speaks against it."""
+    """Why no Triton kernel of a recurrence can take these tensors, in one line; None if one can."""
     if backend != "interpreter" and not v.is_cuda:
         return f"the tensors are on {v.device}, not on a GPU"
     if v.dtype == torch.float64:
@@ -74,5 +74,5 @@ def why_not_in_triton(v: Tensor, K: int, backend: str) -> str | None:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Launches inside go to the GPU that holds `x`, whichever is the current one."""
+    """Launches inside go to the GPU that holds `x`, whatever the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

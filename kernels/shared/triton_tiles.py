@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Sizes that differ from call to call: one compiled kernel serves them all.
+# Sizes that differ from call to call: one compiled kernel is used for all of them.
 LENGTHS = ("num_sequences", "T", "num_chunks", "H")
 
 
@@ -32,7 +32,7 @@ def store_tile(pointer, offsets, value, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def find_sequence(slot, offsets, num_sequences):
-    """The last n with offsets[n] <= slot: empty sequences own no slot and are passed over."""
+    """The last n with offsets[n] <= slot: empty sequences own no slot and are skipped."""
     low = slot * 0
     high = low + num_sequences
     while high - low > 1:

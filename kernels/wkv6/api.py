@@ -32,14 +32,14 @@ def wkv6(
 
         S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_tᵀ,        o_t = r_tᵀ S_t
 
-    Returns `(out [B,T,H,V] in v's dtype, final state [B,H,K,V] in fp32 or None)`. The current token counts, there is no
-    bonus, and no scaling by 1/sqrt(K) inside.
+    Returns `(out [B,T,H,V] in v's dtype, final state [B,H,K,V] in fp32 or None)`. The output includes the current
+    token; there is no bonus, and no scaling by 1/sqrt(K) inside.
 
     - `initial_state` [B,H,K,V], default zeros. With `cu_seqlens` (int32 or int64 [N+1], first 0, last T, zero lengths
       allowed) B is 1, N sequences lie packed along T, and the states are [N,H,K,V].
     - Inputs may be bf16, fp16, fp32 or fp64, and need not be contiguous. Sums and states are fp32 (for fp64, fp64).
       Gradients flow to all four inputs and to `initial_state`, from `out` and from the final state.
-    - The log decay of RAD-RWKV6 lies in [-5, 0]; outside it the result stays right.
+    - The log decay of RAD-RWKV6 lies in [-5, 0]; outside it the result stays correct.
     - `backend`: None picks Triton on a GPU where it applies, else "chunked" (plain torch); "reference" is a loop.
 
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.

@@ -16,9 +16,9 @@ from radlads.kernels.shared.slots import Slots, chunk_slots, longest_chunk, scan
 
 MAX_CHUNK = 64
 # Inside a chunk, reads carry exp(g - m) and writes exp(m - g), with m the cumulative log decay g in the middle. Each
-# must leave room in the dtype for what it multiplies: fp32 ends at exp(+-87), and gradients of 1e-18 are ordinary.
+# must leave range in the dtype for its other factor: fp32 ends at exp(+-87), and gradients of 1e-18 are common.
 _MAX_EXPONENT = {torch.float32: 41.0, torch.float64: 340.0}
-# Stronger decay than exp(-41) = 1e-18 counts as this one: minus infinity has no finite inverse.
+# Decay stronger than exp(-41) = 1e-18 is clamped to it: minus infinity has no finite inverse.
 _MIN_LOG_DECAY = -41.0
 
 
@@ -55,7 +55,7 @@ def _choose_chunk(log_decay: Tensor, T: int, dtype: torch.dtype) -> int:
 
 
 class _ChunkTerms:
-    """What a chunk needs: centred reads Z = r exp(g - m) and writes Y = k exp(m - g), and A = tril(Z Yᵀ)."""
+    """Quantities of a chunk: centred reads Z = r exp(g - m) and writes Y = k exp(m - g), and A = tril(Z Yᵀ)."""
 
     def __init__(self, slots: Slots, dtype: torch.dtype, r: Tensor, log_decay: Tensor, k: Tensor) -> None:
         g = slots.pack(log_decay, dtype).clamp_(min=_MIN_LOG_DECAY).cumsum(1)
@@ -68,7 +68,7 @@ class _ChunkTerms:
         self.write = centred.neg_().exp()
         self.Z = slots.pack(r, dtype).mul_(self.read)
         self.Y = slots.pack(k, dtype).mul_(self.write)
-        self.A = (self.Z @ self.Y.mT).tril_()  # above the diagonal it may have overflowed: cut off, not multiplied
+        self.A = (self.Z @ self.Y.mT).tril_()  # above the diagonal it may have overflowed: set to zero, not multiplied
 
 
 class _ChunkedWkv6(torch.autograd.Function):
@@ -101,7 +101,7 @@ class _ChunkedWkv6(torch.autograd.Function):
         r, log_decay, k, v, initial_state, states = ctx.saved_tensors
         slots, dtype = ctx.slots, ctx.dtype
         with torch.autocast(v.device.type, enabled=False):
-            x = _ChunkTerms(slots, dtype, r, log_decay, k)  # again: cheaper than keeping it
+            x = _ChunkTerms(slots, dtype, r, log_decay, k)  # recomputed: cheaper than storing it
             v_GCV, dO = slots.pack(v, dtype), slots.pack(dout, dtype)
             reads = (x.Z.mT @ dO).mul_(x.enter)
             dstates, dinitial = _scan(slots, x.through, reads, slots.pack_state(dfinal, dtype), backwards=True)
@@ -109,7 +109,8 @@ class _ChunkedWkv6(torch.autograd.Function):
             left, entered = dstates.mul_(x.leave), states * x.enter
             dv = torch.baddbmm(x.A.mT @ dO, x.Y, left)
             dA = (dO @ v_GCV.mT).tril_()
-            # r meets the k of its own token without any decay between them: kept apart, lest rounding reach dw
+            # no decay lies between r and the k of its own token: computed separately, so that its rounding does not
+            # reach dw
             same = dA.diagonal(dim1=1, dim2=2).clone()[..., None]
             dA.diagonal(dim1=1, dim2=2).zero_()
             dZ = torch.baddbmm(dA @ x.Y, dO, entered.mT)

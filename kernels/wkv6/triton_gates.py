@@ -2,7 +2,7 @@
 
 Pairs of a read i and a write j <= i in a chunk are sorted by distance. Level S holds those in one block of 2S tokens
 with i in its upper and j in its lower half: with the border between the halves as reference, both factors of
-e^(g_i - g_j) are at most one. What remains are the blocks of 8 tokens on the diagonal: centred on their middle, their
+e^(g_i - g_j) are at most one. The remaining blocks of 8 tokens on the diagonal are centred on their middle; their
 exponents are at most 4 |log decay|. Every exponent is a sum over its own few tokens, never a difference of long sums.
 """
 
@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(8)
-# Stronger decay than e^-20 = 2e-9 is below the rounding of an fp32 state and counts as this one: 4 * 20 < 88.
+# Decay stronger than e^-20 = 2e-9 is below the rounding of an fp32 state and is clamped to it: 4 * 20 < 88.
 MIN_LOG_DECAY = tl.constexpr(-20.0)
 
 
 @triton.jit
 def load_decay(w, at, inside, MASKED: tl.constexpr):
-    """Log decay [C,K] as it came (bf16 sums are exact in the matrix units), clamped; zero outside the sequence."""
+    """Log decay [C,K] in its own dtype (bf16 sums are exact in the matrix units), clamped; zero outside the
+    sequence."""
     if MASKED:
         x = tl.load(w + at, mask=inside, other=0.0)
     else:
@@ -38,14 +39,14 @@ def sums(choice, w, AS_BF16: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def from_start(w, C: tl.constexpr, AS_BF16: tl.constexpr, GATE: tl.constexpr):
-    """Of tokens 0..i: what a read of the entering state has decayed by."""
+    """Sum over tokens 0..i: the decay between the entering state and a read at i."""
     i = tl.arange(0, C)
     return sums(i[None, :] <= i[:, None], w, AS_BF16, GATE)
 
 
 @triton.jit
 def to_end(w, C: tl.constexpr, AS_BF16: tl.constexpr, GATE: tl.constexpr):
-    """Of tokens i+1..C-1: what a write decays by until it leaves."""
+    """Sum over tokens i+1..C-1: the decay of a write at i until the end of the chunk."""
     i = tl.arange(0, C)
     return sums(i[None, :] > i[:, None], w, AS_BF16, GATE)
 
@@ -61,7 +62,7 @@ def level_sums(w, S: tl.constexpr, C: tl.constexpr, AS_BF16: tl.constexpr, GATE:
 
 @triton.jit
 def level_pairs(read, write, S: tl.constexpr):
-    """Is this pair of positions (of shapes that broadcast to [C,C]) one of level S?"""
+    """Whether this pair of positions (of shapes that broadcast to [C,C]) belongs to level S."""
     return (read // (2 * S) == write // (2 * S)) & ((read // S) % 2 == 1) & ((write // S) % 2 == 0)
 
 
@@ -79,5 +80,5 @@ def centred_sums(w, C: tl.constexpr, AS_BF16: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def diagonal_pairs(read, write):
-    """Is this pair of positions in one diagonal block, the write not after the read?"""
+    """Whether this pair of positions is in one diagonal block with the write not after the read."""
     return (read // BLOCK == write // BLOCK) & (read >= write)

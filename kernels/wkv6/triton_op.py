@@ -50,7 +50,7 @@ class Wkv6Numerics:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernels of one call are launched."""
+    """Launch parameters of the kernels of one call."""
 
     plan: ChunkPlan
     by_bf16: bool
@@ -98,7 +98,7 @@ def candidates(backend: str) -> list[Wkv6Tuning]:
 
 
 def choose_numerics(dtype: torch.dtype, backend: str) -> Wkv6Numerics:
-    """bf16 is multiplied as loaded and kept as bf16; what kernels make of it keeps ten bits (tf32)."""
+    """bf16 is multiplied as loaded and stored as bf16; values computed in kernels keep ten bits (tf32)."""
     if backend == "interpreter":
         store = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         return Wkv6Numerics(tl.float32, tl.float32, store, "ieee", "ieee")

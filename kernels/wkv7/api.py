@@ -42,7 +42,7 @@ def wkv7(
       allowed) B is 1, N sequences lie packed along T, and the states are [N,H,K,V].
     - Inputs may be bf16, fp16, fp32 or fp64, and need not be contiguous. Sums and states are fp32 (for fp64, fp64).
       Gradients flow to all six inputs and to `initial_state`, from `out` and from the final state.
-    - The fast range of the log decay is [-0.6065, 0], RWKV-7's. Outside it the torch forms stay right, by shorter
+    - The fast range of the log decay is [-0.6065, 0], RWKV-7's. Outside it the torch forms stay correct, by shorter
       chunks; Triton's output is not finite, and `decay_range.LogDecayRangeError` follows at a later call.
     - `backend`: None picks Triton on a GPU where it applies, else "chunked" (plain torch); "reference" is a loop.
 
@@ -79,7 +79,8 @@ def wkv7_delta_step(
     state_BHKV: Tensor,
 ) -> Tensor:
     """`wkv7_step` with the delta rule's own arguments: the unit removal key kk and its learning rate (a = -kk,
-    b = kk ⊙ iclr), which then never go through memory. Raises ValueError for shapes that do not fit the state."""
+    b = kk ⊙ iclr), so that a and b are never stored in memory. Raises ValueError for shapes that do not fit the
+    state."""
     keys = {"r": r_BHK, "log_decay": log_decay_BHK, "k": k_BHK, "kk": kk_BHK, "iclr": iclr_BHK}
     check_step("wkv7_delta_step", keys, v_BHV, state_BHKV)
     inputs = (r_BHK, log_decay_BHK, k_BHK, v_BHV, kk_BHK, iclr_BHK)

@@ -17,9 +17,9 @@ from radlads.kernels.shared.triangular import unit_lower_inverse
 
 CHUNK = 32
 # Inside a chunk, reads carry exp(g - m) and writes exp(m - g), with m the cumulative log decay g in the middle.
-# Their product must not overflow above the diagonal either, where it is thrown away: exp(2 * 34) leaves nine orders.
+# Their product must not overflow above the diagonal either, where it is discarded: exp(2 * 34) leaves nine orders.
 _MAX_EXPONENT = {torch.float32: 34.0, torch.float64: 300.0}
-# Stronger decay than exp(-60) = 1e-26 (fp64: exp(-290)) counts as this one: minus infinity has no finite inverse.
+# Decay stronger than exp(-60) = 1e-26 (fp64: exp(-290)) is clamped to it: minus infinity has no finite inverse.
 _MIN_LOG_DECAY = {torch.float32: -60.0, torch.float64: -290.0}
 
 
@@ -59,7 +59,7 @@ def _choose_chunk(log_decay: Tensor, T: int, dtype: torch.dtype) -> int:
 
 
 class _DeltaTerms:
-    """What a chunk needs: centred reads Z = [qc; ac] and writes Y = [kc; bc], A = mask * Z Yᵀ, T = (I - Aab)⁻¹."""
+    """Quantities of a chunk: centred reads Z = [qc; ac] and writes Y = [kc; bc], A = mask * Z Yᵀ, T = (I - Aab)⁻¹."""
 
     def __init__(
         self, slots: Slots, dtype: torch.dtype, r: Tensor, log_decay: Tensor, k: Tensor, a: Tensor, b: Tensor
@@ -123,7 +123,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         r, log_decay, k, v, a, b, initial_state, states, X = ctx.saved_tensors
         slots, dtype, C = ctx.slots, ctx.dtype, ctx.slots.C
         with torch.autocast(v.device.type, enabled=False):
-            x = _DeltaTerms(slots, dtype, r, log_decay, k, a, b)  # again: a quarter of the time, a tenth of the memory
+            x = _DeltaTerms(slots, dtype, r, log_decay, k, a, b)  # recomputed: 1/4 time, 1/10 memory
             dO = slots.pack(dout, dtype)
             dU = x.A[:, :C, C:].mT @ dO
             reads = torch.baddbmm(x.W.mT @ dU, x.Z[:, :C].mT, dO).mul_(x.enter)
@@ -133,7 +133,8 @@ class _ChunkedWkv7(torch.autograd.Function):
             G = torch.cat([dO, x.T.mT @ dU.baddbmm_(x.Y[:, C:], left)], 1)
             dv = torch.baddbmm(x.A[:, :, :C].mT @ G, x.Y[:, :C], left)
             dA = (G @ X.mT).mul_(x.mask)
-            # r meets the k and b of its own token without any decay between them: kept apart, lest rounding reach dw
+            # no decay lies between r and its own token's k and b: computed separately, so that rounding does not reach
+            # dw
             same_k = dA[:, :C, :C].diagonal(dim1=1, dim2=2).clone()[..., None]
             same_b = dA[:, :C, C:].diagonal(dim1=1, dim2=2).clone()[..., None]
             dA[:, :C].diagonal(dim1=1, dim2=2).zero_()

@@ -1,9 +1,9 @@
-"""A log decay that the fixed chunks of the Triton kernels cannot take is refused, without waiting for the GPU.
+"""Refuse log decays out of range for the fixed chunks of the Triton kernels, without waiting for the GPU.
 
 Inside a chunk of C tokens the exponents reach (C/2 + 1) |log decay|; past 88 fp32 overflows and the output is not
 finite. The smallest and largest log decay of a call are reduced on the device and copied to the host while the GPU
-works on; the next call, or `settle`, reads those that have arrived. So nothing is ever wrong in silence: the output is
-not finite at once, and the error that says why follows, usually with the next layer.
+works on; the next call, or `settle`, reads those that have arrived. So no error is silent: the output is
+not finite at once, and the error with the reason follows, usually with the next layer.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import torch
 from torch import Tensor
 
 _MAX_EXPONENT = 87.0  # exp(88.7) is the end of fp32
-_MOST_WAITING = 256  # copies under way; a queue this long means that nobody looked for hundreds of calls
+_MOST_WAITING = 256  # pending copies; a queue this long means that none was read for hundreds of calls
 
 
 class LogDecayRangeError(ValueError):
-    """An earlier call's log decay was beyond what its kernels take for sure: do not trust its output."""
+    """An earlier call's log decay was out of its kernels' safe range: its output is invalid."""
 
 
 def widest_log_decay(chunk: int) -> float:
-    """The strongest log decay per token (a positive number) that kernels with chunks of this length take exactly."""
+    """The strongest log decay per token (a positive number) that kernels with chunks of this length compute exactly."""
     return _MAX_EXPONENT / (chunk // 2 + 1)
 
 
 @dataclass
 class _Waiting:
     extremes: Tensor  # [2] on the host: smallest and largest log decay
-    arrived: Any  # a CUDA event, or None if it is there already
+    arrived: Any  # a CUDA event, or None if the values are on the host already
     widest: float
     shape: tuple[int, ...]
 
 
 class DecayWatch:
-    """Looks at the log decays of calls as they pass; raises for a bad one as soon as the host can know it."""
+    """Checks the log decays of calls; raises for one out of range as soon as the host has its values."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Waiting] = deque()
 
     def look(self, log_decay: Tensor, widest: float) -> None:
-        """Note this call's log decay, which may be at most `widest` in size, and raise for an earlier one.
+        """Record this call's log decay, of at most `widest` in magnitude, and raise for an earlier one out of range.
 
-        No host synchronisation. While a CUDA graph is being captured nothing is noted: graphs replay what was tried.
-        Raises LogDecayRangeError in one line.
+        No host synchronisation. Nothing is recorded while a CUDA graph is captured: graphs repeat calls that were
+        checked before. Raises LogDecayRangeError in one line.
         """
         if not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.note(torch.stack(torch.aminmax(log_decay.detach())).float(), widest, tuple(log_decay.shape))
@@ -68,7 +68,8 @@ class DecayWatch:
         self._waiting.append(_Waiting(extremes, arrived, widest, shape))
 
     def settle(self) -> None:
-        """Wait for every call noted so far and raise for a bad one: where the host waits anyway, or in a test."""
+        """Wait for every recorded call and raise for one out of range: for places where the host waits anyway, and
+        tests."""
         self._raise_for_arrived(wait=True)
 
     def _raise_for_arrived(self, *, wait: bool = False) -> None:

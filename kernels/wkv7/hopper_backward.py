@@ -1,7 +1,7 @@
 """Backward pass of wkv7 for NVIDIA's Hopper: one program walks back over the half-chunks of one head.
 
-Dims: C half-chunk, K and V head dims, BK and BV the power of two, 64 or 128, that holds them. This file loads and
-carries; hopper_half.py does the work of a half-chunk.
+Dims: C half-chunk, K and V head dims, BK and BV the power of two, 64 or 128, that holds them. This file loads
+tiles and carries dh; hopper_half.py computes a half-chunk.
 """
 
 # ruff: noqa: SIM114 -- a compile-time condition must stay apart from a run-time one
@@ -31,7 +31,7 @@ from radlads.kernels.wkv7.hopper_common import (
 from radlads.kernels.wkv7.hopper_half import LEAST, decays, half_back, make_middle, make_writes
 from radlads.kernels.wkv7.triton_fused_forward import SCALES
 
-# Where the later of two pieces begins, in hundredths of a sequence: dh alone is taken for half a full step.
+# Start of the later of two pieces, in hundredths of a sequence: a step for dh alone is assumed to take half the time.
 LATER_BEGIN = gl.constexpr(35)
 
 
@@ -41,7 +41,7 @@ def copy_writes(
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr,
     W: gl.constexpr,
 ):  # fmt: skip
-    """What the writes of a half-chunk need."""
+    """Inputs of the writes of a half-chunk."""
     wS, kS, vS, bS, X = tiles
     at_k, in_k = row_offsets(start, left, head, H, K, BK, C, W)
     at_v, in_v = row_offsets(start, left, head, H, V, BV, C, W)
@@ -58,7 +58,7 @@ def copy_reads(
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, TAIL: gl.constexpr,
     W: gl.constexpr,
 ):  # fmt: skip
-    """What the reads of a half-chunk need, T and Aqb T of it included."""
+    """Inputs of the reads of a half-chunk, with its T and Aqb T."""
     rS, aS, doS, solved, read = tiles
     at_k, in_k = row_offsets(start, left, head, H, K, BK, C, W)
     at_v, in_v = row_offsets(start, left, head, H, V, BV, C, W)
@@ -198,7 +198,7 @@ def hopper_backward_kernel(
             async_copy.wait_group(1)
             kept = scaleS.index(parity)
             unh, unx, pair = load_scale(kept, 0, W), load_scale(kept, 1, W), load_scale(kept, 4, W)
-            # Reads have only decayed since the beginning: there is room above them.
+            # Reads have only decayed since the beginning: larger values still fit.
             upz = inverse_of(load_scale(kept, 2, W)) * 64.0
             uny = load_scale(kept, 3, W)
             upy = inverse_of(uny)

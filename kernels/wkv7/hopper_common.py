@@ -1,4 +1,4 @@
-"""What the kernels for NVIDIA's Hopper share: scales, copies between global and shared memory, constant triangles.
+"""Common parts of the kernels for NVIDIA's Hopper: scales, copies between global and shared memory, constant triangles.
 
 Written in Gluon, Triton's language of explicit layouts. Tiles in registers are transposed, [channels, tokens], so that
 every product has 64 or 128 rows and runs on the wide matrix instructions; tiles in shared memory are [tokens, channels]
@@ -13,13 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from radlads.kernels.shared import triton_tiles
 
-# Where a sequence lies is found as in Triton.
+# Positions of sequences are computed as in the Triton kernels.
 locate_sequence = gluon.jit(triton_tiles.locate_sequence.fn)
 
 
 @gluon.jit
 def power_of_two(top, TOP: gl.constexpr, LEAST: gl.constexpr):
-    """The power of two s with s * top in [2^(TOP-1), 2^TOP), and 1/s; a top below 2^(LEAST-127) counts as that."""
+    """The power of two s with s * top in [2^(TOP-1), 2^TOP), and 1/s; a top below 2^(LEAST-127) is raised to that."""
     exponent = gl.maximum((top.to(gl.int32, bitcast=True) >> 23) & 255, LEAST)
     up = ((253 + TOP - exponent) << 23).to(gl.float32, bitcast=True)
     down = ((exponent + 1 - TOP) << 23).to(gl.float32, bitcast=True)
@@ -40,7 +40,7 @@ def inverse_of(scale):
 
 @gluon.jit
 def largest(x):
-    """The largest magnitude; found among integers, which a warp reduces in one instruction."""
+    """The largest magnitude; computed on integers, which a warp reduces in one instruction."""
     return gl.max(gl.abs(x).to(gl.int32, bitcast=True), None).to(gl.float32, bitcast=True)
 
 
@@ -51,7 +51,7 @@ def _larger(a, b, c, d, e, f):
 
 @gluon.jit
 def largest_of_three(x, y, z):
-    """Largest magnitudes of three tiles of one shape, found together: warps meet once."""
+    """Largest magnitudes of three tiles of one shape, reduced together: warps synchronise once."""
     return gl.reduce((gl.abs(x), gl.abs(y), gl.abs(z)), None, _larger)
 
 

@@ -1,7 +1,7 @@
 """Forward pass of wkv7 for NVIDIA's Hopper: one program walks over the chunks of one head, its state in registers.
 
-Dims: C chunk, K and V head dims, BK and BV the power of two, 64 or 128, that holds them. hopper_common.py says how
-tiles lie; README.md has the formulas and the scaling of the fp16 operands.
+Dims: C chunk, K and V head dims, BK and BV the power of two, 64 or 128, that holds them. hopper_common.py describes
+the layout of tiles; README.md has the formulas and the scaling of the fp16 operands.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from radlads.kernels.wkv7.hopper_common import (
 from radlads.kernels.wkv7.triton_fused_forward import SCALES
 from radlads.kernels.wkv7.triton_gates import LOG2E
 
-# Inputs whose largest magnitude is below 2^-31 count as that large: products of three scales stay finite.
+# Largest magnitudes below 2^-31 are raised to that: products of three scales stay finite.
 LEAST = gl.constexpr(96)
 
 
@@ -187,7 +187,7 @@ def hopper_forward_kernel(
                 hS.permute((1, 0)).store((h * sh).to(F16))
             u, more, o = warpgroup_mma_wait(0, deps=[u, more, o])
             u = u * (unread * unh) + more * (unread * unwrite * unv)
-            # v (below 16 unv) and U have one scale. Solving may make U larger than u: there is room above.
+            # v (below 16 unv) and U have one scale. Solving may make U larger than u: larger values still fit.
             su, unu = power_of_two(gl.maximum(largest(u), 16.0 * unv), -1, LEAST)
             unit = unu * unwrite
             us = gl.convert_layout((u * su).to(F16), LEFT)

@@ -1,8 +1,8 @@
-"""What the backward walk of wkv7 on Hopper does with one half-chunk: its writes, and all gradients.
+"""One half-chunk of the backward pass of wkv7 on Hopper: its writes, and all gradients.
 
 Dims: C half-chunk, K and V head dims, BK and BV the power of two, 64 or 128, that holds them. Reads Z = [a; r], writes
-Y = [b; k], X = [U; v] and G = [dX; dO] are stacked in shared memory. hopper_common.py says how tiles lie; README.md has
-the formulas and the scaling of the fp16 operands.
+Y = [b; k], X = [U; v] and G = [dX; dO] are stacked in shared memory. hopper_common.py describes the layout of tiles;
+README.md has the formulas and the scaling of the fp16 operands.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from radlads.kernels.wkv7.hopper_common import bits, inverse_of, largest, power_of_two, store_rows
 from radlads.kernels.wkv7.triton_gates import LOG2E
 
-# Gradients may be tiny: only what is below 2^-67 counts as that large.
+# Gradients may be tiny: largest magnitudes below 2^-67 are raised to that.
 LEAST = gl.constexpr(60)
 
 
@@ -196,11 +196,11 @@ def gradients_of_half(
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, LD)))[None, None, :]
     passed = gl.reshape(gl.sum(gl.where(row == column, block, 0.0), 2), [BK]) * (unh * unl)
     passed = gl.convert_layout(passed, gl.SliceLayout(1, L))[:, None]
-    # A read and a write of one token pair without decay between them. Both sides of that pair are products of the very
+    # A read and a write of one token pair without decay between them. Both sides of that pair are products of the
     # same fp16 numbers, summed in fp32: they cancel when tokens are summed, below.
     of_pair = ung * unx * unz * uny
     of_leave = unx * unl * uny
-    # The decays once more: kept in registers since above, they would push out what is needed in between.
+    # The decays are loaded again: held in registers from above, they would cause spills in between.
     ge, g = decays(wS, strict, inclusive, C, BK, W)
     yb, yk, za, zr, near_a, near_r, ge, g = warpgroup_mma_wait(0, deps=[yb, yk, za, zr, near_a, near_r, ge, g])
     ratio = unh * inverse_of(unx * uny)

@@ -1,13 +1,14 @@
-"""One long sequence as many short ones: the recurrence cut into pieces that run side by side, exactly.
+"""One long sequence as many short ones: an exact split of the recurrence into pieces that run in parallel.
 
 Dims: T time, H heads, K key dim, V value dim, N sequences, P pieces.
 
 Over a piece of tokens the state moves by an affine map, S -> A S + B with A [K,K] and B [K,V] (README.md, "Splitting").
-A first run of all pieces side by side, from the states 0 and I, gives every A and B; a scan over the pieces gives the
-state that enters each; a second run, from those states, is the answer. The backward pass is the same with A transposed.
+A first run of all pieces in parallel, from the states 0 and I, gives every A and B; a scan over the pieces gives the
+state that enters each; a second run, from those states, gives the output. The backward pass is the same with A
+transposed.
 
-`compose` and `scan_transitions` are all that sequence parallelism over GPUs needs: each rank finds the (A, B) of its
-part, gathers the others', and enters its part with the state that those before it leave.
+`compose` and `scan_transitions` suffice for sequence parallelism over GPUs: each rank computes the (A, B) of its
+part, gathers the others', and starts its part from the final state of the parts before it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def wkv7_split(
 ) -> tuple[Tensor, Tensor | None]:
     """As `wkv7`, by pieces of at most `length` tokens; `operator` is any form of wkv7 that takes `cu_seqlens`.
 
-    Worth it when B·H programs leave most of the GPU idle: T/length times as many run side by side, for the cost told in
+    Worth it when B·H programs leave most of the GPU idle: T/length times as many run in parallel, at the cost given in
     README.md. No host synchronisation of its own. Raises ValueError if `length` is not positive.
     """
     if length < 1:
@@ -78,7 +79,7 @@ def wkv7_split(
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where sequences were cut, on the device. Surplus pieces are empty and lie at the end."""
+    """Cut points of sequences, on the device. Surplus pieces are empty and at the end."""
 
     bounds: Tensor  # [P+1]: cu_seqlens of the pieces
     sequence: Tensor  # [P]
@@ -112,10 +113,11 @@ def cut(bounds_N1: Tensor, T: int, length: int) -> Pieces:
 
 
 def states_before(A_PHKK: Tensor, B_PHKV: Tensor, initial_NHKV: Tensor, pieces: Pieces) -> Tensor:
-    """The state that enters every piece, [P,H,K,V]: its sequence's initial state, or what the piece before leaves."""
+    """The state that enters every piece, [P,H,K,V]: its sequence's initial state, or the previous piece's final
+    state."""
     initial = initial_NHKV.to(A_PHKK.dtype)[pieces.sequence]
     first = pieces.is_first[:, None, None, None]
-    # a first piece forgets what came before it: its map is constant
+    # a first piece does not depend on earlier states: its map is constant
     _, left = scan_transitions(A_PHKK.masked_fill(first, 0), torch.where(first, B_PHKV + A_PHKK @ initial, B_PHKV))
     return torch.where(first, initial, torch.cat([torch.zeros_like(left[:1]), left[:-1]]))
 
@@ -164,7 +166,7 @@ class _Split(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         *leaves, A = ctx.saved_tensors
         leaves = [x.detach().requires_grad_() for x in leaves]
-        with torch.enable_grad():  # again: a graph kept here would escape activation checkpointing
+        with torch.enable_grad():  # recomputed: a graph kept here would bypass activation checkpointing
             out, final = ctx.operator(
                 *leaves[:6], initial_state=leaves[6], cu_seqlens=ctx.pieces.bounds, output_final_state=True
             )

@@ -154,7 +154,7 @@ def keys_kernel(
     strict = i[:, None] > i[None, :]
     later = i[:, None] < i[None, :]
 
-    # reads: what r and a took from the writes before them and from the state
+    # reads: values that r and a read from earlier writes and from the state
     dqk = tl.zeros([C, C], tl.float32)
     dqb = tl.zeros([C, C], tl.float32)
     dak = tl.zeros([C, C], tl.float32)
@@ -201,7 +201,7 @@ def keys_kernel(
     reading = ac * za
     grad = tl.cumsum(pairs + reading, 0, reverse=True) - reading
 
-    # writes: what k and b gave to the reads after them and to the state
+    # writes: contributions of k and b to later reads and to the state
     dqkT = tl.zeros([C, C], tl.float32)
     dqbT = tl.zeros([C, C], tl.float32)
     dakT = tl.zeros([C, C], tl.float32)

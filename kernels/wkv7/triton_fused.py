@@ -1,4 +1,4 @@
-"""The fused form of wkv7: launches and autograd. The walks over heads are Triton's or, on Hopper, hopper_*.py's."""
+"""The fused form of wkv7: launches and autograd. The kernels over heads are Triton's or, on Hopper, hopper_*.py's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from radlads.kernels.wkv7.triton_fused_backward import fused_backward_kernel, mi
 from radlads.kernels.wkv7.triton_fused_forward import NUM_SCALES, fused_forward_kernel, solve_kernel
 from radlads.kernels.wkv7.triton_tuning import Fused
 
-# Exponents of half a chunk, in bits: beyond, a scaled operand may leave fp16. RWKV-7 stays below 15.
+# Limit of the exponents of half a chunk, in bits: above it a scaled operand may overflow fp16. RWKV-7 stays below 15.
 MOST_BITS = 15.5
 
 
@@ -26,7 +26,7 @@ def widest_fused_decay(chunk: int) -> float:
 
 
 class FusedWkv7(torch.autograd.Function):
-    """(plan, settings, whether to keep what the backward pass needs, initial state or None, the six inputs)."""
+    """(plan, settings, whether to keep tensors for the backward pass, initial state or None, the six inputs)."""
 
     @staticmethod
     def forward(
@@ -43,14 +43,14 @@ class FusedWkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second time
+        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second read
         with on_device_of(dout):
             grads, dinitial = _backward(*ctx.call, saved[:6], saved[6:], _aligned(dout), dfinal.contiguous())
         return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and beginning where sixteen bytes can be copied at once."""
+    """Contiguous, and aligned to sixteen bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -105,7 +105,7 @@ def _forward(
         r, w, a, b, inverse, taken, scales, reach, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, H,
         **shared, **chunked, LEVELS=C.bit_length() - 1, LIMIT=MOST_BITS, num_warps=tuning.solve_warps,
     )  # fmt: skip
-    # The bits as a log decay per token, for those who must mend it.
+    # The bits as a log decay per token, for the error message.
     strongest = reach * (-math.log(2) / (C // 2))
     WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
     arguments = (*inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H)

@@ -133,7 +133,7 @@ def fused_backward_kernel(
         unz = tl.load(scales + chunk * SCALES + 2)
         uny = tl.load(scales + chunk * SCALES + 3)
         pair = tl.load(scales + chunk * SCALES + 4)
-        unz *= 0.015625  # reads have only decayed since the beginning: there is room above them
+        unz *= 0.015625  # reads have only decayed since the beginning: larger values still fit
         wt = tl.load(at_w, mask=in_w, other=0.0)
         last = tl.sum(wt.to(tl.float32), 0) * LOG2E
         zx = load_pair(a, r, at_k, top, in_k)
@@ -161,7 +161,7 @@ def fused_backward_kernel(
         X = tl.load(U + at_v, mask=in_v & top, other=0.0)
         xv = tl.load(v + at_v, mask=in_v & ~top, other=0.0).to(tl.float32) / unx
         X = tl.where(top, X, xv.to(DT))
-        # writes: what b and k gave to the reads after them and to the state
+        # writes: contributions of b and k to later reads and to the state
         leave = tl.dot(X, tl.trans(ls), input_precision=IP) * (unx * unl)
         grad = tl.dot(earlier.to(tl.float32), Y.to(tl.float32) * (leave * uny), input_precision=IP)
         dA = tl.dot(X, tl.trans(G), input_precision=IP)
@@ -169,11 +169,11 @@ def fused_backward_kernel(
         pairs = Y.to(tl.float32) * (dY * uny)
         dY += leave
         dY += tl.dot(tl.where((rho >= C)[None, :] & same, dA, 0.0).to(DT), Z, input_precision=IP) * (ung * unx * unz)
-        # The decays again, from memory: kept in registers since above, they would push out what is needed in between.
+        # The decays are loaded again: held in registers from above, they would cause spills in between.
         dY *= tl.exp2(-write_gates(tl.load(at_w, mask=in_w, other=0.0), rho, j, C, WT, WP))
         tl.store(db + at_k, dY.to(db.dtype.element_ty), mask=in_k & top)
         tl.store(dk + at_k, dY.to(dk.dtype.element_ty), mask=in_k & ~top)
-        # reads: what a and r took from the writes before them and from the state
+        # reads: values that a and r read from earlier writes and from the state
         if KEPT == 2:
             at_kv = (chunk * 2 + half) * (K * V) + x[:, None] * V + y[None, :]
             hs = load_tile(states, at_kv, in_state, MASK_S)

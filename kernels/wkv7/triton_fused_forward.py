@@ -30,7 +30,7 @@ def power_of_two(top, TOP: tl.constexpr):
 
 @triton.jit
 def largest(x):
-    """The largest magnitude; found among integers, which a warp reduces in one instruction."""
+    """The largest magnitude; computed on integers, which a warp reduces in one instruction."""
     SIZE: tl.constexpr = x.numel
     flat = tl.reshape(tl.abs(x).to(tl.float32), [SIZE], can_reorder=True)
     return tl.max(flat.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
@@ -43,7 +43,7 @@ def _larger(a, b, c, d, e, f):
 
 @triton.jit
 def largest_of_three(x, y, z, SAME: tl.constexpr):
-    """Largest magnitudes of three tiles; of one size, they are found together."""
+    """Largest magnitudes of three tiles; for tiles of one size in one reduction."""
     if SAME:
         SIZE: tl.constexpr = x.numel
         xs = tl.reshape(tl.abs(x).to(tl.float32), [SIZE], can_reorder=True)
@@ -157,7 +157,7 @@ def fused_forward_kernel(
         hs = (h * (tl.exp2(m)[:, None] * sh)).to(DT)
         Aak = tl.where(strict, tl.dot(ac, tl.trans(kc), input_precision=IP), 0.0).to(DT)
         u = tl.dot(Aak, vs, input_precision=IP) * (pair * unsv) + tl.dot(ac, hs, input_precision=IP) * (unread * unsh)
-        # The backward pass scales v as U: whichever is larger counts.
+        # The backward pass uses one scale for v and U, from the larger of the two.
         su, unsu = power_of_two(tl.maximum(largest(u), tops[2]), -1)
         us = tl.dot(inv, (u * su).to(DT), input_precision=IP).to(DT)
         if STORE:

@@ -113,7 +113,7 @@ class _TritonWkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second time
+        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second read
         with on_device_of(dout):
             grads, dinitial = _backward(*ctx.plan, saved[:6], saved[6:], dout.contiguous(), dfinal.contiguous())
         return None, None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
@@ -171,7 +171,7 @@ def _backward(
         **shared, BK=power(K), BV=tuning.back.values, RT=kind.raw, IP=kind.precision, STAGES=tuning.back.stages,
         num_warps=tuning.back.warps,
     )  # fmt: skip
-    U = torch.empty(v.shape, dtype=torch.float32, device=v.device)  # bf16 would show where one key repeats
+    U = torch.empty(v.shape, dtype=torch.float32, device=v.device)  # bf16 would give visible errors for repeated keys
     X = torch.empty_like(U)
     dr, dw, dk, dv, da, db = grads = [torch.empty_like(x) for x in inputs]
     tile = tuning.values

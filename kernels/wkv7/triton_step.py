@@ -24,7 +24,7 @@ def step_kernel(
     MASK_V: tl.constexpr = V % BV != 0
     at = head * (K * V) + x[:, None] * V + y[None, :]
     inside = (x < K)[:, None] & (y < V)[None, :]
-    # The small loads first: they arrive while the state does. The state itself is far larger than any cache.
+    # The small loads first: they overlap with the load of the state, which is far larger than any cache.
     reads = load_tile(a, head * K + x, x < K, MASK_K).to(tl.float32)
     decay = tl.exp(load_tile(w, head * K + x, x < K, MASK_K).to(tl.float32))
     removal = load_tile(b, head * K + x, x < K, MASK_K).to(tl.float32)
@@ -65,8 +65,8 @@ def wkv7_step_triton(
     (columns per program) and `warps` tune the launch."""
     B, H, K, V = state_BHKV.shape
     power = max(16, triton.next_power_of_2(V))
-    masked = triton.next_power_of_2(K) != K  # narrow tiles by one warp were the fastest there
-    # Whole heads move the most bytes a second, narrower tiles spread few heads over the GPU.
+    masked = triton.next_power_of_2(K) != K  # narrow tiles with one warp were the fastest there
+    # Whole heads reach the highest bandwidth; narrower tiles distribute few heads over the GPU.
     tile = min(power, values or (32 if masked else 128 if K <= 128 and B * H >= 512 else 64))
     warps = warps or (1 if masked else 4)
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 """Launch settings and numerics of the Triton kernels, by backend and head size.
 
-The settings are a table, not a search at run time: a search picks other settings from run to run, and with them other
-roundings, and a resumed training run would no longer repeat. `benchmarks/kernels.py` measures the candidates.
+The settings are a table, not a search at run time: a search can choose different settings in each run, with different
+rounding, and a resumed training run would no longer be reproducible. `benchmarks/kernels.py` measures the candidates.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import triton.language as tl
 from radlads.kernels.shared.backends import is_hopper
 from radlads.kernels.shared.triton_launch import current_backend
 
-# Fewer heads, of all sequences together, leave too much of a GPU idle when one program walks over each.
+# Fewer heads, of all sequences together, leave too much of a GPU idle with one program per head.
 FEWEST_HEADS = 96
-FEWEST_HEADS_HOPPER = 18  # between what was measured at 16 and at 32: README.md
+FEWEST_HEADS_HOPPER = 18  # between the values measured at 16 and at 32: README.md
 HOPPER_MULTIPROCESSORS = 132
 
 
@@ -66,14 +66,14 @@ class Fused:
     kernel of their own with so many warps or, on Hopper, by the forward walk."""
     chunk: int = 32
     hopper: bool = False
-    """The walks are those of hopper_*.py, whose warps and stages follow from the head size."""
+    """Use the kernels of hopper_*.py, whose warps and stages follow from the head size."""
     backward_split: bool = False
-    """On Hopper: two programs a head walk back, where there are multiprocessors for them."""
+    """On Hopper: two programs per head in the backward pass, if there are enough multiprocessors."""
 
 
 @dataclass(frozen=True)
 class Wkv7Numerics:
-    """dot: operands made inside a kernel; raw: operands as loaded; store: what goes through memory; triangle: T."""
+    """dot: operands made inside a kernel; raw: operands as loaded; store: tensors written to memory; triangle: T."""
 
     dot: Any
     raw: Any
@@ -105,10 +105,11 @@ def hopper_takes(K: int, V: int, log_decay: torch.dtype) -> bool:
 def fused_tuning(
     K: int, V: int, heads: int, dtype: torch.dtype, backend: str, *, hopper: bool | None = None
 ) -> Fused | None:
-    """Settings of the fused kernels; None where the kernels with chunks in parallel serve better, or alone fit.
+    """Settings of the fused kernels; None where the kernels with chunks in parallel are better, or the only ones that
+    fit.
 
     One program walks over each of the `heads` (of all sequences): too few of them leave a GPU idle. `hopper`: whether
-    the kernels for Hopper can serve this call; None finds out, for a log decay of 16 bits.
+    the kernels for Hopper can be used; None checks it, for a log decay of 16 bits.
     """
     wide = max(K, V)
     if wide > 128 or dtype not in (torch.bfloat16, torch.float16):
@@ -131,7 +132,7 @@ def fused_tuning(
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice of kernels looks at; heads: of all sequences together."""
+    """Properties of a call that determine its kernels; heads: of all sequences together."""
 
     K: int
     V: int
@@ -142,7 +143,7 @@ class Call:
 
 
 def name_form(tuning: Fused | None) -> str:
-    """The form of wkv7 that these settings stand for, for people; None: the kernels with chunks in parallel."""
+    """Readable name of the form of wkv7 with these settings; None: the kernels with chunks in parallel."""
     if tuning is None:
         return "triton, chunks in parallel"
     return "triton, fused for Hopper" if tuning.hopper else "triton, fused"
@@ -207,10 +208,10 @@ def candidates(K: int, V: int, backend: str) -> list[Wkv7Tuning]:
 
 
 def choose_numerics(dtype: torch.dtype, backend: str, *, wide: bool = False) -> Wkv7Numerics:
-    """What kernels make of bf16 keeps ten bits in products (tf32), and goes through memory as fp32 where that fits.
+    """Values computed from bf16 keep ten bits in products (tf32), and are stored in memory as fp32 where that fits.
 
-    As bf16 through memory, one key that repeats through a document left errors of 0.99e-2 in the gradient of a; as fp32
-    0.77e-2. Products in three passes (tf32x3) leave 0.69e-2, at ten times the time. wide: heads over 128 channels;
+    Stored as bf16, one key that repeats through a document gave errors of 0.99e-2 in the gradient of a; stored as fp32,
+    0.77e-2. Products in three passes (tf32x3) give 0.69e-2, at ten times the time. wide: heads over 128 channels;
     their tiles, and AMD's, fit the shared memory as bf16 alone (1.07e-2 at 256 channels).
     """
     if backend == "interpreter":

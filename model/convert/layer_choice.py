@@ -15,7 +15,7 @@ from radlads.tasks.contracts.errors import UserError
 
 
 def even_layers(count: int, num_layers: int) -> tuple[int, ...]:
-    """The last layer, and every s-th before it, s = num_layers // count; what is left over comes first.
+    """The last layer, and every s-th before it, s = num_layers // count; the remainder comes first.
 
     The rule of the published Reka hybrids (44 layers, 6 kept: 8, 15, 22, 29, 36, 43). Raises UserError.
     """
@@ -55,12 +55,13 @@ def difficulty_scores(
     """Layer → difficulty in [0, 1], the hardest 1. curves: layer → its align loss at every step, all of one length.
 
     A weighted sum of five parts, each min-max normalised over the layers: the loss at the end; 1 - speed, the slope of
-    -log loss over the steps (least squares); 1 - the share of the first loss that is gone at the end; |ratio - 1| of
-    `ratios`, teacher's over student's output norm; the variance of step-to-step differences. The published tool takes
-    the ratio itself, by which a student that is too loud counts as easy, and reads NaN for it. Without ratios the other
-    parts share their weight. First and last loss are means over a twentieth of the steps: one batch is noise.
+    -log loss over the steps (least squares); 1 - the relative reduction of the loss by the end; |ratio - 1| of
+    `ratios`, teacher's over student's output norm; the variance of step-to-step differences. The published tool uses
+    the ratio itself, so a layer whose output is too large counts as easy, and it gets NaN. Without ratios their weight
+    is shared among the other parts. First and last loss are means over a twentieth of the steps to reduce noise.
 
-    Raises UserError for curves of less than 2 steps, of different lengths, or with what is no positive number.
+    Raises UserError for curves of less than 2 steps, of different lengths, or with values that are not positive
+    numbers.
     """
     layers = sorted(curves)
     losses = _matrix(curves, layers)
@@ -92,8 +93,8 @@ def spaced_layers(
 
     A gap is the difference of two neighbours' numbers; its price is gap_penalty where it lies outside min_gap ...
     max_gap, and spread · |gap - ideal| / ideal, ideal = num_layers // (count + 1). Never more than max_consecutive in
-    a row. Dynamic programming over (number chosen, last one, length of its row), where the published tool anneals.
-    Raises UserError where there is no such choice.
+    a row. Dynamic programming over (number chosen, last one, length of its row); the published tool uses
+    simulated annealing. Raises UserError if no choice satisfies the limit.
     """
     _check_count(count, num_layers)
     layers = sorted(scores)
@@ -126,10 +127,10 @@ def spaced_layers(
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What a student with some layers restored is worth; `layers` are those restored beside the ones kept before."""
+    """Scores of a student with some layers restored; `layers` are those restored in addition to the kept ones."""
 
     recall: float
-    """Mean log-probability of an answer's token, nats; the facts and their questions stand before it."""
+    """Mean log-probability of an answer's token, nats; the facts and their questions precede it."""
     accuracy: float
     """Share of the answers all of whose tokens are the most likely ones."""
     kl: float
@@ -153,11 +154,11 @@ def recall_layers(
     count: int,
     candidates: Sequence[int],
 ) -> tuple[tuple[int, ...], list[Round]]:
-    """Greedy forward selection: in every round the candidate whose softmax gives back most recall per KL.
+    """Greedy forward selection: in every round the candidate whose restored attention gains most recall per KL.
 
-    score: (kept, candidates) → the score with `kept` restored, and with each candidate restored as well. What a layer
-    gives depends on the layers kept before it, so that those chosen complement each other: two layers that restore the
-    same recall are not both taken. Returns the layers in ascending order and the rounds. Raises UserError.
+    score: (kept, candidates) → the score with `kept` restored, and with each candidate restored as well. A layer's
+    gain depends on the layers already kept, so the chosen layers complement each other: two layers that restore the
+    same recall are not both chosen. Returns the layers in ascending order and the rounds. Raises UserError.
     """
     if not 0 < count <= len(candidates):
         raise UserError(f"{count} of {len(candidates)} candidate layers cannot be chosen")
@@ -176,9 +177,9 @@ def recall_layers(
 def recall_per_kl(before: LayerScore, after: LayerScore) -> float:
     """Recall gained, in nats a token of the answer, per nat of held-out KL that the restored student still has.
 
-    Per KL that is left, and not per KL that is saved (as the ratio of drops in 2601.22156): what is saved is a small
-    difference that can vanish or be negative, while what is left is positive, and a layer that saves more is worth
-    more. Recall that is lost counts more, not less, with the KL.
+    The divisor is the remaining KL, not the reduction of KL (the ratio of drops in 2601.22156): the reduction is a
+    small difference that can be zero or negative, the remaining KL is positive, and a larger reduction still scores
+    higher. A loss of recall is multiplied by the KL, so that it counts more with a larger KL.
     """
     gained = after.recall - before.recall
     if not (math.isfinite(gained) and math.isfinite(after.kl)):
@@ -195,7 +196,7 @@ def _matrix(curves: Mapping[int, Sequence[float]], layers: Sequence[int]) -> np.
         )
     losses = np.array([curves[layer] for layer in layers], dtype=np.float64)
     if not (np.isfinite(losses).all() and (losses > 0).all()):
-        raise UserError("the align stage recorded losses that are no positive numbers; layers cannot be told apart")
+        raise UserError("the align stage recorded losses that are not positive numbers; layers cannot be ranked")
     return losses
 
 

@@ -1,4 +1,4 @@
-"""What restoring a layer's softmax attention gives: recall and held-out KL, by forward passes alone.
+"""Scores of restoring a layer's softmax attention: recall and held-out KL, from forward passes alone.
 
 Dims: B batch, T time, D model width, V vocabulary.
 """
@@ -19,12 +19,12 @@ from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.training.objectives import head_inputs, plain_hidden
 
 BEFORE = -1
-"""Stands for no candidate: the student with the kept layers alone."""
+"""Key for no candidate: the student with the kept layers alone."""
 
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """Some sequences of the probe. Padding, if any, is on the right: every model here is causal."""
+    """One batch of the probe's sequences. Padding, if any, is on the right: every model here is causal."""
 
     input_ids: Tensor
     """[B,T] int64."""
@@ -35,7 +35,7 @@ class ProbeBatch:
 
 @dataclass(frozen=True)
 class Sums:
-    """What is added up over a probe; parts of it, of several processes, can be added."""
+    """Sums over a probe; the sums of several processes can be added."""
 
     log_probability: float = 0.0
     answer_tokens: int = 0
@@ -48,7 +48,7 @@ class Sums:
         return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def score(self) -> LayerScore:
-        """Means; NaN where the probe had nothing of a kind."""
+        """Means; NaN for a kind of batch that the probe did not contain."""
         return LayerScore(
             recall=_ratio(self.log_probability, self.answer_tokens),
             accuracy=_ratio(self.right_answers, self.answers),
@@ -58,7 +58,7 @@ class Sums:
 
 @dataclass
 class TokenCount:
-    """Tokens that went through a network."""
+    """Tokens processed by a network, all passes added."""
 
     student: int = 0
     teacher: int = 0
@@ -75,19 +75,20 @@ def sum_layers(
     count: TokenCount | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[int, Sums]:
-    """Candidate (or BEFORE) → sums over the batches. count: adds up tokens; progress: called after each pass."""
+    """Candidate (or BEFORE) → sums over the batches. count: receives numbers of tokens; progress: called after each
+    pass."""
     was_training = student.training
     student.eval()
     totals = {layer: Sums() for layer in candidates}
     for batch in batches:
         ids = batch.input_ids.to(student.device)
-        wanted = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
-        if count is not None and wanted is not None:
+        teacher_state = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
+        if count is not None and teacher_state is not None:
             count.teacher += ids[:, :-1].numel()
         for layer in candidates:
             with restored(student, teacher, [*kept, layer] if layer != BEFORE else kept):
                 hidden = student.hidden(ids[:, :-1])
-            totals[layer] += _compare(student, teacher, batch, hidden, wanted)
+            totals[layer] += _compare(student, teacher, batch, hidden, teacher_state)
             if count is not None:
                 count.student += ids[:, :-1].numel()
             progress()
@@ -97,7 +98,7 @@ def sum_layers(
 
 @torch.no_grad()
 def teacher_recall(teacher: PreTrainedModel, batches: Iterable[ProbeBatch], *, count: TokenCount | None = None) -> Sums:
-    """What the teacher itself reaches on the recall batches; others are passed over."""
+    """The teacher's own score on the recall batches; other batches are skipped."""
     total = Sums()
     for batch in batches:
         if batch.answers is None:
@@ -110,14 +111,18 @@ def teacher_recall(teacher: PreTrainedModel, batches: Iterable[ProbeBatch], *, c
 
 
 def _compare(
-    student: RadladsForCausalLM, teacher: PreTrainedModel, batch: ProbeBatch, hidden: Tensor, wanted: Tensor | None
+    student: RadladsForCausalLM,
+    teacher: PreTrainedModel,
+    batch: ProbeBatch,
+    hidden: Tensor,
+    teacher_state: Tensor | None,
 ) -> Sums:
-    if wanted is None:
+    if teacher_state is None:
         return _recall(student, batch, hidden)
     _, metrics = linear_kl(
         head_inputs(student, hidden).flatten(0, 1),
         student.get_output_embeddings().weight,
-        head_inputs(teacher, wanted).flatten(0, 1),
+        head_inputs(teacher, teacher_state).flatten(0, 1),
         teacher.get_output_embeddings().weight,
     )
     tokens = hidden.shape[0] * hidden.shape[1]
@@ -125,7 +130,7 @@ def _compare(
 
 
 def _recall(model: PreTrainedModel, batch: ProbeBatch, hidden_BTD: Tensor) -> Sums:
-    """Of the answers' tokens, each predicted from the position before it."""
+    """Values for the answers' tokens, each predicted from the position before it."""
     assert batch.answers is not None
     answers_BT = batch.answers[:, 1:].to(hidden_BTD.device)
     labels_BT = batch.input_ids[:, 1:].to(hidden_BTD.device)

@@ -1,4 +1,4 @@
-"""Give converted layers of a student their teacher's softmax attention back: for a while, to score it, or for good."""
+"""Restore the teacher's softmax attention in converted layers of a student, temporarily (to score) or permanently."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from radlads.tasks.contracts.errors import UserError
 
 @contextmanager
 def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
-    """Inside, the given layers are the teacher's attention, beside those that the student keeps already.
+    """Context in which the given layers use the teacher's attention, in addition to the student's kept layers.
 
-    With rotary positions, whatever the student's config says: without them, untrained, softmax attention is not what
-    the teacher learned, and a score would tell how much a layer minds that. Where the first recurrent layer is
-    restored, the next one plays its part, as it will in the product. Weights are shared, nothing is copied.
+    Rotary positions are on, whatever the student's config says: untrained softmax attention without them is not the
+    function that the teacher learned, and a score would measure that difference. If the first recurrent layer is
+    restored, the next one takes its role, as in the product. Weights are shared, nothing is copied.
     """
     config = student.config
     before = (list(config.attention_layers), config.attention_rope)
@@ -41,10 +41,10 @@ def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
 def restore_attention(
     student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], *, attention_rope: bool
 ) -> dict[str, list[str]]:
-    """Make the given layers softmax attention for good, with the teacher's weights in the student's dtype.
+    """Make the given layers softmax attention permanently, with the teacher's weights in the student's dtype.
 
-    attention_rope: whether they use rotary positions from now on; the published way is to train on without. The student
-    is changed in place. Returns {restored, dropped}: names of tensors that came, and that went. Raises UserError.
+    attention_rope: whether they use rotary positions from now on; published: without, with further training. The
+    student is changed in place. Returns {restored, dropped}: names of tensors added and removed. Raises UserError.
     """
     names = set(student.state_dict())
     _restore(student, teacher, layers)
@@ -74,7 +74,7 @@ def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
         )
     for i in layers:
         attention = copy.copy(attentions[i])
-        attention.config = student.model.config  # how masks are made is the student's config's business
+        attention.config = student.model.config  # the student's config determines how masks are made
         keep_attention(attention)
         setattr(places[i], student.parts.attention, attention)
     student.config.attention_layers = sorted(kept)
@@ -87,14 +87,14 @@ def _as_first(student: RadladsForCausalLM, layer: int, mixer: Mixer) -> nn.Modul
     """The mixer as the first recurrent one: without the parameters that take values from a layer before it."""
     with torch.device("meta"):
         fresh = student.build_mixer(layer, mixer.shape)
-    source, wanted = mixer.state_dict(keep_vars=True), fresh.state_dict()
-    if source.keys() == wanted.keys():
+    source, required = mixer.state_dict(keep_vars=True), fresh.state_dict()
+    if source.keys() == required.keys():
         return mixer
-    if wanted.keys() - source.keys():
+    if required.keys() - source.keys():
         raise UserError(
-            f"layer {layer} cannot become the first recurrent layer: {sorted(wanted.keys() - source.keys())}"
+            f"layer {layer} cannot become the first recurrent layer: {sorted(required.keys() - source.keys())}"
         )
-    fresh.load_state_dict({name: source[name] for name in wanted}, assign=True)
+    fresh.load_state_dict({name: source[name] for name in required}, assign=True)
     return fresh.train(mixer.training)
 
 

@@ -1,4 +1,4 @@
-"""Give a student its teacher's weights: total, by name, and with the reason where it cannot be done.
+"""Copy the teacher's weights into a student: all of them, by name; a misfit is reported with its reason.
 
 Between two loaded models (`transplant`), or from a checkpoint's files into the student's, tensor by tensor
 (`stream_transplant`); both follow the origins that `trace_origins` finds.
@@ -25,28 +25,28 @@ from radlads.tasks.contracts.errors import UserError
 
 @dataclass(frozen=True)
 class TransplantReport:
-    """What became of every tensor, by its name in the student (`dropped`: in the teacher)."""
+    """How every tensor was handled, by its name in the student (`dropped`: in the teacher)."""
 
     copied: tuple[str, ...]
     fresh: tuple[str, ...]
-    """Of the student alone: the mixers' own parameters, as initialised."""
+    """Only in the student: the mixers' own parameters, as initialised."""
     dropped: tuple[str, ...]
-    """Of the checkpoint alone, and no part of the language model: vision parts, stored frequencies."""
+    """Only in the checkpoint, and not part of the language model: vision parts, stored frequencies."""
     tied: tuple[str, ...] = ()
     """Names that share another tensor (a tied head), which was copied under its own name."""
 
 
 @dataclass(frozen=True)
 class TensorOrigin:
-    """Where one tensor of the student comes from."""
+    """Source of one tensor of the student."""
 
     source: str | None
     """Name in the teacher; None: initialised by its mixer."""
     rows: tuple[int, int] | None = None
-    """The part of the source's first axis, where the teacher has several projections in one."""
+    """Rows (first axis) of the source, where the teacher stores several projections in one tensor."""
     factor: float = 1.0
     tied_to: str | None = None
-    """The student's tensor that it is; then `source`, where given, must hold the same numbers."""
+    """The student's tensor that it is tied to; `source`, if given, must then hold the same numbers."""
 
 
 def trace_origins(
@@ -55,8 +55,8 @@ def trace_origins(
     """Find the source of every tensor of a student (on the meta device or not). shapes: of the teacher's tensors.
 
     scale: multipliers {q, k, v, o} of the projections (weight and bias) of converted layers. Raises UserError when
-    shapes differ, when a tensor that is not a mixer's own has no source, or when the teacher has a tensor that the
-    student has no place for: a bias, a norm.
+    shapes differ, when a tensor that is not a mixer's own has no source, or when a tensor of the teacher has no
+    counterpart in the student: a bias, a norm.
     """
     mixers, parts, target = student.mixers(), student.parts, student.state_dict()
     tied = dict(student.all_tied_weights_keys)
@@ -93,9 +93,10 @@ def trace_origins(
 def transplant(
     teacher: PreTrainedModel, student: RadladsForCausalLM, *, scale: Mapping[str, float] | None = None
 ) -> TransplantReport:
-    """Copy every tensor that both have, converting to the student's dtype and device, and the generation defaults.
+    """Copy every tensor that both models have, converting to the student's dtype and device, and the generation
+    defaults.
 
-    scale: see `trace_origins`. Raises UserError: there too, and for values that are not finite.
+    scale: see `trace_origins`. Raises UserError: as `trace_origins`, and for values that are not finite.
     """
     source, target = teacher.state_dict(), student.state_dict()
     origins = trace_origins(student, {name: tensor.shape for name, tensor in source.items()}, scale=scale)
@@ -128,9 +129,9 @@ def stream_transplant(
 ) -> TransplantReport:
     """Write the weights of `student` (on the meta device) into `folder` as safetensors, each tensor as it is read.
 
-    In memory at a time: one tensor of the teacher (the experts of a layer are one) and one fresh mixer. A mixer starts
-    from `seed` and its layer's number, so that nothing depends on the order or on how the files are cut. on_progress:
-    tensors done and in all. Raises UserError: see `trace_origins`, and for values that are not finite.
+    In memory at a time: one tensor of the teacher (the experts of a layer are one) and one fresh mixer. A mixer's
+    initial values depend on `seed` and its layer's number only, not on the order or the number of files. on_progress:
+    tensors done, tensors in total. Raises UserError: see `trace_origins`, and for values that are not finite.
     """
     origins = trace_origins(student, weights.shapes, scale=scale)
     weights.check_ties()
@@ -155,7 +156,7 @@ def stream_transplant(
 
 
 def _report(origins: Mapping[str, TensorOrigin], left_out: Iterable[str] = ()) -> TransplantReport:
-    """left_out: what the checkpoint holds besides the language model."""
+    """left_out: the checkpoint's tensors outside the language model."""
     kinds: dict[str, list[str]] = {"copied": [], "fresh": [], "tied": []}
     for name, origin in origins.items():
         kinds["tied" if origin.tied_to else "fresh" if origin.source is None else "copied"].append(name)
@@ -165,10 +166,10 @@ def _report(origins: Mapping[str, TensorOrigin], left_out: Iterable[str] = ()) -
 
 
 class _Nursery:
-    """Fresh mixers, one at a time, for the tensors that the teacher does not give."""
+    """Freshly initialised mixers, one at a time, for the tensors that the teacher does not have."""
 
     def __init__(self, student: RadladsForCausalLM, fresh: set[str], dtype: torch.dtype, seed: int) -> None:
-        """fresh: names within a mixer of what is kept of it; the teacher gives the rest."""
+        """fresh: names within a mixer of the tensors to keep; the rest come from the teacher."""
         self._student, self._fresh, self._dtype, self._seed = student, fresh, dtype, seed
         self._shapes = {layer: mixer.shape for layer, mixer in student.mixers().items()}
         self._layer, self._tensors = -1, dict[str, Tensor]()
@@ -193,7 +194,7 @@ class _Nursery:
 
 
 def _own_origin(name: str, student: RadladsForCausalLM, shapes: Mapping[str, Sequence[int]]) -> TensorOrigin:
-    """By its name; of an untied head the embeddings; of a mixer's q, k or v the rows of a fused projection."""
+    """Source by the tensor's name; for an untied head the embeddings; for q, k or v the rows of a fused projection."""
     if name in shapes:
         return TensorOrigin(name)
     embeddings = f"model.{student.parts.embeddings}.weight"
@@ -219,7 +220,7 @@ def _projection(name: str, mixers: Mapping[int, Mixer], parts: object) -> str | 
 
 
 def _given(name: str, mixers: Mapping[int, Mixer], parts: object) -> bool:
-    """Whether a mixer's tensor is one that the teacher has to give: a projection, or a norm of q and k."""
+    """Whether a mixer's tensor must come from the teacher: a projection, or a norm of q and k."""
     return _projection(name, mixers, parts) is not None or _split(name, parts)[1].startswith(("q_norm.", "k_norm."))
 
 

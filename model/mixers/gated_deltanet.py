@@ -15,10 +15,10 @@ x [B,T,D] is the layer's normed input. All maps are per token.
     out = (y ⊙ g) o_proj                            [D]        g = σ(x g1) g2 (low_rank), silu(x g_proj) (full), 1
 
 Published, and so in Qwen3-Next and flash-linear-attention: no rotary positions, a convolution of width 4 with silu
-after q, k and v, and the full gate. A converted layer has its teacher's q, k and v, which know rotary positions and
-neither a convolution nor a silu; so here positions stay on, the convolution is an option without silu that starts as
-the identity, and the gate is that of RADLADS (2505.03005), a quarter of the parameters, which calibration can fit. With
-short_conv the state holds the last W - 1 inputs of the convolution beside S.
+after q, k and v, and the full gate. A converted layer has its teacher's q, k and v, which were trained with rotary
+positions and without convolution or silu; so here positions stay on, the convolution is an option without silu that
+starts as the identity, and the gate is that of RADLADS (2505.03005), a quarter of the parameters, which calibration can
+fit. With short_conv the state holds the last W - 1 inputs of the convolution beside S.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Options(MixerOptions):
     short_conv: Literal[0, 2, 3, 4] = 0
     """Width of the causal convolution over each channel of q, k and v; 0: none. Published: 4."""
     decay_shift: Annotated[float, INITIAL] = 0.0
-    """Added to dt_bias, whose start forgets slowly. Positive: forget faster at first."""
+    """Added to dt_bias, whose initial decay is slow. Positive: faster decay at first."""
     gate_rank: int | None = Field(default=None, ge=1)
     """Of the gate's low_rank form."""
 
@@ -107,7 +107,7 @@ class Mixer(BaseMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A converted layer's start: half-lives from 7 to 700 tokens (decays 0.905 to 0.999, the range in which
-        RAD-RWKV7 starts), beta one half, a small random gate, a convolution that does nothing."""
+        RAD-RWKV7 starts), beta one half, a small random gate, an identity convolution."""
         step = torch.logspace(0, 1, self.shape.num_heads, base=_FASTEST / _SLOWEST, device=self.dt_bias.device)
         self.dt_bias.copy_(torch.log(torch.expm1(step * _SLOWEST)) + self.options.decay_shift)
         self.A_log.zero_()

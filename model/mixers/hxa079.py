@@ -18,9 +18,9 @@ x [B,T,D] is the layer's normed input; no token shift. All maps are per token.
     y = y · K^(-1/2) + (Σ_K r ⊙ k ⊙ r_k) v                     bonus with the scaled k; no GroupNorm
     out = (y ⊙ σ(x g1) g2) o_proj                   [D]
 
-What was published differs in three ways from this file's defaults, each kept under an option: its key scaling takes the
-log-log decay, which multiplies slow channels by 8 to 9 instead of about iclr; the gradient does not pass through
-v_first and k_first; and v0, k0 start at 0.73 in every channel, because the ramp that the code means to subtract was
+The published form differs in three ways from this file's defaults, each available as an option: its key scaling uses
+the log-log decay, which multiplies slow channels by 8 to 9 instead of about iclr; the gradient does not pass through
+v_first and k_first; and v0, k0 start at 0.73 in every channel, because the ramp that the published code subtracts is
 never filled. Weights made with it load with `key_scaling: log_log_decay`. Its tensors carry the architecture marker 78.
 """
 
@@ -53,7 +53,7 @@ class Options(HxaOptions):
     first_values_gradient: bool = True
     """False: as published, deeper layers do not train the first one through v_first and k_first."""
     residual_init: Annotated[Literal["ramp", "constant"], INITIAL] = "ramp"
-    """ramp: v0 and k0 fall by 0.4 over the channels, as meant. constant: as published."""
+    """ramp: v0 and k0 decrease by 0.4 over the channels, as the code intends. constant: as published."""
     value_residual_init: Annotated[float, INITIAL] = 0.73
     """v0. Published: 0.73, which starts every layer with 67 % first-layer values; -4 starts with 2 %."""
     key_residual_init: Annotated[float, INITIAL] = 0.73

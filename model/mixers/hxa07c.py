@@ -13,7 +13,7 @@ x [B,T,D] is the layer's normed input; no token shift, no first-layer values. Al
     S_t = diag(decay_t) S_{t-1} - (kk_t ⊙ iclr_t)(kk_tᵀ S_{t-1}) + k_t v_tᵀ     y_t = r_tᵀ S_t      S [K,V] fp32
     out = (y · K^(-1/2) ⊙ σ(x g1) g2) o_proj        [D]        no GroupNorm, no bonus
 
-Published weights of hxa07b hold the same names and shapes: only their origin tells that they want the log-log decay.
+Published weights of hxa07b hold the same names and shapes: only their origin shows that they need the log-log decay.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ x [B,T,D] is the layer's normed input, d_t = x_{t-1} - x_t (x before the first t
 
 Against stock RWKV-6: the current token is decayed like the others (no bonus, no off-by-one), keys are scaled so that
 the state stays bounded without a norm, and decay has a floor. `groupnorm` is the paper's ablation, unstable in large
-models. The paper also writes K^(-1/2) at the keys; its code, like this one, has it once. The state holds the last input
-beside S.
+models. The paper also applies K^(-1/2) to the keys; its code, like this one, applies it once. The state holds the last
+input beside S.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Options(MixerOptions):
     rope: bool = False
     """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
     decay_shift: Annotated[float, INITIAL] = 0.0
-    """Added to time_decay, whose published start forgets slowly (0.69 to 0.9975). Positive: forget faster at first."""
+    """Added to time_decay, whose published initial decay is slow (0.69 to 0.9975). Positive: faster decay at first."""
     decay_rank: int | None = Field(default=None, ge=1)
     shift_rank: int | None = Field(default=None, ge=1)
     gate_rank: int | None = Field(default=None, ge=1)
@@ -115,7 +115,7 @@ class Mixer(BaseMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published start: the shift does nothing, the gate is one half everywhere (full)."""
+        """The published start: the token shift is the identity, the gate is one half everywhere (full)."""
         A = self.shape.width
         if self.options.token_shift:
             for name in _BRANCHES:

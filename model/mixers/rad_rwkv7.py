@@ -47,8 +47,9 @@ class Options(Rwkv7Options):
     value_residual_init: Annotated[float, INITIAL] = 1.0
     """v0. Published: 1, which starts every layer with 73 % of its values from the first layer; -4 starts with 2 %."""
     gate_init: Annotated[Literal["published", "identity"], INITIAL] = "published"
-    """published: a small random signed gate, so that mixers start near silence. identity: the same parameters, started
-    so that the gate is 1; without GroupNorm that starts many times too loud, and short alignments end worse."""
+    """published: a small random signed gate, so that mixer outputs start near zero. identity: the same parameters,
+    initialised so that the gate is 1; without GroupNorm the first outputs are many times too large, and short
+    alignments end worse."""
 
     def resolve(self, hidden_size: int, width: int) -> Self:
         """Ranks by D, as published, and not by A."""

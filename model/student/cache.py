@@ -12,7 +12,7 @@ from radlads.model.mixers.shared.mixer import MixerState
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """State of one recurrent layer. Its size does not depend on how many tokens were seen."""
+    """State of one recurrent layer. Its size does not depend on the number of tokens processed."""
 
     is_compileable = False
     is_sliding = False
@@ -58,7 +58,7 @@ class RecurrentLayer(CacheLayerMixin):
         self._map(lambda x: x[indices])
 
     def offload(self) -> None:
-        """A state is small: it stays where it is."""
+        """A no-op: a state is small and stays on its device."""
 
     def prefetch(self) -> None:
         """See `offload`."""
@@ -75,7 +75,7 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 class RadladsCache(Cache):
-    """Per-layer memory for generation; `config` is a RadladsConfig. Kept layers with a window remember the window."""
+    """Per-layer memory for generation; `config` is a RadladsConfig. Kept layers with a window store only the window."""
 
     def __init__(self, config: Any) -> None:
         kept, windowed = set(config.attention_layers), config.windowed_layers()
@@ -90,7 +90,7 @@ class RadladsCache(Cache):
         super().__init__(layers=layers)
 
     def num_bytes(self) -> int:
-        """Memory held by all states, keys and values."""
+        """Bytes of all states, keys and values."""
         held: list[torch.Tensor | None] = []
         for layer in self.layers:
             held += (layer.state or ()) if isinstance(layer, RecurrentLayer) else (layer.keys, layer.values)

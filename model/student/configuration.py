@@ -9,13 +9,13 @@ import transformers
 
 from radlads.model.student.releases import check_release
 
-check_release(transformers.__version__)  # before anything is used that older releases lack
+check_release(transformers.__version__)  # before any use of features that older releases lack
 
-# Facts of a file rather than of an architecture: they would go stale, or name a place on some machine.
+# Properties of a file, not of the architecture: they would become outdated, or name a path on another machine.
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
-# Of the layers inside, which have a config of their own; generic tools would read them as this model's.
+# Keys of the teacher's config only; generic tools would read them as this model's.
 _OF_BACKBONE = ("rope_parameters", "rope_scaling", "layer_types", "sliding_window", "mlp_layer_types")
-# Repeated at the top level, where generic tools look for them.
+# Repeated at the top level, where generic tools read them.
 _MIRRORED = (
     "vocab_size",
     "hidden_size",
@@ -33,9 +33,9 @@ _MIRRORED = (
 class RadladsConfig(transformers.PreTrainedConfig):
     """Everything that defines a converted model.
 
-    teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
-    variant, options, constants: the mixer and all that defines its function, ranks written out. initial_values: how its
-    parameters started; of no meaning once there are weights. attention_layers: layers that stay softmax;
+    teacher: the teacher's Hugging Face config, model_type included. family: names of that family's parts.
+    variant, options, constants: the mixer and all that defines its function, ranks filled in. initial_values: how its
+    parameters were initialised; unused once there are weights. attention_layers: layers that stay softmax;
     attention_rope: whether those use rotary positions.
     """
 
@@ -64,7 +64,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
         self.attention_layers = sorted(attention_layers)
         self.attention_rope = attention_rope
         self.use_cache = use_cache
-        if kwargs.get("vocab_size") is not None:  # changed by resize_token_embeddings, which knows this level alone
+        if kwargs.get("vocab_size") is not None:  # changed by resize_token_embeddings, which only changes this level
             teacher["vocab_size"] = kwargs["vocab_size"]
         for name in _MIRRORED:
             if teacher.get(name) is not None:
@@ -81,24 +81,24 @@ class RadladsConfig(transformers.PreTrainedConfig):
         self.teacher = teacher
 
     def __getattr__(self, name: str) -> Any:
-        """What only the teacher's config says (experts, soft caps, scales), where its family's code looks for it."""
+        """Attributes that only the teacher's config has (experts, soft caps, scales), for its family's code."""
         teacher = self.__dict__.get("teacher", {})
         if name.startswith("_") or name not in teacher or name in _OF_BACKBONE:
             raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
         return teacher[name]
 
     def windowed_layers(self) -> set[int]:
-        """Layers whose attention the teacher confined to a sliding window; where kept, they stay so."""
+        """Layers whose attention has a sliding window in the teacher; kept layers keep it."""
         return windowed_layers(self.teacher_config(), self.family.get("window", "none"))
 
     def teacher_config(self) -> transformers.PreTrainedConfig:
-        """The teacher's config as its own class."""
+        """The teacher's config as an instance of its own class."""
         raw = copy.deepcopy(self.teacher)
         raw |= {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
         config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
         if getattr(self, "_attn_implementation", None) is not None:
             config._attn_implementation = self._attn_implementation
-        # Tensor and pipeline parallel plans split attention's projections, which a mixer has no plan for.
+        # Tensor and pipeline parallel plans split attention's projections, for which a mixer has no plan.
         config.base_model_tp_plan = config.base_model_pp_plan = config.base_model_ep_plan = None
         return config
 
@@ -106,7 +106,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
 def windowed_layers(config: transformers.PreTrainedConfig, rule: str) -> set[int]:
     """Layers with a sliding window: `none`; `all`, where the config gives a window; or by its `layer_types`.
 
-    A family's code decides which of the three it is, and may ignore what its config says.
+    A family's code determines which of the three applies, and may ignore its config.
     """
     layers = range(config.num_hidden_layers)
     if rule == "none" or getattr(config, "sliding_window", None) is None:

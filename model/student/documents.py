@@ -1,4 +1,4 @@
-"""Documents packed into the rows of a batch: their bounds, however they are given, and the positions inside them.
+"""Documents packed into the rows of a batch: their bounds in every accepted form, and the positions inside them.
 
 Dims: B batch, T time, N documents. Needs torch only: an exported model carries this file.
 """
@@ -22,15 +22,15 @@ def document_bounds(document_ids_BT: Tensor) -> Tensor:
 
 
 def restart_bounds(position_ids_BT: Tensor) -> Tensor | None:
-    """cu_seqlens int64 [N+1] where positions do not go on by one (transformers' own sign of packed rows); None where
+    """cu_seqlens int64 [N+1] from positions that do not increase by one (transformers' mark of packed rows); None if
     they always do."""
     breaks = position_ids_BT.diff(dim=-1) != 1
     return _bounds(breaks) if bool(breaks.any()) else None
 
 
 def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """The bounds as int64. Raises ValueError unless they rise from 0 to B·T; on a GPU, reading them would wait for it,
-    so they are trusted."""
+    """The bounds as int64. Raises ValueError unless they rise from 0 to B·T; on a GPU they are not
+    checked, because reading them would synchronise."""
     bounds = cu_seqlens.flatten().long()
     if not bounds.is_cuda:
         given = bounds.tolist()

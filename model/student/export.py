@@ -1,7 +1,7 @@
 """Write a student as a Hugging Face folder that needs nothing but torch and transformers to load.
 
-The folder carries this package's own files, flat and with their imports rewritten: what was trained is what runs. The
-pydantic options stay behind; the config holds them resolved.
+The folder carries this package's own files, flat and with their imports rewritten: the code that runs is the code that
+was trained. The pydantic options stay behind; the config holds them resolved.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_radlads.RadladsForSequenceClassification",
 }
 _HEADER = "# Part of a model exported by radlads (Apache-2.0). Loaded by transformers with trust_remote_code=True.\n"
-# Files whose name in the folder is older than their place in the package; the others are called by their place.
+# Files that keep an older name in the folder; the other names follow from the place in the package.
 _RENAMED = {
     "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7",
     "radlads.model.mixers.shared.registry": "variants",
 }
-# What a folder may carry: pattern of a module → its name there. An operator in plain torch, no part of it for GPUs.
+# Modules that a folder may carry: pattern of a module → its name there. Operators in plain torch, no GPU kernels.
 _CARRIED = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -70,7 +70,7 @@ def export_student(
     """Write weights (safetensors, sharded above `max_shard_bytes`), config, generation config, code and tokenizer.
 
     dtype: of the weights written; None keeps the student's. originals: the files that the student was loaded from;
-    weights that it holds in 8 bit are written as they are there. Weights left in the folder by an earlier try are
+    weights that it holds in 8 bit are copied from them. Weights left in the folder by an earlier attempt are
     replaced. Raises UserError, before the index is written, for values that are not finite.
     """
     folder = Path(folder)
@@ -89,8 +89,8 @@ def export_papers(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """All of an exported folder but its weights: config, generation config, code and tokenizer. The student may be on
-    the meta device. dtype: of the weights, None: the student's."""
+    """Write an exported folder without its weights: config, generation config, code and tokenizer. The student may be
+    on the meta device. dtype: of the weights, None: the student's."""
     config = copy.deepcopy(student.config)
     config.dtype = dtype or student.dtype
     config.architectures = [RadladsForCausalLM.__name__]
@@ -172,7 +172,7 @@ def _source(module: str) -> str:
 
 
 def _without_build_parts(text: str) -> str:
-    """Drop the pydantic options of a mixer file, which only matter when a student is built."""
+    """Remove the pydantic options of a mixer file, which are only used to build a student."""
     lines = text.splitlines(keepends=True)
     for node in reversed(ast.parse(text).body):
         unwanted = (isinstance(node, ast.ImportFrom) and node.module in _BUILD_ONLY_IMPORTS) or (

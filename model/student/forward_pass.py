@@ -1,7 +1,7 @@
-"""What a converted backbone adds to its family's forward pass: one context for all mixers, handed down by the layers.
+"""Additions of a converted backbone to its family's forward pass: one context for all mixers, passed by the layers.
 
-The backbone is the family's own transformers model; its attention modules are mixers, or attention as it was. Hooks do
-the rest, so that no method of transformers is replaced. Dims: B batch, T time, N documents.
+The backbone is the family's own transformers model; its attention modules are mixers, or unchanged attention. The
+additions are hooks, so that no method of transformers is replaced. Dims: B batch, T time, N documents.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from radlads.model.student.documents import check_bounds, document_bounds, docum
 from radlads.model.student.releases import CACHE_NAMES, cache_keyword
 
 CONTEXT = "mixer_context"
-"""The keyword that decoder layers hand down to attention."""
-# What family models take besides their named parameters: attention's options, and the loss's, which travel along.
+"""The keyword that decoder layers pass to attention."""
+# Keywords that family models accept besides their named parameters: options of attention and of the loss.
 _PASSED_ON = {*TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters, "return_dict"}
 _PASSED_ON |= {"debug_io", "debug_io_dir", "prune_layers"}
 
@@ -50,7 +50,7 @@ class ForwardPass:
         cache, cu_seqlens = self._take_cache(given), given.pop("cu_seqlens", None)
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if inputs is None:
-            return (), given  # the family says what is missing
+            return (), given  # the family's code reports what is missing
         B, T = inputs.shape[:2]
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         converted = len(self.config.attention_layers) < self.config.num_hidden_layers
@@ -76,7 +76,8 @@ class ForwardPass:
             seen = 0 if cache is None else cache.get_seq_length()
             _check_mask(mask, B, seen, T)
             if positions is None and mask is not None:
-                # Decay makes a mixer feel absolute positions, so padding must not count (attention would not care).
+                # With decay a mixer's output depends on absolute positions, so padding must not count (in attention it
+                # does not matter).
                 given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         given[self.cache_name] = cache
         for flag in ("output_hidden_states", "output_attentions"):
@@ -151,8 +152,8 @@ def _pass_values_explicitly(layers: nn.ModuleList) -> None:
 class LayerCheckpoint:
     """A layer's checkpointing function, which makes first values inputs and outputs of the checkpoint.
 
-    Through the context alone they would have no gradient in the reentrant form; and what a checkpoint holds until the
-    backward pass would hold their graph, which holds the checkpoint.
+    Passed through the context alone they would have no gradient in the reentrant form, and a checkpoint kept until the
+    backward pass would reference their graph, which references the checkpoint.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -173,13 +174,13 @@ class LayerCheckpoint:
         if before is not None:
             return self.function(run, *before, *args)
         out, v, k = self.function(run, None, None, *args)
-        if v is not None or k is not None:  # else no recurrent layer so far, or a variant without first values
+        if v is not None or k is not None:  # else no recurrent layer yet, or a variant without first values
             context.first = FirstValues(v, k)
         return out
 
 
 def keep_attention(attention: nn.Module) -> None:
-    """Let a module that stays softmax attention be called with the mixers' context, which says whether it rotates."""
+    """Let a softmax attention module accept the mixers' context, which determines whether it uses rotary positions."""
     attention._forward_pre_hooks = OrderedDict()
     attention._forward_pre_hooks_with_kwargs = OrderedDict()
     attention.register_forward_pre_hook(_rotate_or_not, with_kwargs=True)

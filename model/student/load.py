@@ -33,9 +33,9 @@ def student_config(
     attention_rope: bool,
     untie_embeddings: bool = False,
 ) -> RadladsConfig:
-    """The config of a student, with every option and rank written out. Raises UserError for what cannot be built.
+    """The config of a student, with every option and rank filled in. Raises UserError if it cannot be built.
 
-    untie_embeddings: give the student a head of its own where the teacher's is its embeddings.
+    untie_embeddings: give the student a head of its own where the teacher's is tied to its embeddings.
     """
     family = find_family(teacher_config)
     defining, initial = validate_options(variant, options, teacher_config).split()
@@ -68,9 +68,9 @@ def build_student(
     untie_embeddings: bool = False,
     dtype: torch.dtype | None = None,
 ) -> RadladsForCausalLM:
-    """A student with fresh weights (transplant gives it the teacher's). Works under `torch.device("meta")`.
+    """A student with fresh weights (transplant copies the teacher's). Works under `torch.device("meta")`.
 
-    dtype: of its parameters; None is torch's default. Raises UserError for what cannot be built.
+    dtype: of its parameters; None is torch's default. Raises UserError if it cannot be built.
     """
     config = student_config(
         teacher_config,
@@ -93,8 +93,8 @@ def load_student(
 ) -> RadladsForCausalLM:
     """Load an exported folder with this package's own classes (its remote code is not run), in eval mode.
 
-    dtype: None keeps the saved one. Raises UserError when it is no exported student, its files are not whole or not one
-    set, a tensor is missing, left over or misshapen, or values are not finite.
+    dtype: None keeps the saved one. Raises UserError when it is no exported student, its files are incomplete or not
+    one set, a tensor is missing, unexpected or misshapen, or values are not finite.
     """
     config = _read_config(Path(folder))
     for name, entry in read_headers(str(folder)).items():

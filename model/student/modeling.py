@@ -1,7 +1,7 @@
 """The converted model: the teacher family's own transformers model, with attention replaced by mixers in most layers.
 
 Norms, embeddings, MLPs, masks, rotary positions, the head and the loss are the family's code. A layer's attention is a
-mixer with an attention's signature; what mixers share travels in one keyword (forward_pass.py).
+mixer with an attention's signature; shared data of mixers is passed in one keyword (forward_pass.py).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def build_mixer(config: RadladsConfig, layer: int, shape: AttentionShape) -> Mix
 
 
 def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
-    """Replace attention in a family's backbone, in place, in every layer that the config does not keep.
+    """Replace attention in a family's backbone, in place, in every layer that the config does not keep as attention.
 
-    Raises ValueError where this code has other constants than the ones that the model was made with, and ImportError
-    under a release of transformers that calls the parts otherwise.
+    Raises ValueError if this code's constants differ from those that the model was made with, and ImportError
+    under a release of transformers that calls the parts differently.
     """
     constants = mixer_class(config.variant).CONSTANTS
     if dict(config.constants) != constants:
@@ -72,7 +72,7 @@ def _rebuild(generic: type[RadladsForCausalLM], family: type[PreTrainedModel]) -
 
 
 class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
-    """Causal language model. With no layer converted (and `attention_rope`) its logits are the teacher's bits.
+    """Causal language model. With no layer converted (and `attention_rope`) its logits equal the teacher's bit for bit.
 
     An instance is also one of the family's own class (`Qwen3ForCausalLM`, ...), whose `forward` and `__init__` it uses.
     """
@@ -103,7 +103,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         super().post_init()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The family's class is made when a model is, so pickle cannot find it by its name.
+        # The family's class is made together with a model, so pickle cannot find it by name.
         return _rebuild, (self._generic, self._family), self.__dict__
 
     def build_mixer(self, layer: int, shape: AttentionShape) -> Mixer:
@@ -141,7 +141,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """generate() makes its own cache otherwise, which cannot tell its length without attention layers."""
+        """Use a RadladsCache: the cache that generate() would make has no length without attention layers."""
         name = cache_keyword(self.model)
         if generation_config.cache_implementation is not None:
             raise ValueError(
@@ -208,7 +208,7 @@ def norm_names(parts: Any) -> tuple[str, ...]:
 
 
 def logit_factor(config: Any, parts: Any) -> float:
-    """What a family multiplies its head's output by; `parts`: a family, or its names. Softcaps are refused."""
+    """The factor on a family's head output; `parts`: a family, or its names. Softcaps are refused."""
     times, over = getattr(parts, "logit_scale", None), getattr(parts, "logit_divisor", None)
     return (getattr(config, times) if times else 1.0) / (getattr(config, over) if over else 1.0)
 

@@ -1,7 +1,7 @@
 """Keep rotary frequencies exact when a model is cast.
 
 `module.bfloat16()` (which DeepSpeed calls) also rounds non-persistent buffers, and rotary frequencies rounded to 8 bits
-turn the wrong angle by radians a thousand tokens on. `from_pretrained` keeps them in fp32, so training would not see
+are wrong by radians after a thousand tokens. `from_pretrained` keeps them in fp32, so training would differ from
 the model that is loaded afterwards.
 """
 
@@ -13,7 +13,7 @@ Kept = list[tuple[nn.Module, str, Tensor]]
 
 
 def remember_buffers(module: nn.Module) -> Kept:
-    """The floating-point buffers that are not saved with the weights, as they are now."""
+    """Current values of the floating-point buffers that are not saved with the weights."""
     return [
         (owner, name, buffer)
         for owner in module.modules()
@@ -23,7 +23,7 @@ def remember_buffers(module: nn.Module) -> Kept:
 
 
 def restore_buffers(kept: Kept) -> None:
-    """Give every buffer whose dtype has changed its old values back, on the device where it is now."""
+    """Restore the old values of every buffer whose dtype has changed, on its current device."""
     for owner, name, before in kept:
         now = owner._buffers[name]
         if now is not None and now.dtype != before.dtype and not before.is_meta:

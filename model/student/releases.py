@@ -1,4 +1,4 @@
-"""Which releases of transformers run this model's code; an exported model carries this file and asks it at load."""
+"""The releases of transformers that run this model's code; an exported model carries this file and checks at load."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import transformers
 
 TESTED = ("5.17.0", "5.24.0")
-"""The lowest that works, and the highest that the tests have seen."""
+"""The lowest release that works, and the highest tested one."""
 CACHE_NAMES = ("cache", "past_key_values")
-"""Of the keyword for a cache: from 5.24 on, and before."""
+"""Names of the cache keyword: from 5.24 on, and before."""
 
 
 def check_release(version: str) -> None:
@@ -25,25 +25,25 @@ def check_release(version: str) -> None:
 
 
 def cache_keyword(model: Any) -> str:
-    """The name under which this release hands a cache to a model's forward."""
+    """The keyword by which this release passes a cache to a model's forward."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
 
 
 def check_calls(backbone: Any, layer: Any, attention: Any) -> None:
-    """Raise ImportError, in one line, where this release calls a family's parts otherwise than mixers need.
+    """Raise ImportError, in one line, if this release calls a family's parts differently than mixers need.
 
-    Keywords must go down from the model to attention, and the cache by one name from generate() to attention.
+    Keywords must be passed from the model to attention, and the cache under one name from generate() to attention.
     """
     cache, faults = cache_keyword(backbone), []
     generate = transformers.GenerationMixin.prepare_inputs_for_generation
-    wanted: Iterable[tuple[str, Any, tuple[str, ...]]] = (
+    required: Iterable[tuple[str, Any, tuple[str, ...]]] = (
         (type(backbone).__name__, backbone.forward, (cache, "position_ids", "use_cache")),
         (type(layer).__name__, layer.forward, (cache,)),
         (type(attention).__name__, attention.forward, (cache, "position_embeddings")),
         ("generate", generate, (cache,)),
     )
-    for owner, function, names in wanted:
+    for owner, function, names in required:
         parameters = inspect.signature(function).parameters
         faults += [f"{owner} takes no '{name}'" for name in names if name not in parameters]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

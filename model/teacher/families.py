@@ -1,6 +1,6 @@
-"""The families that can be taught from: one row each, by the `model_type` of their transformers config.
+"""The supported teacher families: one row each, by the `model_type` of their transformers config.
 
-A row names what differs from Llama's block; the field names are explained in family.py.
+A row lists the differences from Llama's block; family.py explains the fields.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from radlads.model.teacher.family import TeacherFamily
 
 _ROWS = (
-    # Llama, and what else is published under its name (TinyLlama, SmolLM, Reka Flash): any RoPE scaling.
+    # Llama, and other models published under this type (TinyLlama, SmolLM, Reka Flash): any RoPE scaling.
     TeacherFamily("llama"),
-    # Mistral (7B to Small, Devstral, Magistral): no biases whatever a config says, a window in every layer or none.
+    # Mistral (7B to Small, Devstral, Magistral): no biases whatever the config, a window in every layer or none.
     TeacherFamily("mistral", window="all"),
-    # Ministral 3: as Mistral. Queries also grow slowly beyond the original context, which only softmax needs.
+    # Ministral 3: as Mistral. Queries are also scaled up slowly beyond the original context, which only softmax needs.
     TeacherFamily("ministral3", window="all"),
     # Phi-3, 3.5 and 4: q, k and v in one projection, gate and up in another, RoPE on a part of the head, longrope.
     TeacherFamily("phi3", qkv="qkv_proj", window="all"),
@@ -73,7 +73,7 @@ _ROWS = (
         window="layer_types",
         rotates=("is_sliding", "not sliding_window"),
     ),
-    # Seed-OSS: biases on q, k and v; more heads than the width has room for.
+    # Seed-OSS: biases on q, k and v; heads times head width exceeds the model width.
     TeacherFamily("seed_oss"),
 )
 

@@ -1,4 +1,4 @@
-"""What a teacher family is: where its transformers model keeps its parts, and what its attention does otherwise."""
+"""Description of a teacher family: names of its transformers model's parts, and differences of its attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TeacherFamily:
     layers: str = "layers"
     attention: str = "self_attn"
     input_norm: str | None = "input_layernorm"
-    """The norm before attention; None where attention reads the residual stream itself."""
+    """The norm before attention; None where attention reads the residual stream directly."""
     mlp_norm: str | None = "post_attention_layernorm"
     """The norm before the MLP; None where the MLP has no norm of its own."""
     other_norms: tuple[str, ...] = ()
@@ -37,20 +37,20 @@ class TeacherFamily:
     v: str = "v_proj"
     o: str = "o_proj"
     qkv: str | None = None
-    """One projection with the rows of q, k and v, in this order; then q, k and v name those of the student alone."""
+    """One projection with the rows of q, k and v, in this order; then q, k and v are names in the student only."""
     q_norm: str | None = None
     k_norm: str | None = None
     window: Literal["none", "all", "layer_types"] = "none"
-    """Which layers obey the config's `sliding_window`."""
+    """Which layers apply the config's `sliding_window`."""
     rotates: tuple[str, ...] = ()
     """Attributes of an attention module, of which one must be true where it rotates q and k; `not x` is true where x is
     false or None. Empty: every layer rotates."""
     logit_scale: str | None = None
-    """The config's number that logits are multiplied by."""
+    """Name of the config value by which logits are multiplied."""
     logit_divisor: str | None = None
-    """The config's number that logits are divided by."""
+    """Name of the config value by which logits are divided."""
     text_of: tuple[str, ...] = ()
-    """Model types of vision-language text parts that compute the same when there is no picture."""
+    """Model types of vision-language text parts that compute the same function without images."""
 
     def names(self) -> dict[str, str | tuple[str, ...] | None]:
         """The part names as a plain mapping, as the student's config stores them."""
@@ -62,7 +62,7 @@ class TeacherFamily:
         return [getattr(layer, self.attention) for layer in layers]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise UserError unless every part is where this family says it is."""
+        """Raise UserError unless every part exists under the name that this family gives."""
         inner = backbone(model)
         missing = [
             name for name in (self.layers, self.embeddings, self.final_norm, self.rotary) if not hasattr(inner, name)
@@ -74,8 +74,8 @@ class TeacherFamily:
             attention = getattr(layer, self.attention, None)
             projections = (self.qkv, self.o) if self.qkv else (self.q, self.k, self.v, self.o)
             flags = (name.removeprefix("not ") for name in self.rotates)
-            wanted = [*projections, *filter(None, (self.q_norm, self.k_norm)), *flags]
-            missing += [f"layer {index}: {self.attention}.{name}" for name in wanted if not hasattr(attention, name)]
+            expected = [*projections, *filter(None, (self.q_norm, self.k_norm)), *flags]
+            missing += [f"layer {index}: {self.attention}.{name}" for name in expected if not hasattr(attention, name)]
         if missing:
             raise UserError(
                 f"this model lacks what the family '{self.model_type}' expects: {', '.join(missing[:5])}; "
@@ -84,7 +84,7 @@ class TeacherFamily:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model under the language-model head. Raises UserError where there is none."""
+    """The model below the language-model head. Raises UserError if there is none."""
     inner = getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         raise UserError(f"{type(model).__name__} has no backbone `model`; a causal language model is needed")

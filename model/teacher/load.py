@@ -1,4 +1,4 @@
-"""The frozen softmax-attention model: which families can be taught from, and how one is loaded.
+"""The frozen softmax-attention model: supported families, and loading.
 
 A family is one row of `model/teacher/families.py`, by its Hugging Face `model_type`.
 """
@@ -27,7 +27,7 @@ def list_families() -> list[str]:
 
 
 def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
-    """The family of a config (or of a parsed config.json). Raises UserError with the reason why there is none.
+    """The family of a config (or of a parsed config.json). Raises UserError with the reason if there is none.
 
     A vision-language config gets the family of its text part.
     """
@@ -97,7 +97,7 @@ def parse_teacher_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def load_generation_config(path: str, config: PreTrainedConfig, *, revision: str | None = None) -> GenerationConfig:
-    """The teacher's generation defaults, or what its config says where it has no generation_config.json."""
+    """The teacher's generation defaults, or those in its config if it has no generation_config.json."""
     try:
         return GenerationConfig.from_pretrained(path, revision=revision)
     except OSError:
@@ -107,7 +107,7 @@ def load_generation_config(path: str, config: PreTrainedConfig, *, revision: str
 def teacher_warnings(
     config: PreTrainedConfig, *, attention_layers: Sequence[int] = (), untie_embeddings: bool = False
 ) -> list[str]:
-    """What a user should know before converting this teacher, one line each; for the plan.
+    """Notes on this teacher for the plan, one line each.
 
     attention_layers: those that stay softmax. untie_embeddings: the student gets a head of its own.
     """
@@ -129,11 +129,11 @@ def teacher_warnings(
             continue
         border = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         lines.append(
-            f"the teacher's rotary positions turn otherwise in contexts beyond {border} tokens ({rope['rope_type']}); "
-            "a student that is trained below that never saw those"
+            f"the teacher's rotary positions change in contexts beyond {border} tokens ({rope['rope_type']}); "
+            "a student trained on shorter contexts never learns those"
         )
     if source := getattr(config, "text_part_of", None):
-        lines.append(f"only the text part of this {source} model is converted; the student sees no pictures")
+        lines.append(f"only the text part of this {source} model is converted; the student accepts no images")
     return lines
 
 
@@ -144,7 +144,7 @@ def _rotary_settings(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
-    """config.json as it is, so that models that transformers does not know can be refused by name. Raises UserError."""
+    """The unmodified config.json, so that models unknown to transformers can be refused by name. Raises UserError."""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:

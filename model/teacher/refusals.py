@@ -1,4 +1,4 @@
-"""Teachers that cannot be converted, each with its reason; read from a parsed config.json before anything is loaded."""
+"""Reasons why teachers cannot be converted; read from a parsed config.json before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Words in the model type or class name of models whose attention was replaced already, or that never had one.
+# Words in the model type or class name of models whose attention was replaced already, or that have none.
 _CONVERTED = re.compile(
     r"radlads|rwkv|liger|lolcats|hedgehog|linear_llama|mamba|retnet|gated_?delta|delta_?net|(?<![a-z])(gla|gsa|kda)(?![a-z])"
 )
-# Architectures whose attention mixers cannot stand in for, or that no family describes.
+# Architectures whose attention mixers cannot replace, or that no family describes.
 _OTHER_BLOCKS = {
     (
         "deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "kimi_k2", "longcat_flash", "mistral4", "youtu",
@@ -34,7 +34,7 @@ _OTHER_BLOCKS = {
     ),
     ("gpt_oss",): "its attention has learned sinks, which no mixer has a place for",
 }  # fmt: skip
-# The largest sizes of a config, far above any published model: building begins with loops over some of them.
+# Upper limits of a config's sizes, far above any published model: building a model loops over some of them.
 _MOST = {
     "num_hidden_layers": 1024,
     "hidden_size": 1 << 17,
@@ -54,7 +54,7 @@ _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "intermedia
 
 
 def size_fault(raw: Mapping[str, Any]) -> str | None:
-    """What is wrong with the numbers and lists of a config, in one line, before anything is built from them."""
+    """The first fault in the numbers and lists of a config, in one line, before anything is built from them."""
     for name, most in _MOST.items():
         value = raw.get(name, 1)
         if value is None and name in _MAY_BE_NULL:
@@ -67,7 +67,7 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
         parts = {"": positions} | {f"{kind}.": part for kind, part in positions.items() if isinstance(part, Mapping)}
         numbers |= {f"rope_parameters.{kind}rope_theta": part.get("rope_theta") for kind, part in parts.items()}
     for name, value in numbers.items():
-        # What is no number at all is transformers' to say.
+        # transformers reports values that are not numbers.
         if isinstance(value, int | float) and not 0 < value < math.inf:
             return f"{name} is {value} in its config; a number above 0 is needed"
     for name in ("layer_types", "architectures"):
@@ -77,18 +77,18 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
-# How floating-point weights are kept; everything else that stands for weights is quantised.
+# Formats of floating-point weights; weights in any other format are quantised.
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _QUANTISED = "quantised; give the full-precision model that they were made from"
 
 
 def stored_refusal(dtype: str) -> str | None:
-    """Why a tensor that a file keeps as `dtype` (the format's word) is no weight; None where it is one."""
+    """Why a tensor stored as `dtype` (the format's name) cannot be a weight; None if it can."""
     return None if dtype in _FULL_PRECISION else f"is kept as {dtype}: the weights are {_QUANTISED}"
 
 
 def named_weights(raw: Mapping[str, Any]) -> str | None:
-    """What speaks against a config that names a file of weights, which transformers alone would read."""
+    """The fault of a config that names a file of weights, which only transformers would read."""
     if not raw.get("transformers_weights"):
         return None
     return (
@@ -98,10 +98,10 @@ def named_weights(raw: Mapping[str, Any]) -> str | None:
 
 
 def refusal(raw: Mapping[str, Any]) -> str | None:
-    """Why the model of this config cannot teach, in one line; None where nothing speaks against it."""
+    """Why the model of this config cannot be a teacher, in one line; None if it can."""
     model_type = str(raw.get("model_type") or "")
     if not model_type:
-        return "the teacher's config.json has no model_type, so its architecture cannot be told"
+        return "the teacher's config.json has no model_type, so its architecture is unknown"
     if fault := size_fault(raw):
         return fault
     names = [model_type, *(raw.get("architectures") or ())]
@@ -127,6 +127,6 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
 
 
 def _spaced(name: str) -> str:
-    """LigerQwen2GLAForCausalLM → liger_qwen2_gla_for_causal_lm, so that short words are found as words only."""
+    """LigerQwen2GLAForCausalLM → liger_qwen2_gla_for_causal_lm, so that short words match whole words only."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     return parted.lower()

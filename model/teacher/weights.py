@@ -1,7 +1,7 @@
-"""A teacher's checkpoint under the names and in the layout that its transformers modules have, read tensor by tensor.
+"""A teacher's checkpoint under the names and in the layout of its transformers modules, read tensor by tensor.
 
-On disk a model may keep every expert by itself, or experts transposed, or the text part under a prefix; transformers
-sorts this out while it loads the whole model. This does it for the families that can be converted, without loading.
+On disk a model may store experts separately, or transposed, or the text part under a prefix; transformers
+converts this while it loads the whole model. This module does it for the supported families, without loading.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from radlads.model.weights.finite import check_finite
 from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.errors import UserError
 
-# What the constructors of models raise for values that do not fit each other, or that they do not know.
+# Errors that model constructors raise for values that are inconsistent or unknown.
 _REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError)
 DAMAGED = "the file is damaged, or the model diverged when it was made: download it again"
-# Rows that are compared at once where two tensors have to be equal.
+# Rows compared at a time when two tensors have to be equal.
 _BLOCK = 4096
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Prefixes of the text part in checkpoints of vision-language models.
@@ -37,7 +37,7 @@ _TEXT_PREFIXES = (
     ("model.norm.", "model.norm."),
     ("lm_head.", "lm_head."),
 )
-# Frequencies that old checkpoints carry and that every model computes by itself.
+# Rotary frequencies that old checkpoints store and that every model computes itself.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 _EXPERT = re.compile(
     r"^(?P<experts>.*\.mlp\.experts)\.(?P<index>\d{1,6})\.(?P<part>gate_proj|up_proj|down_proj)\.weight$"
@@ -46,20 +46,20 @@ _FUSED_EXPERTS = re.compile(r"^.*\.mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """The config's causal language model on the meta device. Raises UserError for a config that makes none."""
+    """The config's causal language model on the meta device. Raises UserError if it cannot be built."""
     causal_models: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"):
             return causal_models.from_config(copy.deepcopy(config))
     except _REFUSALS as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"transformers cannot build the model of this config: {told}") from error
+        causes = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"transformers cannot build the model of this config: {causes}") from error
 
 
 class TeacherWeights:
-    """The teacher's tensors by module name; nothing is in memory but what `read` returned last.
+    """The teacher's tensors by module name; only the last result of `read` is in memory.
 
-    shapes: module name → shape, for every tensor of the language model. left_out: what is no part of it, by its name
+    shapes: module name → shape, for every tensor of the language model. left_out: tensors that are not part of it, name
     on disk → number of elements: vision parts, stored frequencies.
     """
 
@@ -67,7 +67,7 @@ class TeacherWeights:
         """config: of the language model. nested: the files are those of a vision-language model.
 
         Raises UserError unless the headers hold the tensors of the model that the config describes: all, no others,
-        each once, of its shape, not quantised. A tied head may be there or not.
+        each once, of its shape, not quantised. A tied head may be present or not.
         """
         self._files, self._config = files, config
         self._experts: dict[str, dict[tuple[int, str], str]] = {}
@@ -102,37 +102,37 @@ class TeacherWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As the config says, or of the first floating-point tensor."""
+        """The config's dtype, or that of the first floating-point tensor."""
         if isinstance(self._config.dtype, torch.dtype):
             return self._config.dtype
         dtypes = (self._files.dtype(name) for name in self._files.names())
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
     def check_ties(self) -> None:
-        """Raise UserError where the config ties a head that the checkpoint has different numbers for."""
+        """Raise UserError if the config ties a head for which the checkpoint has different values."""
         check_ties(self._tied, self.shapes, self.read)
 
     def _check_complete(self) -> dict[str, str]:
-        """Tied tensor → the one that it is."""
+        """Tied tensor → the tensor that it is tied to."""
         config, layers = self._config, self._config.num_hidden_layers
         if self.dtype not in _DTYPES:
             raise UserError(f"the teacher's config.json asks for the dtype {self.dtype}, in which no model computes")
-        if layers > len(self.shapes):  # before as many are built
+        if layers > len(self.shapes):  # before that many layers are built
             raise UserError(f"the teacher's config has {layers} layers, its checkpoint {len(self.shapes)} tensors")
         model = build_empty(config)
         tied = dict(model.all_tied_weights_keys)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if missing := [name for name in wanted if name not in self.shapes and name not in tied]:
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if missing := [name for name in expected if name not in self.shapes and name not in tied]:
             hint = self._hint(missing)
             raise UserError(f"the teacher's checkpoint lacks {_listed(missing)}, which its config asks for{hint}")
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             if (found := self.shapes.get(name, shape)) != shape:
                 size = " (vocab_size)" if shape[0] == config.vocab_size and found[1:] == shape[1:] else ""
                 raise UserError(
                     f"teacher tensor {name} is {found} in the checkpoint and {shape} by its config{size}; "
                     "config.json and weights are not of one model"
                 )
-        if homeless := [name for name in self.shapes if name not in wanted]:
+        if homeless := [name for name in self.shapes if name not in expected]:
             raise UserError(
                 f"the teacher's checkpoint has {_listed(homeless)}, without a place in the model that its config "
                 "describes"
@@ -147,7 +147,7 @@ class TeacherWeights:
         return ""
 
     def rounded(self) -> dict[str, int]:
-        """Kept as → number of tensors, of those that the config's dtype holds with fewer digits or a smaller range."""
+        """Stored dtype → number of tensors that the config's dtype holds with less precision or a smaller range."""
         counts: dict[str, int] = {}
         for name in self._disk_names():
             dtype = self._files.dtype(name)
@@ -170,7 +170,8 @@ class TeacherWeights:
         return self._files.read(self._plain[name], start, stop).transpose(1, 2).contiguous()
 
     def load(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor to be held in a model: the file's own pages where they are what is wanted, else memory of its own.
+        """A tensor to be held in a model: the file's own pages where they can be used unchanged, else memory of its
+        own.
 
         Raises UserError for values that are not finite, in the file or in that dtype.
         """
@@ -184,7 +185,7 @@ class TeacherWeights:
         count = 1 + max(index for index, _ in parts)
         kinds = ("down_proj",) if name.endswith("down_proj") else ("gate_proj", "up_proj")
         forms = {(self._files.shape(disk_name), self._files.dtype(disk_name)) for disk_name in parts.values()}
-        # Every index from 0 on and every kind: as many parts as there can be.
+        # All indices from 0 on and all kinds must be present.
         if count * len(kinds) != len(parts) or len(forms) != 1:
             raise UserError(f"the checkpoint's experts {name} are incomplete or of different sizes; download it again")
         ((shape, _),) = forms
@@ -234,7 +235,7 @@ def load_causal_model(
 
 
 def check_ties(tied: Mapping[str, str], shapes: Mapping[str, Sequence[int]], read: Callable[..., Tensor]) -> None:
-    """Raise UserError where a config ties what the teacher's own tensors have different numbers for.
+    """Raise UserError if a config ties tensors for which the teacher has different values.
 
     tied: name → the tensor that it is. read: (name, start, stop) → rows of a teacher's tensor.
     """
@@ -267,7 +268,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _text_name(disk_name: str) -> str | None:
-    """The language model's own name of a tensor; None for one of the vision parts."""
+    """The language model's name of a tensor; None for a tensor of the vision parts."""
     for prefix, plain in _TEXT_PREFIXES:
         if disk_name.startswith(prefix):
             return plain + disk_name.removeprefix(prefix)

@@ -1,10 +1,10 @@
-"""What stage 1 compares: an attention's output T (the teacher's) and its mixer's output S, both [B,T,D] after o_proj.
+"""Losses of stage 1, between an attention's output T (the teacher's) and its mixer's output S, [B,T,D] after o_proj.
 
-Every loss is [B], one value a sequence and layer, in the dtype that it is given (the probe gives fp32); a stage's loss
-is the mean over sequences and layers. No sequence's value depends on another one, so that how a step is cut into
-forward passes and shared among ranks changes nothing. Sources: 2505.03005, and the revisions V0 to V3 of
-rwkv7_variants §7.2; where a published statistic was one of the whole micro-batch, it is one of each sequence here,
-which is the same at the micro-batch of one.
+Every loss is [B], one value a sequence and layer, in the dtype of its inputs (the probe uses fp32); a stage's loss
+is the mean over sequences and layers. No sequence's value depends on another one, so the result does not depend on how
+a step is divided into forward passes and ranks. Sources: 2505.03005, and the revisions V0 to V3 of
+rwkv7_variants §7.2; published statistics of a whole micro-batch are statistics of each sequence here,
+which is equal at a micro-batch of one.
 
 Dims: B batch, n time, D model width, L layers of the model, q = layer / L.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from radlads.model.training.settings import AlignSettings, ComprehensiveSettings
 
 LayerLoss = Callable[[Tensor, Tensor, int], Tensor]
-"""(out S, wanted T, layer) → [B]."""
+"""(actual output S, expected output T, layer) → [B]."""
 
 _DEPTH_CONTENT, _DEPTH_CONTEXT = -0.3, 0.5
 _SINGULAR_VALUES = 8
@@ -72,7 +72,7 @@ class ComprehensiveLoss:
     1. content, weight c₁ (1 − 0.3 q): mean over tokens of ‖T − s S‖₂ · D^(−1/2), with s = mean|T| / (mean|S| + 1e−8)
        detached;
     2. cosine, c₂: 1 − mean over tokens of cos(T, S);
-    3. context, c₃ (1 + 0.5 q): ‖T̂T̂' − ŜŜ'‖_F / n², T̂ and Ŝ normalised token by token: who is like whom;
+    3. context, c₃ (1 + 0.5 q): ‖T̂T̂' − ŜŜ'‖_F / n², T̂ and Ŝ normalised per token: similarities of tokens;
     4. local, c₄: √c · MSE of the means over the groups of channels i, i + c, i + 2c, …, where c = ⌊D/16⌋ (as published,
        where the means were probably meant to be of neighbours);
     5. sequence mean, c₅ (published as `global`): √D · MSE of the means over time;
@@ -118,10 +118,10 @@ def build_align_loss(section: AlignSettings, num_layers: int) -> LayerLoss:
 
 
 def no_spectrum(section: AlignSettings, width: int) -> str | None:
-    """Why an align section's loss would lack its spectral term, in one line; None where it has it. width: D."""
+    """Why an align section's loss would lack its spectral term, in one line; None if it has it. width: D."""
     weights = section.comprehensive
-    asked = section.loss == "comprehensive" and weights.revision == "svd" and weights.spectral > 0
-    if not asked or section.context >= width / 4:
+    has_spectrum = section.loss == "comprehensive" and weights.revision == "svd" and weights.spectral > 0
+    if not has_spectrum or section.context >= width / 4:
         return None
     return (
         f"comprehensive.revision svd compares spectra of sequences of a quarter of the model's width or more "
@@ -156,7 +156,7 @@ def _mse(out_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
 
 
 def _nothing(out_BTD: Tensor) -> Tensor:
-    """No loss of any sequence, and a gradient of 0."""
+    """A loss of 0 for every sequence, with a gradient of 0."""
     return 0 * out_BTD.sum((1, 2))
 
 
@@ -199,7 +199,7 @@ def _spectral(out_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
 def _singular_values(out_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
     if out_BTD.shape[1] < out_BTD.shape[2] / 4:
         return _nothing(out_BTD)
-    # One by one: a decomposition that fails must not change what the other sequences are compared by.
+    # One by one: a failing decomposition must not change the loss of other sequences.
     return torch.stack([_spectrum(*pair) for pair in zip(out_BTD, wanted_BTD, strict=True)])
 
 

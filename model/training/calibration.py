@@ -1,20 +1,20 @@
-"""Start mixers close to the attention that they replace: few numbers fitted to the teacher's activations, no training.
+"""Initialise mixers close to the attention that they replace: a few parameters fitted to activations, no training.
 
 Dims: B batch, T time, D model width, H query heads, K key (and value) dim per head, A = H·K channels before o_proj,
 R low rank.
 
-z [B,T,A] is what a mixer hands to o_proj, z* what the teacher's attention hands to its own. Both meet the same matrix
-(but for a factor, where the transplant scaled it), so a mixer that puts out z* is aligned. Per layer, on the teacher's
+z [B,T,A] is a mixer's input to o_proj, z* the teacher's attention's input to its own. Both are multiplied by the same
+matrix (up to a factor, if the transplant scaled it), so a mixer with z = z* is aligned. Per layer, on the teacher's
 own inputs:
 
     value, iclr, decay   Offsets [A] or [H] before a nonlinearity (v0, a0, w0). A head's channels move together, by the
-                         shift of -6 … 6 that leaves the smallest ‖z* - z‖² in the head, its channels' best gains
-                         presumed.
+                         shift of -6 … 6 that leaves the smallest ‖z* - z‖² in the head, for the channels' best
+                         gains.
     gate                 z is linear in the gate's second factor (g2 [R,A]), and where there is none in the norm's
                          weight (ln_x [A]): every channel's gain is that of least squares, z + Δ u with
                          Δ = <u, z* - z> / <u, u>, u = ∂z/∂gain.
 
-Which parameter plays which part is the variant's `Mixer.CALIBRATED`; a part that it lacks is left out.
+The variant's `Mixer.CALIBRATED` maps parts to parameters; a part that it lacks is skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from radlads.model.training.objectives import plain_hidden
 from radlads.model.training.probe import AttentionProbe
 from radlads.model.weights.finite import check_finite
 
-# In order of size, so that of two shifts that fit alike the smaller one wins.
+# In order of size, so that of two equally good shifts the smaller one is used.
 SHIFTS = (0.0, -1.0, 1.0, -2.0, 2.0, -4.0, 4.0, -6.0, 6.0)
 _OFFSETS = ("value", "iclr", "decay")
 _TINY = 1e-12
@@ -110,7 +110,7 @@ class _LossProbe(AttentionProbe):
 
 
 class _Fit(AttentionProbe):
-    """Watches what the teacher's attention hands to o_proj, and what a mixer would."""
+    """Records the inputs of o_proj: the teacher's attention's, and the mixer's."""
 
     def __init__(self, teacher: PreTrainedModel, student: RadladsForCausalLM) -> None:
         super().__init__(teacher, student)
@@ -142,7 +142,7 @@ class _Fit(AttentionProbe):
 
     def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
         target_BTA = self._before_o.pop(layer)
-        # The student's o_proj may be the teacher's times a factor: then z must be larger by as much.
+        # The student's o_proj may be the teacher's times a factor, by which z is corrected.
         own = mixer.o_proj(target_BTA).float()
         factor = (own * wanted_BTD.float()).sum() / own.square().sum().clamp_min(_TINY)
         given = {"rope": rope, "first": self._first, "cu_seqlens": self._cu_seqlens}
@@ -162,11 +162,11 @@ class _Fit(AttentionProbe):
         self._first = self._first_of_run
 
     def watch(self, layer: int, mixer: Mixer, run: Callable[[], Tensor], target_NA: Tensor) -> None:
-        """Add up what the fit needs of one layer and one batch. run: the mixer as it is now → z [N,A]."""
+        """Accumulate the statistics of one layer and one batch. run: the mixer as it is now → z [N,A]."""
         raise NotImplementedError
 
     def settle(self, layer: int, mixer: Mixer) -> list[float] | None:
-        """Change the mixer by what was found; None where it has no such part."""
+        """Apply the fit to the mixer; None if it has no such part."""
         raise NotImplementedError
 
 
@@ -230,7 +230,7 @@ class _ShiftFit(_Fit):
         # Offsets are of channels, or one a head [H]; of query heads, or of the kv heads that several of those share.
         width = 1 if offset.dim() == 1 else mixer.shape.head_dim
         left = left.unflatten(1, (offset.numel() // width, -1)).sum(-1)
-        # Of equal ones the first: the smallest shift. NaN is the least to argmin, and no fit.
+        # argmin returns the first of equal values, the smallest shift; it treats NaN as the least, so NaN is no fit.
         best = left.where(left.isfinite(), torch.inf).argmin(0)
         shifts = torch.tensor(SHIFTS, dtype=torch.float64, device=best.device)[best]
         offset.add_(shifts.repeat_interleave(width).view_as(offset).to(offset.dtype))
@@ -243,7 +243,7 @@ def _offset(mixer: Mixer, part: str) -> Tensor | None:
 
 
 def _gain(mixer: Mixer) -> Tensor | None:
-    """What z is linear in: the gate's second factor [R,A], else the norm's weight [A]."""
+    """The parameter in which z is linear: the gate's second factor [R,A], else the norm's weight [A]."""
     for part in ("gate", "norm"):
         found = getattr(mixer, mixer.CALIBRATED.get(part, ""), None)
         found = found.weight if isinstance(found, nn.GroupNorm) else found

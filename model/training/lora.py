@@ -37,7 +37,7 @@ class LoraLinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain module that does the same; W is not changed in place."""
+        """The equivalent plain module; W is not changed in place."""
         update = self.lora_b.float() @ self.lora_a.float()
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter((self.weight.float() + self.lora_scale * update).to(self.weight.dtype))
@@ -46,13 +46,13 @@ class LoraLinear(nn.Linear):
 
 
 def linear_names(student: nn.Module) -> tuple[str, ...]:
-    """What `targets` may name: the last names of the linear modules inside the layers."""
+    """Names allowed in `targets`: the last names of the linear modules inside the layers."""
     named = (name.rpartition(".") for name, module in student.named_modules() if isinstance(module, nn.Linear))
     return tuple(sorted({last for place, _, last in named if place}))
 
 
 def missing_target(targets: Sequence[str], known: Sequence[str]) -> str | None:
-    """What is wrong with a section's targets, in one line; None where every one is known."""
+    """The fault of a section's targets, in one line; None if all are known."""
     missing = [target for target in targets if target not in known]
     if not missing:
         return None
@@ -63,7 +63,7 @@ def add_lora(student: nn.Module, section: LoraSettings) -> list[str]:
     """Give every linear module whose last name is among `section.targets` an update; returns the modules' names.
 
     The head is not among them. section: a recipe's `lora`. A is drawn from torch's generator, in the modules' order.
-    Raises UserError for a target that no layer has, or that is held in few bits.
+    Raises UserError for a target that no layer has, or that is held in 8 bit.
     """
     if fault := missing_target(section.targets, linear_names(student)):
         raise UserError(fault)
@@ -77,7 +77,7 @@ def add_lora(student: nn.Module, section: LoraSettings) -> list[str]:
 
 
 def merge_lora(student: nn.Module) -> None:
-    """Make plain modules of all that `add_lora` changed. Raises UserError for a sum that is not finite."""
+    """Turn all modules that `add_lora` changed into plain ones. Raises UserError for a sum that is not finite."""
     for name, module in list(student.named_modules()):
         if isinstance(module, LoraLinear):
             plain = module.merged()
@@ -86,7 +86,7 @@ def merge_lora(student: nn.Module) -> None:
 
 
 def lora_trains(student: nn.Module, name: str) -> bool | None:
-    """Whether a parameter is part of an update (True), or adapted by one (False); None: it has nothing to do with any.
+    """Whether a parameter is part of an update (True), or adapted by one (False); None: neither.
 
     name: as in `student.named_parameters()`.
     """

@@ -9,12 +9,12 @@ from radlads.model.mixers.shared.registry import list_variants, mixer_class
 
 
 def is_decay_base(name: str) -> bool:
-    """Whether a parameter is the decay's base, which holds before the token is looked at."""
+    """Whether a parameter is the decay's base, the part that does not depend on the token."""
     return _is_part(name, "decay_base")
 
 
 def mixer_parts(name: str) -> set[str]:
-    """What a mixer's parameter belongs to: `mixer`, and `decay` or `token_shift`."""
+    """Parts that a mixer's parameter belongs to: `mixer`, and `decay` or `token_shift`."""
     return {"mixer", *(part for part in ("decay", "token_shift") if _is_part(name, part))}
 
 

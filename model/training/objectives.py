@@ -1,7 +1,7 @@
-"""What each training stage minimises: (batch) -> (loss, metrics), and which parameters it trains.
+"""The objective of each training stage: (batch) -> (loss, metrics), and the parameters that it trains.
 
-Loss and metrics of a batch are means over its labels, which `Objective.num_labels` counts: whoever adds batches up
-(jobs/engine.py, jobs/heldout.py) weighs each by its labels, so that how text is cut into batches changes nothing.
+Loss and metrics of a batch are means over its labels, which `Objective.num_labels` counts: code that combines batches
+(jobs/engine.py, jobs/heldout.py) weights each by its labels, so the result does not depend on the batch division.
 
 Dims: B batch, T context, D model width, N = B·T tokens.
 """
@@ -43,7 +43,8 @@ _IGNORED = -100
 
 
 class Objective(nn.Module):
-    """Base. The student is the submodule `student`, so its parameters are called `student.<name>`; the teacher is none.
+    """Base. The student is the submodule `student`, so its parameters are named `student.<name>`; the teacher is not a
+    submodule.
 
     A batch holds `input_ids` [B,T+1] int64, and where they apply `loss_mask` [B,T+1] bool (True where the token counts
     as a label) and `document_ids` [B,T+1] int. Inputs are [:, :-1] and labels [:, 1:]: the single shift.
@@ -79,7 +80,7 @@ class Objective(nn.Module):
         return teacher
 
     def begin_step(self, step: int) -> None:
-        """Told before every optimizer step (counted from 0), for objectives that change on the way."""
+        """Called before every optimizer step (counted from 0), for objectives that change during training."""
 
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
@@ -110,7 +111,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def num_labels(self, batch: Mapping[str, Tensor]) -> int:
-        """How many tokens of a batch `forward` averages over: all that are predicted. Of a batch on the CPU."""
+        """Number of tokens of a batch (on the CPU) that `forward` averages over: all predicted ones."""
         return batch["input_ids"][:, 1:].numel()
 
     def bounds(self, batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -128,7 +129,7 @@ class Objective(nn.Module):
 
 
 class AlignObjective(Objective):
-    """Stage 1: each mixer's output beside its attention's, on the teacher's own inputs; only mixers train."""
+    """Stage 1: each mixer's output compared with its attention's, on the teacher's own inputs; only mixers train."""
 
     needs_teacher: ClassVar[bool] = True
 
@@ -157,8 +158,8 @@ class AlignObjective(Objective):
 class DistillObjective(Objective):
     """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy.
 
-    What it computes is set by the step's phase while it trains; judged (in eval mode), it is at temperature 1 and has
-    the last phase's weights.
+    In training the step's phase sets temperature and weights; in eval mode temperature is 1 and the weights are
+    the last phase's.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -175,7 +176,7 @@ class DistillObjective(Objective):
         self._ce_weight = spikes.weight if spiked else self._phase.ce_weight
 
     def _settings(self) -> dict[str, Any]:
-        """How the loss is taken now, as linear_kl wants it."""
+        """The current settings of the loss, in the form of linear_kl's argument."""
         if not self.training:
             last = self.section.parts[-1]
             return {"kl_weight": last.kl_weight, "ce_weight": last.ce_weight}
@@ -191,12 +192,12 @@ class DistillObjective(Objective):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens = batch["input_ids"]
         cu_seqlens = self.bounds(batch)
-        wanted = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
+        teacher_state = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
         hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
         loss, metrics = linear_kl(
             head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
-            head_inputs(self.teacher, wanted).flatten(0, 1),
+            head_inputs(self.teacher, teacher_state).flatten(0, 1),
             self.teacher.get_output_embeddings().weight,
             labels_N=tokens[:, 1:].flatten(),
             **self._settings(),
@@ -205,7 +206,7 @@ class DistillObjective(Objective):
 
 
 class NextTokenObjective(Objective):
-    """Stage 3 and pretraining: next-token cross entropy, over the assistant's tokens alone where asked for."""
+    """Stage 3 and pretraining: next-token cross entropy, optionally over the assistant's tokens alone."""
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens = batch["input_ids"]
@@ -231,7 +232,7 @@ class NextTokenObjective(Objective):
         return super().num_labels(batch) if counts is None else int(counts.sum())
 
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Whether each label [B,T] counts; None where all do."""
+        """Whether each label [B,T] counts; None if all do."""
         if not (isinstance(self.section, HasLabelChoices) and self.section.assistant_only):
             return None
         if "loss_mask" not in batch:
@@ -242,9 +243,9 @@ class NextTokenObjective(Objective):
 
 
 class ExtendObjective(NextTokenObjective):
-    """Stage 4: next-token cross entropy, in phases that ask for it with the KL to the teacher over the same tokens.
+    """Stage 4: next-token cross entropy, in phases with `teacher_kl` plus the KL to the teacher over the same tokens.
 
-    Judged (in eval mode), it has the last phase's weight.
+    In eval mode it has the last phase's weight.
     """
 
     def __init__(self, section: ExtendSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
@@ -284,7 +285,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "extend": ExtendObjective,
     "pretrain": NextTokenObjective,
 }
-"""Training stage → what it minimises."""
+"""Training stage → its objective."""
 
 
 def build_objective(spec: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
@@ -293,7 +294,7 @@ def build_objective(spec: ObjectiveSettings, student: PreTrainedModel, teacher: 
 
 
 def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The last hidden state with the family's scale of logits: times the head's weight it gives the logits."""
+    """The last hidden state with the family's scale of logits: its product with the head's weight gives the logits."""
     factor = logit_factor(model.config, _parts(model))
     return hidden if factor == 1.0 else hidden * factor
 
@@ -305,9 +306,9 @@ def _parts(model: PreTrainedModel) -> Any:
 
 
 def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last hidden state of a Hugging Face causal model, documents kept apart where bounds are given.
+    """The last hidden state of a Hugging Face causal model, with documents separated if bounds are given.
 
-    transformers itself keeps packed documents apart where positions restart and there is neither mask nor cache.
+    transformers separates packed documents where positions restart, without mask and cache.
     """
     position_ids = None if cu_seqlens is None else document_positions(cu_seqlens, *input_ids.shape)
     hidden: Tensor = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Stage 1 without wrapper modules: watch a frozen teacher's attention and run the student's mixers on the same inputs.
+"""Stage 1 without wrapper modules: hooks on a frozen teacher's attention run the student's mixers on the same inputs.
 
 Dims: B batch, T time, D model width, L converted layers.
 """
@@ -21,7 +21,7 @@ from radlads.model.training.align_losses import LayerLoss, ScaledMse, l2_loss
 
 
 class AttentionProbe:
-    """Context manager over a frozen teacher; what `losses` gives fills as the teacher runs.
+    """Context manager over a frozen teacher; the values of `losses` are computed as the teacher runs.
 
     Every mixer sees the teacher's own normed input of its layer (teacher forcing), and its output is compared with the
     attention's after o_proj. Layers are independent but for the first layer's values, which are threaded with their
@@ -47,7 +47,7 @@ class AttentionProbe:
 
     @property
     def losses(self) -> dict[int, Tensor]:
-        """Layer → the mean of its loss over the sequences, once the teacher ran: scalars."""
+        """Layer → the mean of its loss over the sequences (scalar), after the teacher ran."""
         found = self._loss.finish(self._found) if isinstance(self._loss, ScaledMse) else self._found
         return {layer: loss_B.mean() for layer, loss_B in found.items()}
 
@@ -66,7 +66,7 @@ class AttentionProbe:
         self._hooks.clear()
 
     def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
-        """Run one mixer and keep its loss of every sequence."""
+        """Run one mixer and store its loss of every sequence."""
 
         def run(x: Tensor, first: FirstValues | None) -> tuple[Tensor, FirstValues]:
             mixed = mixer.mix(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
@@ -88,5 +88,5 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        wanted = output[0] if isinstance(output, tuple) else output
-        self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], wanted)
+        teacher_output = output[0] if isinstance(output, tuple) else output
+        self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], teacher_output)

@@ -5,9 +5,9 @@ Dims: E experts, N outputs, K inputs, G groups of a row (K / 128; 1 where 128 do
     scale_NG = max |W_NK| over the group / 127        q_NK = round(W / scale)        W' = q · scale
 
 The module keeps its class, its forward and the names of everything else; only the matrix is replaced by an
-`Int8Weight`, which is dequantised when it is multiplied with and again in the backward pass: nothing of full precision
+`Int8Weight`, which is dequantised for each product and again in the backward pass: no full-precision copy
 outlives a product. The gradient of the input is that of a product with W' (exact); the weight has none. The originals
-are not kept: whoever saves the model reads them from where it was loaded (`originals` of model/student/export.py).
+are not kept: code that saves the model reads them from where it was loaded (`originals` of model/student/export.py).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from radlads.tasks.contracts.errors import UserError
 GROUP = 128
 """Numbers of a row that share a scale."""
 _BOUND = 127
-# Routers decide which expert runs: small matrices, in which rounding turns into other experts.
+# Routers select the experts: small matrices, in which rounding would change the selection.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _VALUES, _SCALES = "_int8", "_scale"
 
 
 class Int8Weight:
     """A frozen matrix [N,K], or a stack of them [E,N,K]. Not a tensor: it can be indexed by its first dimension,
-    transposed, and multiplied with by `F.linear` and `F.grouped_mm`, which is all that models do with such a weight."""
+    transposed, and multiplied with by `F.linear` and `F.grouped_mm`, the only uses of such a weight in models."""
 
     def __init__(self, values: Tensor, scales: Tensor, *, transposed: bool = False) -> None:
-        """values: int8 [...,N,K]; scales: [...,N,G] in the dtype that it stands for."""
+        """values: int8 [...,N,K]; scales: [...,N,G] in the dtype of the original weight."""
         self.values, self.scales, self.transposed = values, scales, transposed
 
     @property
@@ -121,11 +121,12 @@ class _GroupedProduct(torch.autograd.Function):
 def quantize_frozen(
     model: nn.Module, bits: int, select: Callable[[str], bool], *, device: torch.device | str | None = None
 ) -> list[str]:
-    """Hold the selected matrices in 8 bit; returns their names. Biases, norms and routers stay as they are.
+    """Convert the selected matrices to 8 bit; returns their names. Biases, norms and routers are not changed.
 
-    bits: 16 leaves everything as it is. select: of the names in `model.named_parameters()`. device: where the 8-bit
-    matrices are made and stay, one at a time, so that the model need not fit there before; None: where each is.
-    Raises ValueError for other bits, or a selected matrix that trains, UserError for values that are not finite.
+    bits: 16 changes nothing. select: of the names in `model.named_parameters()`. device: where the 8-bit
+    matrices are made and stay, one at a time, so that the full-precision model need not fit there; None: each matrix's
+    own device. Raises ValueError for other bits, or a selected matrix that trains, UserError for values that are not
+    finite.
     """
     if bits not in (8, 16):
         raise ValueError(f"frozen weights are held in 8 or 16 bits, not {bits}")
@@ -156,17 +157,17 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales, zeros = primitives.choose_qparams_affine(
         exact, primitives.MappingType.SYMMETRIC, block, torch.int8, -_BOUND, _BOUND, keepdim=True
     )
-    scales = scales.to(weight.dtype)  # before the numbers are rounded, so that they are for the scale that is used
+    scales = scales.to(weight.dtype)  # before the values are rounded, so that they match the stored scale
     values = primitives.quantize_affine(exact, block, scales.float(), zeros, torch.int8, -_BOUND, _BOUND)
     return values, scales
 
 
 @torch.no_grad()
 def share_frozen(student: nn.Module, teacher: nn.Module, select: Callable[[str], bool]) -> list[str]:
-    """Let the student use the teacher's tensors where they are equal, in whatever form the teacher holds them.
+    """Let the student use the teacher's tensors where they are equal, in the form in which the teacher holds them.
 
     select: of the student's parameter names; those that nothing will change. A tensor that the teacher holds in 8 bit
-    is compared in 8 bit. The teacher is on its device already: moving it afterwards would part the two. Returns the
+    is compared in 8 bit. The teacher is on its device already: moving it afterwards would separate the two. Returns the
     names that are shared, those of a tied matrix each.
     """
     shared = []
@@ -222,7 +223,7 @@ def _put(owner: nn.Module, own: str, values: Tensor, scales: Tensor) -> None:
 
 @cache
 def _reading(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class, with the named weights read from the buffers: whatever moves the buffers moves them."""
+    """The class, with the named weights read from the buffers: so they move with the module's buffers."""
     reads = {name: property(partial(_read, name)) for name in names}
     made = {"_int8_names": names, "_int8_base": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**reads, **made})
@@ -256,7 +257,7 @@ def _grouped_products() -> tuple[Any, ...]:
 
 @cache
 def _torchao() -> Any:
-    """torchao's primitives, imported where they are used: it takes seconds, and tells of kernels not needed here."""
+    """torchao's primitives, imported on use: the import takes seconds and logs messages on kernels not needed here."""
     logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         from torchao.quantization import quant_primitives

@@ -1,6 +1,6 @@
-"""What objectives read of a training section: the shape of it, so that this package knows no recipe.
+"""Attributes of a training section that objectives read, so that this package does not depend on recipes.
 
-The sections of a recipe (`align`, `distill`, ...) have these attributes; anything else that has them serves as well.
+The sections of a recipe (`align`, `distill`, ...) have these attributes; any other object with them can be used.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class AlignSettings(SectionSettings, Protocol):
 
 
 class SpikeSettings(Protocol):
-    """Every `every`-th step the cross entropy has this weight."""
+    """Weight of the cross entropy in every `every`-th step."""
 
     @property
     def every(self) -> int: ...
@@ -91,7 +91,7 @@ class DistillSettings(SectionSettings, Protocol):
 class TeacherKlPart(Protocol):
     @property
     def teacher_kl(self) -> float:
-        """Weight of the KL to the teacher; 0: none is taken."""
+        """Weight of the KL to the teacher; 0: none is computed."""
 
 
 class ExtendSettings(SectionSettings, Protocol):
@@ -101,7 +101,7 @@ class ExtendSettings(SectionSettings, Protocol):
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether any phase takes a KL."""
+        """Whether any phase has a KL term."""
 
     def place(self, step: int) -> tuple[int, int]:
         """Phase of an optimizer step, counted from 0, and the step's number in it."""
@@ -146,7 +146,7 @@ class HasLabelChoices(Protocol):
 
 
 class ObjectiveSettings(Protocol):
-    """What a training job is asked."""
+    """The settings of a training job."""
 
     @property
     def objective(self) -> str:

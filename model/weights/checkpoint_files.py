@@ -1,8 +1,8 @@
-"""Which files hold a checkpoint's tensors: the one answer for whatever reads, checks, fingerprints or copies one.
+"""Which files hold a checkpoint's tensors: one lookup for all code that reads, checks, fingerprints or copies them.
 
 A checkpoint is `model.safetensors`, or the shards that `model.safetensors.index.json` names, in a folder or a hub
-repository. A place that holds two answers, or none, is refused with what to do; readers in the field differ in which
-they take. Not read, where they lie beside those: pickled weights (`.bin`, `.pt`), GGUF, `consolidated.safetensors`
+repository. A place that holds both, or neither, is refused with a remedy, because other readers differ in which
+they load. These are not read when present: pickled weights (`.bin`, `.pt`), GGUF, `consolidated.safetensors`
 (Mistral's own names), precision variants (`model.fp16.safetensors`).
 """
 
@@ -36,7 +36,7 @@ _HUB_ERRORS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError,
 
 
 def find_weight_files(path: str, *, revision: str | None = None) -> tuple[Path, ...]:
-    """The safetensors files of a folder or hub id, on this machine, in the order of their names; downloads them.
+    """The safetensors files of a folder or hub id, on this machine, sorted by name; downloads them.
 
     Raises UserError where there are none, one is missing, or the place holds more than one set of weights.
     """
@@ -63,13 +63,13 @@ def join_entries(entries: dict[str, TensorEntry], more: dict[str, TensorEntry]) 
         name = min(twice)
         raise UserError(
             f"tensor {short_name(name)} is in {entries[name].path} and in {more[name].path.name}; which one counts "
-            "cannot be told: download the checkpoint again, into an empty folder"
+            "cannot be determined: download the checkpoint again, into an empty folder"
         )
     entries |= more
 
 
 def _resolve(path: str, revision: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """File names in order, and what the index says: tensor → file name ({} without an index)."""
+    """File names in order, and the index: tensor → file name ({} without an index)."""
     present = _list_files(path, revision)
     placed = _read_index(_fetch(path, INDEX, revision)) if INDEX in present else {}
     names = tuple(sorted(set(placed.values()))) if placed else (SINGLE,)
@@ -93,7 +93,7 @@ def _resolve(path: str, revision: str | None) -> tuple[tuple[str, ...], dict[str
 
 
 def _what_else(present: Collection[str]) -> str:
-    """Why there are no weights to read, by what is there instead."""
+    """Why there are no weights to read, from the files that are present."""
     variants = sorted(name for name in present if _VARIANT.fullmatch(name))
     if any(_SHARD.fullmatch(name) for name in present):
         return f"it has shards without the index that says what they hold; download {INDEX} too"
@@ -140,7 +140,7 @@ def _check_index(path: str, placed: dict[str, str], entries: dict[str, TensorEnt
 
 
 def _list_files(path: str, revision: str | None) -> set[str]:
-    """Names of the files that lie directly in a folder (links followed) or hub repository."""
+    """Names of the files directly in a folder (links followed) or hub repository."""
     folder = Path(path)
     if not folder.is_dir():
         return _list_repository(path, revision)
@@ -151,7 +151,7 @@ def _list_files(path: str, revision: str | None) -> set[str]:
 
 
 def _list_repository(repository: str, revision: str | None) -> set[str]:
-    """From the hub, or, where it cannot be reached, what of the repository is in the cache."""
+    """File names from the hub, or, if it cannot be reached, of the repository's files in the local cache."""
     try:
         return set(HfApi().list_repo_files(repository, revision=revision))
     except _HUB_ERRORS as error:

@@ -1,4 +1,4 @@
-"""Whether weights are numbers: said with the tensor's name where they come in and where they go out."""
+"""Check that weights are finite when they are read and written; errors name the tensor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no value is infinite or NaN, by one pass over the memory."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    # The extremes are NaN where anything is; twenty times as fast as torch.isfinite on a CPU.
+    # Minimum and maximum are NaN if any value is; 20 times as fast as torch.isfinite on a CPU.
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def check_finite(label: str, tensor: Tensor, *, source: Tensor | None = None, mend: str = "") -> None:
     """Raise UserError that names the tensor and counts the values that are not finite.
 
-    label: e.g. "teacher tensor model.norm.weight". source: what `tensor` was converted from; where that is finite, the
-    dtype is to blame. mend: how to go on, after a semicolon.
+    label: e.g. "teacher tensor model.norm.weight". source: what `tensor` was converted from; if that is finite, the
+    dtype is the cause. mend: the remedy, appended after a semicolon.
     """
     if is_finite(tensor):
         return

@@ -1,4 +1,4 @@
-"""Weights under OpenMOSE's names (RWKVInside, RWKV-Infer): which mixer they belong to, told from names and shapes.
+"""Weights under OpenMOSE's names (RWKVInside, RWKV-Infer): which mixer they belong to, inferred from names and shapes.
 
 Projections are `receptance, key, value, output` there, the per-head norms `r_norm, k_norm`; the other names are ours.
 Two layouts hold them: a Hugging Face one (`model.layers.<i>.self_attn.receptance.weight`, all else as the teacher has
@@ -51,11 +51,11 @@ _DECLARED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class OpenMoseModel:
-    """What a checkpoint holds."""
+    """Contents of a checkpoint."""
 
     variant: str
     options: dict[str, Any] = field(default_factory=dict)
-    """Ranks as the tensors have them, and the faithful form where published weights need it."""
+    """Ranks from the tensors' shapes, and the published form where published weights need it."""
     num_layers: int = 0
     attention_layers: tuple[int, ...] = ()
     qk_norm: bool = False
@@ -66,8 +66,8 @@ class OpenMoseModel:
 def inspect_openmose(shapes: Mapping[str, Sequence[int]], *, architecture: str | None = None) -> OpenMoseModel:
     """Variant, ranks and kept attention layers of a checkpoint, from the names and shapes of its tensors alone.
 
-    architecture: what its author calls it (hxa079, hxa07b, ...), needed where variants share their names: hxa07b and
-    hxa07c differ in a formula only, hxa07d is taken for hxa079 unless said, cxa070 has cxa075's names but no marker.
+    architecture: the author's name for it (hxa079, hxa07b, ...), needed where variants share tensor names: hxa07b and
+    hxa07c differ only in a formula, hxa07d is read as hxa079 unless given, cxa070 has cxa075's names but no marker.
     Raises UserError: no such tensors, a mixture, a variant that is not here, a contradiction.
     """
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -103,7 +103,7 @@ def inspect_openmose(shapes: Mapping[str, Sequence[int]], *, architecture: str |
 
 
 def _decide(parts: set[str], architecture: str | None) -> tuple[str, dict[str, Any]]:
-    """Variant and faithful options; what the names say and what is declared must agree."""
+    """Variant and options of the published form; the tensor names and the declared architecture must agree."""
     candidates = _candidates(parts)
     if architecture is None:
         if len(candidates) > 1:
@@ -122,7 +122,7 @@ def _decide(parts: set[str], architecture: str | None) -> tuple[str, dict[str, A
 
 
 def _candidates(parts: set[str]) -> list[str]:
-    """Architectures whose tensors these are, first the one to be assumed. Raises UserError where there is none here."""
+    """Architectures with these tensors, the default one first. Raises UserError if no mixer here implements one."""
     if "x_r" in parts:
         return ["rwkv7"]
     if "k0" in parts:
@@ -143,7 +143,7 @@ def _candidates(parts: set[str]) -> list[str]:
 
 
 def _unused(shapes: Mapping[str, Sequence[int]], variant: str, first: int) -> tuple[str, ...]:
-    """Of the given names, those that no student has a use for."""
+    """The given names that no student uses."""
     own_residual = variant not in ("hxa07a", "hxa07b", "hxa07c")
     unused = []
     for name in shapes:

@@ -40,10 +40,10 @@ def load_openmose(
     """A student with the weights of a checkpoint's safetensors, in eval mode.
 
     teacher_config: of the model that it was made from, which its folder does not hold. architecture: see
-    `inspect_openmose`. rope, attention_rope: whether its mixers and its kept attention layers rotate. What is None is
-    as the folder's config.json says (rwkv_architecture, nope_in_rwkv, nope_in_transformer), or as the variant was
-    published, without rotary positions in attention. dtype: None keeps the checkpoint's. Raises UserError for a variant
-    that cannot be told, and for tensors that are missing, left over or misshapen.
+    `inspect_openmose`. rope, attention_rope: whether its mixers and its kept attention layers rotate. None is
+    the value in the folder's config.json (rwkv_architecture, nope_in_rwkv, nope_in_transformer), or the variant's
+    published form, without rotary positions in attention. dtype: None keeps the checkpoint's. Raises UserError for a
+    variant that cannot be determined, and for tensors that are missing, unexpected or misshapen.
     """
     files = open_weight_files(str(folder))
     said = _read_config(Path(folder))
@@ -70,11 +70,13 @@ def load_openmose(
     )
     parts = SimpleNamespace(**config.family)
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in RadladsForCausalLM(copy.deepcopy(config)).state_dict().items()}
+        expected = {
+            name: tensor.shape for name, tensor in RadladsForCausalLM(copy.deepcopy(config)).state_dict().items()
+        }
     if not head:
-        wanted.pop("lm_head.weight", None)
-    state = dict(_read(files, held, wanted, parts))
-    missing = sorted(wanted.keys() - state.keys())
+        expected.pop("lm_head.weight", None)
+    state = dict(_read(files, held, expected, parts))
+    missing = sorted(expected.keys() - state.keys())
     if missing:
         raise UserError(f"the checkpoint lacks {len(missing)} tensors of {held.variant}, first {missing[0]}")
     if dtype is None:
@@ -86,8 +88,8 @@ def load_openmose(
 def openmose_tensors(student: RadladsForCausalLM, *, marker: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The student's tensors in the Hugging Face layout of OpenMOSE's checkpoints, one at a time.
 
-    marker: add the published `layer_architecture` of each layer. Raises UserError for a variant that has no such
-    names, or no known marker.
+    marker: add the published `layer_architecture` of each layer. Raises UserError for a variant without such
+    names or without a known marker.
     """
     variant = student.config.variant
     if variant.startswith("rad_"):
@@ -126,7 +128,7 @@ def export_openmose(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; empty without one."""
+    """The folder's config.json; {} without one."""
     path = folder / "config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
@@ -135,18 +137,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read(
-    files: WeightFiles, held: OpenMoseModel, wanted: Mapping[str, torch.Size], parts: SimpleNamespace
+    files: WeightFiles, held: OpenMoseModel, expected: Mapping[str, torch.Size], parts: SimpleNamespace
 ) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors by our names. Raises UserError for one that the student has no place for."""
+    """The checkpoint's tensors by our names. Raises UserError for one without a counterpart in the student."""
     recurrent = set(range(held.num_layers)) - set(held.attention_layers)
     for name in files.names():
         if name in held.unused:
             continue
         ours = _our_name(name, parts, recurrent)
-        if ours not in wanted:
+        if ours not in expected:
             raise UserError(f"the checkpoint's tensor '{name}' has no place in a {held.variant} student")
-        shape, needed = files.shape(name), wanted[ours]
-        # Vectors come as [1,1,A] or [A], by the age of the file.
+        shape, needed = files.shape(name), expected[ours]
+        # Vectors are [1,1,A] or [A], depending on the age of the file.
         if _without_ones(shape) != _without_ones(needed):
             raise UserError(f"'{name}' is {tuple(shape)} in the checkpoint and {tuple(needed)} in the student")
         if reason := stored_refusal(files.stored_dtype(name)):

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked without the tensors.
+"""Read and check the header of a safetensors file without reading the tensors.
 
 The format (safetensors 0.x): 8 bytes little endian, the length of a JSON header {name: {dtype, shape, data_offsets}},
 the header, the tensors' bytes, row-major and without a gap between them.
@@ -20,7 +20,7 @@ from radlads.tasks.contracts.errors import UserError
 # Several times what the largest published checkpoints would need in one file. The format allows 100 MB, which would
 # take a minute and a gigabyte.
 MAX_HEADER_BYTES = 25_000_000
-# Bits of a number; every dtype of safetensors 0.8.
+# Bits per number; all dtypes of safetensors 0.8.
 _BITS = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -35,18 +35,18 @@ _POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor is in a file, and what it is."""
+    """One tensor's place in a file, dtype and shape."""
 
     path: Path
     dtype: str
-    """As the format spells it: F32, BF16, I8, ..."""
+    """The format's name: F32, BF16, I8, ..."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the beginning of the file."""
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Name → entry of every tensor of a file. Raises UserError for one that is cut short or breaks the format."""
+    """Name → entry of every tensor of a file. Raises UserError for a truncated or invalid file."""
     try:
         with path.open("rb") as stream:
             return parse_header(stream, path.stat().st_size, path)
@@ -55,7 +55,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def parse_header(stream: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry]:
-    """As `read_header`, of an open file of `size` bytes that error messages call `path`."""
+    """As `read_header`, for an open file of `size` bytes; error messages name it `path`."""
     try:
         start = stream.read(8)
         if len(start) < 8:
@@ -83,7 +83,7 @@ def parse_header(stream: BinaryIO, size: int, path: Path) -> dict[str, TensorEnt
 
 
 def strict_json(text: str) -> Any:
-    """Parsed JSON. Raises ValueError for a key that stands twice in an object (readers differ in which one counts)."""
+    """Parsed JSON. Raises ValueError for a duplicate key in an object (readers differ in which one they use)."""
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -96,7 +96,7 @@ def strict_json(text: str) -> Any:
 
 
 def short_name(name: str) -> str:
-    """A name from a file, quoted, on one line and printable whatever is in it."""
+    """A name from a file, quoted, escaped to one printable line."""
     quoted = ascii(name)
     return quoted if len(quoted) <= 120 else f"{quoted[:100]}...'"
 

@@ -39,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightFiles:
-    """The tensors of a checkpoint's safetensors files, by the names that they have there."""
+    """The tensors of a checkpoint's safetensors files, by their names in the files."""
 
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
         """entries: as `read_headers` finds them."""
@@ -61,18 +61,18 @@ class WeightFiles:
         return self._entries[name].shape
 
     def stored_dtype(self, name: str) -> str:
-        """As the format spells it: F32, BF16, I8, ..."""
+        """The format's name: F32, BF16, I8, ..."""
         return self._entries[name].dtype
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises UserError for a kind of number that no weight is kept in (F4, F8_E8M0, ...)."""
+        """Raises UserError for a number format that is not supported for weights (F4, F8_E8M0, ...)."""
         dtype = self._entries[name].dtype
         if dtype not in _DTYPES:
             raise UserError(f"tensor {name} of {self._entries[name].path} is {dtype}, which is not read")
         return _DTYPES[dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor of its own memory; start, stop: rows of its first axis, the only ones that are read."""
+        """A tensor in memory of its own; start, stop: only these rows of its first axis are read."""
         entry, dtype = self._entries[name], self.dtype(name)
         shape, offset = entry.shape, entry.offset
         if shape:
@@ -91,8 +91,8 @@ class WeightFiles:
         return raw.view(dtype).view(shape)
 
     def map(self, name: str) -> Tensor:
-        """A tensor whose memory is the file's own pages, for a model that is held: ranks of a machine share them, and
-        what is written to the tensor stays its own. A tensor that cannot be mapped is read."""
+        """A tensor mapped from the file (copy on write), for a model that stays in memory: ranks of a machine share the
+        pages. A tensor that cannot be mapped is read."""
         entry, dtype = self._entries[name], self.dtype(name)
         count = math.prod(entry.shape)
         if count == 0 or entry.offset % dtype.itemsize:
@@ -109,15 +109,15 @@ class WeightFiles:
 
 def open_weight_files(path: str, *, revision: str | None = None, download: bool = True) -> WeightFiles:
     """The safetensors files of a folder or hub id, their headers read and checked. Raises UserError: see
-    `read_headers`. download: False is for looking at sizes; of a hub id nothing can be read then."""
+    `read_headers`. download: False gives sizes only; tensors of a hub id cannot be read then."""
     return WeightFiles(read_headers(path, revision=revision, download=download))
 
 
 class WeightWriter:
     """Writes a model's tensors in the given order as one safetensors file, or several with an index.
 
-    A file gets its name only when it is whole, and the index comes last, so that what a killed job leaves is never
-    taken for a model.
+    A file gets its final name only when it is complete, and the index is written last, so that the partial output of a
+    killed job is never taken for a model.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class WeightWriter:
                 stale.unlink()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor, converted to its dtype. Raises ValueError out of order or with another shape."""
+        """The next tensor, converted to its dtype. Raises ValueError for a tensor out of order or of another shape."""
         shard, expected = self._order[self._done] if self._done < len(self._order) else (-1, None)
         dtype, shape = self._layout.get(name, (None, None))
         if name != expected or tuple(tensor.shape) != shape:
@@ -174,7 +174,7 @@ class WeightWriter:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
     def abandon(self) -> None:
-        """Close and remove a file that was begun."""
+        """Close and remove an unfinished file."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None

@@ -1,4 +1,4 @@
-"""Which code, and which versions of what it stands on, made a product."""
+"""The versions of the code and of the packages that made a product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMED = ("radlads", "torch", "transformers", "deepspeed", "triton", "numpy", "s
 
 @cache
 def code_version() -> CodeVersion:
-    """The project's git commit, where it runs from a checkout, and the versions of the packages that matter."""
+    """The project's git commit, if it runs from a checkout, and the versions of the relevant packages."""
     checkout = Path(__file__).resolve().parents[2]
     sha = _git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
     dirty = bool(sha and _git(checkout, "status", "--porcelain", "--untracked-files=no"))

@@ -1,7 +1,7 @@
-"""What every job has in common: reading the job, its ranks, its inputs, its product, and how it ended.
+"""Common parts of every job: reading job.json, ranks, inputs, the product, and the exit record.
 
 A job is one program, `python -m radlads.tasks.jobs.<x> job.json`, or several ranks of it under the DeepSpeed launcher.
-Whatever happens, `exit.json` in the scratch folder says how it ended; the product exists only once its manifest does.
+In every case `exit.json` in the scratch folder records how it ended; a product exists once its manifest does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from radlads.tasks.jobs.exit_reasons import (
 )
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 
-if TYPE_CHECKING:  # imported where used: a job that needs no torch, or no S3, starts without them
+if TYPE_CHECKING:  # imported where used, so that a job without torch or S3 does not load them
     import torch
 
     from radlads.tasks.contracts.store.open import Store
@@ -56,7 +56,7 @@ _PROGRESS_SECONDS = 1.0
 
 
 class NoRecord:
-    """Stands in for MetricsRecord on every rank but the first, which alone keeps the record."""
+    """Replaces MetricsRecord on every rank but the first, which alone writes the record."""
 
     def _ignore(self, *_: object) -> None:
         pass
@@ -73,7 +73,7 @@ class Job:
     local_rank: int = 0
     world_size: int = 1
     stop_requested: bool = False
-    """SIGTERM was seen. A cooperative job saves what it has and raises Preempted."""
+    """SIGTERM was seen. A cooperative job saves its state and raises Preempted."""
     _inputs: dict[str, Path] = field(default_factory=dict)
     _record: MetricsRecord | NoRecord | None = None
     _store: Store | None = None
@@ -86,7 +86,7 @@ class Job:
 
     @cached_property
     def hashes(self) -> ContentHashes:
-        """What files hold, each read once."""
+        """Contents of files, each read once."""
         return ContentHashes(Path(self.spec.content_cache) if self.spec.content_cache else None)
 
     @property
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def output(self) -> Path:
-        """What is put here is committed, whole, when the job ends well."""
+        """Its contents are committed as the product when the job succeeds."""
         folder = self.scratch / "output"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -112,7 +112,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the networks compute in: the section's precision; by default bf16 on a GPU and fp32 on a CPU."""
+        """The networks' compute dtype: the section's precision; by default bf16 on a GPU and fp32 on a CPU."""
         import torch
 
         precision = getattr(getattr(self.typed, "section", None), "precision", "auto")
@@ -136,7 +136,7 @@ class Job:
 
     @property
     def record(self) -> MetricsRecord | NoRecord:
-        """metrics.jsonl and its MLflow mirror; on other ranks than the first it does nothing."""
+        """metrics.jsonl and its MLflow mirror; a no-op on all ranks but the first."""
         if self._record is None:
             if self.rank == 0:
                 from radlads.tasks.contracts.tracking import MetricsRecord
@@ -154,7 +154,7 @@ class Job:
         marker = self.scratch / "inputs" / f"{name}.json"
         if self.local_rank == 0:
             marker.unlink(missing_ok=True)
-        self.barrier()  # what an earlier attempt left is gone
+        self.barrier()  # remove the remains of an earlier attempt
         if self.local_rank == 0:
             folder = self.scratch / "inputs" / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class Job:
         return self._inputs[name]
 
     def input_manifest(self, name: str) -> Manifest:
-        """The manifest of an input product. Raises UserError where the input is not there."""
+        """The manifest of an input product. Raises UserError if the input is missing."""
         reference = self._reference(name)
         manifest = self.store.read_manifest(self.store.key(reference.uri))
         if manifest is None:
@@ -187,7 +187,7 @@ class Job:
         return self.spec.inputs[name]
 
     def progress(self, done: float, total: float, unit: str) -> None:
-        """Tell how far the job is (progress.json, at most about once a second)."""
+        """Report the job's progress (progress.json, at most about once a second)."""
         now = time.monotonic()
         if self.rank == 0 and (done >= total or now - self._progress_at >= _PROGRESS_SECONDS):
             self._progress_at = now
@@ -222,7 +222,7 @@ class Job:
         return self.store.commit(self.output_prefix, self.output, manifest, guard=self.confirm_lease)
 
     def confirm_lease(self) -> None:
-        """Raises LeaseLost where another process makes this product by now: this one's must not be committed."""
+        """Raises LeaseLost if another process now makes this product: this one must not commit its own."""
         if self.spec.lease is not None:
             confirm_lease(self.store, self.spec.lease)
 
@@ -231,10 +231,10 @@ JobMain = Callable[[Job], dict[str, Any] | None]
 
 
 def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
-    """The whole life of a job's process: read job.json (first argument), call main, commit, write exit.json, exit.
+    """Run a job's process from start to end: read job.json (first argument), call main, commit, write exit.json, exit.
 
     main fills `job.output` and returns the numbers for the manifest. cooperative: main watches `job.stop_requested`
-    itself; otherwise SIGTERM raises Preempted wherever the program is.
+    itself; otherwise SIGTERM raises Preempted at any point of the program.
     """
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
@@ -252,7 +252,7 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
 
 
 def open_job(path: Path) -> Job:
-    """Read job.json and find out which rank this process is. The one place of a job that reads the environment."""
+    """Read job.json and determine this process's rank. The only place of a job that reads the environment."""
     learn(os.environ)
     spec = read_job(path)
     rank = int(os.environ.get("RANK", "0"))
@@ -272,7 +272,7 @@ def open_job(path: Path) -> Job:
 
 
 def execute(main: JobMain, job: Job) -> ExitReason:
-    """Call main, commit what it made, write down how it ended. Returns the reason; raises nothing."""
+    """Call main, commit its output, record how it ended. Returns the reason; raises nothing."""
     with keep_folder(job.scratch, job.local_rank) as alone:
         if not alone:
             return "crash"
@@ -297,10 +297,10 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
         if job.rank == 0:
             job.commit(metrics)
             announce_commit(job.scratch)
-        # No rank may leave before the product exists: the launcher would take the others down.
+        # No rank may exit before the product exists: the launcher would then stop the others.
         wait_for_commit(job.scratch)
         job.barrier()
-    except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
+    except (Exception, Preempted, KeyboardInterrupt) as error:  # outermost handler: every exit is recorded
         reason, message = explain(error, job.scratch)
         if reason == "crash":
             logger.exception("the job failed")

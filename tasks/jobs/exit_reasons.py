@@ -1,4 +1,4 @@
-"""How a job ends: reasons, exit codes, and exit.json, through which the control plane learns both."""
+"""How a job ends: reasons, exit codes, and exit.json, from which the control plane reads both."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ EXIT_CODES: dict[ExitReason, int] = {
 
 
 class NonFiniteError(Exception):
-    """A loss or a gradient stopped being a number; nothing was updated with it."""
+    """A loss or a gradient is not finite; no parameter was updated with it."""
 
 
 class Preempted(BaseException):
-    """The job was asked to stop. A BaseException, so that no handler of ordinary errors takes it for one."""
+    """The job was asked to stop. A BaseException, so that handlers of ordinary errors do not catch it."""
 
 
 def explain(error: BaseException, scratch: Path) -> tuple[ExitReason, str]:
-    """The reason and the one line for an exception that ended a job which writes to `scratch`."""
+    """The reason and a one-line message for an exception that ended a job with the folder `scratch`."""
     text = " ".join(str(error).split())
     line = f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
     if isinstance(error, UserError):
@@ -73,10 +73,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def keep_folder(scratch: Path, local_rank: int) -> Iterator[bool]:
-    """One rank of a machine keeps the folder to its job; yields whether it can.
+    """Lock the job's folder, by one rank of a machine; yields whether the lock was obtained.
 
-    What an earlier attempt left running may end first. If it does not, this one leaves without a word in exit.json,
-    which is the other's.
+    Processes of an earlier attempt get time to end. If they do not, this attempt exits without writing exit.json, which
+    belongs to the earlier one.
     """
     if local_rank != 0:
         yield True
@@ -93,25 +93,25 @@ def keep_folder(scratch: Path, local_rank: int) -> Iterator[bool]:
 
 
 def prepare_ending(scratch: Path, rank: int) -> None:
-    """Forget how an earlier attempt ended, and take the room that writing down this one's end needs, for the case that
-    the disk is full by then."""
+    """Remove the exit record of an earlier attempt, and reserve disk space for this one's, in case the disk is full by
+    then."""
     _own_file(scratch, rank).unlink(missing_ok=True)
     with _reserve(scratch, rank).open("wb") as file:
-        file.write(os.urandom(_RESERVE_BYTES))  # nothing that a file system could store in less
+        file.write(os.urandom(_RESERVE_BYTES))  # incompressible, so that a file system stores it in full
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_ending(scratch: Path, rank: int, reason: ExitReason, message: str) -> None:
-    """Write how a rank ended. The rank that fails first writes exit.json, whichever it is: it holds the cause."""
-    sheet = {"reason": reason, "message": hide(message), "rank": rank}
+    """Write how a rank ended. The first rank that fails writes exit.json, because its error is the cause."""
+    record = {"reason": reason, "message": hide(message), "rank": rank}
     try:
         _reserve(scratch, rank).unlink(missing_ok=True)
         if rank > 0:
-            write_json(_own_file(scratch, rank), sheet)
+            write_json(_own_file(scratch, rank), record)
         if rank == 0 or reason not in ("done", "preempted"):
-            write_json(scratch / "exit.json", sheet, keep_existing=True)
-    except OSError as error:  # the exit code has the reason, and the log the message if anything can be written at all
+            write_json(scratch / "exit.json", record, keep_existing=True)
+    except OSError as error:  # the exit code carries the reason; the log gets the message if it can be written
         logger.error("%s: %s; this ending is not in exit.json: %s", reason, message, error)
 
 
@@ -124,7 +124,7 @@ def _own_file(scratch: Path, rank: int) -> Path:
 
 
 def write_json(path: Path, value: Any, *, keep_existing: bool = False) -> None:
-    """Write a JSON file whole: a reader sees the old one or the new one. keep_existing: the first writer wins."""
+    """Write a JSON file atomically: a reader sees the old one or the new one. keep_existing: the first writer wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -29,7 +29,7 @@ logger = logging.getLogger("radlads")
 
 
 def perform(request: OpenMoseImport | OpenMoseExport) -> None:
-    """Make the folder `request.out`, whole or not at all; a model is in memory meanwhile. Raises UserError."""
+    """Make the folder `request.out` atomically; the whole model is held in memory. Raises UserError."""
     out = Path(request.out)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir(parents=True)
@@ -62,7 +62,7 @@ def _import(request: OpenMoseImport, folder: Path) -> None:
 
 
 def main() -> None:
-    """Read the request, do it, write exit.json, exit."""
+    """Read the request, execute it, write exit.json, exit."""
     die_with_launcher()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(HidingFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -74,7 +74,7 @@ def main() -> None:
     message = ""
     try:
         perform(kinds.validate_json(path.read_bytes()))
-    except (Exception, Preempted, KeyboardInterrupt) as error:  # the boundary: every ending is written down
+    except (Exception, Preempted, KeyboardInterrupt) as error:  # outermost handler: every exit is recorded
         reason, message = explain(error, path.parent)
         if reason == "crash":
             logger.exception("the conversion failed")

@@ -1,4 +1,4 @@
-"""Which teacher a student was converted from, kept in its config, and whether what it meets later belongs to it."""
+"""The teacher a student was converted from, recorded in its config, and checks of later inputs against it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _KEY = "converted_from"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a student was made from, by fingerprint."""
+    """Fingerprints of a student's teacher and tokenizer."""
 
     teacher: str
     tokenizer: str
 
     def is_from(self, teacher: TeacherRef) -> bool:
-        """Whether it was this teacher, with this tokenizer."""
+        """Whether teacher and tokenizer are these."""
         return (self.teacher, self.tokenizer) == (teacher.fingerprint, teacher.tokenizer_fingerprint)
 
 
 def write_origin(config: PreTrainedConfig, teacher: TeacherRef) -> None:
-    """Note the teacher and its tokenizer in the config of a student that is made from it."""
+    """Record the teacher and its tokenizer in the config of a student converted from it."""
     setattr(config, _KEY, {"teacher": teacher.fingerprint, "tokenizer": teacher.tokenizer_fingerprint})
 
 
 def read_origin(config: PreTrainedConfig | dict[str, Any]) -> Origin | None:
-    """What a student's config says; None where an older version wrote it, which said nothing."""
+    """The origin in a student's config; None if an older version wrote it, which recorded none."""
     found = config.get(_KEY) if isinstance(config, dict) else getattr(config, _KEY, None)
     return Origin(found["teacher"], found["tokenizer"]) if isinstance(found, dict) else None
 
@@ -76,7 +76,7 @@ def check_judged(
     *,
     other_teacher: bool,
 ) -> bool:
-    """Whether the students, inputs of a judging job, were all converted from this teacher.
+    """Check that the students, inputs of an evaluation job, were all converted from this teacher.
 
     tokenizer: the teacher's. other_teacher: they need not be, but the vocabulary must be the same. Raises UserError.
     """
@@ -94,7 +94,7 @@ def check_judged(
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over every token and its id, added ones included."""
+    """sha256 over every token and its id, added tokens included."""
     entries: dict[Any, int] = tokenizer.get_vocab()
     return hash_of(sorted((str(token), index) for token, index in entries.items()))
 

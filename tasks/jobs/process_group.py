@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _LOOPBACK = "127.0.0.1"
-# Longer than any upload by one rank that the others wait for. A dead rank is noticed by the launcher, not by this.
+# Longer than any upload by one rank that the others wait for. The launcher detects a dead rank, not this timeout.
 _TIMEOUT = timedelta(hours=3)
 _PR_SET_PDEATHSIG = 1
 
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 def join_group(device: torch.device, rank: int, world_size: int) -> None:
     """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port.
 
-    Ranks meet on loopback: torch's store asks nobody who they are, and listens on every interface unless told.
+    Ranks connect over loopback: torch's store has no authentication, and by default listens on every interface.
     """
     import torch
     from torch import distributed
@@ -35,7 +35,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
 
     if distributed.is_initialized():
         return
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it, also outside its launcher
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed reads it, also outside its launcher
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -50,7 +50,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
 
 
 def _loopback_store(rank: int, world_size: int) -> TCPStore:
-    """The place where ranks find each other, at the port that the launcher gave them."""
+    """The rendezvous store of the ranks, at the port that the launcher set."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     port = int(os.environ["MASTER_PORT"])
@@ -61,12 +61,12 @@ def _loopback_store(rank: int, world_size: int) -> TCPStore:
 
 
 def leave_group(*, orderly: bool) -> None:
-    """Leave the group, if there is one. orderly: every rank leaves now; otherwise it is left as it is.
+    """Leave the group, if there is one. orderly: every rank leaves now; otherwise the group is not closed.
 
-    Others may wait in a collective then, and leaving in good order would wait for them; once this process is gone, the
+    Other ranks may then wait in a collective, and closing would wait for them; once this process has exited, the
     launcher ends them.
     """
-    torch = sys.modules.get("torch")  # a job that never needed torch is in no group
+    torch = sys.modules.get("torch")  # a job that never loaded torch has no group
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     if orderly or torch.distributed.get_world_size() == 1:
@@ -74,23 +74,23 @@ def leave_group(*, orderly: bool) -> None:
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End this process now: everything is written, and taking torch apart object by object takes over a second."""
+    """End this process now: everything is written, and torch's normal shutdown takes over a second."""
     logging.shutdown()
-    with contextlib.suppress(OSError):  # the log may lie on a full disk; the exit code still tells
+    with contextlib.suppress(OSError):  # the log may be on a full disk; the exit code still reports the reason
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(exit_code)
 
 
 def die_with_launcher() -> None:
-    """Have the kernel end this rank as soon as the process that started it is dead; where a supervisor started the
-    job, and not a person, whose shell may go away."""
+    """Have the kernel end this rank as soon as its parent process is dead. Only if a supervisor started the
+    job, not a person, whose shell may exit."""
     if MARK in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of this process, whether torch is here already or comes later."""
+    """Set the CPU threads of this process, whether torch is loaded already or later."""
     torch = sys.modules.get("torch")
     if torch is None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -99,7 +99,7 @@ def set_threads(threads: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice about other people's models out of the log."""
+    """Keep the libraries' progress bars and advice out of the log."""
     transformers = sys.modules.get("transformers")
     if transformers is not None:
         transformers.logging.set_verbosity_error()

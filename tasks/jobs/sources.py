@@ -1,4 +1,4 @@
-"""Teachers, tokenizers and texts of a job: where they are, what pins them, and the one way to load a tokenizer."""
+"""Teachers, tokenizers and texts of a job: their places and pins, and the loader of tokenizers."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a teacher folder, a student's folder or a hub id, of the class that it names.
 
-    Raises UserError when there is none, its files are damaged, it has no EOS token, or its class is not to be had:
-    transformers then takes another one without a word, which may split text otherwise.
+    Raises UserError when there is none, its files are damaged, it has no EOS token, or its class is not available:
+    transformers then silently uses another one, which may split text differently.
     """
     resolved = resolve_tokenizer_path(path)
     try:
@@ -46,7 +46,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
     except UserError:
         raise
-    except Exception as error:  # whatever its files lead to: the tokenizers library raises nothing narrower
+    except Exception as error:  # any error of its files: the tokenizers library raises nothing narrower
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
     own = _own_classes(config)
     loaded = type(tokenizer).__name__

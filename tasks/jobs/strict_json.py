@@ -1,4 +1,4 @@
-"""JSON sheets of our own that are read back: strictly, and with one line about what is wrong."""
+"""Strict reading of the project's own JSON files, with a one-line message for what is wrong."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SHOWN = 120
 _Sheet = TypeVar("_Sheet", bound="StrictSheet")
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$")]
-"""A file beside the sheet; never a path."""
+"""Name of a file in the same folder; never a path."""
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class StrictSheet(BaseModel):
-    """Base of such a sheet: no conversions; keys that this version does not know are ignored."""
+    """Base of such a file's model: no type conversions; unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
 class SheetError(ValueError):
-    """What is wrong with a sheet, in one line."""
+    """The faults of a file in one line."""
 
 
 def read_sheet(path: Path, kind: type[_Sheet]) -> _Sheet:

@@ -1,4 +1,4 @@
-"""transplant: a student with its teacher's weights, and a report of what became of every tensor."""
+"""transplant: a student with its teacher's weights, and a report on every tensor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
 logger = logging.getLogger("radlads")
 
-# Of the mixers' fresh parameters, with the layer's number added; the published runs used this one throughout.
+# Seed of the mixers' fresh parameters, plus the layer's number; the published runs used this one throughout.
 _SEED = 1337
 _MAX_SHARD_BYTES = 4_000_000_000
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -35,8 +35,8 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 def main(job: Job) -> dict[str, Any]:
     """Write model/ (the student's Hugging Face folder) and transplant.json, tensor by tensor from the teacher's files:
-    no model is ever whole in memory, but where nothing is converted, to see that the student is its teacher. Runs on
-    the CPU, in the teacher's dtype.
+    no complete model is in memory, except if no layer is converted, to check that the student equals its teacher. Runs
+    on the CPU, in the teacher's dtype.
     """
     spec: TransplantSpec = job.typed
     started = time.monotonic()
@@ -87,7 +87,7 @@ def main(job: Job) -> dict[str, Any]:
 
 
 def describe(report: TransplantReport, weights: TeacherWeights, student: RadladsForCausalLM) -> dict[str, Any]:
-    """Parameters copied, fresh and dropped, in all and for every layer, and every tensor's name."""
+    """Parameters copied, fresh and dropped, in total and per layer, and every tensor's name."""
     ours = {name: tensor.numel() for name, tensor in student.state_dict().items()}
     theirs = {name: math.prod(shape) for name, shape in weights.shapes.items()} | weights.left_out
     kinds = {"copied": (report.copied, ours), "fresh": (report.fresh, ours), "dropped": (report.dropped, theirs)}
@@ -109,7 +109,7 @@ def describe(report: TransplantReport, weights: TeacherWeights, student: Radlads
 
 @torch.no_grad()
 def compare_logits(teacher: PreTrainedModel, student: RadladsForCausalLM, *, required: bool) -> dict[str, Any]:
-    """Whether an unconverted student computes its teacher's logits bit for bit.
+    """Check whether an unconverted student computes its teacher's logits bit for bit.
 
     required: the kept attention layers have their rotary positions; without them the student is another network.
     Raises RuntimeError when the logits must be equal and are not.

@@ -1,4 +1,4 @@
-"""How ranks wait for one of them that works alone: fetching an input, tokenizing, committing."""
+"""Waiting of ranks for one rank that works alone: fetching an input, tokenizing, committing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STALL_SECONDS = 6 * 3600.0
 def wait_for(marker: Path, scratch: Path) -> None:
     """Wait for a file that the working rank writes when it is done, however long that takes.
 
-    Not at a collective, which has a time limit of its own. A rank that dies is the launcher's to notice; raises
+    Not at a collective, which has a time limit of its own. The launcher detects a dead rank. Raises
     TimeoutError when the job reports no progress for `_STALL_SECONDS`.
     """
     began = time.time()
@@ -29,13 +29,13 @@ def wait_for(marker: Path, scratch: Path) -> None:
 
 
 def forget_commit(scratch: Path, rank: int) -> None:
-    """Forget that an earlier attempt committed. Called before the ranks join, so that none sees what it left."""
+    """Remove the commit marker of an earlier attempt. Called before the ranks join, so that none sees the old one."""
     if rank == 0:
         (scratch / _COMMITTED).unlink(missing_ok=True)
 
 
 def announce_commit(scratch: Path) -> None:
-    """Say that the product is committed."""
+    """Write the marker that the product is committed."""
     write_json(scratch / _COMMITTED, {})
 
 

@@ -1,4 +1,4 @@
-"""Sharing work between ranks that judge: each does some, all know the whole."""
+"""Sharing evaluation work between ranks: each computes a part, all get the whole result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def gather(value: Any, num_ranks: int) -> list[Any]:
-    """What every rank gives, in the order of ranks. All ranks call it."""
+    """Every rank's value, in the order of ranks. All ranks call it."""
     if num_ranks == 1:
         return [value]
     from torch import distributed

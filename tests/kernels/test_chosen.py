@@ -34,7 +34,7 @@ def test_every_operator_is_recorded():
     assert chosen_kernels() == {
         "linear_kl": "library products, rows by plain torch (the tensors are on cpu, not on a GPU)",
         "wkv6": "chunked (plain torch) (the tensors are on cpu, not on a GPU)",
-        "wkv7": "reference (plain torch) (asked for)",
+        "wkv7": "reference (plain torch) (requested)",
     }
 
 

@@ -1,4 +1,4 @@
-"""What a mixer takes over from the attention that it replaces, besides weights: sizes, q/k norms, rotation, scale.
+"""Properties that a mixer takes from the attention that it replaces, besides weights: sizes, norms, rotation, scale.
 
 Needs torch only: an exported model carries this file.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Of an attention module; read from it and from its family's code, never from a config's defaults."""
+    """Properties of an attention module, read from it and its family's code, never from a config's defaults."""
 
     hidden_size: int
     num_heads: int
@@ -29,7 +29,7 @@ class AttentionShape:
     qk_norm: bool
     norm_eps: float
     norm: Callable[[int, float], nn.Module] | None = None
-    """The family's class of q/k norms, of (width, eps); None is Llama's."""
+    """The family's class of q/k norms, called with (width, eps); None is Llama's."""
     norm_all_heads: bool = False
     """Whether one norm goes over all heads of q (of k) at once, rather than over each head."""
     rotary: Callable[..., Any] | None = None
@@ -37,7 +37,8 @@ class AttentionShape:
     rotates: bool = True
     """False in layers without rotary positions."""
     q_scale: float = 1.0
-    """The scale of the scores, over the usual K^(-1/2). Linear attention has no scores, so r carries it."""
+    """The scale of the scores divided by the usual K^(-1/2). Linear attention has no scores, so r is multiplied by
+    it."""
 
     @property
     def width(self) -> int:

@@ -1,4 +1,4 @@
-"""What mixers share: low-rank maps, GQA repeat, RoPE, per-head norms, the first-layer residual, the state.
+"""Common parts of mixers: low-rank maps, GQA repeat, RoPE, per-head norms, the first-layer residual, the state.
 
 Dims: B batch, T time, D model width, H query heads, G kv heads, K key dim per head, V value dim per head (= K),
 A = H·K, R low rank, N packed sequences. Needs torch only: an exported model carries this file.
@@ -16,7 +16,7 @@ from radlads.model.mixers.shared.attention_shape import AttentionShape
 
 
 class FirstValues(NamedTuple):
-    """What the first recurrent layer hands to the deeper ones: values, so that the gradient reaches it.
+    """Outputs of the first recurrent layer for the deeper ones, passed as values so that the gradient reaches it.
 
     [B,T,H,V] and [B,T,H,K] where a variant mixes them after the repeat, [B,T,G,V] and [B,T,G,K] where before.
     """
@@ -35,7 +35,7 @@ class MixerState(NamedTuple):
 
 
 class MixerOutput(NamedTuple):
-    """What a mixer gives: its output [B,T,D], the values for deeper layers, its memory where asked for."""
+    """Result of a mixer: its output [B,T,D], the values for deeper layers, its state if requested."""
 
     out: Tensor
     first: FirstValues
@@ -44,7 +44,7 @@ class MixerOutput(NamedTuple):
 
 @dataclass
 class MixerContext:
-    """What the mixers of one forward pass share; decoder layers hand it down to their attention as `mixer_context`."""
+    """Data shared by the mixers of one forward pass; decoder layers pass it to their attention as `mixer_context`."""
 
     keep: Tensor | None = None
     """Bool [B,T], False at padding."""
@@ -53,9 +53,9 @@ class MixerContext:
     attention_rope: bool = False
     """Whether the layers that stayed softmax attention rotate their queries and keys."""
     cached: bool = False
-    """Whether the pass goes on from a cache, or fills one."""
+    """Whether the pass continues from a cache, or fills one."""
     first: FirstValues | None = None
-    """Set by the first recurrent layer: tensors of its graph, so that the gradient of deeper layers reaches it."""
+    """Set by the first recurrent layer: tensors of its graph, so that gradients of deeper layers reach it."""
 
 
 class Mixer(nn.Module):
@@ -68,10 +68,11 @@ class Mixer(nn.Module):
     """
 
     CONSTANTS: ClassVar[dict[str, float | str]] = {}
-    """What defines the variant's function and is not an option: written into the exported config and compared on load.
-    How parameters start is none of it."""
+    """Constants of the variant's function that are not options: written into the exported config and compared on load.
+    Initial values of parameters are not among them."""
     CALIBRATED: ClassVar[dict[str, str]] = {"value": "v0", "iclr": "a0", "decay": "w0", "gate": "g2", "norm": "ln_x"}
-    """What calibration (model/training/calibration.py) may move: part → attribute; an absent one or None is no part."""
+    """Parameters that calibration (model/training/calibration.py) may change: part → attribute; absent or None:
+    none."""
     PARTS: ClassVar = {"decay_base": ("w0",), "decay": ("w0", "w1", "w2"), "token_shift": ("x_?",)}
     """Parts that recipes name (train_only, decay_base_rate) → patterns of names, which mean the same in any variant."""
 
@@ -94,7 +95,7 @@ class Mixer(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The variant's initial values, for what the teacher does not give."""
+        """The variant's initial values, for parameters that do not come from the teacher."""
         raise NotImplementedError
 
     def project(
@@ -146,8 +147,8 @@ class Mixer(nn.Module):
         """An attention module's call: `(output [B,T,D], no attention weights)`.
 
         hidden_states: [B,T,D]. cache: the name of past_key_values from transformers 5.24 on. mixer_context: shared by
-        the pass's layers, and updated. The rest is attention's alone. Raises RuntimeError where the cache of the pass
-        does not arrive.
+        the pass's layers, and updated. The other arguments are for attention only. Raises RuntimeError where the cache
+        of the pass does not arrive.
         """
         cache = past_key_values if cache is None else cache
         if mixer_context.cached != (cache is not None):
@@ -186,8 +187,8 @@ class Mixer(nn.Module):
         """Mix a (normed) sequence.
 
         rope: cos and sin, [B or 1, T, K or less]. first: what the first recurrent layer gave; None in that layer.
-        state: where the sequence left off. keep_BT: False at padding, which then neither decays nor writes the state.
-        cu_seqlens: int [N+1], document bounds in the flattened [B·T] (row bounds included); no state then.
+        state: the state after the preceding tokens. keep_BT: False at padding, which then neither decays nor writes the
+        state. cu_seqlens: int [N+1], document bounds in the flattened [B·T] (row bounds included); no state then.
         """
         raise NotImplementedError
 

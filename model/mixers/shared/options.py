@@ -19,8 +19,8 @@ class _InitialValue:
 
 
 INITIAL = _InitialValue()
-"""Marks an option that says how parameters start (`Annotated[float, INITIAL]`): read when a mixer is built with values,
-never when one is loaded, so it may change, come and go without touching what was exported before."""
+"""Marks an option for initial values (`Annotated[float, INITIAL]`): read when a mixer is initialised, never when one is
+loaded, so it may be changed, added or removed without affecting earlier exports."""
 
 
 class Rank(NamedTuple):
@@ -32,7 +32,7 @@ class Rank(NamedTuple):
 
 
 class MixerOptions(BaseModel):
-    """What a user may choose about a variant. Every field has a default and a line that says what it does."""
+    """Options of a variant. Every field has a default and a one-line description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,14 +53,14 @@ class MixerOptions(BaseModel):
         return options
 
     def resolve(self, hidden_size: int, width: int) -> Self:
-        """The same options with everything that depends on the teacher's sizes written out.
+        """The same options with all values that depend on the teacher's sizes filled in.
 
         hidden_size: D. width: A, that of all query heads together, from which ranks follow unless a variant says D.
         """
         return self.with_ranks(width)
 
     def with_ranks(self, width: int) -> Self:
-        """Write out every rank that was left to its formula."""
+        """Compute every rank that is None from its formula."""
         ranks = {
             name: max(rank.floor, low_rank_size(width, rank.exponent, rank.scale))
             for name, rank in self.RANKS.items()
@@ -70,11 +70,11 @@ class MixerOptions(BaseModel):
 
     @classmethod
     def initial_names(cls) -> set[str]:
-        """Options that only say how parameters start; see `INITIAL`."""
+        """Options that only set initial values; see `INITIAL`."""
         return {name for name, field in cls.model_fields.items() if INITIAL in field.metadata}
 
     def split(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`(what defines inference, initial values)` as plain values, for a student's config."""
+        """`(options that define inference, initial values)` as plain values, for a student's config."""
         initial = self.initial_names()
         return self.model_dump(mode="json", exclude=initial), self.model_dump(mode="json", include=initial)
 
@@ -90,12 +90,12 @@ class MixerOptions(BaseModel):
 
 
 class Rwkv7Options(MixerOptions):
-    """What every variant of the RWKV-7 family lets a user choose. A rank of None is the published formula."""
+    """Options of every variant of the RWKV-7 family. A rank of None is the published formula."""
 
     decay_rank: int | None = Field(default=None, ge=1)
     iclr_rank: int | None = Field(default=None, ge=1)
     decay_shift: Annotated[float, INITIAL] = 0.0
-    """Added to w0, whose published start forgets slowly. Positive: forget faster at first."""
+    """Added to w0, whose published initial decay is slow. Positive: faster decay at first."""
 
 
 STOCK_RANKS = {
@@ -108,7 +108,7 @@ STOCK_RANKS = {
 
 
 class StockOptions(Rwkv7Options):
-    """What variants with RWKV-7's own keys and first-layer values let a user choose."""
+    """Options of variants with RWKV-7's own keys and first-layer values."""
 
     rope: bool = False
     """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
@@ -120,7 +120,7 @@ class StockOptions(Rwkv7Options):
 
 
 class HxaOptions(Rwkv7Options):
-    """What hxa079 and its successors let a user choose."""
+    """Options of hxa079 and its successors."""
 
     rope: bool = True
     """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""

@@ -26,7 +26,7 @@ def run_recurrence(
     """`(out [B,T,H,V], state [B,H,K,V] fp32 or None)` of an operator of radlads.kernels; inputs [B,T,H,·] or [B,T,H].
 
     One token on a kept state is a decode step (the state is updated in place); everything else is one parallel pass.
-    Raises ValueError when packed documents (cu_seqlens) meet a state.
+    Raises ValueError if both packed documents (cu_seqlens) and a state are given.
     """
     B, T = inputs[0].shape[:2]
     if cu_seqlens is not None:

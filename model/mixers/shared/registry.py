@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
     from radlads.model.mixers.shared.mixer import Mixer
 
-# Head widths that the kernels are made for.
+# Head widths that the kernels support.
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 8, 256
 
 
 def list_variants() -> list[str]:
-    """Names of the mixer architectures that exist."""
+    """Names of the existing mixer architectures."""
     package = importlib.import_module("radlads.model.mixers")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
 
 
 def find_variant(name: str) -> ModuleType:
-    """The module of a variant: it holds `Options` and `Mixer`. Raises UserError with the list of those that exist."""
+    """The module of a variant, with `Options` and `Mixer`. Raises UserError, listing the existing ones."""
     known = list_variants()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -44,9 +44,9 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def validate_options(variant: str, options: Mapping[str, Any], config: PreTrainedConfig) -> MixerOptions:
-    """The options with every default and derived size written out, checked against the teacher's config; needs no GPU.
+    """The options with every default and derived size filled in, checked against the teacher's config; needs no GPU.
 
-    Raises UserError: unknown variant, unknown or wrong option, head width that no kernel takes.
+    Raises UserError: unknown variant, unknown or wrong option, head width that no kernel supports.
     """
     kind: type[MixerOptions] = find_variant(variant).Options
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

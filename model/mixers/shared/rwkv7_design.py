@@ -1,4 +1,4 @@
-"""The skeleton of the RWKV-7 mixers that stand in for attention: a `Design` says which of its terms a variant has.
+"""The common form of the RWKV-7 mixers that replace attention: a `Design` selects the terms that a variant has.
 
 Dims: B batch, T time, D model width, H query heads, G kv heads, K key (and value) dim per head, A = H·K, R low rank.
 Needs torch only: an exported model carries this file. In the order of computation:
@@ -49,7 +49,7 @@ from radlads.model.mixers.shared.token_shift import previous_tokens
 
 @dataclass(frozen=True)
 class Design:
-    """Which terms of the skeleton a variant has; the module's docstring has their equations."""
+    """The terms that a variant has; the module's docstring has their equations."""
 
     decay_offset: float
     key_scaling: Literal["k_a", "decay", "log_log_decay"]
@@ -58,9 +58,9 @@ class Design:
     first_keys: bool = False
     """Only at the level kv."""
     first_values_gradient: bool = True
-    """Whether deeper layers train the first one through what it hands on; the function is the same."""
+    """Whether deeper layers train the first one through its values and keys; the function is the same."""
     value_lora_scale: float | None = None
-    """Not beside first values: both are v1 and v2."""
+    """Excludes first values: both use the names v1 and v2."""
     group_norm_eps: float | None = None
     output_scale: bool = False
     """y · K^(-1/2)."""
@@ -84,7 +84,7 @@ class Rwkv7Mixer(Mixer):
     """A mixer of the RWKV-7 family. A subclass gives its design, and how its parameters start."""
 
     DRAW_ORDER: ClassVar[str] = "wavkg"
-    """Low-rank maps in the order in which their random starts are drawn: what a seed gives depends on it."""
+    """Low-rank maps in the order in which their initial values are drawn: the values for a seed depend on it."""
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
         """See `Mixer`."""
@@ -125,7 +125,7 @@ class Rwkv7Mixer(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """What the family starts alike; a variant goes on from here with its own."""
+        """Initial values common to the family; a variant continues with its own."""
         for name in self.DRAW_ORDER:
             if hasattr(self, f"{name}1"):
                 getattr(self, f"{name}1").zero_()
@@ -155,14 +155,14 @@ class Rwkv7Mixer(Mixer):
         self.start_gate()
 
     def start_gate(self) -> None:
-        """The random start of the gate, unless `gate_init` asks for a gate of one."""
+        """Random initial values of the gate, unless `gate_init` sets the gate to one."""
         if self.design.gate == "product" and self.options.gate_init == "identity":
             start_gate_at_one(self.g2)
 
     def _branches(
         self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Branches, Tensor | None]:
-        """The input of each branch, and what a token shift remembers [B,D]."""
+        """The input of each branch, and the last token's x [B,D] for the token shift."""
         if not self.design.token_shift:
             return Branches(*[x_BTD] * 6), None
         last = None if state is None else state.shift
@@ -216,7 +216,7 @@ class Rwkv7Mixer(Mixer):
     def _mix_first(
         self, k: Tensor, v: Tensor, x: Branches, first: FirstValues | None
     ) -> tuple[Tensor, Tensor, FirstValues]:
-        """The residual to the first recurrent layer's values (and keys): k, v and what the next layer is handed."""
+        """The residual to the first recurrent layer's values (and keys): k, v and the values for the next layer."""
         if self.design.first_values == "none":
             return k, v, FirstValues()
         if self.v0 is None:

@@ -1,7 +1,7 @@
-"""What a token keeps for the backward pass in each part of a layer, counted by running the part on the meta device.
+"""Bytes a token keeps for the backward pass in each part of a layer, counted by running the part on the meta device.
 
-Every variant keeps other things (q/k norms, low-rank maps, a fp32 copy here and there), so they are counted and not
-written down: autograd is asked what it saves. The recurrences say what their kernels keep (kernels/shared/meta.py).
+Every variant keeps different tensors (q/k norms, low-rank maps, fp32 copies), so they are counted from what autograd
+saves, not listed. The recurrences declare what their kernels keep (kernels/shared/meta.py).
 Dims: B batch, T time, D model width.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from radlads.model.student.modeling import RadladsForCausalLM, norm_names
 
-# A multiple of the kernels' chunk, so that a token's share is exact.
+# A multiple of the kernels' chunk, so that the bytes per token are exact.
 _TOKENS = 128
 
 
@@ -28,7 +28,7 @@ class LayerBytes:
     """Bytes of one token and one layer."""
 
     mixer: int
-    """Of a recurrent layer that is not the first."""
+    """The mixer of a recurrent layer after the first."""
     attention: int
     mlp: int
     """With weights that train."""
@@ -38,7 +38,7 @@ class LayerBytes:
 
 
 def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerBytes:
-    """Count on a student on the meta device, in a dtype. Its parameters need gradients."""
+    """Count with a student on the meta device, in a dtype. Its parameters need gradients."""
     cast: Any = student
     student = cast.to(dtype)
     parts, inner = student.parts, student.model
@@ -72,7 +72,7 @@ def _rotary_positions(rotary: nn.Module, x: Tensor, positions: Tensor, config: A
 
 
 def _kept(run: Callable[[], Any], known: set[int]) -> tuple[int, Any]:
-    """Bytes that autograd keeps of a run, every storage once, without those that are there anyway; and its result."""
+    """Bytes that autograd keeps of a run, every storage once, existing tensors excluded; and its result."""
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def _has_experts(mlp: nn.Module) -> bool:
 
 
 def _experts_bytes(config: PreTrainedConfig, word: int) -> tuple[int, int]:
-    """A token's copies for the experts that it goes to: gathered input and weighted output (D each), gate, up, their
-    activation and product. Where tokens go cannot be run on the meta device."""
+    """A token's copies for the experts that it is routed to: gathered input and weighted output (D each), gate, up,
+    their activation and product. Routing cannot be run on the meta device."""
     values: Any = config
     taken, inner = values.num_experts_per_tok, values.moe_intermediate_size
     trained = taken * (3 * values.hidden_size + 5 * inner) * word + values.hidden_size * word

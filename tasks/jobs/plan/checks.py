@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, found before anything runs: every fault in one line, all of them at once."""
+"""Checks of a recipe before anything runs: every fault in one line, all of them reported at once."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_fram
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
 from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 
-# Documents of each source that are read to see whether they can be, and how long a token is.
+# Documents of each source that are read to check the source and to measure bytes per token.
 _PROBED = 64
-# How much larger than its file a text is; only used for the epochs that the plan shows.
+# Ratio of text size to compressed file size; only used for the epochs that the plan shows.
 _EXPANSION = {".gz": 3.0, ".parquet": 2.5}
 
 
@@ -50,11 +50,11 @@ class Findings:
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
-    """Stages that need more memory than there is."""
+    """Stages that need more memory than the device has."""
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Turn a UserError raised inside into faults of that place of the recipe."""
+        """Record a UserError raised inside as faults at that place of the recipe."""
         try:
             yield
         except UserError as error:
@@ -86,7 +86,7 @@ def check_dataset(
             part = _encode_beginnings(source, documents, tokenizer, dataset.add_bos)
             if part.mask.any():
                 assistant = True
-            elif len(documents) == _PROBED:  # there is more of it
+            elif len(documents) == _PROBED:  # the source has more documents
                 assistant = assistant or None
             if specials := part.counts.get("special_tokens_as_text", 0):
                 findings.warnings.append(_special_text(place, specials, len(documents), source))
@@ -113,8 +113,8 @@ def check_dataset(
 def _encode_beginnings(
     source: Source, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, add_bos: bool
 ) -> Part:
-    """The beginnings of some documents, encoded. Raises UserError for what cannot be."""
-    # The beginning is enough to measure, and a document can be a whole book.
+    """The beginnings of some documents, encoded. Raises UserError for a document that cannot be encoded."""
+    # The beginning is enough to measure; a document can be as long as a book.
     beginnings = [d if d.text is None else dataclasses.replace(d, text=d.text[:20_000]) for d in documents]
     return Encoder(tokenizer, add_bos, 0.0, with_mask=True, sources=(source,)).encode(beginnings, {})
 
@@ -143,7 +143,7 @@ def _add(total: float | None, more: float | None) -> float | None:
 
 
 def check_frozen(recipe: Recipe, findings: Findings) -> None:
-    """8 bit is for what stays as it is, and has a library of its own."""
+    """8-bit weights must be frozen, and need a library of their own."""
     eight = recipe.student.mlp_bits == 8 and recipe.teacher is not None
     for stage in recipe.training_stages:
         section: Training = getattr(recipe, stage)
@@ -161,7 +161,7 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
 
 
 def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None:
-    """Targets must be there. known: the names of the student's linear modules."""
+    """LoRA targets must exist. known: the names of the student's linear modules."""
     for stage in recipe.training_stages:
         lora = getattr(getattr(recipe, stage), "lora", None)
         if lora is not None and (fault := missing_target(lora.targets, known)):
@@ -169,7 +169,7 @@ def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None
 
 
 def check_align(recipe: Recipe, width: int, kept: int, num_layers: int, findings: Findings) -> None:
-    """A loss must have the terms that it asks for, and mixers to align. width: of the model; kept: softmax layers."""
+    """A loss must have all of its terms, and mixers to align. width: of the model; kept: softmax layers."""
     if recipe.align is None:
         return
     if fault := no_spectrum(recipe.align, width):
@@ -206,7 +206,7 @@ def _check_mask(stage: str, name: str, recipe: Recipe, data: dict[str, dict[str,
 
 
 def check_heldout(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
-    """Warn where less text is held out than evaluate wants to score; none would end the run at its last stage."""
+    """Warn if less text is held out than evaluate scores; without any, the run would fail at its last stage."""
     if recipe.evaluate is None or not data[recipe.evaluate.data]["tokens"]:
         return
     held = round(data[recipe.evaluate.data]["tokens"] * recipe.data[recipe.evaluate.data].heldout_fraction)
@@ -243,7 +243,7 @@ def check_needle(
         if beyond:
             findings.warnings.append(
                 f"needle.lengths {beyond} are beyond the {positions} positions that the teacher was made for; expect "
-                f"it to fail there"
+                f"failures there"
             )
 
 

@@ -1,4 +1,4 @@
-"""Which layers stay attention, as far as a plan can know it, and what finding out the rest will take."""
+"""The layers that stay attention, as far as a plan can determine them, and the cost of choosing the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
 
 
 def planned_layers(student: Student, num_layers: int) -> tuple[int, ...]:
-    """The layers that the transplanted student keeps: those named, even, last; none where align comes first.
+    """The layers that the transplanted student keeps: those named, even, last; none if they are chosen after align.
 
     Raises UserError.
     """
@@ -40,14 +40,14 @@ def planned_layers(student: Student, num_layers: int) -> tuple[int, ...]:
 
 
 def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> AttentionChoice | None:
-    """The choice after align, its probe made to fit its budget; None where there is nothing to choose then.
+    """The choice after align, with its probe fitted to its budget; None if nothing is chosen then.
 
-    Raises UserError where it could not choose: too many layers, gaps that cannot be kept, a probe that cannot be made.
+    Raises UserError if no choice is possible: too many layers, gaps that cannot be met, a probe that cannot be made.
     """
     choice = late_choice(recipe)
     if choice is None:
         return None
-    last_layers(choice.count, config.num_hidden_layers)  # says what is wrong with the count
+    last_layers(choice.count, config.num_hidden_layers)  # reports what is wrong with the count
     student = recipe.student
     student_config(
         config,
@@ -72,7 +72,7 @@ def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedT
 
 
 def difficulty_weights(section: Difficulty) -> DifficultyWeights:
-    """The section as the solver takes it."""
+    """The section in the solver's form."""
     return DifficultyWeights(**section.model_dump())
 
 

@@ -1,9 +1,9 @@
-"""How long a stage takes and what it costs: an estimate from FLOPs at an assumed utilisation.
+"""Time and cost of a stage: an estimate from FLOPs at an assumed utilisation.
 
-FLOPs of a token: 2·N forward, 4·N backward, for the N parameters that a network multiplies with (embeddings looked up
-are not, nor experts that a token does not go to), and in every softmax layer 2·T·W more forward, for the half of T
-tokens that it sees on average and W = heads · head width; gradient checkpointing adds another forward. The utilisation
-is what the published 7B run reached in step 2:
+FLOPs of a token: 2·N forward, 4·N backward, for the N parameters that a network multiplies with (without embeddings
+that are looked up and experts that a token is not routed to), and in every softmax layer 2·T·W more forward, for the
+half of T tokens that it sees on average and W = heads · head width; gradient checkpointing adds another forward. The
+utilisation is what the published 7B run reached in step 2:
 3,157 tokens a second on an MI300X (2505.03005, table 3) are 15 % of its bf16 peak.
 """
 
@@ -20,7 +20,7 @@ from radlads.tasks.contracts.stages import logits_reference, stage_info
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 
 UTILISATION = 0.15
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets, by what the device calls itself.
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets, by the device's reported name.
 _PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
@@ -34,10 +34,10 @@ _PEAKS = {
     "RTX 3090": 71e12,
 }
 _UNKNOWN_GPU = 100e12
-# GiB of memory → the GPU that a plan takes it for when only the size is given.
+# GiB of memory → the GPU that a plan assumes when only the size is given.
 _BY_MEMORY = ((180, "MI300X"), (140, "H200"), (80, "H100"), (48, "L40S"), (24, "RTX 4090"))
-# What one core sustains with models small enough to be trained on one (a few hundred thousand to a few million
-# parameters); larger matrix products reach several times as much.
+# Sustained FLOP/s of one core for models small enough to be trained on it (a few hundred thousand to a few million
+# parameters); larger matrix products are several times as fast.
 _CPU_CORE = 8e9
 
 
@@ -72,13 +72,13 @@ def _token_flops(stage: str, part: Training, networks: NetworkSizes) -> int:
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
     """FLOPs of scoring teacher and students, without the lm-evaluation-harness tasks.
 
-    evaluate scores every stage's student and, beside each, the teacher; needle asks the teacher once, the last student
-    and, beside a finetuned one, the distilled.
+    evaluate scores every stage's student and, with each, the teacher; needle runs the teacher once, the last student
+    and, if that is finetuned, also the distilled one.
     """
     student = _multiplied(networks.student_parameters, networks)
     teacher = _multiplied(networks.teacher_parameters, networks)
     if isinstance(section, Evaluate):
-        students = 1 + len(recipe.training_stages) + (late_choice(recipe) is not None)  # the transplanted one as well
+        students = 1 + len(recipe.training_stages) + (late_choice(recipe) is not None)  # transplanted too
         return 2.0 * students * (teacher + student) * section.heldout_tokens
     students = 1 if logits_reference(recipe.training_stages) is None else 2
     prompts = len(section.depths) * section.trials

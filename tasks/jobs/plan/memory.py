@@ -1,17 +1,17 @@
-"""How much memory a stage takes on one device: an estimate, made before a device is taken.
+"""Memory of a stage on one device: an estimate, made before a device is used.
 
 P parameters that train, N processes, w bytes of a number in the precision of the stage (2 in bf16):
 
-    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for what the teacher holds
+    weights      student · w; 8-bit matrices 1 + w/128 each; nothing for tensors shared with the teacher
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
-    teacher      teacher · w, the matrices of its layers in 8 bit where asked
+    teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
-    buffers      DeepSpeed's bucket, one dequantised matrix, what the optimizer's step flattens beyond activations
+    buffers      DeepSpeed's bucket, one dequantised matrix, what the optimizer's step flattens in excess of activations
 
-Weights, gradients and optimizer are exact sums; activations are good to about a fifth, and a recomputed layer's own
-gradients are taken for as large as what it keeps.
+Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
+gradients are assumed to be as large as what it keeps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from radlads.tasks.jobs.train.engine import BUCKET_ELEMENTS
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
-# A device is never quite full: fragmentation, and estimates that are a little off.
+# A margin for fragmentation and for the error of the estimate.
 USABLE = 0.95
 # GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
 _OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
@@ -47,7 +47,7 @@ class NetworkSizes:
     num_recurrent: int
     hidden: int
     intermediate: int
-    """Width of an MLP; of all experts that a token goes to."""
+    """Width of an MLP; with experts, of all that a token is routed to."""
     width: int
     """Query heads × head width."""
     head_dim: int
@@ -58,20 +58,20 @@ class NetworkSizes:
     groups: dict[str, int]
     """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
     new_parameters: int
-    """Of the student's mixers: without a counterpart in the teacher."""
+    """The student's mixer parameters without a counterpart in the teacher."""
     teacher_matrices: int
     """Parameters of the teacher that can be held in 8 bit: the matrices of its layers."""
     mlp_matrices: int
     """Of those, the MLPs'."""
     largest_matrix: int
     idle: int
-    """Parameters of experts that a token does not go to."""
+    """Parameters of experts that a token is not routed to."""
     layer_bytes: dict[int, LayerBytes]
-    """Bytes of a number → what a token keeps in each part of a layer."""
+    """Bytes per number → bytes that a token keeps in each part of a layer."""
     chosen_late: int = 0
     """Layers that get their softmax attention back after align; counted among the recurrent ones until then."""
     linear_names: tuple[str, ...] = ()
-    """Last names of the student's linear modules, the head left aside."""
+    """Last names of the student's linear modules, without the head."""
 
     @property
     def mixer_parameters(self) -> int:
@@ -79,9 +79,9 @@ class NetworkSizes:
         return self.groups.get("mixer", 0)
 
     def trainable(self, stage: str, section: Training) -> int:
-        """Parameters that a training stage moves; of a part of the mixers (`train_only`) at most so many."""
+        """Parameters that a training stage updates; for `train_only`, an upper bound."""
         lora: Lora | None = getattr(section, "lora", None)
-        if lora is not None:  # each projection is taken for one as long and as wide as the model
+        if lora is not None:  # each projection is assumed to be as long and as wide as the model
             return self.new_parameters + self.num_layers * len(lora.targets) * 2 * lora.rank * self.hidden
         only: tuple[str, ...] = getattr(section, "train_only", ())
         if only:
@@ -100,7 +100,7 @@ def training_memory(
     teacher_bits: FrozenBits = 16,
     mlp_bits: FrozenBits = 16,
 ) -> Memory:
-    """Bytes on one device, by what holds them, and `total`; `host`: what an offloaded optimizer takes beside it."""
+    """Bytes on one device, by kind, and `total`; `host`: host memory of an offloaded optimizer."""
     word = word_bytes(section.precision, resources)
     trainable = networks.trainable(stage, section)
     shards = resources.processes
@@ -120,7 +120,7 @@ def training_memory(
     optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
     host = 0
     if resources.offload_optimizer:
-        # Gradients twice, as they are added up and as they are stepped with; and the new weights on their way back.
+        # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
         host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
     memory = {
         "weights": sum(groups.values()),
@@ -138,7 +138,7 @@ def training_memory(
 
 
 def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources) -> Memory:
-    """Bytes on one device while teacher and one student are scored beside each other."""
+    """Bytes on one device while the teacher and one student are scored together."""
     word = word_bytes("auto", resources)
     length = section.context if isinstance(section, Evaluate) else max(section.lengths)
     tokens = section.batch * length
@@ -159,7 +159,7 @@ def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources
 
 
 def word_bytes(precision: str, resources: JobResources) -> int:
-    """Bytes of a number in the precision that a stage computes in."""
+    """Bytes per number in a stage's precision."""
     return 2 if precision == "bf16" or (precision == "auto" and resources.device == "cuda") else 4
 
 

@@ -1,6 +1,6 @@
-"""plan: teacher and student on the meta device, every option checked, and what each stage will take and cost.
+"""plan: teacher and student on the meta device, every option checked, memory, time and cost of each stage.
 
-Nothing is loaded and no device is used, so that whatever is wrong is said in the first minute, all of it at once.
+Nothing is loaded and no device is used, so that all faults are reported together within the first minute.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def make_plan(
     sizes_only: bool = False,
     hashes: ContentHashes | None = None,
 ) -> PlanReport:
-    """Check everything and add it up; see PlanSpec for preview and sizes_only. Raises UserError with all faults."""
+    """Check everything and sum the costs; see PlanSpec for preview and sizes_only. Raises UserError with all faults."""
     findings = Findings()
     hashes = hashes or ContentHashes()
     subject = _open_subject(recipe, findings, hashes, sizes_only=sizes_only)
@@ -113,7 +113,7 @@ def make_plan(
     if choice is not None:
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
     _refuse(findings, preview=preview)
-    # Last, since every byte is read: whatever else is wrong was said by now.
+    # Last, because every byte is read: all other faults were reported before.
     teacher, pins = subject.teacher, dict[str, Pin]()
     if not sizes_only:
         if teacher is not None:
@@ -185,7 +185,7 @@ def _choice(recipe: Recipe, subject: _Subject) -> AttentionChoice | None:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is converted (or made): its config, its tokenizer, and the teacher, not pinned yet."""
+    """The model that is converted (or made): its config, its tokenizer, and the teacher, not pinned yet."""
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
@@ -213,7 +213,7 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
             return _Subject(config, None, path, TeacherRef(path=path, revision=recipe.teacher.revision, fingerprint=""))
         return None
     with findings.at("teacher"):
-        # Whether this model can teach at all is said before what its folder lacks.
+        # An unsupported model is reported before files that its folder lacks.
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
         revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=revision)
@@ -226,7 +226,7 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
 
 
 def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """The typed config of a teacher to be made; `vocab_size` where it names none. Raises UserError."""
+    """The typed config of a teacher to be made; `vocab_size` if it has none. Raises UserError."""
     values = {"vocab_size": vocab_size, **raw}
     model_type = values.pop("model_type", None)
     if not model_type:
@@ -286,7 +286,7 @@ def _plan_stages(
 def _plan_phase(
     stage: str, part: Training, networks: NetworkSizes, device: dict[str, Any], resources: JobResources
 ) -> dict[str, Any]:
-    """Of a phase what differs from its stage."""
+    """The values of a phase that differ from its stage."""
     cost = stage_cost(training_flops(stage, part, networks), device["peak_flops"], resources)
     return {"tokens": part.seen_tokens, "steps": part.num_steps, "context": part.context, "batch": part.batch} | cost
 

@@ -1,4 +1,4 @@
-"""The plan's pins: every place that a recipe names, by what is there now."""
+"""The plan's pins: the current content of every place that a recipe names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from radlads.tasks.jobs.plan.checks import Findings
 def pin_hub(recipe: Recipe, findings: Findings) -> dict[str, Pin]:
     """Location in the recipe → commit, for the datasets of the hub that it and its evaluation tasks read.
 
-    Takes no time, so that everything else is checked on what will be read.
+    It is fast and runs first, so that all other checks read the pinned commits.
     """
     pins: dict[str, Pin] = {}
     for reading in _read(recipe):
@@ -25,7 +25,7 @@ def pin_hub(recipe: Recipe, findings: Findings) -> dict[str, Pin]:
             with findings.at(_section(reading.location)):
                 pins[reading.location] = pin_place(reading, ContentHashes())
     for index, task in enumerate(recipe.evaluate.tasks if recipe.evaluate is not None else ()):
-        if task.path is None or Path(task.path).expanduser().is_dir():  # if not, the check of the tasks says so
+        if task.path is None or Path(task.path).expanduser().is_dir():  # if not, the check of the tasks reports it
             with findings.at("evaluate.tasks"):
                 place = () if task.path is None else (task.path,)
                 pins[f"evaluate.tasks.{index}.path"] = Pin(kind="task", place=place, content="", commits=_commits(task))
@@ -35,9 +35,9 @@ def pin_hub(recipe: Recipe, findings: Findings) -> dict[str, Pin]:
 def pin_contents(
     recipe: Recipe, teacher: TeacherRef | None, hub: Mapping[str, Pin], findings: Findings, hashes: ContentHashes
 ) -> dict[str, Pin]:
-    """Location in the recipe → what is there, for everything that a stage reads: all of it is read, once.
+    """Location in the recipe → its content's pin, for everything that a stage reads; every byte is read once.
 
-    hub: what pin_hub found.
+    hub: the result of pin_hub.
     """
     pins: dict[str, Pin] = {}
     for reading in _read(recipe):
@@ -56,7 +56,7 @@ def pin_contents(
 
 
 def _read(recipe: Recipe) -> Iterator[Reading]:
-    """What some stage reads: datasets that none uses are left out."""
+    """Places that some stage reads; unused datasets are excluded."""
     used = tuple(f"data.{name}." for name in recipe.datasets_used)
     for reading in readings(recipe):
         if not reading.location.startswith("data.") or reading.location.startswith(used):
@@ -72,7 +72,7 @@ def pinned_tokenizer(teacher: TeacherRef | None, pins: Mapping[str, Pin]) -> str
 
 
 def _commits(task: EvalTask) -> dict[str, str]:
-    """Hub dataset → commit, of all that a task of the harness reads."""
+    """Hub dataset → commit, for all datasets that a task of the harness reads."""
     from radlads.tasks.jobs.judge.lmeval import hub_datasets  # the harness takes seconds to import
 
     key = "`dataset_kwargs: {revision: <commit>}` in a YAML file of your own, given as the task's `path`"
@@ -81,5 +81,5 @@ def _commits(task: EvalTask) -> dict[str, str]:
 
 
 def _section(location: str) -> str:
-    """Where the plan's other checks report faults of a location."""
+    """The place under which the plan's other checks report faults of a location."""
     return "student" if location.startswith("student.") else location.rpartition(".")[0]

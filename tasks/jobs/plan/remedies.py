@@ -1,4 +1,4 @@
-"""What would make a stage fit, found by trying: settings that this program has, in the order of what they cost."""
+"""Settings that would make a stage fit, found by trial, cheapest first."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory, training_memory, word_bytes
 
 _GIB = 1024**3
-# A change that saves less than this share is not worth telling.
+# A change that saves less than this share is not reported.
 _WORTH = 0.02
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides how much memory a training stage takes on one device."""
+    """The settings that determine a training stage's memory on one device."""
 
     stage: str
     section: Training
@@ -39,9 +39,9 @@ class Setting:
 
 
 def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> str:
-    """The changes that together bring a stage under `limit` bytes, or the least that it can be brought to.
+    """The changes that together bring a stage under `limit` bytes, or the smallest size that it can reach.
 
-    Those that change no result come first; each, the dearest first, is kept only if the rest does not do without it.
+    Changes that do not alter results come first; each, the most expensive first, is dropped if the others suffice.
     """
     chosen: list[tuple[str, Setting]] = []
     now = setting
@@ -57,20 +57,20 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
         without = _all(setting, rest)
         if without.need(networks) <= max(limit, now.need(networks)):
             chosen, now = rest, without
-    told = ", ".join(label for label, _ in chosen)
+    labels = ", ".join(label for label, _ in chosen)
     size, host = f"{now.need(networks) / _GIB:.0f} GiB", now.memory(networks)["host"]
     size += f" and {host / _GIB:.0f} GiB of host memory each" if host else ""
     whole = f"GPUs of {-(-setting.need(networks) // _GIB) / USABLE:.0f} GiB"
-    if not told:
+    if not labels:
         return whole
     enough = f"then {size}" if now.need(networks) <= limit else f"then {size}, which is not enough yet"
-    return f"{told} ({enough}); or {whole} and no change"
+    return f"{labels} ({enough}); or {whole} and no change"
 
 
 def what_would_help_judging(
     stage: str, section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources, limit: float
 ) -> str:
-    """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it takes."""
+    """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it needs."""
     batch = section.batch
     while batch > 1:
         batch //= 2
@@ -138,7 +138,7 @@ def _with_micro_batch(section: Training, size: int) -> Training:
 
 
 def _onto(now: Setting, before: Setting, changed: Setting) -> Setting:
-    """`now` with what `changed` has otherwise than `before`."""
+    """`now` with the values in which `changed` differs from `before`."""
     section = {
         name: getattr(changed.section, name)
         for name in type(before.section).model_fields

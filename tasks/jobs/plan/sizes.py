@@ -1,4 +1,4 @@
-"""The sizes of teacher and student, counted on the meta device, and the device that they are to fit on."""
+"""The sizes of teacher and student, counted on the meta device, and the device that they have to fit on."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
 
 
 def describe_device(resources: JobResources) -> dict[str, Any]:
-    """{device, as_fast_as, processes, peak_flops, memory_bytes} of one process's device; on a CPU its share of the
-    machine.
+    """{device, as_fast_as, processes, peak_flops, memory_bytes} of one process's device; on a CPU its part of the
+    machine's resources.
 
-    A GPU whose memory is given need not be here; its speed is that of a well-known one of that size.
+    A GPU whose memory is given need not be present; its speed is that of a well-known one of that size.
     """
     like = None
     if resources.device == "cuda" and resources.gpu_memory_gib is not None:
@@ -115,7 +115,7 @@ def _active_width(config: PreTrainedConfig) -> int:
 
 
 def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Parameters of experts that a token does not go to."""
+    """Parameters of experts that a token is not routed to."""
     experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
     if not experts:
         return 0

@@ -1,4 +1,4 @@
-"""What can be wrong with the sizes of a recipe's training stages: batches, contexts, how often the data is read."""
+"""Checks of the sizes of a recipe's training stages: batches, contexts, how often the data is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from radlads.tasks.jobs.plan.checks import Findings
 
 
 def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
-    """Batches, contexts and what they need; `positions`: how far the teacher was trained to see."""
+    """Check batches and contexts; `positions`: the longest context that the teacher was trained on."""
     for stage in TRAINING_STAGES:
         section: Training | None = getattr(recipe, stage)
         if section is None:
@@ -47,7 +47,7 @@ def _check_part(place: str, part: Training, processes: int, findings: Findings) 
 
 
 def _check_context(recipe: Recipe, stage: str, section: Training, positions: int, findings: Findings) -> None:
-    """A teacher cannot teach beyond its positions; what trains there without it must only be able to see so far."""
+    """A teacher gives no targets beyond its positions; a stage without it needs only a student that works there."""
     taught = max((part.context for part in section.parts if runs_teacher(stage, part)), default=0)
     made_for = f"is beyond the {positions} positions that the teacher was made for"
     if taught > positions:
@@ -64,12 +64,12 @@ def _check_context(recipe: Recipe, stage: str, section: Training, positions: int
 
 
 def _sees_positions(recipe: Recipe) -> bool:
-    """Whether what trains has softmax attention with rotary positions; mixers and attention without see any length."""
+    """Whether the student has softmax attention with rotary positions; without these any length is possible."""
     return recipe.pretrain is not None or (recipe.student.attention_rope and bool(recipe.student.attention_layers))
 
 
 def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> dict[str, float | None]:
-    """Stage → how often it goes through its data (None: unknown); warns where it is more than twice."""
+    """Stage → epochs of its data (None: unknown); warns if there are more than two."""
     epochs: dict[str, float | None] = {}
     for stage in TRAINING_STAGES:
         section: Training | None = getattr(recipe, stage)
@@ -83,7 +83,7 @@ def check_epochs(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Find
 
 
 def _epochs(stage: str, name: str, read: int, data: dict[str, dict[str, Any]], findings: Findings) -> float | None:
-    """How often a stage goes through a dataset of which it reads so many tokens."""
+    """Epochs of a stage over a dataset of which it reads `read` tokens."""
     tokens = data[name]["tokens"]
     if not tokens:
         return None

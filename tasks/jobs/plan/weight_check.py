@@ -1,4 +1,4 @@
-"""What the plan says of a teacher's weights, from the headers of their files alone."""
+"""The plan's checks of a teacher's weights, from the headers of their files alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Calibration at the start of align: on the stage's own text, with what it brought on held-out text.
+"""Calibration at the start of align: on the stage's own text, with its effect on held-out text.
 
-It is done again, alike, by an attempt that resumes: the checkpoint then replaces what it made, and the numbers are in
-the product's manifest in any case.
+An attempt that resumes repeats it with the same result; the checkpoint then replaces the parameters, and the numbers
+are in the product's manifest in any case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HELDOUT_BATCHES = 2
 
 
 def calibrate_student(job: Job, spec: TrainSpec, networks: Networks, dataset: TokenDataset) -> dict[str, float]:
-    """Calibrate the mixers where the recipe asks for it; {} where it does not. Every rank does the same.
+    """Calibrate the mixers if the recipe sets it, else return {}. Every rank does the same.
 
     Returns the step-0 alignment loss (that of 2505.03005, whatever the stage minimises) on held-out text without
     calibration and with it, and the seconds it took.

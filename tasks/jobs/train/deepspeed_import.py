@@ -1,4 +1,4 @@
-"""Importing DeepSpeed without what it does on the way that costs seconds, or a compiler, and is of no use here."""
+"""Import DeepSpeed without side effects that take seconds or need a compiler and are not used here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def import_deepspeed() -> ModuleType:
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Importing the module fails: DeepSpeed's autotuner takes MLflow if it finds it, a second of every start."""
+    """Make the import of a module fail: DeepSpeed's autotuner imports MLflow if installed, which takes a second."""
     if module in sys.modules:
         yield
         return
@@ -41,7 +41,7 @@ def _without(module: str) -> Iterator[None]:
 
 @contextmanager
 def _without_compilation() -> Iterator[None]:
-    """torch.compile does nothing: DeepSpeed decorates an optimizer with it that we do not use, and loads inductor."""
+    """torch.compile does nothing: DeepSpeed applies it to an unused optimizer, which loads inductor."""
     original = torch.compile
 
     def unchanged(function: Callable[..., Any] | None = None, **_: Any) -> Any:

@@ -1,13 +1,13 @@
-"""One optimizer step over DeepSpeed: forward, backward, finite on all ranks before anything moves, clip, AdamW.
+"""One optimizer step over DeepSpeed: forward, backward, check for finite values on all ranks, clip, AdamW.
 
 DeepSpeed shares the gradients and the optimizer among the ranks (ZeRO-0/1/2) and keeps fp32 masters of bf16
 parameters. The norm, the clip and the check for finite numbers are ours: one small all-reduce and one transfer to the
-host a step carry the norm, the loss, the metrics, the count of labels and the wish to stop together.
+host a step carry the norm, the loss, the metrics, the count of labels and the request to stop.
 
 Loss and gradient of a step are the means over its labels, whichever forward pass of whichever rank held them. DeepSpeed
-gives every forward pass the same part, so each is weighed by the share of its tokens that are labels, which the batch
-tells before it is on the device; gradient and metrics are divided by the share of the whole step once the all-reduce
-has told it. Where every token is a label, all of these are exactly 1.
+gives every forward pass the same part, so each is weighed by the share of its tokens that are labels, which is
+known from the batch on the CPU; gradient and metrics are divided by the share of the whole step, known after the
+all-reduce. Where every token is a label, all of these are exactly 1.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ logger = logging.getLogger("radlads")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 50_000_000
-"""How many travel in one reduction."""
+"""Gradient elements in one reduction."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw, averaged over the labels of all its forward passes on all ranks."""
+    """Results of a step, averaged over the labels of all its forward passes on all ranks."""
 
     metrics: dict[str, float]
     grad_norm: float
-    """Of all trainable parameters together, before clipping."""
+    """Norm over all trainable parameters, before clipping."""
     stop: bool
-    """Some rank was asked to stop."""
+    """A rank received the request to stop."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device; the copy overlaps with what the device still does."""
+    """The batch on a device; the copy overlaps with the device's work."""
     if device.type == "cpu":
         return batch
     return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
 
 
 class Engine:
-    """A DeepSpeed engine around an Objective, in the terms of this project."""
+    """A DeepSpeed engine around an Objective."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Engine:
         num_micro: int,
         offload: bool = False,
     ) -> None:
-        """The process group is open. micro_batch: sequences of a forward pass; num_micro: forward passes of a step.
+        """Needs an open process group. micro_batch: sequences of a forward pass; num_micro: forward passes of a step.
 
-        offload: the optimizer, its masters and its moments live in host memory; ZeRO-2 whatever was asked.
+        offload: the optimizer, its masters and its moments live in host memory; ZeRO-2 whatever stage is set.
         """
         chosen = select_trainable(objective, section)
         self.parameters = dict(chosen["mixer"] + chosen["rest"])
@@ -125,11 +125,11 @@ class Engine:
         self._engine.step()
         if self._offloaded:
             for gradient in self._gradients():
-                gradient.zero_()  # a parameter that the next step does not use must not find this step's
+                gradient.zero_()  # a parameter unused in the next step must not keep this step's gradient
         return result
 
     def _agree(self, seen: dict[str, Tensor], labelled: float, stop: bool) -> tuple[StepResult, float]:
-        """Average over the labels of all ranks, and bring everything to the host at once; and the step's share.
+        """Average over the labels of all ranks, and copy everything to the host at once; also the step's share.
 
         labelled: the shares of this rank's forward passes, added up.
         """
@@ -139,10 +139,10 @@ class Engine:
             square = square / world  # every rank holds the whole gradient
         means = [value.reshape(()).to(self.device) / world for value in seen.values()]
         counts = [torch.full((), x, dtype=torch.float64, device=self.device) for x in (float(stop), labelled)]
-        told = torch.stack([square.to(self.device), *counts, *means])
+        reduced = torch.stack([square.to(self.device), *counts, *means])
         if world > 1:
-            distributed.all_reduce(told)
-        total, stopping, labelled, *values = told.tolist()
+            distributed.all_reduce(reduced)
+        total, stopping, labelled, *values = reduced.tolist()
         share = labelled / (self.num_micro * world)
         if share == 0:
             return StepResult(dict.fromkeys(seen, math.nan), math.nan, stopping > 0), share
@@ -153,7 +153,7 @@ class Engine:
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the reduced gradient (all of it without ZeRO)."""
         if not self._sharded:
-            # Unused in this step: ZeRO takes the gradient for zero, and so does this.
+            # Unused in this step: ZeRO treats the gradient as zero, and so does this.
             missing = [parameter for parameter in self.parameters.values() if parameter.grad is None]
             for parameter in missing:
                 parameter.grad = torch.zeros_like(parameter)
@@ -174,7 +174,7 @@ class Engine:
     # State, by parameter name
 
     def adam_steps(self) -> int:
-        """How often the optimizer moved."""
+        """Number of optimizer steps taken."""
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -205,28 +205,28 @@ class Engine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def accumulate(self, micro_batch: int, num_micro: int) -> None:
-        """Take this many sequences in this many forward passes a step from now on. Between steps only."""
+        """Set the sequences of a forward pass and the forward passes of a step. Between steps only."""
         self.micro_batch, self.num_micro = micro_batch, num_micro
         self._engine.set_train_micro_batch_size(micro_batch)
         self._engine.set_train_batch_size(micro_batch * num_micro * distributed.get_world_size())
-        self._engine.micro_steps = 0  # DeepSpeed tells a step's last pass by the remainder of this count
+        self._engine.micro_steps = 0  # DeepSpeed detects a step's last pass by the remainder of this count
         if self._sharded:
             self._engine.optimizer.gradient_accumulation_steps = num_micro
 
     def forget(self) -> None:
-        """Make the optimizer as new: its moments zero, its counters 0; the parameters stay."""
+        """Reset the optimizer: moments zero, counters 0; the parameters stay."""
         for name in self.parameters:
             tensors = self.read(name)
             self.write(name, tensors | {key: torch.zeros_like(tensors[key]) for key in MOMENTS})
         self.set_adam_steps(0)
 
     def set_adam_steps(self, count: int) -> None:
-        """Make the optimizer's counters say that it moved `count` times."""
+        """Set the optimizer's counters to `count` steps."""
         for state in self._adam.state.values():
             state["step"].fill_(count)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `read` gave. Every rank writes every parameter whole."""
+        """Restore the values of `read`. Every rank writes every parameter whole."""
         parameter = self.parameters[name]
         with torch.no_grad():
             parameter.copy_(tensors["param"])
@@ -247,20 +247,20 @@ def _adamw(chosen: dict[str, Named], section: Training) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 
-def _usable_stage(asked: int, dtype: torch.dtype) -> int:
-    """ZeRO-2 for bf16, whatever was asked: the same training, in the only form that DeepSpeed gets right.
+def _usable_stage(requested: int, dtype: torch.dtype) -> int:
+    """ZeRO-2 for bf16, whatever stage is set: the same training, in the only form that DeepSpeed computes correctly.
 
-    Its stage 0 starts Adam's counter at 1, so that the first updates are too small. Its stage 1 adds micro-batches up
-    in bf16, or else uses another optimizer class, which checks for finite numbers too late.
+    Its stage 0 starts Adam's counter at 1, so that the first updates are too small. Its stage 1 sums micro-batches
+    in bf16, or uses another optimizer class, which checks for finite numbers too late.
     """
-    if dtype == torch.bfloat16 and asked < 2:
-        logger.info("ZeRO-%d runs as ZeRO-2: with bf16, only it adds gradients up in fp32 and counts from 0", asked)
+    if dtype == torch.bfloat16 and requested < 2:
+        logger.info("ZeRO-%d runs as ZeRO-2: with bf16, only it adds gradients up in fp32 and counts from 0", requested)
         return 2
-    return asked
+    return requested
 
 
 def _config(stage: int, dtype: torch.dtype, micro_batch: int, num_micro: int, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: nothing that it does by itself, where we do it (clip, overflow, rates, printing)."""
+    """DeepSpeed's configuration, with its own clipping, overflow check, rates and printing off."""
     zero: dict[str, Any] = {"stage": stage}
     if stage > 0:
         zero |= {
@@ -290,12 +290,12 @@ def _config(stage: int, dtype: torch.dtype, micro_batch: int, num_micro: int, el
 def _offloaded(config: dict[str, Any], *, pin_memory: bool) -> dict[str, Any]:
     """The configuration with the optimizer in host memory, stepped by torch's fused AdamW on the CPU.
 
-    DeepSpeed's own CPU Adam wants a compiler on every machine and is slower than torch's fused one (tried on x86 with
+    DeepSpeed's own CPU Adam needs a compiler on every machine and is slower than torch's fused one (tried on x86 with
     10 M parameters: 259 against 57 ms a step).
     """
     zero = config["zero_optimization"] | {
         "offload_optimizer": {"device": "cpu", "pin_memory": pin_memory},
-        "compute_grad_norm": True,  # DeepSpeed insists; the norm that clips is ours
+        "compute_grad_norm": True,  # DeepSpeed requires it; this module's norm is used for clipping
     }
     return config | {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
 

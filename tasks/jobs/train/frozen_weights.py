@@ -1,4 +1,4 @@
-"""How a training job holds what it does not train: in 8 bit where the recipe says so, and once where two need it.
+"""Frozen weights of a training job: in 8 bit where the recipe sets it, and held once if teacher and student share them.
 
 The student's frozen parts usually are the teacher's, bit for bit. Then the student uses the teacher's own tensors: with
 the MLPs frozen that is most of the model, in align everything but the mixers.
@@ -24,7 +24,7 @@ logger = logging.getLogger("radlads")
 
 
 def hold_teacher(teacher: PreTrainedModel, spec: TrainSpec, device: torch.device) -> PreTrainedModel:
-    """Move a teacher to the device, its layers' matrices in the bits that the stage wants; it comes on the CPU."""
+    """Move a teacher to the device, its layers' matrices in the stage's number of bits; it must be on the CPU."""
     parts = find_family(teacher.config)
     quantize_frozen(
         teacher,
@@ -39,9 +39,9 @@ def hold_teacher(teacher: PreTrainedModel, spec: TrainSpec, device: torch.device
 def hold_student(
     student: RadladsForCausalLM, teacher: PreTrainedModel | None, spec: TrainSpec, device: torch.device
 ) -> RadladsForCausalLM:
-    """Move a student to the device: what it shares with the teacher not at all, frozen MLPs in the bits of the stage.
+    """Move a student to the device: tensors shared with the teacher are not copied, frozen MLPs in the stage's bits.
 
-    It comes on the CPU in the stage's precision, after `hold_teacher`. Raises UserError for 8-bit MLPs that the stage
+    It must be on the CPU in the stage's precision, after `hold_teacher`. Raises UserError for 8-bit MLPs that the stage
     trains.
     """
     if spec.mlp_bits == 8 and not freezes_mlp(spec.objective, spec.section):
@@ -71,7 +71,7 @@ def hold_student(
 
 
 def trained_mlp(stage: str) -> str:
-    """What is wrong with 8-bit MLPs in a stage that trains them, in one line."""
+    """The one-line fault of 8-bit MLPs in a stage that trains them."""
     return (
         f"student.mlp_bits is 8, but {stage} trains the MLPs, and only frozen weights can be held in 8 bit; "
         f"add mlp to {stage}.freeze, or set student.mlp_bits to 16"
@@ -83,7 +83,7 @@ def _move(module: nn.Module, device: torch.device) -> None:
 
 
 def _held_as(model: nn.Module, names: list[str]) -> list[torch.Tensor]:
-    """What holds these parameters, every tensor once."""
+    """The storages of these parameters, every tensor once."""
     held: dict[int, torch.Tensor] = {}
     for name in names:
         place, _, own = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The objective's metrics over the held-out split: every rank its share of the rows, one average for all."""
+"""The objective's metrics over the held-out split: each rank evaluates its rows; the average is over all ranks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def heldout_metrics(
 ) -> dict[str, float]:
     """`heldout/<metric>` over the first rows of the split, up to max_tokens. Every rank calls it; {} without a label.
 
-    Each batch weighs as many labels as the objective counts in it, so that the result does not depend on how the rows
-    are shared out.
+    Each batch is weighted by the labels that the objective counts in it, so that the result does not depend on how the
+    rows are distributed.
     """
     context = min(context, split.tokens - 1)
     if context < 1:
@@ -51,14 +51,14 @@ def heldout_metrics(
         for name, value in ({"loss": loss} | metrics).items():
             totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + weight * value
         labels += weight
-    if not totals:  # fewer rows than ranks, or nothing to predict: learn the names, weigh nothing
+    if not totals:  # fewer rows than ranks, or no label: run for the metric names, with weight 0
         loss, metrics = objective(to_device(split.batch([0], context, document_ids=document_ids), device))
         totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in {"loss": loss} | metrics}
     objective.train(was_training)
-    told = torch.stack([torch.full_like(totals["loss"], labels), *totals.values()])
+    reduced = torch.stack([torch.full_like(totals["loss"], labels), *totals.values()])
     if world_size > 1:
-        distributed.all_reduce(told)
-    count, *sums = told.tolist()
+        distributed.all_reduce(reduced)
+    count, *sums = reduced.tolist()
     if not count:
         logger.warning("no token of the held-out rows is a label: no held-out loss")
         return {}

@@ -1,4 +1,4 @@
-"""Whether every step of a training stage has something to learn, before its first one."""
+"""Check before the first step that every step of a training stage has a label."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from radlads.tasks.jobs.data.batch_plan import BatchPlan
 def check_labels(section: Training, plans: Sequence[BatchPlan]) -> None:
     """Raises UserError for an assistant-only stage with a step whose sequences hold no token of the assistant.
 
-    plans: one for each part of the stage. Where every token is a label there is nothing to check; a dataset without
-    masks is the objective's to refuse. Reads the masks once, a byte a token.
+    plans: one for each part of the stage. If every token is a label there is nothing to check; the objective refuses a
+    dataset without masks. Reads the masks once, a byte per token.
     """
     if not getattr(section, "assistant_only", False) or not plans[0].split.mask_files:
         return

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer gets, in which group, at which rate and with which decay of weights."""
+"""The optimizer's parameter groups: parameters, learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def select_trainable(objective: Any, section: Training) -> dict[str, Named]:
-    """Freeze what the objective does not train; the rest by group (`mixer`, `rest`), in the student's own order.
+    """Freeze the parameters that the objective does not train; return the rest by group (`mixer`, `rest`), in the
+    student's own order.
 
     Names are the student's. Raises UserError if nothing is left to train.
     """
@@ -28,8 +29,8 @@ def select_trainable(objective: Any, section: Training) -> dict[str, Named]:
             chosen["mixer" if of_mixer else "rest"].append((name, parameter))
     if not any(chosen.values()):
         only = ", ".join(getattr(section, "train_only", ()))
-        told = f"no mixer has parts named {only} (train_only)" if only else "every parameter is frozen"
-        raise UserError(f"nothing is left to train: {told} (freeze: {', '.join(section.freeze)})")
+        reason = f"no mixer has parts named {only} (train_only)" if only else "every parameter is frozen"
+        raise UserError(f"nothing is left to train: {reason} (freeze: {', '.join(section.freeze)})")
     return chosen
 
 

@@ -52,5 +52,5 @@ def learning_rates(section: Training, step: int) -> dict[str, float]:
 
 
 def warmup_steps(schedule: Schedule, num_steps: int) -> int:
-    """How many steps warm-up takes."""
+    """Number of warm-up steps."""
     return min(schedule.warmup_steps, num_steps // 10)

@@ -1,4 +1,4 @@
-"""The optimizer steps of a training stage, one after the other: whoever trains takes its steps from here."""
+"""The optimizer steps of a training stage, as a generator that every training loop uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("radlads")
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step that was taken."""
+    """A completed optimizer step."""
 
     number: int
     """Counted from 1."""
@@ -36,9 +36,9 @@ def optimizer_steps(
     rank: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
-    """Take the steps start+1 ... num_steps, each when it is asked for; in every phase as its settings say.
+    """Yield the steps start+1 ... num_steps, each phase with its own settings.
 
-    plans: of each phase. stop: whether this rank was asked to stop, which all ranks are told with the step. Raises
+    plans: of each phase. stop: whether this rank received the request to stop, which each step shares. Raises
     NonFiniteError and UserError as `Engine.step` does.
     """
     for index in range(start, section.num_steps):
@@ -55,7 +55,7 @@ def optimizer_steps(
 
 
 def _enter(section: Training, engine: Engine, plan: BatchPlan, phase: int, own: int) -> None:
-    """Make the engine ready for a phase that begins, or goes on after a restore."""
+    """Prepare the engine for a phase that begins, or continues after a restore."""
     if plan.num_micro != engine.num_micro or phase > 0:
         engine.accumulate(plan.sequences, plan.num_micro)
     if phase > 0 and own == 0:

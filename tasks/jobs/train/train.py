@@ -1,4 +1,4 @@
-"""The training program: one loop for every stage. What a stage trains, and on what, is its objective's business."""
+"""The training program: one loop for every stage. The objective defines the loss and the trained parameters."""
 
 from __future__ import annotations
 
@@ -96,15 +96,16 @@ def _train(
     heldout: Callable[[], dict[str, float]],
     start: int,
 ) -> None:
-    """Optimizer steps start+1 … num_steps. Raises Preempted after a checkpoint when asked to stop, NonFiniteError."""
-    num_steps, told = section.num_steps, time.monotonic()
+    """Optimizer steps start+1 … num_steps. Raises Preempted (after a checkpoint) on a request to stop, and
+    NonFiniteError."""
+    num_steps, reported = section.num_steps, time.monotonic()
     for step in optimizer_steps(section, engine, plans, start=start, rank=job.rank, stop=lambda: job.stop_requested):
         done = step.number
         numbers = _numbers(section, step, job.device)
         job.record.log(done, numbers)
         job.progress(done, num_steps, "steps")
-        if time.monotonic() - told >= _TELL_SECONDS or done in (start + 1, num_steps):
-            told = time.monotonic()
+        if time.monotonic() - reported >= _TELL_SECONDS or done in (start + 1, num_steps):
+            reported = time.monotonic()
             logger.info(
                 "step %d/%d  loss %.4f  %.0f tokens/s", done, num_steps, numbers["loss"], numbers["tokens_per_second"]
             )
@@ -115,8 +116,8 @@ def _train(
             checkpoints.save(done)
         if stopping:
             checkpoints.wait()
-            job.barrier()  # the launcher ends every rank as soon as one has left
-            raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt goes on from there")
+            job.barrier()  # the launcher ends every rank as soon as one has exited
+            raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt resumes there")
 
 
 def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, float]:

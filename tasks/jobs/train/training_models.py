@@ -1,4 +1,4 @@
-"""The networks of a training job: where they come from, and how the trained one is written down."""
+"""The networks of a training job: loading, and export of the trained one."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ logger = logging.getLogger("radlads")
 
 @dataclass(frozen=True)
 class Networks:
-    """What a training job works with."""
+    """The networks and the tokenizer of a training job."""
 
     student: PreTrainedModel
     """The network that trains: a converted student, or, for pretrain, a plain Hugging Face causal model."""
     teacher: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     originals: WeightFiles | None = None
-    """What the student was loaded from: weights that are held in 8 bit are exported as they are there."""
+    """The files that the student was loaded from: weights held in 8 bit are exported from them unchanged."""
 
 
 def load_networks(job: Job, spec: TrainSpec) -> Networks:
@@ -93,7 +93,7 @@ def export_model(networks: Networks, folder: Path) -> None:
     """Write the trained network as a Hugging Face folder."""
     student: Any = networks.student
     student.eval()
-    shutil.rmtree(folder, ignore_errors=True)  # what an attempt that died here left
+    shutil.rmtree(folder, ignore_errors=True)  # remains of an attempt that failed here
     size = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     need_space(folder.parent, size, "the model")
     if isinstance(student, RadladsForCausalLM):

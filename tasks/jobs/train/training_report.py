@@ -1,4 +1,4 @@
-"""train.json and the record in a training job's product: what it took, and what came out."""
+"""train.json and the record in a training job's product: time, memory and final metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from radlads.tasks.jobs.common import Job, NoRecord, write_json
 def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[str, Any]:
     """Put train.json and metrics.jsonl into the output; returns the numbers for the manifest. The first rank calls it.
 
-    Seconds are the training steps' own, over every attempt of the job; start-up and saving are not in them.
+    Seconds are the training steps' own, over every attempt of the job; without start-up and saving.
     """
     section, resources = spec.section, job.spec.resources
     record = job.record
@@ -36,7 +36,7 @@ def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[s
     }
     if resources.dollars_per_gpu_hour is not None:
         numbers["dollars"] = gpu_hours * resources.dollars_per_gpu_hour
-    sheet = {
+    report = {
         "objective": spec.objective,
         **numbers,
         **heldout,
@@ -47,13 +47,13 @@ def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[s
         "processes": job.world_size,
         "dtype": str(job.dtype).removeprefix("torch."),
     }
-    write_json(job.output / "train.json", sheet)
+    write_json(job.output / "train.json", report)
     shutil.copyfile(record.path, job.output / "metrics.jsonl")
     return numbers
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: the device's, or, on a CPU, resident memory."""
+    """Peak memory of this process: of the device, or, on a CPU, resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
