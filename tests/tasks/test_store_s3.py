@@ -7,7 +7,7 @@ import pytest
 
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StoreError, StoreUnusable
-from radlads.tasks.contracts.store.s3 import store as store_s3
+from radlads.tasks.contracts.store.s3 import objects as s3_objects
 from radlads.tasks.contracts.store.s3.seal import part_size, seal_file
 
 from .test_store import sheet
@@ -116,7 +116,7 @@ def test_unproven_etags_are_read_back(store, big, monkeypatch):
 
 
 def test_endpoint_without_conditions_warns_once(rclone_endpoint, caplog, monkeypatch):
-    monkeypatch.setattr(store_s3, "_probed", {})
+    monkeypatch.setattr(s3_objects, "_probed", {})
     ref = StoreRef(uri="s3://art/warned", endpoint_url=rclone_endpoint)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
