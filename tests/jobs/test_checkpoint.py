@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(training, monkeypatch):
         execute(train.main, job)
     other = training.job("distill", "other", seed=7, **RATES)
     assert execute(train.main, other) == "config"
-    assert "another recipe" in training.ending(other)["message"]
+    assert "a checkpoint of another product" in training.ending(other)["message"]
 
 
 def test_parameters_that_do_not_fit_are_refused(training):
