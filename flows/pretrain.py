@@ -1,4 +1,4 @@
-"""The flow `radlads-pretrain`: make a small teacher with the training loop of the conversion."""
+"""The flow `radlads-pretrain`: train a small teacher with the training loop of the conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def radlads_pretrain(
     tracking: Address | None = None,
     work: str | None = None,
 ) -> dict[str, str]:
-    """Train the recipe's `pretrain` section from nothing. The parameters are those of the flow `radlads`."""
+    """Train the recipe's `pretrain` section from random weights. The parameters are those of the flow `radlads`."""
     places = {"store": store, "tracking": tracking, "work": work}
     with open_pipeline(recipe, overrides=overrides, run=run, run_id=run_identity(), **places) as pipeline:
         made = run_announced(pipeline, PrefectRunner(pipeline), partial(pretrain, pipeline.recipe))
