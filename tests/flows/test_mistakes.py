@@ -215,7 +215,7 @@ def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == 1
     (line,) = err.splitlines()
-    assert line.startswith("error: plan crashed: ended with exit code 139 (SIGSEGV) and did not say why; its log is /")
+    assert line.startswith("error: plan crashed: ended with exit code 139 (SIGSEGV) and gave no reason; its log is /")
     with open(line.rpartition(" ")[2]) as log:
         assert "a bug" in log.read()
 
