@@ -192,7 +192,7 @@ class TrainSpec(Sheet):
             return value
         expected = section_class(stage)
         if isinstance(value, Training) and not isinstance(value, expected):
-            raise ValueError(f"{stage} has a section of the class {expected.__name__}")
+            raise ValueError(f"the section of {stage} must be of the class {expected.__name__}")
         try:
             return expected.model_validate(value)
         except ValidationError as error:

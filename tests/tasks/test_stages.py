@@ -151,7 +151,7 @@ def test_a_section_is_read_as_its_stages_and_nothing_else() -> None:
         assert again == spec
         assert type(again.section) is kind
         assert "mixer_rate" in spec.model_dump(mode="json")["section"]
-    with pytest.raises(ValidationError, match="distill has a section of the class Distill"):
+    with pytest.raises(ValidationError, match="the section of distill must be of the class Distill"):
         specs.TrainSpec(objective="distill", section=Finetune(**sizes), teacher=None)
     with pytest.raises(ValidationError, match="loss: Extra inputs are not permitted"):
         specs.TrainSpec(objective="finetune", section=sizes | {"loss": "l2"}, teacher=None)
