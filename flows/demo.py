@@ -64,7 +64,7 @@ def run_demo(
             state = _watch(out, client, flow_run.id, settings, name, seen)
         except KeyboardInterrupt:
             _cancel(client, flow_run.id)
-            out.print(f"{seen.describe()}; to go on: {again}", markup=False, highlight=False, soft_wrap=True)
+            out.print(f"{seen.describe()}; to continue: {again}", markup=False, highlight=False, soft_wrap=True)
             return EXIT_INTERRUPTED
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     if not state.is_completed():

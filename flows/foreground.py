@@ -80,8 +80,8 @@ def failure_of(state: Any, again: str) -> UserError:
 def _advice(error: Any, again: str) -> list[str]:
     """The command that continues the run; none if the same request would be refused again."""
     if isinstance(error, JobFailed):
-        return [f"once that is mended, to go on where it stopped: {again}"]
-    return [] if isinstance(error, UserError) else [f"to go on where it stopped: {again}"]
+        return [f"once that is fixed, to continue where it stopped: {again}"]
+    return [] if isinstance(error, UserError) else [f"to continue where it stopped: {again}"]
 
 
 class _Ending:
@@ -96,7 +96,7 @@ class _Ending:
         """One line: where it stopped, and, if the run had begun, the command that continues it."""
         with self._lock:
             if not self._said:
-                text = f"{REQUEST.describe()}; to go on: {self._again}" if begun else "stopped before the run began"
+                text = f"{REQUEST.describe()}; to continue: {self._again}" if begun else "stopped before the run began"
                 self.say(text)
             self._said = True
 

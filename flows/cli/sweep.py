@@ -92,7 +92,7 @@ def sweep(
             raise failure_of(state, again)
     _print_table(place, named)
     if failed:
-        ERR.print(f"{state.message}; to go on: {again}", style="red", markup=False, highlight=False, soft_wrap=True)
+        ERR.print(f"{state.message}; to continue: {again}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

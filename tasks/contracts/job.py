@@ -166,7 +166,7 @@ def read_job(path: Path) -> JobSpec:
 
 
 def canonical_json(value: Any) -> str:
-    """Canonical JSON of a value: sorted keys, no spaces, no NaN. Raises ValueError for values that JSON does not allow."""
+    """Canonical JSON of a value: sorted keys, no spaces, no NaN. Raises ValueError for values that JSON forbids."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 

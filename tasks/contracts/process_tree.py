@@ -54,7 +54,7 @@ def end_with_me(pid: int) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """A living process. started: clock ticks after boot, which distinguishes it from a later process with the same pid."""
+    """A living process. started: clock ticks after boot, which distinguishes it from a later one with its pid."""
 
     pid: int
     parent: int

@@ -122,7 +122,7 @@ def test_an_unknown_stage_is_refused_in_one_line() -> None:
     fields = {"run": "r", "recipe": "x", "digest": "d", "spec": {}, "output_uri": "o", "store": {"uri": "s"},
               "resources": {"device": "cpu", "processes": 1, "threads": 1}, "scratch": "s"}  # fmt: skip
     assert JobSpec(stage="align", **fields).stage == "align"
-    with pytest.raises(ValidationError, match="'polish' is no stage"):
+    with pytest.raises(ValidationError, match="'polish' is not a stage"):
         JobSpec(stage="polish", **fields)
 
 
