@@ -1,9 +1,9 @@
-"""Makes what the deployments need in Prefect: `python -m radlads.deployments.bootstrap`. Safe to run again.
+"""Creates the Prefect objects that the deployments need: `python -m radlads.deployments.bootstrap`. Safe to repeat.
 
-A process work pool `radlads`, whose jobs are flow runs and no other command, the global concurrency limit
-`radlads-gpu`, which a job on a GPU holds so that two pipeline runs do not share it, and an automation that marks runs
-whose process is gone (zombies.py). What is there already, a limit that somebody raised for one, is left as it is,
-except that the pool's template is put back.
+They are the process work pool `radlads`, which runs only flow runs; the global concurrency limit `radlads-gpu`, which a
+job on a GPU holds so that two pipeline runs do not share it; and an automation that marks runs whose process has died
+(zombies.py). Existing objects, such as a limit that was raised, are not changed, except that the pool's template is
+restored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from radlads.tasks.contracts.settings import HEARTBEAT_SECONDS
 _log = logging.getLogger(__name__)
 WORK_POOL = "radlads"
 GPU_LIMIT = "radlads-gpu"
-# Prefect's own template lets a flow run bring a shell command and an environment; this one takes neither.
+# Prefect's own template lets a flow run set a shell command and an environment; this one accepts neither.
 JOB_TEMPLATE: dict[str, Any] = {
     "job_configuration": {
         "working_dir": "{{ working_dir }}",
@@ -35,13 +35,13 @@ JOB_TEMPLATE: dict[str, Any] = {
         "properties": {
             "working_dir": {
                 "title": "Working Directory",
-                "description": "Where relative places in a run's parameters are looked for.",
+                "description": "Folder to which relative paths in a run's parameters refer.",
                 "type": "string",
                 "pattern": "^/",
             },
             "stream_output": {
                 "title": "Stream Output",
-                "description": "Whether the worker's log has what flow runs print.",
+                "description": "Whether the worker logs the output of flow runs.",
                 "type": "boolean",
                 "default": True,
             },
@@ -51,7 +51,7 @@ JOB_TEMPLATE: dict[str, Any] = {
 
 
 def bootstrap(gpu_slots: int = 1) -> list[str]:
-    """Make what is missing; what that was. gpu_slots: jobs that may use this machine's GPUs at once."""
+    """Create missing objects; returns their names. gpu_slots: jobs that may use this machine's GPUs at once."""
     with get_client(sync_client=True) as client:
         made = [*_make_work_pool(client), *_make_gpu_limit(client, gpu_slots), *make_automation(client)]
         ask_after_runs(client)
@@ -79,7 +79,7 @@ def _make_gpu_limit(client: SyncPrefectClient, slots: int) -> list[str]:
     except ObjectNotFound:
         try:
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=slots))
-        except ObjectAlreadyExists:  # made by somebody else since, or by a request that was sent twice
+        except ObjectAlreadyExists:  # created concurrently, or by a request that was sent twice
             return []
         return [f"concurrency limit {GPU_LIMIT}"]
     return []
@@ -88,4 +88,4 @@ def _make_gpu_limit(client: SyncPrefectClient, slots: int) -> list[str]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made = bootstrap()
-    _log.info("made: %s", ", ".join(made) if made else "nothing, all is there")
+    _log.info("created: %s", ", ".join(made) if made else "nothing, all exist")

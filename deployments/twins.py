@@ -2,7 +2,7 @@
 
 A twin has the stages, the variant, the options, the losses, the phases and the rates of its original; its teacher is a
 small one of the same family, and contexts, batches and tokens are small enough to plan and run anywhere. A test
-compares the files with what this would write.
+compares the files with this program's output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, st
 
 _log = logging.getLogger(__name__)
 PREFIX = "tiny-"
-# Teacher → the shipped one of its family, and how many layers that has.
+# Teacher → the shipped teacher of its family, and its number of layers.
 _TEACHERS = {
     "RekaAI/reka-flash-3": ("demo:llama", 6),
     "RekaAI/reka-flash-3.1": ("demo:llama", 6),
@@ -30,9 +30,9 @@ _TEACHERS = {
     "Qwen/Qwen3-14B": ("demo", 4),
 }
 _CONTEXTS = {512: 32, 1024: 48, 2048: 64, 4096: 96, 8192: 128, 16384: 192, 32768: 256, 65536: 320, 131072: 384}
-# Optimizer steps of a stage that learns from the teacher, and of one that does not.
+# Optimizer steps of a stage with a teacher, and of one without.
 _STEPS, _STEPS_ALONE = 4, 3
-# A choice by recall may read a twentieth of what the run trains on, so there must be something.
+# A choice by recall may read a twentieth of the run's training tokens, so these must be enough.
 _STEPS_TO_CHOOSE_FROM = {"layerwise": 160, "logits": 320}
 _BATCH, _MICRO_BATCH, _RANK = 4, 2, 4
 _STORIES = {"paths": ["demo:stories.txt.gz"], "separator": "<|endoftext|>"}
@@ -110,7 +110,7 @@ def _shrink_sizes(sizes: dict[str, Any], context: int, steps: int) -> dict[str, 
 
 
 def render(twin: dict[str, Any]) -> str:
-    """A twin as YAML, nothing in it shared."""
+    """A twin as YAML, without anchors."""
     return yaml.dump(twin, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
@@ -132,4 +132,4 @@ def write_twins() -> list[str]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _log.info("written: %s", ", ".join(write_twins()) or "nothing, all were as they should be")
+    _log.info("written: %s", ", ".join(write_twins()) or "nothing, all are up to date")

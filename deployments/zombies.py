@@ -1,8 +1,8 @@
-"""Runs whose process died with its host, or with -9, and which Prefect would call RUNNING for ever.
+"""Marks runs whose process died with its host, or by -9; Prefect would show them as RUNNING for ever.
 
-A flow run's process sends a heartbeat from a thread of its own, however long a step takes. An automation of the server
-marks a run as Crashed that stops sending before it ends; Retry goes on from there. A server that was down itself when
-the time was over forgets to do so: `ask_after_runs`, called whenever the services come up, starts the clock again.
+A flow run's process sends heartbeats from a separate thread, so a long step does not interrupt them. An automation of
+the server marks a run as Crashed if its heartbeats stop before it ends; Retry resumes it. A server that was down when
+the timeout expired misses it: `ask_after_runs`, called whenever the services start, restarts the timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefect.events.schemas.events import Event, RelatedResource, Resource, Reso
 AUTOMATION = "radlads-zombies"
 HEARTBEAT = "prefect.flow-run.heartbeat"
 SILENCE = timedelta(minutes=8)
-"""Eight heartbeats; a server that is busy may take in a few late. With what the server adds, within ten minutes."""
+"""Eight heartbeats; a busy server may receive a few late. With the server's own delay, within ten minutes."""
 _FLOWS = "radlads*"
 _ENDS = (
     "Completed",
@@ -36,7 +36,7 @@ _PAGE = 200
 
 
 def make_automation(client: SyncPrefectClient, silence: timedelta = SILENCE) -> list[str]:
-    """Make the automation unless there is one of its name; what was made."""
+    """Create the automation unless one with its name exists; returns what was created."""
     if client.read_automations_by_name(AUTOMATION):
         return []
     trigger = EventTrigger(
@@ -52,14 +52,14 @@ def make_automation(client: SyncPrefectClient, silence: timedelta = SILENCE) -> 
         within=silence,
     )
     message = (
-        f"no heartbeat for {silence.total_seconds():,.0f} s: its process or its machine died. Retry continues from "
-        "what is committed and checkpointed"
+        f"no heartbeat for {silence.total_seconds():,.0f} s: its process or its machine died. Retry resumes from "
+        "its products and checkpoints"
     )
     action = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message)
     client.create_automation(
         AutomationCore(
             name=AUTOMATION,
-            description="Marks runs of radlads whose process is gone.",
+            description="Marks runs of radlads whose process has died.",
             trigger=trigger,
             actions=[action],
         )
@@ -68,8 +68,8 @@ def make_automation(client: SyncPrefectClient, silence: timedelta = SILENCE) -> 
 
 
 def ask_after_runs(client: SyncPrefectClient) -> list[str]:
-    """Start the automation's clock for every run that is said to be running and has ever sent a heartbeat; their
-    names. One that lives sends its next heartbeat long before the time is over."""
+    """Restart the automation's timeout for every run that is shown as running and has sent a heartbeat; returns their
+    names. A live run sends its next heartbeat long before the timeout."""
     running = client.read_flow_runs(
         flow_filter=FlowFilter(name=FlowFilterName(like_="radlads")),
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState.model_validate({"type": {"any_": [StateType.RUNNING]}})),
@@ -90,7 +90,7 @@ def _has_beaten(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def _heartbeat(client: SyncPrefectClient, run: FlowRun) -> Event:
-    """Like those that the run's own process sends."""
+    """An event like those that the run's own process sends."""
     name = client.read_flow(run.flow_id).name
     flow = {"prefect.resource.id": f"prefect.flow.{run.flow_id}", "prefect.resource.role": "flow",
             "prefect.resource.name": name}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the flows share."""
+"""Code shared by the flows."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _R = TypeVar("_R")
 _EXPLAINED = (UserError, StoreError, JobCrashed)
 
 
-# An address with a user and a password in it is refused by Prefect's server, before it is kept in its database.
+# Prefect's server rejects an address that contains a password before it stores the parameters in its database.
 Address = Annotated[
     str, WithJsonSchema({"type": "string", "not": {"pattern": "://[^/?#]*@"}, "description": "without a password"})
 ]
 
 
 class _NoTraceback(logging.Filter):
-    """Keeps Prefect's engine from adding a traceback to an error that explains itself: the state's message has it."""
+    """Drops the traceback that Prefect's engine adds to an error whose message, kept in the state, is sufficient."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is logged."""
@@ -53,9 +53,8 @@ class _NoTraceback(logging.Filter):
 
 
 class SaidOnce(logging.Filter):
-    """Keeps Prefect's engine from saying one failure for the task, for its retry and for the flow, each time whole.
-
-    The first says it, what follows only names the state. by_caller: whoever called the flow says how it ended.
+    """Shortens the messages by which Prefect's engine reports one failure for the task, for its retry and for the flow.
+    The first message stays whole, later ones only name the state. by_caller: the flow's caller reports how it ended.
     """
 
     def __init__(self) -> None:
@@ -91,7 +90,7 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 
 
 def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorates a flow's function: what we know how to explain becomes the message of the run's state, without a
+    """Decorates a flow's function: an error with a known explanation becomes the message of the run's state, without a
     traceback in the log."""
 
     @functools.wraps(flow_function)
@@ -108,10 +107,10 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
             disk = explain_disk(error, Path.cwd()) if isinstance(error, OSError) else None
             if disk is not None:
                 return Failed(message=hide(str(disk)), data=disk)
-            told = hide(str(error))
-            if told == str(error):
+            explanation = hide(str(error))
+            if explanation == str(error):
                 raise
-            raise RuntimeError(f"{type(error).__name__}: {told}") from None  # Prefect keeps what is raised here
+            raise RuntimeError(f"{type(error).__name__}: {explanation}") from None  # Prefect keeps what is raised here
         finally:
             REQUEST.running = outer
 
@@ -120,10 +119,10 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @contextmanager
 def orchestrator() -> Iterator[None]:
-    """Prefect for the length of a run. The server that it starts where there is none asks for a password, too.
+    """Prefect for the duration of a run. If no server is configured, a temporary one is started; it requires a
+    password, too.
 
-    Raises UserError, one line, where a server cannot be reached or refuses us. What a flow itself raises is in its
-    state.
+    Raises UserError, one line, if the server cannot be reached or refuses access. A flow's own error is in its state.
     """
     word = f"radlads:{secrets.token_urlsafe(24)}"
     own = {PREFECT_API_AUTH_STRING: word, PREFECT_SERVER_API_AUTH_STRING: word, PREFECT_SERVER_CORS_ALLOWED_ORIGINS: ""}
@@ -139,5 +138,5 @@ def orchestrator() -> Iterator[None]:
 
 
 def run_identity() -> str:
-    """What a run's default name is made from: the same whenever the orchestrator retries it."""
+    """The id that a run's default name is made from; it stays the same when the orchestrator retries the run."""
     return str(flow_run.id or uuid.uuid4().hex)

@@ -1,4 +1,4 @@
-"""The flow `radlads`: from a teacher to a judged, exported student."""
+"""The flow `radlads`: from a teacher to an evaluated, exported student."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def radlads(
     tracking: Address | None = None,
     work: str | None = None,
 ) -> dict[str, str]:
-    """Convert the recipe's teacher. Stages that the recipe does not have are left out.
+    """Convert the recipe's teacher. Stages that are not in the recipe are skipped.
 
-    recipe: the name of a shipped recipe, or the path of a YAML file. run: a name for what this run makes; the same name
-    continues it. overrides: dotted key → value, e.g. {"distill.tokens": 1000000}. store: `s3://bucket/prefix` or a
-    folder. tracking: an MLflow server's address, `sqlite:///file.db`, or `none`. work: folder for running jobs.
-    Returns stage → uri of its product, and `run` → the run's name.
+    recipe: the name of a shipped recipe, or the path of a YAML file. run: the run's name; the same name continues it.
+    overrides: dotted key → value, e.g. {"distill.tokens": 1000000}. store: `s3://bucket/prefix` or a folder. tracking:
+    an MLflow server's address, `sqlite:///file.db`, or `none`. work: folder in which jobs run. Returns stage → uri of
+    its product, and `run` → the run's name.
     """
     with open_pipeline(
         recipe, overrides=overrides, run=run, run_id=run_identity(), store=store, tracking=tracking, work=work

@@ -1,4 +1,4 @@
-"""`radlads demo`: deploy, start the deployment through the API, show what happens, and say where everything is."""
+"""`radlads demo`: deploy, start the deployment through the API, show its progress, and report where the results are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_demo(
     overrides: Mapping[str, Any],
     again: str,
 ) -> int:
-    """Run the deployment radlads/smoke to its end; the exit code. again: the command that goes on with this run, which
+    """Run the deployment radlads/smoke to its end; the exit code. again: the command that continues this run, which
     Ctrl-C cancels."""
     deploy()
     parameters = {"recipe": recipe, "run": name, "overrides": dict(overrides) or None, "store": settings.store.uri}
@@ -64,7 +64,7 @@ def run_demo(
             state = _watch(out, client, flow_run.id, settings, name, seen)
         except KeyboardInterrupt:
             _cancel(client, flow_run.id)
-            out.print(f"{seen.describe()}; to go on: {again}", markup=False, highlight=False, soft_wrap=True)
+            out.print(f"{seen.describe()}; to continue: {again}", markup=False, highlight=False, soft_wrap=True)
             return EXIT_INTERRUPTED
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     if not state.is_completed():
@@ -74,7 +74,7 @@ def run_demo(
         return 1
     published = read_pointer(open_store(settings.store), name, PUBLISH.name)
     if published is None:
-        raise UserError(f"the run '{name}' ended well and has no report in {settings.store.uri}")
+        raise UserError(f"the run '{name}' completed but has no report in {settings.store.uri}")
     product = f"{settings.store.uri}/{published.key}"
     out.print(f"[green]done[/] in {minutes}:{seconds:02}")
     for what, place in (
@@ -85,16 +85,16 @@ def run_demo(
     ):
         out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"Both pages ask for user and password: {password_file(settings.home)}", soft_wrap=True)
-    out.print("The services keep running for you to look around; `radlads services down` stops them.")
+    out.print("The services keep running; `radlads services down` stops them.")
     return 0
 
 
 def mlflow_page(server: str, experiment: str) -> str:
-    """Where the experiment's runs are compared; MLflow's first page is another. The server alone if unsure."""
+    """The page of MLflow that compares the experiment's runs; the server's address if the experiment cannot be read."""
     try:
         with httpx.Client(base_url=with_credentials(server), trust_env=False, timeout=10) as client:
-            asked = {"experiment_name": experiment}
-            answer = client.get("/api/2.0/mlflow/experiments/get-by-name", params=asked).raise_for_status().json()
+            query = {"experiment_name": experiment}
+            answer = client.get("/api/2.0/mlflow/experiments/get-by-name", params=query).raise_for_status().json()
     except httpx.HTTPError:
         return server
     return f"{server}/#/experiments/{answer['experiment']['experiment_id']}/runs"
@@ -104,7 +104,7 @@ def deploy() -> None:
     """Apply prefect.yaml. Raises UserError."""
     project = Path(radlads.flows.convert.__file__).resolve().parent.parent
     if not (project / "prefect.yaml").is_file():
-        raise UserError(f"there is no prefect.yaml in {project}: the demo runs from a checkout of the project")
+        raise UserError(f"{project} has no prefect.yaml: the demo runs from a checkout of the project")
     command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -113,7 +113,7 @@ def deploy() -> None:
 
 @dataclass
 class _Seen:
-    """The stages at work when they were last looked at, each with how far it was."""
+    """The stages that were running at the last poll, each with its progress."""
 
     at: list[str] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ class _Seen:
 
 
 def _cancel(client: SyncPrefectClient, flow_run_id: UUID) -> None:
-    """Have the worker stop the run, and wait for that, though not for long; another Ctrl-C ends the wait."""
+    """Have the worker stop the run, and wait a limited time for that; another Ctrl-C ends the wait."""
     try:
         client.set_flow_run_state(flow_run_id, Cancelling(message="stopped at the terminal"))
         end = time.monotonic() + _CANCEL_SECONDS
@@ -144,15 +144,15 @@ def _watch(
     with view.shown():
         while True:
             flow_run = client.read_flow_run(flow_run_id)
-            wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+            run_filter = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             at = []
-            for task_run in client.read_task_runs(flow_run_filter=wanted, sort=TaskRunSort.EXPECTED_START_TIME_ASC):
-                if task_run.state is not None and not task_run.state.is_pending():  # it has no name of its own yet
+            for task_run in client.read_task_runs(flow_run_filter=run_filter, sort=TaskRunSort.EXPECTED_START_TIME_ASC):
+                if task_run.state is not None and not task_run.state.is_pending():  # a pending one has no name yet
                     scratch = scratch_of(store, settings.work, name, task_run.name)
                     view.show(task_run.name, task_run.state.name or "", scratch)
                     if task_run.state.is_running():
-                        told = read_progress(scratch)[2]
-                        at.append(f"{task_run.name} at {told}" if told else task_run.name)
+                        detail = read_progress(scratch)[2]
+                        at.append(f"{task_run.name} at {detail}" if detail else task_run.name)
             seen.at = at
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
@@ -160,14 +160,14 @@ def _watch(
 
 
 class _View:
-    """A line a stage: a bar on a terminal, a line of text on every change elsewhere."""
+    """One line per stage: a bar on a terminal, a line of text for every change elsewhere."""
 
     def __init__(self, out: Console) -> None:
         self._out = out
         self._bars = Progress(
             TextColumn("{task.description:16}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
             console=out,
         )
@@ -175,27 +175,27 @@ class _View:
         self._states: dict[str, str] = {}
 
     def shown(self) -> Live:
-        """The block during which the terminal is ours."""
+        """Context in which the bars are drawn on the terminal."""
         return Live(Group(self._bars), console=self._out, refresh_per_second=4, transient=not self._out.is_terminal)
 
     def show(self, stage: str, state: str, scratch: Path) -> None:
-        """Bring one stage's line up to date."""
-        done, total, told = read_progress(scratch)
+        """Update one stage's line."""
+        done, total, detail = read_progress(scratch)
         if stage not in self._rows:
-            self._rows[stage] = self._bars.add_task(stage, total=1.0, told="")
+            self._rows[stage] = self._bars.add_task(stage, total=1.0, detail="")
         if state == "Completed":
-            self._bars.update(self._rows[stage], completed=1.0, told=told or "done")
+            self._bars.update(self._rows[stage], completed=1.0, detail=detail or "done")
             self._bars.stop_task(self._rows[stage])
         else:
             share = done / total if total else 0.0
-            self._bars.update(self._rows[stage], completed=share, told=told or state.lower())
+            self._bars.update(self._rows[stage], completed=share, detail=detail or state.lower())
         if not self._out.is_terminal and self._states.get(stage) != state:
-            self._out.print(f"{stage}: {state.lower()}{f' ({told})' if told else ''}", highlight=False)
+            self._out.print(f"{stage}: {state.lower()}{f' ({detail})' if detail else ''}", highlight=False)
         self._states[stage] = state
 
 
 def scratch_of(store: Store, work: Path, run: str, stage: str) -> Path:
-    """Where a stage's job works, by what the run points at; the folder of all of them before it points at anything."""
+    """The scratch folder of a stage's job, by the run's pointer; the folder of all jobs while there is no pointer."""
     with suppress(StoreError):
         pointer = read_pointer(store, run, stage.replace(" ", "-"))
         if pointer is not None:
@@ -204,10 +204,10 @@ def scratch_of(store: Store, work: Path, run: str, stage: str) -> Path:
 
 
 def read_progress(scratch: Path) -> tuple[float, float, str]:
-    """Done, total, and both in words with the last loss, from what a job writes beside its work."""
+    """Done, total, and a text of both with the last loss, from the files that a job writes to its scratch folder."""
     try:
-        told = json.loads((scratch / "progress.json").read_bytes())
-        done, total, unit = float(told["done"]), float(told["total"]), str(told["unit"])
+        progress = json.loads((scratch / "progress.json").read_bytes())
+        done, total, unit = float(progress["done"]), float(progress["total"]), str(progress["unit"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0, 0.0, ""
     return done, total, f"{done:,.0f}/{total:,.0f} {unit}{_last_loss(scratch / 'metrics.jsonl')}"

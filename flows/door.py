@@ -1,7 +1,7 @@
-"""Who may talk to a server of ours. A page of another site must not, and without the password nobody may.
+"""Access control for the Prefect and MLflow servers: no pages of other sites, and nobody without the password.
 
-Loopback keeps other machines out, but not what a browser on this one is told to send by a page from anywhere (with
-its own name bound to 127.0.0.1, or across origins), nor other users.
+Loopback keeps other machines out. It does not keep out other users of this machine, nor requests that a page of
+another site makes a local browser send (across origins, or with a host name that resolves to 127.0.0.1).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def own_origins(port: int) -> list[str]:
-    """The origins of pages that a server at a port of loopback shows itself."""
+    """The origins of pages that a server at a port of loopback serves itself."""
     return [f"http://{name}:{port}" for name in LOOPBACK]
 
 
 class Door:
-    """An ASGI application that lets requests through to another: those for loopback's own names, from no page or from
-    a page of the same server, and, with a password, those that give it (HTTP basic authentication).
+    """An ASGI application that passes requests on to another if they name a loopback host, come from no page or from a
+    page of the same server, and carry the password if there is one (HTTP basic authentication).
 
-    port: of the server; a tunnel may end at another one. password: `user:password`, or None where the application asks
-    for it itself. open_paths: what needs no password.
+    port: of the server; a tunnel may end at another one. password: `user:password`, or None if the application checks
+    it itself. open_paths: paths that need no password.
     """
 
     def __init__(self, app: ASGIApp, *, port: int, password: str | None = None, open_paths: Collection[str] = ()):
@@ -45,15 +45,15 @@ class Door:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            status, told = refusal
+            status, text = refusal
             headers = [(b"content-type", b"text/plain; charset=utf-8")]
             if status == 401:
                 headers.append((b"www-authenticate", b'Basic realm="radlads", charset="UTF-8"'))
             await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": told.encode()})
+            await send({"type": "http.response.body", "body": text.encode()})
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Status and text of the answer to a request that stays outside."""
+        """Status and text of the response to a request that is refused; None for one that is passed on."""
         hosts = _header(scope, b"host")
         if len(hosts) != 1 or _name(hosts[0]) not in LOOPBACK:
             return 403, "this server answers to the names of loopback only\n"
@@ -74,7 +74,7 @@ def _header(scope: Scope, name: bytes) -> list[str]:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
+    """The host of a Host header, without the port."""
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdecimal() else host
 

@@ -1,4 +1,4 @@
-"""The flow `radlads-evaluate`: judge a finished model again, with other tasks, lengths or data."""
+"""The flow `radlads-evaluate`: evaluate a finished model again, with other tasks, lengths or data."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def radlads_evaluate(
     work: str | None = None,
     other_teacher: bool = False,
 ) -> dict[str, str]:
-    """Judge the models that `judged_run` made by the sections `evaluate` and `needle` of a recipe.
+    """Evaluate the models of the run `judged_run` by the sections `evaluate` and `needle` of a recipe.
 
-    recipe: by default the one that the judged run was made by. run: a name for this judgement, which has its own place;
-    nothing of the judged run is changed. other_teacher: the recipe's teacher may be another one than the models were
-    converted from; without it, that is refused. The other parameters are those of the flow `radlads`.
+    recipe: by default the recipe of `judged_run`. run: the name of this evaluation, a run of its own; the evaluated run
+    is not changed. other_teacher: allow a recipe whose teacher is not the one that the models were converted from;
+    without it, that is refused. The other parameters are those of the flow `radlads`.
     """
     asked = recipe_of_run(judged_run, overrides, store=store) if recipe is None else recipe
     with open_pipeline(

@@ -1,7 +1,7 @@
-"""A run in this process, for a person at a terminal: Ctrl-C ends it in order, and its end is said once.
+"""A run in this process, for a user at a terminal: Ctrl-C stops it cleanly, and its end is reported once.
 
-The first Ctrl-C asks the jobs for a checkpoint, the second one does without; in either case the process is gone within
-twenty seconds, whatever else hangs.
+After the first Ctrl-C the jobs save a checkpoint and stop; the second one stops them at once. In either case the
+process exits within twenty seconds, even if something hangs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOOK_SECONDS = 0.1
 
 
 def command_line(command: str, *arguments: str, options: Sequence[tuple[str, str | None]]) -> str:
-    """The same command again, quoted for a shell. options: name → value; one without a value is left out."""
+    """The command to type again, quoted for a shell. options: name → value; one without a value is left out."""
     words = ["radlads", command, *arguments]
     for name, value in options:
         if value is not None:
@@ -42,9 +42,8 @@ def command_line(command: str, *arguments: str, options: Sequence[tuple[str, str
 
 
 def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> dict[str, str]:
-    """Run a flow to its end; stage → uri of its product. again: the command that goes on with this run.
-
-    Raises UserError with the one explanation, and what helps; ends the process with 130 after Ctrl-C.
+    """Run a flow to its end; stage → uri of its product. again: the command that continues this run.
+    Raises UserError with the explanation and the remedy; ends the process with 130 after Ctrl-C.
     """
     state = end_in_foreground(flow, parameters, again, err)
     if not state.is_completed():
@@ -63,7 +62,7 @@ def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
             _start_temporary_server()
             ENDINGS.by_caller = True
             state = flow(**parameters, return_state=True)
-        except KeyboardInterrupt:  # nothing of the run was at work
+        except KeyboardInterrupt:  # no part of the run was running
             REQUEST.ask()
             state = None
         if REQUEST.asked_at is not None and (state is None or not state.is_completed()):
@@ -73,20 +72,20 @@ def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
 
 
 def failure_of(state: Any, again: str) -> UserError:
-    """Why a flow did not complete, and the command that goes on, for who called it."""
+    """Why a flow did not complete, and the command that continues it."""
     error = state.result(raise_on_failure=False)
     return UserError("\n".join([state.message or str(error), *_advice(error, again)]))
 
 
 def _advice(error: Any, again: str) -> list[str]:
-    """The command that goes on, where that helps: not where the same request would be refused again."""
+    """The command that continues the run; none if the same request would be refused again."""
     if isinstance(error, JobFailed):
-        return [f"once that is mended, to go on where it stopped: {again}"]
-    return [] if isinstance(error, UserError) else [f"to go on where it stopped: {again}"]
+        return [f"once that is fixed, to continue where it stopped: {again}"]
+    return [] if isinstance(error, UserError) else [f"to continue where it stopped: {again}"]
 
 
 class _Ending:
-    """Says once how an interrupted run ended, whoever comes first."""
+    """Reports how an interrupted run ended: once, by whichever thread comes first."""
 
     def __init__(self, again: str, err: Console) -> None:
         self._again, self._err = again, err
@@ -94,10 +93,10 @@ class _Ending:
         self._said = False
 
     def stopped(self, *, begun: bool) -> None:
-        """One line: where it stopped, and the command that goes on if there is something to go on with."""
+        """One line: where it stopped, and, if the run had begun, the command that continues it."""
         with self._lock:
             if not self._said:
-                text = f"{REQUEST.describe()}; to go on: {self._again}" if begun else "stopped before the run began"
+                text = f"{REQUEST.describe()}; to continue: {self._again}" if begun else "stopped before the run began"
                 self.say(text)
             self._said = True
 
@@ -106,14 +105,14 @@ class _Ending:
         self._err.print(hide(text), markup=False, highlight=False, soft_wrap=True)
 
     def waiting(self) -> None:
-        """Somebody at a terminal should know why nothing seems to happen."""
+        """Explain the delay to a user at a terminal."""
         if self._err.is_terminal:
             self.say("stopping as soon as the job has saved a checkpoint; Ctrl-C again: at once")
 
 
 @contextmanager
 def _interruptible(ending: _Ending) -> Iterator[None]:
-    """While the flow is at work, Ctrl-C is a request that jobs see; otherwise a KeyboardInterrupt as ever."""
+    """While the flow runs, Ctrl-C becomes a stop request for its jobs; otherwise it is a KeyboardInterrupt as usual."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
@@ -134,7 +133,7 @@ def _interruptible(ending: _Ending) -> Iterator[None]:
 
 
 class _Quiet(logging.Filter):
-    """Once a person has stopped the run, what Prefect says about that is not what they want to read."""
+    """Hides Prefect's log records about a stop that the user requested."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
@@ -142,7 +141,7 @@ class _Quiet(logging.Filter):
 
 
 def _end_in_time(ending: _Ending) -> None:
-    """Ends the process when an orderly end takes too long. The supervisors of its jobs see that, and end those."""
+    """Ends the process if a clean stop takes too long. The supervisors of its jobs notice that and end the jobs."""
     while REQUEST.asked_at is None:
         time.sleep(_LOOK_SECONDS)
     for handler in logging.getLogger("prefect").handlers:
@@ -161,10 +160,10 @@ def _end_in_time(ending: _Ending) -> None:
 
 
 def _start_temporary_server() -> None:
-    """Where no Prefect server is set, start the temporary one now, out of reach of Ctrl-C.
+    """If no Prefect server is configured, start the temporary one now, with Ctrl-C blocked.
 
-    A terminal sends that to every process in the foreground. The server would stop first, and each message to it be
-    tried again for minutes. It inherits the signals that the thread which starts it has blocked.
+    A terminal sends Ctrl-C to every foreground process. The server would stop first, and each request to it would be
+    retried for minutes. The server inherits the blocked signals of the thread that starts it.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -181,7 +180,7 @@ def _start_temporary_server() -> None:
         except (RuntimeError, OSError) as error:
             failed.append(error)
 
-    # The settings that hold here, its password among them, are the context's.
+    # The settings in force, the server's password among them, are those of the Prefect context.
     thread = threading.Thread(target=copy_context().run, args=[start], name="radlads-prefect-server", daemon=True)
     thread.start()
     while thread.is_alive():

@@ -1,4 +1,4 @@
-"""`radlads plan`: the plan of a recipe, made without the orchestrator and shown as a table."""
+"""`radlads plan`: computes the plan of a recipe without the orchestrator and prints it as a table."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _WIDEST = 160
 def plan_offline(
     recipe: Recipe, *, gpus: int | None = None, gpu_memory_gib: float | None = None, sizes_only: bool = False
 ) -> PlanReport:
-    """Run the plan job in a folder that is thrown away. Raises JobFailed with what is wrong with the recipe, JobCrashed
-    with the place of the log, which is kept then.
+    """Run the plan job in a temporary folder. Raises JobFailed with the recipe's fault; JobCrashed with the path of the
+    log, which is then kept.
 
     gpus, gpu_memory_gib: plan for a machine with these instead of this one. sizes_only: as in PlanSpec.
     """
@@ -72,7 +72,7 @@ def _active(parameters: int, report: PlanReport) -> str:
 
 @contextmanager
 def _at_least(out: Console, width: int) -> Iterator[None]:
-    """The console as wide as that: numbers cut short are worse than a line too long."""
+    """Widen the console to the table: truncated numbers are worse than long lines."""
     before, out.width = out.width, max(width, out.width)
     try:
         yield
@@ -81,7 +81,7 @@ def _at_least(out: Console, width: int) -> Iterator[None]:
 
 
 def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
-    """Teacher, student, a row a stage, and what to be warned of."""
+    """Print teacher, student, one row per stage, and warnings."""
     kept = ", ".join(str(layer) for layer in report.attention_layers) or "none"
     if report.choice is not None:
         kept = f"{report.choice.count}, chosen by {report.choice.choose} after align"

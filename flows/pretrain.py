@@ -1,4 +1,4 @@
-"""The flow `radlads-pretrain`: make a small teacher with the training loop of the conversion."""
+"""The flow `radlads-pretrain`: train a small teacher with the training loop of the conversion."""
 
 from __future__ import annotations
 

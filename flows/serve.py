@@ -1,7 +1,7 @@
 """The two servers, each behind its Door: `python -m radlads.flows.serve prefect|mlflow PORT HOME`.
 
-services.py starts them, with their settings in the environment. They are what `prefect server start` and `mlflow
-server` run, which offer no place for a look at a request's host and origin before everything else.
+services.py starts them, with their settings in the environment. They are the same applications that `prefect server
+start` and `mlflow server` run; those commands offer no way to check a request's host and origin first.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _OPEN = {"/health", "/version"}
 
 
 def prefect_app(port: int) -> Any:
-    """Prefect's server. It asks for the password itself, in its pages too."""
+    """Prefect's server. It checks the password itself, in its pages too."""
     from prefect.server.api.server import create_app
 
     return Door(create_app(final=True), port=port)
 
 
 def mlflow_app(port: int, home: Path) -> Any:
-    """MLflow's server over the database and the folder in `home`; the browser asks for the password."""
+    """MLflow's server over the database and the folder in `home`; the browser prompts for the password."""
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores
 

@@ -1,4 +1,4 @@
-"""The password of the two servers: made once, kept in a file that only this user can read."""
+"""The password of the two servers: generated once, kept in a file that only this user can read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def password_file(home: Path) -> Path:
 
 
 def read_password(home: Path) -> str | None:
-    """`user:password` of both servers; None where none was made. Raises UserError."""
+    """`user:password` of both servers; None if none was generated. Raises UserError."""
     try:
         status = password_file(home).stat()
         text = password_file(home).read_text(encoding="utf-8").strip()
@@ -27,14 +27,14 @@ def read_password(home: Path) -> str | None:
     user, _, password = text.partition(":")
     if status.st_mode & 0o077 or status.st_uid != os.geteuid() or not user or len(password) < 16:
         raise UserError(
-            f"{password_file(home)} can be read by others, or is not what was written there; delete it, and run "
+            f"{password_file(home)} can be read by other users, or was altered; delete it, and run "
             "`radlads services down` and `radlads services up`"
         )
     return text
 
 
 def make_password(home: Path) -> str:
-    """The password of both servers, made where there is none yet. Raises UserError."""
+    """The password of both servers, generated if there is none yet. Raises UserError."""
     known = read_password(home)
     if known is None:
         known = f"radlads:{secrets.token_urlsafe(24)}"

@@ -1,8 +1,8 @@
-"""The Prefect server, its worker and the MLflow server on loopback: started, watched over and stopped together.
+"""The Prefect server, its worker and the MLflow server on loopback: started, monitored and stopped together.
 
-What runs is written to `.radlads/services.json`; a process is ours only if it was started when that file says. Both
-servers ask for the password in `.radlads/services-password`, which only this user can read; it goes to child processes
-in their environment, and never onto a command line or into a log.
+The running processes are listed in `.radlads/services.json`; a process counts as one of them only if its start time is
+the one in that file. Both servers require the password in `.radlads/services-password`, which only this user can read;
+child processes get it in their environment, never on a command line, and it is never logged.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Eleven processes and 2 GB otherwise, for a feature that is not used here.
+    # Otherwise it starts eleven processes that take 2 GB, for a feature that is not used here.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
 
 
 @dataclass(frozen=True)
 class Service:
-    """One background process. url: where it answers; None for the worker. started: its creation time, which tells it
-    from another process that got its number."""
+    """One background process. url: its address; None for the worker. started: its creation time, which distinguishes it
+    from a later process with the same pid."""
 
     name: str
     pid: int
@@ -55,10 +55,10 @@ class Service:
     url: str | None
     log: str
     guarded: bool = False
-    """It asks for the password. What an older release started does not."""
+    """Whether it requires the password. Servers started by an older release do not."""
 
     def is_alive(self) -> bool:
-        """Whether the very process runs."""
+        """Whether this process, and not a later one with its pid, runs."""
         try:
             process = psutil.Process(self.pid)
             same = abs(float(process.create_time()) - self.started) < 1
@@ -68,7 +68,7 @@ class Service:
 
 
 def services_up(home: Path, *, wait_seconds: float = _START_SECONDS) -> dict[str, Service]:
-    """Start what does not run yet, wait until it answers, and make work pool and limits. Raises UserError."""
+    """Start the services that do not run yet, wait until they answer, create work pool and limits. Raises UserError."""
     with file_errors(f"the folder {home}"):
         home.mkdir(parents=True, exist_ok=True)
     password = make_password(home)
@@ -81,10 +81,10 @@ def services_up(home: Path, *, wait_seconds: float = _START_SECONDS) -> dict[str
             _write(home, running)
     for name in ("prefect", "mlflow"):
         _wait_until_healthy(running[name], wait_seconds)
-    for stale in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):  # of services that the shell knew before
+    for stale in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):  # may point at earlier services
         os.environ.pop(stale, None)
     use_services(home)
-    from radlads.deployments.bootstrap import WORK_POOL, bootstrap  # reads the server's address as it is imported
+    from radlads.deployments.bootstrap import WORK_POOL, bootstrap  # reads the server's address on import
     from radlads.flows.common import orchestrator
 
     with orchestrator():
@@ -99,7 +99,7 @@ def services_up(home: Path, *, wait_seconds: float = _START_SECONDS) -> dict[str
 
 
 def services_down(home: Path) -> list[str]:
-    """Stop what runs, the worker first so that it can hand back its runs; the names of what was stopped."""
+    """Stop the running services, the worker first so that it can hand back its runs; returns their names."""
     running = read_services(home)
     stopped: list[str] = [name for name in ("worker", "mlflow", "prefect") if name in running]
     for name in stopped:
@@ -109,7 +109,7 @@ def services_down(home: Path) -> list[str]:
 
 
 def read_services(home: Path) -> dict[str, Service]:
-    """What was started from here and still runs."""
+    """The services that were started with this folder and still run."""
     try:
         known = json.loads(_state_file(home).read_text(encoding="utf-8"))
         services = {str(name): _service(fields) for name, fields in known.items()}
@@ -118,8 +118,8 @@ def read_services(home: Path) -> dict[str, Service]:
     except OSError as error:
         raise UserError(f"cannot read {_state_file(home)}: {error.strerror}; is it another user's?") from None
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        raise UserError(f"{_state_file(home)} is not what `radlads services up` wrote; delete it, and end by hand "
-                        "what still runs") from None  # fmt: skip
+        raise UserError(f"{_state_file(home)} was altered after `radlads services up` wrote it; delete it, and end "
+                        "by hand the services that still run") from None  # fmt: skip
     return {name: service for name, service in services.items() if service.is_alive()}
 
 
@@ -148,8 +148,8 @@ def service_settings(running: Mapping[str, Service], password: str | None) -> di
 
 
 def use_services(home: Path) -> None:
-    """Point this process at the services that run; before Prefect is imported. What the user set already stays, and
-    the password goes to no server but ours."""
+    """Point this process at the running services; call it before Prefect is imported. Variables that the user has set
+    stay, and the password is sent to no server but these."""
     _bypass_proxies(os.environ)
     running = read_services(home)
     settings = service_settings(running, read_password(home) if running else None)
@@ -159,13 +159,13 @@ def use_services(home: Path) -> None:
         os.environ.setdefault(key, value)
     learn(os.environ)
     take_credentials(settings.get("RADLADS_TRACKING", ""))
-    # Without a server, Prefect starts one for the length of a run; a busy machine takes its time over that.
+    # Without a server, Prefect starts one for the duration of a run, which can be slow on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 
 def shell_settings(home: Path) -> list[str]:
-    """Lines for a shell that point `prefect`, and `radlads` started elsewhere, at the services. Raises UserError where
-    they do not run."""
+    """Shell lines that point `prefect`, and `radlads` in another folder, at the services. Raises UserError if they do
+    not run."""
     running = read_services(home)
     if "prefect" not in running or "mlflow" not in running:
         raise UserError("the services do not run; start them with: radlads services up")
@@ -185,7 +185,7 @@ def _start_server(home: Path, name: str) -> Service:
             "PREFECT_SERVER_API_HOST": HOST,
             "PREFECT_SERVER_API_PORT": str(port),
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
-            "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # the page asks port 4200 otherwise, whatever the server's is
+            "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # the page would call port 4200 otherwise
         }
     else:
         private_folder(home / "mlflow-artifacts")
@@ -203,11 +203,10 @@ def _start_server(home: Path, name: str) -> Service:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """What every service gets: the user's environment, a Prefect database of our own, places that do not depend on
-    the working directory."""
+    """The environment of every service: the user's, a separate Prefect database, absolute paths."""
     other_servers = ("PREFECT_API_", "PREFECT_SERVER_", "MLFLOW_SERVER_", "MLFLOW_TRACKING_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(other_servers)}
-    # Safe path: whatever lies in the working directory must not shadow a module.
+    # Safe path: files in the working directory must not shadow a module.
     env |= {**_QUIET, "PREFECT_HOME": str(home / "prefect"), "RADLADS_HOME": str(home), "PYTHONSAFEPATH": "1"}
     _bypass_proxies(env)
     return env
@@ -234,15 +233,15 @@ def _start(home: Path, name: str, command: list[str], url: str | None, env: dict
             stderr=stream,
             start_new_session=True,
             preexec_fn=_hear_interrupts,
-            umask=-1 if url is None else 0o077,  # what the worker makes may be shared, as the user's own umask says
+            umask=-1 if url is None else 0o077,  # the worker's files follow the user's umask
         )
     started = psutil.Process(process.pid).create_time()
     return Service(name=name, pid=process.pid, started=started, url=url, log=str(log), guarded=True)
 
 
 def _hear_interrupts() -> None:
-    """Started from a shell script's background, a process ignores SIGINT, and Prefect's worker, which stops itself by
-    that signal, cannot be stopped any more."""
+    """Restore SIGINT's default action. A process started in the background of a shell script ignores SIGINT, and
+    Prefect's worker stops itself by that signal."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -250,7 +249,7 @@ def _wait_until_healthy(service: Service, seconds: float) -> None:
     end = time.monotonic() + seconds
     while True:
         healthy = is_healthy(service)
-        if not service.is_alive():  # asked second: another server may answer at a port that ours did not get
+        if not service.is_alive():  # checked after the answer, which may come from another server on the port
             raise UserError(f"{service.name} did not start; its log is {service.log}:\n{_log_end(service)}")
         if healthy:
             return
@@ -279,8 +278,8 @@ def _stop(service: Service) -> None:
             continue
 
 
-def _free_port(wanted: int) -> int:
-    for port in (*range(wanted, wanted + 10), 0):
+def _free_port(preferred: int) -> int:
+    for port in (*range(preferred, preferred + 10), 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

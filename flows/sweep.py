@@ -1,4 +1,4 @@
-"""The flow `radlads-sweep`: the members of a grid as runs that share what they ask for alike, and a table of them."""
+"""The flow `radlads-sweep`: the members of a grid as runs that share equal products, and a table of the results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from radlads.tasks.sweep.tracked import TrackedSweep
 _log = logging.getLogger("prefect.radlads")
 
 
-class SweepFailed(Exception):  # noqa: N818 - named after how it ended, as a job's endings are
+class SweepFailed(Exception):  # noqa: N818 - a final state, named as those of jobs are
     """Some members failed. failures: member → why, one line."""
 
     def __init__(self, failures: Mapping[str, str], members: int) -> None:
@@ -50,8 +50,8 @@ class SweepFailed(Exception):  # noqa: N818 - named after how it ended, as a job
 
 @dataclass
 class _Sweep:
-    """What the steps of a sweep share. places: arguments that each member's flow gets. begun: members that were
-    started now. failures: member → why, one line."""
+    """State shared by the steps of a sweep. places: arguments of each member's flow. begun: members started by this
+    call. failures: member → reason, one line."""
 
     name: str
     recipe: str
@@ -67,26 +67,26 @@ class _Sweep:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be started."""
+        """Whether no more members are to be started."""
         return self.stop_on_failure and bool(self.failures)
 
     @property
     def waiting(self) -> list[Member]:
-        """Those that have not failed yet."""
+        """The members that have not failed."""
         return [member for member in self.members if member.name not in self.failures]
 
     def begin(self, member: Member) -> None:
-        """Note that a member's run starts."""
+        """Record that a member's run starts."""
         self.begun.add(member.name)
         self.tracked.begin(member)
 
     def fail(self, member: Member, reason: str) -> None:
-        """Note why a member's run ended."""
+        """Record why a member's run failed."""
         self.failures[member.name] = hide(reason)
         _log.warning("%s failed: %s", member.name, hide(reason))
 
     def parameters(self, member: Member) -> dict[str, Any]:
-        """Of the member's flow."""
+        """Parameters of the member's flow."""
         return {"recipe": self.recipe, "run": member.name, "overrides": member.overrides or None, **self.places}
 
 
@@ -105,9 +105,9 @@ def radlads_sweep(
 ) -> Any:
     """Run every member of a grid, one after the other here, or all at once as runs of the deployment `full`.
 
-    sweep: its name; each run's name starts with it, and the same name goes on. grid: dotted key → values. overrides:
-    for all members. stop_on_failure: start nothing more once a member failed. The others as of the flow `radlads`.
-    Returns member → how it ended ("done"); a failed state with SweepFailed where some failed.
+    sweep: its name; each run's name starts with it, and the same name continues the sweep. grid: dotted key → values.
+    overrides: for all members. stop_on_failure: start no more members once one has failed. The others as of the flow
+    `radlads`. Returns member → how it ended ("done"); a failed state with SweepFailed where some failed.
     """
     refuse_credentials(store=store, tracking=tracking)
     members = make_members(recipe, grid, overrides or {}, check_run_name(sweep), most=None)
@@ -131,7 +131,7 @@ def radlads_sweep(
 
 
 def _run(sweep: _Sweep, run_members: Callable[[_Sweep], None]) -> Any:
-    """Announce, run, and put the table together however that ended."""
+    """Announce and run the members; the table is written even if that fails."""
     ending: Ending = "FAILED"
     try:
         _announce(sweep)
@@ -154,8 +154,8 @@ def _run(sweep: _Sweep, run_members: Callable[[_Sweep], None]) -> Any:
 
 
 def _announce(sweep: _Sweep) -> None:
-    """Make every member's plan, and log what the whole sweep is about to do. A recipe that its plan refuses fails here,
-    before anything is launched for the others."""
+    """Make every member's plan, and log what the whole sweep will do. A recipe that its plan rejects fails here, before
+    a job of any other member is launched."""
     found: dict[str, list[Outlook]] = {}
     for member in sweep.members:
         REQUEST.check()
@@ -164,14 +164,14 @@ def _announce(sweep: _Sweep) -> None:
         except UserError as error:
             sweep.fail(member, first_line(error))
         except (StoreError, JobCrashed) as error:
-            _log.warning("%s is not planned yet and tried again in its turn: %s", member.name, first_line(error))
+            _log.warning("planning %s failed, it is planned again when it runs: %s", member.name, first_line(error))
     for line in describe_sweep(found) if found else []:
         _log.info("%s", line)
 
 
 def _outlook(sweep: _Sweep, member: Member) -> list[Outlook]:
-    """What is going to happen to a member's stages, by its plan, which is made if it is not there. MLflow hears of the
-    plan when the member runs."""
+    """Which of a member's stages will run and which are reused, by its plan, which is made if it does not exist. The
+    plan is sent to MLflow when the member runs."""
     asked: dict[str, Any] = {"overrides": member.overrides, "run": member.name, **sweep.places, "tracking": "none"}
     with open_pipeline(sweep.recipe, run_id=member.name, **asked) as pipeline:
         plan = PlainRunner(pipeline).plan(pipeline.recipe)
@@ -203,7 +203,7 @@ def _in_turn(sweep: _Sweep) -> None:
 
 
 def _deployed(sweep: _Sweep) -> None:
-    """Its store is named in full: the worker has a working directory of its own."""
+    """Parameters with the store's full address: the worker has another working directory."""
     sweep.places["store"] = sweep.settings.store.uri
     asked = {member.name: sweep.parameters(member) for member in sweep.waiting}
     members = {member.name: member for member in sweep.members}

@@ -1,4 +1,4 @@
-"""The members of a sweep as runs of a deployment: submitted all at once through Prefect's API, and waited for."""
+"""The members of a sweep as runs of a deployment: all submitted at once through Prefect's API, then awaited."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PAGE = 200
 
 
 def check_deployment(flow: str) -> UUID:
-    """The id of the flow's deployment. Raises UserError where there is no server, or nothing is deployed on it."""
+    """The id of the flow's deployment. Raises UserError if there is no server, or no such deployment on it."""
     if not PREFECT_API_URL.value():
         raise UserError("--deployments needs a Prefect server with a worker: start them with `radlads services up`")
     with get_client(sync_client=True) as client:
@@ -34,24 +34,24 @@ def check_deployment(flow: str) -> UUID:
 
 def run_deployed(
     flow: str,
-    asked: Mapping[str, Mapping[str, Any]],
+    parameters_of: Mapping[str, Mapping[str, Any]],
     begun: Callable[[str], None],
     ended: Callable[[str, State[Any]], bool],
     *,
     sweep: str,
 ) -> None:
-    """Run a deployment once for each of some names, all at once, and wait for all of them.
+    """Run a deployment once for each name, all at once, and wait for all of them.
 
-    asked: name → parameters. begun: called with a name once its run has started. ended: called with its final state;
-    says whether all others are to be stopped. A run of that name and sweep that is still at work is waited for instead
-    of started again. Once a person stops the sweep all are cancelled. Raises RunStopped, UserError.
+    parameters_of: name → parameters. begun: called with a name once its run has started. ended: called with its final
+    state; returns whether all others are to be stopped. If a run of that name and sweep is still running, it is awaited
+    instead of started again. If the user stops the sweep, all are cancelled. Raises RunStopped, UserError.
     """
     with get_client(sync_client=True) as client:
         deployment = _deployment_id(client, flow)
         tag = f"sweep:{sweep}"
         waiting = _at_work(client, deployment, tag)
-        waiting = {name: run for name, run in waiting.items() if name in asked}
-        for name, parameters in asked.items():
+        waiting = {name: run for name, run in waiting.items() if name in parameters_of}
+        for name, parameters in parameters_of.items():
             if name not in waiting:
                 run = client.create_flow_run_from_deployment(
                     deployment, parameters=dict(parameters), name=name, tags=[tag]
@@ -75,13 +75,13 @@ def _deployment_id(client: SyncPrefectClient, flow: str) -> UUID:
 
 
 def _at_work(client: SyncPrefectClient, deployment: UUID, tag: str) -> dict[str, UUID]:
-    """Name → flow run of what an earlier call submitted and did not see end."""
-    wanted = FlowRunFilter(
+    """Name → flow run that an earlier call submitted and that has not ended."""
+    run_filter = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment]), tags=FlowRunFilterTags(all_=[tag])
     )
     at_work: dict[str, UUID] = {}
     seen = 0
-    while page := client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE, offset=seen):
+    while page := client.read_flow_runs(flow_run_filter=run_filter, limit=_PAGE, offset=seen):
         seen += len(page)
         at_work |= {run.name: run.id for run in page if run.state is None or not run.state.is_final()}
     return at_work
@@ -93,7 +93,7 @@ def _wait(
     begun: Callable[[str], None],
     ended: Callable[[str, State[Any]], bool],
 ) -> None:
-    """Until all have ended; who has is taken out of `waiting`."""
+    """Return when all have ended; those that have are removed from `waiting`."""
     started: set[str] = set()
     while waiting:
         for name, flow_run_id in list(waiting.items()):
@@ -116,7 +116,7 @@ def _wait(
 
 
 def _cancel(client: SyncPrefectClient, waiting: Mapping[str, UUID]) -> None:
-    """Have the worker stop what runs and drop what does not yet, and wait for that, though not for long."""
+    """Have the worker stop the running runs and drop the pending ones, and wait a limited time for that."""
     try:
         for flow_run_id in waiting.values():
             state = client.read_flow_run(flow_run_id).state

@@ -1,7 +1,7 @@
-"""What a run is about to do, said before it does it: which stages are reused, continued or new, and what that costs.
+"""The announcement at the start of a run: which stages are reused, continued or new, and their estimated cost.
 
-Digests of later stages follow from their specs and the digests of their inputs, so the graph itself, run by a runner
-that only looks into the store, says all of it.
+The digest of a stage follows from its spec and the digests of its inputs. So the graph can be run by a runner that only
+reads the store, which yields every digest.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is going to happen to a stage. made: the manifest of what is reused. step, steps: where it continues.
-    seconds, gpu_hours, dollars: what it still takes by the plan; None where the plan does not know. product: its key in
-    the store, which other runs may ask for as well."""
+    """How a run will handle one stage. made: the manifest of a reused product. step, steps: where a stage continues.
+    seconds, gpu_hours, dollars: the remaining cost by the plan; None if the plan has no estimate. product: its key in
+    the store, which other runs may share."""
 
     label: str
     what: Literal["reused", "continued", "new"]
@@ -55,19 +55,19 @@ class Outlook:
 
 
 def run_announced(pipeline: Pipeline, runner: Runner, graph: Callable[[Runner], _Made]) -> _Made:
-    """Run a graph; once its plan is made, and before anything else is launched, log what is going to happen."""
+    """Run a graph; after its plan is made, and before any other stage is launched, log the announcement."""
     return graph(_Announcing(pipeline, runner, graph))
 
 
 def outlook(pipeline: Pipeline, plan: Plan, graph: Callable[[Runner], object]) -> list[Outlook]:
-    """What is going to happen to each stage of a graph, in order. Launches and writes nothing. Raises StoreError."""
+    """The outlook of each stage of a graph, in order. Launches and writes nothing. Raises StoreError."""
     looking = _Looking(pipeline, plan)
     graph(looking)
     return looking.found
 
 
 def describe(found: list[Outlook]) -> list[str]:
-    """A line a stage, and one for all of them."""
+    """One line per stage, and one for the total."""
     cost = cost_of(found)
     return [*map(str, found), f"in all: {counts_of(found)}{f'; about {cost} to go' if cost else ''}"]
 
@@ -79,13 +79,13 @@ def counts_of(found: Iterable[Outlook]) -> str:
 
 
 def cost_of(found: Sequence[Outlook]) -> str:
-    """What some stages take together, as far as the plan knows; "" where it knows nothing."""
+    """The total cost of some stages, as far as the plan has estimates; "" if it has none."""
     totals = [[getattr(one, name) for one in found] for name in ("seconds", "gpu_hours", "dollars")]
     return _cost(*(sum(value for value in values if value is not None) or None for values in totals))
 
 
 class _Announcing:
-    """A `Runner` that announces what another one is going to do."""
+    """A `Runner` that logs the announcement, then passes each stage to another runner."""
 
     def __init__(self, pipeline: Pipeline, runner: Runner, graph: Callable[[Runner], object]) -> None:
         self._pipeline, self._runner, self._graph = pipeline, runner, graph
@@ -107,20 +107,20 @@ class _Announcing:
 
 
 class _Looking:
-    """A `Runner` that makes nothing: it takes digests and looks what the store has of them."""
+    """A `Runner` that runs no jobs: it computes digests and looks them up in the store."""
 
     def __init__(self, pipeline: Pipeline, plan: Plan) -> None:
         self._pipeline, self._plan = pipeline, plan
         self.found: list[Outlook] = []
 
     def plan(self, recipe: Recipe) -> Plan:
-        """The plan, which is made already."""
+        """The existing plan."""
         if self._plan.product.reused:
             self.found.append(Outlook(PLAN.name, "reused", made=self._plan.product.manifest))
         return self._plan
 
     def run(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None) -> Product:
-        """The product that there is, or one with the digest that there will be."""
+        """The existing product, or a placeholder with the digest that it will have."""
         request, store = self._pipeline.request(stage, spec, inputs), self._pipeline.store
         manifest = store.read_manifest(request.key)
         if manifest is not None:
@@ -132,7 +132,7 @@ class _Looking:
         return Product(uri=store.join(request.key), manifest=manifest, reused=True)
 
     def submit(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product]) -> Done:
-        """As run."""
+        """As run, wrapped as a stage that has ended."""
         return Done(self.run(stage, spec, inputs))
 
 
@@ -158,13 +158,13 @@ def _share(cost: object, left: float) -> float | None:
 
 
 def _newest(store: Store, key: str) -> int:
-    """The step of the newest checkpoint; 0 without any."""
+    """The step of the newest checkpoint; 0 if there is none."""
     found = (_STEP.search(place) for place in store.list(f"{key}/checkpoints"))
     return max((int(match.group(1)) for match in found if match), default=0)
 
 
 def _expected(stage: str, digest: str) -> Manifest:
-    """Stands for a product that is not made yet: later stages ask for its digest only."""
+    """A placeholder for a product that does not exist yet: later stages use its digest only."""
     code = CodeVersion(sha=None, versions={})
     return Manifest(stage=stage, digest=digest, spec={}, files=(), code=code, created_at=datetime.now(UTC))
 

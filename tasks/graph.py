@@ -1,7 +1,7 @@
-"""Which stage reads which product: a whole conversion, judging one again, and making a teacher.
+"""Which stage reads which product: for a conversion, for the evaluation of a finished run, and for a new teacher.
 
-The one place that says so. How a stage is run is its runner's business: as a Prefect task (stage_tasks.py), or plainly
-in this process (plain_runner.py).
+The dependencies are defined here only. A runner executes the stages: as Prefect tasks (stage_tasks.py), or in this
+process (plain_runner.py).
 """
 
 from __future__ import annotations
@@ -44,26 +44,25 @@ class Pending(Protocol):
     """A stage that was started."""
 
     def result(self) -> Product:
-        """Its product, once it has ended. Raises what the stage raised."""
+        """Wait for its end and return its product. Raises what the stage raised."""
 
 
 class Runner(Protocol):
-    """What runs the stages of a graph. Each method raises what run_stage raises."""
+    """Runs the stages of a graph. Each method raises what run_stage raises."""
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Run the stage `plan` and read its report, which what follows is pinned to."""
+        """Run the stage `plan` and read its report, which pins the inputs of later stages."""
 
     def run(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None) -> Product:
-        """The product of a stage, made or found. label: what people call it, where a stage runs more often."""
+        """The product of a stage, new or reused. label: its display name, for a stage that a run has several times."""
 
     def submit(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product]) -> Pending:
-        """Start a stage that does not wait for its siblings, nor they for it."""
+        """Start a stage that runs in parallel with its siblings."""
 
 
 def convert(recipe: Recipe, runner: Runner) -> dict[str, Product]:
-    """From a teacher to a judged, exported student: stage (or `<dataset> data`) → product, in order.
-
-    Stages that the recipe does not have are left out. Raises UserError for a recipe that makes a teacher.
+    """From a teacher to an evaluated, exported student: stage (or `<dataset> data`) → product, in order. Stages that
+    are not in the recipe are skipped. Raises UserError for a recipe that makes a teacher.
     """
     plan = runner.plan(recipe)
     planned_teacher(plan.report)
@@ -80,10 +79,10 @@ def convert(recipe: Recipe, runner: Runner) -> dict[str, Product]:
 def judge(
     recipe: Recipe, runner: Runner, students: Mapping[str, Product], *, other_teacher: bool = False
 ) -> dict[str, Product]:
-    """Judge models that are there already by the recipe's judging sections: stage → product.
+    """Evaluate existing models by the recipe's sections `evaluate` and `needle`: stage → product.
 
-    students: stage → its model, in order. other_teacher: they may have been made from another one than the recipe's.
-    Raises UserError where they were and that is not meant.
+    students: stage → its model, in order. other_teacher: allow models made from a teacher other than the recipe's;
+    without it, UserError is raised for them.
     """
     plan = runner.plan(recipe)
     check_students(plan.report, students, other_teacher=other_teacher)
@@ -93,8 +92,8 @@ def judge(
 
 
 def pretrain(recipe: Recipe, runner: Runner) -> dict[str, Product]:
-    """Make a small teacher from nothing: stage (or `<dataset> data`) → product. Raises UserError for a recipe that
-    converts one."""
+    """Train a small teacher from random weights: stage (or `<dataset> data`) → product. Raises UserError for a recipe
+    that converts one."""
     if recipe.pretrain is None:
         raise UserError(f"the recipe '{recipe.name}' has no section `pretrain`; run it with the flow radlads")
     plan = runner.plan(recipe)
@@ -105,20 +104,20 @@ def pretrain(recipe: Recipe, runner: Runner) -> dict[str, Product]:
 
 
 def newest(students: Mapping[str, Product]) -> Product:
-    """The last of the models: what the next stage goes on from, and what is judged and exported."""
+    """The last of the models: the next stage starts from it, and it is evaluated and exported."""
     return students[list(students)[-1]]
 
 
 def check_students(report: PlanReport, students: Mapping[str, Product], *, other_teacher: bool) -> None:
-    """Raises UserError where models of another run were made from another teacher than the plan's, unless that is
-    meant. The jobs look again, into the models themselves."""
+    """Raises UserError if models of another run were made from a teacher other than the plan's, unless that is allowed.
+    The jobs check again, in the models themselves."""
     teacher = planned_teacher(report)
     for stage, product in students.items():
         made_from = product.manifest.spec.get("teacher")
         if other_teacher or made_from is None:
             continue
         if product.manifest.schema_version != SCHEMA_VERSION:
-            raise UserError(f"{older_schema(product.uri, product.manifest)}; or judge it with --other-teacher")
+            raise UserError(f"{older_schema(product.uri, product.manifest)}; or evaluate it with --other-teacher")
         if made_from["fingerprint"] != teacher.fingerprint:
             raise UserError(foreign_teacher(stage, made_from["fingerprint"], teacher.fingerprint))
 
@@ -159,8 +158,9 @@ def _judge(
     *,
     other_teacher: bool = False,
 ) -> dict[str, Product]:
-    """The judging stages side by side. evaluate reads every model, to show what each stage brought; needle the newest
-    and, where training without the teacher came last, what it was before, since that can lose recall alone."""
+    """The stages evaluate and needle, in parallel. evaluate reads every model, to show the effect of each stage. needle
+    reads the newest model and, if the last training had no teacher, the model before that: such training can lose
+    recall."""
     started: dict[str, Pending] = {}
     student = {"student": newest(students)}
     if recipe.evaluate is not None:
@@ -179,7 +179,7 @@ def _judge(
 def _publish(
     recipe: Recipe, runner: Runner, plan: Plan, data: Mapping[str, Product], made: Mapping[str, Product]
 ) -> dict[str, Product]:
-    """All products, the report and the exported folder made of them among them."""
+    """All products, including the report and the exported folder that are made from them."""
     datasets = {f"{name} data": product for name, product in data.items()}
     products = {PLAN.name: plan.product, **datasets, **made}
     spec = PublishSpec(section=recipe.publish, recipe=recipe)

@@ -1,7 +1,7 @@
-"""Brings MLflow up to date with what the store holds of a run: the products, and the record of every job.
+"""Brings MLflow up to date with a run in the store: its products, and the record of every job.
 
-MLflow is a mirror and may have been away for any length of time. What it lacks is found by asking it, so doing this
-again adds nothing.
+MLflow is a mirror and may have been unreachable for any length of time. Its missing entries are determined by querying
+it, so a repeated update adds nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KeptStage:
-    """What the store holds of a product that was begun. manifest: None while nothing is committed. run: that had it
-    made."""
+    """The state of a product in the store, once its job has begun. manifest: None until it is committed. run: the run
+    that made it."""
 
     key: str
     run: str
@@ -57,21 +57,21 @@ class KeptStage:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Its display name."""
         return f"{self.stage} {self.spec['name']}" if self.stage == TOKENIZE.name else self.stage
 
     @property
     def ending(self) -> Ending | None:
-        """As MLflow says it; None while it may be running."""
+        """The status as MLflow names it; None while it may be running."""
         if self.manifest is not None:
             return "FINISHED"
         return None if self.reason is None else "KILLED" if self.reason == "preempted" else "FAILED"
 
 
 def sync_run(store: Store, uri: str, run: str) -> list[str]:
-    """Send MLflow whatever it lacks of a run; the labels of the stages, in their order.
+    """Send MLflow everything that it lacks of a run; returns the labels of the stages, in order.
 
-    uri: MLflow's. Raises UserError where the store has no such run or MLflow cannot be brought up to date.
+    uri: MLflow's. Raises UserError if the store has no such run or MLflow cannot be updated.
     """
     check_layout(store)
     kept = list(kept_stages(store, run))
@@ -89,8 +89,8 @@ def sync_run(store: Store, uri: str, run: str) -> list[str]:
 
 
 def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str) -> bool:
-    """Send MLflow whatever it lacks of one stage of a run; whether it has all of it now. What another run made is a
-    link to where its numbers are."""
+    """Send MLflow everything that it lacks of one stage of a run; returns whether it is complete now. For a product of
+    another run a link to that run's numbers is shown."""
     if kept.run != run:
         return kept.manifest is None or link_product(parent, kept.label, store.join(kept.key), kept.manifest)
     ref = open_stage_run(parent, kept.label, kept.digest, params=stage_params(kept.spec), running=False)
@@ -107,7 +107,7 @@ def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str) -
 
 
 def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:
-    """What the store holds of all that a run points at, stage after stage."""
+    """The state of every product that a run points at, in the order of the stages."""
     order = list(STAGES)
     pointers = sorted(read_pointers(store, run).items(), key=lambda item: (order.index(item[1].stage), item[0]))
     for _, pointer in pointers:
@@ -117,12 +117,12 @@ def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:
 
 
 def kept_stage(store: Store, key: str) -> KeptStage | None:
-    """What the store holds at a product's place; None where nothing was begun."""
+    """The state of a product in the store; None if no job has begun it."""
     manifest = store.read_manifest(key)
     data = store.get_bytes(f"{key}/job/job.json")
     begun: JobSpec | Manifest | None = manifest
     if begun is None and data is not None:
-        with suppress(ValidationError):  # of another version of the project, and it made nothing
+        with suppress(ValidationError):  # a job.json of another version without a product
             begun = JobSpec.model_validate_json(data)
     if begun is None:
         return None
@@ -139,7 +139,8 @@ def kept_stage(store: Store, key: str) -> KeptStage | None:
 
 
 def _ending(kept: list[KeptStage]) -> Ending | None:
-    """How a run ended, as far as its stages tell: one that publishes, or only judges, is finished with that."""
+    """How a run ended, inferred from its stages: it is finished once it has published, or evaluated if it only does
+    that."""
     made = {one.stage for one in kept if one.manifest is not None}
     whole = len(made) == len({one.stage for one in kept})
     judged = made.isdisjoint(MODEL_STAGES) and not made.isdisjoint(JUDGING_STAGES)
@@ -149,12 +150,12 @@ def _ending(kept: list[KeptStage]) -> Ending | None:
 
 
 def recipe_params(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe asks for, as far as it differs from the defaults."""
+    """The values of a recipe that differ from the defaults."""
     return recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
 
 
 def stage_params(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage was asked for, as MLflow shows it. Which files a pin is of stands in the manifest."""
+    """A stage's spec, as shown in MLflow. The files of a pin are listed in the manifest only."""
     pins = {
         name: {key: value for key, value in pin.items() if key != "files"} for name, pin in spec.get("pins", {}).items()
     }
@@ -169,7 +170,7 @@ def _recipe(store: Store, run: str) -> tuple[str, dict[str, Any]]:
     raw = read_yaml(data, where=f"recipe.yaml of '{run}'")
     try:
         recipe = parse_recipe(raw, where=f"recipe.yaml of '{run}'")
-    except UserError as error:  # of another version of the project; its name is all that is needed
+    except UserError as error:  # of another version of the project; only its name is needed
         _log.warning("the parameters of '%s' are not sent to MLflow: %s", run, error)
         return str(raw.get("name") if isinstance(raw, dict) else run), {}
     return recipe.name, recipe_params(recipe)

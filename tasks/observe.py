@@ -1,4 +1,4 @@
-"""What a person sees of a run in Prefect: progress, tables, pictures, links. Never worth failing a run for."""
+"""What Prefect's pages show of a run: progress, tables, pictures, links. Their failure never fails a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UPDATE_SECONDS = 2.0
 
 
 class ProgressView:
-    """A progress bar in Prefect's page, and a line in the log now and then."""
+    """A progress bar in Prefect's page, and a log line at intervals."""
 
     def __init__(self, run: str, label: str) -> None:
         self._key, self._label = artifact_key(run, label, "progress"), label
@@ -47,16 +47,16 @@ class ProgressView:
         if now - self._shown_at < _UPDATE_SECONDS and share < 1.0:
             return
         self._shown_at = now
-        told = describe(progress)
+        text = describe(progress)
         if int(share * 10) != self._logged_tenth:
             self._logged_tenth = int(share * 10)
-            _log.info("%s: %s", self._label, told)
+            _log.info("%s: %s", self._label, text)
         with _best_effort():
             if self._artifact is None:
-                made = create_progress_artifact(progress=100 * share, key=self._key, description=told)
+                made = create_progress_artifact(progress=100 * share, key=self._key, description=text)
                 self._artifact = UUID(str(made))
             else:
-                update_progress_artifact(artifact_id=self._artifact, progress=100 * share, description=told)
+                update_progress_artifact(artifact_id=self._artifact, progress=100 * share, description=text)
 
 
 def describe(progress: Progress) -> str:
@@ -79,7 +79,7 @@ def show_markdown(run: str, label: str, text: str, description: str) -> None:
 
 
 def show_picture(run: str, label: str, png: bytes, description: str) -> None:
-    """A picture in Prefect's page; it travels inside the link, so that no server has to offer it."""
+    """A picture in Prefect's page; the link contains its data, so that no server has to provide it."""
     with _best_effort():
         link = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         create_image_artifact(image_url=link, key=artifact_key(run, label), description=description)
@@ -94,10 +94,10 @@ def show_link(run: str, label: str, url: str | None, text: str) -> None:
 
 @contextmanager
 def gpu_slot(limit: str, launcher: Launcher, resources: JobResources, purpose: str) -> Iterator[None]:
-    """Wait for the GPUs that a job computes on and have them to itself; nothing to wait for on a CPU.
+    """Wait for exclusive use of the GPUs that a job computes on; does nothing for a job on the CPU.
 
-    Prefect's limit is for all runs of a server; it is leased, and comes back by itself when its holder dies, but one
-    that does not exist limits nothing. The launcher's own lock holds with and without a server.
+    Prefect's limit covers all runs of a server. It is leased, so it is released when its holder dies; a limit that was
+    not created has no effect. The launcher's own lock works with and without a server.
     """
     if resources.device == "cpu":
         yield
@@ -107,7 +107,7 @@ def gpu_slot(limit: str, launcher: Launcher, resources: JobResources, purpose: s
 
 
 def artifact_key(*parts: str) -> str:
-    """A key as Prefect wants it: lower case letters, digits and dashes."""
+    """A key that Prefect accepts: lower case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
@@ -116,4 +116,4 @@ def _best_effort() -> Iterator[None]:
     try:
         yield
     except (PrefectException, httpx.HTTPError, OSError, ValueError) as error:
-        _log.warning("Prefect did not take an artifact: %s", error)
+        _log.warning("Prefect did not accept an artifact: %s", error)

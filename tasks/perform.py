@@ -1,4 +1,4 @@
-"""A stage as people follow it: run_stage with its MLflow run, its progress, and its turn on the GPUs."""
+"""run_stage with an MLflow run, reported progress, and exclusive use of the GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from radlads.tasks.stage import Product, StageRequest, run_stage
 def perform(
     pipeline: Pipeline, stage: Stage, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None
 ) -> Product:
-    """Run a stage of the pipeline inside a Prefect task. label: what people call it, where the stage runs more often.
+    """Run a stage of the pipeline inside a Prefect task. label: its display name, for a stage that a run has several
+    times.
 
     Raises what run_stage raises.
     """
@@ -60,13 +61,13 @@ def perform(
 
 
 def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | None) -> None:
-    """Bring MLflow up to date with what the store has of a stage. How it ended is for the store to say, and not what
-    this process went through: another one may have made the product. failed: the run to close where it is silent."""
+    """Bring MLflow up to date with a stage in the store. The store determines how the stage ended, not this process:
+    another one may have made the product. failed: the MLflow run to close if the store has no ending."""
     if not pipeline.settings.tracking or pipeline.is_lost:
         return
     parent = pipeline.tracked()
     kept = None
-    with suppress(StoreError, OSError):  # of the store, which the job's own end tells of
+    with suppress(StoreError, OSError):  # a fault of the store is reported by the job itself
         kept = kept_stage(pipeline.store, request.key)
     if parent is not None and kept is not None and mirror_stage(pipeline.store, parent, kept, pipeline.run):
         if kept.ending is not None:
@@ -77,7 +78,7 @@ def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | Non
 
 
 def _computes_on(pipeline: Pipeline, stage: Stage, spec: StageSpec) -> JobResources:
-    """What the stage's job computes on. Only tokenizing that samples from a teacher needs more than the CPU."""
+    """The device of the stage's job. Tokenizing needs more than the CPU only if it samples from a teacher."""
     samples = isinstance(spec, TokenizeSpec) and spec.teacher is not None
     if samples or stage_info(stage).uses_device:
         return pipeline.resources

@@ -1,4 +1,4 @@
-"""One pipeline run: its recipe, its name, where its products go, and the MLflow run above all its stages."""
+"""One pipeline run: its recipe, its name, its store, and the parent MLflow run of its stages."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ _TRY_AGAIN_SECONDS = 60.0
 
 
 class Pipeline:
-    """What every stage of a run shares. Not a dataclass: the orchestrator would walk through it at every call.
+    """State shared by the stages of a run. Not a dataclass: the orchestrator would traverse it at every call.
 
-    parent: the MLflow run of the whole pipeline; None while there is none. behind: MLflow lacks something of this run.
+    parent: the MLflow run of the whole pipeline; None if there is none yet. behind: MLflow lacks part of this run.
     """
 
     def __init__(self, recipe: Recipe, run: str, settings: Settings, launcher: Launcher | None = None) -> None:
@@ -62,12 +62,12 @@ class Pipeline:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process makes this run by now: what is known of it elsewhere is no longer ours to change."""
+        """Whether another process has taken over this run: then this one must not change its state in MLflow."""
         return self.lease is not None and self.lease.is_lost
 
     def tracked(self) -> TrackingRef | None:
-        """The MLflow run of the whole pipeline, opened when first asked for; None without MLflow. After an outage it is
-        tried again now and then."""
+        """The MLflow run of the whole pipeline, opened at first use; None without MLflow. After an outage it is retried
+        at intervals."""
         if self.parent is None and self.settings.tracking and time.monotonic() - self._tried_at >= _TRY_AGAIN_SECONDS:
             self._tried_at = time.monotonic()
             self.parent = open_pipeline_run(
@@ -81,7 +81,7 @@ class Pipeline:
         return self.parent
 
     def request(self, stage: Stage, spec: StageSpec, inputs: Mapping[str, Product]) -> StageRequest:
-        """A stage of this run, as run_stage wants it."""
+        """The request to run_stage for a stage of this run."""
         refs: dict[str, InputRef] = {name: product.ref for name, product in inputs.items()}
         return StageRequest(
             stage=stage,
@@ -98,28 +98,29 @@ class Pipeline:
             launcher=self.launcher,
         )
 
-    def plan_spec(self, asked: Recipe) -> PlanSpec:
-        """What the run's plan of a recipe is asked for.
+    def plan_spec(self, requested: Recipe) -> PlanSpec:
+        """The spec of the run's plan of a recipe.
 
-        A plan of the run that was made of this recipe and holds what its places hold now is asked for again, wherever
-        files moved to. A new plan keeps to the commits of the hub that earlier ones pinned. Raises UserError.
+        An earlier plan of the run is reused if it was made from this recipe and the contents of the named places are
+        unchanged, even if files have moved. A new plan keeps the hub commits that earlier ones pinned. Raises
+        UserError.
         """
         earlier = list(plans_of(self.store, self.run))
         hashes = ContentHashes(self.settings.content_cache)
-        recipe = asked
+        recipe = requested
         for _, report in earlier:
             recipe = _at_moving_commits(recipe, report.pins)
         for spec, report in earlier:
             again = PlanSpec(recipe=recipe, run=self.run, contents=spec.contents)
-            if identity(again, None) == identity(spec, None) and not moved_content(asked, report, hashes):
+            if identity(again, None) == identity(spec, None) and not moved_content(requested, report, hashes):
                 return again
-        contents = moved_content(asked, earlier[0][1], hashes) if earlier else {}
+        contents = moved_content(requested, earlier[0][1], hashes) if earlier else {}
         return PlanSpec(recipe=recipe, run=self.run, contents=contents)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan's product, and its report, which later specs are pinned to."""
+    """The plan's product, and its report, which pins the inputs of later specs."""
 
     product: Product
     report: PlanReport
@@ -137,23 +138,23 @@ def open_pipeline(
     work: str | None = None,
     launcher: Launcher | None = None,
 ) -> Iterator[Pipeline]:
-    """Check the recipe first of all, then open the store and MLflow, and close the MLflow run as the block ends.
+    """Check the recipe, then open the store and MLflow; close the MLflow run when the block ends.
 
-    While the block runs, no other process makes the run: neither one that reaches the store, nor one on this machine.
-    recipe: its name, its file, or itself, with its overrides applied. run: the run's name; by default the recipe's name
-    and the first part of `run_id`, which must be the same when the run is retried. launcher: instead of the
-    one that the recipe names. Raises UserError, such as LeaseHeld.
+    During the block no other process can make the run, neither one that uses the same store nor one on this machine.
+    recipe: its name, its file, or a recipe with its overrides applied. run: the run's name; by default the recipe's
+    name and the first part of `run_id`, which must be the same if the run is retried. launcher: replaces the recipe's.
+    Raises UserError, such as LeaseHeld.
     """
     refuse_credentials(store=store, tracking=tracking)
     if isinstance(recipe, Recipe):
-        asked = recipe
+        requested = recipe
     else:
-        asked = anchor_recipe(load_recipe(recipe, overrides), recipe, Path.cwd())
-    name = check_run_name(f"{asked.name}-{run_id[:8]}" if run is None else run)
+        requested = anchor_recipe(load_recipe(recipe, overrides), recipe, Path.cwd())
+    name = check_run_name(f"{requested.name}-{run_id[:8]}" if run is None else run)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pipeline = Pipeline(asked, name, settings, launcher)
+    pipeline = Pipeline(requested, name, settings, launcher)
     check_layout(pipeline.store)
     folder = settings.work / "runs" / name
     with (
@@ -173,11 +174,11 @@ def open_pipeline(
 
 
 def _close(pipeline: Pipeline, ending: Ending) -> None:
-    """Say in MLflow how the run ended, with whatever an outage has kept from it."""
+    """Record in MLflow how the run ended, and send entries that it missed in an outage."""
     if pipeline.is_lost:
         return
-    told = close_run(pipeline.parent, ending)
-    if not (pipeline.behind or not told) or REQUEST.asked_at is not None:  # whoever stopped it does not wait for this
+    closed = close_run(pipeline.parent, ending)
+    if not (pipeline.behind or not closed) or REQUEST.asked_at is not None:  # a stopped run does not wait
         return
     try:
         sync_run(pipeline.store, pipeline.settings.tracking, pipeline.run)
@@ -187,7 +188,7 @@ def _close(pipeline: Pipeline, ending: Ending) -> None:
 
 
 def _keep_recipe(pipeline: Pipeline, lease: Lease) -> None:
-    """The resolved recipe that the run is made by; what it was made by before is kept under a name of its own.
+    """Write the run's resolved recipe; an earlier one is kept under a name with its digest.
 
     Raises LeaseLost, StoreError.
     """
@@ -200,11 +201,11 @@ def _keep_recipe(pipeline: Pipeline, lease: Lease) -> None:
         store.put_if_absent(f"{run_key(pipeline.run)}/recipe-{digest}.yaml", found[0])
         lease.confirm()
         if not store.replace(key, data, found[1]):
-            raise StoreError(f"{store.join(key)} was written by another process meanwhile; try again")
+            raise StoreError(f"{store.join(key)} was written by another process at the same time; try again")
 
 
 def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store: str | None = None) -> Recipe:
-    """The recipe that a run was made by, with its teacher and its data of the hub at the commits that its plan pinned.
+    """The recipe of a run, with the hub commits of teacher and data that its plan pinned.
 
     store: as of open_pipeline. Raises UserError.
     """
@@ -214,13 +215,13 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
     if data is None:
         raise UserError(f"there is no run '{run}' in {place.uri}")
     where = f"the recipe of run '{run}'"
-    asked = anchor_recipe(recipe_of_data(data, overrides, where=where), where, Path.cwd())
+    requested = anchor_recipe(recipe_of_data(data, overrides, where=where), where, Path.cwd())
     plan = next(plans_of(place, run), None)
-    return asked if plan is None else at_pinned_commits(asked, plan[1].pins)
+    return requested if plan is None else at_pinned_commits(requested, plan[1].pins)
 
 
 def plans_of(store: Store, run: str) -> Iterator[tuple[PlanSpec, PlanReport]]:
-    """The plans of a run that were made and that this version can read, the newest first. Raises StoreError."""
+    """The finished plans of a run that this version can read, the newest first. Raises StoreError."""
     pointer = read_pointer(store, run, PLAN.name)
     for target in pointer.targets if pointer is not None else ():
         manifest = store.read_manifest(target.key)
@@ -229,22 +230,20 @@ def plans_of(store: Store, run: str) -> Iterator[tuple[PlanSpec, PlanReport]]:
                 spec = PlanSpec.model_validate(manifest.spec)
                 report = PlanReport.model_validate_json(store.read_file(target.key, "plan.json"))
             except ValidationError as error:
-                _log.warning("%s is of another version and is passed over: %s", target.key, first_fault(error))
+                _log.warning("%s is of another version and is skipped: %s", target.key, first_fault(error))
                 continue
             yield spec, report
 
 
 def _at_moving_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:
-    """The recipe with what it names of the hub without a revision at the commits that were pinned for that."""
+    """The recipe with the pinned commits for all hub places that it names without a revision."""
     revisions = {reading.location: reading.revision for reading in readings(recipe)}
     return at_pinned_commits(recipe, {place: pin for place, pin in pins.items() if revisions.get(place, "") is None})
 
 
 def finished_students(store: Store, run: str) -> dict[str, Product]:
-    """Stage → model of a run, in the order in which they were made from one another. Raises UserError without any.
-
-    Of a run whose settings changed, that is the chain of models up to the one that it came to last: what it made
-    before with other settings is no part of that.
+    """Stage → model of a run, each made from the one before. Raises UserError if there are none. For a run whose
+    settings changed, it is the chain that ends in the newest model; models of earlier settings are left out.
     """
     check_layout(store)
     made: dict[str, Product] = {}
@@ -267,6 +266,6 @@ def finished_students(store: Store, run: str) -> dict[str, Product]:
 
 
 def _student_of(product: Product) -> str | None:
-    """The digest of the model that a model was made from."""
+    """The digest of the model from which a model was made."""
     student = product.manifest.inputs.get("student")
     return None if student is None else student.digest

@@ -17,7 +17,7 @@ from radlads.tasks.stage import Product, StageRequest, run_stage
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage that has ended. label: what people call it. seconds: that it took, next to none if it was reused."""
+    """A stage that has ended. label: its display name. seconds: its duration, close to 0 if it was reused."""
 
     label: str
     request: StageRequest
@@ -27,7 +27,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Done:
-    """A stage that ran as it was submitted."""
+    """A submitted stage; it has already ended."""
 
     product: Product
 
@@ -37,7 +37,8 @@ class Done:
 
 
 class PlainRunner:
-    """A `Runner` (graph.py). It neither writes to MLflow nor waits for GPUs: who calls it has the machine.
+    """A `Runner` (graph.py). It neither writes to MLflow nor waits for GPUs: the caller has exclusive use of the
+    machine.
 
     on_done: called after every stage.
     """
@@ -60,13 +61,13 @@ class PlainRunner:
         return product
 
     def submit(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product]) -> Done:
-        """As Runner.submit; it has ended when this returns."""
+        """As Runner.submit; the stage has ended when this returns."""
         return Done(self.run(stage, spec, inputs))
 
 
 def read_plan(pipeline: Pipeline, product: Product) -> PlanReport:
-    """The report in a plan's product, with the places that the recipe names now. Raises UserError where one of them
-    holds something else than what was planned with."""
+    """The report of a plan's product, with the places that the recipe names now. Raises UserError if the content of one
+    of them is not the planned one."""
     key = pipeline.store.key(product.uri)
     report = PlanReport.model_validate_json(pipeline.store.read_file(key, "plan.json"))
     return follow_moves(pipeline.recipe, report, ContentHashes(pipeline.settings.content_cache))

@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""A plan as a table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ _GIB = 1024**3
 
 
 def plan_rows(report: PlanReport) -> list[dict[str, str]]:
-    """The plan as a table, a stage a row and its phases below it; sizes for people to read. Columns that no stage fills
-    are left out.
+    """The plan as a table: one row per stage, its phases below it, sizes with units. Empty columns are left out.
 
     student, teacher: GiB of weights on each device; adam: gradients and optimizer; rest: activations, logits, buffers.
     """
@@ -47,7 +46,7 @@ def _row(stage: str, numbers: dict[str, Any]) -> dict[str, str]:
 
 
 def short_count(value: float | None) -> str:
-    """1,500,000,000 as 1.5B; exact below ten thousand; nothing for None."""
+    """1,500,000,000 as 1.5B; exact below ten thousand; "" for None."""
     if value is None:
         return ""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -57,7 +56,7 @@ def short_count(value: float | None) -> str:
 
 
 def _gib(size: int) -> str:
-    """Two decimals below ten, none above a hundred; nothing for nothing."""
+    """Two decimals below ten, none above a hundred; "" for None."""
     value = size / _GIB
     return "" if size <= 0 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
@@ -71,7 +70,7 @@ def _hours(value: float | None) -> str:
 
 
 def short_duration(seconds: float | None) -> str:
-    """Seconds below ninety, minutes below ninety, then hours; nothing for None."""
+    """Seconds below ninety, minutes below ninety, then hours; "" for None."""
     if seconds is None:
         return ""
     if seconds < 90:

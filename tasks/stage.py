@@ -1,7 +1,7 @@
-"""run_stage: made already, by whichever run? Return it. Else launch, verify, return. Knows no orchestrator.
+"""run_stage: returns a product that any run has made; otherwise launches the job and verifies its product.
 
-A product is made by one process at a time, under the lease on it. The run's pointer is written first of all, so that
-nothing that a run wants is collected as garbage between the look and the use.
+It does not depend on the orchestrator. A product is made by one process at a time, which holds the lease on it. The
+run's pointer is written first, so that the product is not collected as garbage between its lookup and its use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from radlads.tasks.launchers.registry import LAUNCHERS
 from radlads.tasks.launchers.stopping import REQUEST
 
 _log = logging.getLogger(__name__)
-# What a job leaves for people, however it ended. Under `job/`, apart from the product's own files.
+# Files that every job leaves for users, stored under `job/`, apart from the product's own files.
 _PAPERS = ("job.json", "log.txt", "metrics.jsonl", "metrics-notes.json", "exit.json")
 _CONTINUED = ("metrics.jsonl", "metrics-notes.json")
 _POLL_SECONDS = 1.0
@@ -42,8 +42,8 @@ _POLL_SECONDS = 1.0
 class StageRequest:
     """One stage of one run.
 
-    inputs: the products it reads. work: folder on this machine, where a stage has its scratch by its digest: whichever
-    run asks goes on there. lease: on the run, whose pointer is moved under it; without one, no pointer is.
+    inputs: the products it reads. work: folder on this machine; scratch folders in it are named by digest, so that any
+    run with the same digest resumes there. lease: on the run, needed to move its pointer; None: no pointer is moved.
     content_cache: see tasks/contracts/pins/content.py. launcher: what starts the job.
     """
 
@@ -62,12 +62,12 @@ class StageRequest:
 
     @cached_property
     def digest(self) -> str:
-        """Names what is asked for."""
+        """The digest of the requested product."""
         return spec_digest(self.stage, self.spec, dict(self.inputs))
 
     @property
     def label(self) -> str:
-        """Under which the run points at it: "align", "tokenize-train"."""
+        """The name of its pointer: "align", "tokenize-train"."""
         return stage_label(self.stage, self.spec)
 
     @property
@@ -77,13 +77,13 @@ class StageRequest:
 
     @property
     def scratch(self) -> Path:
-        """The job's folder on this machine, kept until the product is committed so that a retry goes on from it."""
+        """The job's folder on this machine, kept until the product is committed so that a retry resumes from it."""
         return scratch_folder(self.work, self.stage, self.digest)
 
 
 @dataclass(frozen=True)
 class Product:
-    """What a stage made. reused: it was there already, and no job ran."""
+    """The product of a stage. reused: it existed already, and no job ran."""
 
     uri: str
     manifest: Manifest
@@ -91,17 +91,17 @@ class Product:
 
     @property
     def ref(self) -> InputRef:
-        """As an input of a later stage."""
+        """The product as an input of a later stage."""
         return InputRef(uri=self.uri, digest=self.manifest.digest)
 
 
 def stage_label(stage: str, spec: StageSpec) -> str:
-    """What a run calls a stage, in the name of its pointer."""
+    """The name of a stage's pointer."""
     return f"{stage}-{spec.name}" if isinstance(spec, TokenizeSpec) else stage
 
 
 def scratch_folder(work: Path, stage: str, digest: str) -> Path:
-    """Where the job of a product works on this machine."""
+    """The scratch folder of a product's job on this machine."""
     return work / "products" / stage / digest
 
 
@@ -112,17 +112,17 @@ def run_stage(
     on_progress: Callable[[Progress], None] | None = None,
     slot: AbstractContextManager[object] | None = None,
 ) -> Product:
-    """The stage's product, made by a job unless some run has made it already; waits where another process makes it now.
+    """The stage's product, made by a job unless a run has made it already; waits while another process makes it.
 
     open_tracking: digest → the MLflow run that the job writes to; called only if a job is launched. slot: held while
-    the job runs. Raises CorruptArtifact where the product is damaged, LeaseLost where another process makes this run by
-    now, JobFailed (final), JobCrashed or JobPreempted (may be tried again), RunStopped.
+    the job runs. Raises CorruptArtifact if the product is damaged, LeaseLost if another process has taken over this
+    run, JobFailed (final), JobCrashed or JobPreempted (can be retried), RunStopped.
     """
     store, key, digest = request.store, request.key, request.digest
     if request.lease is not None:
         point(store, request.run, request.label, request.stage, digest, request.lease)
-    # A lease that was not given back: the maker may be tidying up, or died before it could, or it is being deleted.
-    # Asked before the manifest: a collector gives its lease back once the manifest is gone.
+    # The lease was not released: its holder is cleaning up, or died before that, or is deleting the product.
+    # Checked before the manifest: a collector releases its lease once the manifest is deleted.
     is_held = held_by(store, key) is not None
     committed = find_committed(store, key, digest)
     if committed is None or is_held:
@@ -138,7 +138,7 @@ def run_stage(
 
 @contextmanager
 def _product_held(request: StageRequest) -> Iterator[Lease]:
-    """The lease on the product, waited for as long as another process has it. Raises RunStopped, LeaseLost."""
+    """The lease on the product; waits while another process has it. Raises RunStopped, LeaseLost."""
     said = ""
     while True:
         lease = product_lease(
@@ -160,7 +160,7 @@ def _product_held(request: StageRequest) -> Iterator[Lease]:
 
 
 def _look(request: StageRequest) -> None:
-    """Raises RunStopped where a person stops the run, LeaseLost where it is another process's by now."""
+    """Raises RunStopped if the user stops the run, LeaseLost if another process has taken it over."""
     REQUEST.check()
     if request.lease is not None:
         request.lease.check()
@@ -201,7 +201,7 @@ def _make(
             _keep_papers(store, key, scratch)
     made = find_committed(store, key, digest)
     if made is None:
-        raise JobCrashed(f"{request.stage} ended well but committed nothing at {store.join(key)}")
+        raise JobCrashed(f"{request.stage} completed but committed nothing at {store.join(key)}")
     _clear_scratch(scratch)
     _drop_checkpoints(store, key)
     return Product(uri=store.join(key), manifest=made, reused=False)
@@ -210,7 +210,8 @@ def _make(
 def _while_ours(
     leases: tuple[Lease | None, ...], on_progress: Callable[[Progress], None] | None
 ) -> Callable[[Progress], None]:
-    """on_progress, which stops the job by raising LeaseLost once another process makes the product or the run."""
+    """Wraps on_progress; raises LeaseLost, which stops the job, once another process has taken over the product or the
+    run."""
 
     def look(progress: Progress) -> None:
         for lease in leases:
@@ -223,18 +224,18 @@ def _while_ours(
 
 
 def _is_ours(lease: Lease) -> bool:
-    """Whether the job's papers are still this process's to write."""
+    """Whether this process may still write the job's files."""
     try:
         lease.confirm()
     except LeaseLost:
         return False
-    except StoreError as error:  # nobody can say otherwise either
+    except StoreError as error:  # an outage of the store stops other processes, too
         _log.warning("the lease could not be confirmed: %s", error)
     return True
 
 
 def _finish(request: StageRequest, manifest: Manifest) -> None:
-    """What follows a commit, where the flow that saw it died before it got there."""
+    """Clean up after a commit, in case the flow that committed died before its own clean-up."""
     store, key, scratch = request.store, request.key, request.scratch
     store.settle(key, manifest)
     if store.list(f"{key}/checkpoints"):
@@ -248,7 +249,7 @@ def _finish(request: StageRequest, manifest: Manifest) -> None:
 
 
 def _is_scratch_of(request: StageRequest) -> bool:
-    """Whether the scratch folder is of this product in this store: another store may have one of the same digest."""
+    """Whether the scratch folder belongs to this product in this store: another store may have the same digest."""
     try:
         spec = JobSpec.model_validate_json((request.scratch / "job.json").read_bytes())
     except (OSError, ValidationError):
@@ -257,7 +258,7 @@ def _is_scratch_of(request: StageRequest) -> bool:
 
 
 def _leave_other_stores(request: StageRequest) -> None:
-    """Take what a job for another store left in the scratch folder out of the way: its record is not this one's."""
+    """Move aside the files that a job for another store left in the scratch folder: their record is not this one's."""
     scratch = request.scratch
     if (scratch / "job.json").exists() and not _is_scratch_of(request):
         for name in _PAPERS:
@@ -266,7 +267,7 @@ def _leave_other_stores(request: StageRequest) -> None:
 
 
 def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
-    """The manifest of a product, all its files being there; None if it is not committed. Raises CorruptArtifact."""
+    """The manifest of a product whose files all exist; None if it is not committed. Raises CorruptArtifact."""
     manifest = store.read_manifest(key)
     if manifest is None:
         return None
@@ -277,7 +278,7 @@ def find_committed(store: Store, key: str, digest: str) -> Manifest | None:
 
 
 def restore_record(store: Store, key: str, scratch: Path) -> None:
-    """In a folder that has not seen this stage yet, the record of earlier attempts comes from the store."""
+    """Fetch the record of earlier attempts from the store into a scratch folder that is new."""
     scratch.mkdir(parents=True, exist_ok=True)
     for name in _CONTINUED:
         if not (scratch / name).exists():
@@ -296,15 +297,15 @@ def _keep_papers(store: Store, key: str, scratch: Path) -> None:
 
 
 def _drop_checkpoints(store: Store, key: str) -> None:
-    """With the product committed there is nothing to resume, and optimizer states are several times the model."""
+    """Delete the checkpoints of a committed product: no longer needed, they take several times its size."""
     try:
         store.delete(f"{key}/checkpoints")
     except StoreError as error:
-        _log.warning("the checkpoints of %s stay there: %s", key, error)
+        _log.warning("the checkpoints of %s could not be deleted: %s", key, error)
 
 
 def _clear_scratch(scratch: Path) -> None:
-    """The product is in the store: free the disk, keep the papers."""
+    """The product is in the store: free the disk, keep the job's small files."""
     for path in scratch.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

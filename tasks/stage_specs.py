@@ -1,4 +1,4 @@
-"""What a recipe and its plan ask of the stages that make a student, the same with an orchestrator and without."""
+"""The spec of each stage, from a recipe and its plan; the same with and without an orchestrator."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, stage_info
 
 
 def planned_teacher(report: PlanReport) -> TeacherRef:
-    """The teacher as the plan pinned it. Raises UserError for a recipe that makes one instead."""
+    """The teacher as the plan pinned it. Raises UserError for a recipe that trains a teacher."""
     if report.teacher is None:
         raise UserError("this recipe makes a teacher (`pretrain`) and converts none; run it with radlads-pretrain")
     return report.teacher
 
 
 def pins_under(report: PlanReport, section: str, field: str) -> dict[str, Pin]:
-    """The pins of a section of the recipe, by their locations in a spec that has it as `field`."""
+    """The pins of a section of the recipe, keyed by location in a spec whose field `field` is that section."""
     return {
         f"{field}.{location.removeprefix(f'{section}.')}": pin
         for location, pin in report.pins.items()
@@ -55,17 +55,17 @@ def tokenize_spec(recipe: Recipe, report: PlanReport, name: str) -> TokenizeSpec
 
 
 def transplant_spec(recipe: Recipe, report: PlanReport) -> TransplantSpec:
-    """The student to be built: with the layers that the plan knows, none where they are chosen after align."""
+    """The student to build: with the attention layers of the plan, or with none if they are chosen after align."""
     student = recipe.student
-    # Named layers are kept as they were written. How MLPs are held while other things train, and what align starts
-    # with, are no matter of the transplant and stay out of its digest.
+    # Layers named in the recipe are kept as written. How MLPs are frozen during training, and how align initialises, do
+    # not affect the transplant and stay out of its digest.
     layers = student.attention_layers if isinstance(student.attention_layers, tuple) else report.attention_layers
     student = student.model_copy(update={"attention_layers": layers, "mlp_bits": 16, "calibrate": None})
     return TransplantSpec(teacher=planned_teacher(report), student=student)
 
 
 def train_spec(recipe: Recipe, report: PlanReport, stage: str) -> TrainSpec:
-    """A training stage. Raises UserError where the recipe does not have it."""
+    """A training stage. Raises UserError if the recipe does not have it."""
     info = stage_info(stage)
     section: Training | None = getattr(recipe, stage)
     if section is None:
@@ -76,7 +76,8 @@ def train_spec(recipe: Recipe, report: PlanReport, stage: str) -> TrainSpec:
             "section": section,
             "pins": pins_under(report, stage, "section"),
             "trust_remote_code": _trusts_tokenizer(report),
-            # A stage without a teacher names none in its digest, which would tie it to what it does not use.
+            # A stage without a teacher has none in its digest, so that its product does not depend on an unused
+            # teacher.
             "teacher": planned_teacher(report) if runs_teacher(stage, section) else None,
             "teacher_bits": teacher_bits(recipe, stage),
             "mlp_bits": mlp_bits(recipe, stage),
@@ -86,12 +87,12 @@ def train_spec(recipe: Recipe, report: PlanReport, stage: str) -> TrainSpec:
 
 
 def choose_spec(recipe: Recipe, report: PlanReport) -> ChooseSpec | None:
-    """The choice of attention layers after align; None where the recipe leaves nothing to choose then."""
-    choice, asked = report.choice, late_choice(recipe)
-    if choice is None or asked is None:
+    """The choice of attention layers after align; None if the recipe chooses none then."""
+    choice, requested = report.choice, late_choice(recipe)
+    if choice is None or requested is None:
         return None
-    # The plan made the probe smaller where it had to; how many sequences are read at once may have changed since.
-    probe = choice.recall.model_copy(update={"micro_batch": asked.recall.micro_batch})
+    # The plan reduced the probe to its budget if necessary; its micro_batch may have changed since then.
+    probe = choice.recall.model_copy(update={"micro_batch": requested.recall.micro_batch})
     return ChooseSpec(
         section=choice.model_copy(update={"recall": probe}),
         pins=pins_under(report, "student.attention_layers", "section"),
@@ -102,7 +103,7 @@ def choose_spec(recipe: Recipe, report: PlanReport) -> ChooseSpec | None:
 
 
 def evaluate_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = False) -> EvaluateSpec:
-    """Held-out loss and tasks; other_teacher as in EvaluateSpec. Raises UserError where there is no `evaluate`."""
+    """Held-out loss and tasks; other_teacher as in EvaluateSpec. Raises UserError if there is no `evaluate`."""
     if recipe.evaluate is None:
         raise UserError(f"the recipe '{recipe.name}' has no section `evaluate`")
     pins = pins_under(report, EVALUATE.name, "section")
@@ -111,7 +112,7 @@ def evaluate_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = F
 
 
 def needle_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = False) -> NeedleSpec:
-    """Retrieval by generation. other_teacher: as in NeedleSpec. Raises UserError where the recipe has no such stage."""
+    """Retrieval by generation. other_teacher: as in NeedleSpec. Raises UserError if the recipe has no such stage."""
     if recipe.needle is None:
         raise UserError(f"the recipe '{recipe.name}' has no section `needle`")
     return NeedleSpec(
@@ -124,7 +125,7 @@ def needle_spec(recipe: Recipe, report: PlanReport, *, other_teacher: bool = Fal
 
 
 def _longest_context(recipe: Recipe) -> int:
-    """The longest context, in tokens, that a training stage of the recipe sees; the needle's own where none trains."""
+    """The longest context, in tokens, of the recipe's training stages; the needle's own if there are none."""
     contexts = [getattr(recipe, stage).longest_context for stage in recipe.training_stages]
     return max(contexts, default=max(recipe.needle.lengths) if recipe.needle is not None else 1)
 

@@ -38,7 +38,7 @@ _RETRIES_NOTE = "retries allowed: "
 
 
 class PrefectRunner:
-    """A `Runner` (graph.py) whose every step is a task of the flow that is running."""
+    """A `Runner` (graph.py) that runs every stage as a task of the current flow."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -57,17 +57,17 @@ class PrefectRunner:
 
 
 class StageTask(Generic[_P, _R]):
-    """A Prefect task that ends with an explanation instead of a traceback where we have one.
+    """A Prefect task that ends with an explanation instead of a traceback if the error has one.
 
     Prefect logs the traceback of what a task raises; a task that returns a failed state shows only its message. So the
-    task returns one, and whoever calls it gets the error raised as usual.
+    task returns one, and the error is raised in the caller as usual.
     """
 
     def __init__(self, task: Task[..., Any]) -> None:
         self.task = task
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Run it here and now."""
+        """Run it in this thread."""
         state: State[_R] = self.task(*args, **kwargs, return_state=True)  # type: ignore[assignment]
         result: _R = state.result()
         return result
@@ -81,8 +81,8 @@ class StageTask(Generic[_P, _R]):
 def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[_P, _R]], StageTask[_P, _R]]:
     """Make a function, whose first argument is the Pipeline, a Prefect task.
 
-    The store is the single truth: Prefect caches and persists nothing. A crash is tried again, as often as the settings
-    say; what an attempt cannot mend is not.
+    The store is the only source of truth: Prefect caches and persists nothing. A crash is retried, as often as the
+    settings allow; an error that a retry cannot fix is not.
     """
 
     def decorate(function: Callable[_P, _R]) -> StageTask[_P, _R]:
@@ -100,10 +100,10 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
                 return Failed(message=hide(str(error)), data=error)
             except OSError as error:
                 pipeline = args[0] if args else kwargs["pipeline"]
-                told = explain_disk(error, pipeline.settings.work)
-                if told is None:
+                disk_error = explain_disk(error, pipeline.settings.work)
+                if disk_error is None:
                     raise
-                return Failed(message=hide(str(told)), data=told)
+                return Failed(message=hide(str(disk_error)), data=disk_error)
 
         settings: dict[str, Any] = {
             "cache_policy": NO_CACHE,
@@ -118,7 +118,7 @@ def stage_task(name: str, *, run_name: str | None = None) -> Callable[[Callable[
 
 
 def may_retry(_: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's question after a failure: another attempt? Only for what an attempt can mend."""
+    """Prefect's retry condition: true only for errors that a retry can fix."""
     notes = getattr(state.data, "__notes__", ())
     allowed = [int(note.removeprefix(_RETRIES_NOTE)) for note in notes if note.startswith(_RETRIES_NOTE)]
     return bool(allowed) and task_run.run_count <= allowed[-1]
@@ -136,7 +136,7 @@ def plan_task(pipeline: Pipeline, recipe: Recipe) -> Plan:
 
 @functools.cache
 def task_of(stage: str) -> StageTask[[Pipeline, StageSpec, Mapping[str, Product], str], Product]:
-    """The task of a stage other than plan; one for each, since Prefect counts a flow's task runs by their tasks."""
+    """The task of a stage other than plan. Each stage has its own, since Prefect numbers a flow's task runs by task."""
 
     def run(pipeline: Pipeline, spec: StageSpec, inputs: Mapping[str, Product], label: str) -> Product:
         product = perform(pipeline, stage, spec, inputs, label=label)
@@ -173,4 +173,4 @@ _SHOWN: dict[str, Callable[[Pipeline, StageSpec, Product], None]] = {
     NEEDLE.name: _show_needle,
     PUBLISH.name: _show_report,
 }
-"""What people see of a stage besides its progress, once it has ended."""
+"""Stage → function that shows its result in Prefect's pages once it has ended."""

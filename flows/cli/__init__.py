@@ -1,5 +1,5 @@
-"""`radlads`, the command: one file a command. Imports of Prefect are kept inside the commands: it reads its settings
-as it is imported."""
+"""`radlads`, the command line: one file per command. Prefect is imported inside the commands, because it reads its
+settings on import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["app", "main", "parse_overrides"]
 
 
 def main() -> None:
-    """Entry point. Exit code 2 and a line each: errors that the user can mend; 1 and one line: others that we know."""
+    """Entry point. Exit code 2: errors that the user can fix, a line each; code 1: other known errors, one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -41,7 +41,7 @@ def main() -> None:
         _fail(str(error).splitlines(), 2)
     except (JobCrashed, StoreError) as error:
         _fail(str(error).splitlines()[:1], 1)
-    except BrokenPipeError:  # whoever read our output left, as `head` does
+    except BrokenPipeError:  # the reader of the output has exited, as `head` does
         _close_stdout()
         sys.exit(1)
     except OSError as error:
@@ -55,5 +55,5 @@ def _fail(lines: list[str], code: int) -> NoReturn:
 
 
 def _close_stdout() -> None:
-    """What is still buffered has no reader; the interpreter would try to write it as it ends."""
+    """Discard buffered output that has no reader; the interpreter would try to write it on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The typer application, and what its commands share: consoles, options, the values of `--set`."""
+"""The typer application, and the parts that its commands share: consoles, options, parsing of `--set`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Overrides = Annotated[
 ]
 StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
 TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db, or none.")]
-WorkPlace = Annotated[str | None, typer.Option(help="Folder for running jobs.")]
+WorkPlace = Annotated[str | None, typer.Option(help="Folder in which jobs run.")]
 
 
 def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
@@ -47,5 +47,5 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """One line on stdout, as it is."""
+    """Print one line on stdout, unformatted."""
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -22,11 +22,11 @@ def demo(
     name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Start the services, convert the shipped teacher through them, and say where everything is."""
+    """Start the services, convert the shipped teacher through them, and print where the results are."""
     changes = parse_overrides(overrides)
     asked = load_recipe(recipe, changes)
     if recipe.endswith((".yaml", ".yml")):
-        recipe = str(Path(recipe).absolute())  # the worker has a working directory of its own
+        recipe = str(Path(recipe).absolute())  # the worker has another working directory
     if name is not None:
         check_run_name(name)
     home = resolve_settings().home

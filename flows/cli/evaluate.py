@@ -26,25 +26,25 @@ from radlads.tasks.contracts.store.open import open_store
 
 @app.command()
 def evaluate(
-    judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are judged.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="Judge by this recipe instead of the one that the run was made by.")
+    judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are evaluated.")],
+    recipe: Annotated[str | None, typer.Option(help="Evaluate by this recipe instead of the run's own.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--run", help="Name of this evaluation; the same name continues it.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--run", help="Name of the judgement; the same continues it.")] = None,
     overrides: Overrides = None,
     store: StorePlace = None,
     tracking: TrackingPlace = None,
     work: WorkPlace = None,
     other_teacher: Annotated[
-        bool, typer.Option("--other-teacher", help="The teacher may be another one than the models were made from.")
+        bool, typer.Option("--other-teacher", help="Allow a teacher other than the one the models were made from.")
     ] = False,
 ) -> None:
-    """Judge a finished run again: other tasks, lengths or data (--set), the same teacher."""
+    """Evaluate a finished run again: other tasks, lengths or data (--set), the same teacher."""
     changes = parse_overrides(overrides)
     check_run_name(judged_run)
     from radlads.tasks.pipeline import finished_students, recipe_of_run
 
-    # Said at once when it is wrong, before Prefect is started.
+    # A faulty recipe is reported at once, before Prefect is started.
     if recipe is not None:
         load_recipe(recipe, changes)
     else:
@@ -52,7 +52,7 @@ def evaluate(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
-    finished_students(open_store(settings.store), judged_run)  # said before Prefect takes its time, too
+    finished_students(open_store(settings.store), judged_run)  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator

@@ -16,7 +16,7 @@ from radlads.tasks.launchers.program import run_program
 
 _PROGRAM = "radlads.tasks.jobs.openmose"
 
-Out = Annotated[Path, typer.Option(help="Folder that is made; it must not be there yet.")]
+Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist yet.")]
 
 
 @app.command()
@@ -27,9 +27,7 @@ def import_openmose(
     revision: Annotated[str | None, typer.Option(help="Commit of a teacher of the hub.")] = None,
     variant: Annotated[
         str | None,
-        typer.Option(
-            help="Its author's name of the mixer (hxa079, hxa07b, ...), where the names of the tensors do not tell."
-        ),
+        typer.Option(help="The author's name of the mixer (hxa079, hxa07b, ...), if the tensor names do not show it."),
     ] = None,
     rope: Annotated[
         bool | None, typer.Option("--rope/--no-rope", help="Whether its mixers rotate; as published by default.")
@@ -41,7 +39,7 @@ def import_openmose(
         bool, typer.Option("--trust-remote-code", help="Run the code of the teacher's tokenizer.")
     ] = False,
 ) -> None:
-    """Make an exported student of a checkpoint of RWKVInside's or RWKV-Infer's."""
+    """Convert a checkpoint of RWKVInside or RWKV-Infer into an exported student."""
     _check_places(weights, out)
     place = resolve_teacher_path(teacher)
     request = OpenMoseImport(
@@ -77,4 +75,4 @@ def _check_places(source: Path, out: Path) -> None:
             raise UserError(f"{source} is not a folder")
     with file_errors(str(out)):
         if out.exists():
-            raise UserError(f"{out} is there already; name a folder that is not")
+            raise UserError(f"{out} exists already; name a new folder")

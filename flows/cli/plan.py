@@ -18,13 +18,13 @@ from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Plan for so many GPUs instead of this machine.")] = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of each of those GPUs.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Plan for this number of GPUs instead of this machine's.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of each of these GPUs in GiB.")] = None,
     sizes_only: Annotated[
-        bool, typer.Option("--sizes-only", help="From the teacher's config alone: no weights, no text.")
+        bool, typer.Option("--sizes-only", help="Use the teacher's config alone: read no weights, no text.")
     ] = False,
 ) -> None:
-    """Check a recipe and show what it would take: sizes, memory, steps. Runs nothing else and keeps nothing."""
+    """Check a recipe and print its sizes, memory and steps. Runs no other stage and stores nothing."""
     asked = anchor_recipe(load_recipe(recipe, parse_overrides(overrides)), recipe, Path.cwd())
     with OUT.status("planning"):
         report = plan_offline(asked, gpus=gpus, gpu_memory_gib=gpu_memory, sizes_only=sizes_only)

@@ -14,7 +14,7 @@ _TWIN = "tiny-"
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
-    table = Table("recipe", "what it is", box=None, header_style="bold")
+    table = Table("recipe", "description", box=None, header_style="bold")
     names = list_recipes()
     twins = [name for name in names if name.startswith(_TWIN) and name.removeprefix(_TWIN) in names]
     for name in names:
@@ -22,4 +22,4 @@ def recipes() -> None:
             mark = " *" if _TWIN + name in twins else ""
             table.add_row(name + mark, escape(" ".join(load_recipe(name).description.split())))
     OUT.print(table)
-    OUT.print(f"* has a twin for trying and testing, {_TWIN}NAME: the same but for its sizes", style="dim")
+    OUT.print(f"* has a twin for tests, {_TWIN}NAME: the same recipe at tiny sizes", style="dim")

@@ -35,13 +35,13 @@ def run(
     tracking: TrackingPlace = None,
     work: WorkPlace = None,
 ) -> None:
-    """Run the pipeline in this process, with the services if they are up. Run it again to go on after a failure."""
+    """Run the pipeline in this process, with the services if they are up. Run it again to continue after a failure."""
     changes = parse_overrides(overrides)
-    asked = load_recipe(recipe, changes)  # said at once when it is wrong, before Prefect is started
+    asked = load_recipe(recipe, changes)  # a faulty recipe is reported before Prefect is started
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
-    check_layout(open_store(settings.store))  # said before Prefect takes its time, too
+    check_layout(open_store(settings.store))  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator

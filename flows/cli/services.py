@@ -20,7 +20,7 @@ app.add_typer(services_app, name="services")
 
 @services_app.command("up")
 def up() -> None:
-    """Start what does not run yet and wait until it answers."""
+    """Start the services that do not run yet and wait until they answer."""
     with OUT.status("starting Prefect and MLflow"):
         running = services.services_up(resolve_settings().home)
     _show(running)
@@ -28,14 +28,14 @@ def up() -> None:
 
 @services_app.command("down")
 def down() -> None:
-    """Stop them. Runs, results and the MLflow history stay."""
+    """Stop the services. Runs, results and the MLflow history stay."""
     stopped = services.services_down(resolve_settings().home)
     OUT.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
 
 
 @services_app.command("status")
 def status() -> None:
-    """Say what runs; the exit code is 0 when all of it answers."""
+    """Show which services run; the exit code is 0 if all of them answer."""
     running = services.read_services(resolve_settings().home)
     _show(running)
     healthy = len(running) == 3 and all(services.is_healthy(service) for service in running.values())
@@ -44,7 +44,7 @@ def status() -> None:
 
 @services_app.command("env")
 def env() -> None:
-    """Print what a shell needs to reach them, their password included: eval "$(radlads services env)"."""
+    """Print the variables that a shell needs to reach them, password included: eval "$(radlads services env)"."""
     for line in services.shell_settings(resolve_settings().home):
         say(line)
 

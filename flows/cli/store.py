@@ -1,4 +1,4 @@
-"""`radlads store`: what lies in a store, what of it nobody needs, and stores of an earlier layout."""
+"""`radlads store`: list a store, collect its garbage, upgrade a store of an earlier layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app.add_typer(store_app, name="store")
 
 @store_app.command("list")
 def list_store(store: StorePlace = None) -> None:
-    """List the runs, what each of their stages points at, and how much of the store is shared or points nowhere."""
+    """List the runs, the product of each of their stages, and how much of the store is shared or belongs to no run."""
     place = _open(store)
     check_layout(place)
     products = {product.key: product for product in stored_products(place)}
@@ -51,13 +51,13 @@ def where(
     stage: Annotated[str, typer.Argument(help="Stage, e.g. publish, distill or tokenize-train.")] = "publish",
     store: StorePlace = None,
 ) -> None:
-    """Print the place of a run's product."""
+    """Print the address of a run's product."""
     place = _open(store)
     check_layout(place)
     pointers = read_pointers(place, check_run_name(run))
     if stage not in pointers:
         known = ", ".join(sorted(pointers)) or "nothing"
-        raise UserError(f"the run '{run}' in {place.uri} points at no '{stage}'; it has {known}")
+        raise UserError(f"the run '{run}' in {place.uri} has no '{stage}'; it has {known}")
     if place.read_manifest(pointers[stage].key) is None:
         raise UserError(f"'{stage}' of the run '{run}' is not finished: nothing is committed at {pointers[stage].key}")
     say(place.join(pointers[stage].key))
@@ -65,10 +65,10 @@ def where(
 
 @store_app.command()
 def gc(
-    keep_runs: Annotated[str, typer.Option(help="Runs whose products stay, by comma; or all.")] = "all",
+    keep_runs: Annotated[str, typer.Option(help="Runs whose products stay, separated by commas; or all.")] = "all",
     older_than: Annotated[float, typer.Option(metavar="DAYS", help="Only what is older than that.", min=0)] = 0.0,
     drop_history: Annotated[
-        bool, typer.Option("--drop-history", help="Also what kept runs pointed at before their settings changed.")
+        bool, typer.Option("--drop-history", help="Also products that kept runs used before their settings changed.")
     ] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, it is only listed.")] = False,
     store: StorePlace = None,
@@ -91,11 +91,13 @@ def gc(
 @store_app.command()
 def upgrade(
     store: StorePlace = None,
-    tracking: Annotated[str | None, typer.Option(help="MLflow, whose runs are to be found again; or none.")] = None,
-    work: Annotated[str | None, typer.Option(help="Folder for running jobs, as the runs had it.")] = None,
-    keep_old: Annotated[bool, typer.Option("--keep-old", help="Leave everything at its old place as well.")] = False,
+    tracking: Annotated[
+        str | None, typer.Option(help="MLflow whose runs are to be linked to the new places; or none.")
+    ] = None,
+    work: Annotated[str | None, typer.Option(help="Folder in which jobs run, the same as for these runs.")] = None,
+    keep_old: Annotated[bool, typer.Option("--keep-old", help="Keep the files at the old places as well.")] = False,
 ) -> None:
-    """Convert a store of the layout before this one (products under runs/ and datasets/). May be started again."""
+    """Convert a store of the layout before this one (products under runs/ and datasets/). Can be repeated."""
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     done = upgrade_store(
         open_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=say

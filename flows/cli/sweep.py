@@ -41,7 +41,7 @@ def sweep(
         bool, typer.Option("--deployments", help="All runs at once, as runs of Prefect's deployment `full`.")
     ] = False,
     stop_on_failure: Annotated[
-        bool, typer.Option("--stop-on-failure", help="Start nothing more once a run has failed.")
+        bool, typer.Option("--stop-on-failure", help="Start no more runs once one has failed.")
     ] = False,
     table: Annotated[str | None, typer.Option(metavar="NAME", help="Only print the table of a sweep.")] = None,
     yes: Yes = False,
@@ -49,10 +49,10 @@ def sweep(
     tracking: TrackingPlace = None,
     work: WorkPlace = None,
 ) -> None:
-    """Run a recipe with every combination of some values. Stages that runs have in common are made once."""
+    """Run a recipe with every combination of some values. Stages that runs have in common run once."""
     if table is not None:
         if recipe is not None or grid or overrides:
-            raise UserError("--table prints the table of a sweep that is there: leave out the recipe, --grid and --set")
+            raise UserError("--table prints the table of an existing sweep: leave out the recipe, --grid and --set")
         _print_table(_open(store), table)
         return
     if recipe is None:
@@ -60,7 +60,7 @@ def sweep(
     from radlads.tasks.sweep.grid import MOST_MEMBERS, make_members, parse_grid
     from radlads.tasks.sweep.record import keep_record
 
-    # Said at once when it is wrong, before Prefect is started.
+    # A faulty recipe is reported at once, before Prefect is started.
     values, changes = parse_grid(grid or []), parse_overrides(overrides)
     if name is not None:
         check_run_name(name)
@@ -92,7 +92,7 @@ def sweep(
             raise failure_of(state, again)
     _print_table(place, named)
     if failed:
-        ERR.print(f"{state.message}; to go on: {again}", style="red", markup=False, highlight=False, soft_wrap=True)
+        ERR.print(f"{state.message}; to continue: {again}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -19,13 +19,13 @@ def sync(
     store: StorePlace = None,
     tracking: TrackingPlace = None,
 ) -> None:
-    """Send MLflow what it lacks of a run's numbers, after an outage; a run that ends does that by itself."""
+    """Send MLflow the numbers of a run that it lacks after an outage; a run does this by itself when it ends."""
     from radlads.tasks.mirror import sync_run
 
     check_run_name(name)
     services.use_services(resolve_settings().home)
     settings = resolve_settings(store=store, tracking=tracking)
     if not settings.tracking:
-        raise UserError("there is no MLflow to send anything to: --tracking is 'none'")
+        raise UserError("no MLflow is configured: --tracking is 'none'")
     stages = sync_run(open_store(settings.store), settings.tracking, name)
     say(f"MLflow has all of {name}: {', '.join(stages)}")

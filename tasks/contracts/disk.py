@@ -1,4 +1,4 @@
-"""Full disks and folders that cannot be written, in one line: which place, how much there is, what would help."""
+"""Messages of one line about full disks and unwritable folders: the place, the sizes, the remedy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ _MOST_ENTRIES = 20_000
 _CURE = "free some space, or choose other folders with --work and --store"
 
 
-class DiskFull(UserError):  # noqa: N818 - named after what is the matter, as its siblings
-    """There is no room for what is to be written. The message names the place and the sizes."""
+class DiskFull(UserError):  # noqa: N818 - named after the condition, as its siblings
+    """Not enough disk space for a write. The message names the place and the sizes."""
 
 
 def need_space(folder: Path, size: int, what: str) -> None:
     """Raises DiskFull, before anything is written, where `size` bytes do not fit under `folder`, which exists."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise DiskFull(f"the disk is full: {what} takes {_gib(size)}, {folder} has {_gib(free)} left; {_CURE}")
+        raise DiskFull(f"the disk is full: {what} needs {_gib(size)}, {folder} has {_gib(free)} free; {_CURE}")
 
 
 def explain_disk(error: BaseException, place: Path) -> UserError | None:
-    """What to tell a person about an error that a disk is the cause of, or a folder; None for any other error.
-
-    place: where the program was writing, for errors that do not say it. Libraries that are not written in Python pass
-    the system's text on, inside errors of their own.
+    """The message for an error caused by a full disk or an unwritable folder; None for any other error. place: where
+    the program was writing, for errors that do not name a path. Native libraries report the system's text inside errors
+    of their own.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -40,7 +39,7 @@ def explain_disk(error: BaseException, place: Path) -> UserError | None:
         if number in FULL_DISK or any(text in str(cause) for text in _FULL_TEXTS):
             return DiskFull(describe_full(named or place))
         if cause is error and isinstance(cause, OSError) and number in _REFUSED and named is not None:
-            return UserError(f"{explain_os_error(cause, str(named))} (--work and --store say where things are kept)")
+            return UserError(f"{explain_os_error(cause, str(named))} (--work and --store set the folders)")
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -53,16 +52,16 @@ def _number_and_path(error: BaseException) -> tuple[int | None, Path | None]:
 
 
 def describe_full(place: Path) -> str:
-    """One line about a full disk: what it has, and what lies in `place` itself."""
+    """One line about a full disk: its space, and the size of the files in `place`."""
     folder = next(path for path in (place, *place.absolute().parents) if path.is_dir())
     usage = shutil.disk_usage(folder)
     own = _size(folder)
-    told = "" if own is None else f", the files in {folder} take {_gib(own)}"
-    return f"the disk is full at {place}: {_gib(usage.free)} of {_gib(usage.total)} are left{told}; {_CURE}"
+    own_files = "" if own is None else f", the files in {folder} take {_gib(own)}"
+    return f"the disk is full at {place}: {_gib(usage.free)} of {_gib(usage.total)} are free{own_files}; {_CURE}"
 
 
 def _size(folder: Path) -> int | None:
-    """Bytes of the files below; None where there are too many to look at, or some vanish meanwhile."""
+    """Total bytes of the files below a folder; None if there are too many to count, or some vanish during the count."""
     entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
     if len(entries) > _MOST_ENTRIES:
         return None

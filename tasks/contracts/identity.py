@@ -1,4 +1,4 @@
-"""What a digest is made of: every field of a spec but the operational ones, and contents in place of places."""
+"""The input of a digest: every field of a spec except the operational ones, with contents in place of places."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from radlads.tasks.contracts.recipe.base import AddedLater, Reads, ReadsKind, Un
 
 @dataclass(frozen=True)
 class Reading:
-    """A field that names something to be read."""
+    """A field that names a place to be read."""
 
     location: str
-    """Of the field, dotted: `data.train.sources.0.paths`."""
+    """The field's path, dotted: `data.train.sources.0.paths`."""
     kind: ReadsKind
     place: tuple[str, ...]
     revision: str | None
 
 
 class Pinned(Protocol):
-    """What is known of the content at a place."""
+    """A pin of the content at a place."""
 
     @property
     def named(self) -> Any:
-        """What stands for the place in a digest."""
+        """The value that replaces the place in a digest."""
 
 
 def readings(value: Any, prefix: str = "") -> Iterator[Reading]:
-    """Every place that a model and the models in it name. prefix: dotted, put before each location."""
+    """Every place that a model and its nested models name. prefix: dotted, prepended to each location."""
     if isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
             mark, item = _reads(field), getattr(value, name)
@@ -49,10 +49,10 @@ def readings(value: Any, prefix: str = "") -> Iterator[Reading]:
 
 
 def identity(model: BaseModel, pins: Mapping[str, Pinned] | None) -> Any:
-    """The JSON value that a digest of the model is taken of.
+    """The JSON value of which the model's digest is computed.
 
-    pins: location → content. None, for a spec from before anything was pinned or of a stage that reads none of it:
-    places are left out. Raises ValueError for a place that is not pinned.
+    pins: location → content. None omits the places: for a spec made before any pin, or of a stage that reads none.
+    Raises ValueError for a place that is not pinned.
     """
     return _identity(model, model.model_dump(mode="json"), pins, "")
 
@@ -72,7 +72,7 @@ def _identity(value: Any, dumped: Any, pins: Mapping[str, Pinned] | None, prefix
                 kept[name] = dumped[name]
             elif pins is not None:
                 if location not in pins:
-                    raise ValueError(f"{location} names a place, and what is there is not pinned")
+                    raise ValueError(f"{location} names a place whose content is not pinned")
                 kept[name] = pins[location].named
         return kept
     if isinstance(value, Mapping):

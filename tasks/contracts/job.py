@@ -1,4 +1,4 @@
-"""The two sheets of paper between the planes: JobSpec goes down, Manifest comes up. Nothing else crosses."""
+"""The two documents exchanged between the planes: JobSpec to the data plane, Manifest back. There are no others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ExitReason = Literal["done", "preempted", "config", "out-of-memory", "disk-full"
 
 
 class Sheet(BaseModel):
-    """Base of what crosses a process boundary: frozen, strict, JSON."""
+    """Base of models that cross a process boundary: frozen, strict, JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -34,7 +34,7 @@ class InputRef(Sheet):
 
 
 class StoreRef(Sheet):
-    """How to reach the store. Credentials are never part of it: the SDK's own chain finds them on the machine."""
+    """The store's address. It never contains credentials: the SDK's own chain finds them on the machine."""
 
     uri: str
     """`s3://bucket/prefix`, or a folder."""
@@ -43,13 +43,13 @@ class StoreRef(Sheet):
 
 
 class LeaseRef(Sheet):
-    """The lease on the product that a job makes: it writes only while the lease still has this token and this owner."""
+    """The lease on a job's product: the job writes only while the lease has this token and this owner."""
 
     key: str
-    """Of lease.json in the store."""
+    """The key of lease.json in the store."""
     token: int
     owner: str = ""
-    """Of this acquisition: a lease that was removed and made again may have the same token."""
+    """Unique to this acquisition: a lease that was removed and created again may have the same token."""
 
 
 class TrackingRef(Sheet):
@@ -61,7 +61,7 @@ class TrackingRef(Sheet):
 
 
 class JobResources(Sheet):
-    """Resolved by the control plane from the recipe's `resources` and the machine."""
+    """A job's devices, resolved by the control plane from the recipe's `resources` and the machine."""
 
     device: Literal["cpu", "cuda"]
     processes: int = Field(ge=1)
@@ -73,7 +73,7 @@ class JobResources(Sheet):
 
 
 class JobSpec(Sheet):
-    """What is asked of one process (or one DeepSpeed job)."""
+    """The full description of one job: a process, or one DeepSpeed job."""
 
     schema_version: int = SCHEMA_VERSION
     stage: Stage
@@ -81,19 +81,19 @@ class JobSpec(Sheet):
     recipe: str
     digest: str
     spec: dict[str, Any]
-    """The stage's part of the recipe and whatever else determines its product; what `digest` is made of."""
+    """The stage's part of the recipe and everything else that determines its product; the input of `digest`."""
     inputs: dict[str, InputRef] = Field(default_factory=dict)
     output_uri: str
     """The prefix that the job commits to: <store>/products/<stage>/<digest>."""
     store: StoreRef
     tracking: TrackingRef | None = None
     lease: LeaseRef | None = None
-    """On the product."""
+    """The lease on the product."""
     resources: JobResources
     scratch: str = Field(pattern=r"^[^\x00-\x1f]+$")
-    """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, what it is about to upload."""
+    """The job's own folder on this machine: job.json, log.txt, exit.json, metrics.jsonl, files to upload."""
     content_cache: str | None = None
-    """File on this machine that remembers what large files hold; see tasks/contracts/pins/content.py."""
+    """File on this machine that caches hashes of large files; see tasks/contracts/pins/content.py."""
 
 
 class FileEntry(Sheet):
@@ -104,12 +104,12 @@ class FileEntry(Sheet):
     size: int = Field(ge=0)
     sha256: str
     stored_as: str | None = None
-    """Where it lies under the prefix, when an unfinished attempt with other content already had `path`. Readers that go
-    through Store never see it."""
+    """Its path under the prefix if an unfinished attempt had left other content at `path`. Readers that use Store never
+    see it."""
 
 
 class CodeVersion(Sheet):
-    """What produced a product."""
+    """The code that made a product."""
 
     sha: str | None
     """Git commit of the project's checkout; None when installed from a wheel."""
@@ -118,7 +118,7 @@ class CodeVersion(Sheet):
 
 
 class Manifest(Sheet):
-    """What a job produced. Written last: no manifest, no artifact."""
+    """The description of a job's product. Written last: no manifest, no artifact."""
 
     schema_version: int = SCHEMA_VERSION
     stage: str
@@ -127,37 +127,37 @@ class Manifest(Sheet):
     spec: dict[str, Any]
     files: tuple[FileEntry, ...]
     metrics: dict[str, Any] = Field(default_factory=dict)
-    """Numbers worth comparing, and small tables (lists of numbers); strict JSON, no NaN."""
+    """Results to compare, and small tables (lists of numbers); strict JSON, no NaN."""
     run: str = ""
-    """The run that had it made; others that ask for the same share it."""
+    """The run that made it; runs with the same digest share it."""
     mlflow_run_id: str | None = None
     code: CodeVersion
     kernels: dict[str, str] = Field(default_factory=dict)
-    """Operator → the kernel that ran it, and why no faster one; of the first rank."""
+    """Operator → the kernel that computed it, and why no faster one; of the first rank."""
     created_at: datetime
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that a schema found wrong, and where, in one line; values are not repeated."""
+    """A validation error's first fault and its location, in one line; values are not repeated."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in fault["loc"][:8])
-    told = f"{place}: {fault['msg']}" if place else fault["msg"]
-    return " ".join(told.encode("unicode_escape").decode().split())[:300]
+    text = f"{place}: {fault['msg']}" if place else fault["msg"]
+    return " ".join(text.encode("unicode_escape").decode().split())[:300]
 
 
 def read_job(path: Path) -> JobSpec:
-    """The job that a file describes. Raises UserError, one line, for a file that is no job.json of this version."""
+    """The job that a file describes. Raises UserError, one line, for a file that is not a job.json of this version."""
     try:
         with path.open("rb") as stream:
             data = stream.read(_MOST_JOB_BYTES + 1)
         if len(data) > _MOST_JOB_BYTES:
-            raise UserError(f"{path} is larger than {_MOST_JOB_BYTES:,} bytes; it is no job.json")
+            raise UserError(f"{path} is larger than {_MOST_JOB_BYTES:,} bytes; it is not a job.json")
         spec = JobSpec.model_validate_json(data)
         canonical_json(spec.spec).encode()
     except ValidationError as error:
-        raise UserError(f"{path} is no job.json of this version: {first_fault(error)}") from None
+        raise UserError(f"{path} is not a job.json of this version: {first_fault(error)}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is no job.json of this version: it holds what JSON cannot") from None
+        raise UserError(f"{path} is not a job.json of this version: it has a value that JSON forbids") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if spec.schema_version != SCHEMA_VERSION:
@@ -166,16 +166,16 @@ def read_job(path: Path) -> JobSpec:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN. Raises ValueError for what JSON cannot hold."""
+    """Canonical JSON of a value: sorted keys, no spaces, no NaN. Raises ValueError for values that JSON forbids."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def stage_digest(stage: Stage, spec: dict[str, Any], inputs: dict[str, InputRef]) -> str:
     """sha256 (hex) of the canonical {stage, spec, input digests, schema version}."""
-    sheet = {
+    parts = {
         "schema_version": SCHEMA_VERSION,
         "stage": stage,
         "spec": spec,
         "inputs": {name: ref.digest for name, ref in inputs.items()},
     }
-    return hashlib.sha256(canonical_json(sheet).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """metrics.jsonl, the record of a job's numbers, and its mirror in MLflow.
 
-A row is written and flushed at once. A thread of its own reads the file behind the writer and sends what MLflow does
-not have yet. What it has, MLflow itself is asked: the last step of each metric; so any later process can go on from
-there, and no step of a metric is ever sent twice.
+A row is written and flushed at once. A separate thread reads the file and sends rows that MLflow does not have yet.
+MLflow itself is queried for the last step of each metric, so any later process can continue from there, and no step of
+a metric is sent twice.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _NOT_METRICS = {"step", "time"}
 
 
 def connect(uri: str) -> MlflowClient:
-    """An MLflow client that gives up in seconds instead of minutes, and does not phone home. uri: without user and
-    password, which this process knows."""
+    """An MLflow client with timeouts of seconds instead of minutes, and without telemetry. uri: without user and
+    password, which this process keeps in memory."""
     from mlflow import MlflowClient, environment_variables
     from mlflow.telemetry.client import set_telemetry_client
 
@@ -45,7 +45,7 @@ def connect(uri: str) -> MlflowClient:
     ):
         if not setting.is_set():  # type: ignore[no-untyped-call]
             setting.set(value)  # type: ignore[no-untyped-call]
-    set_telemetry_client()  # type: ignore[no-untyped-call] # again: the first time, at import, it did not know
+    set_telemetry_client()  # type: ignore[no-untyped-call] # again: at import the setting was missing
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=with_credentials(uri))
 
@@ -57,9 +57,9 @@ def latest_metrics(client: MlflowClient, run_id: str) -> dict[str, tuple[int, fl
 
 
 class MetricsRecord:
-    """The numbers of one job: rows in a file at once, in MLflow when it can be reached. Never blocks on MLflow.
+    """The numbers of one job: written to a file at once, sent to MLflow when it is reachable. Never blocks on MLflow.
 
-    path: metrics.jsonl; a torn last line (after kill -9) is cut off. ref: the MLflow run, or None for no mirror.
+    path: metrics.jsonl; an incomplete last line (after kill -9) is removed. ref: the MLflow run, or None for no mirror.
     """
 
     def __init__(self, path: Path, ref: TrackingRef | None) -> None:
@@ -75,7 +75,7 @@ class MetricsRecord:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row. step: the optimizer step, never smaller than an earlier one of the same metric; a metric
-        already recorded for this step is left as it is. What is not finite is written as null."""
+        already recorded for this step is not changed. Values that are not finite are written as null."""
         fresh = {key: _number(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
         if not fresh:
             return
@@ -87,7 +87,7 @@ class MetricsRecord:
         self._last_step |= dict.fromkeys(fresh, step)
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after `step`: the job was restored there and will compute them again."""
+        """Delete the rows after `step`: the job was restored there and will compute them again."""
         self._rewrite(lambda row: row["step"] <= step)
         if self._mirror is not None:
             self._mirror.reread()
@@ -97,7 +97,7 @@ class MetricsRecord:
         return _parse(self.path.read_bytes())[0]
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """Add params to the MLflow run; ones that it has are left as they are."""
+        """Add params to the MLflow run; existing ones are not changed."""
         self._note("params", {key: str(value) for key, value in params.items()})
 
     def artifact(self, path: Path) -> None:
@@ -105,14 +105,14 @@ class MetricsRecord:
         self._note("artifacts", {str(path): 1})
 
     def close(self, timeout_seconds: float = 10.0) -> None:
-        """Give the mirror a last chance to catch up, for at most this long."""
+        """Let the mirror catch up, for at most this long, then close the record."""
         if self._mirror is not None:
             self._mirror.stop(timeout_seconds)
             self._mirror = None
         if self._stream is not None:
             try:
                 self._stream.close()
-            except OSError as error:  # a row that found no room, which the writer has heard of already
+            except OSError as error:  # the disk was full, which the writer has reported already
                 _log.warning("the end of %s was not written: %s", self.path, error)
             self._stream = None
 
@@ -136,14 +136,14 @@ class MetricsRecord:
 
 
 def catch_up(path: Path, ref: TrackingRef) -> bool:
-    """Send what MLflow does not have yet of a record that nobody writes any more; whether that worked."""
+    """Send MLflow the missing rows of a record that is complete; returns whether that succeeded."""
     if not path.exists() and not _notes_path(path).exists():
         return True
     return _Mirror(path, ref, threading.Lock()).try_once()
 
 
 class _Mirror(threading.Thread):
-    """Follows the file and sends new rows in batches; after an outage it goes on where it was."""
+    """Follows the file and sends new rows in batches; after an outage it continues where it stopped."""
 
     def __init__(self, path: Path, ref: TrackingRef, lock: threading.Lock) -> None:
         super().__init__(name="mlflow-mirror", daemon=True)
@@ -159,14 +159,14 @@ class _Mirror(threading.Thread):
     def run(self) -> None:
         wait = _FLUSH_SECONDS
         while True:
-            stopping = self._stopping  # read before sending, so that all that was written before stop() is sent
+            stopping = self._stopping  # read before sending, so that all rows written before stop() are sent
             wait = _FLUSH_SECONDS if self.try_once() else min(2 * wait, _LONGEST_WAIT_SECONDS)
             if stopping:
                 return
             self._wake.wait(wait)
 
     def reread(self) -> None:
-        """The file was rewritten: start over, skipping what was sent."""
+        """The file was rewritten: read it from the start, skipping rows that were sent."""
         with self._lock:
             self._offset = 0
             self._generation += 1
@@ -177,17 +177,17 @@ class _Mirror(threading.Thread):
         self.join(timeout_seconds)
 
     def try_once(self) -> bool:
-        """Send everything that is new. Whether it all arrived."""
+        """Send all new rows; returns whether all arrived."""
         try:
             self._send()
-        except Exception as error:  # noqa: BLE001 - the boundary to a mirror that we can do without
+        except Exception as error:  # noqa: BLE001 - an optional mirror must not fail the job
             if not self._failing:
                 _log.warning(
-                    "MLflow at %s: %s; the record is %s, MLflow is caught up later",
+                    "MLflow at %s: %s; the record is %s, MLflow is updated later",
                     self._ref.uri, hide(" ".join(str(error).split()))[:300], self._path,
                 )  # fmt: skip
             self._failing = True
-            self._sent = None  # some of it may have arrived: ask again
+            self._sent = None  # some rows may have arrived: query again
             return False
         self._failing = False
         return True
@@ -245,7 +245,7 @@ def _number(value: float) -> float | None:
 
 
 def _parse(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Rows of whole lines, and the bytes that they take; a torn last line is left out."""
+    """Rows of complete lines, and their size in bytes; an incomplete last line is left out."""
     rows: list[dict[str, Any]] = []
     used = 0
     while (end := data.find(b"\n", used)) >= 0:

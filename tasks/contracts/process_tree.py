@@ -1,8 +1,8 @@
-"""Which processes belong to a job, found in /proc, and ended. Standard library only.
+"""Finds the processes of a job in /proc and ends them. Standard library only.
 
 Every process of a job inherits `RADLADS_JOB=<job>/<attempt>` in its environment, wherever its launcher moves it: out of
-its process group, into another session, or, once its parent is dead, to init. A signal goes to a process only after its
-mark was read through a descriptor of that very process, so that a process number that was given away is never hit.
+its process group, into another session, or, once its parent is dead, to init. A signal is sent to a process only after
+its mark was read and through a descriptor of that same process, so that a reused pid is never signalled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 MARK = "RADLADS_JOB"
 WARDEN = "radlads-warden"
-"""The name of the process that survives a supervisor for as long as it takes to kill what that one ran."""
+"""Name of the process that outlives a killed supervisor until it has killed the supervisor's job."""
 _SUPERVISOR = b"radlads.tasks.launchers.supervise"
 _TICK_SECONDS = 0.1
 _KILL_SECONDS = 30.0
@@ -31,9 +31,10 @@ _GUARD = "import signal, sys; sys.stdin.buffer.read(); signal.pidfd_send_signal(
 
 
 def end_with_me(pid: int) -> None:
-    """Have a child that sets no parent-death signal of its own killed when this process ends, in whatever way.
+    """Ensure that a child without a parent-death signal is killed when this process ends, for any reason.
 
-    A small process waits for the end of a pipe that only this one holds open, and kills by a descriptor of the child.
+    A small process waits for end of file on a pipe that only this process holds open, then kills the child through its
+    descriptor.
     """
     descriptor = os.pidfd_open(pid)
     reading, _held_until_the_end = os.pipe()
@@ -53,7 +54,7 @@ def end_with_me(pid: int) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """A living process. started: clock ticks after boot, which tells it from another one that got its number."""
+    """A living process. started: clock ticks after boot, which distinguishes it from a later one with its pid."""
 
     pid: int
     parent: int
@@ -61,7 +62,7 @@ class Process:
 
 
 def job_id(scratch: Path) -> str:
-    """The name of the job that works in a folder: the same for each of its attempts, and for nothing else here."""
+    """The name of the job with this scratch folder: the same for all its attempts, unique on this machine."""
     return hashlib.sha256(os.fsencode(scratch.resolve())).hexdigest()[:24]
 
 
@@ -71,7 +72,7 @@ def new_mark(job: str) -> str:
 
 
 def processes() -> list[Process]:
-    """Every living process of this machine; zombies are dead."""
+    """Every living process of this machine; zombies are left out."""
     found = (read_process(int(entry)) for entry in os.listdir("/proc") if entry.isdigit())
     return [process for process in found if process is not None]
 
@@ -85,7 +86,7 @@ def read_process(pid: int) -> Process | None:
 
 
 def read_proc(pid: int, name: str) -> bytes:
-    """A file of /proc/<pid>; empty where the process is gone or somebody else's."""
+    """A file of /proc/<pid>; empty if the process has ended or belongs to another user."""
     try:
         return Path("/proc", str(pid), name).read_bytes()
     except OSError:
@@ -99,8 +100,8 @@ def marked(mark: str) -> list[Process]:
 
 
 def kill_marked(mark: str, *, spare: Iterable[int] = ()) -> tuple[int, list[int]]:
-    """Kill every process of `marked(mark)` but `spare`. Returns how many that were, and the numbers of those that were
-    not gone after half a minute, as when a driver holds them."""
+    """Kill every process of `marked(mark)` except `spare`. Returns their number, and the pids of those that still exist
+    after half a minute, for example because a driver blocks them."""
     kept = set(spare)
     killed: set[int] = set()
     end = time.monotonic() + _KILL_SECONDS
@@ -115,11 +116,10 @@ def kill_marked(mark: str, *, spare: Iterable[int] = ()) -> tuple[int, list[int]
 
 
 def end_leftovers(job: str, *, seconds: float) -> int:
-    """End what former attempts at a job left behind; how many processes that were.
-
-    seconds: what a supervisor whose parent has died gets to stop its job in order; without one, they are killed at
-    once. Raises BlockingIOError, whose text says who it is, where another living process runs the job or one that it
-    left cannot be ended.
+    """End the processes that earlier attempts at a job left behind; returns their number. seconds: time for a
+    supervisor whose parent has died to stop its job cleanly; without a supervisor the processes are killed at once.
+    Raises BlockingIOError, which names the process, if another living process runs the job or a process cannot be
+    ended.
     """
     mark = f"{job}/"
     found = marked(mark)
@@ -132,7 +132,7 @@ def end_leftovers(job: str, *, seconds: float) -> int:
         time.sleep(_TICK_SECONDS)
     killed, left = kill_marked(mark)
     if left:
-        raise BlockingIOError(f"process {left[0]}, left by a former attempt, does not end")
+        raise BlockingIOError(f"process {left[0]}, left by an earlier attempt, does not end")
     return max(len(found), killed)
 
 
@@ -145,7 +145,7 @@ def _kill(process: Process, mark: str) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         handle = os.pidfd_open(process.pid)
         try:
-            # Asked again: from here on nobody else can get its number.
+            # Checked again: now that it is open, its pid cannot be reused.
             if _lives(process) and _carries(process.pid, mark):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
         finally:
@@ -158,8 +158,8 @@ def _carries(pid: int, mark: str) -> bool:
         name, _, text = entry.partition(b"=")
         if name == MARK.encode():
             value = text
-    wanted = mark.encode()
-    same = value.startswith(wanted) if mark.endswith("/") else value == wanted
+    expected = mark.encode()
+    same = value.startswith(expected) if mark.endswith("/") else value == expected
     return same and _owner(pid) == os.getuid()
 
 

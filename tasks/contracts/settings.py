@@ -1,4 +1,4 @@
-"""Where things are kept unless a run says otherwise. The one place that turns the environment into settings."""
+"""Default places of store, scratch and tracking. Only this module turns the environment into settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.parsing.files import file_errors
 
 HEARTBEAT_SECONDS = 60
-"""Between two signs of life of a flow run; deployments/zombies.py waits for several."""
+"""Seconds between two heartbeats of a flow run; deployments/zombies.py waits for several."""
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9]")
 _DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+[a-z0-9_]+)?://")
@@ -27,9 +27,8 @@ _LARGEST_NUMBER = 1e6
 
 @dataclass(frozen=True)
 class Settings:
-    """home: folder of everything that is kept locally. work: scratch of running jobs. tracking: MLflow's uri, or ""
-    for none. grace_seconds: what a stopped job gets to save a checkpoint. retries: of a stage that crashed, before
-    the run fails and waits for a person."""
+    """home: folder of all local files. work: scratch of running jobs. tracking: MLflow's uri, or "" for none.
+    grace_seconds: time for a stopped job to save a checkpoint. retries: of a crashed stage, before the run fails."""
 
     home: Path
     store: StoreRef
@@ -42,7 +41,7 @@ class Settings:
 
     @property
     def content_cache(self) -> Path:
-        """File that remembers what large files hold, so that a teacher is not read whole at every start."""
+        """File that caches hashes of large files, so that a teacher is not read in full at every start."""
         return self.work / "content.json"
 
 
@@ -53,11 +52,11 @@ def resolve_settings(
     work: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Arguments win over RADLADS_* variables, which win over `.radlads` in the working directory.
+    """Arguments take precedence over RADLADS_* variables, these over `.radlads` in the working directory.
 
     store: `s3://bucket/prefix` or a folder (RADLADS_STORE; the endpoint of S3 is RADLADS_S3_ENDPOINT). tracking:
-    `http://server`, `sqlite:///file`, or `none` (RADLADS_TRACKING). work: RADLADS_WORK. User and password of an
-    address are taken out of it here and kept in memory (credentials.py): settings have none. Raises UserError.
+    `http://server`, `sqlite:///file`, or `none` (RADLADS_TRACKING). work: RADLADS_WORK. User and password are removed
+    from addresses and kept in memory (credentials.py): settings contain none. Raises UserError.
     """
     env = os.environ if environment is None else environment
     learn(env)
@@ -73,7 +72,7 @@ def resolve_settings(
 
 
 def check_run_name(name: str) -> str:
-    """The name, if it can be a folder's and a label's. Raises UserError."""
+    """The name, if it is valid as a folder and a label. Raises UserError."""
     if not _RUN_NAME.fullmatch(name):
         raise UserError(
             f"'{one_line(name, 60)}' cannot be a run's name: letters, digits, '.', '_' and '-', at most 128 of them, a "
@@ -83,30 +82,30 @@ def check_run_name(name: str) -> str:
 
 
 def refuse_credentials(**addresses: str | None) -> None:
-    """Refuse addresses that come with a user and a password where they are written down already, such as a flow's
-    parameters. Raises UserError."""
+    """Refuse addresses with a user and a password in arguments that are stored, such as a flow's parameters. Raises
+    UserError."""
     for what, address in addresses.items():
         if address is not None and has_credentials(address):
             raise UserError(
-                f"{what}: a user and a password stand in the address, and a run's parameters are kept in Prefect's "
+                f"{what}: the address contains a user and a password, and a run's parameters are stored in Prefect's "
                 f"database; leave them out here, and set RADLADS_{what.upper()} with them where the worker runs"
             )
 
 
 def _first(argument: str | None, variable: str | None, default: str) -> str:
-    """An empty variable counts as unset, as everywhere; an empty argument is a mistake."""
+    """An empty variable counts as unset; an empty argument is an error."""
     return argument if argument is not None else variable or default
 
 
 def _check_text(what: str, text: str) -> None:
     if not text.strip() or len(text) > _LONGEST_PLACE or not text.isprintable():
-        raise UserError(f"{what} is '{one_line(hide(text), 60)}', which is no place; leave it out for the default")
+        raise UserError(f"{what} is '{one_line(hide(text), 60)}', which is not a place; leave it out for the default")
 
 
 def _folder(what: str, text: str) -> Path:
     _check_text(what, text)
     if "://" in text:
-        raise UserError(f"{what} is '{one_line(hide(text), 60)}': a folder of this machine is needed")
+        raise UserError(f"{what} is '{one_line(hide(text), 60)}': it must be a folder of this machine")
     with file_errors(f"{what} '{one_line(text, 60)}'"):
         path = Path(text).expanduser().absolute()
         if path.exists() and not path.is_dir():
@@ -120,7 +119,7 @@ def _store_ref(uri: str, env: Mapping[str, str]) -> StoreRef:
         return StoreRef(uri=str(_folder("the store", uri.removeprefix("file://"))))
     if has_credentials(uri):
         raise UserError(
-            "the store's address holds a user and a password; give s3://bucket/prefix, and the keys in "
+            "the store's address contains a user and a password; give s3://bucket/prefix, and the keys in "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     scheme, _, rest = uri.partition("://")
@@ -167,7 +166,7 @@ def _tracking_uri(uri: str) -> str:
 
 
 def _web_address(what: str, text: str) -> str:
-    """An http(s) address without its user and password, which are kept. Raises UserError."""
+    """An http(s) address without its user and password, which are kept in memory. Raises UserError."""
     clean = take_credentials(text)
     try:
         parts = urlsplit(clean)
@@ -176,7 +175,9 @@ def _web_address(what: str, text: str) -> str:
     except ValueError:
         good = None
     if not good:
-        raise UserError(f"{what} is '{one_line(hide(clean), 80)}', which is no address; write it as http://host:port")
+        raise UserError(
+            f"{what} is '{one_line(hide(clean), 80)}', which is not a valid address; write it as http://host:port"
+        )
     return clean
 
 

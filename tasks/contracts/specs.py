@@ -1,4 +1,4 @@
-"""What each stage is asked for: the typed form of JobSpec.spec, and the digest that names its product."""
+"""The spec of each stage: the typed form of JobSpec.spec, and the digest that names the stage's product."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from radlads.tasks.contracts.stages import Stage, TrainingStage, stage_info
 
 
 class TeacherRef(Sheet):
-    """A teacher, pinned by what it holds."""
+    """A teacher, pinned by its content."""
 
     path: Annotated[str, PLACE]
     revision: Annotated[str | None, PLACE] = None
     trust_remote_code: bool = False
     """Of its tokenizer."""
     fingerprint: str
-    """Hub: the commit. Folder: sha256 over config, tokenizer and weights. Names the teacher in digests."""
+    """Hub: the commit. Folder: sha256 over config, tokenizer and weights. Represents the teacher in digests."""
     tokenizer_fingerprint: str = ""
-    """As TokenizeSpec has it; what datasets and students of this teacher are compared by."""
+    """As in TokenizeSpec; datasets and students of this teacher are compared by it."""
 
 
 class FileRef(Sheet):
-    """A file by its content."""
+    """A file, pinned by its content."""
 
     path: str
-    """As it was found, or relative to the folder that was named."""
+    """As it was found, or relative to the named folder."""
     size: int
     sha256: str
 
 
 class Pin(Sheet):
-    """What was at a place when the run was planned."""
+    """The content of a place when the run was planned."""
 
     kind: ReadsKind
     place: tuple[str, ...]
@@ -58,80 +58,80 @@ class Pin(Sheet):
     content: str
     """sha256 over the files; of the hub `hub:<id>@<commit>`."""
     commits: dict[str, str] = Field(default_factory=dict)
-    """Of an evaluation task: hub dataset that it reads → commit."""
+    """For an evaluation task: hub dataset that it reads → commit."""
     files: tuple[FileRef, ...] = ()
 
     @property
     def commit(self) -> str | None:
-        """The commit of what is on the hub; None of what is on this machine."""
+        """The commit of a hub place; None for a local one."""
         return self.content.rpartition("@")[2] if self.content.startswith("hub:") else None
 
     @property
     def named(self) -> Any:
-        """What stands for the place in a digest."""
+        """The value that replaces the place in a digest."""
         return {"content": self.content, "commits": self.commits} if self.commits else self.content
 
 
 Pins = Annotated[dict[str, Pin], PLACE]
-"""Location of a field in the spec, dotted → what it names."""
+"""Location of a field in the spec, dotted → pin of the place that it names."""
 
 
 class PlanSpec(Sheet):
     """No inputs. Product: plan.json (a PlanReport).
 
-    A plan is of one run: what it finds at the places that the recipe names is what the run goes on with.
+    A plan belongs to one run: it pins the contents of the places that the recipe names, for all later stages.
     """
 
     recipe: Recipe
     run: str = ""
     contents: dict[str, str] = Field(default_factory=dict)
-    """Location in the recipe → content, of what an earlier plan of the run found otherwise, the recipe naming another
-    place by now."""
+    """Location in the recipe → content, for places whose content differs from the run's earlier plan because the recipe
+    now names another place."""
     preview: bool = False
-    """For a person to look at: what does not fit into memory is reported beside the sizes and refuses nothing."""
+    """A preview for the user: a stage that does not fit into memory is reported beside the sizes, not refused."""
     sizes_only: bool = False
-    """Parameters, memory and cost from the teacher's config alone: no weights, no tokenizer, no text is looked at."""
+    """Parameters, memory and cost from the teacher's config alone: no weights, tokenizer or text are read."""
 
 
 class PlanReport(Sheet):
-    """plan.json: what later specs are pinned to, and the numbers that a user decides by."""
+    """plan.json: the pins of later specs, and the estimates shown to the user."""
 
     teacher: TeacherRef | None
     tokenizer: str
     """Folder or hub id."""
     tokenizer_fingerprint: str
     pins: dict[str, Pin] = Field(default_factory=dict)
-    """Location of a field in the recipe, dotted → what it names."""
+    """Location of a field in the recipe, dotted → pin of the place that it names."""
     teacher_parameters: int
     student_parameters: int
     mixer_parameters: int
     new_parameters: int = 0
-    """Of the mixers: without a counterpart in the teacher."""
+    """Parameters of the mixers without a counterpart in the teacher."""
     idle_parameters: int = 0
-    """Of experts that a token does not go to, in teacher and student alike."""
+    """Parameters of experts that a token is not routed to, the same in teacher and student."""
     groups: dict[str, int] = Field(default_factory=dict)
     """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
     num_layers: int
     attention_layers: tuple[int, ...]
-    """Empty where they are chosen after align."""
+    """Empty if they are chosen after align."""
     stages: dict[str, dict[str, Any]]
     """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
     optimizer, teacher, activations, logits, buffers, overhead, total, host}, seconds, gpu_hours, dollars}; of a stage
     with phases also `phases`, in order, each {tokens, steps, context, batch, seconds, gpu_hours, dollars}. Memory,
-    seconds and what follows from them are estimates; None where nothing is known."""
+    seconds and values derived from them are estimates; None if unknown."""
     choice: AttentionChoice | None = None
-    """A choice after align, its probe made to fit its budget."""
+    """A choice after align, its probe reduced to its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Dataset name → {bytes, bytes_per_token, tokens, assistant}: estimates from its first documents."""
     gpu_hours: float | None = None
-    """Estimated, of all stages; None on a CPU."""
+    """Estimated total of all stages; None on a CPU."""
     dollars: float | None = None
     """Estimated; None without `dollars_per_gpu_hour`."""
     assumptions: dict[str, Any] = Field(default_factory=dict)
-    """What the estimates rest on: peak FLOP/s, utilisation, processes, memory of one device."""
+    """The basis of the estimates: peak FLOP/s, utilisation, processes, memory of one device."""
     warnings: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
-    """Stages that do not fit into memory, and what would help; only a preview has any."""
+    """Stages that do not fit into memory, with remedies; only in a preview."""
 
 
 class TokenizeSpec(Sheet):
@@ -146,7 +146,7 @@ class TokenizeSpec(Sheet):
     trust_remote_code: bool = False
     """Of the tokenizer."""
     teacher: TeacherRef | None
-    """Only where a source samples from the teacher."""
+    """Only if a source samples from the teacher."""
 
     @property
     def files(self) -> tuple[FileRef, ...]:
@@ -162,7 +162,7 @@ class TransplantSpec(Sheet):
 
 
 def section_class(stage: str) -> type[Training]:
-    """The class of a training stage's section, as the recipe has it."""
+    """The recipe's class of a training stage's section."""
     kinds = get_args(Recipe.model_fields[stage_info(stage).section or ""].annotation)
     found: type[Training] = next(kind for kind in kinds if kind is not NoneType)
     return found
@@ -173,28 +173,28 @@ class TrainSpec(Sheet):
 
     objective: TrainingStage
     section: SerializeAsAny[Training]
-    """Of the class that the recipe has for the stage."""
+    """An instance of the recipe's class for the stage."""
     pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef | None
     trust_remote_code: bool = False
-    """Of the student's tokenizer, which is the teacher's."""
+    """Fingerprint of the student's tokenizer, which is the teacher's."""
     teacher_bits: FrozenBits = 16
     mlp_bits: FrozenBits = 16
     """Of the student's frozen MLPs."""
     calibrate: Calibration | None = None
-    """Align only."""
+    """For align only."""
 
     @field_validator("section", mode="before")
     @classmethod
     def _section_of_the_stage(cls, value: Any, info: ValidationInfo) -> Any:
         stage = info.data.get("objective")
-        if stage is None:  # refused already
+        if stage is None:  # rejected already by its own validator
             return value
-        wanted = section_class(stage)
-        if isinstance(value, Training) and not isinstance(value, wanted):
-            raise ValueError(f"{stage} is asked for by a section of the class {wanted.__name__}")
+        expected = section_class(stage)
+        if isinstance(value, Training) and not isinstance(value, expected):
+            raise ValueError(f"the section of {stage} must be of the class {expected.__name__}")
         try:
-            return wanted.model_validate(value)
+            return expected.model_validate(value)
         except ValidationError as error:
             raise ValueError(first_fault(error)) from None
 
@@ -207,9 +207,9 @@ class ChooseSpec(Sheet):
     pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef
     attention_rope: bool
-    """Of the product; while it is scored, a restored layer has the teacher's rotary positions."""
+    """For the product; during scoring a restored layer has the teacher's rotary positions."""
     run_tokens: Annotated[int, OPERATIONAL]
-    """What the cost is a share of."""
+    """The total of which the probe's cost is a share."""
 
 
 class EvaluateSpec(Sheet):
@@ -219,7 +219,7 @@ class EvaluateSpec(Sheet):
     pins: Pins = Field(default_factory=dict)
     teacher: TeacherRef
     other_teacher: bool = False
-    """Whether the student may have been made from another teacher than this one."""
+    """Whether the student may have been made from a teacher other than this one."""
 
 
 class NeedleSpec(Sheet):
@@ -241,10 +241,10 @@ class PublishSpec(Sheet):
 
 
 def foreign_teacher(name: str, made_from: str, judged_against: str) -> str:
-    """Why a student is not judged. made_from, judged_against: fingerprints of teachers."""
+    """Why a student is not evaluated. made_from, judged_against: fingerprints of teachers."""
     return (
-        f"'{name}' was converted from another teacher ({made_from[:20]}) than the one that it would be judged against "
-        f"({judged_against[:20]}); judge it by the recipe of its own run, or say that another teacher is meant "
+        f"'{name}' was converted from another teacher ({made_from[:20]}) than the one that it would be compared with "
+        f"({judged_against[:20]}); evaluate it by the recipe of its own run, or allow another teacher "
         "(--other-teacher, other_teacher=true)"
     )
 

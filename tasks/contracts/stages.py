@@ -1,7 +1,7 @@
-"""The one table of stages: what each is called, what its job is, what it reads, and what the rest must know of it.
+"""The table of stages: for each its name, its job, its inputs, and the properties that other code depends on.
 
-Whatever lists stages asks this table; docs/contributing.md ("Add a stage") says what a new row takes besides. Products
-and code meet here too: code that is about one stage, a page of the report for one, names its row (`NEEDLE.name`).
+All lists of stages are derived from this table; docs/contributing.md ("Add a stage") describes the other steps for a
+new row. Code that concerns a single stage, such as a page of the report, refers to its row (`NEEDLE.name`).
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ class StageInfo:
     """One row of the table."""
 
     name: str
-    """In digests, store keys, the recipe and everything that people read."""
+    """Used in digests, store keys, recipes and all output."""
     spec: str
     """Name of the class in specs.py that types JobSpec.spec."""
     program: str
     """Module under radlads.tasks.jobs that does the work."""
     does: str
-    """What it does, in a phrase; the model card prints it for the stages that train."""
+    """A phrase that describes it; the model card prints it for training stages."""
     section: str | None = None
-    """Key of the recipe that asks for the stage; None: it follows from others."""
+    """Key of the recipe's section that enables the stage; None: other stages imply it."""
     inputs: tuple[str, ...] = ()
-    """Names of the inputs that it reads of: `student` (the newest model), `data` (a dataset; `mixed_data` is
-    another one, of a training stage whose section mixes rows in), `models` (the ones before
-    the newest, by stage), `products` (everything so far)."""
+    """Names of its inputs, among `student` (the newest model), `data` (a dataset), `mixed_data` (a second dataset, of a
+    training stage whose section mixes rows in), `models` (earlier models, by stage), `products` (all products so far).
+    """
     distributed: bool = False
-    """Whether its job is started as several ranks, one a device."""
+    """Whether its job is started as several ranks, one per device."""
     uses_device: bool = False
-    """Whether its job computes on the run's device; the others stay on the CPU and wait for no GPU."""
+    """Whether its job computes on the run's device; others run on the CPU and wait for no GPU."""
     needs_teacher: bool = False
-    """Whether its job always runs or reads the teacher, which its digest then names. A training stage that need not may
-    be asked to by its section (`runs_teacher` of recipe/training.py)."""
+    """Whether its job always runs or reads the teacher, which its digest then names. For other training stages the
+    section decides (`runs_teacher` of recipe/training.py)."""
     trains: bool = False
     layerwise: bool = False
-    """Trains each mixer by itself, inside the teacher: the student as a whole is not run."""
+    """Trains each mixer separately, inside the teacher: the student as a whole is not run."""
     makes: Literal["student", "teacher"] | None = None
-    """The model in its product: a converted student, or a teacher from nothing."""
+    """The kind of model in its product: a converted student, or a teacher trained from random weights."""
     judges: bool = False
     several: bool = False
-    """A run may have several, each under the name that its spec has."""
+    """A run may have several of it, each with the name in its spec."""
     loss: str = "loss"
-    """Of a training stage: what its curve shows, with the unit."""
+    """Of a training stage: the quantity of its curve, with the unit."""
 
     @property
     def matches_logits(self) -> bool:
@@ -60,7 +60,7 @@ class StageInfo:
         return self.trains and self.makes == "student" and not self.layerwise
 
 
-PLAN = StageInfo("plan", "PlanSpec", "plan.plan", "checks every option and size, and pins what is read")
+PLAN = StageInfo("plan", "PlanSpec", "plan.plan", "checks every option and size, and pins all inputs")
 TOKENIZE = StageInfo("tokenize", "TokenizeSpec", "data.tokens", "makes one of the recipe's datasets", several=True)
 TRANSPLANT = StageInfo(
     "transplant",
@@ -200,7 +200,7 @@ STAGES: dict[str, StageInfo] = {
         PUBLISH,
     )
 }
-"""Name → row, in the order in which a run goes through them."""
+"""Name → row, in the order of a run."""
 TRAINING_STAGES = tuple(name for name, stage in STAGES.items() if stage.trains)
 """Pretraining included."""
 MODEL_STAGES = tuple(name for name, stage in STAGES.items() if stage.makes is not None)
@@ -211,15 +211,15 @@ DATA_SECTIONS = tuple(stage.section for stage in STAGES.values() if stage.sectio
 
 
 def stage_info(name: str) -> StageInfo:
-    """The row of a stage. Raises ValueError, one line, for a name that is none."""
+    """The row of a stage. Raises ValueError, one line, for an unknown name."""
     if name not in STAGES:
-        raise ValueError(f"'{name}' is no stage; the stages are {', '.join(STAGES)}")
+        raise ValueError(f"'{name}' is not a stage; the stages are {', '.join(STAGES)}")
     return STAGES[name]
 
 
 def logits_reference(students: Iterable[str]) -> str | None:
-    """Of the stages that made a run's models, in order: the last that matched the teacher's logits, where another came
-    after it. Training on text alone can lose what it had kept, recall before all; so it is judged as well."""
+    """Among the stages that made a run's models, in order: the last one trained on the teacher's logits, if another
+    followed it. Later training on text alone can lose abilities, recall first; so this model is evaluated as well."""
     names = list(students)
     matched = [name for name in names if stage_info(name).matches_logits]
     return matched[-1] if matched and names[-1] != matched[-1] else None
@@ -231,7 +231,7 @@ def _known(name: str) -> str:
 
 def _known_training(name: str) -> str:
     if not stage_info(name).trains:
-        raise ValueError(f"'{name}' is no training stage; those are {', '.join(TRAINING_STAGES)}")
+        raise ValueError(f"'{name}' is not a training stage; those are {', '.join(TRAINING_STAGES)}")
     return name
 
 

@@ -1,8 +1,8 @@
 """MLflow: one experiment per recipe, a parent run per pipeline run, a child run per stage.
 
-Runs are found again by their tags, which name the store, the run and what was asked for, so a retry continues what it
-began. MLflow is a mirror of what the store and metrics.jsonl hold: when it cannot be reached, everything here says so
-once and goes on. Weights are never uploaded: their uri and sha256 are.
+Runs are looked up by their tags, which name the store, the run and the digest, so a retry continues the same MLflow
+run. MLflow is a mirror of the store and metrics.jsonl: if it cannot be reached, every function here logs that once and
+returns. Weights are never uploaded, only their uri and sha256.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a pipeline run is found by. Two stores that share a server may each have a run of one name."""
+    """The identity of a pipeline run in MLflow. Two stores that share a server may have runs with the same name."""
 
     store: str
     run: str
@@ -70,8 +70,8 @@ def open_pipeline_run(
 ) -> TrackingRef | None:
     """The parent run of a pipeline run, continued if there is one. None when MLflow cannot be reached.
 
-    uri: `sqlite:////path/mlflow.db` or `http://server`. params are written once and never changed. running: say that
-    it runs now; otherwise what MLflow says stays.
+    uri: `sqlite:////path/mlflow.db` or `http://server`. params are written once and never changed. running: set its
+    status to running; otherwise its status is not changed.
     """
     marks = {"radlads.run": identity.run, "radlads.store_id": identity.store, "radlads.kind": "pipeline"}
     return _open(uri, experiment, identity.run, marks, {**marks, **(tags or {})}, params, running)
@@ -88,8 +88,8 @@ def open_stage_run(
 ) -> TrackingRef | None:
     """The child run of a stage, continued if there is one. None when MLflow cannot be reached.
 
-    stage: its name within the run, e.g. "align" or "tokenize train". digest: what was asked of it; asked for something
-    else, it has another curve.
+    stage: its name within the run, e.g. "align" or "tokenize train". digest: of its product; another digest gets a run,
+    and so a curve, of its own.
     """
     identity = {"mlflow.parentRunId": parent.run_id, "radlads.digest": digest}
     marks = {**identity, "radlads.stage": stage, "radlads.kind": "stage", **(tags or {})}
@@ -106,7 +106,7 @@ def open_sweep_run(
 
 
 def nest_run(parent: TrackingRef, child: TrackingRef) -> bool:
-    """Have MLflow show a run under another one; whether it does. An outage is no error."""
+    """Make one MLflow run the parent of another; returns whether it is. An outage is no error."""
     with _outage_is_no_error(parent.uri):
         client = connect(parent.uri)
         if client.get_run(child.run_id).data.tags.get("mlflow.parentRunId") != parent.run_id:
@@ -116,7 +116,7 @@ def nest_run(parent: TrackingRef, child: TrackingRef) -> bool:
 
 
 def close_run(ref: TrackingRef | None, status: Ending) -> bool:
-    """End a run; whether MLflow has heard of it. An outage is no error."""
+    """End a run; returns whether MLflow was updated. An outage is no error."""
     if ref is None:
         return True
     with _outage_is_no_error(ref.uri):
@@ -126,7 +126,7 @@ def close_run(ref: TrackingRef | None, status: Ending) -> bool:
 
 
 def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) -> bool:
-    """Have MLflow say how a run ended, if it does not yet; whether it does. An outage is no error."""
+    """Set a run's final status in MLflow if it has none; returns whether it has one. An outage is no error."""
     with _outage_is_no_error(ref.uri):
         client = connect(ref.uri)
         if client.get_run(ref.run_id).info.status != status:
@@ -139,8 +139,8 @@ def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) 
 def mirror_product(
     parent: TrackingRef | None, stage: TrackingRef | None, label: str, uri: str, manifest: Manifest
 ) -> bool:
-    """Show a product in MLflow: its numbers in the pipeline's run, a pointer to its files in its own; weights stay
-    where they are. Doing it again changes nothing; an outage is no error. Returns whether MLflow has it."""
+    """Show a product in MLflow: its numbers in the pipeline's run, the uri of its files in its own; weights are not
+    uploaded. Repeating it changes nothing; an outage is no error. Returns whether MLflow has it."""
     if parent is None:
         return False
     with _outage_is_no_error(parent.uri):
@@ -155,7 +155,7 @@ def mirror_product(
         }
         known = latest_metrics(client, parent.run_id)
         metrics = [
-            Metric(key, value, at, known[key][0] + 1 if key in known else 0)  # made again, it has another number
+            Metric(key, value, at, known[key][0] + 1 if key in known else 0)  # a product made again has other values
             for key, value in numbers.items()
             if key not in known or known[key][1] != value
         ]
@@ -171,9 +171,9 @@ def mirror_product(
 
 
 def link_product(parent: TrackingRef, label: str, uri: str, manifest: Manifest) -> bool:
-    """Show in a pipeline's run a product that another run made: where it lies, who made it, and the MLflow run that has
-    its numbers, which are not copied. Doing it again changes nothing; an outage is no error. Returns whether MLflow has
-    it."""
+    """Show in a pipeline's run a product of another run: its uri, its run, and a link to the MLflow run with its
+    numbers, which are not copied. Repeating it changes nothing; an outage is no error. Returns whether MLflow has it.
+    """
     with _outage_is_no_error(parent.uri):
         client, name = connect(parent.uri), f"radlads.reused.{_metric_name(label).replace(' ', '-')}"
         tags = {name: uri, f"{name}.digest": manifest.digest, f"{name}.run": manifest.run}
@@ -188,7 +188,7 @@ def link_product(parent: TrackingRef, label: str, uri: str, manifest: Manifest) 
 
 
 def retag_run(uri: str, run_id: str, digest: str) -> bool:
-    """Have the MLflow run of a stage be found by another digest; whether it is now. An outage is no error."""
+    """Change the digest in the tags of a stage's MLflow run; returns whether it is changed. An outage is no error."""
     with _outage_is_no_error(uri):
         connect(uri).set_tag(run_id, "radlads.digest", digest)
         return True
@@ -205,7 +205,7 @@ def log_file(ref: TrackingRef | None, name: str, data: bytes) -> None:
 
 
 def run_url(ref: TrackingRef | None) -> str | None:
-    """Where a person sees the run; None without a server."""
+    """The address of the run's page; None without a server."""
     if ref is None or not ref.uri.startswith("http"):
         return None
     return f"{ref.uri.rstrip('/')}/#/experiments/{_experiment_id(connect(ref.uri), ref)}/runs/{ref.run_id}"
@@ -254,14 +254,14 @@ def _find_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
     place = None
     if uri.startswith("sqlite:"):
-        # Without a server, MLflow would put pictures and reports into the working directory.
+        # Without a server, MLflow would write pictures and reports to the working directory.
         place = f"{Path(uri.removeprefix('sqlite:///')).parent}/mlflow-artifacts/{name}"
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another run made it in between
+            found = client.get_experiment_by_name(name)  # another run created it concurrently
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
@@ -276,7 +276,7 @@ def _experiment_id(client: MlflowClient, ref: TrackingRef) -> str:
 
 
 def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    """MLflow refuses a param that changes, so only new ones are written."""
+    """MLflow rejects a changed param, so only new ones are written."""
     from mlflow.entities import Param
 
     if not params:
@@ -301,12 +301,12 @@ def _metric_name(text: str) -> str:
 
 @contextmanager
 def _outage_is_no_error(uri: str) -> Iterator[None]:
-    """MLflow raises its own errors, requests' and SQLAlchemy's; none of them may stop a training run."""
+    """Catches the errors of MLflow, requests and SQLAlchemy; none of them may stop a training run."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the boundary to a mirror that we can do without
+    except Exception as error:  # noqa: BLE001 - an optional mirror must not fail the run
         if uri not in _reported:
-            _log.warning("MLflow at %s: %s; going on without it", uri, hide(" ".join(str(error).split()))[:300])
+            _log.warning("MLflow at %s: %s; continuing without it", uri, hide(" ".join(str(error).split()))[:300])
         _reported.add(uri)
     else:
         _reported.discard(uri)

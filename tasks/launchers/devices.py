@@ -1,4 +1,4 @@
-"""What this machine has, found out without torch, and what a recipe's `resources` come to on it."""
+"""This machine's devices, detected without torch, and a recipe's `resources` resolved for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_GIB = 100_000
 
 
 def count_gpus(visible: str | None) -> int:
-    """Number of GPUs. visible: CUDA_VISIBLE_DEVICES, which wins over what is built in; None if it is not set."""
+    """Number of GPUs. visible: CUDA_VISIBLE_DEVICES, which overrides the installed GPUs; None if it is not set."""
     if visible is not None:
         return len(visible_gpus(visible))
     try:
@@ -35,7 +35,7 @@ def count_gpus(visible: str | None) -> int:
 
 
 def visible_gpus(visible: str | None) -> tuple[str, ...]:
-    """The names in CUDA_VISIBLE_DEVICES, up to the first -1; none where it is not set."""
+    """The names in CUDA_VISIBLE_DEVICES, up to the first -1; empty if it is not set."""
     names = [name.strip() for name in (visible or "").split(",")]
     return tuple(names[: names.index("-1")] if "-1" in names else [name for name in names if name])
 
@@ -45,36 +45,36 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def resolve_resources(wanted: Resources, *, num_gpus: int, num_cores: int) -> JobResources:
-    """A recipe's resources on a machine. Raises UserError for more than the machine has."""
-    device = wanted.device if wanted.device != "auto" else ("cuda" if num_gpus else "cpu")
+def resolve_resources(requested: Resources, *, num_gpus: int, num_cores: int) -> JobResources:
+    """Resolve a recipe's resources for a machine. Raises UserError if they exceed the machine's."""
+    device = requested.device if requested.device != "auto" else ("cuda" if num_gpus else "cpu")
     if device == "cuda" and num_gpus == 0:
-        raise UserError("resources.device is 'cuda', but this machine shows no GPU; use 'auto' or 'cpu'")
-    processes = wanted.processes if wanted.processes != "auto" else (num_gpus if device == "cuda" else 1)
+        raise UserError("resources.device is 'cuda', but this machine has no visible GPU; use 'auto' or 'cpu'")
+    processes = requested.processes if requested.processes != "auto" else (num_gpus if device == "cuda" else 1)
     if processes < 1:
-        raise UserError(f"resources.processes is {processes}; at least one process does the work")
+        raise UserError(f"resources.processes is {processes}; it must be at least 1")
     if device == "cuda" and processes > num_gpus:
-        raise UserError(f"resources.processes is {processes}, but this machine shows {num_gpus} GPU(s)")
+        raise UserError(f"resources.processes is {processes}, but this machine has {num_gpus} visible GPU(s)")
     return JobResources(
         device=device,
         processes=processes,
-        zero_stage=wanted.zero_stage,
-        threads=wanted.threads or max(1, num_cores // processes),
-        offload_optimizer=wanted.offload_optimizer,
-        gpu_memory_gib=wanted.gpu_memory_gib,
-        dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
+        zero_stage=requested.zero_stage,
+        threads=requested.threads or max(1, num_cores // processes),
+        offload_optimizer=requested.offload_optimizer,
+        gpu_memory_gib=requested.gpu_memory_gib,
+        dollars_per_gpu_hour=requested.dollars_per_gpu_hour,
     )
 
 
-def planned_resources(wanted: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources | None:
-    """The resources of a machine that is only planned for, described by a count of GPUs and their memory; None where
-    neither is said, here or in the recipe. Raises UserError when one is missing or senseless."""
-    memory = wanted.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
+def planned_resources(requested: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources | None:
+    """The resources of a machine that is only planned for, given by a number of GPUs and their memory; None if neither
+    is given, here or in the recipe. Raises UserError if one is missing or out of range."""
+    memory = requested.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
     if gpus is None and memory is None:
         return None
     if memory is None:
-        raise UserError(f"how much memory has each of the {gpus} GPUs? add --gpu-memory, in GiB")
-    count = gpus if gpus is not None else (wanted.processes if wanted.processes != "auto" else 1)
+        raise UserError(f"the memory of each of the {gpus} GPUs is unknown; add --gpu-memory, in GiB")
+    count = gpus if gpus is not None else (requested.processes if requested.processes != "auto" else 1)
     if not 1 <= count <= _MOST_GPUS or not 0 < memory <= _MOST_GIB:
         raise UserError(
             f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory; at most "
@@ -83,9 +83,9 @@ def planned_resources(wanted: Resources, gpus: int | None, gpu_memory_gib: float
     return JobResources(
         device="cuda",
         processes=count,
-        zero_stage=wanted.zero_stage,
-        threads=wanted.threads or 1,
-        offload_optimizer=wanted.offload_optimizer,
+        zero_stage=requested.zero_stage,
+        threads=requested.threads or 1,
+        offload_optimizer=requested.offload_optimizer,
         gpu_memory_gib=memory,
-        dollars_per_gpu_hour=wanted.dollars_per_gpu_hour,
+        dollars_per_gpu_hour=requested.dollars_per_gpu_hour,
     )

@@ -1,7 +1,7 @@
-"""One job at a time on a GPU of this machine, whoever starts it and whether or not there is a Prefect server.
+"""At most one job at a time on a GPU of this machine, for all users, with and without a Prefect server.
 
-A lock is a file of its own for each GPU, in a place that all users of the machine see, and held through `flock`: it
-goes with the process, however that ends. Who holds it is written inside, for those who wait.
+Each GPU has a lock file in a folder that all users of the machine can read. It is held through `flock`, so the kernel
+releases it when the process ends. The file names the holder, for the messages of waiting jobs.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ _MODE = 0o666
 
 @contextmanager
 def hold_gpus(count: int, visible: str | None, purpose: str, *, folder: Path | None = None) -> Iterator[None]:
-    """Have the first `count` of the visible GPUs to oneself during the block; wait for them, and say for whom, once.
-
-    visible: CUDA_VISIBLE_DEVICES. purpose: what others are told, e.g. "needle of run x". folder: of the lock files.
-    Raises RunStopped when a person stops the run meanwhile.
+    """Lock the first `count` visible GPUs during the block; wait for them if needed, and log the holder once. visible:
+    CUDA_VISIBLE_DEVICES. purpose: shown to waiting jobs, e.g. "needle of run x". folder: of the lock files. Raises
+    RunStopped if the user stops the run while it waits.
     """
     folder = folder or _shared_folder()
     with ExitStack() as held:
@@ -47,16 +46,16 @@ def hold_gpus(count: int, visible: str | None, purpose: str, *, folder: Path | N
 
 
 def gpu_names(count: int, visible: str | None, uuids: Sequence[str]) -> list[str]:
-    """The first `count` visible GPUs by what is theirs alone: the uuid where one is known, their number otherwise.
+    """Unique names of the first `count` visible GPUs: the uuid if known, else the number.
 
     uuids: of the GPUs of this machine, by number.
     """
-    wanted = list(visible_gpus(visible)) or [str(number) for number in range(count)]
+    candidates = list(visible_gpus(visible)) or [str(number) for number in range(count)]
     names = []
-    for name in wanted[:count]:
+    for name in candidates[:count]:
         if name.isdigit():
             name = uuids[int(name)] if int(name) < len(uuids) else name
-        else:  # the driver takes the beginning of a uuid for the whole
+        else:  # the driver accepts the beginning of a uuid
             name = next((uuid for uuid in uuids if uuid.startswith(name)), name)
         names.append(re.sub(r"[^A-Za-z0-9-]", "_", name))
     return names
@@ -71,12 +70,12 @@ def _hold(path: Path, gpu: str, purpose: str) -> Iterator[None]:
         yield
         return
     try:
-        told = False
+        logged = False
         while not _take(handle):
             REQUEST.check()
-            if not told:
+            if not logged:
                 _log.info("%s waits for GPU %s, %s", purpose, gpu, _holder(handle))
-                told = True
+                logged = True
             time.sleep(_LOOK_SECONDS)
         _sign(handle, purpose)
         yield
@@ -85,7 +84,7 @@ def _hold(path: Path, gpu: str, purpose: str) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """The lock file, made if need be. One that another user made may only be readable, which is enough to lock it."""
+    """Open the lock file; create it if necessary. Another user's file may be read-only, which is enough to lock it."""
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     for mode in (os.O_RDWR, os.O_RDWR | os.O_CREAT, os.O_RDONLY):
         try:
@@ -96,7 +95,7 @@ def _open(path: Path) -> int:
         if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
             if mode & os.O_CREAT:
                 with contextlib.suppress(PermissionError):
-                    os.fchmod(handle, _MODE)  # whatever the umask is
+                    os.fchmod(handle, _MODE)  # independent of the umask
             return handle
         os.close(handle)
     raise PermissionError(errno.EACCES, "cannot open the lock of a GPU", str(path))
@@ -117,7 +116,7 @@ def _sign(handle: int, purpose: str) -> None:
         "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "for": purpose,
     }
-    with contextlib.suppress(OSError):  # only readable, or the disk is full: it is locked all the same
+    with contextlib.suppress(OSError):  # read-only, or the disk is full: the lock is held nevertheless
         data = json.dumps(sheet).encode()
         os.pwrite(handle, data, 0)
         os.ftruncate(handle, len(data))
@@ -125,8 +124,8 @@ def _sign(handle: int, purpose: str) -> None:
 
 def _holder(handle: int) -> str:
     try:
-        told: Any = json.loads(os.pread(handle, 4096, 0))
-        return f"held by {told['for']} (process {told['pid']} of {told['user']} since {told['since']})"
+        holder: Any = json.loads(os.pread(handle, 4096, 0))
+        return f"held by {holder['for']} (process {holder['pid']} of {holder['user']} since {holder['since']})"
     except (ValueError, KeyError, TypeError):
         return "held by another process"
 

@@ -1,7 +1,7 @@
-"""What a launcher does: it starts a job wherever jobs run, follows it to its end, and says what there is to run on.
+"""The interface of a launcher, which starts a job, follows it to its end, and reports the available devices.
 
 A launcher is one file beside this one and one line in registry.py; a recipe chooses it with `resources.launcher`. The
-job itself reads its inputs from the store and commits its product there, so nothing but the JobSpec has to reach it.
+job reads its inputs from the store and commits its product there, so it needs nothing but its JobSpec.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from radlads.tasks.launchers.progress import Progress
 
 
 class JobFailed(UserError):  # noqa: N818 - named after how the job ended, as its siblings
-    """The job ended for a reason that trying again cannot mend."""
+    """The job ended with an error that a retry cannot fix."""
 
 
 class JobCrashed(Exception):  # noqa: N818
-    """The job died; its work up to the last checkpoint is safe, and trying again may help."""
+    """The job crashed; its work up to the last checkpoint is kept, and a retry may succeed."""
 
 
 class JobPreempted(JobCrashed):
-    """The job was asked to stop and did so in order."""
+    """The job was stopped on request and ended cleanly."""
 
 
 class Launcher(Protocol):
@@ -34,20 +34,19 @@ class Launcher(Protocol):
     def run(
         self, spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
     ) -> None:
-        """Run a job to its end. Returning means that it ended well; whether there is a product is for the caller to
-        check in the store.
+        """Run a job to its end. It returns if the job completed; the caller checks in the store that the product
+        exists.
 
-        spec.scratch: the job's folder. When this returns or raises, it holds what the job left for people (log.txt,
-        exit.json, metrics.jsonl) on the machine of the caller. on_progress: called about once a second while there is
-        something new; what it raises stops the job. grace_seconds: what a job that is stopped gets to save a
-        checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again), RunStopped.
+        spec.scratch: the job's folder. When this returns or raises, the folder holds the job's log.txt, exit.json and
+        metrics.jsonl on the machine of the caller. on_progress: called about once a second while there is new progress;
+        an exception from it stops the job. grace_seconds: time for a stopped job to save a checkpoint. Raises JobFailed
+        (final), JobPreempted or JobCrashed (can be retried), RunStopped.
         """
 
-    def resources(self, asked: Resources) -> JobResources:
-        """What a recipe's `resources` come to where this launcher runs jobs. UserError for more than that."""
+    def resources(self, requested: Resources) -> JobResources:
+        """Resolve a recipe's `resources` for this launcher's machines. Raises UserError if they exceed them."""
 
     def hold_devices(self, resources: JobResources, purpose: str) -> AbstractContextManager[None]:
-        """Held around `run`: waits until the job's devices are free of other jobs and keeps them so.
-
-        A launcher whose scheduler does that returns a null context. purpose: what those who wait are told.
+        """Context for `run`: waits until no other job uses the job's devices and reserves them. A launcher whose
+        scheduler does that returns a null context. purpose: shown to jobs that wait.
         """

@@ -1,4 +1,4 @@
-"""Starts a job's process, watches it, stops it, and says how it ended. The one place that reads the environment."""
+"""Starts, monitors and stops a job's process, and reports how it ended. Only this module reads the environment."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from radlads.tasks.launchers.stopping import REQUEST, Stopper
 _log = logging.getLogger(__name__)
 _FINAL = {"config", "out-of-memory", "disk-full", "nonfinite"}
 _DISK_FULL = 5
-"""The exit code of a job that found no room, perhaps not even for exit.json."""
+"""The exit code of a job that ran out of disk space, perhaps even for exit.json."""
 ATTEMPT = "=== attempt"
-"""How the log of every attempt at a stage begins."""
+"""Start of the first line that every attempt writes to the log."""
 _LEFTOVER_SECONDS = 10.0
 _SUPERVISOR = "radlads.tasks.launchers.supervise"
 
 
 class LocalLauncher(Launcher):
-    """Jobs are processes of this machine, each under a supervisor that outlives this process only to end it."""
+    """Jobs are processes of this machine, each under a supervisor, which ends its job if this process dies."""
 
     def run(
         self, spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
@@ -48,13 +48,13 @@ class LocalLauncher(Launcher):
         """As `launch`."""
         launch(spec, on_progress=on_progress, grace_seconds=grace_seconds)
 
-    def resources(self, asked: Resources) -> JobResources:
-        """A recipe's resources on this machine. Raises UserError for more than it has."""
+    def resources(self, requested: Resources) -> JobResources:
+        """Resolve a recipe's resources for this machine. Raises UserError if they exceed it."""
         num_gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        return resolve_resources(asked, num_gpus=num_gpus, num_cores=count_cores())
+        return resolve_resources(requested, num_gpus=num_gpus, num_cores=count_cores())
 
     def hold_devices(self, resources: JobResources, purpose: str) -> AbstractContextManager[None]:
-        """Wait for the GPUs that a job computes on and have them alone; on a CPU there is nothing to wait for."""
+        """Wait for exclusive use of the GPUs that a job computes on; does nothing for a job on the CPU."""
         if resources.device == "cpu":
             return nullcontext()
         return hold_gpus(resources.processes, os.environ.get("CUDA_VISIBLE_DEVICES"), purpose)
@@ -63,10 +63,10 @@ class LocalLauncher(Launcher):
 def launch(
     spec: JobSpec, *, on_progress: Callable[[Progress], None] | None = None, grace_seconds: float = 60.0
 ) -> None:
-    """Run a job to its end in its scratch folder. Whether there is a product is for the caller to check.
+    """Run a job to its end in its scratch folder. The caller checks that the product exists.
 
-    on_progress: called about once a second while there is something new. grace_seconds: what a job that is stopped
-    gets to save a checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (may be tried again), RunStopped.
+    on_progress: called about once a second while there is new progress. grace_seconds: time for a stopped job to save a
+    checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (can be retried), RunStopped.
     """
     REQUEST.check()
     scratch = Path(spec.scratch)
@@ -105,12 +105,12 @@ def _where(stage: str, last: Progress | None, orderly: bool) -> str:
 
 
 def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | None = None) -> list[str]:
-    """The command line of a job. port: free on this machine, for the ranks to meet. visible: CUDA_VISIBLE_DEVICES, of
-    which a job takes the first ones.
+    """The command line of a job. port: a free port for the rendezvous of the ranks. visible: CUDA_VISIBLE_DEVICES, of
+    which a job uses the first.
 
-    Everything is a module of this interpreter: a script beside it names its interpreter in a first line that cannot
-    hold a space. DeepSpeed's runner is left out: for one machine it only starts the launcher, ignoring which GPUs are
-    visible, and returns 0 when that one dies by a signal.
+    Programs are started as modules of this interpreter: the shebang line of an installed script cannot contain a path
+    with a space. DeepSpeed's runner is not used: on one machine it only starts the launcher, ignores which GPUs are
+    visible, and returns 0 if the launcher dies by a signal.
     """
     stage = stage_info(spec.stage)
     module = f"radlads.tasks.jobs.{stage.program}"
@@ -128,14 +128,14 @@ def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | N
 
 
 def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[str, str]:
-    """The environment of a job: ours without the orchestrator's, and nothing that changes what is computed."""
+    """The environment of a job: this process's, without the orchestrator's variables or any that change results."""
     dropped = ("PREFECT_", "RADLADS_")
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
-    # Compilers of kernels call ninja by name; a virtual environment that is not activated has them only here.
+    # Kernel compilers call ninja by name; in a virtual environment that is not activated it is found only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     env |= child_environment()
-    for library in ("GLOO", "NCCL"):  # one machine's ranks; by default they listen where other machines reach them
+    for library in ("GLOO", "NCCL"):  # by default the ranks listen on addresses that other machines can reach
         env.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     env |= {
         "PYTHONSAFEPATH": "1",
@@ -148,8 +148,8 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
     }
     if resources.device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
-        # glibc gives large tensors back to the kernel at every free and faults them in again at every use: training
-        # on a CPU takes half as long again. Keep the pages; the peak is the same.
+        # glibc returns large tensors to the kernel at every free and faults them in again at every use, which makes
+        # training on a CPU take 1.5 times as long. Keep the pages; the peak is the same.
         env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     return env
 
@@ -163,14 +163,14 @@ def run_process(
     on_tick: Callable[[], None],
     grace_seconds: float,
 ) -> int:
-    """Run a command under the supervisor until it ends; its exit code. The seam that tests replace.
+    """Run a command under the supervisor until it ends; returns its exit code. Tests replace this function.
 
-    on_tick is called about once a second. A person's wish to stop (stopping.py) is passed on to the command. Whatever
-    is raised in here, by a cancelled flow for one, stops the command and everything below it first.
+    on_tick is called about once a second. A user's stop request (stopping.py) is passed on to the command. Any
+    exception here, for example from a cancelled flow, first stops the command and its descendants.
     """
     supervisor = [sys.executable, "-m", _SUPERVISOR, "--parent", str(os.getpid())]
     options = ["--grace", str(grace_seconds), "--log", str(log), "--"]
-    # A session of its own: Ctrl-C and whoever stops the flow's process group reach the job through us, in order.
+    # A session of its own: Ctrl-C and signals to the flow's process group must reach the job through this process only.
     with log.open("ab") as stream:
         process = subprocess.Popen(
             [*supervisor, *options, *command],
@@ -196,17 +196,17 @@ def run_process(
 
 
 def _end_former_attempts(stage: str, job: str, scratch: Path, grace_seconds: float) -> None:
-    """A retry beside what a former attempt left would train twice, into the same files."""
+    """End the processes of earlier attempts: otherwise two trainings would write the same files."""
     try:
         ended = end_leftovers(job, seconds=grace_seconds + _LEFTOVER_SECONDS)
     except BlockingIOError as error:
-        raise JobFailed(f"{stage}: {scratch} is in use: {error}; wait for its end, or stop it") from None
+        raise JobFailed(f"{stage}: {scratch} is in use: {error}; wait until it ends, or stop it") from None
     if ended:
-        _log.warning("%s: ended %d processes that a former attempt had left in %s", stage, ended, scratch)
+        _log.warning("%s: ended %d processes of an earlier attempt in %s", stage, ended, scratch)
 
 
 def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path, begin: int) -> None:
-    """Turn an exit code and exit.json into silence or the right error. begin: where this attempt's log starts."""
+    """Raise the error that an exit code and exit.json report, if any. begin: byte offset of this attempt's log."""
     reason = (ending or {}).get("reason")
     message = str((ending or {}).get("message", ""))
     if code == 0 and reason == "done":
@@ -216,14 +216,14 @@ def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path
     if code == _DISK_FULL and reason is None:
         raise JobFailed(f"{stage}: {describe_full(log.parent)}")
     if reason == "preempted":
-        raise JobPreempted(f"{stage} was stopped before its end; a retry continues from its newest checkpoint")
-    what = message if reason == "crash" else f"ended with {_describe(code)} and did not say why"
+        raise JobPreempted(f"{stage} was stopped before it finished; a retry continues from its newest checkpoint")
+    what = message if reason == "crash" else f"ended with {_describe(code)} and gave no reason"
     tail = "\n".join(log_end(log, begin))
     raise JobCrashed(f"{stage} crashed: {what}\nThe end of {log}:\n{tail}")
 
 
 def _describe(code: int) -> str:
-    # DeepSpeed's launcher passes a rank's negative code on as one byte; a shell-like one adds 128 to the signal.
+    # DeepSpeed's launcher returns a rank's negative code as one byte; other launchers add 128 to the signal.
     number = 256 - code if code > 192 else code - 128
     try:
         name = signal.Signals(number).name

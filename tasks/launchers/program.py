@@ -1,4 +1,4 @@
-"""Runs a program of the data plane that belongs to no run: a request goes down as JSON, how it ended comes back."""
+"""Runs a program of the data plane outside any run: it gets a request as JSON and returns how it ended."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _GRACE_SECONDS = 10.0
 
 
 def run_program(name: str, program: str, request: Sheet) -> None:
-    """Run `python -m program request.json` on the CPU to its end, from a folder that is thrown away.
+    """Run `python -m program request.json` on the CPU to its end, in a temporary folder.
 
-    name: of the command, for messages. Raises JobFailed with what is wrong with the request, JobCrashed with the place
-    of the log, which is kept then.
+    name: of the command, for messages. Raises JobFailed with the fault of the request; JobCrashed with the path of the
+    log, which is then kept.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"radlads-{name}-"))
     log = folder / "log.txt"

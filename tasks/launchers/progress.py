@@ -1,4 +1,4 @@
-"""What a running job tells through the files in its scratch folder: how far it is, its last numbers, its log."""
+"""Reads the files that a running job writes to its scratch folder: progress, last numbers, log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_LINE = 300
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a running job is, and its last numbers."""
+    """The progress of a running job, and its last numbers."""
 
     done: float
     total: float
@@ -23,22 +23,22 @@ class Progress:
 
 
 class Watcher:
-    """Reads progress.json and the end of metrics.jsonl, and passes on what is new."""
+    """Reads progress.json and the end of metrics.jsonl, and passes changes on."""
 
     def __init__(self, scratch: Path, report: Callable[[Progress], None] | None) -> None:
         self._scratch, self._report = scratch, report
         self.last: Progress | None = None
-        """What was seen last."""
+        """The last progress that was read."""
 
     def look(self) -> None:
-        """Pass on what is new."""
-        told = read_json(self._scratch / "progress.json")
-        if told is None:
+        """Read the files; pass on a change."""
+        written = read_json(self._scratch / "progress.json")
+        if written is None:
             return
         progress = Progress(
-            done=float(told["done"]),
-            total=float(told["total"]),
-            unit=str(told["unit"]),
+            done=float(written["done"]),
+            total=float(written["total"]),
+            unit=str(written["unit"]),
             metrics=_last_metrics(self._scratch / "metrics.jsonl"),
         )
         if progress != self.last:
@@ -59,7 +59,7 @@ def _last_metrics(path: Path) -> dict[str, float]:
 
 
 def log_end(log: Path, begin: int) -> list[str]:
-    """The last lines of a log, as far as they come after byte `begin`."""
+    """The last lines of a log after byte `begin`."""
     lines = [line[:_LONGEST_LINE] for line in _last_lines(log, begin, 32768) if line.strip()]
     return [f"  {line}" for line in lines[-_LOG_LINES:]] or ["  (it is empty)"]
 
@@ -73,7 +73,7 @@ def _last_lines(path: Path, begin: int, size: int) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A file that holds an object; None where it does not, or not yet."""
+    """The JSON object in a file; None if there is none, or none yet."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""The launchers by the names that a recipe knows them by (`resources.launcher`)."""
+"""The launchers by their names in a recipe (`resources.launcher`)."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ LAUNCHERS: dict[str, Launcher] = {"local": LocalLauncher()}
 
 
 def find_launcher(name: str) -> Launcher:
-    """The launcher of a name that `Resources.launcher` allows."""
+    """The launcher with a name that `Resources.launcher` allows."""
     return LAUNCHERS[name]

@@ -1,6 +1,6 @@
-"""A person's wish to stop the run of this process, as every job of it sees it. Knows no orchestrator.
+"""A user's request to stop the run of this process, visible to all its jobs. Independent of the orchestrator.
 
-A signal handler sets it, so there are no locks in here: plain attributes, each written by one thread.
+A signal handler sets it, so it uses no locks, only plain attributes, each written by one thread.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 ORDERLY_SECONDS = 12.0
-"""What a job gets to save a checkpoint once a person has asked; whoever waits at a terminal does not wait longer."""
+"""Seconds that a job gets to save a checkpoint after a stop request; short, because a user waits at a terminal."""
 
 
 class RunStopped(Exception):  # noqa: N818 - named after how the run ended
-    """The run was stopped by a person; what is committed or checkpointed stays."""
+    """The user stopped the run; committed products and checkpoints are kept."""
 
 
 @dataclass
 class StopRequest:
-    """asked_at, hurried_at: monotonic seconds of the first and the second request. where: what each job was at.
-    running: whether a flow is at work that looks at this."""
+    """asked_at, hurried_at: monotonic seconds of the first and the second request. where: the progress of each job at
+    the stop. running: whether a flow that checks this request is running."""
 
     asked_at: float | None = None
     hurried_at: float | None = None
@@ -28,20 +28,20 @@ class StopRequest:
     running: bool = False
 
     def ask(self) -> None:
-        """Stop in order; asked again, at once."""
+        """Request a clean stop; a second call requests an immediate one."""
         if self.asked_at is None:
             self.asked_at = time.monotonic()
         elif self.hurried_at is None:
             self.hurried_at = time.monotonic()
 
     def check(self) -> None:
-        """Raises RunStopped when a stop was asked for."""
+        """Raises RunStopped if a stop was requested."""
         if self.asked_at is not None:
             raise RunStopped(self.describe())
 
     @property
     def patience_is_over(self) -> bool:
-        """Whether a job that was asked to stop is to be killed now."""
+        """Whether a job that has been signalled is to be killed now."""
         late = self.asked_at is not None and time.monotonic() - self.asked_at >= ORDERLY_SECONDS
         return late or self.hurried_at is not None
 
@@ -54,7 +54,7 @@ REQUEST = StopRequest()
 
 
 class Stopper:
-    """Passes a request on to one job: asks once, and once more when it is to be killed."""
+    """Passes a stop request on to one job: one signal to stop, a second one to kill it."""
 
     def __init__(self, signal_job: Callable[[], None]) -> None:
         self._signal_job = signal_job
@@ -62,7 +62,7 @@ class Stopper:
 
     def look(self) -> None:
         """Called about once a second while the job runs; one signal at a time, since two at once may arrive as one."""
-        wanted = 2 if REQUEST.patience_is_over else 1 if REQUEST.asked_at is not None else 0
-        if self._signals < wanted:
+        needed = 2 if REQUEST.patience_is_over else 1 if REQUEST.asked_at is not None else 0
+        if self._signals < needed:
             self._signals += 1
             self._signal_job()

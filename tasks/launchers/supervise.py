@@ -1,14 +1,14 @@
-"""Runs one command and leaves no process of it behind: `python -m radlads.tasks.launchers.supervise ... -- command`.
+"""Runs one command and ends all of its processes: `python -m radlads.tasks.launchers.supervise ... -- command`.
 
 A process group is not enough: DeepSpeed's launcher and torchrun's workers leave it. This program adopts every orphan
-below it (child subreaper), is told when the process that started it dies (parent-death signal), and finds what runs
-below it by walking /proc. Told to stop, it asks the ranks first, so that they can save a checkpoint while their
-launcher still waits for them; then everybody; then it kills. Killed with -9 itself, it leaves a warden: a fork in a
-session of its own that waits for its end and kills what carries the attempt's mark (process_tree.py), however far it
-had got. Standard library only: it starts in milliseconds.
+below it (child subreaper), gets a signal when the process that started it dies (parent-death signal), and finds its
+descendants by walking /proc. On a stop request it sends SIGTERM to the ranks first, so that they can save a checkpoint
+while their launcher still waits for them; then to all descendants; then it kills them. A warden covers the case that
+the supervisor itself is killed with -9: a fork in a session of its own that waits for the supervisor's end and kills
+every process with the attempt's mark (process_tree.py). Standard library only: it starts in milliseconds.
 
-Exit code: the command's; 128 + signal when it died by one or was stopped; 127 when it could not be started, for a
-reason that the log then has.
+Exit code: the command's; 128 + signal if it died by one or was stopped; 127 if it could not be started, with the reason
+in the log.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: stops.append(received))
     if os.getppid() != options.parent:
-        return 128 + signal.SIGTERM  # the parent died before it could be watched
+        return 128 + signal.SIGTERM  # the parent died before its death signal was set
     warden = _Warden(os.environ.setdefault(MARK, new_mark("job")))
     try:
         return _run(options, stops, warden)
@@ -73,14 +73,14 @@ def _run(options: argparse.Namespace, stops: list[int], warden: _Warden) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="radlads.tasks.launchers.supervise")
     parser.add_argument("--parent", type=int, required=True, help="process id; its death stops the command")
-    parser.add_argument("--grace", type=float, required=True, help="seconds between asking and killing")
+    parser.add_argument("--grace", type=float, required=True, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("--log", required=True, help="file that the command's output is appended to")
     parser.add_argument("command", nargs="+")
     return parser.parse_args(arguments)
 
 
 class _Warden:
-    """A fork that outlives a killed supervisor for as long as it takes to kill everything that carries `mark`."""
+    """A fork that outlives a killed supervisor until it has killed every process with `mark`."""
 
     def __init__(self, mark: str) -> None:
         supervisor = os.getpid()
@@ -92,13 +92,13 @@ class _Warden:
             _prctl(_PR_SET_NAME, ctypes.c_char_p(WARDEN.encode()))
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            if not os.read(reading, 1):  # the end of file: the supervisor died without a word
+            if not os.read(reading, 1):  # end of file: the supervisor died without a message
                 kill_marked(mark, spare=[supervisor])
             os._exit(0)
         os.close(reading)
 
     def dismiss(self) -> None:
-        """All is in order: there is nothing to kill."""
+        """Dismiss the warden after a normal end: it kills nothing."""
         with contextlib.suppress(BrokenPipeError, ChildProcessError):
             os.write(self._writing, b".")
             os.waitpid(self.pid, 0)
@@ -112,7 +112,7 @@ def _ask_ranks(child: subprocess.Popen[bytes], grace: float, hurry: Callable[[],
 
 
 def _end_everybody(child: subprocess.Popen[bytes], warden: int) -> None:
-    """No descendant but the warden is left when this returns."""
+    """Kill all descendants except the warden; none remains when this returns."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in _descendants(warden):
             _signal(pid, number)
@@ -138,7 +138,7 @@ def _wait(
 
 
 def _reap() -> None:
-    """Bury adopted orphans. Only once the command itself is buried: its exit code must not get lost."""
+    """Reap adopted orphans. Only after the command itself was reaped, so that its exit code is not lost."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -159,7 +159,7 @@ def _descendants(but: int = 0) -> list[int]:
 
 
 def _ranks() -> list[int]:
-    """Descendants that were started as a rank of a distributed job; not their helpers, which inherit the mark."""
+    """Descendants started as ranks of a distributed job; not their child processes, which inherit the mark."""
     marked = [pid for pid in _descendants() if b"\0LOCAL_RANK=" in b"\0" + read_proc(pid, "environ")]
     return [pid for pid in marked if _parent(pid) not in marked]
 
@@ -179,7 +179,7 @@ def _prctl(option: int, value: object) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the child before exec: even a supervisor killed with -9 takes the command along."""
+    """Runs in the child before exec: the command dies with the supervisor, even if that is killed with -9."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

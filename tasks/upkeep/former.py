@@ -1,4 +1,4 @@
-"""A product of the layout before: reading it, and giving its files a second name at the place that it has now."""
+"""A product of the earlier layout: reads it, and links or copies its files to its current prefix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/manifest\.json$")
 
 @dataclass(frozen=True)
 class Former:
-    """What lies at an old prefix. manifest: None for a stage that was begun; job: None where its record is lost."""
+    """A product at an old prefix. manifest: None for an unfinished stage; job: None if its job.json is lost."""
 
     prefix: str
     manifest: Manifest | None
@@ -32,7 +32,7 @@ class Former:
     def _sheet(self) -> Manifest | JobSpec:
         sheet = self.manifest or self.job
         if sheet is None:
-            raise UserError("nothing says what was to be made there")
+            raise UserError("its spec is lost")
         return sheet
 
     @property
@@ -42,17 +42,17 @@ class Former:
 
     @property
     def digest(self) -> str:
-        """Its digest of then."""
+        """Its digest in the earlier layout."""
         return self._sheet.digest
 
     @property
     def inputs(self) -> Mapping[str, InputRef]:
-        """What it was made from, at the places of then."""
+        """Its inputs, at their old places."""
         return self._sheet.inputs
 
     @property
     def run(self) -> str:
-        """The run that had it made; empty where nothing says that."""
+        """The run that made it; empty if unknown."""
         if self.prefix.startswith(f"{RUNS}/"):
             return self.prefix.split("/")[1]
         return self.job.run if self.job is not None else ""
@@ -66,10 +66,9 @@ class Former:
 
 
 def read_former(store: Store, prefix: str, work: Path) -> Former | None:
-    """What lies at an old prefix; None where nothing was made or begun that can be read. Raises CorruptArtifact.
-
-    work: this machine's scratch. A flow that was killed could not store the job.json of the stage that it was in; it
-    still lies there.
+    """The product at an old prefix; None if there is none, finished or begun, that can be read. Raises CorruptArtifact.
+    work: this machine's scratch. A killed flow did not store the job.json of its current stage; the file is still in
+    scratch.
     """
     manifest = store.read_manifest(prefix)
     data = store.get_bytes(f"{prefix}/job/job.json")
@@ -95,7 +94,7 @@ def _left_in_scratch(store: Store, prefix: str, work: Path) -> bytes | None:
 
 
 def spec_of_today(former: Former) -> StageSpec:
-    """The spec as today's models read it: keys that came since have their defaults. Raises UserError."""
+    """The spec in its current form: newer keys have their defaults. Raises UserError."""
     spec = parse_spec(former.stage, dict(former._sheet.spec))
     return spec.model_copy(update={"run": former.run}) if isinstance(spec, PlanSpec) else spec
 
@@ -103,12 +102,13 @@ def spec_of_today(former: Former) -> StageSpec:
 def move_product(
     store: Store, former: Former, key: str, digest: str, spec: StageSpec, inputs: Mapping[str, InputRef]
 ) -> bool:
-    """Have a product at its new prefix too, verified; whether it is committed. One that is not keeps its checkpoints.
+    """Link or copy a product to its new prefix and verify it; returns whether it is committed. An unfinished one keeps
+    its checkpoints.
 
     Raises CorruptArtifact, StoreError.
     """
     existing = store.read_manifest(key)
-    if existing is not None:  # an interrupted conversion brought it here, or two runs had made the same
+    if existing is not None:  # from an interrupted conversion, or two runs made the same product
         store.verify(key, existing)
         return True
     changes = {"schema_version": SCHEMA_VERSION, "digest": digest, "inputs": dict(inputs)}
@@ -131,7 +131,7 @@ def _copy_files(store: Store, old: str, new: str, manifest: Manifest) -> tuple[F
 
 
 def _copy_record(store: Store, former: Former, key: str, changes: Mapping[str, object]) -> None:
-    """What the job left for people; its job.json as it would be asked for now."""
+    """The job's files for users; job.json in its current form."""
     for place in store.list(f"{former.prefix}/job"):
         target = f"{key}/{place.removeprefix(f'{former.prefix}/')}"
         data = store.get_bytes(place)
@@ -143,7 +143,7 @@ def _copy_record(store: Store, former: Former, key: str, changes: Mapping[str, o
 
 
 def _copy_checkpoints(store: Store, former: Former, key: str, digest: str) -> None:
-    """Checkpoints of an unfinished stage, as those of the product that it is to become."""
+    """Checkpoints of an unfinished stage, moved to its new prefix."""
     for place in store.list(f"{former.prefix}/checkpoints"):
         found = _CHECKPOINT.search(place)
         if found is None:

@@ -1,8 +1,8 @@
-"""Garbage: products that no run points at. Listed, and deleted where that is asked for.
+"""Garbage collection: lists the products that no run points at, and deletes them on request.
 
 A run writes its pointer before it looks for a product, and reuses no product whose lease is held. A collector takes the
-lease first and looks at the pointers after that. So of a run and a collector that want the same product, at least one
-sees the other, and whoever comes second waits or leaves it alone.
+lease first and reads the pointers after that. So if a run and a collector use the same product, at least one sees the
+other; the second one waits or skips it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _DAY_SECONDS = 86400.0
 
 @dataclass(frozen=True)
 class Garbage:
-    """A product that no kept run points at. runs: others that do. kept: why it is left alone all the same, where it
-    was about to be deleted; empty for what is gone, or would go."""
+    """A product that no kept run points at. runs: other runs that do. kept: the reason why it was not deleted; empty if
+    it was deleted, or would be."""
 
     product: StoredProduct
     age_seconds: float
@@ -33,8 +33,8 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is kept. runs: names, or None for all. history: also what these pointed at before. older_than_days: of what
-    is not kept, only that."""
+    """Which products to keep. runs: names, or None for all. history: also their earlier products. older_than_days:
+    collect only products older than this."""
 
     runs: Collection[str] | None = None
     history: bool = True
@@ -42,7 +42,7 @@ class Wish:
 
 
 def find_garbage(store: Store, wish: Wish) -> list[Garbage]:
-    """Products that no kept run points at and nobody makes. Raises UserError for a kept run that there is none of."""
+    """Products that no kept run points at and no process makes. Raises UserError for a kept run that does not exist."""
     check_layout(store)
     kept, others = _pointed(store, wish)
     found = []
@@ -56,9 +56,8 @@ def find_garbage(store: Store, wish: Wish) -> list[Garbage]:
 
 
 def collect(store: Store, wish: Wish, work: Path) -> Iterator[Garbage]:
-    """Delete the garbage, one product after the other; what was wanted again meanwhile is left alone and says so.
-
-    work: where this process works, for others to read. Raises UserError, StoreError.
+    """Delete the garbage, one product after the other; a product that is in use again is kept, with the reason in
+    `kept`. work: the folder of this process, shown to others. Raises UserError, StoreError.
     """
     for garbage in find_garbage(store, wish):
         product, why = garbage.product, ""
@@ -68,10 +67,10 @@ def collect(store: Store, wish: Wish, work: Path) -> Iterator[Garbage]:
             try:
                 with product_lease(store, product.stage, product.digest, work, deleting=True) as lease:
                     if product.key in _pointed(store, wish)[0]:
-                        why = "a run points at it by now"
+                        why = "a run points at it now"
                     else:
                         lease.confirm()
-                        # The lease stays: its token must not begin anew under a writer that was away.
+                        # The lease stays: its token must not start again while a suspended writer may return.
                         store.delete(product.key, keep=[lease_key(product.key)])
             except LeaseHeld as held:
                 why = f"it is being {held.by}"
@@ -79,7 +78,7 @@ def collect(store: Store, wish: Wish, work: Path) -> Iterator[Garbage]:
 
 
 def _pointed(store: Store, wish: Wish) -> tuple[set[str], dict[str, set[str]]]:
-    """Keys that kept runs point at; key → other runs that do. A run that is at work is kept whatever is wished."""
+    """Keys that kept runs point at; key → other runs that do. A running run is always kept."""
     runs = stored_runs(store)
     unknown = set(wish.runs or ()) - {run.name for run in runs}
     if unknown:

@@ -1,4 +1,4 @@
-"""What a store holds: its runs with what they point at, and every product, pointed at or not."""
+"""The contents of a store: its runs with their pointers, and all products, with or without a pointer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from radlads.tasks.contracts.store.pointers import Pointer, read_pointers
 
 @dataclass(frozen=True)
 class StoredProduct:
-    """What lies at a product's place. size: bytes of all of it, checkpoints and record included. committed: whether it
-    has a manifest; otherwise it was begun."""
+    """A product in the store. size: bytes of all its files, checkpoints and record included. committed: whether it has
+    a manifest; otherwise it is unfinished."""
 
     stage: str
     digest: str
@@ -35,7 +35,7 @@ class StoredRun:
     pointers: dict[str, Pointer]
 
     def keys(self, *, history: bool) -> Iterator[str]:
-        """The products that it points at; history: also those that it pointed at before."""
+        """Keys of the products that it points at; history: also of its earlier ones."""
         for pointer in self.pointers.values():
             yield from (target.key for target in pointer.targets if history or target.digest == pointer.digest)
 
@@ -46,7 +46,7 @@ def stored_products(store: Store) -> list[StoredProduct]:
     committed: set[tuple[str, str]] = set()
     for key, size in store.sizes(PRODUCTS).items():
         parts = key.split("/")
-        if len(parts) < 4 or key == lease_key("/".join(parts[:3])):  # what was deleted keeps its lease
+        if len(parts) < 4 or key == lease_key("/".join(parts[:3])):  # a deleted product keeps its lease
             continue
         place = (parts[1], parts[2])
         sizes[place] = sizes.get(place, 0) + size

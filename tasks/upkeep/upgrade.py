@@ -1,9 +1,9 @@
-"""Converts a store of the layout before (schema 2: runs/<run>/<stage>/ and datasets/<digest>/) to this one.
+"""Converts a store of the earlier layout (schema 2: runs/<run>/<stage>/ and datasets/<digest>/) to this one.
 
-Nothing is brought here: files get a second name, by a link in a folder and by a copy that the server makes in a bucket.
-Digests are taken anew, of the old specs as today's models read them and of the new digests of their inputs, so that
-what is asked for today is found. Old places go last, once everything was verified at its new one; an interrupted
-conversion is started again and goes on. `upgrade.json` stays in the store and says what became of what.
+No file is downloaded: files get a second name, by a link in a folder or a server-side copy in a bucket. Digests are
+computed anew, from the old specs in their current form and the new digests of their inputs, so that current runs reuse
+the products. Old places are removed last, after everything was verified at its new place; an interrupted conversion can
+be started again and continues. `upgrade.json` stays in the store and maps old places to new ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DONE = "upgrade.json"
 
 @dataclass(frozen=True)
 class Moved:
-    """A product at its new place. old: its prefix before; run: whose pointer it is, empty for a dataset."""
+    """A product at its new place. old: its old prefix; run: the run that points at it, empty for a dataset."""
 
     old: str
     old_digest: str
@@ -45,13 +45,13 @@ class Moved:
 
     @property
     def key(self) -> str:
-        """Its prefix now."""
+        """Its new prefix."""
         return product_key(self.stage, self.digest)
 
 
 @dataclass
 class Upgrade:
-    """What a conversion did. left: old prefix → why it stays where it is."""
+    """The result of a conversion. left: old prefix → why it was not converted."""
 
     moved: list[Moved] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -66,10 +66,9 @@ def upgrade_store(
     tracking: str = "",
     tell: Callable[[str], None] = lambda line: None,
 ) -> Upgrade:
-    """Convert a store; does nothing to one that is converted. work: this machine's scratch, of the layout before.
-    tracking: MLflow, whose runs of stages are found by the new digests then. tell: is given a line for each product.
-
-    Raises UserError where a run is at work in the store, CorruptArtifact, StoreError.
+    """Convert a store; does nothing if it is converted already. work: this machine's scratch, in the earlier layout.
+    tracking: MLflow, whose runs of stages get the new digests. tell: called with a line for each product. Raises
+    UserError if a run is active in the store, CorruptArtifact, StoreError.
     """
     with ExitStack() as leases:
         for run in sorted({key.split("/")[1] for key in former_keys(store) if key.startswith(f"{RUNS}/")}):
@@ -86,13 +85,13 @@ def upgrade_store(
 
 
 def _prefix(key: str) -> tuple[str, ...]:
-    """The parts of a key that name a product of the layout before."""
+    """The parts of a key that name a product of the earlier layout."""
     parts = key.split("/")
     return tuple(parts[:2] if parts[0] == DATASETS else parts[:3])
 
 
 class _Conversion:
-    """Converts product after product, each after those that it was made from."""
+    """Converts one product after the other, each after its inputs."""
 
     def __init__(
         self, store: Store, work: Path, tracking: str, tell: Callable[[str], None], done: Mapping[str, Moved]
@@ -100,26 +99,25 @@ class _Conversion:
         self.store, self.work, self.tracking, self.tell = store, work, tracking, tell
         self.result = Upgrade()
         self.data: dict[str, set[str]] = {}
-        """Run → digests of all datasets that it had made, or that its stages read."""
+        """Run → digests of all datasets that it made, or that its stages read."""
         self.moved = dict(done)
         self._by_digest = {one.old_digest: one for one in done.values()}
         self._former: dict[str, Former | None] = {}
 
     def convert(self, prefix: str) -> Moved | None:
-        """The product at an old prefix, at its new place; None where it stays, which `result.left` explains."""
+        """Convert the product at an old prefix; None if it cannot be, with the reason in `result.left`."""
         if prefix in self.moved or prefix in self.result.left:
             return self.moved.get(prefix)
         try:
             former = self._read(prefix)
             moved = None if former is None else self._convert(former)
-        except UserError as error:  # a spec that today's models do not read, an input that is not there
+        except UserError as error:  # a spec that cannot be read any more, a missing input
             self.result.left[prefix] = str(error).splitlines()[0]
-            self.tell(f"{prefix} stays: {self.result.left[prefix]}")
+            self.tell(f"{prefix} was not converted: {self.result.left[prefix]}")
             return None
         if moved is None:
             self.result.left[prefix] = (
-                "nothing says what was to be made there (a flow that was killed left that on its machine: convert the "
-                "store there, with --work)"
+                "its spec is lost (a killed flow left it on its machine: convert the store there, with --work)"
             )
             return None
         self.moved[prefix] = moved
@@ -149,7 +147,7 @@ class _Conversion:
         return Moved(former.prefix, former.digest, run, former.stage, digest, label, committed)
 
     def _input(self, former: Former, name: str, ref: InputRef) -> InputRef:
-        """An input at its new place: found by its old one or, where the store itself was moved since, by its digest."""
+        """An input at its new place: looked up by its old one or, if the store was moved since, by its digest."""
         prefix = next((p for p in _places(ref.uri) if self._holds(p, ref.digest)), None)
         moved = self.convert(prefix) if prefix is not None else self._by_digest.get(ref.digest)
         if moved is None:
@@ -176,7 +174,7 @@ def _digest(former: Former, spec: StageSpec, inputs: Mapping[str, InputRef]) -> 
     try:
         return spec_digest(former.stage, spec, dict(inputs))
     except ValueError as error:
-        raise UserError(f"{error}: a version before contents were pinned made it") from None
+        raise UserError(f"{error}: it was made by a version that did not pin contents") from None
 
 
 def _write_pointers(store: Store, done: _Conversion) -> None:
@@ -194,7 +192,8 @@ def _write_pointers(store: Store, done: _Conversion) -> None:
 
 
 def _remove(store: Store, moved: Iterable[Moved]) -> int:
-    """Remove the old places of what is whole at its new one; how many. Nothing goes before all of it was looked at."""
+    """Remove the old places of products that are complete at their new ones; returns how many. All are checked before
+    any is removed."""
     there = [one for one in moved if store.list(one.old)]
     for one in there:
         if one.committed:
@@ -205,10 +204,10 @@ def _remove(store: Store, moved: Iterable[Moved]) -> int:
 
 
 def _read_done(store: Store) -> dict[str, Moved]:
-    """What earlier conversions brought to its new place, by its old one. Raises StoreError."""
+    """Old place → product that earlier conversions have converted. Raises StoreError."""
     data = store.get_bytes(_DONE)
     try:
         rows = [Moved(**row) for row in json.loads(data)] if data else []
     except (ValueError, TypeError):
-        raise StoreError(f"{store.join(_DONE)} is left by a conversion of another version") from None
+        raise StoreError(f"{store.join(_DONE)} was written by a conversion of another version") from None
     return {row.old: row for row in rows}

@@ -48,7 +48,7 @@ def test_recipes_are_listed():
         (["sweep", "smoke"], "error: a sweep needs at least one --grid KEY=VALUE,VALUE"),
         (["sweep", "smoke", "--grid", "distill.tokenz=1,2"], "unknown key 'tokenz'; did you mean 'tokens'?"),
         (["sweep", "smoke", "--grid", "distill.tokens=1e6", "--run", "a/b"], "'a/b' cannot be a run's name"),
-        (["sweep", "smoke", "--table", "first"], "error: --table prints the table of a sweep that is there"),
+        (["sweep", "smoke", "--table", "first"], "error: --table prints the table of an existing sweep"),
         (["sync", ""], "'' cannot be a run's name"),
         (
             ["run", "smoke", "--store", "/dev/null/store", "--tracking", "none"],

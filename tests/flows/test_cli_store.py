@@ -53,7 +53,7 @@ def test_list_and_where(radlads, store):
     assert "2 runs, 3 products" in told
     assert "1 products are shared by runs" in told
     assert radlads("where", "two", "distill") == store.join(product_key("align", "c" * 64))
-    with pytest.raises(UserError, match="points at no 'distill'; it has align"):
+    with pytest.raises(UserError, match="has no 'distill'; it has align"):
         radlads("where", "one", "distill")
     with pytest.raises(UserError, match="is not finished"):
         radlads("where", "two")

@@ -130,7 +130,7 @@ def test_ctrl_c_ends_a_run_in_order(terminal, server, first):
     assert time.monotonic() - before < 20
     assert code == 130
     (line,) = said(out + err)
-    where, _, again = line.partition("; to go on: ")
+    where, _, again = line.partition("; to continue: ")
     assert where == "stopped in plan at 120 of 500 steps"
     assert shlex.split(again) == ["radlads", *run.arguments]
     assert not Path(f"/proc/{pid}").exists()
@@ -147,12 +147,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_job(terminal):
     assert time.monotonic() - before < 10
     assert code == 130
     (line,) = said(out + err)
-    assert line.startswith("stopped in plan at 120 of 500 steps, killed before it could save that; to go on: ")
+    assert line.startswith("stopped in plan at 120 of 500 steps, killed before it could save that; to continue: ")
     assert not Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.parametrize(
-    ("mode", "helps"), [("crash", "to go on where it stopped: "), ("config", "once that is mended")]
+    ("mode", "helps"), [("crash", "to continue where it stopped: "), ("config", "once that is fixed")]
 )
 def test_a_failure_is_said_once(terminal, mode, helps):
     run = terminal(mode, server=True)
@@ -215,7 +215,7 @@ def test_ctrl_c_in_the_demo_cancels_the_run(tmp_path, monkeypatch):
     running = {"prefect": services.Service("prefect", 1, 0, "http://127.0.0.1:9", "log")}
     assert demo.run_demo(Console(file=out), running, settings, "smoke", "r1", {}, "radlads demo --run r1") == 130
     assert api.states == [(RUN, "CANCELLING")]
-    assert out.getvalue().splitlines()[-1] == "stopped in align at 12/50 steps; to go on: radlads demo --run r1"
+    assert out.getvalue().splitlines()[-1] == "stopped in align at 12/50 steps; to continue: radlads demo --run r1"
 
 
 def test_the_command_is_quoted():

@@ -151,7 +151,7 @@ COMMANDS = {
     "below a file": (["run", "smoke", "--tracking", "sqlite:///file.txt/a.db"], "a file exists where a folder is needed"),
     "no host": (["run", "smoke", "--tracking", "http://"], "tracking is 'http://', which is no address"),
     "a bad port": (["run", "smoke", "--tracking", "http://ann:opensesame@h:99999"], "tracking is 'http://h:99999'"),
-    "work in a bucket": (["run", "smoke", "--work", "s3://b"], "the work folder is 's3://b': a folder of this machine"),
+    "work in a bucket": (["run", "smoke", "--work", "s3://b"], "the work folder is 's3://b': it must be a folder of this machine"),
     "no GPU memory": (["plan", "smoke", "--gpus", "2"], "it was read"),
 }  # fmt: skip
 
@@ -215,7 +215,7 @@ def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == 1
     (line,) = err.splitlines()
-    assert line.startswith("error: plan crashed: ended with exit code 139 (SIGSEGV) and did not say why; its log is /")
+    assert line.startswith("error: plan crashed: ended with exit code 139 (SIGSEGV) and gave no reason; its log is /")
     with open(line.rpartition(" ")[2]) as log:
         assert "a bug" in log.read()
 

@@ -98,7 +98,7 @@ def test_the_command_shows_the_table_and_then_what_does_not_fit(recipe_file: Pat
 
 @pytest.mark.parametrize(
     ("gpus", "memory", "message"),
-    [(8, None, "how much memory has each of the 8 GPUs"), (-1, 80.0, "there must be at least one"),
+    [(8, None, "the memory of each of the 8 GPUs is unknown"), (-1, 80.0, "there must be at least one"),
      (0, 80.0, "there must be at least one"), (8, -4.0, "it must have memory"), (8, 0.0, "it must have memory")],
 )  # fmt: skip
 def test_a_machine_that_makes_no_sense_is_refused(gpus: int, memory: float | None, message: str):

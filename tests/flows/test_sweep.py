@@ -216,8 +216,8 @@ def test_the_command_prints_the_table_and_says_that_a_run_failed(recipe, places,
     assert lines[0].split() == "| run | tokens | status | KL | hours |".split()
     assert lines[2].startswith("| s1-tokens_4096 | 4096   | failed: distill")
     assert lines[3].startswith("| s1-tokens_8192 | 8192   | done ")
-    (said,) = [line for line in result.stderr.splitlines() if "to go on" in line]
-    assert said.startswith("1 of 2 runs of the sweep failed: s1-tokens_4096; to go on: radlads sweep ")
+    (said,) = [line for line in result.stderr.splitlines() if "to continue" in line]
+    assert said.startswith("1 of 2 runs of the sweep failed: s1-tokens_4096; to continue: radlads sweep ")
     printed = CliRunner().invoke(cli.app, ["sweep", "--table", "s1", "--store", places["store"]])
     assert printed.exit_code == 0
     assert printed.stdout.splitlines() == lines

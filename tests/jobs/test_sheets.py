@@ -117,7 +117,7 @@ def test_a_thousand_manifests(data):
         (["Model/x", "model/X"], "one file"),
         (["u\u0308", "ü"], "one file"),
         (["a", "a/b"], "a file and a folder"),
-        (["manifest.json"], "the store's own"),
+        (["manifest.json"], "reserved for the store"),
     ],
 )
 def test_paths_that_no_product_has(files, words):

@@ -53,7 +53,7 @@ def test_mistakes_end_in_one_line(weights, exported, tmp_path: Path) -> None:
     teacher = ["--teacher", exported["teacher"]]
     for words, said in (
         (["import-openmose", "nowhere", *teacher, "--out", "made"], "error: nowhere is not a folder"),
-        (["import-openmose", folder, *teacher, "--out", folder], "is there already"),
+        (["import-openmose", folder, *teacher, "--out", folder], "exists already"),
         (["import-openmose", folder, *teacher, "--out", "made"], "hxa07b or hxa07c"),
         (["export-openmose", exported["hybrid"], "--out", "made"], "OpenMOSE has no names for it"),
     ):

@@ -146,11 +146,14 @@ def test_a_recipe_without_one_passes():
     ("environment", "told"),
     [
         ({"RADLADS_STORE": f"s3://ann:{WORD}@bucket/p"}, "AWS_ACCESS_KEY_ID"),
-        ({"RADLADS_TRACKING": f"http://ann:{WORD}@"}, "no address"),
-        ({"RADLADS_TRACKING": f"http://ann:{WORD}@host:x"}, "no address"),
+        ({"RADLADS_TRACKING": f"http://ann:{WORD}@"}, "not a valid address"),
+        ({"RADLADS_TRACKING": f"http://ann:{WORD}@host:x"}, "not a valid address"),
         ({"RADLADS_TRACKING": f"ftp://ann:{WORD}@host"}, "not an MLflow server"),
         ({"RADLADS_TRACKING": f"postgresql://db/x?user=ann&password={WORD}"}, "write a database as"),
-        ({"RADLADS_STORE": "s3://bucket", "RADLADS_S3_ENDPOINT": f"http://ann:{WORD}@host:99999"}, "no address"),
+        (
+            {"RADLADS_STORE": "s3://bucket", "RADLADS_S3_ENDPOINT": f"http://ann:{WORD}@host:99999"},
+            "not a valid address",
+        ),
     ],
 )
 def test_a_mistake_beside_one_does_not_show_it(environment, told):

@@ -113,7 +113,7 @@ def test_a_run_that_starts_meanwhile_keeps_what_it_wants(made, tmp_path, monkeyp
 
     monkeypatch.setattr(lease.Lease, "__enter__", enter)
     (left,) = collect(made, Wish(), tmp_path)
-    assert left.kept == "a run points at it by now"
+    assert left.kept == "a run points at it now"
     assert made.read_manifest(product_key("align", "d")) is not None
 
 

@@ -94,8 +94,8 @@ def test_environment():
         (1, {"reason": "crash", "message": "KeyError: 'x'"}, JobCrashed, "KeyError: 'x'"),
         (247, None, JobCrashed, r"exit code 247 \(SIGKILL, as when the machine runs out of memory\)"),
         (139, None, JobCrashed, r"SIGSEGV"),
-        (1, None, JobCrashed, "exit code 1 and did not say why"),
-        (0, None, JobCrashed, "exit code 0 and did not say why"),
+        (1, None, JobCrashed, "exit code 1 and gave no reason"),
+        (0, None, JobCrashed, "exit code 0 and gave no reason"),
         (1, {"reason": "done", "message": ""}, JobCrashed, "exit code 1"),
     ],
 )
@@ -201,7 +201,7 @@ def test_resources():
     assert resolve(num_gpus=4) == JobResources(device="cuda", processes=4, threads=2)
     assert resolve(num_gpus=4, processes=2, threads=1, zero_stage=2).processes == 2
     assert resolve(num_gpus=4, device="cpu", processes=2) == JobResources(device="cpu", processes=2, threads=4)
-    with pytest.raises(UserError, match="shows no GPU"):
+    with pytest.raises(UserError, match="has no visible GPU"):
         resolve(device="cuda")
     with pytest.raises(UserError, match="shows 1 GPU"):
         resolve(num_gpus=1, processes=2)

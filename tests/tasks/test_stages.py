@@ -116,13 +116,13 @@ def test_order_is_the_runs() -> None:
 
 
 def test_an_unknown_stage_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match="'polish' is no stage; the stages are plan, tokenize") as raised:
+    with pytest.raises(ValueError, match="'polish' is not a stage; the stages are plan, tokenize") as raised:
         stage_info("polish")
     assert "\n" not in str(raised.value)
     fields = {"run": "r", "recipe": "x", "digest": "d", "spec": {}, "output_uri": "o", "store": {"uri": "s"},
               "resources": {"device": "cpu", "processes": 1, "threads": 1}, "scratch": "s"}  # fmt: skip
     assert JobSpec(stage="align", **fields).stage == "align"
-    with pytest.raises(ValidationError, match="'polish' is no stage"):
+    with pytest.raises(ValidationError, match="'polish' is not a stage"):
         JobSpec(stage="polish", **fields)
 
 
@@ -151,11 +151,11 @@ def test_a_section_is_read_as_its_stages_and_nothing_else() -> None:
         assert again == spec
         assert type(again.section) is kind
         assert "mixer_rate" in spec.model_dump(mode="json")["section"]
-    with pytest.raises(ValidationError, match="distill is asked for by a section of the class Distill"):
+    with pytest.raises(ValidationError, match="the section of distill must be of the class Distill"):
         specs.TrainSpec(objective="distill", section=Finetune(**sizes), teacher=None)
     with pytest.raises(ValidationError, match="loss: Extra inputs are not permitted"):
         specs.TrainSpec(objective="finetune", section=sizes | {"loss": "l2"}, teacher=None)
-    with pytest.raises(ValidationError, match="'plan' is no training stage; those are pretrain, align"):
+    with pytest.raises(ValidationError, match="'plan' is not a training stage; those are pretrain, align"):
         specs.TrainSpec(objective="plan", section=sizes, teacher=None)
 
 

@@ -233,7 +233,7 @@ def test_nan_is_refused(store, folder):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["A.txt", "a.txt"], "upper and lower case"),
+        (["A.txt", "a.txt"], "a filesystem that ignores case"),
         (["x/.tmp-1"], "store's own"),
         ([".objects/x"], "store's own"),
         (["manifest.json"], "store's own"),

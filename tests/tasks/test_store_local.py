@@ -145,7 +145,7 @@ def test_deleting_a_link_leaves_what_it_links_to(store, folder, tmp_path):
 def test_a_fetch_does_not_clear_the_store(store, folder, tmp_path):
     store.commit("runs/a/align", folder, sheet())
     for into in (tmp_path, tmp_path / "store", tmp_path / "store" / "runs"):
-        with pytest.raises(StoreError, match="within one another"):
+        with pytest.raises(StoreError, match="contain one another"):
             store.fetch("runs/a/align", into)
     assert store.fetch("runs/a/align", tmp_path / "into")
 

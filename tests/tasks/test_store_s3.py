@@ -100,7 +100,7 @@ def test_garbled_upload_is_found_by_reading_back(store, big, monkeypatch):
         store.put_bytes(key, b"?" * seal.size)
 
     monkeypatch.setattr(store, "_send", garble)
-    with pytest.raises(CorruptArtifact, match="not what was sent"):
+    with pytest.raises(CorruptArtifact, match="does not match its source"):
         store.commit("runs/a/align", big, sheet())
     assert store.read_manifest("runs/a/align") is None
 

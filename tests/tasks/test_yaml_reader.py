@@ -73,7 +73,7 @@ def test_a_message_is_one_line():
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [(None, "cannot read"), (b"", "is no job.json"), (b"[1]", "is no job.json"), (b"\xff", "is no job.json"),
+    [(None, "cannot read"), (b"", "is not a job.json"), (b"[1]", "is not a job.json"), (b"\xff", "is not a job.json"),
      (b"{}", "stage: Field required")],
 )  # fmt: skip
 def test_a_job_that_is_none(tmp_path, data, told):

@@ -1,4 +1,4 @@
-"""Who holds something that only one process may: said in one line, and whether it is still alive."""
+"""The holder of a lock: a description in one line, and whether its process is still alive."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from radlads.tasks.contracts.job import Sheet
 
 
 class Holder(Sheet):
-    """A process, as others see it. machine: the kernel's boot and the pid namespace, within which a pid means one
-    process; started: when that process began, so that a later one of the same pid is not taken for it."""
+    """A process, identified for other processes. machine: boot id and pid namespace, within which a pid is unique;
+    started: start time, which distinguishes the process from a later one with the same pid."""
 
     user: str
     host: str
@@ -29,12 +29,12 @@ class Holder(Sheet):
 
     @property
     def is_here(self) -> bool:
-        """Whether its process, dead or alive, is one of this machine."""
+        """Whether its process, dead or alive, belongs to this machine."""
         return bool(self.machine) and self.machine == _machine()
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process runs; only of one that is here can that be told."""
+        """Whether its process runs; known only for a process of this machine."""
         return _started(self.pid) == self.started
 
 
@@ -52,7 +52,7 @@ def this_process(work: Path) -> Holder:
 
 
 def user_name() -> str:
-    """Who runs this process."""
+    """The user that runs this process."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # a container without a passwd entry
@@ -61,7 +61,7 @@ def user_name() -> str:
 
 @cache
 def _machine() -> str:
-    """Empty where it cannot be told: then nobody is here."""
+    """Empty if unknown; then no process counts as one of this machine."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -70,7 +70,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since boot; empty for one that is gone or only waits to be buried."""
+    """Start time of a process, in ticks since boot; empty for one that has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
     except OSError:

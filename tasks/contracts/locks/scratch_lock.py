@@ -1,4 +1,4 @@
-"""A folder on this machine that one process at a time works in. The kernel takes the lock back when its holder dies."""
+"""A lock on a local folder, held by one process at a time. The kernel releases it when its holder dies."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class FolderInUse(UserError):  # noqa: N818
 
 @contextmanager
 def hold_folder(folder: Path, name: str, *, what: str, wait_seconds: float = 0.0) -> Iterator[bool]:
-    """Keep other processes, and other threads, out of a folder; yields whether that took waiting.
+    """Lock a folder against other processes and threads; yields whether it had to wait.
 
-    name: of the lock's file in there; it stays, holding who had it last. what: the folder's use, for the message.
-    Raises FolderInUse, with who has it, after wait_seconds; UserError where the folder cannot be written.
+    name: of the lock file in the folder; the file stays and names the last holder. what: the folder's use, for the
+    message. Raises FolderInUse, which names the holder, after wait_seconds; UserError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,5 +67,5 @@ def _lock(handle: int, folder: Path, what: str, wait_seconds: float) -> bool:
 def _read(handle: int) -> Holder | None:
     try:
         return Holder.model_validate_json(os.pread(handle, 1 << 16, 0))
-    except ValidationError:  # it has just been taken
+    except ValidationError:  # it is just being written
         return None

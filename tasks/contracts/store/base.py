@@ -1,9 +1,9 @@
-"""What every store does alike: keys, the commit protocol, verified reading.
+"""The part that all kinds of store share: keys, the commit protocol, verified reads.
 
-No manifest, no artifact: a product's files are uploaded and verified first, and one conditional put of manifest.json
-makes them exist. Readers start from the manifest and check size and sha256 of what they use. What a single answer of a
-store says is no proof of damage: a product is called damaged when the same wrong content came twice and the store's
-own listing agrees with it.
+No manifest, no artifact: a product's files are uploaded and verified first, then one conditional put of manifest.json
+makes them visible. Readers start from the manifest and check size and sha256 of the files that they use. A single
+response of a store does not prove damage: a product is reported as damaged only if the same wrong content was read
+twice and the store's listing agrees with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from radlads.tasks.contracts.store.proof import PAUSES, prove_file, prove_listin
 
 
 class Store(ABC):
-    """A place for products. Keys are relative to the store's root; a product is everything under one prefix."""
+    """A store of products. Keys are relative to the store's root; a product is all objects under one prefix."""
 
     def __init__(self, ref: StoreRef, uri: str) -> None:
         self.ref = ref
@@ -41,7 +41,7 @@ class Store(ABC):
     # Places
 
     def join(self, *parts: str) -> str:
-        """The uri of a key given in parts."""
+        """The uri of the key that the parts form."""
         return f"{self.uri}/{check_key('/'.join(parts))}"
 
     def key(self, uri: str) -> str:
@@ -54,30 +54,30 @@ class Store(ABC):
 
     @abstractmethod
     def put_file(self, key: str, path: Path) -> FileEntry:
-        """Upload one file outside the commit protocol (a log, a recipe), replacing what was there."""
+        """Upload one file outside the commit protocol (a log, a recipe); replaces an existing object."""
 
     @abstractmethod
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Write a small object, replacing what was there."""
+        """Write a small object; replaces an existing one."""
 
     @abstractmethod
     def read(self, key: str, *, limit: int | None = None) -> tuple[bytes, str] | None:
-        """(content, version) of a small object; None if there is none. version: changes with every write, for
+        """(content, version) of a small object; None if it does not exist. version: changes with every write, for
         `replace`. limit: bytes; raises CorruptArtifact for more."""
 
     def get_bytes(self, key: str) -> bytes | None:
-        """Read a small object; None if there is none."""
+        """Read a small object; None if it does not exist."""
         found = self.read(key)
         return None if found is None else found[0]
 
     @abstractmethod
     def replace(self, key: str, data: bytes, version: str) -> bool:
-        """Write a small object if it still has this version; whether what is there afterwards is `data`. Atomic as
-        far as the endpoint can: see probe."""
+        """Write a small object if it still has this version; returns whether its content is `data` afterwards. As
+        atomic as the endpoint allows: see probe."""
 
     @abstractmethod
     def age(self, key: str) -> float | None:
-        """Seconds since the object was written, by the store's own clock; None where that cannot be told."""
+        """Seconds since the object was written, by the store's own clock; None if unknown."""
 
     @abstractmethod
     def sizes(self, prefix: str) -> dict[str, int]:
@@ -88,8 +88,8 @@ class Store(ABC):
         return sorted(self.sizes(prefix))
 
     def delete(self, prefix: str, *, keep: Collection[str] = ()) -> None:
-        """Delete everything under the prefix but the keys to keep, its manifest first, so that no half-deleted product
-        looks committed."""
+        """Delete everything under the prefix except the keys in `keep`, the manifest first, so that a partly deleted
+        product does not look committed."""
         keys = [key for key in self.list(check_key(prefix)) if key not in keep]
         manifests = [key for key in keys if key.rsplit("/", 1)[-1] == MANIFEST]
         self._delete_keys(manifests)
@@ -98,21 +98,20 @@ class Store(ABC):
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write a small object unless there is one; whether this call wrote it. Atomic among any number of writers
-        (as far as the endpoint can: see probe)."""
+        """Write a small object unless it exists; returns whether this call wrote it. Atomic among any number of
+        writers, as far as the endpoint allows: see probe."""
 
     @abstractmethod
     def copy(self, source: str, target: str, entry: FileEntry) -> None:
-        """Have the content of one object under another key as well, without bringing it here: a copy made by the
-        server, or a second link to a file. Replaces what is at the target.
+        """Copy one object to another key without downloading it: by the server, or as a second link to a file. Replaces
+        an existing object at the target.
 
-        entry: size and sha256 of the content. Raises CorruptArtifact where the source or what arrived is not that,
-        StoreError.
+        entry: expected size and sha256. Raises CorruptArtifact if the source or the copy does not match it, StoreError.
         """
 
     @abstractmethod
     def probe(self) -> dict[str, bool | str]:
-        """What the place can do: {"uri", "conditional_put", "conditional_replace", "conditional_multipart",
+        """Capabilities of the store: {"uri", "conditional_put", "conditional_replace", "conditional_multipart",
         ...}."""
 
     # Products
@@ -120,12 +119,12 @@ class Store(ABC):
     def commit(
         self, prefix: str, folder: Path, manifest: Manifest, *, guard: Callable[[], None] = lambda: None
     ) -> Manifest:
-        """Make a folder the product at a prefix: upload every file, verify what arrived, write the manifest last.
+        """Commit a folder as the product at a prefix: upload every file, verify the uploads, write the manifest last.
 
-        The manifest comes without `files`; the committed one is returned. The same digest already committed is
-        returned as it is. guard: called before the upload and once more before the manifest is written; raises where
-        this writer may write no longer. Raises CommitConflict for another digest, CorruptArtifact if what arrived is
-        not what was sent, StoreError.
+        The manifest is passed without `files`; the committed one is returned. If the same digest is already committed,
+        its manifest is returned unchanged. guard: called before the upload and again before the manifest is written;
+        raises if this writer may no longer write. Raises CommitConflict for another digest, CorruptArtifact if an
+        upload does not match its source, StoreError.
         """
         check_key(prefix)
         with self._exclusive(prefix):
@@ -143,13 +142,12 @@ class Store(ABC):
                 return full
             existing = self.read_manifest(prefix)
             if existing is None:
-                raise StoreError(f"{self.join(prefix)}: the manifest was refused, yet there is none; try again")
+                raise StoreError(f"{self.join(prefix)}: the store refused the manifest, yet holds none; try again")
             return self._agree(prefix, existing, manifest)
 
     def adopt(self, prefix: str, manifest: Manifest) -> None:
-        """Make files that lie under a prefix already, and were verified, a product: write the manifest that lists them.
-
-        Raises CorruptArtifact unless they are all there, CommitConflict for another digest, StoreError.
+        """Commit files that already lie, verified, under a prefix: write the manifest that lists them. Raises
+        CorruptArtifact if a file is missing, CommitConflict for another digest, StoreError.
         """
         self.verify(prefix, manifest)
         if not self._publish(f"{check_key(prefix)}/{MANIFEST}", _dump(manifest)):
@@ -157,8 +155,8 @@ class Store(ABC):
             self.verify(prefix, self._agree(prefix, existing, manifest))
 
     def settle(self, prefix: str, manifest: Manifest) -> None:
-        """What follows a commit, and may be repeated: no unfinished attempt's file stays under the name of one of the
-        product's own, for those who read the place without its manifest."""
+        """Clean up after a commit; can be repeated. Replaces files that an unfinished attempt left under the names of
+        the product's own, for readers that do not use the manifest."""
         return
 
     def read_manifest(self, prefix: str) -> Manifest | None:
@@ -170,7 +168,7 @@ class Store(ABC):
             if found is None:
                 if key not in self.sizes(key):
                     return None
-                fault = "it is listed and cannot be read"
+                fault = "it is listed but cannot be read"
                 continue
             try:
                 return parse_manifest(found[0])
@@ -182,28 +180,26 @@ class Store(ABC):
         raise unsteady(f"{self.join(prefix)}/{MANIFEST}", fault)
 
     def verify(self, prefix: str, manifest: Manifest) -> None:
-        """Check that every file of a product is there with its size (by listing; contents are checked by fetch).
-
-        Raises CorruptArtifact where two listings agree on a fault, StoreError where they do not.
+        """Check by listing that every file of a product exists with its size; contents are checked by fetch. Raises
+        CorruptArtifact if two listings agree on a fault, StoreError if they do not.
         """
         prove_listing(self.join(prefix), prefix, manifest, lambda: self.sizes(prefix))
 
     def fetch(self, prefix: str, into: Path, *, subset: str = "") -> Path:
         """A local folder that holds exactly the product's files, verified by size and sha256; returns `into`.
 
-        subset: only the files at or under this path ("model", "plan.json"). into: the fetch's own folder; whatever else
-        lies in it is removed. A store that is a folder puts links there instead of copies, others download what is
-        not there yet. Treat the files as read-only. Raises StoreError if nothing is committed at the prefix,
-        CorruptArtifact.
+        subset: only the files at or under this path ("model", "plan.json"). into: a folder used by this fetch alone;
+        other files in it are removed. A store in a folder creates links instead of copies, others download missing
+        files. Treat the files as read-only. Raises StoreError if nothing is committed at the prefix, CorruptArtifact.
         """
         manifest = self.open_manifest(prefix)
-        wanted = [e for e in manifest.files if not subset or e.path == subset or e.path.startswith(subset + "/")]
-        if subset and not wanted:
+        entries = [e for e in manifest.files if not subset or e.path == subset or e.path.startswith(subset + "/")]
+        if subset and not entries:
             raise StoreError(f"{self.join(prefix)} has no '{subset}'")
         self._check_apart(into)
         into.mkdir(parents=True, exist_ok=True)
-        clear_unlisted(into, [entry.path for entry in wanted])
-        self._open_files(prefix, wanted, into)
+        clear_unlisted(into, [entry.path for entry in entries])
+        self._open_files(prefix, entries, into)
         return into
 
     def read_file(self, prefix: str, path: str) -> bytes:
@@ -230,37 +226,36 @@ class Store(ABC):
             raise StoreError(f"nothing is committed at {self.join(prefix)}")
         return manifest
 
-    # What a kind of store provides
+    # Implemented by each kind of store
 
     @abstractmethod
     def _upload(self, prefix: str, name: str, path: Path) -> FileEntry:
-        """Bring one file of a product under the prefix and verify what arrived. Raises CorruptArtifact."""
+        """Upload one file of a product to the prefix and verify the upload. Raises CorruptArtifact."""
 
     @abstractmethod
     def _open_files(self, prefix: str, entries: Sequence[FileEntry], into: Path) -> None:
-        """Put the files into a folder, each verified. Raises CorruptArtifact, StoreError."""
+        """Fetch the files into a folder and verify each. Raises CorruptArtifact, StoreError."""
 
     @abstractmethod
     def _delete_keys(self, keys: Sequence[str]) -> None: ...
 
     def _tidy(self, prefix: str) -> None:
-        """Remove what abandoned attempts left under the prefix and no reader can see."""
+        """Remove leftovers of abandoned attempts under the prefix that no reader can see."""
         return
 
     def _exclusive(self, prefix: str) -> AbstractContextManager[object]:
-        """Keep other writers out during a commit, where the place offers a lock that dies with its holder."""
+        """Exclude other writers during a commit, if the store offers a lock that is released when its holder dies."""
         return nullcontext()
 
     def _check_apart(self, into: Path) -> None:
         """Raises StoreError for a folder that a fetch must not clear."""
         return
 
-    # Shared by the kinds
+    # Shared by all kinds
 
     def _publish(self, key: str, data: bytes) -> bool:
-        """put_if_absent, read back: what a writer believes to be committed can be read. Whether this call wrote it.
-
-        Raises StoreError where the place does not keep what it is given; nothing is committed then.
+        """put_if_absent, then read back, so that a commit that is reported is readable. Returns whether this call wrote
+        it. Raises StoreError if the store does not return the data that it was given; nothing is committed then.
         """
         if not self.put_if_absent(key, data):
             return False
@@ -269,25 +264,25 @@ class Store(ABC):
             found = self.read(key)
             if found is not None and found[0] == data:
                 return True
-            if found is not None:  # nobody else writes where a manifest is: this is ours, altered on its way
+            if found is not None:  # nobody else overwrites a manifest: this one was altered in transit
                 self.replace(key, data, found[1])
         self._delete_keys([key])
-        raise StoreError(f"{self.uri}/{key}: what was written does not come back as it was sent; nothing is committed")
+        raise StoreError(f"{self.uri}/{key}: the content read back is not the content written; nothing is committed")
 
     def _prove(self, prefix: str, entry: FileEntry, attempt: Callable[[], tuple[int, str] | None]) -> None:
-        """Call attempt until what it read, (size, sha256), is the entry's. Raises CorruptArtifact, StoreError."""
+        """Call attempt until the (size, sha256) that it read match the entry. Raises CorruptArtifact, StoreError."""
         key = place_of(prefix, entry)
         prove_file(self.join(prefix), entry, attempt, lambda: self.sizes(key).get(key))
 
-    def _agree(self, prefix: str, existing: Manifest, wanted: Manifest) -> Manifest:
-        if existing.digest == wanted.digest:
+    def _agree(self, prefix: str, existing: Manifest, expected: Manifest) -> Manifest:
+        if existing.digest == expected.digest:
             return existing
-        raise conflict(self.join(prefix), existing.digest, wanted.digest)
+        raise conflict(self.join(prefix), existing.digest, expected.digest)
 
 
 def _dump(manifest: Manifest) -> bytes:
-    """The manifest as it is stored. Raises StoreError for what no reader would take, and for NaN, which pydantic would
-    silently write as null."""
+    """The manifest serialised for the store. Raises StoreError for one that readers reject, and for NaN, which pydantic
+    would silently write as null."""
     check_files(manifest.files)
     try:
         canonical_json({"metrics": manifest.metrics, "spec": manifest.spec})

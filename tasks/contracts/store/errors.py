@@ -1,4 +1,4 @@
-"""What can go wrong with a store, each in one line."""
+"""The errors of a store, each with a message of one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from radlads.tasks.contracts.job import SCHEMA_VERSION, Manifest
 
 
 class StoreError(Exception):
-    """The store could not do what was asked."""
+    """An operation of the store failed."""
 
 
 class StoreUnusable(StoreError, UserError):  # noqa: N818
@@ -15,42 +15,42 @@ class StoreUnusable(StoreError, UserError):  # noqa: N818
 
 
 class CorruptArtifact(StoreError):  # noqa: N818
-    """A committed product is torn or altered: a file is missing, or its size or sha256 is not the manifest's."""
+    """A committed product is damaged: a file is missing, or its size or sha256 differs from the manifest."""
 
 
 class CommitConflict(StoreError, UserError):  # noqa: N818
     """Another writer committed something else at this place."""
 
 
-def conflict(uri: str, existing: str, wanted: str) -> CommitConflict:
-    """The error for a place that holds another digest."""
+def conflict(uri: str, existing: str, expected: str) -> CommitConflict:
+    """The error for a prefix that holds a product with another digest."""
     return CommitConflict(
-        f"{uri} already holds another product (digest {existing[:12]}, this one has {wanted[:12]}): nothing is "
+        f"{uri} already holds another product (digest {existing[:12]}, this one has {expected[:12]}): nothing is "
         "overwritten; another process writes there, or files were moved by hand"
     )
 
 
 def misplaced(uri: str, found: str) -> CorruptArtifact:
-    """The error for a product that lies where its digest does not belong."""
+    """The error for a product that lies under the prefix of another digest."""
     return corrupt(uri, f"it holds the product {found[:12]}, which does not belong there")
 
 
 def older_schema(uri: str, manifest: Manifest) -> str:
-    """Why a product of another schema version is not compared with what is asked for."""
+    """Why a product of another schema version cannot be compared with the requested one."""
     return (
         f"{uri} was made by another version of radlads (schema {manifest.schema_version}, this one has "
-        f"{SCHEMA_VERSION}), so it cannot be told whether it is what is asked for"
+        f"{SCHEMA_VERSION}), so it cannot be compared with the requested product"
     )
 
 
 def corrupt(uri: str, fault: str) -> CorruptArtifact:
-    """The error for a product that is damaged where it lies."""
+    """The error for a product that is damaged in the store."""
     return CorruptArtifact(f"{uri}: {fault}; delete this prefix to have it made again")
 
 
 def unsteady(uri: str, fault: str) -> StoreError:
-    """The error for answers that contradict each other: the way to the store is at fault, or nobody can tell."""
+    """The error for responses that contradict each other: the connection may be at fault, so damage is not proven."""
     return StoreError(
-        f"{uri}: {fault}, and the store's answers contradict each other: nothing is known to be damaged, so delete "
-        "nothing; see whether the store and the network are well, and try again"
+        f"{uri}: {fault}, and the store's responses contradict each other: damage is not proven, so delete "
+        "nothing; check the store and the network, and try again"
     )

@@ -1,4 +1,4 @@
-"""Files on this machine: their hashes, and a folder that holds exactly what a product lists."""
+"""Local files: their hashes, and a folder that holds exactly the files that a product lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 TEMPORARY = ".tmp-"
-_FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file until one of the two is written to
+_FICLONE = 0x40049409  # linux/fs.h: two files share blocks until one is written to
 _PARALLEL_FILES = 8
 _Item = TypeVar("_Item")
 _Out = TypeVar("_Out")
@@ -38,7 +38,7 @@ def read_blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 class VerifiedFiles:
-    """Hashes of local files already read in this process; a changed size, time or inode asks for reading again."""
+    """Hashes of local files read in this process; a file is read again if its size, time or inode changed."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int, int, int], str] = {}
@@ -53,27 +53,27 @@ class VerifiedFiles:
 
 
 def clear_unlisted(folder: Path, listed: Collection[str]) -> None:
-    """Remove from a folder whatever is not at one of the listed paths, and links to folders wherever they stand."""
-    wanted = set(listed)
+    """Remove from a folder all files that are not at a listed path, and all links to folders."""
+    keep = set(listed)
     for place, folders, names in os.walk(folder, topdown=False):
         for name in names:
             path = Path(place, name)
-            if path.relative_to(folder).as_posix() not in wanted:
+            if path.relative_to(folder).as_posix() not in keep:
                 path.unlink()
         for name in folders:
             path = Path(place, name)
             if path.is_symlink():
                 path.unlink()
-            elif path.relative_to(folder).as_posix() in wanted:
+            elif path.relative_to(folder).as_posix() in keep:
                 shutil.rmtree(path)
             else:
-                with contextlib.suppress(OSError):  # it holds what is listed
+                with contextlib.suppress(OSError):  # it holds listed files
                     path.rmdir()
 
 
 def place_file(source: Path, target: Path, *, symbolic: bool = True) -> None:
-    """Have the content of `source` at `target` without copying it, where the filesystem can: shared blocks, a hard
-    link, a symbolic link unless that is unwanted; a copy where it can do none of these."""
+    """Make the content of `source` available at `target` without a copy if the filesystem can: by shared blocks, a hard
+    link, or a symbolic link unless that is excluded; else copy it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     ways: list[Callable[[Path, Path], object]] = [_share_blocks, os.link]

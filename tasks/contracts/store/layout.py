@@ -1,4 +1,4 @@
-"""Where things lie in a store: products by what they are, and of each run what it was asked for and where that is.
+"""The layout of a store: products by digest; for each run its recipe and the pointers to its products.
 
 <store>/layout                        the version of this layout
 <store>/products/<stage>/<digest>/    files, job/, checkpoints/, lease.json, manifest.json (last)
@@ -17,7 +17,7 @@ from radlads.tasks.contracts.store.errors import StoreError
 LAYOUT = 3
 PRODUCTS, RUNS, DATASETS, SWEEPS = "products", "runs", "datasets", "sweeps"
 _LAYOUT_KEY = "layout"
-# What runs/<run>/ held of each stage before, when products lay there; and the place of datasets then.
+# The earlier layout: products of a run's stages under runs/<run>/<stage>/, datasets in a folder of their own.
 _FORMER = re.compile(r"(runs/[^/]+/(?!stages/)[^/]+|datasets/[^/]+)/(manifest\.json|job/|checkpoints/)")
 
 
@@ -27,12 +27,12 @@ def product_key(stage: str, digest: str) -> str:
 
 
 def run_key(run: str) -> str:
-    """The prefix of what is kept of a run itself."""
+    """The prefix of a run's own files."""
     return f"{RUNS}/{run}"
 
 
 def sweep_key(sweep: str) -> str:
-    """The prefix of what is kept of a sweep; its runs lie where all runs do."""
+    """The prefix of a sweep's own files; its runs lie with all other runs."""
     return f"{SWEEPS}/{sweep}"
 
 
@@ -42,7 +42,7 @@ def lease_key(prefix: str) -> str:
 
 
 def recipe_key(run: str) -> str:
-    """The recipe that a run is made by."""
+    """The key of a run's recipe."""
     return f"{run_key(run)}/recipe.yaml"
 
 
@@ -52,23 +52,23 @@ def pointers_key(run: str) -> str:
 
 
 def run_names(store: Store) -> list[str]:
-    """Every run that the store has something of."""
+    """The names of all runs in the store."""
     return sorted({key.split("/")[1] for key in store.list(RUNS) if key.count("/") > 1})
 
 
 def former_keys(store: Store) -> list[str]:
-    """The keys of a store of the layout before this one that are still to be moved."""
+    """The keys of the earlier layout that are still to be moved."""
     return [key for top in (RUNS, DATASETS) for key in store.list(top) if _FORMER.match(key)]
 
 
 def check_layout(store: Store) -> None:
-    """Raises UserError for a store of another layout. A new store is marked with this one."""
+    """Raises UserError for a store of another layout. A new store gets this layout's mark."""
     found = store.get_bytes(_LAYOUT_KEY)
     if found is None:
         if former_keys(store):
             raise UserError(
                 f"{store.uri} has the layout of an earlier version (products under runs/ and datasets/): "
-                f"convert it first, which copies no file of a folder: radlads store upgrade --store {store.uri}"
+                f"convert it first (files are linked, not copied): radlads store upgrade --store {store.uri}"
             )
         mark_layout(store)
     elif found.strip() != str(LAYOUT).encode():
@@ -77,6 +77,6 @@ def check_layout(store: Store) -> None:
 
 
 def mark_layout(store: Store) -> None:
-    """Note the layout in the store. Raises StoreError."""
+    """Write the layout's mark. Raises StoreError."""
     if not store.put_if_absent(_LAYOUT_KEY, f"{LAYOUT}\n".encode()) and store.get_bytes(_LAYOUT_KEY) is None:
-        raise StoreError(f"{store.join(_LAYOUT_KEY)} was written and is not there")
+        raise StoreError(f"{store.join(_LAYOUT_KEY)} was written but cannot be read")

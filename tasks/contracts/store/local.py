@@ -1,4 +1,4 @@
-"""A store in a folder: the embedded default, and what a shared filesystem offers."""
+"""A store in a folder: the default, on a local or a shared filesystem."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from radlads.tasks.contracts.store.names import check_key, place_of
 
 _LOCKS = ".locks"
 _LEASE = f"{TEMPORARY}lease-"
-"""How a lease begins that is being written: its holder does so while a commit clears up beside it."""
+"""Prefix of a lease's temporary file: the holder may be writing one while a commit cleans up beside it."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 def _plain(method: Callable[Concatenate[LocalStore, _P], _R]) -> Callable[Concatenate[LocalStore, _P], _R]:
-    """Decorates a method: an error of the filesystem becomes one line of ours."""
+    """Decorates a method: an error of the filesystem becomes a StoreError of one line."""
 
     @functools.wraps(method)
     def explained(self: LocalStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -45,8 +45,8 @@ def _plain(method: Callable[Concatenate[LocalStore, _P], _R]) -> Callable[Concat
 
 
 class LocalStore(Store):
-    """Files are written beside their place, synced and renamed; the manifest is hard-linked into place, which fails
-    if there is one. A lock file per prefix serialises commits and goes away with the process that holds it."""
+    """Files are written to a temporary name, synced and renamed; the manifest is hard-linked into place, which fails if
+    one exists. A lock file per prefix serialises commits; the kernel releases it when its holder ends."""
 
     def __init__(self, ref: StoreRef) -> None:
         root = Path(ref.uri.removeprefix("file://")).expanduser().absolute()
@@ -55,7 +55,7 @@ class LocalStore(Store):
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreUnusable(f"the store {root} cannot be made: {error.strerror}") from None
+            raise StoreUnusable(f"the store {root} cannot be created: {error.strerror}") from None
         super().__init__(ref, str(root))
         self.root = root
         self._real = root.resolve()
@@ -106,7 +106,7 @@ class LocalStore(Store):
             with path.open("rb") as stream:
                 status = os.fstat(stream.fileno())
                 if limit is not None and status.st_size > limit:
-                    raise corrupt(f"{self.uri}/{key}", f"it is {status.st_size:,} bytes long, which none of ours is")
+                    raise corrupt(f"{self.uri}/{key}", f"it is too long ({status.st_size:,} bytes)")
                 data = stream.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -124,7 +124,7 @@ class LocalStore(Store):
 
     @_plain
     def age(self, key: str) -> float | None:
-        """See Store. The clock is that of the machine that keeps the files: another file is written to read it."""
+        """See Store. The clock is that of the file server: a second file is written to read it."""
         target = self._path(key)
         now = self._write_beside(target, b"")
         try:
@@ -147,7 +147,7 @@ class LocalStore(Store):
                     path = Path(folder, name)
                     try:
                         size = (path.stat() if path.is_file() else path.lstat()).st_size
-                    except FileNotFoundError:  # removed meanwhile
+                    except FileNotFoundError:  # removed in the meantime
                         continue
                     found[path.relative_to(self.root).as_posix()] = size
         return found
@@ -163,20 +163,20 @@ class LocalStore(Store):
         _sync_folder(place.parent)
         if (place.stat().st_size, self._verified.sha256(place)) != (entry.size, entry.sha256):
             place.unlink()
-            raise corrupt(self.join(source), "its content is not what its manifest says")
+            raise corrupt(self.join(source), "its content does not match its manifest")
 
     def probe(self) -> dict[str, bool | str]:
         """See Store."""
         return {"uri": self.uri, "conditional_put": True, "conditional_replace": True, "conditional_multipart": True}
 
     def _path(self, key: str) -> Path:
-        """Where a key lies. Raises StoreUnusable where a link leads out of the store on the way there."""
+        """The path of a key. Raises StoreUnusable if a link on the path leads out of the store."""
         return self._inside(self.root / check_key(key))
 
     def _inside(self, path: Path) -> Path:
         if not path.resolve().is_relative_to(self._real):
             raise StoreUnusable(
-                f"{path} leads out of the store {self.root} by a link; put what it links to there, or remove the link"
+                f"{path} leads out of the store {self.root} by a link; replace the link by its target, or remove it"
             )
         return path
 
@@ -185,11 +185,11 @@ class LocalStore(Store):
         target = self._path(f"{prefix}/{name}")
         size, sha256 = self._copy(path, target)
         if hash_file(target) != (size, sha256):
-            raise CorruptArtifact(f"{target}: what was written is not what was sent")
+            raise CorruptArtifact(f"{target}: the file written does not match its source")
         return FileEntry(path=name, size=size, sha256=sha256)
 
     def _copy(self, source: Path, target: Path) -> tuple[int, str]:
-        """Copy durably and atomically; size and sha256 of what was read."""
+        """Copy durably and atomically; returns size and sha256 of the content read."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         digest = hashlib.sha256()
@@ -222,7 +222,7 @@ class LocalStore(Store):
 
     @_plain
     def _open(self, prefix: str, entry: FileEntry, target: Path) -> None:
-        """What is verified is what is handed out: the file at the target, after it was put there."""
+        """Verifies the file that the caller gets: the one at the target, after it was placed there."""
         key = place_of(prefix, entry)
         source = self._path(key).resolve()
 
@@ -241,14 +241,14 @@ class LocalStore(Store):
     def _check_apart(self, into: Path) -> None:
         real = into.resolve()
         if real.is_relative_to(self._real) or self._real.is_relative_to(real):
-            raise StoreError(f"{into} and the store {self.root} lie within one another: nothing is fetched there")
+            raise StoreError(f"{into} and the store {self.root} contain one another: nothing is fetched there")
 
     @_plain
     def _delete_keys(self, keys: Sequence[str]) -> None:
         for key in keys:
             path = self.root / check_key(key)
             self._inside(path.parent)
-            path.unlink(missing_ok=True)  # of a link, the link alone
+            path.unlink(missing_ok=True)  # removes a link, not its target
 
     @_plain
     def _tidy(self, prefix: str) -> None:
@@ -270,7 +270,7 @@ class LocalStore(Store):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: without it a power cut may forget the new name."""
+    """Make a rename durable: otherwise a power failure may undo it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

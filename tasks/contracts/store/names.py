@@ -1,4 +1,4 @@
-"""Which names a store takes: keys, and the list of a product's files."""
+"""The names that a store accepts: keys, and the list of a product's files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from radlads.tasks.contracts.store.files import TEMPORARY
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 64 << 20
-"""More than a manifest of 200,000 files takes; what is longer is none of ours."""
+"""Bytes; more than a manifest of 200,000 files needs. A longer file is not a manifest of radlads."""
 OBJECTS = ".objects"
-"""Folder of a product for files whose own name was taken by an unfinished attempt."""
+"""Folder of a product for files whose own name is occupied by an unfinished attempt."""
 _FORBIDDEN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONGEST_KEY = 900
@@ -34,22 +34,22 @@ def check_key(key: str) -> str:
 
 
 def check_paths(paths: Sequence[str]) -> None:
-    """Raises StoreError unless the paths can lie in one folder of any filesystem, each apart from the others."""
+    """Raises StoreError unless the paths can coexist in one folder of any filesystem."""
     seen: dict[str, str] = {}
     folders: dict[str, str] = {}
     for path in paths:
         parts = check_key(path).split("/")
         if path == MANIFEST or parts[0] == OBJECTS or any(part.startswith(TEMPORARY) for part in parts):
-            raise StoreError(f"a product cannot hold a file {path!r}: that name is the store's own")
+            raise StoreError(f"a product cannot hold a file {path!r}: that name is reserved for the store")
         folded = unicodedata.normalize("NFC", path).casefold()
         if folded in seen:
-            raise StoreError(f"{path!r} and {seen[folded]!r} are one file where upper and lower case are the same")
+            raise StoreError(f"{path!r} and {seen[folded]!r} are the same file on a filesystem that ignores case")
         seen[folded] = path
         parts = folded.split("/")
         folders.update({"/".join(parts[:depth]): path for depth in range(1, len(parts))})
     for folded, path in seen.items():
         if folded in folders:
-            raise StoreError(f"{path!r} is a file and a folder at once (of {folders[folded]!r})")
+            raise StoreError(f"{path!r} is both a file and a folder (of {folders[folded]!r})")
 
 
 def check_files(files: Sequence[FileEntry]) -> None:
@@ -63,8 +63,8 @@ def check_files(files: Sequence[FileEntry]) -> None:
 
 
 def product_files(folder: Path) -> list[tuple[str, Path]]:
-    """(path within the product, file) of everything in a folder. Raises StoreError for names that a store does not
-    take, and for a link to a folder: what is behind it would be left out."""
+    """(path within the product, file) of every file in a folder. Raises StoreError for names that a store does not
+    accept, and for a link to a folder, whose files would be left out."""
     paths = sorted(folder.rglob("*"))
     for path in paths:
         if path.is_symlink() and not path.is_file():
@@ -75,7 +75,7 @@ def product_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """A manifest as it was stored. Raises StoreError with what is wrong with it."""
+    """Parse a stored manifest. Raises StoreError that names its fault."""
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Where products live: a folder or any S3 endpoint, behaving alike. See store/base.py for the commit protocol."""
+"""Opens a store: a folder or any S3 endpoint, with the same behaviour. See store/base.py for the commit protocol."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def open_store(ref: StoreRef) -> Store:
 
 
 def store_id(store: Store) -> str:
-    """What tells this store from every other one, also where two are folders of one name on two machines. Kept in the
-    store itself, so that it moves with it. Raises StoreError."""
+    """The store's unique id, which also distinguishes folders with the same path on two machines. Kept in the store
+    itself, so that it moves with it. Raises StoreError."""
     key = "store-id"
     known = store.get_bytes(key)
     if known is None:
         store.put_if_absent(key, uuid.uuid4().hex.encode())
         known = store.get_bytes(key)  # another process may have been first
     if known is None:
-        raise StoreError(f"{store.join(key)} was written and is not there")
+        raise StoreError(f"{store.join(key)} was written but cannot be read")
     return known.decode(errors="replace").strip()

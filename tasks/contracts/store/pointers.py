@@ -1,8 +1,9 @@
-"""A run's pointers: which product stands for each of its stages now, and which ones did before.
+"""A run's pointers: the current product of each of its stages, and the earlier ones.
 
-`runs/<run>/stages/<label>.json` is written when a stage is asked for, before its product is looked for or made: what a
-run points at is not collected as garbage, and how far it got is found through it. Only the holder of the run's lease
-moves a pointer: each one carries the token under which it was written, and a lower token never replaces a higher one.
+`runs/<run>/stages/<label>.json` is written when a stage starts, before its product is looked up or made. So the product
+is not collected as garbage, and the progress of an unfinished stage can be found. Only the holder of the run's lease
+moves a pointer: each pointer carries the token under which it was written, and a lower token never replaces a higher
+one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ATTEMPTS = 5
 
 
 class Target(Sheet):
-    """A product that a run points at. time: since when; uri: where it lay then, for people (the key is `key`)."""
+    """A product that a run points at. time: since when; uri: its address at that time, for display only (see `key`)."""
 
     stage: str
     digest: str
@@ -37,31 +38,31 @@ class Target(Sheet):
 
 
 class Pointer(Target):
-    """`<label>.json`. older: what the stage was before, newest first; token: of the run's lease when it was written."""
+    """`<label>.json`. older: earlier products, newest first; token: of the run's lease when it was written."""
 
     token: int
     older: tuple[Target, ...] = ()
 
     @property
     def targets(self) -> Iterator[Target]:
-        """The product of now, then the older ones."""
+        """The current product, then the older ones."""
         yield Target(stage=self.stage, digest=self.digest, uri=self.uri, time=self.time)
         yield from self.older
 
 
 def pointer_key(run: str, label: str) -> str:
-    """Where a pointer lies."""
+    """The key of a pointer."""
     return f"{pointers_key(run)}/{label}.json"
 
 
 def read_pointer(store: Store, run: str, label: str) -> Pointer | None:
-    """What a stage of a run points at; None where the run has not asked for it. Raises StoreError."""
+    """The pointer of a run's stage; None if the run has not reached it. Raises StoreError."""
     found = store.read(pointer_key(run, label), limit=_POINTER_BYTES)
     return None if found is None else _parse(store, pointer_key(run, label), found[0])
 
 
 def read_pointers(store: Store, run: str) -> dict[str, Pointer]:
-    """Label → pointer of everything that a run has asked for. Raises StoreError."""
+    """Label → pointer of every stage that a run has reached. Raises StoreError."""
     prefix = pointers_key(run)
     labels = [key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)]
     found = {label: read_pointer(store, run, label) for label in labels}
@@ -69,9 +70,9 @@ def read_pointers(store: Store, run: str) -> dict[str, Pointer]:
 
 
 def point(store: Store, run: str, label: str, stage: str, digest: str, lease: Lease) -> Pointer:
-    """Have a run's stage point at a product; what it pointed at before joins its history.
+    """Point a run's stage at a product; the previous product joins the pointer's history.
 
-    lease: on the run, held. Raises LeaseLost where another process makes the run by now, StoreError.
+    lease: on the run, held. Raises LeaseLost if another process has taken over the run, StoreError.
     """
     key = pointer_key(run, label)
     for _ in range(_ATTEMPTS):
@@ -79,7 +80,7 @@ def point(store: Store, run: str, label: str, stage: str, digest: str, lease: Le
         found = store.read(key, limit=_POINTER_BYTES)
         before = None if found is None else _parse(store, key, found[0])
         if before is not None and before.token > lease.ref.token:
-            raise LeaseLost(f"{store.join(key)} was written by another process, which makes the run '{run}' by now")
+            raise LeaseLost(f"{store.join(key)} was written by another process, which has taken over the run '{run}'")
         if before is not None and (before.stage, before.digest) == (stage, digest):
             return before
         lease.confirm()
@@ -87,11 +88,11 @@ def point(store: Store, run: str, label: str, stage: str, digest: str, lease: Le
         data = after.model_dump_json(indent=1).encode() + b"\n"
         if store.put_if_absent(key, data) if found is None else store.replace(key, data, found[1]):
             return after
-    raise StoreError(f"{store.join(key)}: others write it all the time; try again")
+    raise StoreError(f"{store.join(key)}: other processes keep writing it; try again")
 
 
 def write_history(store: Store, run: str, label: str, pointer: Pointer) -> None:
-    """Write a pointer unless the run has one under this label: for a store that is converted."""
+    """Write a pointer unless the run has one under this label: for the conversion of a store."""
     store.put_if_absent(pointer_key(run, label), pointer.model_dump_json(indent=1).encode() + b"\n")
 
 
@@ -107,5 +108,5 @@ def _parse(store: Store, key: str, data: bytes) -> Pointer:
     except ValidationError as error:
         raise StoreError(
             f"{store.join(key)} is not a pointer of this version ({first_fault(error)}): delete that file and run the "
-            "recipe again, which finds every product that is there"
+            "recipe again, which reuses all existing products"
         ) from None

@@ -1,7 +1,7 @@
-"""When a product may be called damaged: never on one answer alone.
+"""When a product is reported as damaged: never after one response alone.
 
-An answer can be cut short or out of date while what is stored is whole. So the same wrong content must come twice, and
-the store's own listing must agree with it; whatever contradicts itself is an error of the way there.
+A response can be truncated or out of date while the stored content is intact. So the same wrong content must be read
+twice, and the store's listing must agree with it; contradicting responses are reported as an error of the connection.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from radlads.tasks.contracts.store.errors import corrupt, unsteady
 from radlads.tasks.contracts.store.names import place_of
 
 PAUSES = (0.0, 0.3, 1.0, 3.0)
-"""Seconds before each attempt at reading something that should be there."""
+"""Seconds before each attempt to read an object that should exist."""
 
 
 def prove_file(
     uri: str, entry: FileEntry, attempt: Callable[[], tuple[int, str] | None], listed: Callable[[], int | None]
 ) -> None:
-    """Call attempt until the (size, sha256) that it read are the entry's; it returns None where nothing is.
-
-    uri: the product's. listed: the file's size as the store lists it now. Raises CorruptArtifact for damage, StoreError
-    where the answers contradict each other.
+    """Call attempt until the (size, sha256) that it read match the entry; it returns None if there is no file. uri: the
+    product's. listed: returns the file's size in the store's current listing. Raises CorruptArtifact for damage,
+    StoreError if the responses contradict each other.
     """
     seen: list[tuple[int, str] | None] = []
     for pause in PAUSES:
@@ -38,8 +37,8 @@ def prove_file(
 
 
 def prove_listing(uri: str, prefix: str, manifest: Manifest, listing: Callable[[], Mapping[str, int]]) -> None:
-    """Check that every file of a product is listed with its size. Raises CorruptArtifact where two listings agree on a
-    fault, StoreError where they do not."""
+    """Check that every file of a product is listed with its size. Raises CorruptArtifact if two listings agree on a
+    fault, StoreError if they do not."""
     seen: list[str] = []
     for pause in PAUSES:
         time.sleep(pause)

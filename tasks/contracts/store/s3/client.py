@@ -1,4 +1,4 @@
-"""An S3 client for any endpoint, and its errors in one line of ours."""
+"""An S3 client for any endpoint, and its errors as messages of one line."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _PAUSE_SECONDS = 0.3
 
 
 def make_client(ref: StoreRef) -> Any:
-    """A boto3 S3 client. Credentials come from the SDK's own chain, or from the endpoint's address as it was given.
+    """A boto3 S3 client. Credentials come from the SDK's own chain, or from the endpoint's configured address.
 
-    Raises StoreUnusable for an address that cannot be one.
+    Raises StoreUnusable for an invalid address.
     """
     own = ref.endpoint_url is not None
     host = urlsplit(ref.endpoint_url).hostname if ref.endpoint_url else None
@@ -50,7 +50,7 @@ def make_client(ref: StoreRef) -> Any:
         read_timeout=60,
         tcp_keepalive=True,
         max_pool_connections=32,
-        # Other endpoints choke on AWS's trailing checksums; integrity is ours to prove anyway.
+        # Other endpoints reject AWS's trailing checksums; content is verified by this code anyway.
         request_checksum_calculation="when_required" if own else "when_supported",
         response_checksum_validation="when_required",
         proxies={} if host in ("127.0.0.1", "localhost", "::1") else None,
@@ -69,12 +69,12 @@ def make_client(ref: StoreRef) -> Any:
 
 @contextmanager
 def plain_errors(ref: StoreRef, bucket: str, what: str) -> Iterator[None]:
-    """Raises StoreUnusable where the user must mend something, StoreError for the rest of the SDK's errors."""
+    """Raises StoreUnusable for errors that the user must fix, StoreError for the SDK's other errors."""
     where = ref.endpoint_url or "AWS"
     try:
         yield
     except (NoCredentialsError, PartialCredentialsError):
-        raise StoreUnusable(f"{ref.uri}: no S3 credentials found; set AWS_ACCESS_KEY_ID and friends") from None
+        raise StoreUnusable(f"{ref.uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except ClientError as error:
         code = code_of(error)
         if code == "NoSuchBucket":
@@ -88,9 +88,9 @@ def plain_errors(ref: StoreRef, bucket: str, what: str) -> Iterator[None]:
 
 
 def put_object(client: Any, place: dict[str, str], data: bytes, *, sha256: bool, **condition: str) -> None:
-    """Write a small object with the checksums of what was meant, and again where they were not those of what arrived.
+    """Write a small object with checksums; write it again if the endpoint reports that they do not match.
 
-    sha256: send that one too; not every endpoint knows the header. Raises ClientError.
+    sha256: also send this checksum; not every endpoint knows the header. Raises ClientError.
     """
     sums = {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
     if sha256:
@@ -105,10 +105,10 @@ def put_object(client: Any, place: dict[str, str], data: bytes, *, sha256: bool,
 
 
 def read_object(client: Any, place: dict[str, str], limit: int | None) -> tuple[bytes, str] | None:
-    """(content, ETag) of a small object; None if there is none. limit: bytes; CorruptArtifact for more.
+    """(content, ETag) of a small object; None if it does not exist. limit: bytes; CorruptArtifact for more.
 
-    A body that breaks off is asked for again, as is one whose MD5 is not its ETag, until the same came twice: the ETag
-    of an encrypted object is no MD5. Raises ClientError, BotoCoreError.
+    A truncated body is read again. So is one whose MD5 is not its ETag, until two reads agree: the ETag of an encrypted
+    object is not an MD5. Raises ClientError, BotoCoreError.
     """
     before: bytes | None = None
     for attempt in range(_ATTEMPTS):
@@ -117,7 +117,7 @@ def read_object(client: Any, place: dict[str, str], limit: int | None) -> tuple[
             answer = client.get_object(**place)
             length = answer["ContentLength"]
             if limit is not None and length > limit:
-                raise corrupt(f"s3://{place['Bucket']}/{place['Key']}", f"it is {length:,} bytes long, none of ours is")
+                raise corrupt(f"s3://{place['Bucket']}/{place['Key']}", f"it is too long ({length:,} bytes)")
             data: bytes = answer["Body"].read()
         except ClientError as error:
             if code_of(error) in MISSING:
@@ -131,7 +131,7 @@ def read_object(client: Any, place: dict[str, str], limit: int | None) -> tuple[
         if data == before or "-" in etag or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag.strip('"'):
             return data, etag
         before = data
-    raise StoreError(f"s3://{place['Bucket']}/{place['Key']}: every read gives another content; try again")
+    raise StoreError(f"s3://{place['Bucket']}/{place['Key']}: every read returns different content; try again")
 
 
 def age_of(head: dict[str, Any]) -> float | None:
@@ -147,5 +147,5 @@ def age_of(head: dict[str, Any]) -> float | None:
 
 
 def code_of(error: ClientError) -> str:
-    """The protocol's code of an error, or its HTTP status where there is no body."""
+    """The protocol's code of an error, or its HTTP status if it has no body."""
     return str(error.response.get("Error", {}).get("Code", ""))

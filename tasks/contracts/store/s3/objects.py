@@ -1,7 +1,7 @@
-"""Single objects of an S3 bucket, at AWS or any endpoint that speaks the protocol.
+"""Single objects of an S3 bucket, at AWS or any endpoint that implements the protocol.
 
-Endpoints differ: some ignore conditional writes, and none of those tried rejects a wrong sha256. So what the endpoint
-honours is probed once.
+Endpoints differ: some ignore conditional writes, and none of those tried rejects a wrong sha256. So the endpoint's
+behaviour is probed once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class S3Objects(Store):
     def __init__(self, ref: StoreRef, *, part_bytes: int = PART_BYTES) -> None:
         parts = urlsplit(ref.uri)
         if not parts.netloc:
-            raise StoreUnusable(f"the store {ref.uri} names no bucket; it looks like s3://bucket/prefix")
+            raise StoreUnusable(f"the store {ref.uri} names no bucket; write it as s3://bucket/prefix")
         self._root = parts.path.strip("/")
         if self._root:
             check_key(self._root)
@@ -122,7 +122,7 @@ class S3Objects(Store):
                     self._put(key, data, **condition)
                 except ClientError as error:
                     if code_of(error) in TAKEN | MISSING:
-                        # The SDK repeats a put whose answer was lost; then what is there is ours.
+                        # The SDK repeats a put whose response was lost; then the existing object is this writer's own.
                         return self.get_bytes(key) == data
                     if code_of(error) != "ConditionalRequestConflict":
                         raise
@@ -131,19 +131,19 @@ class S3Objects(Store):
         raise StoreError(f"{self.join(key)}: other writers kept the endpoint busy; try again")
 
     def copy(self, source: str, target: str, entry: FileEntry) -> None:
-        """See Store. The copy carries a note of its sha256; content is read back where an endpoint forgets that."""
+        """See Store. The copy's metadata has its sha256; the content is read back if an endpoint drops that."""
         if self._is(target, entry):
             return
         found = self._head(source)
         if found is None or found["ContentLength"] != entry.size:
-            raise corrupt(self.join(source), "it is missing, or its size is not what its manifest says")
+            raise corrupt(self.join(source), "it is missing, or its size differs from its manifest")
         with self._errors(target):
             copy_noted(self._client, self._place(source), self._place(target), entry, self._transfer(entry.size))
         if not self._is(target, entry):
-            raise CorruptArtifact(f"{self.join(target)}: what arrived is not what was copied from {source}")
+            raise CorruptArtifact(f"{self.join(target)}: the copy does not match its source {source}")
 
     def probe(self) -> dict[str, bool | str]:
-        """See Store. Asked once per process and bucket; writes and removes one small object."""
+        """See Store. Runs once per process and bucket; writes and removes one small object."""
         place = (self.ref.endpoint_url, self.bucket)
         if place not in _probed:
             key = f".probe/{uuid.uuid4().hex}"
@@ -157,7 +157,7 @@ class S3Objects(Store):
                 )
         return {"uri": self.uri, **_probed[place]}
 
-    # Shared with the products
+    # Shared with the product store
 
     def _is(self, key: str, entry: FileEntry) -> bool:
         found = self._head(key)
@@ -194,7 +194,7 @@ class S3Objects(Store):
                 fault = answer["Errors"][0]
                 raise StoreError(f"{self.uri}: cannot delete {fault.get('Key')}: {fault.get('Message')}")
 
-    # Plumbing
+    # Requests
 
     def _put(self, key: str, data: bytes, **condition: str) -> None:
         put_object(self._client, self._place(key), data, sha256=self.ref.endpoint_url is None, **condition)

@@ -1,4 +1,4 @@
-"""What an S3 endpoint honours, found out by asking it to do what it should refuse."""
+"""Probes which conditions an S3 endpoint honours, with requests that it should refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 
 def probe_endpoint(client: Any, place: dict[str, str]) -> dict[str, bool]:
     """Whether conditions are honoured: {"conditional_put", "conditional_replace", "conditional_multipart"}, and
-    "bare_etags": whether an ETag is known without its quotes only.
+    "bare_etags": whether it matches an ETag only without its quotes.
 
     place: Bucket and Key of an object to write and remove. Raises ClientError, BotoCoreError.
     """
@@ -47,7 +47,7 @@ def probe_endpoint(client: Any, place: dict[str, str]) -> dict[str, bool]:
 
 
 def abort_upload(client: Any, place: dict[str, str], upload: str) -> None:
-    """Forget a multipart upload; one that is gone already is none to forget. Raises ClientError."""
+    """Abort a multipart upload; one that no longer exists is no error. Raises ClientError."""
     try:
         client.abort_multipart_upload(**place, UploadId=upload)
     except ClientError as error:

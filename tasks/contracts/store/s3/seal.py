@@ -1,4 +1,4 @@
-"""What a file is known by: size, sha256, and the ETags that an S3 endpoint may give it."""
+"""What identifies a file's content: size, sha256, and the ETags that an S3 endpoint may give it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Seal:
 
 
 def part_size(size: int, smallest: int) -> int:
-    """Bytes of one part of a multipart upload of `size` bytes: whole MiB, few enough parts."""
+    """Bytes of one part of a multipart upload of `size` bytes: whole MiB, at most _MAX_PARTS parts."""
     needed = -(-size // _MAX_PARTS)
     return max(smallest, -(-needed // _MIB) * _MIB)
 
 
 def seal_file(path: Path, part_bytes: int) -> Seal:
-    """Read the file once. part_bytes: how a multipart upload of it would be cut."""
+    """Read the file once. part_bytes: part size of a multipart upload of it."""
     sha256 = hashlib.sha256()
     whole = hashlib.md5(usedforsecurity=False)
     parts: list[bytes] = []

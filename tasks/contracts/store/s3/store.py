@@ -1,11 +1,11 @@
 """Products in an S3 bucket.
 
-What arrived is proven on our side (an ETag that can only be the MD5 of what was sent, or else by reading back), and
-readers hash what they download.
+This code verifies each upload (by an ETag that can only be the MD5 of the content sent, or else by reading it back),
+and readers hash their downloads.
 
-A file lies under its own name, where nothing is ever overwritten before the commit: content that an unfinished attempt
-left there stays, and the file goes to `.objects/<sha256>` instead. After the commit no other attempt can commit any
-more, and the name is given the committed content (`settle`), for those who read the place without its manifest.
+A file is stored under its own name. Nothing is overwritten before the commit: if an unfinished attempt left other
+content under that name, the file goes to `.objects/<sha256>` instead. After the commit no other attempt can commit, and
+the committed content is copied to the name (`settle`), for readers that do not use the manifest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class S3Store(S3Objects):
 
     def __init__(self, ref: StoreRef, *, part_bytes: int = PART_BYTES) -> None:
         super().__init__(ref, part_bytes=part_bytes)
-        # Product uploads go through a client of their own, whose multipart uploads complete only where nothing is.
+        # Product uploads use a separate client, whose multipart uploads complete only if the key does not exist.
         self._writer = make_client(ref)
         self._writer.meta.events.register(
             "before-parameter-build.s3.CompleteMultipartUpload", self._complete_only_if_absent
@@ -51,7 +51,7 @@ class S3Store(S3Objects):
         seal = seal_file(path, part_size(size, self._part_bytes))
         entry = FileEntry(path=name, size=seal.size, sha256=seal.sha256)
         # An unfinished attempt may have left other content at the path, and a slow one may still be writing there:
-        # nothing is overwritten, a place named by the content serves instead.
+        # nothing is overwritten, the file goes to a key named by its content instead.
         for candidate in (entry, entry.model_copy(update={"stored_as": f"{OBJECTS}/{seal.sha256}"})):
             key = place_of(prefix, candidate)
             holds = self._holds(key, seal)
@@ -60,7 +60,7 @@ class S3Store(S3Objects):
                 holds = self._holds(key, seal)
             if holds:
                 return candidate
-        raise CorruptArtifact(f"{self.join(key)}: what arrived is not what was sent ({path.name})")
+        raise CorruptArtifact(f"{self.join(key)}: the upload does not match its source ({path.name})")
 
     def settle(self, prefix: str, manifest: Manifest) -> None:
         """See Store."""
@@ -68,11 +68,11 @@ class S3Store(S3Objects):
             if entry.stored_as is not None:
                 try:
                     self._settle(prefix, entry)
-                except StoreError as error:  # readers of the manifest are served all the same
+                except StoreError as error:  # readers that use the manifest are not affected
                     _log.warning("%s still holds another attempt's %s: %s", self.join(prefix), entry.path, error)
 
     def _settle(self, prefix: str, entry: FileEntry) -> None:
-        """Give a name the content that was committed for it, on the server; where that fails, take away what is there.
+        """Copy the committed content to its own name, on the server; if that fails, delete the object under that name.
 
         Raises StoreError.
         """
@@ -90,7 +90,7 @@ class S3Store(S3Objects):
         self._delete_keys([natural])
 
     def _send(self, key: str, path: Path, seal: Seal) -> None:
-        """Upload unless somebody else's object is there by then; what is there afterwards is for _holds to judge."""
+        """Upload unless another writer's object exists by then; the caller checks the result with _holds."""
         with self._errors(key):
             try:
                 if seal.size > self._part_bytes:
@@ -113,7 +113,7 @@ class S3Store(S3Objects):
             raise _KeyTaken(params["Key"])
 
     def _holds(self, key: str, seal: Seal) -> bool | None:
-        """Whether the object is what the seal says; None if there is no object."""
+        """Whether the object matches the seal; None if there is no object."""
         found = self._head(key)
         if found is None:
             return None
@@ -149,8 +149,8 @@ class S3Store(S3Objects):
             raise
 
     def _tidy(self, prefix: str) -> None:
-        """Abort multipart uploads that nobody will finish: once a prefix is committed, no other writer can be."""
+        """Abort unfinished multipart uploads: once a prefix is committed, no other writer can commit there."""
         try:
             abort_unfinished_uploads(self._client, self.bucket, self._full(prefix) + "/")
         except (ClientError, BotoCoreError) as error:
-            _log.warning("%s: unfinished uploads could not be tidied: %s", self.join(prefix), error)
+            _log.warning("%s: unfinished uploads could not be aborted: %s", self.join(prefix), error)
