@@ -234,9 +234,9 @@ def test_nan_is_refused(store, folder):
     ("names", "words"),
     [
         (["A.txt", "a.txt"], "a filesystem that ignores case"),
-        (["x/.tmp-1"], "store's own"),
-        ([".objects/x"], "store's own"),
-        (["manifest.json"], "store's own"),
+        (["x/.tmp-1"], "reserved for the store"),
+        ([".objects/x"], "reserved for the store"),
+        (["manifest.json"], "reserved for the store"),
         (["a\\b"], "not a valid key"),
     ],
 )

@@ -43,7 +43,7 @@ def check_paths(paths: Sequence[str]) -> None:
             raise StoreError(f"a product cannot hold a file {path!r}: that name is reserved for the store")
         folded = unicodedata.normalize("NFC", path).casefold()
         if folded in seen:
-            raise StoreError(f"{path!r} and {seen[folded]!r} are the same file on a filesystem that ignores case")
+            raise StoreError(f"{path!r} and {seen[folded]!r} are one file on a filesystem that ignores case")
         seen[folded] = path
         parts = folded.split("/")
         folders.update({"/".join(parts[:depth]): path for depth in range(1, len(parts))})
