@@ -23,7 +23,7 @@ from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.recipe.recipe import Recipe
 from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
-from radlads.tasks.contracts.store.layout import check_layout
+from radlads.tasks.contracts.store.layout import claim_layout
 from radlads.tasks.contracts.store.open import Store, StoreError, open_store
 from radlads.tasks.contracts.tracking import Ending
 from radlads.tasks.graph import convert, pretrain
@@ -113,7 +113,7 @@ def radlads_sweep(
     members = make_members(recipe, grid, overrides or {}, check_run_name(sweep), most=None)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     place = open_store(settings.store)
-    check_layout(place)
+    claim_layout(place)
     with hold_folder(settings.work / "sweeps" / sweep, "lock", what=f"the sweep '{sweep}'"):
         record = keep_record(place, sweep, recipe, members)
         running = _Sweep(

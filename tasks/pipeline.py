@@ -27,9 +27,9 @@ from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_reci
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, StageSpec
-from radlads.tasks.contracts.stages import PLAN, STUDENT_STAGES, Stage
-from radlads.tasks.contracts.store.layout import check_layout, recipe_key, run_key
-from radlads.tasks.contracts.store.open import Store, StoreError, open_store, store_id
+from radlads.tasks.contracts.stages import PLAN, STUDENT_STAGES, TRAINING_STAGES, Stage
+from radlads.tasks.contracts.store.layout import check_layout, claim_layout, recipe_key, run_key
+from radlads.tasks.contracts.store.open import Store, StoreError, find_store, open_store, store_id
 from radlads.tasks.contracts.store.pointers import read_pointer, read_pointers
 from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
 from radlads.tasks.launchers.launcher import Launcher
@@ -155,7 +155,7 @@ def open_pipeline(
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(requested, name, settings, launcher)
-    check_layout(pipeline.store)
+    claim_layout(pipeline.store)
     folder = settings.work / "runs" / name
     with (
         run_lease(pipeline.store, name, folder) as lease,
@@ -209,7 +209,7 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
 
     store: as of open_pipeline. Raises UserError.
     """
-    place = open_store(resolve_settings(store=store).store)
+    place = find_store(resolve_settings(store=store).store)
     check_layout(place)
     data = place.get_bytes(recipe_key(check_run_name(run)))
     if data is None:
@@ -243,13 +243,16 @@ def _at_moving_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:
 
 def finished_students(store: Store, run: str) -> dict[str, Product]:
     """Stage → model of a run, each made from the one before. Raises UserError if there are none. For a run whose
-    settings changed, it is the chain that ends in the newest model; models of earlier settings are left out.
+    settings changed, it is the chain that ends in the newest model; models of earlier settings, and of stages that the
+    recipe no longer has, are left out.
     """
     check_layout(store)
+    dropped = _dropped_stages(store, run)
     made: dict[str, Product] = {}
     pointed: dict[str, datetime] = {}
     for pointer in read_pointers(store, check_run_name(run)).values():
-        manifest = store.read_manifest(pointer.key) if pointer.stage in STUDENT_STAGES else None
+        is_asked = pointer.stage in STUDENT_STAGES and pointer.stage not in dropped
+        manifest = store.read_manifest(pointer.key) if is_asked else None
         if manifest is not None:
             made[manifest.digest] = Product(uri=store.join(pointer.key), manifest=manifest, reused=True)
             pointed[manifest.digest] = pointer.time
@@ -263,6 +266,17 @@ def finished_students(store: Store, run: str) -> dict[str, Product]:
         chain.insert(0, made[digest])
         digest = _student_of(made[digest])
     return {product.manifest.stage: product for product in chain}
+
+
+def _dropped_stages(store: Store, run: str) -> set[str]:
+    """Training stages that the run's recipe does not have, or no longer."""
+    data = store.get_bytes(recipe_key(run))
+    try:
+        recipe = None if data is None else recipe_of_data(data, None, where=f"the recipe of run '{run}'")
+    except UserError as error:
+        _log.warning("%s: all models of the run are taken for its own", error)
+        recipe = None
+    return set() if recipe is None else {stage for stage in TRAINING_STAGES if getattr(recipe, stage) is None}
 
 
 def _student_of(product: Product) -> str | None:

@@ -57,6 +57,18 @@ def test_files_stay_short() -> None:
         assert lines <= limit, f"{name} has {lines} lines; split it by concept"
 
 
+def test_the_reading_order_counts_the_lines_that_there_are() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| `([^`]+)` \| (\d+) \|", page, re.MULTILINE)
+    actual = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name, _ in rows}
+    assert len(rows) == 12
+    drift = {name: (int(said), actual[name]) for name, said in rows if abs(int(said) - actual[name]) > 15}
+    assert drift == {}, "written, actual: write the lines anew, and their total"
+    total = re.search(r"\*\*total\*\* \| \*\*([\d,]+)\*\*", page)
+    assert total is not None
+    assert int(total[1].replace(",", "")) == sum(int(said) for _, said in rows)
+
+
 def test_a_class_name_has_one_meaning() -> None:
     places: dict[str, list[str]] = {}
     for path in python_files():

@@ -21,7 +21,7 @@ from radlads.flows.cli.application import (
 from radlads.flows.foreground import command_line, run_in_foreground
 from radlads.tasks.contracts.recipe.recipe import load_recipe
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.contracts.store.open import find_store
 
 
 @app.command()
@@ -52,7 +52,7 @@ def evaluate(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
-    finished_students(open_store(settings.store), judged_run)  # checked before the slow start of Prefect, too
+    finished_students(find_store(settings.store), judged_run)  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator

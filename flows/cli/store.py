@@ -10,12 +10,13 @@ from rich.table import Table
 
 from radlads.flows.cli.application import OUT, StorePlace, app, say
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.locks.lease import is_live
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 from radlads.tasks.contracts.store.layout import check_layout
-from radlads.tasks.contracts.store.open import Store, open_store
+from radlads.tasks.contracts.store.open import Store, find_store
 from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.upkeep.gc import Garbage, Wish, collect, find_garbage
-from radlads.tasks.upkeep.listing import stored_products, stored_runs
+from radlads.tasks.upkeep.listing import StoredProduct, stored_products, stored_runs
 from radlads.tasks.upkeep.upgrade import upgrade_store
 
 store_app = typer.Typer(help="Runs and products: list, collect garbage, upgrade.", no_args_is_help=True)
@@ -33,8 +34,13 @@ def list_store(store: StorePlace = None) -> None:
     for run in runs:
         for label, pointer in sorted(run.pointers.items(), key=lambda item: item[1].time):
             found = products.get(pointer.key)
-            size = "gone" if found is None else _size(found.size) + ("" if found.committed else ", unfinished")
-            table.add_row(run.name, label, pointer.digest[:12], size, f"{pointer.time:%Y-%m-%d %H:%M}")
+            table.add_row(
+                run.name,
+                label,
+                pointer.digest[:12],
+                _state(place, pointer.key, found),
+                f"{pointer.time:%Y-%m-%d %H:%M}",
+            )
     OUT.print(table)
     pointed = [key for run in runs for key in set(run.keys(history=True))]
     shared = {key for key in pointed if pointed.count(key) > 1}
@@ -100,7 +106,7 @@ def upgrade(
     """Convert a store of the layout before this one (products under runs/ and datasets/). Can be repeated."""
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     done = upgrade_store(
-        open_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=say
+        find_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=say
     )
     say(f"{len(done.moved)} products converted, {done.removed} old places removed, {len(done.left)} left as they were")
     if done.left:
@@ -108,7 +114,14 @@ def upgrade(
 
 
 def _open(store: str | None) -> Store:
-    return open_store(resolve_settings(store=store).store)
+    return find_store(resolve_settings(store=store).store)
+
+
+def _state(store: Store, key: str, found: StoredProduct | None) -> str:
+    """The size of what a run points at, and whether it is whole."""
+    if found is None:
+        return "just begun" if is_live(store, key) else "gone"
+    return _size(found.size) + ("" if found.committed else ", unfinished")
 
 
 def _show(found: list[Garbage]) -> None:

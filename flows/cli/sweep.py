@@ -22,8 +22,8 @@ from radlads.flows.cli.application import (
 from radlads.flows.foreground import command_line, end_in_foreground, failure_of
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.layout import check_layout
-from radlads.tasks.contracts.store.open import Store, open_store
+from radlads.tasks.contracts.store.layout import check_layout, claim_layout
+from radlads.tasks.contracts.store.open import Store, find_store, open_store
 
 Yes = Annotated[bool, typer.Option("--yes", help="Start a sweep of more than 64 runs.")]
 
@@ -53,7 +53,9 @@ def sweep(
     if table is not None:
         if recipe is not None or grid or overrides:
             raise UserError("--table prints the table of an existing sweep: leave out the recipe, --grid and --set")
-        _print_table(_open(store), table)
+        place = find_store(resolve_settings(store=store).store)
+        check_layout(place)
+        _print_table(place, table)
         return
     if recipe is None:
         raise UserError("name a recipe, e.g. radlads sweep smoke --grid distill.tokens=1e6,2e6")
@@ -67,7 +69,8 @@ def sweep(
     named = name or f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     members = make_members(recipe, values, changes, named, most=None if yes else MOST_MEMBERS)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
-    place = _open(store)
+    place = open_store(settings.store)
+    claim_layout(place)
     keep_record(place, named, recipe, members)
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
@@ -101,9 +104,3 @@ def _print_table(store: Store, name: str) -> None:
     from radlads.tasks.sweep.table import kept_failures, make_table
 
     say(make_table(store, name, read_record(store, name), kept_failures(store, name)).markdown())
-
-
-def _open(store: str | None) -> Store:
-    place = open_store(resolve_settings(store=store).store)
-    check_layout(place)
-    return place

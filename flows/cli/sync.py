@@ -10,7 +10,7 @@ from radlads.flows import services
 from radlads.flows.cli.application import StorePlace, TrackingPlace, app, say
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.contracts.store.open import find_store
 
 
 @app.command()
@@ -27,5 +27,5 @@ def sync(
     settings = resolve_settings(store=store, tracking=tracking)
     if not settings.tracking:
         raise UserError("no MLflow is configured: --tracking is 'none'")
-    stages = sync_run(open_store(settings.store), settings.tracking, name)
+    stages = sync_run(find_store(settings.store), settings.tracking, name)
     say(f"MLflow has all of {name}: {', '.join(stages)}")

@@ -77,7 +77,8 @@ def upgrade_store(
         for prefix in sorted({"/".join(_prefix(key)) for key in former_keys(store)}):
             done.convert(prefix)
         _write_pointers(store, done)
-        store.put_bytes(_DONE, json.dumps([vars(one) for one in done.moved.values()]).encode())
+        if done.moved:
+            store.put_bytes(_DONE, json.dumps([vars(one) for one in done.moved.values()]).encode())
         if not keep_old:
             done.result.removed = _remove(store, done.moved.values())
     mark_layout(store)

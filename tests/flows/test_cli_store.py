@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from radlads.flows.cli import app
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import StoreRef
-from radlads.tasks.contracts.locks.lease import run_lease
+from radlads.tasks.contracts.locks.lease import product_lease, run_lease
 from radlads.tasks.contracts.store.layout import product_key
 from radlads.tasks.contracts.store.open import LocalStore
 from radlads.tasks.contracts.store.pointers import point
@@ -85,3 +85,37 @@ def test_upgrade(radlads, tmp_path):
     assert "7 products converted, 7 old places removed, 0 left as they were" in told
     assert radlads("where", "r", "align").endswith(expected(old)["align"])
     assert "0 products converted, 0 old places removed" in radlads("upgrade", "--tracking", "none")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("store", "list"),
+        ("store", "where", "first"),
+        ("store", "gc", "--delete"),
+        ("store", "upgrade"),
+        ("evaluate", "first"),
+        ("sync", "first"),
+        ("sweep", "--table", "rates"),
+    ],
+)
+def test_looking_into_a_store_that_is_not_there_makes_none(command, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("RADLADS_HOME", str(home))
+    done = CliRunner().invoke(app, list(command))
+    assert isinstance(done.exception, UserError)
+    assert "there is no store at" in str(done.exception)
+    assert not (home / "store").exists()
+
+
+def test_looking_into_an_empty_store_leaves_it_empty(radlads, tmp_path):
+    (tmp_path / "store").mkdir()
+    for command in (("list",), ("gc", "--delete")):
+        assert "0 products" in radlads(*command)
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_what_is_being_made_is_not_called_gone(radlads, store, tmp_path):
+    assert "publish dddddddddddd gone" in radlads("list")
+    with product_lease(store, "publish", "d" * 64, tmp_path, run="two"):
+        assert "publish dddddddddddd just begun" in radlads("list")

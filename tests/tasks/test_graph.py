@@ -187,6 +187,17 @@ def test_models_are_judged_again_as_they_were(places) -> None:
     assert runner.steps[-1][0] == "needle"
 
 
+def test_a_stage_that_the_recipe_has_no_longer_is_not_judged(places) -> None:
+    launcher = MemoryLauncher()
+    plainly("smoke", places, launcher)
+    changed = {"finetune": None}
+    with open_pipeline("smoke", overrides=changed, run="r", run_id="r", launcher=launcher, **places) as pipeline:
+        convert(pipeline.recipe, PlainRunner(pipeline))
+        assert list(finished_students(pipeline.store, "r")) == ["transplant", "align", "distill"]
+    plainly("smoke", places, launcher)
+    assert list(finished_students(pipeline.store, "r")) == ["transplant", "align", "distill", "finetune"]
+
+
 def foreign(manifest: Manifest) -> Manifest:
     teacher = manifest.spec["teacher"] | {"fingerprint": "somebody else's"}
     return manifest.model_copy(update={"spec": manifest.spec | {"teacher": teacher}})

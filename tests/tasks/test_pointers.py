@@ -7,7 +7,7 @@ import pytest
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.locks import lease
 from radlads.tasks.contracts.locks.lease import LeaseLost, run_lease
-from radlads.tasks.contracts.store.layout import check_layout, former_keys, product_key, run_names
+from radlads.tasks.contracts.store.layout import check_layout, claim_layout, former_keys, product_key, run_names
 from radlads.tasks.contracts.store.open import StoreError
 from radlads.tasks.contracts.store.pointers import point, pointer_key, read_pointer, read_pointers
 
@@ -98,7 +98,9 @@ def test_what_is_no_pointer_is_said_in_one_line(store, held):
 def test_a_store_of_the_layout_before_is_refused_with_the_way(store, caplog):
     with caplog.at_level(logging.WARNING):
         check_layout(store)
-        check_layout(store)
+        assert store.get_bytes("layout") is None, "looking writes nothing"
+        claim_layout(store)
+        claim_layout(store)
     assert store.get_bytes("layout") == b"3\n"
     store.delete("layout")
     for key in ("runs/a/recipe.yaml", "runs/a/lease.json", "runs/a/stages/align.json"):
@@ -108,7 +110,7 @@ def test_a_store_of_the_layout_before_is_refused_with_the_way(store, caplog):
     store.delete("layout")
     store.put_bytes("runs/a/align/job/log.txt", b"")
     with pytest.raises(UserError, match="radlads store upgrade") as said:
-        check_layout(store)
+        claim_layout(store)
     assert "\n" not in str(said.value)
     assert store.get_bytes("layout") is None
     store.put_bytes("layout", b"4\n")

@@ -62,7 +62,7 @@ def former_keys(store: Store) -> list[str]:
 
 
 def check_layout(store: Store) -> None:
-    """Raises UserError for a store of another layout. A new store gets this layout's mark."""
+    """Raises UserError for a store of another layout. Writes nothing."""
     found = store.get_bytes(_LAYOUT_KEY)
     if found is None:
         if former_keys(store):
@@ -70,10 +70,15 @@ def check_layout(store: Store) -> None:
                 f"{store.uri} has the layout of an earlier version (products under runs/ and datasets/): "
                 f"convert it first (files are linked, not copied): radlads store upgrade --store {store.uri}"
             )
-        mark_layout(store)
     elif found.strip() != str(LAYOUT).encode():
         shown = ascii(found[:20].decode(errors="replace"))
         raise UserError(f"{store.uri} has layout {shown}, this version reads {LAYOUT}; use the version that made it")
+
+
+def claim_layout(store: Store) -> None:
+    """As check_layout, for whoever is about to write: a new store is marked with this layout. Raises StoreError."""
+    check_layout(store)
+    mark_layout(store)
 
 
 def mark_layout(store: Store) -> None:

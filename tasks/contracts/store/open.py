@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.base import Store
@@ -18,6 +19,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StoreUnusable",
+    "find_store",
     "open_store",
     "store_id",
 ]
@@ -30,6 +32,13 @@ def open_store(ref: StoreRef) -> Store:
     if "://" in ref.uri and not ref.uri.startswith("file://"):
         raise StoreUnusable(f"the store {ref.uri} is neither s3://bucket/prefix nor a folder")
     return LocalStore(ref)
+
+
+def find_store(ref: StoreRef) -> Store:
+    """As open_store, for whoever only looks: a folder that is not there is not made. Raises StoreUnusable."""
+    if not ref.uri.startswith("s3://") and not Path(ref.uri.removeprefix("file://")).expanduser().exists():
+        raise StoreUnusable(f"there is no store at {ref.uri}: `radlads run` makes it; --store names another one")
+    return open_store(ref)
 
 
 def store_id(store: Store) -> str:
