@@ -150,7 +150,7 @@ def test_a_plan_of_another_version_is_passed_over(recipe, places, jobs, tmp_path
     jobs.launched.clear()
     radlads(recipe, run="r1", overrides={"needle.lengths": [128]}, **places)
     assert dict(jobs.launched) == {"plan": 1, "needle": 1, "publish": 1}
-    assert "is of another version and is passed over: recipe.key_of_long_ago" in caplog.text
+    assert "is of another version and is skipped: recipe.key_of_long_ago" in caplog.text
 
 
 def test_another_setting_in_the_same_run_is_a_new_product_and_the_old_one_stays(recipe, places, jobs, tmp_path):

@@ -80,7 +80,7 @@ def test_a_job_on_a_full_disk_says_so(mounted, write):
     ending = json.loads((scratch / "exit.json").read_text())
     assert ending["message"].startswith("the disk is full at ")
     assert str(scratch) in ending["message"]
-    assert "0.0 MiB of 1.0 MiB are left" in ending["message"]
+    assert "0.0 MiB of 1.0 MiB are free" in ending["message"]
     assert len(ending["message"].splitlines()) == 1
 
 
@@ -91,13 +91,13 @@ def fake_program(monkeypatch, tmp_path, text):
 
 def test_an_ending_for_which_there_was_no_room_is_in_the_exit_code(tmp_path, monkeypatch):
     fake_program(monkeypatch, tmp_path, f"import sys; sys.exit({EXIT_CODES['disk-full']})")
-    with pytest.raises(JobFailed, match=f"publish: the disk is full at {tmp_path}/work: .* are left"):
+    with pytest.raises(JobFailed, match=f"publish: the disk is full at {tmp_path}/work: .* are free"):
         launch(spec(tmp_path / "work"))
 
 
 def test_need_is_said_before_it_is_met(tmp_path):
     need_space(tmp_path, 1000, "the model")
-    with pytest.raises(DiskFull, match=r"the disk is full: the model takes 1073741824\.0 GiB, "):
+    with pytest.raises(DiskFull, match=r"the disk is full: the model needs 1073741824\.0 GiB, "):
         need_space(tmp_path, 1 << 60, "the model")
 
 
@@ -113,7 +113,7 @@ def test_need_is_said_before_it_is_met(tmp_path):
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "{place}/x"),
-            "{place}/x: permission denied; choose another place",
+            "{place}/x: permission denied; choose another location",
         ),
     ],
 )

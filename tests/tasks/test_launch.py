@@ -203,7 +203,7 @@ def test_resources():
     assert resolve(num_gpus=4, device="cpu", processes=2) == JobResources(device="cpu", processes=2, threads=4)
     with pytest.raises(UserError, match="has no visible GPU"):
         resolve(device="cuda")
-    with pytest.raises(UserError, match="shows 1 GPU"):
+    with pytest.raises(UserError, match="has 1 visible GPU"):
         resolve(num_gpus=1, processes=2)
 
 
