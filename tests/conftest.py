@@ -59,6 +59,14 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere2": {**_KINDS, "hidden_size": 64, "logit_scale": 0.25},
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
     "exaone4": _KINDS,
+    "qwen3_5_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "full_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+    },
 }
 
 

@@ -27,7 +27,7 @@ def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
     """
     config = student.config
     before = (list(config.attention_layers), config.attention_rope)
-    modules = {i: getattr(layer, student.parts.attention) for i, layer in enumerate(student._layers())}
+    modules = {i: getattr(student._layers()[i], student.parts.attention) for i in config.softmax_layers()}
     try:
         _restore(student, teacher, layers)
         config.attention_rope = True
@@ -64,13 +64,13 @@ def restore_attention(
 
 def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> None:
     attentions = find_family(teacher.config).attention_modules(teacher)
-    places = student._layers()
+    places, softmax = student._layers(), student.config.softmax_layers()
     kept = set(student.config.attention_layers) | set(layers)
-    beyond = sorted(kept - set(range(len(places))))
-    if beyond or len(kept) >= len(places):
+    beyond = sorted(kept - set(softmax))
+    if beyond or len(kept) >= len(softmax):
         raise UserError(
-            f"layers {sorted(kept)} cannot all be softmax attention: the student has {len(places)} layers, and at "
-            "least one stays converted"
+            f"layers {sorted(kept)} cannot all be softmax attention: of the student's {len(places)} "
+            f"layers {len(softmax)} can be, and at least one stays converted"
         )
     for i in layers:
         attention = copy.copy(attentions[i])
@@ -78,7 +78,7 @@ def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
         keep_attention(attention)
         setattr(places[i], student.parts.attention, attention)
     student.config.attention_layers = sorted(kept)
-    first = min(set(range(len(places))) - kept)
+    first = min(set(softmax) - kept)
     mixer = getattr(places[first], student.parts.attention)
     setattr(places[first], student.parts.attention, _as_first(student, first, mixer))
 

@@ -45,6 +45,8 @@ class TensorOrigin:
     rows: tuple[int, int] | None = None
     """Rows (first axis) of the source, where the teacher stores several projections in one tensor."""
     factor: float = 1.0
+    gates: int | None = None
+    """Head width K of a q_proj that also holds gates: the factor is for the first K of every 2 K rows."""
     tied_to: str | None = None
     """The student's tensor that it is tied to; `source`, if given, must then hold the same numbers."""
 
@@ -67,7 +69,9 @@ def trace_origins(
             continue
         origin = _own_origin(name, student, shapes)
         if origin.source is not None and (projection := _projection(name, mixers, parts)):
-            origin = TensorOrigin(origin.source, origin.rows, float((scale or {}).get(projection, 1.0)))
+            shape = mixers[_split(name, parts)[0]].shape
+            gates = shape.head_dim if projection == "q" and shape.output_gate else None
+            origin = TensorOrigin(origin.source, origin.rows, float((scale or {}).get(projection, 1.0)), gates)
         origins[name] = origin
     misshapen = []
     for name, origin in origins.items():
@@ -237,4 +241,11 @@ def _split(name: str, parts: object) -> tuple[int, str]:
 
 def _take(origin: TensorOrigin, read: Callable[..., Tensor]) -> Tensor:
     tensor = read(origin.source, *(origin.rows or ()))
-    return tensor if origin.factor == 1.0 else (tensor.float() * origin.factor).to(tensor.dtype)
+    if origin.factor == 1.0:
+        return tensor
+    scaled = tensor.float() * origin.factor
+    if origin.gates is not None:
+        heads = (-1, 2, origin.gates)
+        scaled = torch.stack([scaled.unflatten(0, heads)[:, 0], tensor.float().unflatten(0, heads)[:, 1]], dim=1)
+        scaled = scaled.flatten(0, 2)
+    return scaled.to(tensor.dtype)

@@ -134,7 +134,8 @@ class Mixer(BaseMixer):
         output_state: bool = False,
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
-        qkv, recent = (self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)), None
+        q, output_gate = self.split_gate(self.q_proj(x_BTD))
+        qkv, recent = (q, self.k_proj(x_BTD), self.v_proj(x_BTD)), None
         if self.options.short_conv:
             qkv, recent = self._convolve(qkv, state, keep_BT, cu_seqlens)
         q, k, v = self.to_heads(*qkv, rope if self.options.rope else None)
@@ -160,7 +161,9 @@ class Mixer(BaseMixer):
             y = y * nn.functional.silu(self.g_proj(x_BTD))
         elif self.options.gate == "low_rank":
             y = y * (torch.sigmoid(x_BTD @ self.g1) @ self.g2)
-        return MixerOutput(self.o_proj(y), FirstValues(), None if memory is None else MixerState(memory, recent))
+        return MixerOutput(
+            self.finish(y, output_gate), FirstValues(), None if memory is None else MixerState(memory, recent)
+        )
 
     def _convolve(
         self,

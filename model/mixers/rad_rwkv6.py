@@ -150,7 +150,7 @@ class Mixer(BaseMixer):
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         (x_r, x_k, x_v, x_w, x_g), last = self._shift(x_BTD, state, keep_BT, cu_seqlens)
-        r, k, v = self.project(x_r, rope if self.options.rope else None, x_k_BTD=x_k, x_v_BTD=x_v)
+        r, k, v, gate = self.project(x_r, rope if self.options.rope else None, x_k_BTD=x_k, x_v_BTD=x_v)
         k, v = self.repeat(k), self.repeat(v)
         speed = self.time_decay.float() + (torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).float()
         log_decay = self.heads((-torch.exp(speed)).clamp(min=self.CONSTANTS["least_log_decay"]))
@@ -177,7 +177,7 @@ class Mixer(BaseMixer):
             y = y * torch.sigmoid(self.gate(x_g))
         elif self.options.gate == "low_rank":
             y = y * (torch.sigmoid(x_g @ self.g1) @ self.g2)
-        return MixerOutput(self.o_proj(y), FirstValues(), None if wkv is None else MixerState(wkv, last))
+        return MixerOutput(self.finish(y, gate), FirstValues(), None if wkv is None else MixerState(wkv, last))
 
     def _shift(
         self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None

@@ -1,4 +1,7 @@
-"""Cache of a converted model: an fp32 state per recurrent layer, keys and values only where attention was kept."""
+"""Cache of a converted model: an fp32 state per recurrent layer, keys and values only where attention was kept.
+
+Layers that are linear attention in the teacher already have the memory that their own code keeps, of transformers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from radlads.model.mixers.shared.mixer import MixerState
 
@@ -75,13 +78,20 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 class RadladsCache(Cache):
-    """Per-layer memory for generation; `config` is a RadladsConfig. Kept layers with a window store only the window."""
+    """Per-layer memory for generation; `config` is a RadladsConfig. Kept layers with a window remember the window.
+
+    Layers that are linear in the teacher get what transformers gives them there.
+    """
 
     def __init__(self, config: Any) -> None:
-        kept, windowed = set(config.attention_layers), config.windowed_layers()
-        layers: list[CacheLayerMixin] = []
+        softmax, converted, windowed = config.softmax_layers(), config.converted_layers(), config.windowed_layers()
+        hybrid = len(softmax) < config.num_hidden_layers
+        theirs = DynamicCache(config=config.teacher_config()).layers if hybrid else []
+        layers: list[Any] = []
         for i in range(config.num_hidden_layers):
-            if i not in kept:
+            if i not in softmax:
+                layers.append(theirs[i])
+            elif i in converted:
                 layers.append(RecurrentLayer())
             elif i in windowed:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=config.teacher["sliding_window"]))
@@ -93,5 +103,10 @@ class RadladsCache(Cache):
         """Bytes of all states, keys and values."""
         held: list[torch.Tensor | None] = []
         for layer in self.layers:
-            held += (layer.state or ()) if isinstance(layer, RecurrentLayer) else (layer.keys, layer.values)
+            if isinstance(layer, RecurrentLayer):
+                held += layer.state or ()
+            elif isinstance(layer, CacheLayerMixin):
+                held += (layer.keys, layer.values)
+            else:
+                held += (*layer.conv_states.values(), *layer.recurrent_states.values())
         return sum(x.numel() * x.element_size() for x in held if x is not None)

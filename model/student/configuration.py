@@ -33,10 +33,10 @@ _MIRRORED = (
 class RadladsConfig(transformers.PreTrainedConfig):
     """Everything that defines a converted model.
 
-    teacher: the teacher's Hugging Face config, model_type included. family: names of that family's parts.
-    variant, options, constants: the mixer and all that defines its function, ranks filled in. initial_values: how its
-    parameters were initialised; unused once there are weights. attention_layers: layers that stay softmax;
-    attention_rope: whether those use rotary positions.
+    teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
+    variant, options, constants: the mixer and all that defines its function, ranks written out. initial_values: how its
+    parameters started; of no meaning once there are weights. attention_layers: layers that stay softmax;
+    attention_rope: whether those use rotary positions. Layers that the teacher has linear are not among them.
     """
 
     model_type = "radlads"
@@ -91,6 +91,15 @@ class RadladsConfig(transformers.PreTrainedConfig):
         """Layers whose attention has a sliding window in the teacher; kept layers keep it."""
         return windowed_layers(self.teacher_config(), self.family.get("window", "none"))
 
+    def softmax_layers(self) -> list[int]:
+        """Layers whose attention is softmax in the teacher; the others are linear there and stay so."""
+        linear = self.family.get("linear_attention")
+        return softmax_layers(self.num_hidden_layers, linear, self.teacher.get("layer_types"))
+
+    def converted_layers(self) -> list[int]:
+        """Layers whose softmax attention is replaced by a mixer."""
+        return [i for i in self.softmax_layers() if i not in self.attention_layers]
+
     def teacher_config(self) -> transformers.PreTrainedConfig:
         """The teacher's config as an instance of its own class."""
         raw = copy.deepcopy(self.teacher)
@@ -101,6 +110,14 @@ class RadladsConfig(transformers.PreTrainedConfig):
         # Tensor and pipeline parallel plans split attention's projections, for which a mixer has no plan.
         config.base_model_tp_plan = config.base_model_pp_plan = config.base_model_ep_plan = None
         return config
+
+
+def softmax_layers(num_layers: int, linear_attention: str | None, layer_types: list[str] | None) -> list[int]:
+    """Layers that have softmax attention. linear_attention: the family's name of the attention that others have, None
+    where there are no others; which are the others is in `layer_types`."""
+    if linear_attention is None or layer_types is None:
+        return list(range(num_layers))
+    return [i for i in range(num_layers) if layer_types[i] != "linear_attention"]
 
 
 def windowed_layers(config: transformers.PreTrainedConfig, rule: str) -> set[int]:

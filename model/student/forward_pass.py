@@ -53,15 +53,21 @@ class ForwardPass:
             return (), given  # the family's code reports what is missing
         B, T = inputs.shape[:2]
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        converted = len(self.config.attention_layers) < self.config.num_hidden_layers
+        converted = bool(self.config.converted_layers())
+        restarts = len(self.config.softmax_layers()) == self.config.num_hidden_layers
         bounds = _explicit_bounds(given, cu_seqlens, B, T)
         if bounds is not None:
             if mask is not None or cache is not None or given.get("use_cache"):
                 raise ValueError("packed documents are for training: no attention_mask and no cache with their bounds")
             if positions is None:
                 given["position_ids"] = document_positions(bounds, B, T)
-        elif converted and positions is not None and positions.shape[-1] > 1:
+        elif (converted or not restarts) and positions is not None and positions.shape[-1] > 1:
             bounds = _packed_rows(positions.expand(B, -1), mask, cache)
+        if bounds is not None and not restarts:
+            raise ValueError(
+                "packed documents: the layers that are linear attention in the teacher already do not restart where "
+                "documents do; give every document a row of its own"
+            )
 
         recomputes = backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled()
         if given.get("use_cache") is None:
@@ -103,9 +109,9 @@ class ForwardPass:
     def _check_cache(self, cache: Any) -> None:
         if cache is None:
             return
-        kept, layers = set(self.config.attention_layers), getattr(cache, "layers", ())
+        converted, layers = self.config.converted_layers(), getattr(cache, "layers", ())
         fits = len(layers) == self.config.num_hidden_layers and all(
-            isinstance(layer, RecurrentLayer) != (i in kept) for i, layer in enumerate(layers)
+            isinstance(layer, RecurrentLayer) == (i in converted) for i, layer in enumerate(layers)
         )
         if not fits:
             raise ValueError(
@@ -184,6 +190,17 @@ def keep_attention(attention: nn.Module) -> None:
     attention._forward_pre_hooks = OrderedDict()
     attention._forward_pre_hooks_with_kwargs = OrderedDict()
     attention.register_forward_pre_hook(_rotate_or_not, with_kwargs=True)
+
+
+def keep_linear_attention(attention: nn.Module) -> None:
+    """Let a module that is linear attention in the teacher already be called with the mixers' context."""
+    attention.register_forward_pre_hook(_without_context, with_kwargs=True)
+
+
+def _without_context(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name != CONTEXT}
 
 
 def _rotate_or_not(

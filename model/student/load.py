@@ -45,6 +45,12 @@ def student_config(
         raise UserError(
             f"attention_layers names layer {beyond[0]}, but the teacher has the layers 0 to {num_layers - 1}"
         )
+    linear = sorted(set(attention_layers) - set(family.softmax_layers(teacher_config)))
+    if linear:
+        raise UserError(
+            f"attention_layers names layer {linear[0]}, which is linear attention in the teacher and stays so; softmax "
+            f"are the layers {', '.join(map(str, family.softmax_layers(teacher_config)))}"
+        )
     return RadladsConfig(
         teacher=teacher_config.to_dict(),
         family=family.names(),

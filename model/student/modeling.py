@@ -20,20 +20,19 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
-from radlads.model.student.forward_pass import ForwardPass, keep_attention
+from radlads.model.student.forward_pass import ForwardPass, keep_attention, keep_linear_attention
 from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.student.releases import cache_keyword, check_calls
 
 
 def build_mixer(config: RadladsConfig, layer: int, shape: AttentionShape) -> Mixer:
     """A fresh mixer for a layer, on torch's default device and in its default dtype."""
-    recurrent = (i for i in range(config.num_hidden_layers) if i not in config.attention_layers)
     return mixer_class(config.variant)(
         shape,
         SimpleNamespace(**config.initial_values | config.options),
         layer=layer,
         num_layers=config.num_hidden_layers,
-        first=layer == next(recurrent),
+        first=layer == config.converted_layers()[0],
     )
 
 
@@ -48,10 +47,13 @@ def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
         raise ValueError(
             f"this model was made with the {config.variant} constants {config.constants}, but this code has {constants}"
         )
-    parts = SimpleNamespace(**config.family)
+    parts, softmax = SimpleNamespace(**config.family), config.softmax_layers()
     for i, layer in enumerate(getattr(backbone, parts.layers)):
+        if i not in softmax:
+            keep_linear_attention(getattr(layer, parts.linear_attention))
+            continue
         attention = getattr(layer, parts.attention)
-        if i == 0:
+        if i == softmax[0]:
             check_calls(backbone, layer, attention)
         if i in config.attention_layers:
             keep_attention(attention)
@@ -122,7 +124,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
 
     def mixers(self) -> dict[int, Mixer]:
         """Layer → its mixer, for the converted layers."""
-        modules = {i: getattr(layer, self.parts.attention) for i, layer in enumerate(self._layers())}
+        modules = {i: getattr(layer, self.parts.attention, None) for i, layer in enumerate(self._layers())}
         return {i: module for i, module in modules.items() if isinstance(module, Mixer)}
 
     def parameter_group(self, name: str) -> str:
@@ -225,6 +227,8 @@ def parameter_group(name: str, parts: Any, mixer_layers: set[int]) -> str:
         part = words[place + 2]
         if part == parts.attention:
             return "mixer" if int(words[place + 1]) in mixer_layers else "attention"
+        if part == getattr(parts, "linear_attention", None):
+            return "attention"
         if part == parts.mlp:
             return "mlp"
         if part in norm_names(parts):

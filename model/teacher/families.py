@@ -73,7 +73,10 @@ _ROWS = (
         window="layer_types",
         rotates=("is_sliding", "not sliding_window"),
     ),
-    # Seed-OSS: biases on q, k and v; heads times head width exceeds the model width.
+    # Qwen3.5, its text part: three of four layers are gated delta nets, which stay as they are; the others have norms
+    # on each head's q and k, RoPE on a part of the head, and inside q_proj a gate on attention's output.
+    TeacherFamily("qwen3_5_text", q_norm="q_norm", k_norm="k_norm", linear_attention="linear_attn"),
+    # Seed-OSS: biases on q, k and v; more heads than the width has room for.
     TeacherFamily("seed_oss"),
 )
 

@@ -6,9 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from radlads.model.student.configuration import softmax_layers
 from radlads.tasks.contracts.errors import UserError
+
+NO_RESTART = "the teacher's own linear-attention layers do not restart where documents do; turn it off"
+"""Why packed documents are refused where a family has `linear_attention`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class TeacherFamily:
     logit_scale: str | None = None
     """Name of the config value by which logits are multiplied."""
     logit_divisor: str | None = None
-    """Name of the config value by which logits are divided."""
+    """The config's number that logits are divided by."""
+    linear_attention: str | None = None
+    """The linear attention of the layers that the config's `layer_types` calls so. Those layers have no softmax
+    attention: they stay as they are."""
     text_of: tuple[str, ...] = ()
     """Model types of vision-language text parts that compute the same function without images."""
 
@@ -56,10 +63,14 @@ class TeacherFamily:
         """The part names as a plain mapping, as the student's config stores them."""
         return {key: value for key, value in asdict(self).items() if key not in ("model_type", "text_of")}
 
-    def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The softmax attention module of every layer of a loaded teacher."""
+    def softmax_layers(self, config: PreTrainedConfig) -> list[int]:
+        """The layers that have softmax attention: those that can be converted."""
+        return softmax_layers(config.num_hidden_layers, self.linear_attention, getattr(config, "layer_types", None))
+
+    def attention_modules(self, model: PreTrainedModel) -> dict[int, nn.Module]:
+        """Layer → its softmax attention module, of a loaded teacher."""
         layers = getattr(backbone(model), self.layers)
-        return [getattr(layer, self.attention) for layer in layers]
+        return {i: getattr(layers[i], self.attention) for i in self.softmax_layers(model.config)}
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless every part exists under the name that this family gives."""
@@ -67,10 +78,13 @@ class TeacherFamily:
         missing = [
             name for name in (self.layers, self.embeddings, self.final_norm, self.rotary) if not hasattr(inner, name)
         ]
-        norms = (self.input_norm, self.mlp_norm, *self.other_norms)
+        norms, softmax = (self.input_norm, self.mlp_norm, *self.other_norms), self.softmax_layers(model.config)
         for index, layer in enumerate(getattr(inner, self.layers, ())):
-            parts = (self.attention, *filter(None, norms), self.mlp)
+            mixes = self.attention if index in softmax else self.linear_attention
+            parts = (mixes, *filter(None, norms), self.mlp)
             missing += [f"layer {index}: {name}" for name in parts if not hasattr(layer, name)]
+            if index not in softmax:
+                continue
             attention = getattr(layer, self.attention, None)
             projections = (self.qkv, self.o) if self.qkv else (self.q, self.k, self.v, self.o)
             flags = (name.removeprefix("not ") for name in self.rotates)

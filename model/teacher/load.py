@@ -132,6 +132,12 @@ def teacher_warnings(
             f"the teacher's rotary positions change in contexts beyond {border} tokens ({rope['rope_type']}); "
             "a student trained on shorter contexts never learns those"
         )
+    softmax, count = find_family(config).softmax_layers(config), config.num_hidden_layers
+    if len(softmax) < count:
+        lines.append(
+            f"{count - len(softmax)} of {count} layers are linear attention in the teacher already and stay as they "
+            f"are; only the layers {', '.join(map(str, softmax))} can be converted or kept"
+        )
     if source := getattr(config, "text_part_of", None):
         lines.append(f"only the text part of this {source} model is converted; the student accepts no images")
     return lines

@@ -21,9 +21,9 @@ _OTHER_BLOCKS = {
         "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "falcon_h1", "granitemoehybrid", "recurrent_gemma", "lfm2",
         "lfm2_moe", "olmo_hybrid", "minimax",
     ): "it is a hybrid already: most of its layers are state-space, convolution or linear-attention layers",
-    ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"): (
-        "most of its layers are gated delta nets already, whose memory no student's cache has a place for, and its "
-        "attention gates its own output"
+    ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"): (
+        "it has both gated delta nets and experts, some of them shared, which no family describes; dense Qwen3.5 can "
+        "be converted"
     ),
     ("gemma2",): "it caps its attention scores and its logits, which neither mixers nor the distillation loss do",
     ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"): (
@@ -34,7 +34,9 @@ _OTHER_BLOCKS = {
     ),
     ("gpt_oss",): "its attention has learned sinks, which no mixer has a place for",
 }  # fmt: skip
-# Upper limits of a config's sizes, far above any published model: building a model loops over some of them.
+# Families some of whose layers are linear attention, and stay so; at least one is not.
+_SOME_LINEAR = ("qwen3_5_text",)
+# The largest sizes of a config, far above any published model: building begins with loops over some of them.
 _MOST = {
     "num_hidden_layers": 1024,
     "hidden_size": 1 << 17,
@@ -110,7 +112,10 @@ def refusal(raw: Mapping[str, Any]) -> str | None:
     for types, reason in _OTHER_BLOCKS.items():
         if model_type in types:
             return f"no teacher family for model_type '{model_type}': {reason}"
-    if any(kind not in ("full_attention", "sliding_attention") for kind in raw.get("layer_types") or ()):
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if model_type in _SOME_LINEAR and "full_attention" in (raw.get("layer_types") or ("full_attention",)):
+        kinds -= {"linear_attention"}
+    if kinds:
         kinds = ", ".join(sorted(set(raw["layer_types"])))
         return (
             f"the teacher mixes kinds of layers ({kinds}); only softmax attention, full or windowed, can be converted"

@@ -39,6 +39,8 @@ _TEXT_PREFIXES = (
 )
 # Rotary frequencies that old checkpoints store and that every model computes itself.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+# Layers that predict further tokens ahead, which transformers' language model leaves out (Qwen3.5).
+_AHEAD = re.compile(r"^mtp\.")
 _EXPERT = re.compile(
     r"^(?P<experts>.*\.mlp\.experts)\.(?P<index>\d{1,6})\.(?P<part>gate_proj|up_proj|down_proj)\.weight$"
 )
@@ -59,8 +61,8 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
 class TeacherWeights:
     """The teacher's tensors by module name; only the last result of `read` is in memory.
 
-    shapes: module name → shape, for every tensor of the language model. left_out: tensors that are not part of it, name
-    on disk → number of elements: vision parts, stored frequencies.
+    shapes: module name → shape, for every tensor of the language model. left_out: what is no part of it, by its name
+    on disk → number of elements: vision parts, stored frequencies, layers that predict further ahead.
     """
 
     def __init__(self, files: WeightFiles, config: PreTrainedConfig, *, nested: bool) -> None:
@@ -77,7 +79,7 @@ class TeacherWeights:
         self.left_out: dict[str, int] = {}
         for disk_name in files.names():
             name = _text_name(disk_name) if nested else disk_name
-            if name is None or _COMPUTED.search(name):
+            if name is None or _COMPUTED.search(name) or _AHEAD.match(name):
                 self.left_out[disk_name] = _count(files.shape(disk_name))
                 continue
             if reason := stored_refusal(files.stored_dtype(disk_name)):

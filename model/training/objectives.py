@@ -20,7 +20,7 @@ from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.model.student.documents import document_bounds, document_positions
 from radlads.model.student.modeling import RadladsForCausalLM, logit_factor, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
-from radlads.model.teacher.family import backbone
+from radlads.model.teacher.family import NO_RESTART, backbone
 from radlads.model.teacher.load import find_family
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
 from radlads.model.training.lora import lora_trains
@@ -61,6 +61,8 @@ class Objective(nn.Module):
         # In a tuple, so that it is neither saved, moved nor trained with the student.
         self._teacher = (teacher,)
         self._frozen = frozenset(section.freeze)
+        if section.reset_at_documents and getattr(_parts(student), "linear_attention", None):
+            raise UserError(f"reset_at_documents: {NO_RESTART}")
         tied = student.config.tie_word_embeddings
         if tied and len(self._frozen & {"embeddings", "head"}) == 1:
             raise UserError(

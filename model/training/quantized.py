@@ -204,6 +204,8 @@ def is_matrix(model: nn.Module, name: str) -> bool:
     parameter, words = owner._parameters[own], name.split(".")
     if parameter is None or not parameter.is_floating_point() or (len(words) > 1 and words[-2] in _ROUTERS):
         return False
+    if isinstance(owner, nn.Conv1d):
+        return False
     return parameter.ndim == 3 or (parameter.ndim == 2 and isinstance(owner, nn.Linear))
 
 

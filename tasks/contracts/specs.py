@@ -112,6 +112,8 @@ class PlanReport(Sheet):
     groups: dict[str, int] = Field(default_factory=dict)
     """Parameter group (mixer, attention, mlp, norms, embeddings, head) → parameters of the student."""
     num_layers: int
+    linear_layers: int = 0
+    """Of those: linear attention in the teacher already, so never converted."""
     attention_layers: tuple[int, ...]
     """Empty if they are chosen after align."""
     stages: dict[str, dict[str, Any]]

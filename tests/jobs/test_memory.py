@@ -138,6 +138,12 @@ def test_weights_are_exact(section: Training, teacher_bits: Any, mlp_bits: Any, 
     assert abs(bytes_held(teacher, student) - told) <= small
 
 
+def test_weights_of_a_teacher_with_linear_layers_are_exact(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(SIZES, "layer_types", ["linear_attention", "full_attention"] * 2)
+    frozen = Distill(tokens=999, context=9, batch=1, freeze=("mlp", "attention"))
+    test_weights_are_exact(frozen, 8, 8, "qwen3_5_text", tied=False)
+
+
 @pytest.mark.parametrize("model_type", list_families())
 def test_parameters_are_those_of_real_models(family_config, model_type: str):
     config = family_config(model_type, **EXPERTS if model_type == "qwen3_moe" else {})
@@ -155,10 +161,12 @@ def test_parameters_are_those_of_real_models(family_config, model_type: str):
     shape = student.mixers()[0].shape
     assert (networks.hidden, networks.width, networks.head_dim) == (shape.hidden_size, shape.width, shape.head_dim)
     assert networks.kv_width == shape.num_kv_heads * shape.head_dim
-    assert networks.groups["attention"] == sum(p.numel() for p in attention.parameters())
+    linear = [p for name, p in student.named_parameters() if ".linear_attn." in name]
+    assert networks.groups["attention"] == sum(p.numel() for p in (*attention.parameters(), *linear))
+    assert (networks.num_linear, networks.num_softmax) == ((1, 3) if linear else (0, networks.num_layers))
 
 
-OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4", "cohere2", "exaone4")]
+OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4", "cohere2", "exaone4", "qwen3_5_text")]
 
 
 @pytest.mark.parametrize("attention_layers", [(), (1, 2)])
@@ -172,6 +180,8 @@ def test_activations_are_near_what_autograd_keeps(
 ):
     """A whole student on the CPU, its recurrence standing in for the kernels (which the CPU form does not resemble)."""
     kinds = {} if model_type in ("qwen3", "glm4") else {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    if model_type == "qwen3_5_text":
+        kinds = {"layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]}
     config = family_config(model_type, **SIZES | kinds)
     student = build_student(
         config, variant=variant, options={}, attention_layers=attention_layers, attention_rope=False

@@ -50,7 +50,7 @@ def test_the_mixers_compute_these_operands(variant, options, monkeypatch):
     heads = 4 if variant == "rad_rwkv7" else 2
     first = FirstValues(*(torch.randn(2, 5, n, 8, dtype=torch.float64) for n in (heads, 2)))
     one.mix(x, first=first)
-    _, k, v = one.project(x, None)
+    _, k, v, _ = one.project(x, None)
     has_keys = variant == "hxa079"
     found = wkv7_operands(
         k,

@@ -36,6 +36,8 @@ class AttentionShape:
     """The family's `apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)`; None rotates halves of a head."""
     rotates: bool = True
     """False in layers without rotary positions."""
+    output_gate: bool = False
+    """Whether q_proj also gives, beside each head's query, a gate on that head's output: [query | gate] a head."""
     q_scale: float = 1.0
     """The scale of the scores divided by the usual K^(-1/2). Linear attention has no scores, so r is multiplied by
     it."""
@@ -50,13 +52,13 @@ def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> 
     """The shape of a softmax attention module; `family` names its projections, or the one that holds all of them."""
     head_dim, o = int(attention.head_dim), getattr(attention, family.o)
     fused = getattr(family, "qkv", None)
+    q_width = o.in_features
     if fused:
         q = k = v = getattr(attention, fused)
-        q_width = o.in_features
         kv_width = (q.out_features - q_width) // 2
     else:
         q, k, v = (getattr(attention, name) for name in (family.q, family.k, family.v))
-        q_width, kv_width = q.out_features, k.out_features
+        kv_width = k.out_features
     norm = getattr(attention, family.q_norm) if family.q_norm is not None else None
     scale = float(getattr(attention, "scaling", head_dim**-0.5)) * head_dim**0.5
     return AttentionShape(
@@ -73,6 +75,7 @@ def read_attention_shape(attention: nn.Module, family: Any, norm_eps: float) -> 
         norm=None if norm is None else type(norm),
         norm_all_heads=norm is not None and norm.weight.numel() != head_dim,
         rotary=getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None),
+        output_gate=not fused and q.out_features == 2 * q_width,
         rotates=_rotates(attention, getattr(family, "rotates", ())),
         q_scale=1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale,
     )

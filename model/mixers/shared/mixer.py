@@ -81,7 +81,7 @@ class Mixer(nn.Module):
         self.shape, self.layer, self.num_layers = shape, layer, num_layers
         self.depth = layer / max(1, num_layers - 1)
         D, A, kv = shape.hidden_size, shape.width, shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(D, A, bias=shape.q_bias)
+        self.q_proj = nn.Linear(D, 2 * A if shape.output_gate else A, bias=shape.q_bias)
         self.k_proj = nn.Linear(D, kv, bias=shape.k_bias)
         self.v_proj = nn.Linear(D, kv, bias=shape.v_bias)
         self.o_proj = nn.Linear(A, D, bias=shape.o_bias)
@@ -105,14 +105,27 @@ class Mixer(nn.Module):
         *,
         x_k_BTD: Tensor | None = None,
         x_v_BTD: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: projected, and normed, rotated and scaled as the teacher does.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V], gate)`: projected, normed, rotated and scaled as the teacher does.
 
+        gate: of the output, for `finish`; None without.
         rope: None where the variant does without. x_k_BTD, x_v_BTD: inputs of keys and values, where a token shift
         makes them differ from those of r.
         """
         x_k, x_v = (x_BTD if x is None else x for x in (x_k_BTD, x_v_BTD))
-        return self.to_heads(self.q_proj(x_BTD), self.k_proj(x_k), self.v_proj(x_v), rope)
+        r, gate = self.split_gate(self.q_proj(x_BTD))
+        return (*self.to_heads(r, self.k_proj(x_k), self.v_proj(x_v), rope), gate)
+
+    def split_gate(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """An output of q_proj as queries [B,T,A] and the output's gate [B,T,A], before its sigmoid; None without."""
+        if not self.shape.output_gate:
+            return q, None
+        r, gate = q.unflatten(-1, (self.shape.num_heads, 2, -1)).unbind(-2)
+        return r.flatten(-2), gate.flatten(-2)
+
+    def finish(self, y_BTA: Tensor, gate_BTA: Tensor | None) -> Tensor:
+        """The output [B,T,D]: gated as the teacher's attention gates its own, and projected."""
+        return self.o_proj(y_BTA if gate_BTA is None else y_BTA * torch.sigmoid(gate_BTA))
 
     def to_heads(self, r_BTA: Tensor, k_BTA: Tensor, v_BTA: Tensor, rope: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs of the projections as `project` returns them."""

@@ -184,7 +184,7 @@ class Rwkv7Mixer(Mixer):
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         x, shift = self._branches(x_BTD, state, keep_BT, cu_seqlens)
-        r, k, v = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
+        r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
         if self.design.first_values == "heads":
             k, v = self.repeat(k), self.repeat(v)
         k, v, first = self._mix_first(k, v, x, first)
@@ -210,7 +210,7 @@ class Rwkv7Mixer(Mixer):
             output_state=output_state,
             training=self.training,
         )
-        out = self.o_proj(self._finish(y, r, k, v, x.g))
+        out = self.finish(self._read(y, r, k, v, x.g), gate)
         return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
 
     def _mix_first(
@@ -242,7 +242,7 @@ class Rwkv7Mixer(Mixer):
             scale = 1 - (nn.functional.logsigmoid(speed) - self.design.decay_offset) + iclr
         return unit_keys(k), k * scale.to(k.dtype)
 
-    def _finish(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, x_g: Tensor) -> Tensor:
+    def _read(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, x_g: Tensor) -> Tensor:
         """Norm or scale, bonus and gate: [B,T,A]."""
         if self.ln_x is not None:
             y = head_group_norm(y, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)

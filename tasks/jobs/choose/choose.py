@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ def main(job: Job) -> dict[str, Any] | None:
         check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)
         choice_result = choose_by_recall(job, student, teacher, tokenizer, choice.count, choice.recall, spec.run_tokens)
     else:
-        choice_result = choose_by_difficulty(job, len(student.mixers()), choice.count, choice.difficulty)
+        choice_result = choose_by_difficulty(job, sorted(student.mixers()), choice.count, choice.difficulty)
     if job.rank != 0:
         return None
     layers = choice_result["attention_layers"]
@@ -94,24 +95,28 @@ def main(job: Job) -> dict[str, Any] | None:
     }
 
 
-def choose_by_difficulty(job: Job, num_layers: int, count: int, section: Difficulty) -> dict[str, Any]:
-    """Choose layers from the loss curves in the align stage's metrics.jsonl. Raises UserError if a layer has none."""
+def choose_by_difficulty(job: Job, layers: Sequence[int], count: int, section: Difficulty) -> dict[str, Any]:
+    """Choose among `layers` by the loss curves in the align stage's metrics.jsonl; gaps are counted among them.
+
+    Raises UserError if a layer has none.
+    """
     path = job.input("student") / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     rows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
     curves = {
         layer: [float(row[f"{_LAYER}{layer:02d}"]) for row in rows if row.get(f"{_LAYER}{layer:02d}") is not None]
-        for layer in range(num_layers)
+        for layer in layers
     }
     weights = difficulty_weights(section)
     scores = difficulty_scores(curves, weights=weights)
-    chosen = spaced_layers(scores, count, num_layers=num_layers, weights=weights)
+    ranked = {rank: scores[layer] for rank, layer in enumerate(layers)}
+    chosen = [layers[rank] for rank in spaced_layers(ranked, count, num_layers=len(layers), weights=weights)]
     table = [
         {"layer": layer, "score": scores[layer], "loss": curves[layer][-1], "chosen": layer in chosen}
         for layer in sorted(scores)
     ]
     return {
-        "attention_layers": list(chosen),
+        "attention_layers": chosen,
         "layers": table,
         "numbers": {"tokens": 0, "token_share": 0.0, "steps_read": len(rows)},
     }
@@ -155,7 +160,7 @@ def choose_by_recall(
         logger.info("with %s: recall %.3f nats, KL %.4f", list(kept) or "no layer", before.recall, before.kl)
         return before, {layer: known[frozenset({*kept, layer})].score() for layer in remaining}
 
-    chosen, rounds = recall_layers(score, count, range(num_layers))
+    chosen, rounds = recall_layers(score, count, sorted(student.mixers()))
     theirs = sum(gather(teacher_recall(teacher, mine, count=used), job.world_size), Sums()).score()
     tokens = sum(gather(used.student + used.teacher, job.world_size))
     if tokens > section.budget * run_tokens:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from radlads.model.mixers.shared.attention_shape import read_attention_shape
+from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.modeling import RadladsForCausalLM, norm_names
 
 # A multiple of the kernels' chunk, so that the bytes per token are exact.
@@ -35,6 +37,8 @@ class LayerBytes:
     frozen_mlp: int
     norms: int
     """All norms of a layer."""
+    linear: int = 0
+    """Of a layer that is linear attention in the teacher already, as transformers computes it in plain torch."""
 
 
 def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerBytes:
@@ -57,11 +61,35 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     trained, frozen = _experts_bytes(config, word) if _has_experts(mlp) else _mlp_bytes(mlp, x, known)
     return LayerBytes(
         mixer=mixer // _TOKENS + config.hidden_size * word,
-        attention=_attention_bytes(config, word),
+        attention=_attention_bytes(config, word, gated=_has_output_gate(student)),
         mlp=trained,
         frozen_mlp=frozen,
         norms=sum(_kept(partial(norm, x), known)[0] // _TOKENS + config.hidden_size * word for norm in norms),
+        linear=linear_attention_bytes(inner, parts),
     )
+
+
+def linear_attention_bytes(backbone: Any, parts: Any) -> int:
+    """What a token keeps in a layer that is linear attention in the teacher already, with its input; 0 without such
+    layers. backbone: on the meta device, in the dtype that is asked for. parts: a family, or its names."""
+    name = getattr(parts, "linear_attention", None)
+    layers = getattr(backbone, parts.layers)
+    module = next((found for layer in layers if name and (found := getattr(layer, name, None)) is not None), None)
+    if module is None:
+        return 0
+    dtype = next(module.parameters()).dtype
+    x = torch.empty(1, _TOKENS, backbone.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    known = {_storage(tensor) for tensor in (*module.parameters(), x)}
+    kept: int = _kept(partial(module, hidden_states=x), known)[0] // _TOKENS
+    return kept + x.shape[-1] * x.element_size()
+
+
+def _has_output_gate(student: RadladsForCausalLM) -> bool:
+    parts: Any = student.parts
+    layer = student.config.softmax_layers()[0]
+    module: Any = getattr(getattr(student.model, parts.layers)[layer], parts.attention)
+    shape = module.shape if isinstance(module, Mixer) else read_attention_shape(module, parts, 0.0)
+    return shape.output_gate
 
 
 def _rotary_positions(rotary: nn.Module, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
@@ -114,11 +142,14 @@ def _experts_bytes(config: PreTrainedConfig, word: int) -> tuple[int, int]:
     return trained, taken * (2 * values.hidden_size + 3 * inner) * word
 
 
-def _attention_bytes(config: PreTrainedConfig, word: int) -> int:
+def _attention_bytes(config: PreTrainedConfig, word: int, *, gated: bool) -> int:
     """Input, q, k and v before and after the rotary step, output, and the fp32 logarithm of each row's sum: what fused
-    attention keeps. The plain form would keep the scores; no GPU runs it."""
+    attention keeps; of an output gate itself, its sigmoid and the product. The plain form would keep the scores; no GPU
+    runs it."""
     values: Any = config
     heads = values.num_attention_heads
     kv_heads = getattr(values, "num_key_value_heads", None) or heads
     head_dim = getattr(values, "head_dim", None) or values.hidden_size // heads
-    return int((values.hidden_size + 3 * heads * head_dim + 4 * kv_heads * head_dim) * word + 4 * heads)
+    return int(
+        (values.hidden_size + (6 if gated else 3) * heads * head_dim + 4 * kv_heads * head_dim) * word + 4 * heads
+    )

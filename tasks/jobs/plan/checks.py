@@ -169,7 +169,8 @@ def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None
 
 
 def check_align(recipe: Recipe, width: int, kept: int, num_layers: int, findings: Findings) -> None:
-    """A loss must have all of its terms, and mixers to align. width: of the model; kept: softmax layers."""
+    """A loss must have the terms that it asks for, and mixers to align. width: of the model; kept: softmax layers,
+    of the `num_layers` that could be converted."""
     if recipe.align is None:
         return
     if fault := no_spectrum(recipe.align, width):

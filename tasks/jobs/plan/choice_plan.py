@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from radlads.model.convert.layer_choice import DifficultyWeights, even_layers, last_layers, spaced_layers
 from radlads.model.student.load import student_config
+from radlads.model.teacher.load import find_family
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import (
@@ -26,17 +28,18 @@ from radlads.tasks.jobs.plan.cost import stage_cost
 from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
 
 
-def planned_layers(student: Student, num_layers: int) -> tuple[int, ...]:
-    """The layers that the transplanted student keeps: those named, even, last; none if they are chosen after align.
+def planned_layers(student: Student, softmax: Sequence[int]) -> tuple[int, ...]:
+    """The layers that the transplanted student keeps: those named, even, last; none where align comes first.
 
-    Raises UserError.
+    softmax: the teacher's layers that have softmax attention. Raises UserError.
     """
     layers = student.attention_layers
     if not isinstance(layers, AttentionChoice):
         return tuple(sorted(layers))
-    if layers.choose == "even":
-        return even_layers(layers.count, num_layers)
-    return last_layers(layers.count, num_layers) if layers.choose == "last" else ()
+    if not layers.after_align:
+        chosen = (even_layers if layers.choose == "even" else last_layers)(layers.count, len(softmax))
+        return tuple(softmax[i] for i in chosen)
+    return ()
 
 
 def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> AttentionChoice | None:
@@ -47,24 +50,23 @@ def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedT
     choice = late_choice(recipe)
     if choice is None:
         return None
-    last_layers(choice.count, config.num_hidden_layers)  # reports what is wrong with the count
+    softmax = find_family(config).softmax_layers(config)
+    last_layers(choice.count, len(softmax))  # says what is wrong with the count
     student = recipe.student
     student_config(
         config,
         variant=student.variant,
         options=student.options,
-        attention_layers=range(choice.count),
+        attention_layers=softmax[: choice.count],
         attention_rope=student.attention_rope,
     )
     if choice.choose == "difficulty":
         weights = difficulty_weights(choice.difficulty)
-        alike = dict.fromkeys(range(config.num_hidden_layers), 0.0)
-        spaced_layers(alike, choice.count, num_layers=config.num_hidden_layers, weights=weights)
+        alike = dict.fromkeys(range(len(softmax)), 0.0)
+        spaced_layers(alike, choice.count, num_layers=len(softmax), weights=weights)
         return choice
     try:
-        fitted = fit_probe(
-            choice.recall, count=choice.count, num_candidates=config.num_hidden_layers, tokens=run_tokens(recipe)
-        )
+        fitted = fit_probe(choice.recall, count=choice.count, num_candidates=len(softmax), tokens=run_tokens(recipe))
     except ValueError as error:
         raise UserError(str(error)) from None
     check_probe(fitted, tokenizer, getattr(config, "max_position_embeddings", None))
@@ -98,7 +100,7 @@ def choice_stage(
     tokens = 0
     if choice.choose == "recall":
         reading_tokens = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
-        tokens = probe_passes(choice.count, networks.num_layers) * (reading_tokens + probe.heldout_tokens)
+        tokens = probe_passes(choice.count, networks.num_softmax) * (reading_tokens + probe.heldout_tokens)
     cost = stage_cost(2.0 * networks.student_parameters * tokens, device["peak_flops"], resources)
     stage = {"tokens": tokens, "share": tokens / max(1, run_tokens(recipe)), "memory_bytes_per_gpu": memory} | cost
     planned = {}

@@ -61,10 +61,10 @@ def training_flops(stage: str, section: Training, networks: NetworkSizes) -> flo
 def _token_flops(stage: str, part: Training, networks: NetworkSizes) -> int:
     """FLOPs of a token in a part of a training stage."""
     pair = 2 * part.context * networks.width  # one softmax layer's products of tokens with tokens, forward
-    teacher = 2 * _multiplied(networks.teacher_parameters, networks) + networks.num_layers * pair
+    teacher = 2 * _multiplied(networks.teacher_parameters, networks) + networks.num_softmax * pair
     if stage_info(stage).layerwise:
         return teacher + 6 * networks.mixer_parameters
-    kept = networks.num_layers - networks.num_recurrent + networks.chosen_late
+    kept = networks.num_softmax - networks.num_recurrent + networks.chosen_late
     student = 2 * _multiplied(networks.student_parameters, networks) + kept * pair
     return (4 if part.gradient_checkpointing else 3) * student + (teacher if runs_teacher(stage, part) else 0)
 

@@ -67,11 +67,18 @@ class NetworkSizes:
     idle: int
     """Parameters of experts that a token is not routed to."""
     layer_bytes: dict[int, LayerBytes]
-    """Bytes per number → bytes that a token keeps in each part of a layer."""
+    """Bytes of a number → what a token keeps in each part of a layer."""
+    num_linear: int = 0
+    """Layers that are linear attention in the teacher already; neither recurrent here nor softmax."""
     chosen_late: int = 0
     """Layers that get their softmax attention back after align; counted among the recurrent ones until then."""
     linear_names: tuple[str, ...] = ()
     """Last names of the student's linear modules, without the head."""
+
+    @property
+    def num_softmax(self) -> int:
+        """Layers that are softmax attention in the teacher."""
+        return self.num_layers - self.num_linear
 
     @property
     def mixer_parameters(self) -> int:
@@ -147,7 +154,7 @@ def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources
         logits = tokens * networks.vocab * 2 * word + 3 * length * networks.vocab * 4
     else:
         logits = section.batch * networks.vocab * 4
-    cache = 0 if isinstance(section, Evaluate) else tokens * networks.num_layers * 2 * networks.kv_width * word
+    cache = 0 if isinstance(section, Evaluate) else tokens * networks.num_softmax * 2 * networks.kv_width * word
     memory = {
         "weights": networks.student_parameters * word,
         "teacher": networks.teacher_parameters * word,
@@ -171,19 +178,24 @@ def _activations(stage: str, part: Training, networks: NetworkSizes, resources: 
     """Bytes that the sequences of one forward pass keep, at most."""
     sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
     tokens, of = sequences * part.context, networks.layer_bytes[word]
-    recurrent, kept = networks.num_recurrent, networks.num_layers - networks.num_recurrent
+    recurrent, kept = networks.num_recurrent, networks.num_softmax - networks.num_recurrent
     mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
     rows = networks.hidden * word
     if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
-        passing = of.attention + of.frozen_mlp + of.norms
+        passing = max(of.attention, of.linear) + of.frozen_mlp + of.norms
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
         each = rows + target if part.gradient_checkpointing else of.mixer + target
         return tokens * (recurrent * each + passing + of.mixer)
-    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0)
+    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0, of.linear)
     if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
         first = 2 * networks.kv_width * word  # gradients
         return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + of.norms))
-    each = networks.num_layers * (mlp + of.norms) + recurrent * of.mixer + kept * of.attention
+    each = (
+        networks.num_layers * (mlp + of.norms)
+        + recurrent * of.mixer
+        + kept * of.attention
+        + networks.num_linear * of.linear
+    )
     return tokens * (each + largest + mlp)
 
 

@@ -48,7 +48,7 @@ from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
-from radlads.tasks.jobs.plan.training_checks import check_epochs, check_training
+from radlads.tasks.jobs.plan.training_checks import check_epochs, check_restarts, check_training
 from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
@@ -91,6 +91,7 @@ def make_plan(
     positions = getattr(subject.config, "max_position_embeddings", None)
     check_training(recipe, positions, resources.processes, findings)
     check_frozen(recipe, findings)
+    check_restarts(recipe, subject.config, findings)
     hub = {} if sizes_only else pin_hub(recipe, findings)
     data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)
     check_masks(recipe, data, findings)
@@ -100,13 +101,13 @@ def make_plan(
         networks = count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
-    layers: tuple[int, ...] = ()
+    layers, softmax = tuple[int, ...](), find_family(subject.config).softmax_layers(subject.config)
     if recipe.teacher is not None:
-        layers = planned_layers(recipe.student, networks.num_layers)
+        layers = planned_layers(recipe.student, softmax)
         untied = recipe.student.untie_embeddings
         findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
     check_lora(recipe, networks.linear_names, findings)
-    check_align(recipe, networks.hidden, len(layers), networks.num_layers, findings)
+    check_align(recipe, networks.hidden, len(layers), len(softmax), findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
     stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
@@ -134,7 +135,8 @@ def make_plan(
         idle_parameters=networks.idle,
         groups=networks.groups,
         num_layers=networks.num_layers,
-        attention_layers=planned_layers(recipe.student, networks.num_layers),
+        linear_layers=networks.num_linear,
+        attention_layers=planned_layers(recipe.student, softmax),
         choice=choice,
         stages=stages,
         data=data,

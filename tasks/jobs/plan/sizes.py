@@ -17,7 +17,7 @@ from radlads.model.training.quantized import is_matrix
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
-from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes
+from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes, linear_attention_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
 from radlads.tasks.jobs.plan.cost import device_peak, likely_gpu
 from radlads.tasks.jobs.plan.memory import NetworkSizes
@@ -28,7 +28,7 @@ _GIB = 1024**3
 def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
     """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
     family, values, late = find_family(config), _values(config), late_choice(recipe)
-    teacher = build_empty(config)
+    teacher, softmax = build_empty(config), family.softmax_layers(config)
     with torch.device("meta"):
         if recipe.pretrain is not None:
             student, mixers = teacher, set()
@@ -37,7 +37,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
                 config,
                 variant=recipe.student.variant,
                 options=recipe.student.options,
-                attention_layers=planned_layers(recipe.student, values.num_hidden_layers),
+                attention_layers=planned_layers(recipe.student, softmax),
                 attention_rope=recipe.student.attention_rope,
                 untie_embeddings=recipe.student.untie_embeddings,
             )
@@ -53,6 +53,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
     return NetworkSizes(
         num_layers=values.num_hidden_layers,
         num_recurrent=len(mixers),
+        num_linear=values.num_hidden_layers - len(softmax),
         hidden=values.hidden_size,
         intermediate=_active_width(config),
         width=heads * head_dim,
@@ -115,8 +116,9 @@ def _active_width(config: PreTrainedConfig) -> int:
 
 
 def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Parameters of experts that a token is not routed to."""
-    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    """Parameters of experts that a token does not go to."""
+    mlp = f".{find_family(config).mlp}."
+    experts = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and mlp in name)
     if not experts:
         return 0
     values = _values(config)
@@ -131,4 +133,5 @@ def _layer_bytes(student: Any, dtype: torch.dtype) -> LayerBytes:
     norms = len(norm_names(find_family(student.config)))
     mlp = (4 * values.intermediate_size + values.hidden_size) * word
     attention = (values.hidden_size + 7 * values.num_attention_heads * (getattr(values, "head_dim", None) or 0)) * word
-    return LayerBytes(0, attention, mlp, mlp, norms * 3 * values.hidden_size * word)
+    linear = linear_attention_bytes(student.to(dtype).model, find_family(student.config))
+    return LayerBytes(0, attention, mlp, mlp, norms * 3 * values.hidden_size * word, linear)

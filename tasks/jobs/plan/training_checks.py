@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from radlads.model.teacher.family import NO_RESTART
+from radlads.model.teacher.load import find_family
 from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
@@ -61,6 +65,16 @@ def _check_context(recipe: Recipe, stage: str, section: Training, positions: int
             f"{stage}.context ({section.longest_context}) {made_for}, and softmax attention with rotary positions has "
             "to learn those beyond"
         )
+
+
+def check_restarts(recipe: Recipe, config: PreTrainedConfig, findings: Findings) -> None:
+    """Packed documents need layers that restart where documents do. config: the teacher's."""
+    if find_family(config).linear_attention is None:
+        return
+    for stage in recipe.training_stages:
+        section: Training = getattr(recipe, stage)
+        if any(part.reset_at_documents for part in section.parts):
+            findings.faults.append(f"{stage}.reset_at_documents: {NO_RESTART}")
 
 
 def _sees_positions(recipe: Recipe) -> bool:

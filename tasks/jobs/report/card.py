@@ -84,11 +84,14 @@ def _introduction(products: Products, recipe: Recipe) -> str:
         return "A small causal language model, trained from random weights to be a teacher for conversions."
     kept = len(products.attention_layers(recipe))
     layers = products.plan.num_layers if products.plan is not None else None
-    if not kept:
+    linear = products.plan.linear_layers if products.plan is not None else 0
+    if not kept and not linear:
         shape = "In every layer, a recurrent mixer with constant memory replaces softmax attention"
     else:
-        share = f"{layers - kept} of its {layers} layers" if layers else "most layers"
+        share = f"{layers - kept - linear} of its {layers} layers" if layers else "most layers"
         shape = f"In {share}, a recurrent mixer with constant memory replaces softmax attention"
+    if linear:
+        shape += f"; {linear} layers were linear attention before, and stayed as they were"
     return (
         f"{teacher_name(recipe)}, converted to linear attention by the RADLADS method (arXiv 2505.03005). {shape} "
         f"(`{recipe.student.variant}`)."
