@@ -19,6 +19,7 @@ from radlads.tasks.contracts.specs import PlanReport
 from radlads.tasks.jobs.choose.choose import choose_by_difficulty
 from radlads.tasks.jobs.plan import plan
 from radlads.tasks.jobs.plan.choice_plan import plan_choice
+from radlads.tasks.jobs.report import card
 
 # Of the published 4B, but for its depth.
 TEACHER = {
@@ -120,6 +121,14 @@ def test_gaps_are_counted_among_softmax_layers(tmp_path: Path) -> None:
     result = choose_by_difficulty(job, SOFTMAX, 2, free)
     assert result["attention_layers"] == [3, 7]
     assert [row["layer"] for row in result["layers"]] == list(SOFTMAX)
+
+
+@pytest.mark.parametrize(("kept", "share"), [([], "In 4 of its 16 layers"), ([7], "In 3 of its 16 layers")])
+def test_a_card_tells_mixers_from_layers_that_stayed(tmp_path: Path, kept: list[int], share: str) -> None:
+    products: Any = SimpleNamespace(plan=planned(tmp_path, kept), attention_layers=lambda recipe: tuple(kept))
+    text = card._introduction(products, linear_recipe(tmp_path, kept))
+    assert f"{share}, a recurrent mixer with constant memory replaces softmax attention" in text
+    assert "12 layers were linear attention before, and stayed as they were" in text
 
 
 def test_linear_layers_are_counted_as_what_they_are(tmp_path: Path) -> None:
