@@ -37,7 +37,7 @@ def find_family(config: PreTrainedConfig | Mapping[str, Any]) -> TeacherFamily:
         if isinstance(part, Mapping) and (reason := refusal(part)):
             raise UserError(reason)
     model_type = raw["model_type"]
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     text_type = text.get("model_type") if isinstance(text, Mapping) else None
     for family in FAMILIES.values() if text_type else ():
