@@ -130,7 +130,7 @@ class Rescue:
 
     def kill_a_rank(self, stage):
         """kill -9, as the kernel does it when memory runs out."""
-        ranks = [pid for pid, line in self.processes(stage).items() if line[1:4] == ["-u", "-m", f"{JOBS}.train"]]
+        ranks = [pid for pid, line in self.processes(stage).items() if line[1:4] == ["-u", "-m", f"{JOBS}.train.train"]]
         assert len(ranks) == 1, self.processes(stage)
         os.kill(ranks[0], signal.SIGKILL)
 
