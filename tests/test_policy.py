@@ -61,7 +61,7 @@ def test_the_reading_order_counts_the_lines_that_there_are() -> None:
     page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \d+ \| `([^`]+)` \| (\d+) \|", page, re.MULTILINE)
     actual = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name, _ in rows}
-    assert len(rows) == 12
+    assert len(rows) == 13
     drift = {name: (int(said), actual[name]) for name, said in rows if abs(int(said) - actual[name]) > 15}
     assert drift == {}, "written, actual: write the lines anew, and their total"
     total = re.search(r"\*\*total\*\* \| \*\*([\d,]+)\*\*", page)

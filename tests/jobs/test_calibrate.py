@@ -68,10 +68,10 @@ def test_resuming_ends_at_the_same_weights(training: Any, monkeypatch: pytest.Mo
     whole = align_job(training, "whole", asked)
     metrics = finish(training, whole)
     cut = align_job(training, "cut", asked)
-    real = train.learning_rates
-    monkeypatch.setattr(train, "learning_rates", lambda section, step: 1 / 0 if step == 9 else real(section, step))
+    real = steps.learning_rates
+    monkeypatch.setattr(steps, "learning_rates", lambda section, step: 1 / 0 if step == 9 else real(section, step))
     assert execute(train.main, cut) == "crash"
-    monkeypatch.setattr(train, "learning_rates", real)
+    monkeypatch.setattr(steps, "learning_rates", real)
     again = Job(spec=cut.spec)
     resumed = finish(training, again)
     assert resumed["step0_loss_calibrated"] == metrics["step0_loss_calibrated"]
