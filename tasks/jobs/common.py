@@ -74,6 +74,8 @@ class Job:
     world_size: int = 1
     stop_requested: bool = False
     """SIGTERM was seen. A cooperative job saves its state and raises Preempted."""
+    launched: float = field(default_factory=time.time)
+    """When this attempt was launched (its job.json was written), in seconds since the epoch."""
     _inputs: dict[str, Path] = field(default_factory=dict)
     _record: MetricsRecord | NoRecord | None = None
     _store: Store | None = None
@@ -106,9 +108,7 @@ class Job:
         """This rank's device."""
         import torch
 
-        if self.spec.resources.device == "cpu":
-            return torch.device("cpu")
-        return torch.device("cuda", self.local_rank)
+        return torch.device("cpu") if self.spec.resources.device == "cpu" else torch.device("cuda", self.local_rank)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,8 +164,7 @@ class Job:
                     f"input '{name}' at {reference.uri} holds another product than the one this job was planned with "
                     f"(digest {manifest.digest[:12]}, expected {reference.digest[:12]}); start the run again"
                 )
-            found = self.store.fetch(self.store.key(reference.uri), folder)
-            write_json(marker, {"folder": str(found)})
+            write_json(marker, {"folder": str(self.store.fetch(self.store.key(reference.uri), folder))})
         wait_for(marker, self.scratch)
         self._inputs[name] = Path(json.loads(marker.read_text(encoding="utf-8"))["folder"])
         return self._inputs[name]
@@ -261,6 +260,7 @@ def open_job(path: Path) -> Job:
         rank=rank,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        launched=path.stat().st_mtime,
     )
     job.scratch.mkdir(parents=True, exist_ok=True)
     handler = logging.StreamHandler(sys.stderr)

@@ -37,6 +37,7 @@ ATTEMPT = "=== attempt"
 """Start of the first line that every attempt writes to the log."""
 _LEFTOVER_SECONDS = 10.0
 _SUPERVISOR = "radlads.tasks.launchers.supervise"
+_RANKS = "radlads.tasks.jobs.ranks"
 
 
 class LocalLauncher(Launcher):
@@ -85,7 +86,7 @@ def launch(
     watcher = Watcher(scratch, on_progress)
     code = run_process(
         command,
-        env=job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
+        env=kernel_cache(spec) | job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
         cwd=scratch,
         log=log,
         on_tick=watcher.look,
@@ -122,7 +123,7 @@ def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | N
     if spec.resources.device == "cuda":
         devices = list(visible_gpus(visible) or devices)[: spec.resources.processes]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
-    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", f"--world_info={world}"]
+    launcher = [sys.executable, "-u", "-m", _RANKS, "--no_local_rank", f"--world_info={world}"]
     meeting = ["--master_addr=127.0.0.1", f"--master_port={port}"]
     return [*launcher, *meeting, "--module", module, str(job_json)]
 
@@ -152,6 +153,12 @@ def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[st
         # training on a CPU take 1.5 times as long. Keep the pages; the peak is the same.
         env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     return env
+
+
+def kernel_cache(spec: JobSpec) -> dict[str, str]:
+    """The folder of compiled Triton kernels, unless the user has set one: in the work folder, so that all stages and
+    attempts share it wherever the home folder is."""
+    return {"TRITON_CACHE_DIR": str(Path(spec.content_cache).parent / "triton")} if spec.content_cache else {}
 
 
 def run_process(

@@ -101,6 +101,9 @@ def _train(
     num_steps, reported = section.num_steps, time.monotonic()
     for step in optimizer_steps(section, engine, plans, start=start, rank=job.rank, stop=lambda: job.stop_requested):
         done = step.number
+        if done == start + 1:
+            launch = time.time() - job.launched
+            logger.info("the first step ended %.1f s after the launch, and took %.1f s", launch, step.seconds)
         numbers = _numbers(section, step, job.device)
         job.record.log(done, numbers)
         job.progress(done, num_steps, "steps")
