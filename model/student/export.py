@@ -216,11 +216,15 @@ def _save_weights(
         state, max_shard_size=max_shard_bytes, filename_pattern="model{suffix}.safetensors"
     )
     for name, keys in plan.filename_to_tensors.items():
+        places: set[int] = set()
         shard: dict[str, Tensor] = {
             key: (originals.read(key).to(dtype) if state[key].is_meta else state[key].cpu()).contiguous()
             for key in keys
         }
         for key, tensor in shard.items():
+            if tensor.data_ptr() in places:  # a head and embeddings that are equal, and one tensor while both are frozen
+                shard[key] = tensor.clone()
+            places.add(tensor.data_ptr())
             check_finite(f"the student's tensor {key}", tensor, mend="no model was written")
         save_file(shard, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:

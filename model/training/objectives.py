@@ -51,6 +51,8 @@ class Objective(nn.Module):
     """
 
     needs_teacher: ClassVar[bool] = False
+    mixes_outside_layers: ClassVar[bool] = False
+    """Whether the student's mixers are called by `mix`, without their layers."""
 
     def __init__(self, section: SectionSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__()
@@ -134,6 +136,7 @@ class AlignObjective(Objective):
     """Stage 1: each mixer's output compared with its attention's, on the teacher's own inputs; only mixers train."""
 
     needs_teacher: ClassVar[bool] = True
+    mixes_outside_layers: ClassVar[bool] = True
 
     def __init__(self, section: AlignSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__(section, student, teacher)

@@ -231,8 +231,25 @@ def _reading(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {**reads, **made})
 
 
+def hold_as_parameters(module: nn.Module) -> None:
+    """Hold a module's own 8-bit matrices as frozen parameters, not as buffers: ranks can divide those."""
+    for name in [name for name in module._buffers if name.endswith((_VALUES, _SCALES))]:
+        tensor = module._buffers.pop(name)
+        module._non_persistent_buffers_set.discard(name)
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def hold_as_buffers(module: nn.Module) -> None:
+    """Undo `hold_as_parameters`; the values are dropped."""
+    for name in [name for name in module._parameters if name.endswith((_VALUES, _SCALES))]:
+        tensor = module._parameters.pop(name)
+        assert tensor is not None
+        module.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), persistent=False)
+
+
 def _held(owner: nn.Module, own: str) -> tuple[Tensor | None, Tensor | None]:
-    return owner._buffers.get(own + _VALUES), owner._buffers.get(own + _SCALES)
+    values, scales = (owner._buffers.get(own + part, owner._parameters.get(own + part)) for part in (_VALUES, _SCALES))
+    return values, scales
 
 
 def _read(name: str, owner: nn.Module) -> Int8Weight:

@@ -65,7 +65,7 @@ class JobResources(Sheet):
 
     device: Literal["cpu", "cuda"]
     processes: int = Field(ge=1)
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     threads: int = Field(ge=1)
     offload_optimizer: bool = False
     gpu_memory_gib: float | None = None

@@ -266,7 +266,7 @@ class Resources(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     threads: int | None = Field(default=None, gt=0, le=4096)
     """CPU threads per process; None: the cores divided by the number of processes."""
     offload_optimizer: bool = False

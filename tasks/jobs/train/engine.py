@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.recipe import Training
+from radlads.tasks.contracts.recipe.recipe import Optimizer, Training
 from radlads.tasks.jobs.exit_reasons import NonFiniteError
 from radlads.tasks.jobs.train.deepspeed_import import import_deepspeed
-from radlads.tasks.jobs.train.parameter_groups import Named, optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
 
 if TYPE_CHECKING:
     from radlads.tasks.jobs.data.loader import Batch
@@ -78,7 +78,7 @@ class Engine:
         self.parameters = dict(chosen["mixer"] + chosen["rest"])
         self.device, self.clip = device, section.optimizer.clip
         self.micro_batch, self.num_micro = micro_batch, num_micro
-        self._adam = _adamw(chosen, section)
+        self._adam = adamw(optimizer_groups(chosen, section.optimizer), section.optimizer)
         stage = 2 if offload else _usable_stage(zero_stage, dtype)
         config = _config(stage, dtype, micro_batch, num_micro, self._elements())
         if offload:
@@ -100,14 +100,14 @@ class Engine:
             tokens = self.micro_batch * (batch["input_ids"].shape[1] - 1)
             share = self.objective.num_labels(batch) / tokens
             labelled += share
-            loss, metrics = self._engine(
+            loss, metrics = self.forward(
                 {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             )
             for name, value in ({"loss": loss} | metrics).items():
                 seen[name] = seen.get(name, 0) + share * value.detach().double() / self.num_micro
-            self._engine.backward(share * loss)
+            self._backward(share * loss)
             if index < self.num_micro - 1:
-                self._engine.step()
+                self._between()
         result, share = self._agree(seen, labelled, stop)
         if share == 0:
             raise UserError(
@@ -122,11 +122,27 @@ class Engine:
         self._scale(min(1.0, self.clip / (result.grad_norm + 1e-6)) / share)
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]] * group["multiplier"]
+        self._move()
+        return result
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective's `(loss, metrics)` of a batch on the device. Every rank calls it as often."""
+        return self._engine(batch)  # type: ignore[no-any-return]
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradient of a forward pass, over num_micro and averaged over the ranks."""
+        self._engine.backward(loss)
+
+    def _between(self) -> None:
+        """After each forward pass of a step but the last."""
+        self._engine.step()
+
+    def _move(self) -> None:
+        """The optimizer's step."""
         self._engine.step()
         if self._offloaded:
             for gradient in self._gradients():
                 gradient.zero_()  # a parameter unused in the next step must not keep this step's gradient
-        return result
 
     def _agree(self, seen: dict[str, Tensor], labelled: float, stop: bool) -> tuple[StepResult, float]:
         """Average over the labels of all ranks, and copy everything to the host at once; also the step's share.
@@ -171,6 +187,9 @@ class Engine:
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    def release(self, rank: int) -> None:
+        """After the last step: make the student whole on rank 0, to be exported. Every rank calls it."""
+
     # State, by parameter name
 
     def adam_steps(self) -> int:
@@ -201,6 +220,9 @@ class Engine:
         for parameter, gradient in zip(owned, before, strict=True):
             parameter.grad = gradient if self._offloaded else None
         self.set_adam_steps(0)
+        self._link_state()
+
+    def _link_state(self) -> None:
         if self._sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -241,9 +263,8 @@ class Engine:
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
 
 
-def _adamw(chosen: dict[str, Named], section: Training) -> torch.optim.AdamW:
-    options = section.optimizer
-    groups = optimizer_groups(chosen, options)
+def adamw(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.AdamW:
+    """The optimizer of parameter groups (parameter_groups.py)."""
     return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 

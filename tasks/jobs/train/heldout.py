@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from radlads.model.training.objectives import Objective
-from radlads.tasks.jobs.data.loader import TokenSplit
+from radlads.tasks.jobs.data.loader import Batch, TokenSplit
 from radlads.tasks.jobs.train.engine import to_device
 
 logger = logging.getLogger("radlads")
@@ -17,6 +18,7 @@ logger = logging.getLogger("radlads")
 @torch.no_grad()
 def heldout_metrics(
     objective: Objective,
+    forward: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
     split: TokenSplit,
     *,
     context: int,
@@ -29,6 +31,7 @@ def heldout_metrics(
 ) -> dict[str, float]:
     """`heldout/<metric>` over the first rows of the split, up to max_tokens. Every rank calls it; {} without a label.
 
+    forward: the engine's; every rank calls it equally often, with a row that has no weight where it has fewer batches.
     Each batch is weighted by the labels that the objective counts in it, so that the result does not depend on how the
     rows are distributed.
     """
@@ -43,17 +46,15 @@ def heldout_metrics(
     objective.eval()
     totals: dict[str, torch.Tensor] = {}
     labels = 0
-    for batch in batches:
-        weight = objective.num_labels(batch)
-        if weight == 0:
-            continue
-        loss, metrics = objective(to_device(batch, device))
+    own = [batch for batch in batches if objective.num_labels(batch) > 0]
+    filler = split.batch([0], context, document_ids=document_ids)
+    for index in range(_most(len(own), device, world_size)):
+        batch = own[index] if index < len(own) else filler
+        weight = objective.num_labels(batch) if index < len(own) else 0
+        loss, metrics = forward(to_device(batch, device))
         for name, value in ({"loss": loss} | metrics).items():
             totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + weight * value
         labels += weight
-    if not totals:  # fewer rows than ranks, or no label: run for the metric names, with weight 0
-        loss, metrics = objective(to_device(split.batch([0], context, document_ids=document_ids), device))
-        totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in {"loss": loss} | metrics}
     objective.train(was_training)
     reduced = torch.stack([torch.full_like(totals["loss"], labels), *totals.values()])
     if world_size > 1:
@@ -63,3 +64,11 @@ def heldout_metrics(
         logger.warning("no token of the held-out rows is a label: no held-out loss")
         return {}
     return {f"heldout/{name}": total / count for name, total in zip(totals, sums, strict=True)}
+
+
+def _most(own: int, device: torch.device, world_size: int) -> int:
+    """The largest number of any rank, at least 1."""
+    most = torch.tensor(max(1, own), device=device)
+    if world_size > 1:
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    return int(most)

@@ -23,6 +23,7 @@ from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 from radlads.tasks.jobs.origin import check_training
 from radlads.tasks.jobs.train.calibrate import calibrate_student
 from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines import build_engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
 from radlads.tasks.jobs.train.label_check import check_labels
 from radlads.tasks.jobs.train.steps import Step, optimizer_steps
@@ -50,19 +51,11 @@ def main(job: Job) -> dict[str, Any]:
     objective = build_objective(spec, networks.student, networks.teacher)
     plans = plan_batches(section, dataset.split("train"), job.world_size, mixed=mixed)
     check_labels(section, plans)
-    engine = Engine(
-        objective,
-        section,
-        device=job.device,
-        dtype=job.dtype,
-        zero_stage=job.spec.resources.zero_stage,
-        offload=job.spec.resources.offload_optimizer,
-        micro_batch=plans[0].sequences,
-        num_micro=plans[0].num_micro,
-    )
+    engine = build_engine(job, objective, section, micro_batch=plans[0].sequences, num_micro=plans[0].num_micro)
     heldout = partial(
         heldout_metrics,
         objective,
+        engine.forward,
         dataset.split("heldout"),
         context=plans[-1].context,
         batch_size=plans[-1].sequences,
@@ -80,6 +73,7 @@ def main(job: Job) -> dict[str, Any]:
         _train(job, section, engine, plans, checkpoints, heldout, start)
         final = heldout()
     job.record.log(section.num_steps, final)
+    engine.release(job.rank)
     if job.rank != 0:
         return {}
     merge_lora(networks.student)

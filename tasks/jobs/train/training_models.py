@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.student.export import export_student
@@ -41,17 +42,18 @@ class Networks:
 
 
 def load_networks(job: Job, spec: TrainSpec) -> Networks:
-    """Student, teacher (where the objective needs one) and tokenizer, on this rank's device. Raises UserError."""
+    """Student, teacher (where the objective needs one) and tokenizer, on this rank's device (under ZeRO-3 on the CPU).
+    Raises UserError."""
     teacher, originals = _teacher(job, spec), None
     if isinstance(spec.section, Pretrain):
         pin = spec.pins["section.tokenizer"]
         tokenizer = load_tokenizer(spec.section.tokenizer, revision=pin.commit)
         student: Any = _fresh_model(spec.section, tokenizer)
-        student = student.to(job.device, job.dtype)
+        student = student.to(_place(job), job.dtype)
     else:
         folder = job.input("student") / "model"
         tokenizer = load_tokenizer(str(folder), trust_remote_code=spec.trust_remote_code)
-        student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, job.device)
+        student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, _place(job))
         originals = open_weight_files(str(folder))
     if spec.section.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -68,7 +70,12 @@ def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
         dtype=job.dtype,
         revision=spec.teacher.revision,
     )
-    return hold_teacher(teacher, spec, job.device)
+    return hold_teacher(teacher, spec, _place(job))
+
+
+def _place(job: Job) -> torch.device:
+    """Where the networks are held until the engine takes them: under ZeRO-3 it divides them as it moves them."""
+    return torch.device("cpu") if job.spec.resources.zero_stage == 3 else job.device
 
 
 def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

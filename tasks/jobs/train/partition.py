@@ -1,0 +1,169 @@
+"""ZeRO-3: the parameters of student and teacher divided over the ranks, and gathered a part of a layer at a time.
+
+torch's `fully_shard` does it. A unit is gathered before it runs, forward and backward, and freed after it. In every
+layer of both networks, each module whose weights both networks share is a unit (held once), and so is the rest of the
+layer; where mixers run outside their layers (align), each mixer. Embeddings, final norms and heads are one unit, which
+is gathered for the whole pass: the losses read the heads' weights.
+
+Every parameter is divided along its first dimension, so a rank's part is one piece of the flattened parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from radlads.model.mixers.shared.mixer import Mixer
+from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.model.teacher.family import backbone
+from radlads.model.teacher.load import find_family
+from radlads.model.training.quantized import hold_as_buffers, hold_as_parameters
+
+_REPLICATED = 1 << 20
+"""Elements below which a module that both networks share is held whole by every rank: a norm, not a matrix."""
+
+
+class Partitioned(nn.Module):
+    """An objective with its networks divided over the ranks. Call it in place of the objective, on every rank alike."""
+
+    def __init__(self, objective: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+        """objective: its networks are on the CPU, trained parameters are known by `requires_grad`. They are moved to
+        the device as they are divided; those that train become fp32 (the masters), and are gathered in `dtype`."""
+        super().__init__()
+        self.objective, self.teacher, self.dtype = objective, objective._teacher[0], dtype
+        student = objective.student
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+        self._whole: set[nn.Parameter] = set()
+        shared = [] if self.teacher is None else join_shared(student, self.teacher)
+        for module in shared:
+            for part in module.modules():
+                hold_as_parameters(part)
+            if sum(parameter.numel() for parameter in module.parameters()) < _REPLICATED:
+                self._whole |= set(module.parameters())
+            else:
+                self._divide(module)
+        alone = objective.mixes_outside_layers
+        for network in (student, self.teacher):
+            for layer in [] if network is None else layers(network):
+                for module in layer.modules():
+                    hold_as_parameters(module)
+                    if alone and isinstance(module, Mixer):
+                        self._divide(module)
+                        register_fsdp_forward_method(module, "mix")
+                self._divide(layer)
+        self._divide(self, reshard_after_forward=False)
+        for parameter in self._whole:
+            parameter.data = parameter.data.to(device)
+
+    def forward(self, batch: Any) -> Any:
+        """The objective's."""
+        return self.objective(batch)
+
+    def _divide(self, module: nn.Module, **options: Any) -> None:
+        own = {p for part in _outside_units(module) for p in part.parameters(recurse=False)} - self._whole
+        if own:
+            fully_shard(module, mesh=self._mesh, mp_policy=self._policy, ignored_params=self._whole or None, **options)
+
+
+def join_shared(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.Module]:
+    """Give the student the teacher's own modules where all their tensors are the same objects; returns those modules.
+
+    Outermost modules below the layers, and those outside them. A module with hooks, or another class, is not replaced.
+    """
+    joined: list[nn.Module] = []
+    places = [name for name, _ in student.named_modules()]
+    inside = tuple(f"{name}." for name in places if _find(student, name) in set(layers(student)))
+    done: tuple[str, ...] = ()
+    for name in places:
+        ours, theirs = _find(student, name), _find(teacher, name)
+        if name.startswith(done) or theirs is None or not (name.startswith(inside) or _is_leaf(ours)):
+            continue
+        if ours is not theirs and type(ours) is type(theirs) and _same_tensors(ours, theirs) and not _hooked(ours):
+            place, _, last = name.rpartition(".")
+            setattr(student.get_submodule(place), last, theirs)
+            done += (f"{name}.",)
+            if name.startswith(inside):
+                joined.append(theirs)
+    return joined
+
+
+def layers(network: PreTrainedModel) -> Iterator[nn.Module]:
+    """The decoder layers of a student, or of a model of a known family."""
+    if isinstance(network, RadladsForCausalLM):
+        yield from network._layers()
+    else:
+        yield from getattr(backbone(network), find_family(network.config).layers)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A divided parameter, gathered; every rank calls it. Other tensors are returned as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor, rank: int, num_ranks: int) -> Tensor:
+    """A rank's part of a whole tensor, as `fully_shard` divides it: a view."""
+    parts = tensor.chunk(num_ranks, dim=0)
+    return parts[rank] if rank < len(parts) else tensor[:0]
+
+
+def gather_student(module: Partitioned, rank: int) -> None:
+    """Make the student whole again, in its compute dtype on the CPU of rank 0, to be exported there. It cannot run
+    afterwards."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    gathered: dict[nn.Parameter, nn.Parameter] = {}  # a tied matrix stays one
+    for part in module.objective.student.modules():
+        hold_as_buffers(part)  # exported from their originals
+        for name, parameter in list(part._parameters.items()):
+            if not isinstance(parameter, DTensor):
+                continue
+            if parameter not in gathered:
+                full = whole(parameter.detach())
+                full = full.to("cpu", module.dtype) if rank == 0 else full[:0]
+                gathered[parameter] = nn.Parameter(full, requires_grad=False)
+            part._parameters[name] = gathered[parameter]
+
+
+def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and its submodules, without those of units that were made before."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _outside_units(child)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _same_tensors(ours: nn.Module, theirs: nn.Module) -> bool:
+    mine, other = (dict(_tensors(module)) for module in (ours, theirs))
+    return bool(mine) and mine.keys() == other.keys() and all(mine[name] is other[name] for name in mine)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())

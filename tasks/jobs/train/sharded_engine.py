@@ -1,0 +1,102 @@
+"""The engine under ZeRO-3: parameters, gradients and optimizer divided over the ranks by torch's `fully_shard`.
+
+Each rank's AdamW moves its own parts, fp32 masters. Gradients are averaged over the ranks and added up in fp32. Step,
+clip and the check for finite numbers are the other engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+from radlads.tasks.contracts.recipe.recipe import Training
+from radlads.tasks.jobs.train.engine import MOMENTS, Engine, adamw
+from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.partition import Partitioned, gather_student, own_part, whole
+
+
+class ShardedEngine(Engine):
+    """An Engine whose networks are divided over the ranks."""
+
+    def __init__(
+        self,
+        objective: Any,
+        section: Training,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch: int,
+        num_micro: int,
+    ) -> None:
+        """As Engine; the objective's networks are on the CPU."""
+        chosen = select_trainable(objective, section)
+        self.module = Partitioned(objective, device=device, dtype=dtype)
+        self.device, self.clip, self.objective = device, section.optimizer.clip, objective
+        self.micro_batch, self.num_micro = micro_batch, num_micro
+        divided = dict(objective.student.named_parameters())
+        self.parameters = {name: divided[name] for name, _ in chosen["mixer"] + chosen["rest"]}
+        self._parts = {parameter: nn.Parameter(parameter.to_local()) for parameter in self.parameters.values()}
+        groups = optimizer_groups(
+            {group: [(name, divided[name]) for name, _ in named] for group, named in chosen.items()}, section.optimizer
+        )
+        for group in groups:
+            group["params"] = [self._parts[parameter] for parameter in group["params"]]
+        self._adam = adamw(groups, section.optimizer)
+        self._sharded, self._offloaded = True, False
+        self._make_state()
+
+    def forward(self, batch: Any) -> Any:
+        return self.module(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss / self.num_micro).backward()
+
+    def _between(self) -> None:
+        pass
+
+    def _move(self) -> None:
+        self._adam.step()
+        for parameter, part in self._parts.items():
+            parameter.grad = part.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        for parameter, part in self._parts.items():
+            gradient = parameter.grad
+            part.grad = torch.zeros_like(part) if gradient is None else gradient.to_local()
+        return [part.grad for part in self._parts.values() if part.grad is not None]
+
+    def _link_state(self) -> None:
+        """Nothing to link: the optimizer's own state is the state."""
+
+    def accumulate(self, micro_batch: int, num_micro: int) -> None:
+        self.micro_batch, self.num_micro = micro_batch, num_micro
+
+    def release(self, rank: int) -> None:
+        gather_student(self.module, rank)
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        parameter = self.parameters[name]
+        state = self._adam.state[self._parts[parameter]]
+        moments = {key: whole(_like(parameter, state[key])) for key in MOMENTS}
+        return {"param": whole(parameter.detach()), **moments}
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        part = self._parts[self.parameters[name]]
+        rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
+        own = {key: own_part(tensor, rank, num_ranks) for key, tensor in tensors.items()}
+        with torch.no_grad():
+            part.copy_(own["param"])
+            for key in MOMENTS:
+                self._adam.state[part][key].copy_(own[key])
+
+
+def _like(parameter: Any, part: Tensor) -> Tensor:
+    """A rank's part of a tensor that is divided as the parameter is."""
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
+    )  # fmt: skip

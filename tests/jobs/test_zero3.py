@@ -1,0 +1,108 @@
+"""ZeRO-3: networks divided over ranks train as whole ones do, are held once, resume in another form, and are exported."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from radlads.model.convert.transplant import transplant
+from radlads.model.student.export import export_student
+from radlads.model.student.load import build_student
+from radlads.model.teacher.load import load_teacher
+from radlads.model.weights.weight_files import open_weight_files
+from radlads.tasks.contracts.job import Manifest
+from radlads.tasks.contracts.recipe.recipe import Lora, Rate
+from radlads.tasks.contracts.specs import spec_digest
+from radlads.tasks.contracts.store.open import open_store
+from radlads.tasks.jobs.code_version import code_version
+from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.jobs.origin import write_origin
+from radlads.tasks.jobs.train import train
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+TRAIN = "radlads.tasks.jobs.train.train"
+MIXERS = {"mixer_rate": Rate(start=3e-3, final=1e-3)}
+RATES = {**MIXERS, "rest_rate": Rate(start=1e-3, final=1e-4)}
+SHORT = {"tokens": 6 * 128, "gradient_checkpointing": True}
+
+
+def run(training: Any, job: Job) -> list[float]:
+    assert execute(train.main, job) == "done", training.ending(job)
+    return [loss for _, loss in training.curve(job)]
+
+
+def exported(job: Job) -> dict[str, torch.Tensor]:
+    files = open_weight_files(str(Path(job.spec.output_uri) / "model"))
+    return {name: files.read(name) for name in files.names()}
+
+
+def assert_same_models(one: Job, other: Job, tolerance: float) -> None:
+    ours, theirs = exported(one), exported(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.allclose(tensor.float(), theirs[name].float(), atol=tolerance, rtol=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def hybrid(training: Any) -> Any:
+    """hybrid(job): the job, on a student whose second layer is the teacher's attention."""
+    teacher = load_teacher(str(training.teacher))
+    student = build_student(
+        teacher.config, variant="hxa079", options={}, attention_layers=(1,), attention_rope=True, untie_embeddings=True
+    )
+    transplant(teacher, student)
+    write_origin(student.config, training.reference)
+    from transformers import AutoTokenizer
+
+    export_student(student, AutoTokenizer.from_pretrained(training.teacher), training.root / "hybrid" / "model")
+    manifest = Manifest(stage="student", digest="hybrid", spec={}, files=(), code=code_version(), created_at=NOW)
+    open_store(training.store).commit("hybrid", training.root / "hybrid", manifest)
+
+    def change(job: Job, **spec: Any) -> Job:
+        given = dict(job.spec.inputs) | {"student": training._input("hybrid")}
+        changed = job.spec.spec | spec
+        typed = type(job.typed).model_validate(changed)
+        digest = spec_digest(job.spec.stage, typed, given)
+        sheet = job.spec.model_copy(update={"spec": changed, "inputs": given, "digest": digest})
+        (job.scratch / "job.json").write_text(sheet.model_dump_json(), encoding="utf-8")
+        return Job(spec=sheet)
+
+    return change
+
+
+@pytest.mark.parametrize("stage", ["align", "distill", "finetune"])
+def test_a_stage_trains_as_under_zero_2(training, stage):
+    rates = MIXERS if stage == "align" else RATES
+    divided = training.job(stage, f"zero3-{stage}", resources={"zero_stage": 3}, **SHORT, **rates)
+    curve = run(training, divided)
+    plain = training.job(stage, f"zero2-{stage}", resources={"zero_stage": 2}, **SHORT, **rates)
+    assert curve == pytest.approx(run(training, plain), rel=1e-5)
+    assert_same_models(divided, plain, 1e-5)
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hybrid, run_ranks, stage):
+    rates = MIXERS if stage == "align" else {**RATES, "freeze": ("mlp", "embeddings")}
+    bits = {"teacher_bits": 8, "mlp_bits": 8 if stage == "distill" else 16}
+    options = {**SHORT, **rates, "micro_batch": 1}
+    two = {"processes": 2, "zero_stage": 3}
+    divided = hybrid(training.job(stage, f"zero3-two-{stage}", resources=two, **options), **bits)
+    run_ranks(TRAIN, divided, 2)
+    plain = hybrid(training.job(stage, f"zero3-one-{stage}", resources={"zero_stage": 2}, **options), **bits)
+    wanted = run(training, plain)
+    assert [loss for _, loss in training.curve(divided)] == pytest.approx(wanted, rel=1e-4)
+    assert_same_models(divided, plain, 1e-3)
+
+
+def test_lora_in_bf16_is_merged_into_an_export_of_bf16(training):
+    options = {**SHORT, **RATES, "precision": "bf16", "lora": Lora(targets=("q_proj", "o_proj"), rank=4)}
+    divided = training.job("finetune", "zero3-lora", resources={"zero_stage": 3}, **options)
+    curve = run(training, divided)
+    plain = training.job("finetune", "zero2-lora", resources={"zero_stage": 2}, **options)
+    assert curve == pytest.approx(run(training, plain), rel=5e-3)
+    assert_same_models(divided, plain, 2e-2)
