@@ -222,7 +222,9 @@ def _save_weights(
             for key in keys
         }
         for key, tensor in shard.items():
-            if tensor.data_ptr() in places:  # a head and embeddings that are equal, and one tensor while both are frozen
+            if (
+                tensor.data_ptr() in places
+            ):  # a head and embeddings that are equal, and one tensor while both are frozen
                 shard[key] = tensor.clone()
             places.add(tensor.data_ptr())
             check_finite(f"the student's tensor {key}", tensor, mend="no model was written")

@@ -96,6 +96,7 @@ def test_only_advice_that_changes_the_result_changes_the_digest() -> None:
         "distill.micro_batch: 1": True,
         "distill.gradient_checkpointing: true": True,
         "resources.zero_stage: 2": True,
+        "resources.zero_stage: 3": True,
         "resources.offload_optimizer: true": True,
         "teacher.bits: 8": False,
         "4 GPUs": True,

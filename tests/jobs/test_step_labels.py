@@ -262,7 +262,7 @@ def test_heldout_metrics_do_not_depend_on_batches(case, places, stories_dataset,
 
     def found(batch_size: int, max_tokens: int = 5 * CONTEXT) -> dict[str, float]:
         return heldout_metrics(
-            objective, split, context=CONTEXT, batch_size=batch_size, max_tokens=max_tokens, device=CPU, rank=0,
+            objective, objective, split, context=CONTEXT, batch_size=batch_size, max_tokens=max_tokens, device=CPU, rank=0,
             world_size=1, document_ids=False,
         )  # fmt: skip
 
@@ -279,7 +279,7 @@ def test_heldout_rows_without_a_label_have_no_loss(places, stories_dataset, tmp_
     split = masked(stories_dataset, tmp_path, {}).split("heldout")
     options = {"batch_size": 2, "max_tokens": 96, "rank": 0, "world_size": 1, "document_ids": False}
     objective = make_objective("finetune-0", *places)
-    assert heldout_metrics(objective, split, context=CONTEXT, device=CPU, **options) == {}
+    assert heldout_metrics(objective, objective, split, context=CONTEXT, device=CPU, **options) == {}
     assert "no token of the held-out rows is a label" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""ZeRO-3: networks divided over ranks train as whole ones do, are held once, resume in another form, and are exported."""
+"""ZeRO-3: networks divided over the ranks train as whole ones do, and are exported whole."""
 
 from __future__ import annotations
 

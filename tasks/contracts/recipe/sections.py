@@ -267,6 +267,8 @@ class Resources(Section):
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What the GPUs share: 1 the optimizer, 2 gradients too, 3 also the weights of student and teacher, frozen ones
+    included, which are then gathered a part of a layer at a time. With bf16, 0 and 1 run as 2."""
     threads: int | None = Field(default=None, gt=0, le=4096)
     """CPU threads per process; None: the cores divided by the number of processes."""
     offload_optimizer: bool = False

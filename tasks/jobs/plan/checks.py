@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from radlads.model.training.align_losses import no_spectrum
 from radlads.model.training.lora import missing_target
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.memory import freezes_mlp, teacher_bits
 from radlads.tasks.contracts.recipe.sections import (
     Dataset,
@@ -35,6 +36,7 @@ from radlads.tasks.jobs.data.text.documents import Document, first_documents
 from radlads.tasks.jobs.data.text.recall import build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.jobs.train.engines import NO_CALIBRATION, NO_OFFLOAD
 from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 
 # Documents of each source that are read to check the source and to measure bytes per token.
@@ -158,6 +160,16 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
             )
     if (eight or (recipe.teacher is not None and recipe.teacher.bits == 8)) and find_spec("torchao") is None:
         findings.faults.append("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'")
+
+
+def check_zero_3(recipe: Recipe, resources: JobResources, findings: Findings) -> None:
+    """ZeRO-3 divides what some settings need whole."""
+    if resources.zero_stage != 3:
+        return
+    if resources.offload_optimizer:
+        findings.faults.append(f"resources: {NO_OFFLOAD}")
+    if recipe.student.calibrate is not None:
+        findings.faults.append(f"student.calibrate: {NO_CALIBRATION}")
 
 
 def check_lora(recipe: Recipe, known: Sequence[str], findings: Findings) -> None:

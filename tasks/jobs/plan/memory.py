@@ -3,12 +3,14 @@
 P parameters that train, N processes, w bytes of a number in the precision of the stage (2 in bf16):
 
     weights      student · w; 8-bit matrices 1 + w/128 each; nothing for tensors shared with the teacher
+    weights and teacher divided by N under ZeRO-3, where parameters that train are held as masters alone
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
-    buffers      DeepSpeed's bucket, one dequantised matrix, what the optimizer's step flattens in excess of activations
+    buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/partition.py); one dequantised matrix,
+                 what the optimizer's step flattens in excess of activations
 
 Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
 gradients are assumed to be as large as what it keeps.
@@ -16,6 +18,7 @@ gradients are assumed to be as large as what it keeps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
@@ -107,7 +110,8 @@ def training_memory(
     teacher_bits: FrozenBits = 16,
     mlp_bits: FrozenBits = 16,
 ) -> Memory:
-    """Bytes on one device, by kind, and `total`; `host`: host memory of an offloaded optimizer."""
+    """Bytes on one device, by kind, and `total`; `host`: host memory of a process, for an offloaded optimizer, or to
+    export under ZeRO-3."""
     word = word_bytes(section.precision, resources)
     trainable = networks.trainable(stage, section)
     shards = resources.processes
@@ -129,14 +133,19 @@ def training_memory(
     if resources.offload_optimizer:
         # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
         host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
+    weights, teacher, gathered = sum(groups.values()), teacher if taught else 0, 0
+    if resources.zero_stage == 3:  # what trains is held as masters alone; a process has the whole student to export it
+        host = networks.student_parameters * word
+        weights, teacher = max(0, weights - trainable * word) // shards, teacher // shards
+        gathered = _gathered(networks, word, taught=taught, shared=shared)
     memory = {
-        "weights": sum(groups.values()),
+        "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "teacher": teacher if taught else 0,
+        "teacher": teacher,
         "activations": activations,
         "logits": logits,
-        "buffers": min(BUCKET_ELEMENTS, trainable) * (word + 4)
+        "buffers": (gathered or min(BUCKET_ELEMENTS, trainable) * (word + 4))
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
         + max(0, gradients - activations - logits),
         "overhead": _OVERHEAD_BYTES[resources.device],
@@ -168,6 +177,16 @@ def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources
 def word_bytes(precision: str, resources: JobResources) -> int:
     """Bytes per number in a stage's precision."""
     return 2 if precision == "bf16" or (precision == "auto" and resources.device == "cuda") else 4
+
+
+def _gathered(networks: NetworkSizes, word: int, *, taught: bool, shared: Sequence[str]) -> int:
+    """ZeRO-3: bytes of what is whole at a time (train/partition.py): embeddings and heads, the layer that is computed,
+    the next one, and a layer's gradient in the precision and as it is reduced in fp32."""
+    ends = {group: networks.groups.get(group, 0) for group in ("embeddings", "head")}
+    root = sum(ends.values())
+    layer = (networks.student_parameters - root) // networks.num_layers
+    twice = sum(count for group, count in ends.items() if group not in shared) if taught else 0
+    return (root + twice + 2 * layer) * word + layer * (word + 4)
 
 
 def _saved_by_8_bit(matrices: int, word: int) -> int:

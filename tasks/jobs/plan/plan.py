@@ -41,6 +41,7 @@ from radlads.tasks.jobs.plan.checks import (
     check_masks,
     check_needle,
     check_tokenizer,
+    check_zero_3,
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
@@ -91,6 +92,7 @@ def make_plan(
     positions = getattr(subject.config, "max_position_embeddings", None)
     check_training(recipe, positions, resources.processes, findings)
     check_frozen(recipe, findings)
+    check_zero_3(recipe, resources, findings)
     check_restarts(recipe, subject.config, findings)
     hub = {} if sizes_only else pin_hub(recipe, findings)
     data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)
@@ -257,7 +259,8 @@ def _plan_stages(
         section = getattr(recipe, stage)
         if section is None:
             continue
-        setting = Setting(stage, section, resources, teacher_bits(recipe, stage), mlp_bits(recipe, stage))
+        bits, divisible = (teacher_bits(recipe, stage), mlp_bits(recipe, stage)), recipe.student.calibrate is None
+        setting = Setting(stage, section, resources, *bits, divisible=divisible)
         memory = setting.memory(networks)
         if memory["total"] > limit:
             findings.misfits.append(_misfit(stage, memory, device, what_would_help(setting, networks, limit)))

@@ -27,6 +27,8 @@ class Setting:
     resources: JobResources
     teacher_bits: FrozenBits = 16
     mlp_bits: FrozenBits = 16
+    divisible: bool = True
+    """Whether ZeRO-3 can train the stage: not where align calibrates."""
 
     def memory(self, networks: NetworkSizes) -> Memory:
         """As training_memory."""
@@ -47,6 +49,8 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
     now = setting
     for label, changed in _steps(setting):
         following, own = _onto(now, setting, changed), now.memory(networks)
+        if following.resources.zero_stage == 3 and following.resources.offload_optimizer:
+            continue  # they exclude each other
         if own["total"] - following.need(networks) < _WORTH * (own["total"] - own["overhead"]):
             continue
         chosen, now = [*chosen, (label, changed)], following
@@ -92,7 +96,9 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield f"{stage}.gradient_checkpointing: true", replace(setting, section=changed)
     if resources.zero_stage < 2 and resources.processes > 1 and word_bytes(section.precision, resources) == 4:
         yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
-    if not resources.offload_optimizer:
+    if resources.zero_stage < 3 and resources.processes > 1 and not resources.offload_optimizer and setting.divisible:
+        yield "resources.zero_stage: 3", replace(setting, resources=resources.model_copy(update={"zero_stage": 3}))
+    if not resources.offload_optimizer and resources.zero_stage < 3:
         changed_resources = resources.model_copy(update={"offload_optimizer": True})
         yield "resources.offload_optimizer: true", replace(setting, resources=changed_resources)
     yield from _in_8_bit(setting)

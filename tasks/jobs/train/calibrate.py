@@ -14,10 +14,12 @@ import torch
 
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.training.calibration import alignment_loss, calibrate
+from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.data.loader import TokenDataset, TokenSplit
+from radlads.tasks.jobs.train.engines import NO_CALIBRATION
 from radlads.tasks.jobs.train.training_models import Networks
 
 logger = logging.getLogger("radlads")
@@ -33,6 +35,8 @@ def calibrate_student(job: Job, spec: TrainSpec, networks: Networks, dataset: To
     """
     if spec.calibrate is None:
         return {}
+    if job.spec.resources.zero_stage == 3:
+        raise UserError(f"student.calibrate: {NO_CALIBRATION}")
     began, section, context = time.monotonic(), spec.calibrate, spec.section.context
     student, teacher = networks.student, networks.teacher
     assert isinstance(student, RadladsForCausalLM), "align trains a converted student"

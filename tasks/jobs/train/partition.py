@@ -39,10 +39,8 @@ class Partitioned(nn.Module):
         super().__init__()
         self.objective, self.teacher, self.dtype = objective, objective._teacher[0], dtype
         student = objective.student
-        for parameter in student.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
         self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self._device = device
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         self._whole: set[nn.Parameter] = set()
         shared = [] if self.teacher is None else join_shared(student, self.teacher)
@@ -73,6 +71,8 @@ class Partitioned(nn.Module):
     def _divide(self, module: nn.Module, **options: Any) -> None:
         own = {p for part in _outside_units(module) for p in part.parameters(recurse=False)} - self._whole
         if own:
+            for parameter in own:  # unit by unit: loaded weights are pages of their files, which all ranks share
+                parameter.data = parameter.data.to(self._device, torch.float32 if parameter.requires_grad else None)
             fully_shard(module, mesh=self._mesh, mp_policy=self._policy, ignored_params=self._whole or None, **options)
 
 
