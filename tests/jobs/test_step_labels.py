@@ -262,8 +262,8 @@ def test_heldout_metrics_do_not_depend_on_batches(case, places, stories_dataset,
 
     def found(batch_size: int, max_tokens: int = 5 * CONTEXT) -> dict[str, float]:
         return heldout_metrics(
-            objective, objective, split, context=CONTEXT, batch_size=batch_size, max_tokens=max_tokens, device=CPU, rank=0,
-            world_size=1, document_ids=False,
+            objective, objective, split, context=CONTEXT, batch_size=batch_size, max_tokens=max_tokens, device=CPU,
+            rank=0, world_size=1, document_ids=False,
         )  # fmt: skip
 
     whole = found(5)
