@@ -90,7 +90,8 @@ def test_a_step_on_any_default_device(step, make):
     assert out.device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+# Packed documents are laid out by the same code in all recurrences: one of them is enough.
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"wkv6 packed", "gated_delta packed"}))
 def test_under_torch_compile(name):
     operator, inputs = OPERATORS[name]
     torch.compiler.reset()
