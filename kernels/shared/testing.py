@@ -18,6 +18,12 @@ GATED_DELTA_NAMES = ("q", "k", "v", "log_decay", "beta")
 WKV6_FLOOR = -5.0  # RAD-RWKV6's log decay lies in [WKV6_FLOOR, 0)
 
 
+def _normal(seed: int, device: str) -> Callable[..., Tensor]:
+    """shape -> normal numbers of it in fp64, from one generator."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return partial(torch.randn, generator=generator, dtype=torch.float64, device=device)
+
+
 def wkv7_inputs(
     B: int,
     T: int,
@@ -37,11 +43,7 @@ def wkv7_inputs(
     `log_decay` fixes the decay; `period` repeats that many distinct removal keys over and over, with k along them (what
     padding or "aaaa" does to a model); `iclr` fixes the learning rate.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(B, T, H, width, generator=generator, dtype=torch.float64, device=device)
-
+    normal = partial(_normal(seed, device), B, T, H)
     r, w, k, v, kk, rate = normal(K), normal(K), normal(K) * K**-0.5, normal(V or K), normal(K), normal(K)
     kk = torch.nn.functional.normalize(kk, dim=-1)
     w = DECAY_FLOOR * torch.sigmoid(2 * w) if log_decay is None else torch.full_like(w, log_decay)
@@ -69,11 +71,7 @@ def wkv6_inputs(
     Log decays spread from the floor, where a fifth of them lies, to nearly none, and keys are scaled by 1 - decay;
     `log_decay` fixes the decay and leaves the keys as they are.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(B, T, H, width, generator=generator, dtype=torch.float64, device=device)
-
+    normal = partial(_normal(seed, device), B, T, H)
     r, w, k, v = normal(K) * K**-0.5, normal(K), normal(K), normal(V or K)
     w = (-(2.5 * w - 0.5).exp()).clamp(min=WKV6_FLOOR) if log_decay is None else torch.full_like(w, log_decay)
     k = k * -w.expm1() if log_decay is None else k
@@ -98,13 +96,9 @@ def gated_delta_inputs(
 
     Unit q and k; half of the heads forget fast. log_decay, beta: fixed; period: that many distinct keys, repeated.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
-
-    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
-    v, speed, rate = normal(B, T, H, V or K), normal(B, T, H), normal(B, T, H)
+    normal = partial(_normal(seed, device), B, T, H)
+    q, k = (torch.nn.functional.normalize(normal(K), dim=-1) for _ in range(2))
+    v, speed, rate = normal(V or K), normal(), normal()
     speed = -torch.nn.functional.softplus(speed + torch.linspace(-5, 1, H, dtype=torch.float64, device=device))
     if period is not None:
         k = k[:, torch.arange(T, device=device) % period]
