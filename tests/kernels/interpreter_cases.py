@@ -195,10 +195,11 @@ def test_any_default_device(tuning):
 
 @pytest.mark.parametrize(("T", "K", "V"), [(17, 256, 256), (20, 144, 200), (20, 136, 40), (20, 40, 136)])
 def test_wide_heads(T, K, V):
-    tuning = Wkv7Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
+    tuning = Wkv7Tuning(16, 8, Scan(64, 8, 1), Scan(64, 8, 1), Tile(64, 64, 4), Tile(64, 64, 4))
     assert_right(wkv7_inputs(1, T, 1, K, V), state_like(1, 1, K, V), tuning=tuning)
 
 
-@pytest.mark.parametrize(("tuning", "final"), [(None, False), (None, True), (FUSED, True), (KEPT, True)])
-def test_rules_of_autograd(tuning, final):
-    assert_autograd_rules(partial(wkv7_triton, tuning=tuning, output_final_state=final), wkv7_inputs(1, 20, 1, 16))
+@pytest.mark.parametrize("tuning", [None, FUSED, KEPT])
+def test_rules_of_autograd(tuning):
+    """With the final state, so that each of both outputs is once the one that the loss does not use."""
+    assert_autograd_rules(partial(wkv7_triton, tuning=tuning, output_final_state=True), wkv7_inputs(1, 20, 1, 16))

@@ -115,6 +115,6 @@ def test_through_the_front_door():
         wkv6(*(x.double() for x in inputs), backend="triton")
 
 
-@pytest.mark.parametrize("final", [False, True])
-def test_rules_of_autograd(final):
-    assert_autograd_rules(partial(wkv6_triton, output_final_state=final), wkv6_inputs(1, 20, 1, 16))
+def test_rules_of_autograd():
+    """With the final state, so that each of both outputs is once the one that the loss does not use."""
+    assert_autograd_rules(partial(wkv6_triton, output_final_state=True), wkv6_inputs(1, 20, 1, 16))
