@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -126,11 +126,12 @@ def run_stage(
     is_held = held_by(store, key) is not None
     committed = find_committed(store, key, digest)
     if committed is None or is_held:
-        with product_held(store, request.stage, digest, request.scratch, request.run, lambda: _look(request)) as lease:
+        look = partial(_look, request)
+        with product_held(store, request.stage, digest, request.scratch, request.run, look) as lease:
             committed = find_committed(store, key, digest)
             if committed is None:
                 what = f"the folder {request.scratch}"
-                with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=float("inf")):
+                with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=float("inf"), look=look):
                     return _make(request, lease, open_tracking, on_progress, slot)
     _finish(request, committed)
     return Product(uri=store.join(key), manifest=committed, reused=True)
