@@ -289,13 +289,8 @@ def finished_students(store: Store, run: str) -> dict[str, Product]:
     while (digest := _student_of(chain[0])) is not None:
         before = _committed(store, targets[digest]) if digest in targets else None
         if before is None:
-            _log.warning(
-                "the model %s, from which '%s' of the run '%s' was made, is no longer in %s: it is not evaluated",
-                digest[:12],
-                chain[0].manifest.stage,
-                run,
-                store.uri,
-            )
+            made_of = f"the model {digest[:12]}, from which '{chain[0].manifest.stage}' of the run '{run}' was made"
+            _log.warning("%s, is no longer in %s: it is not evaluated", made_of, store.uri)
             break
         chain.insert(0, before)
     return {product.manifest.stage: product for product in chain}

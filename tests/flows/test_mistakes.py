@@ -8,8 +8,12 @@ import sys
 import time
 
 import pytest
+from prefect.states import Failed
 
 from radlads.flows import cli, plan_view
+from radlads.flows.foreground import failure_of
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.store.open import CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.launchers import local as launch
 
 GOOD = """\
@@ -196,16 +200,43 @@ def test_variables(name, tmp_path, capsys, monkeypatch):
     assert told in err
 
 
-def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "/data/plan.json")
+@pytest.mark.parametrize(
+    ("number", "expected", "told"),
+    [
+        (28, 2, "no space left on the device; free some, or choose another location"),
+        (5, 1, "Input/output error"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch, number, expected, told):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), "/data/plan.json")
 
-    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", full)
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", refuse)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
-    assert (code, err) == (
-        2,
-        "error: /data/plan.json: no space left on the device; free some, or choose another location\n",
-    )
+    assert (code, err) == (expected, f"error: /data/plan.json: {told}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("a typo"), 2),
+        (StoreUnusable("no such bucket"), 2),
+        (StoreError("the endpoint is away"), 1),
+        (CorruptArtifact("a file is missing"), 1),
+    ],
+)
+@pytest.mark.parametrize("in_a_run", [False, True])
+def test_a_failure_at_work_and_something_to_change_have_codes_of_their_own(
+    capsys, monkeypatch, error, expected, in_a_run
+):
+    def fail(*_, **__):
+        raise failure_of(Failed(message=str(error), data=error), "radlads run x") if in_a_run else error
+
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", fail)
+    code, err = typed(capsys, monkeypatch, "plan", "smoke")
+    assert code == expected
+    assert err.startswith("error: ")
+    assert ("to continue where it stopped: radlads run x" in err) == (in_a_run and expected == 1)
 
 
 def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
