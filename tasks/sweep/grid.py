@@ -59,7 +59,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[Any]]:
             raise UserError(f"{named} is given twice; list all of its values in one of them")
         if not text.strip() or text.rstrip().endswith(","):
             raise UserError(f"{named}: a value is missing; write it as KEY=VALUE,VALUE")
-        values = parse_value(f"[{text}\n]", where=named)
+        values = parse_value(f"[{text}\n]", where=f"--grid {one_line(hide(option), 60)}")
         for value in values:
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
                 raise UserError(f"{named}: {shown(value)} is neither a single value nor a list of single values")

@@ -156,9 +156,9 @@ COMMANDS = {
     "no host": (["run", "smoke", "--tracking", "http://"], "tracking is 'http://', which is not a valid address"),
     "a bad port": (["run", "smoke", "--tracking", "http://ann:opensesame@h:99999"], "tracking is 'http://h:99999'"),
     "work in a bucket": (["run", "smoke", "--work", "s3://b"], "the work folder is 's3://b': it must be a folder of this machine"),
-    "half a list in a grid": (["sweep", "smoke", "--grid", "align.tokens=[1"], "error: --grid align.tokens: not valid YAML: while parsing a flow sequence"),
-    "octal in a grid": (["sweep", "smoke", "--grid", "align.seed=1,007"], "error: --grid align.seed: 007 is octal"),
-    "a letter in a grid": (["sweep", "smoke", "--grid", "align.seed=1,\x01"], "error: --grid align.seed: the character U+0001 is not allowed"),
+    "half a list in a grid": (["sweep", "smoke", "--grid", "align.tokens=[1"], "error: --grid align.tokens=[1: not valid YAML: while parsing a flow sequence"),
+    "octal in a grid": (["sweep", "smoke", "--grid", "align.seed=1,007"], "error: --grid align.seed=1,007: 007 is octal"),
+    "a letter in a grid": (["sweep", "smoke", "--grid", "align.seed=1,\x01"], ": the character U+0001 is not allowed"),
     "no GPU memory": (["plan", "smoke", "--gpus", "2"], "it was read"),
 }  # fmt: skip
 
