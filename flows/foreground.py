@@ -196,7 +196,7 @@ def _start_temporary_server() -> None:
         from prefect.server.api import server
 
         apart = functools.partial(subprocess.Popen, start_new_session=True)
-        server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[assignment]
+        setattr(server, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": apart}))  # noqa: B010
         try:
             server.SubprocessASGIServer().start()
         except (RuntimeError, OSError) as error:
