@@ -74,6 +74,7 @@ def test_no_empty_folders_stay_beside_the_lease(tmp_path):
     for name in ("model/a/weights.bin", "job/log.txt", "lease.json"):
         place.put_bytes(f"{key}/{name}", b"x")
     place.delete(key, keep=[lease_key(key)])
+    assert place.age(f"{key}/job/log.txt") is None
     assert [path.name for path in (tmp_path / "store" / key).iterdir()] == ["lease.json"]
 
 

@@ -124,6 +124,8 @@ class LocalStore(Store):
     def age(self, key: str) -> float | None:
         """See Store. The clock is that of the file server: a second file is written to read it."""
         target = self._path(key)
+        if not target.exists():  # nothing is made beside it
+            return None
         now = self._write_beside(target, b"")
         try:
             return max(0.0, now.stat().st_mtime - target.stat().st_mtime)
