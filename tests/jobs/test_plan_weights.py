@@ -1,5 +1,7 @@
 """plan and transplant of teachers whose files are damaged: refused from their headers, before anything is made."""
 
+# ruff: noqa: E501 - tables, a mistake a line
+
 from __future__ import annotations
 
 import json
