@@ -103,9 +103,14 @@ def test_the_command_shows_the_table_and_then_what_does_not_fit(recipe_file: Pat
 
 @pytest.mark.parametrize(
     ("gpus", "memory", "message"),
-    [(8, None, "the memory of each of the 8 GPUs is unknown"), (-1, 80.0, "there must be at least one"),
-     (0, 80.0, "there must be at least one"), (8, -4.0, "it must have memory"), (8, 0.0, "it must have memory")],
-)  # fmt: skip
+    [
+        (8, None, "the memory of each of the 8 GPUs is unknown"),
+        (-1, None, "-1 GPUs cannot be planned for; give --gpus a number from 1 to"),
+        (0, 80.0, "0 GPUs cannot be planned for"),
+        (8, -4.0, "a GPU of -4 GiB cannot be planned for; give --gpu-memory more than 0"),
+        (8, 0.0, "a GPU of 0 GiB cannot be planned for"),
+    ],
+)
 def test_a_machine_that_makes_no_sense_is_refused(gpus: int, memory: float | None, message: str):
     with pytest.raises(UserError, match=message):
         planned_resources(Resources(), gpus, memory)
