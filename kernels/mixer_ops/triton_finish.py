@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.mixer_ops.plain import Bonus, GroupNorm
-from radlads.kernels.mixer_ops.triton_operands import _load, _store
+from radlads.kernels.mixer_ops.triton_operands import _load, _store, tile_of
 from radlads.kernels.shared.triton_launch import on_device_of
 
-_ELEMENTS = 2048  # of a tile; a program of four warps then holds sixteen numbers a thread
 _LENGTHS = ("N", "H")
 
 
@@ -164,10 +163,8 @@ def wkv7_finish_triton(
     out_gate_BTA: Tensor | None = None,
 ) -> Tensor:
     """As `wkv7_finish`, for checked shapes on a GPU (or in Triton's interpreter)."""
-    K = y_BTHK.shape[-1]
-    BK = triton.next_power_of_2(K)
-    meta = {"K": K, "BK": BK, "BT": max(1, min(32, _ELEMENTS // BK)), "NORM": norm is not None}
-    meta |= {"BONUS": bonus is not None, "GATE": gate_BTA is not None, "OUT": out_gate_BTA is not None}
+    meta = tile_of(y_BTHK.shape[-1]) | {"NORM": norm is not None, "BONUS": bonus is not None}
+    meta |= {"GATE": gate_BTA is not None, "OUT": out_gate_BTA is not None}
     options = {"meta": meta, "scalars": (scale, gate_base, norm.eps if norm else 0.0)}
     vectors = (None, None) if norm is None else norm[:2]
     with on_device_of(y_BTHK):

@@ -91,18 +91,18 @@ def operands_kernel(
         value += (_load(v_first, at, inside) - value) * _share(v_low, v0, at, vector, inside, known)
     if KEYS == KV:
         key += (_load(k_first, at, inside) - key) * _share(k_low, k0, at, vector, inside, known)
-    unit, length = _unit(key)
+    unit, _length = _unit(key)
     for head in range(R):
         vector = (group * R + head) * K + c
         at = token[:, None] * (G * R * K) + vector[None, :]
-        rate, decay, iclr, scale = _terms(w_low, a_low, w0, a0, k_a, at, vector, inside, known, SCALE, OFFSET, SCALING)
+        _rate, decay, iclr, scale = _terms(w_low, a_low, w0, a0, k_a, at, vector, inside, known, SCALE, OFFSET, SCALING)
         mixed = value
         if VALUES == HEADS:
             mixed += (_load(v_first, at, inside) - value) * _share(v_low, v0, at, vector, inside, known)
         elif VALUES == ADDED:
             mixed += ADD * _load(v_low, at, inside)
         if SCALING == STOCK:
-            unit, length = _unit(key * _load(k_k, vector, known)[None, :])
+            unit, _length = _unit(key * _load(k_k, vector, known)[None, :])
         _store(log_decay, at, decay, inside)
         _store(k_out, at, key * scale, inside)
         _store(v_out, at, mixed, inside)
@@ -247,6 +247,12 @@ class _Operands(torch.autograd.Function):
 _VECTORS = (4, 5, 8, 11, 12, 13)  # places of w0, a0, v0, k0, k_k, k_a among the inputs
 
 
+def tile_of(K: int) -> dict[str, int]:
+    """Sizes of a tile: BT tokens of a head."""
+    BK = triton.next_power_of_2(K)
+    return {"K": K, "BK": BK, "BT": max(1, min(32, _ELEMENTS // BK))}
+
+
 def _grid(tokens: int, meta: dict[str, Any]) -> tuple[int, int]:
     return triton.cdiv(tokens, meta["BT"]), meta["G"]
 
@@ -269,15 +275,14 @@ def wkv7_operands_triton(
     """As `wkv7_operands`, for checked shapes on a GPU (or in Triton's interpreter)."""
     G, K = k_BTGK.shape[2:]
     R = w_low_BTA.shape[-1] // (G * K)
-    BK = triton.next_power_of_2(K)
     added, first, level = 0.0, (None,) * 3, 0
     if isinstance(values, AddedValues):
         added, first, level = values.scale, (None, values.low, None), 3
     elif values is not None:
         first, level = values, 1 if values.first.shape[2] == G else 2
     meta = {
-        "G": G, "R": R, "K": K, "BK": BK, "BT": max(1, min(32, _ELEMENTS // BK)), "VALUES": level,
-        "KEYS": 0 if keys is None else 1, "SCALING": 2 if stock else 1 if log_log else 0,
+        "G": G, "R": R, "VALUES": level, "KEYS": 0 if keys is None else 1,
+        "SCALING": 2 if stock else 1 if log_log else 0, **tile_of(K),
     }  # fmt: skip
     scalars = (math.exp(-decay_offset), decay_offset, added)
     options = {"meta": meta, "scalars": scalars, "decay_dtype": decay_dtype}

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # for operands_cases
+
 
 @pytest.fixture(scope="session")
 def compiler(warm_python: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +85,26 @@ def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 @pytest.fixture(params=CASES, ids=str)
 def mixer(request: pytest.FixtureRequest) -> Mixer:
     return build(*request.param)
+
+
+def test_numbers_are_those_of_earlier_releases(project_root: Path) -> None:
+    """Outputs and gradients in fp32. After a change that is meant to move them: delete the file, run, look, commit."""
+    golden = project_root / "tests/golden/mixers.json"
+    found = {}
+    for variant, options in CASES:
+        mixer = build(variant, options)
+        given = inputs(mixer)
+        x = given["x_BTD"].requires_grad_()
+        out = mixer.mix(**given).out
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        slopes = torch.autograd.grad(out, [x, *mixer.parameters()], weights, allow_unused=True)
+        numbers = [*out[1, -1, :3], out.norm(), *(z.norm() for z in slopes if z is not None)]
+        found[f"{variant} {options}"] = [float(f"{number:.7g}") for number in numbers]
+    if not golden.is_file():
+        golden.write_text(json.dumps(found, indent=1).replace("\n  ", " ") + "\n")
+        pytest.fail(f"wrote {golden} anew")
+    for name, numbers in json.loads(golden.read_text()).items():
+        assert found[name] == pytest.approx(numbers, rel=1e-4, abs=1e-5), name
 
 
 @torch.no_grad()

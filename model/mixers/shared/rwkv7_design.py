@@ -246,9 +246,7 @@ class Rwkv7Mixer(Mixer):
         design = self.design
         if design.first_values == "none":
             return FirstValues()
-        mine = FirstValues(
-            v_BTHK if design.first_values == "heads" else v_BTGK, k_BTGK if design.first_keys else None
-        )
+        mine = FirstValues(v_BTHK if design.first_values == "heads" else v_BTGK, k_BTGK if design.first_keys else None)
         return mine if design.first_values_gradient else FirstValues(*(None if z is None else z.detach() for z in mine))
 
 

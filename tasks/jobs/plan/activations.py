@@ -55,6 +55,7 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     for module in list(student.mixers().values())[:2]:
         mixer, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
         first = mixed.first
+        known |= {_storage(tensor) for tensor in first if tensor is not None}  # kept once, by the first mixer
     layer: Any = getattr(inner, parts.layers)[0]
     mlp, norms = getattr(layer, parts.mlp), [getattr(layer, name) for name in norm_names(parts)]
     word = dtype.itemsize
