@@ -1,5 +1,5 @@
-"""`wkv7_operands` and `wkv7_finish`: what RWKV-7 mixers compute before and after the recurrence; reference.py has the
-equations."""
+"""`wkv7_operands`, `wkv7_finish`, `rotate_heads`: what RWKV-7 mixers compute before and after the recurrence;
+reference.py has the equations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from radlads.kernels.mixer_ops.plain import (
     Operands,
     Residual,
     StockKeys,
+    rotate_heads_torch,
     wkv7_delta_operands_torch,
     wkv7_finish_torch,
     wkv7_operands_torch,
@@ -127,6 +128,25 @@ def wkv7_finish(
 
         return wkv7_finish_triton(y_BTHK, **options)
     return (wkv7_finish_meta if form == "meta" else wkv7_finish_torch)(y_BTHK, **options)
+
+
+def rotate_heads(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, *, backend: Form | None = None) -> Tensor:
+    """Rotary positions: of every head's first P channels one half turns against the other, the rest pass.
+
+    cos_BTP, sin_BTP: [B or 1,T,P], P even; they get no gradient. backend: as of `wkv7_finish`. Raises ValueError, in
+    one line, for shapes that do not fit together and for a backend that is unknown or cannot run.
+    """
+    B, T, _, K = x_BTHK.shape
+    P = cos_BTP.shape[-1]
+    if cos_BTP.shape not in ((B, T, P), (1, T, P)) or sin_BTP.shape != cos_BTP.shape or P % 2 or P > K:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (x_BTHK, cos_BTP, sin_BTP))
+        raise ValueError(f"rotate_heads: x, cos and sin do not fit together: {shapes}")
+    form = _choose("rotate_heads", backend, (x_BTHK, cos_BTP, sin_BTP))
+    if form == "triton":
+        from radlads.kernels.mixer_ops.triton_rotate import rotate_heads_triton
+
+        return rotate_heads_triton(x_BTHK, cos_BTP, sin_BTP)
+    return rotate_heads_torch(x_BTHK, cos_BTP, sin_BTP)  # on the meta device too: it keeps nothing of x
 
 
 def _choose(operator: str, backend: Form | None, tensors: tuple[Tensor, ...]) -> Literal["torch", "triton", "meta"]:

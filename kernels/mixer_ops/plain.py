@@ -170,3 +170,12 @@ def wkv7_finish_torch(
     if gate_BTA is not None:
         y = y * (gate_base + gate_BTA if gate_base else gate_BTA)
     return y if out_gate_BTA is None else y * torch.sigmoid(out_gate_BTA)
+
+
+def rotate_heads_torch(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
+    """See `rotate_heads`."""
+    P = cos_BTP.shape[-1]
+    turned, passed = x_BTHK[..., :P], x_BTHK[..., P:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos_BTP.unsqueeze(2) + torch.cat((-high, low), dim=-1) * sin_BTP.unsqueeze(2)
+    return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)

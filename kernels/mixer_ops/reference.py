@@ -20,7 +20,12 @@ Dims: B batch, T time, H query heads, G kv heads, K key and value dim per head, 
     y = y + (Σ_K r ⊙ k ⊙ r_k) v                     bonus
     y = y ⊙ (gate_base + gate) ⊙ σ(out_gate)        [A]
 
-The Triton forms' backward passes recompute everything from the inputs, the only tensors that they keep.
+`rotate_heads`, rotary positions, for the halves x0 and x1 of a head's first P channels:
+
+    x0, x1 = x0 ⊙ cos0 - x1 ⊙ sin0,  x1 ⊙ cos1 + x0 ⊙ sin1
+
+The Triton forms' backward passes recompute everything from the inputs, the only tensors that they keep
+(rotate_heads: cos and sin).
 """
 
 from __future__ import annotations
@@ -30,7 +35,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from radlads.kernels.mixer_ops.plain import AddedValues, Bonus, GroupNorm, Operands, Residual, StockKeys
+from radlads.kernels.mixer_ops.plain import (
+    AddedValues,
+    Bonus,
+    GroupNorm,
+    Operands,
+    Residual,
+    StockKeys,
+    rotate_heads_torch,
+)
 
 
 def wkv7_operands_reference(
@@ -109,3 +122,9 @@ def wkv7_finish_reference(
     if out_gate_BTA is not None:
         y = y * torch.sigmoid(out_gate_BTA.to(wide))
     return y.to(y_BTHK.dtype)
+
+
+def rotate_heads_reference(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
+    """See `rotate_heads`."""
+    wide = torch.promote_types(x_BTHK.dtype, torch.float32)
+    return rotate_heads_torch(*(x.to(wide) for x in (x_BTHK, cos_BTP, sin_BTP))).to(x_BTHK.dtype)

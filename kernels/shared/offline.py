@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
-from radlads.kernels.mixer_ops import triton_finish, triton_operands
+from radlads.kernels.mixer_ops import triton_finish, triton_operands, triton_rotate
 from radlads.kernels.shared.triton_launch import ChunkPlan, power
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
@@ -226,6 +226,10 @@ def compile_mixer_ops(name: str, K: int, R: int, *, dtype: torch.dtype = torch.b
         triton_finish.finish_kernel.warmup(*[x] * 10, *numbers, **options)
         triton_finish.finish_backward_kernel.warmup(*[x] * 10, *grads, *numbers, **options)
         made += 2
+    for back in (True, False):
+        sizes = {"K": K, "P": K // 2, "BN": 32, "BP": triton.next_power_of_2(K // 4), "REST": 64, "BACK": back}
+        triton_rotate.rotate_kernel.warmup(x, x, x, x, 64, 4, 16, 0, **sizes, grid=(1,))
+        made += 1
     return made
 
 

@@ -10,29 +10,39 @@ from operands_cases import (
     CASES,
     DESIGNS,
     FINISHES,
+    TURNS,
     finish_and_gradients,
     make,
     make_finish,
     make_mixer,
+    make_turn,
     outputs_and_gradients,
+    turn_and_gradients,
 )
 
-from radlads.kernels.mixer_ops import wkv7_finish, wkv7_operands
-from radlads.kernels.mixer_ops.plain import wkv7_finish_torch, wkv7_operands_torch
-from radlads.kernels.mixer_ops.reference import wkv7_finish_reference, wkv7_operands_reference
+from radlads.kernels.mixer_ops import rotate_heads, wkv7_finish, wkv7_operands
+from radlads.kernels.mixer_ops.plain import rotate_heads_torch, wkv7_finish_torch, wkv7_operands_torch
+from radlads.kernels.mixer_ops.reference import (
+    rotate_heads_reference,
+    wkv7_finish_reference,
+    wkv7_operands_reference,
+)
 from radlads.kernels.mixer_ops.triton_finish import wkv7_finish_triton
 from radlads.kernels.mixer_ops.triton_operands import wkv7_operands_triton
+from radlads.kernels.mixer_ops.triton_rotate import rotate_heads_triton
 from radlads.kernels.shared.testing import assert_autograd_rules, poisoned_memory, relative_rms
+from radlads.model.mixers.shared import mixer as shared_mixer
 from radlads.model.mixers.shared import rwkv7_design
 
 assert triton.knobs.runtime.interpret, "run through test_mixer_ops.py"
 OPERANDS = (wkv7_operands_triton, wkv7_operands_torch, wkv7_operands_reference, make, outputs_and_gradients)
 FINISH = (wkv7_finish_triton, wkv7_finish_torch, wkv7_finish_reference, make_finish, finish_and_gradients)
-BOTH = [(case, OPERANDS) for case in CASES] + [(case, FINISH) for case in FINISHES]
+TURN = (rotate_heads_triton, rotate_heads_torch, rotate_heads_reference, make_turn, turn_and_gradients)
+BOTH = [(case, one) for cases, one in ((CASES, OPERANDS), (FINISHES, FINISH), (TURNS, TURN)) for case in cases]
 
 
 def name_of(value):
-    return getattr(value, "name", "operands" if value is OPERANDS else "finish")
+    return getattr(value, "name", "") or value[0].__name__.removesuffix("_triton")
 
 
 @pytest.mark.parametrize(("case", "operator"), BOTH, ids=name_of)
@@ -60,7 +70,9 @@ def test_bf16_is_as_near_to_the_truth_as_the_torch_form(case, operator):
         assert found <= max(1.02 * relative_rms(theirs[name], wanted), 1e-6), name
 
 
-@pytest.mark.parametrize(("case", "operator"), [(CASES[6], OPERANDS), (FINISHES[7], FINISH)], ids=name_of)
+@pytest.mark.parametrize(
+    ("case", "operator"), [(CASES[6], OPERANDS), (FINISHES[7], FINISH), (TURNS[1], TURN)], ids=name_of
+)
 def test_bf16_is_kept(case, operator):
     fused, plain, reference, draw, run = operator
     exact = run(reference, *draw(case, torch.bfloat16, as_type=torch.float64))
@@ -117,6 +129,7 @@ def test_a_mixer_is_the_same_by_either_form(variant, options, first, monkeypatch
         with monkeypatch.context() as fused, poisoned_memory():
             fused.setattr(rwkv7_design, "wkv7_operands", partial(wkv7_operands, backend="triton"))
             fused.setattr(rwkv7_design, "wkv7_finish", partial(wkv7_finish, backend="triton"))
+            fused.setattr(shared_mixer, "rotate_heads", partial(rotate_heads, backend="triton"))
             found = mixed(mixer, given, **how)
         assert found.keys() == wanted.keys()
         for name, one in wanted.items():
@@ -128,3 +141,5 @@ def test_autograd_may_use_them_as_it_likes():
     assert_autograd_rules(lambda *given: wkv7_operands_triton(*given)[:2], inputs[:6])
     y, options = make_finish(FINISHES[0], torch.float32)
     assert_autograd_rules(lambda y, gate: (wkv7_finish_triton(y, gate_BTA=gate), None), [y, options["gate_BTA"]])
+    x, angles = make_turn(TURNS[0], torch.float32)
+    assert_autograd_rules(lambda x: (rotate_heads_triton(x, **angles), None), [x])

@@ -84,6 +84,27 @@ FINISHES = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Turn:
+    """P of K channels turn; apart: every sequence has angles of its own."""
+
+    name: str
+    B: int = 2
+    T: int = 19
+    H: int = 3
+    K: int = 16
+    P: int = 16
+    apart: bool = False
+
+
+TURNS = [
+    Turn("whole heads"),
+    Turn("a part of a head", K=24, P=8, apart=True),
+    Turn("more rows than a block", T=90, H=7, K=12, P=12, apart=True),
+    Turn("one token", B=1, T=1, K=8, P=8),
+]
+
+
 class _Draw:
     """Normal leaves, the same for every dtype: drawn in fp64, rounded to `dtype`, held as `as_type`."""
 
@@ -150,6 +171,19 @@ def finish_and_gradients(operator, y, options):
         leaves |= {} if options[group] is None else options[group]._asdict()
     out = operator(y, **options)
     return {"out": out} | _gradients([out], {n: x for n, x in leaves.items() if n != "eps"})
+
+
+def make_turn(case, dtype, *, as_type=None, device="cpu"):
+    """(x, options with tensors) of rotate_heads. The halves of cos and sin differ, as a family's might."""
+    normal = _Draw(dtype, as_type, device)
+    x, angles = normal(case.B, case.T, case.H, case.K), (case.B if case.apart else 1, case.T, case.P)
+    return x, {"cos_BTP": normal(*angles).detach(), "sin_BTP": normal(*angles).detach()}
+
+
+def turn_and_gradients(operator, x, options):
+    """As `outputs_and_gradients`, of rotate_heads."""
+    out = operator(x, **options)
+    return {"out": out} | _gradients([out], {"x": x})
 
 
 def make_mixer(variant, options, dtype, *, first=False):

@@ -8,18 +8,25 @@ from operands_cases import (
     CASES,
     DESIGNS,
     FINISHES,
+    TURNS,
     Case,
     Finish,
     finish_and_gradients,
     make,
     make_finish,
     make_mixer,
+    make_turn,
     outputs_and_gradients,
+    turn_and_gradients,
 )
 
-from radlads.kernels.mixer_ops import Residual, wkv7_finish, wkv7_operands
-from radlads.kernels.mixer_ops.plain import wkv7_finish_torch, wkv7_operands_torch
-from radlads.kernels.mixer_ops.reference import wkv7_finish_reference, wkv7_operands_reference
+from radlads.kernels.mixer_ops import Residual, rotate_heads, wkv7_finish, wkv7_operands
+from radlads.kernels.mixer_ops.plain import rotate_heads_torch, wkv7_finish_torch, wkv7_operands_torch
+from radlads.kernels.mixer_ops.reference import (
+    rotate_heads_reference,
+    wkv7_finish_reference,
+    wkv7_operands_reference,
+)
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
 from radlads.kernels.shared.testing import relative_rms
 
@@ -36,12 +43,13 @@ def fresh():
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """As if these tensors were on a GPU: the kernels' places are taken by their torch forms."""
-    from radlads.kernels.mixer_ops import triton_finish, triton_operands
+    from radlads.kernels.mixer_ops import triton_finish, triton_operands, triton_rotate
     from radlads.kernels.shared import triton_launch
 
     monkeypatch.setattr(triton_launch, "why_not_in_triton", lambda *_: None)
     monkeypatch.setattr(triton_operands, "wkv7_operands_triton", wkv7_operands_torch)
     monkeypatch.setattr(triton_finish, "wkv7_finish_triton", wkv7_finish_torch)
+    monkeypatch.setattr(triton_rotate, "rotate_heads_triton", rotate_heads_torch)
 
 
 @pytest.mark.parametrize(("variant", "options"), DESIGNS, ids=str)
@@ -49,7 +57,8 @@ def test_every_design_takes_the_fused_forms_on_a_gpu(variant, options, on_a_gpu)
     mixer, given = make_mixer(variant, options, torch.bfloat16)
     mixer.mix(**given)
     forms = {name: form for name, form in chosen_kernels().items() if name != "wkv7"}
-    assert forms == {"wkv7_operands": "triton", "wkv7_finish": "triton"}
+    turned = {"rotate_heads": "triton"} if mixer.options.rope else {}
+    assert forms == {"wkv7_operands": "triton", "wkv7_finish": "triton", **turned}
 
 
 def test_a_decode_step_takes_the_torch_forms(on_a_gpu):
@@ -59,8 +68,10 @@ def test_a_decode_step_takes_the_torch_forms(on_a_gpu):
     forget_kernels()
     one = {"x_BTD": given["x_BTD"][:, :1], "rope": tuple(x[:, :1] for x in given["rope"])}
     mixer.mix(**one, first=type(given["first"])(*(x[:, :1] for x in given["first"])), state=state)
+    why = "plain torch (one token a sequence: launches cost more than they save)"
     assert chosen_kernels() == {
-        "wkv7_finish": "plain torch (one token a sequence: launches cost more than they save)",
+        "rotate_heads": why,
+        "wkv7_finish": why,
         "wkv7_step": "plain torch",
     }
 
@@ -97,11 +108,14 @@ def test_shapes_that_do_not_fit_are_refused_in_one_line():
         ValueError, match=r"wkv7_finish: y, r, k, v and gates do not fit together: \(1, 2, 2, 4\), \(1, 2"
     ):
         wkv7_finish(k, gate_BTA=low)
+    with pytest.raises(ValueError, match="rotate_heads: x, cos and sin do not fit together"):
+        rotate_heads(k, low, low)
 
 
 BOTH = [
     *((case, wkv7_operands_torch, wkv7_operands_reference, make, outputs_and_gradients) for case in CASES),
     *((case, wkv7_finish_torch, wkv7_finish_reference, make_finish, finish_and_gradients) for case in FINISHES),
+    *((case, rotate_heads_torch, rotate_heads_reference, make_turn, turn_and_gradients) for case in TURNS),
 ]
 
 
@@ -122,7 +136,7 @@ def test_interpreted(interpret):
 @pytest.mark.parametrize(("target", "size", "repeats"), [("sm_90", 128, 7), ("gfx942", 96, 8)])
 def test_compiles(target, size, repeats, compiler):
     code = "from radlads.kernels.shared.offline import compile_mixer_ops as run\n"
-    compiler(f"{code}assert run('{target}', {size}, {repeats}) == 18")
+    compiler(f"{code}assert run('{target}', {size}, {repeats}) == 20")
 
 
 @pytest.mark.gpu
@@ -131,8 +145,10 @@ def test_on_the_gpu():
     seven = {"B": 1, "T": 300, "K": 128}
     operands = (wkv7_operands, wkv7_operands_torch, wkv7_operands_reference, make, outputs_and_gradients)
     finish = (wkv7_finish, wkv7_finish_torch, wkv7_finish_reference, make_finish, finish_and_gradients)
+    turn = (rotate_heads, rotate_heads_torch, rotate_heads_reference, make_turn, turn_and_gradients)
     cases = [(case, operands) for case in (*CASES, Case("7B", G=4, R=7, values="heads", **seven))]
     cases += [(case, finish) for case in (*FINISHES, Finish("7B", H=28, scale=0.1, gate=0.0, **seven))]
+    cases += [(case, turn) for case in TURNS]
     for case, (fused, plain, reference, draw, run) in cases:
         exact = run(reference, *draw(case, torch.bfloat16, as_type=torch.float64, device="cuda"))
         ours = run(partial(fused, backend="triton"), *draw(case, torch.bfloat16, device="cuda"))

@@ -90,7 +90,7 @@ def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens,
 def test_a_folder_carries_the_kernel_that_it_runs(variant: str) -> None:
     kernels = {name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta|mixer_ops)_", name)}
     own = KERNELS.get(variant, "wkv7")
-    around = {"mixer_ops_radlads.py", "mixer_ops_plain_radlads.py"} if own == "wkv7" else set()
+    around = {"mixer_ops_radlads.py", "mixer_ops_plain_radlads.py"}
     assert kernels == {f"{own}_radlads.py", f"{own}_chunked_radlads.py", f"{own}_step_radlads.py"} | around
 
 

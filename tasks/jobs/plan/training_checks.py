@@ -58,7 +58,7 @@ def _check_decay(recipe: Recipe, stage: str, section: Training, findings: Findin
     if stage == "pretrain" or not has_log_decay(recipe.student.variant):
         what = "a plain model" if stage == "pretrain" else f"the variant {recipe.student.variant}"
         findings.faults.append(
-            f"{stage}.decay_dtype: {what} has no log decay of RWKV-7; leave the key out, or take another student.variant"
+            f"{stage}.decay_dtype: {what} has no log decay of RWKV-7; leave the key out, or change student.variant"
         )
 
 
