@@ -23,7 +23,7 @@ from radlads.model.mixers.shared import rwkv7_design
 from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.common import Job, execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
-from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train import train, training_models
 from training_bench.case import Case
 from training_bench.measuring import Watch, product_mixer_memory
 
@@ -95,8 +95,9 @@ def watched(watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Mixers ask for the torch forms of the operators around their recurrence."""
+    """Mixers ask for the torch forms of the operators around their recurrence; norms and MLPs are transformers'."""
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(training_models, "fuse_modules"))
         for operator in (wkv7_operands, wkv7_finish):
             asked = partial(operator, backend="torch")
             stack.enter_context(mock.patch.object(rwkv7_design, operator.__name__, asked))

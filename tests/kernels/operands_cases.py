@@ -78,7 +78,7 @@ FINISHES = [
     Finish("cxa073", norm=True, bonus=True),
     Finish("cxa075", bonus=True, gate=1.0),
     Finish("nothing"),
-    Finish("everything, a size that is no power of two", K=24, norm=True, scale=0.5, bonus=True, gate=1.0, out_gate=True),
+    Finish("everything, no power of two", K=24, norm=True, scale=0.5, bonus=True, gate=1.0, out_gate=True),
     Finish("more tokens than a block", B=1, T=140, H=2, norm=True, bonus=True, gate=0.0, out_gate=True),
     Finish("one token", B=1, T=1, norm=True, gate=0.0),
 ]  # fmt: skip
