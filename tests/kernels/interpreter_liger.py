@@ -49,14 +49,14 @@ def run(module, dtype, size=()):
 @pytest.mark.parametrize("size", [(), (3,)])
 @pytest.mark.parametrize("name", ["norm", "mlp"])
 def test_is_the_family_s_own(name, size):
-    """fp32; bf16 within two steps of it, since the interpreter rounds by cutting off."""
+    """In fp32, and in fp16 within its rounding; bf16 is no arithmetic for the interpreter."""
     own = modules()[name]
     fused = copy.deepcopy(own)
     fused.__class__ = fused_modules._with_forward(
         type(own), {"norm": fused_modules._norm, "mlp": fused_modules._mlp}[name]
     )
     assert isinstance(fused, type(own))
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-6)):
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 2**-10)):
         for ours, theirs in zip(run(fused, dtype, size), run(own, dtype, size), strict=True):
             assert ours.dtype == theirs.dtype
             assert relative_rms(ours, theirs) <= tolerance
