@@ -139,17 +139,26 @@ def test_compiles(target, size, repeats, compiler):
     compiler(f"{code}assert run('{target}', {size}, {repeats}) == 20")
 
 
+SEVEN = {"B": 1, "T": 300, "K": 128}  # as a model of 7B has them
+ON_GPU = {
+    "operands": (
+        (*CASES, Case("7B", G=4, R=7, values="heads", **SEVEN)),
+        (wkv7_operands, wkv7_operands_torch, wkv7_operands_reference, make, outputs_and_gradients),
+    ),
+    "finish": (
+        (*FINISHES, Finish("7B", H=28, scale=0.1, gate=0.0, **SEVEN)),
+        (wkv7_finish, wkv7_finish_torch, wkv7_finish_reference, make_finish, finish_and_gradients),
+    ),
+    "rotate": (TURNS, (rotate_heads, rotate_heads_torch, rotate_heads_reference, make_turn, turn_and_gradients)),
+}
+
+
 @pytest.mark.gpu
-def test_on_the_gpu():
-    """No further from the truth than the torch form with the same 16 bits, and no slower path taken."""
-    seven = {"B": 1, "T": 300, "K": 128}
-    operands = (wkv7_operands, wkv7_operands_torch, wkv7_operands_reference, make, outputs_and_gradients)
-    finish = (wkv7_finish, wkv7_finish_torch, wkv7_finish_reference, make_finish, finish_and_gradients)
-    turn = (rotate_heads, rotate_heads_torch, rotate_heads_reference, make_turn, turn_and_gradients)
-    cases = [(case, operands) for case in (*CASES, Case("7B", G=4, R=7, values="heads", **seven))]
-    cases += [(case, finish) for case in (*FINISHES, Finish("7B", H=28, scale=0.1, gate=0.0, **seven))]
-    cases += [(case, turn) for case in TURNS]
-    for case, (fused, plain, reference, draw, run) in cases:
+@pytest.mark.parametrize("operator", ON_GPU)
+def test_on_the_gpu(operator):
+    """No further from the truth than the torch form with the same 16 bits."""
+    cases, (fused, plain, reference, draw, run) = ON_GPU[operator]
+    for case in cases:
         exact = run(reference, *draw(case, torch.bfloat16, as_type=torch.float64, device="cuda"))
         ours = run(partial(fused, backend="triton"), *draw(case, torch.bfloat16, device="cuda"))
         theirs = run(plain, *draw(case, torch.bfloat16, device="cuda"))
@@ -170,5 +179,5 @@ def test_a_mixer_on_the_gpu_is_the_one_on_the_cpu(variant, options):
         moved |= {"x_BTD": given["x_BTD"].cuda(), "rope": tuple(x.cuda() for x in given["rope"])}
         forget_kernels()
         found = mixer.cuda().mix(**moved).out
-    assert relative_rms(found.cpu(), expected) <= 2e-3  # wkv7's products of fp32 are of tf32
+    assert relative_rms(found.cpu(), expected) <= 1e-4
     assert chosen_kernels()["wkv7_operands"] == chosen_kernels()["wkv7_finish"] == "triton"
