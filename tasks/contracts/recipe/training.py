@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, Section, Seed
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, AddedLater, Section, Seed
 from radlads.tasks.contracts.stages import stage_info
 
 
@@ -87,6 +87,9 @@ class Training(Section):
     gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
+    decay_dtype: Annotated[Literal["float32", "bfloat16"], AddedLater()] = "float32"
+    """Of the log decay that RWKV-7's recurrence is given. bfloat16: the kernels for Hopper GPUs can run, but the decay
+    is rounded to 8 bits of mantissa in training, and not in the exported model."""
     seed: Seed = 1337
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
