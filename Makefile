@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 RELEASES_STAMP := .venv-transformers/.installed
 PROCESSES ?= 2
+# Into its own .venv Python may write bytecode: without it, each of the processes that tests start compiles torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install test drill lint style types services-down clean

@@ -1,56 +1,95 @@
-"""wkv7_operands on one GPU compared with its torch form: milliseconds, and memory kept for the backward pass.
+"""The operators around the RWKV-7 recurrence on one GPU, Triton compared with torch: milliseconds, and memory kept for
+the backward pass beyond inputs and outputs.
 
     python benchmarks/mixer_ops.py
 
-Shapes are those of training steps: 7B at 12 × 512 (rad_rwkv7), Reka Flash at 2 × 4096 (hxa079), SmolLM2-135M at
-96 × 512.
+Shapes are those of training steps: 7B at 12 × 512 (rad_rwkv7, in both of its forms), Reka Flash at 2 × 4096 (hxa079),
+SmolLM2-135M at 96 × 512.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from radlads.kernels.mixer_ops import Residual, wkv7_operands, wkv7_operands_reference
+from radlads.kernels.mixer_ops import Bonus, GroupNorm, Residual, StockKeys, wkv7_finish, wkv7_operands
 
-# name → (B, T, G, R, K, level of the values' residual, whether keys have one)
+
+@dataclass(frozen=True)
+class Shape:
+    """values: the level of the first values. hxa079: first keys too, and a bonus. stock: RWKV-7's keys, GroupNorm."""
+
+    B: int
+    T: int
+    G: int
+    R: int
+    K: int
+    values: str = "heads"
+    hxa079: bool = False
+    stock: bool = False
+
+
 SHAPES = {
-    "Qwen2.5-7B, rad_rwkv7": (12, 512, 4, 7, 128, "heads", False),
-    "Reka Flash, hxa079": (2, 4096, 8, 8, 96, "kv", True),
-    "SmolLM2-135M, rad_rwkv7": (96, 512, 3, 3, 64, "heads", False),
+    "Qwen2.5-7B, rad_rwkv7": Shape(12, 512, 4, 7, 128),
+    "Qwen2.5-7B, rad_rwkv7 groupnorm": Shape(12, 512, 4, 7, 128, stock=True),
+    "Reka Flash, hxa079": Shape(2, 4096, 8, 8, 96, values="kv", hxa079=True),
+    "SmolLM2-135M, rad_rwkv7": Shape(96, 512, 3, 3, 64),
 }
+Call = tuple[Callable[..., Any], list[Tensor], dict[str, Any]]
 
 
-def inputs_of(B: int, T: int, G: int, R: int, K: int, level: str, keyed: bool) -> tuple[list[Tensor], list[Residual]]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    A = G * R * K
+
+def operands_of(s: Shape) -> Call:
+    """(operator, inputs, options with tensors)."""
+    B, T, G, K, A = s.B, s.T, s.G, s.K, s.G * s.R * s.K
     own = [normal(B, T, G, K), normal(B, T, G, K), normal(B, T, A), normal(B, T, A), normal(A), normal(A)]
-    heads = [G * R if level == "heads" else G] + [G] * keyed
-    return own, [Residual(normal(B, T, n, K), normal(B, T, n * K), normal(n * K)) for n in heads]
+    heads = G * s.R if s.values == "heads" else G
+    options = {"values": Residual(normal(B, T, heads, K), normal(B, T, heads * K), normal(heads * K))}
+    options |= {"keys": Residual(normal(B, T, G, K), normal(B, T, G * K), normal(G * K))} if s.hxa079 else {}
+    options |= {"stock": StockKeys(normal(A), normal(A))} if s.stock else {}
+    return wkv7_operands, own, options
 
 
-def measure(operator: Callable[..., tuple[Tensor, ...]], shape: tuple) -> tuple[float, float, float]:
+def finish_of(s: Shape) -> Call:
+    B, T, H, K = s.B, s.T, s.G * s.R, s.K
+    options: dict[str, Any] = {"gate_BTA": normal(B, T, H * K), "scale": 1.0 if s.stock else K**-0.5}
+    if s.stock:
+        options["norm"] = GroupNorm(normal(H * K), normal(H * K), 1e-5 * K)
+    if s.hxa079:
+        options["bonus"] = Bonus(*(normal(B, T, H, K) for _ in range(3)), normal(H, K))
+    return wkv7_finish, [normal(B, T, H, K)], options
+
+
+def measure(operator: Callable[..., Any], own: list[Tensor], options: dict[str, Any]) -> tuple[float, float, float]:
     """(ms forward, ms forward and backward, MiB kept after the forward pass beyond inputs and outputs)."""
-    own, residuals = inputs_of(*shape)
-    options = dict(zip(("values", "keys"), residuals, strict=False)) | {"decay_dtype": torch.bfloat16}
-    every = own + [x for residual in residuals for x in residual]
-    weights = [torch.randn_like(x) for x in operator(*own, **options)]
+    given = [x for option in options.values() for x in (option if isinstance(option, tuple) else (option,))]
+    every = own + [x for x in given if isinstance(x, Tensor)]
+
+    def outputs() -> list[Tensor]:
+        made = operator(*own, **options)
+        return [made] if isinstance(made, Tensor) else list(made)
+
+    weights = [torch.randn_like(x) for x in outputs()]
 
     def both() -> None:
-        torch.autograd.grad(operator(*own, **options), every, weights)
+        torch.autograd.grad(outputs(), every, weights)
 
     def forward() -> None:
         with torch.no_grad():
-            operator(*own, **options)
+            outputs()
 
     both()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    outs = operator(*own, **options)
+    outs = outputs()
     kept = torch.cuda.memory_allocated() - before - sum(x.nbytes for x in outs)
     del outs
     times = (triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median") for run in (forward, both))
@@ -60,11 +99,13 @@ def measure(operator: Callable[..., tuple[Tensor, ...]], shape: tuple) -> tuple[
 def main() -> None:
     """Print the table."""
     lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", ""]
-    lines += ["| shape | form | forward ms | both ms | kept MiB |", "| :-- | :-- | --: | --: | --: |"]
+    lines += ["| shape | operator | form | forward ms | both ms | kept MiB |", "| :-- | :-- | :-- | --: | --: | --: |"]
     for name, shape in SHAPES.items():
-        for form, operator in (("torch", wkv7_operands_reference), ("triton", wkv7_operands)):
-            forward, both, kept = measure(operator, shape)
-            lines.append(f"| {name} | {form} | {forward:.3f} | {both:.3f} | {kept:.0f} |")
+        for make in (operands_of, finish_of):
+            operator, own, options = make(shape)
+            for form in ("torch", "triton"):
+                forward, both, kept = measure(partial(operator, backend=form), own, options)
+                lines.append(f"| {name} | {operator.__name__} | {form} | {forward:.3f} | {both:.3f} | {kept:.0f} |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -3,6 +3,7 @@
     python benchmarks/training.py --shape qwen2.5-7b --layers 8 --stage distill --micro-batch 12 --compare-plain
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
+    python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
@@ -62,6 +63,9 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--freeze", nargs="*", help="parameter groups that do not train")
     parser.add_argument("--steps", type=int, default=5, help="measured optimizer steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--decay-dtype", choices=("float32", "bfloat16"), help="of the log decay of wkv7")
+    parser.add_argument("--unfused", action="store_true", help="mixers in torch around their recurrence")
+    parser.add_argument("--compare-unfused", action="store_true", help="a second run of the product, unfused")
     parser.add_argument("--compare-plain", action="store_true")
     parser.add_argument("--profile", type=int, nargs="?", const=2, default=0, metavar="STEPS", help="and profile some")
     parser.add_argument("--no-checkpoint", action="store_true", help="do not measure the stall of a checkpoint")
@@ -92,6 +96,7 @@ def build_case(options: argparse.Namespace) -> Case:
         "mlp_bits": options.mlp_bits,
         "teacher_bits": options.teacher_bits,
         "freeze": options.freeze,
+        "decay_dtype": options.decay_dtype,
     }
     if options.variant not in (None, settings.get("variant")):
         settings["options"] = {}  # the recipe's are another variant's
@@ -105,6 +110,7 @@ def build_case(options: argparse.Namespace) -> Case:
         **settings,
         gpus=options.gpus,
         offload=options.offload,
+        fused=not options.unfused,
         steps=options.steps,
         warmup=options.warmup,
         profile_steps=options.profile,
@@ -115,8 +121,8 @@ def build_case(options: argparse.Namespace) -> Case:
     return case
 
 
-def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int | None) -> list[Row]:
-    """The product's row, then the plain build's. threads: of a process; None: the cores, divided evenly."""
+def run_case(case: Case, work: Path, number: int, options: argparse.Namespace) -> list[Row]:
+    """The product's row, then the others that are asked for."""
     flops, parameters = case_flops(case)
     free = shutil.disk_usage(work).free
     needed = _STATE_BYTES * parameters
@@ -126,17 +132,22 @@ def run_case(case: Case, work: Path, number: int, *, compare: bool, threads: int
     inputs = Inputs(work, case)
     name = f"{number:03d}-{case.stage}"
     rows = []
+    threads = options.threads or max(1, (os.cpu_count() or 1) // case.gpus)
     try:
-        job = inputs.make(name, threads or max(1, (os.cpu_count() or 1) // case.gpus))
+        job = inputs.make(name, threads)
         rows.append(_row(case, "product", flops, lambda: run_product(job, case.to_json())))
-        if compare:
+        if options.compare_unfused:
+            torch_forms, again = dataclasses.replace(case, fused=False), inputs.make(f"{name}-unfused", threads)
+            rows.append(_row(torch_forms, "product", flops, lambda: run_product(again, torch_forms.to_json())))
+        if options.compare_plain:
             rows.append(_row(case, "plain", flops, lambda: run_plain(job, case.to_json(), inputs.teacher)))
     except UserError as error:
         rows.append(Row(case, "its files", flops, [], str(error)))
     finally:
         made, scratch = Path(inputs.store.root) / "products", work / "scratch"
-        for folder in (scratch / name, scratch / f"{name}-plain", made / name, made / f"data-{name}"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for own in (name, f"{name}-unfused"):
+            for folder in (scratch / own, scratch / f"{own}-plain", made / own, made / f"data-{own}"):
+                shutil.rmtree(folder, ignore_errors=True)
     return rows
 
 
@@ -191,7 +202,7 @@ def main() -> int:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         for number, (case, options) in enumerate(zip(cases, sweep, strict=True)):
-            rows += run_case(case, work, number, compare=options.compare_plain, threads=options.threads)
+            rows += run_case(case, work, number, options)
             text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
             out.write_text(f"{before}{text}\n", encoding="utf-8")  # at once, in case a later case fails
     sys.stdout.write(text)

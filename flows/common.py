@@ -95,10 +95,10 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(flow_function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> Any:
-        outer, REQUEST.running = REQUEST.running, True  # a flow may run others
         try:
-            REQUEST.check()
-            return flow_function(*args, **kwargs)
+            with REQUEST.flow():
+                REQUEST.check()
+                return flow_function(*args, **kwargs)
         except RunStopped as error:
             return Cancelled(message=str(error), data=error)
         except _EXPLAINED as error:
@@ -111,8 +111,6 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
             if explanation == str(error):
                 raise
             raise RuntimeError(f"{type(error).__name__}: {explanation}") from None  # Prefect keeps what is raised here
-        finally:
-            REQUEST.running = outer
 
     return explained
 

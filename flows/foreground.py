@@ -1,21 +1,24 @@
 """A run in this process, for a user at a terminal: Ctrl-C stops it cleanly, and its end is reported once.
 
-After the first Ctrl-C the jobs save a checkpoint and stop; the second one stops them at once. In either case the
-process exits within twenty seconds, even if something hangs.
+After the first Ctrl-C the jobs save a checkpoint and stop; the second one stops them at once. SIGTERM, which `timeout`,
+batch systems and service managers send, often to all processes of the run and twice, is as the first Ctrl-C. In any
+case the process exits within twenty seconds, even if something hangs.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shlex
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +29,7 @@ from radlads.tasks.contracts.process_tree import end_with_me
 from radlads.tasks.launchers.launcher import JobFailed
 from radlads.tasks.launchers.stopping import REQUEST
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 _LONGEST_SECONDS = 18.0
 _LONGEST_HURRY_SECONDS = 8.0
 _LOOK_SECONDS = 0.1
@@ -43,7 +46,8 @@ def command_line(command: str, *arguments: str, options: Sequence[tuple[str, str
 
 def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> dict[str, str]:
     """Run a flow to its end; stage → uri of its product. again: the command that continues this run.
-    Raises UserError with the explanation and the remedy; ends the process with 130 after Ctrl-C.
+    Raises UserError or RunFailed with the explanation and the remedy; ends the process with 130 after Ctrl-C, and with
+    143 after SIGTERM.
     """
     state = end_in_foreground(flow, parameters, again, err)
     if not state.is_completed():
@@ -67,14 +71,21 @@ def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
             state = None
         if REQUEST.asked_at is not None and (state is None or not state.is_completed()):
             ending.stopped(begun=state is not None)
-            raise SystemExit(EXIT_INTERRUPTED)
+            raise SystemExit(ending.code)
     return state
 
 
-def failure_of(state: Any, again: str) -> UserError:
-    """Why a flow did not complete, and the command that continues it."""
+class RunFailed(Exception):  # noqa: N818 - a final state, named as those of jobs are
+    """A run ended while it was at work, by a crash or a fault of the store; the message has a line with the command
+    that continues it."""
+
+
+def failure_of(state: Any, again: str) -> UserError | RunFailed:
+    """Why a flow did not complete, and the command that continues it; a UserError where something has to be changed
+    first."""
     error = state.result(raise_on_failure=False)
-    return UserError("\n".join([state.message or str(error), *_advice(error, again)]))
+    kind = UserError if isinstance(error, UserError) else RunFailed
+    return kind("\n".join([state.message or str(error), *_advice(error, again)]))
 
 
 def _advice(error: Any, again: str) -> list[str]:
@@ -91,6 +102,8 @@ class _Ending:
         self._again, self._err = again, err
         self._lock = threading.Lock()
         self._said = False
+        self.code = EXIT_INTERRUPTED
+        """Of the process: 128 and the signal that stopped it."""
 
     def stopped(self, *, begun: bool) -> None:
         """One line: where it stopped, and, if the run had begun, the command that continues it."""
@@ -112,24 +125,32 @@ class _Ending:
 
 @contextmanager
 def _interruptible(ending: _Ending) -> Iterator[None]:
-    """While the flow runs, Ctrl-C becomes a stop request for its jobs; otherwise it is a KeyboardInterrupt as usual."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+    """While the flow runs, Ctrl-C and SIGTERM become a stop request for its jobs; otherwise a KeyboardInterrupt. A
+    signal that this process was started to ignore stays ignored."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        is_first = REQUEST.asked_at is None
+        if number == signal.SIGTERM and not is_first:
+            return
+        ending.code = 128 + number if is_first else ending.code
         if not REQUEST.running:
             raise KeyboardInterrupt
-        if REQUEST.asked_at is None:
+        if is_first:
             threading.Thread(target=_end_in_time, args=[ending], name="radlads-deadline", daemon=True).start()
         REQUEST.ask()
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    REQUEST.on_sigterm = on_signal if signal.SIGTERM in before else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        REQUEST.on_sigterm = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Quiet(logging.Filter):
@@ -156,14 +177,14 @@ def _end_in_time(ending: _Ending) -> None:
         time.sleep(_LOOK_SECONDS)
     ending.stopped(begun=True)
     _kill_temporary_server()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(ending.code)
 
 
 def _start_temporary_server() -> None:
-    """If no Prefect server is configured, start the temporary one now, with Ctrl-C blocked.
+    """If no Prefect server is configured, start the temporary one now, in a session of its own.
 
-    A terminal sends Ctrl-C to every foreground process. The server would stop first, and each request to it would be
-    retried for minutes. The server inherits the blocked signals of the thread that starts it.
+    A terminal sends Ctrl-C to every process of the run, a batch system SIGTERM. The server would stop first, and each
+    request to it would be retried for minutes. Prefect has no setting for that, so its module gets another Popen.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -172,11 +193,12 @@ def _start_temporary_server() -> None:
     failed: list[Exception] = []
 
     def start() -> None:
-        from prefect.server.api.server import SubprocessASGIServer
+        from prefect.server.api import server
 
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        apart = functools.partial(subprocess.Popen, start_new_session=True)
+        setattr(server, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": apart}))  # noqa: B010
         try:
-            SubprocessASGIServer().start()
+            server.SubprocessASGIServer().start()
         except (RuntimeError, OSError) as error:
             failed.append(error)
 

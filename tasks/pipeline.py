@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.identity import identity, readings
 from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef, first_fault
-from radlads.tasks.contracts.locks.lease import Lease, run_lease
+from radlads.tasks.contracts.locks.lease import Lease, held_by, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.pins.content import ContentHashes
@@ -30,13 +29,13 @@ from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, StageSpec
 from radlads.tasks.contracts.stages import PLAN, STUDENT_STAGES, TRAINING_STAGES, Stage
 from radlads.tasks.contracts.store.layout import check_layout, claim_layout, recipe_key, run_key
 from radlads.tasks.contracts.store.open import Store, StoreError, find_store, open_store, store_id
-from radlads.tasks.contracts.store.pointers import read_pointer, read_pointers
+from radlads.tasks.contracts.store.pointers import Target, point, read_pointer, read_pointers
 from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
 from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.mirror import recipe_params, sync_run
-from radlads.tasks.stage import Product, StageRequest
+from radlads.tasks.stage import Product, StageRequest, product_held
 
 _log = logging.getLogger(__name__)
 _TRY_AGAIN_SECONDS = 60.0
@@ -241,31 +240,65 @@ def _at_moving_commits(recipe: Recipe, pins: Mapping[str, Pin]) -> Recipe:
     return at_pinned_commits(recipe, {place: pin for place, pin in pins.items() if revisions.get(place, "") is None})
 
 
+def students_to_judge(pipeline: Pipeline, run: str) -> dict[str, Product]:
+    """finished_students of another run. The pipeline's run points at them, so that they are not collected as garbage
+    before they are read; waits for a collector that deletes one. Raises UserError, RunStopped, StoreError.
+    """
+    store, lease = pipeline.store, pipeline.lease
+    if lease is None:
+        raise ValueError("only the holder of a run's lease can point at products")
+
+    def look() -> None:
+        REQUEST.check()
+        lease.check()
+
+    students = finished_students(store, run)
+    for stage, product in students.items():
+        target = point(store, pipeline.run, stage, stage, product.manifest.digest, lease, "judged")
+        if held_by(store, target.key) is not None:
+            with product_held(store, stage, target.digest, pipeline.settings.work, pipeline.run, look):
+                pass
+        if store.read_manifest(target.key) is None:
+            raise UserError(
+                f"'{stage}' of the run '{run}' was deleted in the meantime; run its recipe again to make it"
+            )
+    return students
+
+
 def finished_students(store: Store, run: str) -> dict[str, Product]:
     """Stage → model of a run, each made from the one before. Raises UserError if there are none. For a run whose
-    settings changed, it is the chain that ends in the newest model; models of earlier settings, and of stages that the
-    recipe no longer has, are left out.
+    settings changed, it is the chain that ends in the newest model; other models of earlier settings, and a last one of
+    a stage that the recipe no longer has, are left out.
     """
     check_layout(store)
     dropped = _dropped_stages(store, run)
+    pointers = [p for p in read_pointers(store, check_run_name(run)).values() if p.stage in STUDENT_STAGES]
     made: dict[str, Product] = {}
-    pointed: dict[str, datetime] = {}
-    for pointer in read_pointers(store, check_run_name(run)).values():
-        is_asked = pointer.stage in STUDENT_STAGES and pointer.stage not in dropped
-        manifest = store.read_manifest(pointer.key) if is_asked else None
-        if manifest is not None:
-            made[manifest.digest] = Product(uri=store.join(pointer.key), manifest=manifest, reused=True)
-            pointed[manifest.digest] = pointer.time
+    for pointer in pointers:
+        product = None if pointer.stage in dropped else _committed(store, pointer)
+        if product is not None:
+            made[pointer.digest] = product
     if not made:
         raise UserError(f"there is no finished model of a run '{run}' in {store.uri}")
+    pointed = {pointer.digest: pointer.time for pointer in pointers}
     read = {_student_of(product) for product in made.values()}
     last = max((digest for digest in made if digest not in read), key=lambda digest: pointed[digest])
-    chain: list[Product] = []
-    digest: str | None = last
-    while digest in made:
-        chain.insert(0, made[digest])
-        digest = _student_of(made[digest])
+    chain = [made[last]]
+    # The pointer of an earlier stage may have moved on to a product of new settings that does not exist yet.
+    targets = {target.digest: target for pointer in pointers for target in pointer.targets}
+    while (digest := _student_of(chain[0])) is not None:
+        before = _committed(store, targets[digest]) if digest in targets else None
+        if before is None:
+            made_of = f"the model {digest[:12]}, from which '{chain[0].manifest.stage}' of the run '{run}' was made"
+            _log.warning("%s, is no longer in %s: it is not evaluated", made_of, store.uri)
+            break
+        chain.insert(0, before)
     return {product.manifest.stage: product for product in chain}
+
+
+def _committed(store: Store, target: Target) -> Product | None:
+    manifest = store.read_manifest(target.key)
+    return None if manifest is None else Product(uri=store.join(target.key), manifest=manifest, reused=True)
 
 
 def _dropped_stages(store: Store, run: str) -> set[str]:

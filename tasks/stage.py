@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -126,32 +126,33 @@ def run_stage(
     is_held = held_by(store, key) is not None
     committed = find_committed(store, key, digest)
     if committed is None or is_held:
-        with _product_held(request) as lease:
+        look = partial(_look, request)
+        with product_held(store, request.stage, digest, request.scratch, request.run, look) as lease:
             committed = find_committed(store, key, digest)
             if committed is None:
                 what = f"the folder {request.scratch}"
-                with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=float("inf")):
+                with hold_folder(request.scratch, "stage.lock", what=what, wait_seconds=float("inf"), look=look):
                     return _make(request, lease, open_tracking, on_progress, slot)
     _finish(request, committed)
     return Product(uri=store.join(key), manifest=committed, reused=True)
 
 
 @contextmanager
-def _product_held(request: StageRequest) -> Iterator[Lease]:
-    """The lease on the product; waits while another process has it. Raises RunStopped, LeaseLost."""
+def product_held(
+    store: Store, stage: Stage, digest: str, work: Path, run: str, look: Callable[[], None]
+) -> Iterator[Lease]:
+    """The lease on a product, for a run; waits while another process has it. look: called meanwhile; may raise."""
     said = ""
     while True:
-        lease = product_lease(
-            request.store, request.stage, request.digest, request.scratch, run=request.run, look=lambda: _look(request)
-        )
+        lease = product_lease(store, stage, digest, work, run=run, look=look)
         try:
             lease.__enter__()
             break
         except LeaseHeld as held:
             if held.by != said:
                 said = held.by
-                _log.warning("%s %s is being %s; waiting for it", request.label, request.digest[:12], held.by)
-            _look(request)
+                _log.warning("%s %s is being %s; waiting for it", stage, digest[:12], held.by)
+            look()
             time.sleep(_POLL_SECONDS)
     try:
         yield lease

@@ -27,6 +27,7 @@ FOR_LATER = {
     "kernels/wkv7/split.py": "sequence parallelism: what ranks exchange about their parts of a sequence",
 }
 FOR_TESTS = {
+    "kernels/mixer_ops/reference.py": "the equations, which every form is compared with",
     "kernels/shared/offline.py": "compiles every kernel for GPUs that are not there",
     "kernels/shared/testing.py": "inputs and measures of the kernels' tests and benchmarks",
     "deployments/twins.py": "writes the tiny recipes that tests run",

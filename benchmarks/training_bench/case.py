@@ -23,7 +23,7 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 @dataclass(frozen=True)
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
-    GPUs. mlp_bits, teacher_bits: 8 or 16."""
+    GPUs. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of what surrounds the recurrence."""
 
     shape: str
     stage: str
@@ -42,6 +42,8 @@ class Case:
     teacher_bits: int = 16
     freeze: tuple[str, ...] = ()
     loss: str = "l2"
+    decay_dtype: str = "float32"
+    fused: bool = True
     steps: int = 5
     warmup: int = 2
     profile_steps: int = 0
@@ -78,6 +80,7 @@ class Case:
             "micro_batch": self.micro_batch,
             "gradient_checkpointing": self.gradient_checkpointing,
             "freeze": self.freeze,
+            "decay_dtype": self.decay_dtype,
             "checkpoint_every": self.num_steps if self.checkpoint else self.num_steps + 1,
             "heldout_tokens": self.context,
         }

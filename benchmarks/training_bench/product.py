@@ -10,17 +10,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from radlads.kernels.mixer_ops import wkv7_finish, wkv7_operands
+from radlads.model.mixers.shared import rwkv7_design
 from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.common import Job, execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
-from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train import train, training_models
 from training_bench.case import Case
 from training_bench.measuring import Watch, product_mixer_memory
 
@@ -90,11 +93,22 @@ def watched(watch: Watch) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Mixers ask for the torch forms of the operators around their recurrence; norms and MLPs are transformers'."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(training_models, "fuse_modules"))
+        for operator in (wkv7_operands, wkv7_finish):
+            asked = partial(operator, backend="torch")
+            stack.enter_context(mock.patch.object(rwkv7_design, operator.__name__, asked))
+        yield
+
+
 def main(job: Job) -> dict[str, Any]:
     """A job's main; its product is a file with a note that no model is exported."""
     watch = Watch(job.scratch, Case.read(job.scratch / "case.json"), job.device, job.rank)
     try:
-        with watched(watch):
+        with watched(watch), nullcontext() if watch.case.fused else unfused():
             train.main(job)
     except Measured:
         watch.write()

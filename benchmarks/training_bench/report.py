@@ -129,6 +129,7 @@ def _options(case: Case) -> str:
     words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
     words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)
     words += [f"frozen: {' '.join(case.freeze)}"] * bool(case.freeze)
+    words += ["unfused"] * (not case.fused) + [f"log decay {case.decay_dtype}"] * (case.decay_dtype != "float32")
     words += [f"kept: {' '.join(map(str, case.attention_layers))}"] * bool(case.attention_layers)
     return ", ".join(words)
 
@@ -153,7 +154,12 @@ def details(row: Row) -> str:
         return f"### {row.case.name}, {row.build}\n\n```\n{row.failed}\n```\n"
     first = row.measured[0]
     marks = ", ".join(f"{what} {seconds:.1f}" for what, seconds in first["marks"].items())
-    lines = [f"### {row.case.name}, {row.build}", "", f"Seconds since the launch: {marks}.", ""]
+    lines = [
+        f"### {row.case.name}, {row.build}{', unfused' * (not row.case.fused)}",
+        "",
+        f"Seconds since the launch: {marks}.",
+        "",
+    ]
     if first.get("notes"):
         lines += [f"Build: {first['notes']}.", ""]
     if first.get("mixer"):

@@ -21,9 +21,10 @@ from radlads.flows.cli import (  # noqa: F401 - they register commands
     sync,
 )
 from radlads.flows.cli.application import ERR, app, parse_overrides
+from radlads.flows.foreground import RunFailed
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
-from radlads.tasks.contracts.parsing.files import explain_os_error
+from radlads.tasks.contracts.parsing.files import MENDABLE, explain_os_error
 from radlads.tasks.contracts.store.open import StoreError
 from radlads.tasks.launchers.launcher import JobCrashed
 
@@ -31,7 +32,8 @@ __all__ = ["app", "main", "parse_overrides"]
 
 
 def main() -> None:
-    """Entry point. Exit code 2: errors that the user can fix, a line each; code 1: other known errors, one line."""
+    """Entry point. Exit code 2: something has to be changed before the command can succeed (UserError); 1: it failed at
+    work, and the same command may succeed later. Known errors are a line each."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -39,13 +41,15 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error).splitlines(), 2)
+    except RunFailed as error:
+        _fail(str(error).splitlines(), 1)
     except (JobCrashed, StoreError) as error:
         _fail(str(error).splitlines()[:1], 1)
     except BrokenPipeError:  # the reader of the output has exited, as `head` does
         _close_stdout()
         sys.exit(1)
     except OSError as error:
-        _fail([explain_os_error(error)], 2)
+        _fail([explain_os_error(error)], 2 if error.errno in MENDABLE else 1)
 
 
 def _fail(lines: list[str], code: int) -> NoReturn:

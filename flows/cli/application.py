@@ -10,7 +10,7 @@ from rich.console import Console
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.document import one_line
-from radlads.tasks.contracts.parsing.yaml_reader import parse_yaml
+from radlads.tasks.contracts.parsing.yaml_reader import parse_value
 
 app = typer.Typer(
     name="radlads",
@@ -42,7 +42,7 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
             raise UserError(f"--set {written}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
         if key in changes:
             raise UserError(f"--set {one_line(key, 60)} is given twice; leave one of them out")
-        changes[key] = parse_yaml(text, where=f"--set {one_line(key, 60)}")
+        changes[key] = parse_value(text, where=f"--set {one_line(key, 60)}")
     return changes
 
 

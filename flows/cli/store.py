@@ -32,7 +32,8 @@ def list_store(store: StorePlace = None) -> None:
     runs = stored_runs(place)
     table = Table("run", "stage", "product", "size", "since", box=None, header_style="bold")
     for run in runs:
-        for label, pointer in sorted(run.pointers.items(), key=lambda item: item[1].time):
+        pointers = run.pointers | {f"{stage} (evaluated)": pointer for stage, pointer in run.judged.items()}
+        for label, pointer in sorted(pointers.items(), key=lambda item: item[1].time):
             found = products.get(pointer.key)
             table.add_row(
                 run.name,

@@ -22,7 +22,7 @@ from radlads.flows.cli.application import (
 from radlads.flows.foreground import command_line, end_in_foreground, failure_of
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.layout import check_layout, claim_layout
+from radlads.tasks.contracts.store.layout import check_layout
 from radlads.tasks.contracts.store.open import Store, find_store, open_store
 
 Yes = Annotated[bool, typer.Option("--yes", help="Start a sweep of more than 64 runs.")]
@@ -60,7 +60,7 @@ def sweep(
     if recipe is None:
         raise UserError("name a recipe, e.g. radlads sweep smoke --grid distill.tokens=1e6,2e6")
     from radlads.tasks.sweep.grid import MOST_MEMBERS, make_members, parse_grid
-    from radlads.tasks.sweep.record import keep_record
+    from radlads.tasks.sweep.record import check_record
 
     # A faulty recipe is reported at once, before Prefect is started.
     values, changes = parse_grid(grid or []), parse_overrides(overrides)
@@ -70,8 +70,8 @@ def sweep(
     members = make_members(recipe, values, changes, named, most=None if yes else MOST_MEMBERS)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     place = open_store(settings.store)
-    claim_layout(place)
-    keep_record(place, named, recipe, members)
+    check_layout(place)
+    check_record(place, named, recipe, members)
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     from radlads.flows.common import orchestrator

@@ -10,8 +10,8 @@ from radlads.kernels.gated_delta.chunked import gated_delta_chunked
 from radlads.kernels.gated_delta.meta import gated_delta_meta
 from radlads.kernels.gated_delta.reference import gated_delta_reference
 from radlads.kernels.gated_delta.step import gated_delta_step_torch
-from radlads.kernels.shared.backends import Forms, common_dtype
-from radlads.kernels.shared.check import check_bounds, check_inputs, check_step
+from radlads.kernels.shared.backends import Forms
+from radlads.kernels.shared.check import check_step
 
 Backend = Literal["reference", "chunked", "fla"]
 FORMS = Forms("gated_delta", gated_delta_reference, gated_delta_chunked, gated_delta_meta, gpu="fla")
@@ -45,21 +45,9 @@ def gated_delta(
 
     Raises ValueError, in one line, for shapes, dtypes or boundaries that do not fit together and an unknown backend.
     """
-    gates = {"log_decay": log_decay_BTH, "beta": beta_BTH}
-    check_inputs("gated_delta", {"q": q_BTHK, "k": k_BTHK}, v_BTHV, initial_state, cu_seqlens, gates)
-    operator = FORMS.choose(backend, v_BTHV, k_BTHK.shape[-1], common_dtype(q_BTHK, k_BTHK, v_BTHV))
-    if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
-        check_bounds("gated_delta", cu_seqlens, v_BTHV.shape[1])
-    return operator(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        log_decay_BTH,
-        beta_BTH,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    inputs = {"q": q_BTHK, "k": k_BTHK, "v": v_BTHV, "log_decay": log_decay_BTH, "beta": beta_BTH}
+    states = {"initial_state": initial_state, "output_final_state": output_final_state}
+    return FORMS.run(inputs, backend, cu_seqlens, gates=("log_decay", "beta"), **states)
 
 
 def gated_delta_step(

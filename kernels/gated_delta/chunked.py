@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.shared.slots import Slots, chunk_slots
+from radlads.kernels.shared.slots import Slots, chunk_slots, sum_type, zero_states
 from radlads.kernels.shared.triangular import unit_lower_inverse
 
 CHUNK = 64
@@ -37,11 +37,10 @@ def gated_delta_chunked(
     Any decay: only differences of cumulative log decays are exponentiated, which are never positive where the log decay
     is not. chunk: a power of two, halved while half of it holds T.
     """
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    B, T, H, K = k_BTHK.shape
-    num_states = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    dtype = sum_type(v_BTHV)
+    B, T, H, _ = k_BTHK.shape
     if initial_state is None:
-        initial_state = torch.zeros(num_states, H, K, v_BTHV.shape[-1], dtype=dtype, device=v_BTHV.device)
+        initial_state = zero_states(k_BTHK, v_BTHV, cu_seqlens)
     while chunk // 2 >= T:
         chunk //= 2
     slots = chunk_slots(B, T, H, chunk, cu_seqlens)

@@ -13,10 +13,10 @@ unit norm and beta lies in (0, 1), so that a write replaces the value stored at 
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from radlads.kernels.shared.sequential import run_sequentially
 
 
 def gated_delta_reference(
@@ -34,26 +34,17 @@ def gated_delta_reference(
 
     Returns `(out [B,T,H,V] in v's dtype, final state [B or N,H,K,V] in fp32 (fp64) or None)`.
     """
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    q, k, v, log_decay, beta = (x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH))
-    B, T, H, K = k.shape
-    if cu_seqlens is None:
-        spans = [(slice(0, B), 0, T)]
-    else:
-        spans = [(slice(0, 1), start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
-    if initial_state is None:
-        num_states = B if cu_seqlens is None else len(spans)
-        initial_state = torch.zeros(num_states, H, K, v.shape[-1], dtype=dtype, device=v.device)
-    states = list(initial_state.to(dtype).split(B if cu_seqlens is None else 1))
-    outs = []
-    for n, (rows, start, stop) in enumerate(spans):
-        state = states[n]
-        for t in range(start, stop):
-            row = (rows, t)
-            state = log_decay[row].exp()[..., None, None] * state
-            change = v[row] - torch.einsum("bhk,bhkv->bhv", k[row], state)
-            state = state + k[row][..., None] * (beta[row][..., None] * change)[..., None, :]
-            outs.append(torch.einsum("bhk,bhkv->bhv", q[row], state))
-        states[n] = state
-    out = torch.stack(outs, 1).to(v_BTHV.dtype)
-    return out, (torch.cat(states) if output_final_state else None)
+    return run_sequentially(
+        _token,
+        (q_BTHK, log_decay_BTH, k_BTHK, v_BTHV, beta_BTH),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _token(state: Tensor, q: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    state = log_decay.exp()[..., None, None] * state
+    change = v - torch.einsum("bhk,bhkv->bhv", k, state)
+    state = state + k[..., None] * (beta[..., None] * change)[..., None, :]
+    return state, torch.einsum("bhk,bhkv->bhv", q, state)

@@ -1,6 +1,26 @@
-"""mixer_ops: the steps of RWKV-7 mixers between projections and recurrence, in one pass over memory."""
+"""mixer_ops: the steps of RWKV-7 mixers between projections, recurrence and output, in one pass over memory each."""
 
-from radlads.kernels.mixer_ops.api import wkv7_operands
-from radlads.kernels.mixer_ops.reference import Operands, Residual, wkv7_operands_reference
+from radlads.kernels.mixer_ops.api import rotate_heads, wkv7_delta_operands, wkv7_finish, wkv7_operands
+from radlads.kernels.mixer_ops.plain import (
+    AddedValues,
+    Bonus,
+    DeltaOperands,
+    GroupNorm,
+    Operands,
+    Residual,
+    StockKeys,
+)
 
-__all__ = ["Operands", "Residual", "wkv7_operands", "wkv7_operands_reference"]
+__all__ = [
+    "AddedValues",
+    "Bonus",
+    "DeltaOperands",
+    "GroupNorm",
+    "Operands",
+    "Residual",
+    "StockKeys",
+    "rotate_heads",
+    "wkv7_delta_operands",
+    "wkv7_finish",
+    "wkv7_operands",
+]

@@ -1,13 +1,13 @@
 """The Triton form of wkv7_operands: one program per block of tokens and kv head, with all query heads of that kv head.
 
 Keys and values are read once for all their heads, and their gradients are summed over the heads in registers. Gradients
-of the vectors (w0, a0, v0, k0) leave each program as a sum over its tokens; torch adds those up, in a fixed order.
+of the vectors (w0, a0, v0, k0, k_k, k_a) leave each program as a sum over its tokens; torch adds those up, in a fixed
+order.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from radlads.kernels.mixer_ops.reference import Operands, Residual
+from radlads.kernels.mixer_ops.plain import AddedValues, Operands, Residual, StockKeys
+from radlads.kernels.shared.triton_launch import on_device_of
 
 EPS = tl.constexpr(1e-12)  # of torch's normalize
-NONE, KV, HEADS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the level of a residual
+NONE, KV, HEADS, ADDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # how values are mixed
+DECAY, LOG_LOG, STOCK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how keys are scaled
 _ELEMENTS = 2048  # of a tile; a program of four warps then holds sixteen numbers a thread
 _LENGTHS = ("N",)
 
@@ -41,26 +43,41 @@ def _share(low, offset, at, vector, inside, known):
 
 
 @triton.jit
-def _terms(k, w_low, a_low, w0, a0, at, vector, inside, known, SCALE, OFFSET, LOG_LOG: tl.constexpr):
+def _terms(w_low, a_low, w0, a0, k_a, at, vector, inside, known, SCALE, OFFSET, SCALING: tl.constexpr):
     """(σ(speed), log decay, iclr, key scale) of a head."""
     speed = _load(w0, vector, known)[None, :] + _load(w_low, at, inside)
     rate = tl.sigmoid(speed)
     log_decay = -SCALE * rate
     iclr = tl.sigmoid(_load(a0, vector, known)[None, :] + _load(a_low, at, inside))
-    if LOG_LOG:
+    if SCALING == LOG_LOG:
         softplus = tl.maximum(-speed, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(speed)))  # -log σ(speed)
         scale = 1.0 + softplus + OFFSET + iclr
+    elif SCALING == STOCK:
+        scale = 1.0 + (iclr - 1.0) * _load(k_a, vector, known)[None, :]
     else:
         scale = 1.0 - tl.exp(log_decay) + iclr
     return rate, log_decay, iclr, scale
 
 
+@triton.jit
+def _unit(key):
+    """(key / length, length) of every token."""
+    length = tl.sqrt(tl.sum(key * key, 1))
+    return key / tl.maximum(length, EPS)[:, None], length
+
+
+@triton.jit
+def _unit_back(dunit, unit, length):
+    along = tl.where(length > EPS, tl.sum(dunit * unit, 1), 0.0)
+    return (dunit - unit * along[:, None]) / tl.maximum(length, EPS)[:, None]
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def operands_kernel(
-    k, v, w_low, a_low, w0, a0, v_first, v_low, v0, k_first, k_low, k0,
-    log_decay, k_out, v_out, a, b, N, SCALE, OFFSET,
+    k, v, w_low, a_low, w0, a0, v_first, v_low, v0, k_first, k_low, k0, k_k, k_a,
+    log_decay, k_out, v_out, a, b, N, SCALE, OFFSET, ADD,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, LOG_LOG: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of BT tokens, G)."""
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -74,15 +91,18 @@ def operands_kernel(
         value += (_load(v_first, at, inside) - value) * _share(v_low, v0, at, vector, inside, known)
     if KEYS == KV:
         key += (_load(k_first, at, inside) - key) * _share(k_low, k0, at, vector, inside, known)
-    norm = tl.maximum(tl.sqrt(tl.sum(key * key, 1)), EPS)
-    unit = key / norm[:, None]
+    unit, _length = _unit(key)
     for head in range(R):
         vector = (group * R + head) * K + c
         at = token[:, None] * (G * R * K) + vector[None, :]
-        _, decay, iclr, scale = _terms(key, w_low, a_low, w0, a0, at, vector, inside, known, SCALE, OFFSET, LOG_LOG)
+        _rate, decay, iclr, scale = _terms(w_low, a_low, w0, a0, k_a, at, vector, inside, known, SCALE, OFFSET, SCALING)
         mixed = value
         if VALUES == HEADS:
             mixed += (_load(v_first, at, inside) - value) * _share(v_low, v0, at, vector, inside, known)
+        elif VALUES == ADDED:
+            mixed += ADD * _load(v_low, at, inside)
+        if SCALING == STOCK:
+            unit, _length = _unit(key * _load(k_k, vector, known)[None, :])
         _store(log_decay, at, decay, inside)
         _store(k_out, at, key * scale, inside)
         _store(v_out, at, mixed, inside)
@@ -103,13 +123,13 @@ def _mix_back(x, dmixed, first, low, offset, dfirst, dlow, doffset, at, vector, 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def operands_backward_kernel(
-    k, v, w_low, a_low, w0, a0, v_first, v_low, v0, k_first, k_low, k0,
+    k, v, w_low, a_low, w0, a0, v_first, v_low, v0, k_first, k_low, k0, k_k, k_a,
     dlog_decay, dk_out, dv_out, da, db,
-    dk, dv, dw_low, da_low, dw0, da0, dv_first, dv_low, dv0, dk_first, dk_low, dk0, N, SCALE, OFFSET,
+    dk, dv, dw_low, da_low, dw0, da0, dv_first, dv_low, dv0, dk_first, dk_low, dk0, dk_k, dk_a, N, SCALE, OFFSET, ADD,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, LOG_LOG: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """Grid as of operands_kernel. dw0, da0, dv0, dk0: [blocks, width] fp32, sums over a block's tokens."""
+    """Grid as of operands_kernel. Gradients of vectors: [blocks, width] fp32, sums over a block's tokens."""
     row = tl.program_id(0).to(tl.int64)
     token = row * BT + tl.arange(0, BT)
     group, c = tl.program_id(1), tl.arange(0, BK)
@@ -123,22 +143,32 @@ def operands_backward_kernel(
         value += (_load(v_first, at_kv, inside) - value) * _share(v_low, v0, at_kv, vector_kv, inside, known)
     if KEYS == KV:
         key += (_load(k_first, at_kv, inside) - key) * _share(k_low, k0, at_kv, vector_kv, inside, known)
-    length = tl.sqrt(tl.sum(key * key, 1))
-    norm = tl.maximum(length, EPS)
-    unit = key / norm[:, None]
+    unit, length = _unit(key)
     dunit, dkey, dvalue = tl.zeros_like(key), tl.zeros_like(key), tl.zeros_like(key)
     for head in range(R):
         vector = (group * R + head) * K + c
         at = token[:, None] * (G * R * K) + vector[None, :]
-        rate, decay, iclr, scale = _terms(key, w_low, a_low, w0, a0, at, vector, inside, known, SCALE, OFFSET, LOG_LOG)
+        rate, decay, iclr, scale = _terms(w_low, a_low, w0, a0, k_a, at, vector, inside, known, SCALE, OFFSET, SCALING)
         dk_here, db_here = _load(dk_out, at, inside), _load(db, at, inside)
         dscale = dk_here * key
         dkey += dk_here * scale
-        dunit += db_here * iclr - _load(da, at, inside)
-        diclr = (db_here * unit + dscale) * iclr * (1.0 - iclr)
+        dunit_here = db_here * iclr - _load(da, at, inside)
         ddecay = _load(dlog_decay, at, inside)
-        if LOG_LOG:
+        if SCALING == STOCK:
+            gain, share = _load(k_k, vector, known)[None, :], _load(k_a, vector, known)[None, :]
+            unit, length = _unit(key * gain)
+            draw = _unit_back(dunit_here, unit, length)
+            dkey += draw * gain
+            _store(dk_k, row * (G * R * K) + vector, tl.sum(draw * key, 0), known)
+            _store(dk_a, row * (G * R * K) + vector, tl.sum(dscale * (iclr - 1.0), 0), known)
+            dscale *= share
+        else:
+            dunit += dunit_here
+        diclr = (db_here * unit + dscale) * iclr * (1.0 - iclr)
+        if SCALING == LOG_LOG:
             dspeed = -SCALE * ddecay * rate * (1.0 - rate) - dscale * (1.0 - rate)
+        elif SCALING == STOCK:
+            dspeed = -SCALE * ddecay * rate * (1.0 - rate)
         else:
             dspeed = -SCALE * (ddecay - dscale * tl.exp(decay)) * rate * (1.0 - rate)
         _store(dw_low, at, dspeed, inside)
@@ -150,9 +180,11 @@ def operands_backward_kernel(
             dmixed = _mix_back(
                 value, dmixed, v_first, v_low, v0, dv_first, dv_low, dv0, at, vector, inside, known, row, G * R * K
             )
+        elif VALUES == ADDED:
+            _store(dv_low, at, ADD * dmixed, inside)
         dvalue += dmixed
-    along = tl.where(length > EPS, tl.sum(dunit * unit, 1), 0.0)
-    dkey += (dunit - unit * along[:, None]) / norm[:, None]
+    if SCALING != STOCK:
+        dkey += _unit_back(dunit, unit, length)
     if VALUES == KV:
         dvalue = _mix_back(
             value_kv, dvalue, v_first, v_low, v0, dv_first, dv_low, dv0, at_kv, vector_kv, inside, known, row, G * K
@@ -166,7 +198,7 @@ def operands_backward_kernel(
 
 
 class _Operands(torch.autograd.Function):
-    """(options, twelve inputs; those of an absent residual are None)."""
+    """(options, fourteen inputs; those that are absent are None)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, options: dict[str, Any], *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -197,11 +229,11 @@ class _Operands(torch.autograd.Function):
             if x is None:
                 grads.append(None)
             elif place in _VECTORS:
-                grads.append(torch.zeros(blocks, x.numel(), dtype=torch.float32, device=k.device))
+                grads.append(torch.empty(blocks, x.numel(), dtype=torch.float32, device=k.device))
             else:
                 grads.append(torch.empty_like(x))
         if tokens:
-            with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+            with on_device_of(k):
                 operands_backward_kernel[_grid(tokens, meta)](
                     *(k if x is None else x for x in inputs), *(x.contiguous() for x in douts),
                     *(k if x is None else x for x in grads), tokens, *ctx.options["scalars"], **meta, num_warps=4,
@@ -212,7 +244,13 @@ class _Operands(torch.autograd.Function):
         return None, *grads
 
 
-_VECTORS = (4, 5, 8, 11)  # places of w0, a0, v0, k0 among the inputs
+_VECTORS = (4, 5, 8, 11, 12, 13)  # places of w0, a0, v0, k0, k_k, k_a among the inputs
+
+
+def tile_of(K: int) -> dict[str, int]:
+    """Sizes of a tile: BT tokens of a head."""
+    BK = triton.next_power_of_2(K)
+    return {"K": K, "BK": BK, "BT": max(1, min(32, _ELEMENTS // BK))}
 
 
 def _grid(tokens: int, meta: dict[str, Any]) -> tuple[int, int]:
@@ -227,8 +265,9 @@ def wkv7_operands_triton(
     w0_A: Tensor,
     a0_A: Tensor,
     *,
-    values: Residual | None = None,
+    values: Residual | AddedValues | None = None,
     keys: Residual | None = None,
+    stock: StockKeys | None = None,
     decay_offset: float = 0.5,
     log_log: bool = False,
     decay_dtype: torch.dtype = torch.float32,
@@ -236,14 +275,18 @@ def wkv7_operands_triton(
     """As `wkv7_operands`, for checked shapes on a GPU (or in Triton's interpreter)."""
     G, K = k_BTGK.shape[2:]
     R = w_low_BTA.shape[-1] // (G * K)
-    BK = triton.next_power_of_2(K)
-    level = 0 if values is None else 1 if values.first.shape[2] == G else 2
+    added, first, level = 0.0, (None,) * 3, 0
+    if isinstance(values, AddedValues):
+        added, first, level = values.scale, (None, values.low, None), 3
+    elif values is not None:
+        first, level = values, 1 if values.first.shape[2] == G else 2
     meta = {
-        "G": G, "R": R, "K": K, "BK": BK, "BT": max(1, min(32, _ELEMENTS // BK)), "VALUES": level,
-        "KEYS": 0 if keys is None else 1, "LOG_LOG": log_log,
+        "G": G, "R": R, "VALUES": level, "KEYS": 0 if keys is None else 1,
+        "SCALING": 2 if stock else 1 if log_log else 0, **tile_of(K),
     }  # fmt: skip
-    options = {"meta": meta, "scalars": (math.exp(-decay_offset), decay_offset), "decay_dtype": decay_dtype}
-    residuals = (*(values or (None,) * 3), *(keys or (None,) * 3))
-    with torch.cuda.device(k_BTGK.device) if k_BTGK.is_cuda else nullcontext():
-        outs = _Operands.apply(options, k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A, *residuals)
+    scalars = (math.exp(-decay_offset), decay_offset, added)
+    options = {"meta": meta, "scalars": scalars, "decay_dtype": decay_dtype}
+    optional = (*first, *(keys or (None,) * 3), *(stock or (None,) * 2))
+    with on_device_of(k_BTGK):
+        outs = _Operands.apply(options, k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A, *optional)
     return Operands(*outs)

@@ -3,7 +3,7 @@ run without them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -54,16 +54,24 @@ class Forms:
         return self.reference if backend == "reference" else self.chunked
 
     def run(
-        self, inputs: Mapping[str, Tensor], backend: str | None, cu_seqlens: Tensor | None, **states: Any
+        self,
+        inputs: Mapping[str, Tensor],
+        backend: str | None,
+        cu_seqlens: Tensor | None,
+        *,
+        gates: Collection[str] = (),
+        **states: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Check a call and run it. inputs: r, log_decay, k, v and the rest, in the operator's order.
 
-        states: initial_state and output_final_state. Raises ValueError: see `choose`, `check_inputs`, `check_bounds`.
+        gates: names of the inputs that are numbers of a token and head, [B,T,H]. states: initial_state and
+        output_final_state. Raises ValueError: see `choose`, `check_inputs`, `check_bounds`.
         """
         v = inputs["v"]
-        keys = {name: x for name, x in inputs.items() if name != "v"}
-        check_inputs(self.name, keys, v, states["initial_state"], cu_seqlens)
-        dtype = common_dtype(*(x for name, x in inputs.items() if name != "log_decay"))
+        keys = {name: x for name, x in inputs.items() if name != "v" and name not in gates}
+        numbers = {name: inputs[name] for name in gates}
+        check_inputs(self.name, keys, v, states["initial_state"], cu_seqlens, numbers)
+        dtype = common_dtype(v, *(x for name, x in keys.items() if name != "log_decay"))
         operator = self.choose(backend, v, inputs["k"].shape[-1], dtype)
         if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on a GPU, reading them would wait for it
             check_bounds(self.name, cu_seqlens, v.shape[1])

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
+from radlads.kernels.mixer_ops import triton_finish, triton_operands, triton_rotate
 from radlads.kernels.shared.triton_launch import ChunkPlan, power
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
@@ -204,6 +205,32 @@ def compile_wkv6(
         ),
     )
     return {kernel.fn.__name__: kernel.warmup(*given, grid=(1,), **options) for kernel, given, options in launches}
+
+
+def compile_mixer_ops(name: str, K: int, R: int, *, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Compile the kernels of mixer_ops for `name`, a key of TARGETS, with heads of K, R of them to a kv head: how many
+    were compiled. Raises what Triton raises."""
+    driver.set_active(_Driver(TARGETS[name]))
+    x, f = torch.empty(64, dtype=dtype), torch.empty(64)
+    tile = triton_operands.tile_of(K) | {"grid": (1,), "num_warps": 4}
+    vectors, made = (4, 5, 8, 11, 12, 13), 0
+    for values, keys, scaling in ((0, 0, 0), (2, 0, 0), (1, 1, 1), (2, 0, 2), (3, 0, 0)):
+        options = tile | {"G": 4, "R": R, "VALUES": values, "KEYS": keys, "SCALING": scaling}
+        grads, numbers = [f if place in vectors else x for place in range(14)], (64, 0.6, 0.5, 0.2)
+        triton_operands.operands_kernel.warmup(*[x] * 14, f, *[x] * 4, *numbers, **options)
+        triton_operands.operands_backward_kernel.warmup(*[x] * 14, f, *[x] * 4, *grads, *numbers, **options)
+        made += 2
+    for norm, bonus, gate, out in ((0, 0, 1, 0), (0, 1, 1, 0), (1, 1, 1, 1), (1, 1, 0, 0)):
+        options = tile | {"NORM": bool(norm), "BONUS": bool(bonus), "GATE": bool(gate), "OUT": bool(out)}
+        grads, numbers = [x, f, f, x, x, x, f, x, x], (64, 4, 0.1, 0.0, 1e-5)
+        triton_finish.finish_kernel.warmup(*[x] * 10, *numbers, **options)
+        triton_finish.finish_backward_kernel.warmup(*[x] * 10, *grads, *numbers, **options)
+        made += 2
+    for back in (True, False):
+        sizes = {"K": K, "P": K // 2, "BN": 32, "BP": triton.next_power_of_2(K // 4), "REST": 64, "BACK": back}
+        triton_rotate.rotate_kernel.warmup(x, x, x, x, 64, 4, 16, 0, **sizes, grid=(1,))
+        made += 1
+    return made
 
 
 def _fused_launches(

@@ -14,7 +14,7 @@ from torch import Tensor
 from radlads.kernels.shared.slots import sum_type, zero_states
 
 Token = Callable[..., tuple[Tensor, Tensor]]
-"""(state [B,H,K,V], one token of each input [B,H,·]) -> (the state after it, its output [B,H,V])."""
+"""(state [B,H,K,V], one token of each input, [B,H,·] or [B,H]) -> (the state after it, its output [B,H,V])."""
 
 
 def run_sequentially(
@@ -27,7 +27,8 @@ def run_sequentially(
 ) -> tuple[Tensor, Tensor | None]:
     """`(out [B,T,H,V] in v's dtype, final state [B or N,H,K,V] in fp32 (fp64) or None)`; differentiable by autograd.
 
-    inputs: r, log_decay, k, v and the recurrence's further inputs, [B,T,H,·], in the order of `token`'s arguments.
+    inputs: r (or q), log_decay, k, v and the recurrence's further inputs, [B,T,H,·] or [B,T,H], in the order of
+    `token`'s arguments.
     """
     _, _, k, v = inputs[:4]
     dtype = sum_type(v)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 DECAY_FLOOR = -0.6065306597126334  # -exp(-1/2): RWKV-7's log decay lies in (DECAY_FLOOR, 0)
 INPUT_NAMES = ("r", "log_decay", "k", "v", "a", "b")
 WKV6_NAMES = INPUT_NAMES[:4]
+GATED_DELTA_NAMES = ("q", "k", "v", "log_decay", "beta")
 WKV6_FLOOR = -5.0  # RAD-RWKV6's log decay lies in [WKV6_FLOOR, 0)
+
+
+def _normal(seed: int, device: str) -> Callable[..., Tensor]:
+    """shape -> normal numbers of it in fp64, from one generator."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return partial(torch.randn, generator=generator, dtype=torch.float64, device=device)
 
 
 def wkv7_inputs(
@@ -35,11 +43,7 @@ def wkv7_inputs(
     `log_decay` fixes the decay; `period` repeats that many distinct removal keys over and over, with k along them (what
     padding or "aaaa" does to a model); `iclr` fixes the learning rate.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(B, T, H, width, generator=generator, dtype=torch.float64, device=device)
-
+    normal = partial(_normal(seed, device), B, T, H)
     r, w, k, v, kk, rate = normal(K), normal(K), normal(K) * K**-0.5, normal(V or K), normal(K), normal(K)
     kk = torch.nn.functional.normalize(kk, dim=-1)
     w = DECAY_FLOOR * torch.sigmoid(2 * w) if log_decay is None else torch.full_like(w, log_decay)
@@ -67,15 +71,46 @@ def wkv6_inputs(
     Log decays spread from the floor, where a fifth of them lies, to nearly none, and keys are scaled by 1 - decay;
     `log_decay` fixes the decay and leaves the keys as they are.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(B, T, H, width, generator=generator, dtype=torch.float64, device=device)
-
+    normal = partial(_normal(seed, device), B, T, H)
     r, w, k, v = normal(K) * K**-0.5, normal(K), normal(K), normal(V or K)
     w = (-(2.5 * w - 0.5).exp()).clamp(min=WKV6_FLOOR) if log_decay is None else torch.full_like(w, log_decay)
     k = k * -w.expm1() if log_decay is None else k
     return [x.to(dtype).requires_grad_() for x in (r, w, k, v)]
+
+
+def gated_delta_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    log_decay: float | None = None,
+    beta: float | None = None,
+    period: int | None = None,
+) -> list[Tensor]:
+    """The five inputs as the mixer makes them, requiring gradients; drawn in fp64, the same for every dtype.
+
+    Unit q and k; half of the heads forget fast. log_decay, beta: fixed; period: that many distinct keys, repeated.
+    """
+    normal = partial(_normal(seed, device), B, T, H)
+    q, k = (torch.nn.functional.normalize(normal(K), dim=-1) for _ in range(2))
+    v, speed, rate = normal(V or K), normal(), normal()
+    speed = -torch.nn.functional.softplus(speed + torch.linspace(-5, 1, H, dtype=torch.float64, device=device))
+    if period is not None:
+        k = k[:, torch.arange(T, device=device) % period]
+    speed = speed if log_decay is None else torch.full_like(speed, log_decay)
+    rate = rate.sigmoid() if beta is None else torch.full_like(rate, beta)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v, speed, rate)]
+
+
+def state_like(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 7) -> Tensor:
+    """An initial state [N,H,K,V] that requires a gradient; drawn in fp64, the same for every dtype."""
+    state = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(0.3)
+    return state.to(device, dtype).requires_grad_()
 
 
 def relative_rms(x: Tensor, reference: Tensor) -> float:
@@ -108,6 +143,37 @@ def outputs_and_gradients(
     grads = torch.autograd.grad((out, state), leaves, (upstream(out), upstream(state)))
     labels = [f"d {name}" for name in names[: len(inputs)]] + ["d initial_state"]
     return {"out": out, "state": state, **dict(zip(labels, grads, strict=False))}
+
+
+def assert_as_good_as_the_loop(
+    operator: Callable[..., tuple[Tensor, Tensor]],
+    ours: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor],
+    initial_state: Tensor | None = None,
+    *,
+    tiny: float,
+    decay_slack: float = 1.0,
+    names: Sequence[str] = INPUT_NAMES,
+    **options: Any,
+) -> None:
+    """error(ours) <= 2 error(the operator's loop, same dtype) + tiny, both against the loop in fp64; inputs are left
+    as they are.
+
+    decay_slack: on `tiny`, for the gradient of the log decay alone. Raises AssertionError.
+    """
+    exact_state = None if initial_state is None else initial_state.detach().double().requires_grad_()
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    loop = partial(outputs_and_gradients, operator, names=names, backend="reference", **options)
+    exact, rounded = loop(exact_inputs, exact_state), loop(inputs, initial_state)
+    with poisoned_memory():
+        found = outputs_and_gradients(ours, inputs, initial_state, names=names, **options)
+    assert all(torch.equal(x.double(), y) for x, y in zip(inputs, exact_inputs, strict=True)), "inputs were written to"
+    for name, reference in exact.items():
+        assert found[name].dtype == rounded[name].dtype, name
+        slack = decay_slack if name == "d log_decay" else 1.0
+        allowed = 2 * relative_rms(rounded[name], reference) + slack * tiny
+        error = relative_rms(found[name], reference)
+        assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
 
 
 def assert_autograd_rules(operator: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> None:

@@ -47,7 +47,7 @@ _CARRIED = tuple(
         (r"radlads\.model\.mixers\.(?!shared\b)(\w+)", r"\1"),
         (r"radlads\.kernels\.shared\.(slots|triangular)", r"\1"),
         (r"radlads\.kernels\.(?!shared\b)(\w+)", r"\1"),
-        (r"radlads\.kernels\.(?!shared\b)(\w+)\.(chunked|step)", r"\1_\2"),
+        (r"radlads\.kernels\.(?!shared\b)(\w+)\.(chunked|step|plain)", r"\1_\2"),
     )
 )
 _KERNEL = re.compile(r"radlads\.kernels\.(?!shared\b)\w+")
@@ -151,8 +151,15 @@ def _only_mixer(variant: str) -> str:
 
 
 def _plain_kernel(package: str) -> str:
-    """The operator of kernels/<name> in plain torch: `name` is its chunked form, what ends in `_step` its step."""
+    """A package of operators in plain torch: of plain.py, else the chunked form of kernels/<name> as `name` and the
+    step of what ends in `_step`."""
     name, public = package.rpartition(".")[2], importlib.import_module(package).__all__
+    if resources.files(package).joinpath("plain.py").is_file():
+        names = ", ".join(f"{one}_torch as {one}" if one.islower() else one for one in sorted(public))
+        return (
+            f'"""{name} in plain torch."""\n\nfrom {package}.plain import {names}\n\n'
+            f"__all__ = {json.dumps(sorted(public))}\n"
+        )
     other = [function for function in public if function != name and not function.endswith("_step")]
     if other:
         raise ValueError(f"an exported model cannot carry {other[0]} of {package}: {name} and ..._step alone")

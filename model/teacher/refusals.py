@@ -52,6 +52,11 @@ _MOST = {
     "num_experts_per_tok": 8192,
     "sliding_window": 1 << 31,
 }
+# Numbers among the settings of rotary positions; `factor` is at least 1.
+_ABOVE_ZERO = (
+    "rope_theta", "factor", "attention_factor", "partial_rotary_factor", "original_max_position_embeddings",
+    "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "moe_intermediate_size"}
 
 
@@ -63,19 +68,63 @@ def size_fault(raw: Mapping[str, Any]) -> str | None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             return f"{name} is {repr(value)[:40]} in its config; a whole number from 1 to {most:,} is needed"
-    positions = raw.get("rope_parameters")
-    numbers = {name: raw.get(name) for name in ("rms_norm_eps", "layer_norm_eps", "rope_theta")}
-    if isinstance(positions, Mapping):  # of all layers, or of each kind of layer
-        parts = {"": positions} | {f"{kind}.": part for kind, part in positions.items() if isinstance(part, Mapping)}
-        numbers |= {f"rope_parameters.{kind}rope_theta": part.get("rope_theta") for kind, part in parts.items()}
-    for name, value in numbers.items():
+    for name in ("rms_norm_eps", "layer_norm_eps", "rope_theta"):
         # transformers reports values that are not numbers.
-        if isinstance(value, int | float) and not 0 < value < math.inf:
+        if isinstance(value := raw.get(name), int | float) and not 0 < value < math.inf:
             return f"{name} is {value} in its config; a number above 0 is needed"
+    for name in ("rope_parameters", "rope_scaling"):  # today's name, and the one of earlier releases
+        if isinstance(positions := raw.get(name), Mapping):  # of all layers, or of each kind of layer
+            kinds = {f"{name}.{kind}.": part for kind, part in positions.items() if isinstance(part, Mapping)}
+            for place, part in {f"{name}.": positions, **kinds}.items():
+                if fault := _rotary_fault(part):
+                    return f"{place}{fault} is needed"
     for name in ("layer_types", "architectures"):
         value = raw.get(name) or ()
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             return f"{name} is {repr(value)[:40]} in its config; a list of texts is needed"
+    return None
+
+
+def _rotary_fault(part: Mapping[str, Any]) -> str | None:
+    """What is wrong with one kind of layer's rotary positions; transformers only warns, and computes nonsense."""
+    numbers: dict[str, float] = {}
+    for name in _ABOVE_ZERO:
+        value = part.get(name)
+        if value is None:
+            continue
+        if not _is_number(value) or value <= 0 or (name == "factor" and value < 1):
+            needed = "of at least 1" if name == "factor" else "above 0"
+            return f"{name} is {repr(value)[:40]} in its config; a number {needed}"
+        numbers[name] = value
+    if (share := numbers.get("partial_rotary_factor", 1)) > 1:
+        return f"partial_rotary_factor is {share} in its config; a number above 0 and at most 1"
+    slow, fast = (numbers.get(name, default) for name, default in (("beta_slow", 1), ("beta_fast", 32)))
+    if fast < slow:
+        return f"beta_fast is {fast} in its config; a number of at least beta_slow ({slow})"
+    low, high = numbers.get("low_freq_factor"), numbers.get("high_freq_factor")
+    if low is not None and high is not None and high <= low:
+        return f"high_freq_factor is {high} in its config; a number above low_freq_factor ({low})"
+    for name in ("short_factor", "long_factor"):
+        value = part.get(name)
+        if value is not None and not isinstance(value, list | tuple):
+            return f"{name} is {repr(value)[:40]} in its config; a list of numbers above 0"
+        wrong = [one for one in value or () if not _is_number(one) or one <= 0]
+        if wrong:
+            return f"{name} has {repr(wrong[0])[:40]} in its config; a list of numbers above 0"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def token_fault(settings: Mapping[str, Any], vocab_size: int, where: str) -> str | None:
+    """The first special token of a config, or of generation settings, that is not in the vocabulary. -1: none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = settings.get(name)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, int) and not -1 <= one < vocab_size:
+                return f"{name} is {one} in its {where}, but its vocabulary has the ids 0 to {vocab_size - 1}"
     return None
 
 

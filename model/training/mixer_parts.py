@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
+
+import torch
 
 from radlads.model.mixers.shared.registry import list_variants, mixer_class
 
@@ -25,3 +28,14 @@ def _is_part(name: str, part: str) -> bool:
 @cache
 def _patterns(part: str) -> tuple[str, ...]:
     return tuple(sorted({pattern for name in list_variants() for pattern in mixer_class(name).PARTS[part]}))
+
+
+def has_log_decay(variant: str) -> bool:
+    """Whether the log decay of a variant's recurrence may be rounded to 16 bits."""
+    return hasattr(mixer_class(variant), "decay_dtype")
+
+
+def round_log_decay(student: Any, dtype: torch.dtype) -> None:
+    """Give the recurrences of a student their log decay in `dtype`. Only of a variant that `has_log_decay`."""
+    for mixer in student.mixers().values():
+        mixer.decay_dtype = dtype

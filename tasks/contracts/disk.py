@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from itertools import islice
 from pathlib import Path
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.parsing.files import FULL_DISK, explain_os_error
+from radlads.tasks.contracts.parsing.files import FULL_DISK, MENDABLE, explain_os_error
 
-_REFUSED = {errno.EROFS, errno.EACCES, errno.ENOTDIR}
-_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+_FULL_TEXTS = [os.strerror(number) for number in FULL_DISK]
 _MOST_ENTRIES = 20_000
 _CURE = "free some space, or choose other folders with --work and --store"
 
@@ -38,7 +36,7 @@ def explain_disk(error: BaseException, place: Path) -> UserError | None:
         number, named = _number_and_path(cause)
         if number in FULL_DISK or any(text in str(cause) for text in _FULL_TEXTS):
             return DiskFull(describe_full(named or place))
-        if cause is error and isinstance(cause, OSError) and number in _REFUSED and named is not None:
+        if cause is error and isinstance(cause, OSError) and number in MENDABLE and named is not None:
             return UserError(f"{explain_os_error(cause, str(named))} (--work and --store set the folders)")
         cause = cause.__cause__ or cause.__context__
     return None

@@ -23,6 +23,7 @@ from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_SQLITE = "sqlite:///"
 _log = logging.getLogger(__name__)
 _METRICS_PER_BATCH = 1000
 _READ_BYTES = 1 << 18
@@ -47,6 +48,8 @@ def connect(uri: str) -> MlflowClient:
             setting.set(value)  # type: ignore[no-untyped-call]
     set_telemetry_client()  # type: ignore[no-untyped-call] # again: at import the setting was missing
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    if uri.startswith(_SQLITE):
+        Path(uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=with_credentials(uri))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -150,7 +151,10 @@ def _tracking_uri(uri: str) -> str:
                     head = stream.read(16)
                 if head and head != b"SQLite format 3\0":
                     raise UserError(f"{where} is a file of another kind, not an SQLite database")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = next(parent for parent in path.parents if parent.exists())  # missing ones are made at first use
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                number = errno.EACCES if folder.is_dir() else errno.EEXIST
+                raise OSError(number, os.strerror(number))
         return f"sqlite:///{path}"
     if uri.startswith(("http://", "https://")):
         return _web_address("tracking", uri)

@@ -26,7 +26,6 @@ __all__ = [
     "pinned_commit",
     "resolve_file",
     "resolve_teacher_path",
-    "resolve_tokenizer_path",
     "tokenizer_fingerprint",
 ]
 

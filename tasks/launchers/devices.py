@@ -72,13 +72,14 @@ def planned_resources(requested: Resources, gpus: int | None, gpu_memory_gib: fl
     memory = requested.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
     if gpus is None and memory is None:
         return None
-    if memory is None:
-        raise UserError(f"the memory of each of the {gpus} GPUs is unknown; add --gpu-memory, in GiB")
     count = gpus if gpus is not None else (requested.processes if requested.processes != "auto" else 1)
-    if not 1 <= count <= _MOST_GPUS or not 0 < memory <= _MOST_GIB:
+    if not 1 <= count <= _MOST_GPUS:
+        raise UserError(f"{count} GPUs cannot be planned for; give --gpus a number from 1 to {_MOST_GPUS}")
+    if memory is None:
+        raise UserError(f"the memory of each of the {count} GPUs is unknown; add --gpu-memory, in GiB")
+    if not 0 < memory <= _MOST_GIB:
         raise UserError(
-            f"{count} GPUs of {memory:g} GiB: there must be at least one, and it must have memory; at most "
-            f"{_MOST_GPUS} of {_MOST_GIB} GiB"
+            f"a GPU of {memory:g} GiB cannot be planned for; give --gpu-memory more than 0 and at most {_MOST_GIB} GiB"
         )
     return JobResources(
         device="cuda",

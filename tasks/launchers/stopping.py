@@ -5,9 +5,12 @@ A signal handler sets it, so it uses no locks, only plain attributes, each writt
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 ORDERLY_SECONDS = 12.0
 """Seconds that a job gets to save a checkpoint after a stop request; short, because a user waits at a terminal."""
@@ -20,12 +23,14 @@ class RunStopped(Exception):  # noqa: N818 - named after how the run ended
 @dataclass
 class StopRequest:
     """asked_at, hurried_at: monotonic seconds of the first and the second request. where: the progress of each job at
-    the stop. running: whether a flow that checks this request is running."""
+    the stop. running: whether a flow that checks this request is running. on_sigterm: what SIGTERM does meanwhile, if
+    not what the orchestrator does then."""
 
     asked_at: float | None = None
     hurried_at: float | None = None
     where: list[str] = field(default_factory=list)
     running: bool = False
+    on_sigterm: Callable[[int, FrameType | None], None] | None = None
 
     def ask(self) -> None:
         """Request a clean stop; a second call requests an immediate one."""
@@ -33,6 +38,19 @@ class StopRequest:
             self.asked_at = time.monotonic()
         elif self.hurried_at is None:
             self.hurried_at = time.monotonic()
+
+    @contextmanager
+    def flow(self) -> Iterator[None]:
+        """While a flow's own code runs; it may run other flows. The orchestrator's engine replaces the handler of
+        SIGTERM when each of them begins."""
+        outer, self.running = self.running, True
+        before = None if self.on_sigterm is None else signal.signal(signal.SIGTERM, self.on_sigterm)
+        try:
+            yield
+        finally:
+            self.running = outer
+            if before is not None and self.asked_at is None:  # a second signal must not disturb the stop
+                signal.signal(signal.SIGTERM, before)
 
     def check(self) -> None:
         """Raises RunStopped if a stop was requested."""

@@ -15,7 +15,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import canonical_json
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.document import one_line, shown
-from radlads.tasks.contracts.parsing.yaml_reader import parse_yaml
+from radlads.tasks.contracts.parsing.yaml_reader import parse_value
 from radlads.tasks.contracts.recipe.base import PLACE, Reads, Undigested
 from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe
 from radlads.tasks.contracts.settings import check_run_name
@@ -59,7 +59,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[Any]]:
             raise UserError(f"{named} is given twice; list all of its values in one of them")
         if not text.strip() or text.rstrip().endswith(","):
             raise UserError(f"{named}: a value is missing; write it as KEY=VALUE,VALUE")
-        values = parse_yaml(f"[{text}\n]", where=named)
+        values = parse_value(f"[{text}\n]", where=f"--grid {one_line(hide(option), 60)}")
         for value in values:
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
                 raise UserError(f"{named}: {shown(value)} is neither a single value nor a list of single values")

@@ -1,4 +1,5 @@
-"""What the store keeps of a sweep: `sweeps/<name>/sweep.yaml`, written before its runs; it can gain values only."""
+"""What the store keeps of a sweep: `sweeps/<name>/sweep.yaml`, written before its runs. It can gain values, and lose
+those whose runs have made no product but a plan: a mistake in a grid does not use up the name."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.job import canonical_json, first_fault
+from radlads.tasks.contracts.locks.lease import is_live
 from radlads.tasks.contracts.parsing.document import DocumentError
 from radlads.tasks.contracts.parsing.yaml_reader import dump_yaml, read_yaml
-from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe, parse_recipe
 from radlads.tasks.contracts.settings import check_run_name
+from radlads.tasks.contracts.stages import PLAN
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import StoreError
-from radlads.tasks.contracts.store.layout import sweep_key
+from radlads.tasks.contracts.store.layout import pointers_key, run_key, sweep_key
+from radlads.tasks.contracts.store.pointers import pointer_key
 from radlads.tasks.sweep.grid import Member, plain_value
 
 
@@ -52,20 +56,35 @@ def make_record(source: str, members: Sequence[Member]) -> SweepRecord:
 
 
 def keep_record(store: Store, sweep: str, source: str, members: Sequence[Member]) -> SweepRecord:
-    """Write the record of a sweep, or add to it what it did not have yet. Raises UserError where the name is another
+    """Write the record of a sweep, or change it to the present grid. Raises UserError where the name is another
     sweep's, StoreError."""
-    new, key = make_record(source, members), _record_key(sweep)
-    if store.put_if_absent(key, _dump(new)):
-        return new
-    found = store.read(key)
-    if found is None:
-        raise StoreError(f"{store.join(key)} was written and is not there")
-    old = _parse(found[0], store.join(key))
-    _check_extends(old, new, members, sweep)
-    record = old.model_copy(update={"grid": new.grid, "members": new.members})
-    if record != old and not store.replace(key, _dump(record), found[1]):
+    key = _record_key(sweep)
+    record, found = check_record(store, sweep, source, members)
+    data = _dump(record)
+    if found is not None and found[0] == data:
+        return record
+    if not (store.put_if_absent(key, data) if found is None else store.replace(key, data, found[1])):
         raise StoreError(f"{store.join(key)} was written by another process meanwhile; try again")
     return record
+
+
+def check_record(
+    store: Store, sweep: str, source: str, members: Sequence[Member]
+) -> tuple[SweepRecord, tuple[bytes, str] | None]:
+    """The record that keep_record would write, and content and version of the file that it replaces. Raises as
+    keep_record."""
+    new, key = make_record(source, members), _record_key(sweep)
+    found = store.read(key)
+    if found is None:
+        return new, None
+    old = _parse(found[0], store.join(key))
+    begun = _begun(store, old)
+    if begun.members:
+        _check_extends(begun, new, sweep)
+        _check_recipe(old, source, members[0], sweep)
+        if old.recipe_of in new.members:
+            return old.model_copy(update={"grid": new.grid, "members": new.members}), found
+    return new, found
 
 
 def read_record(store: Store, sweep: str) -> SweepRecord:
@@ -81,8 +100,20 @@ def _record_key(sweep: str) -> str:
     return f"{sweep_key(check_run_name(sweep))}/sweep.yaml"
 
 
-def _check_extends(old: SweepRecord, new: SweepRecord, members: Sequence[Member], sweep: str) -> None:
-    other = f"; for another sweep give another name with --run, what both have is shared (here: '{sweep}')"
+def _begun(store: Store, record: SweepRecord) -> SweepRecord:
+    """A record without the members that have made nothing but a plan, and are not at work."""
+    members = {name: values for name, values in record.members.items() if _has_begun(store, name)}
+    kept = {key: {canonical_json(values[key]) for values in members.values()} for key in record.grid}
+    grid = {key: [one for one in values if canonical_json(one) in kept[key]] for key, values in record.grid.items()}
+    return record.model_copy(update={"grid": grid, "members": members})
+
+
+def _has_begun(store: Store, run: str) -> bool:
+    return bool(set(store.list(pointers_key(run))) - {pointer_key(run, PLAN.name)}) or is_live(store, run_key(run))
+
+
+def _check_extends(old: SweepRecord, new: SweepRecord, sweep: str) -> None:
+    other = _other_name(sweep)
     if list(old.grid) != list(new.grid):
         raise UserError(f"the sweep '{sweep}' is over {' and '.join(old.grid)}, not {' and '.join(new.grid)}{other}")
     for key, values in old.grid.items():
@@ -92,13 +123,21 @@ def _check_extends(old: SweepRecord, new: SweepRecord, members: Sequence[Member]
                 f"the sweep '{sweep}' has {key}={','.join(map(plain_value, values))}; values can be added, and "
                 f"{plain_value(gone[0])} is missing{other}"
             )
-    now = next((member.recipe for member in members if member.name == old.recipe_of), None)
+
+
+def _check_recipe(old: SweepRecord, source: str, member: Member, sweep: str) -> None:
+    """Compares the recorded recipe with what the recorded member's would be now; it may be a member no longer."""
     try:
-        differs = now is None or _compared(old.asked) != _compared(now)
+        now = load_recipe(source, {**member.overrides, **old.members[old.recipe_of]})
+        differs = _compared(old.asked) != _compared(now)
     except DocumentError as error:
-        raise UserError(f"the sweep '{sweep}' was recorded by another version ({error}){other}") from None
+        raise UserError(f"the sweep '{sweep}' was recorded by another version ({error}){_other_name(sweep)}") from None
     if differs:
-        raise UserError(f"the sweep '{sweep}' was made of a recipe with other settings{other}")
+        raise UserError(f"the sweep '{sweep}' was made of a recipe with other settings{_other_name(sweep)}")
+
+
+def _other_name(sweep: str) -> str:
+    return f"; for another sweep give another name with --run, what both have is shared (here: '{sweep}')"
 
 
 def _compared(recipe: Recipe) -> str:

@@ -29,14 +29,15 @@ class StoredProduct:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run and its pointers, by label."""
+    """A run and its pointers, by label. judged: those at models of another run that it evaluates, by stage."""
 
     name: str
     pointers: dict[str, Pointer]
+    judged: dict[str, Pointer]
 
     def keys(self, *, history: bool) -> Iterator[str]:
         """Keys of the products that it points at; history: also of its earlier ones."""
-        for pointer in self.pointers.values():
+        for pointer in (*self.pointers.values(), *self.judged.values()):
             yield from (target.key for target in pointer.targets if history or target.digest == pointer.digest)
 
 
@@ -57,7 +58,9 @@ def stored_products(store: Store) -> list[StoredProduct]:
 
 def stored_runs(store: Store) -> list[StoredRun]:
     """Every run of the store. Raises StoreError."""
-    return [StoredRun(name, read_pointers(store, name)) for name in run_names(store)]
+    return [
+        StoredRun(name, read_pointers(store, name), read_pointers(store, name, "judged")) for name in run_names(store)
+    ]
 
 
 def age_of(store: Store, product: StoredProduct) -> float:

@@ -27,6 +27,7 @@ from radlads.tasks.contracts.store.pointers import Pointer, read_pointer, write_
 from radlads.tasks.contracts.tracking import retag_run
 from radlads.tasks.stage import stage_label
 from radlads.tasks.upkeep.former import Former, move_product, read_former, spec_of_today
+from radlads.tasks.upkeep.listing import stored_products
 
 _DONE = "upgrade.json"
 
@@ -205,10 +206,12 @@ def _remove(store: Store, moved: Iterable[Moved]) -> int:
 
 
 def _read_done(store: Store) -> dict[str, Moved]:
-    """Old place → product that earlier conversions have converted. Raises StoreError."""
+    """Old place → product that earlier conversions have converted, if it has not been deleted since: then it is
+    converted again, before its old place is removed. Raises StoreError."""
     data = store.get_bytes(_DONE)
     try:
         rows = [Moved(**row) for row in json.loads(data)] if data else []
     except (ValueError, TypeError):
         raise StoreError(f"{store.join(_DONE)} was written by a conversion of another version") from None
-    return {row.old: row for row in rows}
+    committed = {product.key: product.committed for product in stored_products(store)} if rows else {}
+    return {row.old: row for row in rows if row.key in committed and (committed[row.key] or not row.committed)}

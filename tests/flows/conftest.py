@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from prefect.settings import (
@@ -26,6 +30,7 @@ from radlads.tasks.contracts.specs import Pin, PlanReport, TeacherRef
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.launchers import local as launch
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINING = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
 RECIPE = {
     "name": "tiny",
@@ -52,6 +57,68 @@ def prefect_server():
         prefect_test_harness(server_startup_timeout=180),
     ):
         yield
+
+
+@dataclass(frozen=True)
+class RunningServices:
+    """Prefect's server, its worker and MLflow, as `radlads services up` starts them in `home`, and what that said."""
+
+    home: Path
+    said: str
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """Name → where it answers; none for the worker."""
+        return {name: one["url"] for name, one in json.loads((self.home / "services.json").read_text()).items()}
+
+    @property
+    def password(self) -> str:
+        return (self.home / "services-password").read_text().strip()
+
+    @property
+    def user(self) -> tuple[str, ...]:
+        """Name and secret."""
+        return tuple(self.password.split(":"))
+
+    def api(self) -> httpx.Client:
+        """Prefect's, for the user."""
+        url = f"{self.urls['prefect']}/api"
+        return httpx.Client(base_url=url, auth=self.user, trust_env=False, timeout=60)
+
+
+def typed(*command, home, **more):
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "RADLADS_"))}
+    env |= {"RADLADS_HOME": str(home), **more}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory):
+    """Started once for all tests of them, with variables of other services around; crashed stages are not retried."""
+    home = tmp_path_factory.mktemp("services") / "home"
+    radlads = [sys.executable, "-m", "radlads.flows.cli", "services"]
+    stale = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_API_AUTH_STRING": "radlads:of-other-services"}
+    quick = {"PREFECT_WORKER_QUERY_SECONDS": "1", "RADLADS_RETRIES": "0"}
+    try:
+        done = typed(*radlads, "up", home=home, **stale, **quick)
+        assert done.returncode == 0, done.stderr
+        yield RunningServices(home, done.stdout + done.stderr)
+    finally:
+        typed(*radlads, "down", home=home)
+
+
+@pytest.fixture(scope="session")
+def deployed(running):
+    """What the shell block of the README says, after which a person can start runs in the page."""
+    script = f"""
+        set -e
+        eval "$({sys.executable} -m radlads.flows.cli services env)"
+        {sys.executable} -m prefect --no-prompt deploy --all
+        echo "$PREFECT_API_URL"
+    """
+    done = typed("bash", "-c", script, home=running.home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
 
 
 @dataclass

@@ -96,6 +96,7 @@ def test_upgrade(radlads, tmp_path):
         ("store", "upgrade"),
         ("evaluate", "first"),
         ("sync", "first"),
+        ("evaluate", "first", "--recipe", "smoke"),
         ("sweep", "--table", "rates"),
     ],
 )
@@ -105,7 +106,7 @@ def test_looking_into_a_store_that_is_not_there_makes_none(command, tmp_path, mo
     done = CliRunner().invoke(app, list(command))
     assert isinstance(done.exception, UserError)
     assert "there is no store at" in str(done.exception)
-    assert not (home / "store").exists()
+    assert not home.exists()
 
 
 def test_looking_into_an_empty_store_leaves_it_empty(radlads, tmp_path):

@@ -441,7 +441,10 @@ def test_judging_a_finished_run_again(recipe, places, jobs):
     made = radlads_evaluate("r1", recipe, run="again", overrides={"needle.lengths": [128]}, **places)
     assert dict(jobs.launched) == {"plan": 1, "needle": 1}, "the held-out loss is what it was"
     assert jobs.specs["needle"].inputs["student"].uri == first["finetune"]
-    assert read_pointers(open_store(StoreRef(uri=places["store"])), "again")["needle"].uri == made["needle"]
+    store = open_store(StoreRef(uri=places["store"]))
+    assert read_pointers(store, "again")["needle"].uri == made["needle"]
+    read = {stage: pointer.uri for stage, pointer in read_pointers(store, "again", "judged").items()}
+    assert read == {stage: first[stage] for stage in ("transplant", "align", "distill", "finetune")}
     state = radlads_evaluate("nobody", recipe, run="x", **places, return_state=True)
     assert "no finished model of a run 'nobody'" in state.message
     state = radlads_evaluate("nobody", run="x", **places, return_state=True)

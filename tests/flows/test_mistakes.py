@@ -8,8 +8,12 @@ import sys
 import time
 
 import pytest
+from prefect.states import Failed
 
 from radlads.flows import cli, plan_view
+from radlads.flows.foreground import failure_of
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.store.open import CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.launchers import local as launch
 
 GOOD = """\
@@ -127,11 +131,11 @@ COMMANDS = {
     "a long name": (["plan", "x" * 5000 + ".yaml"], "the name is too long"),
     "a name with NUL": (["plan", "x\0.yaml"], "no recipe file at x\\x00.yaml"),
     "no equals sign": (["plan", "smoke", "--set", "tokens"], "--set tokens: write it as KEY=VALUE"),
-    "half a list": (["plan", "smoke", "--set", "a=[1"], "--set a:2:1: not valid YAML"),
-    "octal": (["plan", "smoke", "--set", "align.seed=007"], "--set align.seed:1:1: 007 is octal in YAML 1.1 and decimal in 1.2; write 7"),
-    "nan": (["plan", "smoke", "--set", "align.tokens=.nan"], "--set align.tokens:1:1: .nan is not a finite number"),
+    "half a list": (["plan", "smoke", "--set", "a=[1"], "--set a: not valid YAML: while parsing a flow sequence"),
+    "octal": (["plan", "smoke", "--set", "align.seed=007"], "--set align.seed: 007 is octal in YAML 1.1 and decimal in 1.2; write 7"),
+    "nan": (["plan", "smoke", "--set", "align.tokens=.nan"], "--set align.tokens: .nan is not a finite number"),
     "huge": (["plan", "smoke", "--set", f"align.seed={'9' * 5000}"], "is too large: the limit for integers is 2**53"),
-    "tag": (["plan", "smoke", "--set", "name=!!python/name:os.system"], "--set name:1:1: the tag !!python"),
+    "tag": (["plan", "smoke", "--set", "name=!!python/name:os.system"], "--set name: the tag !!python"),
     "twice": (["plan", "smoke", "--set", "name=a", "--set", "name=b"], "--set name is given twice"),
     "two dots": (["plan", "smoke", "--set", "align..tokens=1"], "override 'align..tokens': separate keys by single dots"),
     "into a number": (["plan", "smoke", "--set", "align.tokens.x=1"], "'tokens' is not a section with keys"),
@@ -152,6 +156,9 @@ COMMANDS = {
     "no host": (["run", "smoke", "--tracking", "http://"], "tracking is 'http://', which is not a valid address"),
     "a bad port": (["run", "smoke", "--tracking", "http://ann:opensesame@h:99999"], "tracking is 'http://h:99999'"),
     "work in a bucket": (["run", "smoke", "--work", "s3://b"], "the work folder is 's3://b': it must be a folder of this machine"),
+    "half a list in a grid": (["sweep", "smoke", "--grid", "align.tokens=[1"], "error: --grid align.tokens=[1: not valid YAML: while parsing a flow sequence"),
+    "octal in a grid": (["sweep", "smoke", "--grid", "align.seed=1,007"], "error: --grid align.seed=1,007: 007 is octal"),
+    "a letter in a grid": (["sweep", "smoke", "--grid", "align.seed=1,\x01"], ": the character U+0001 is not allowed"),
     "no GPU memory": (["plan", "smoke", "--gpus", "2"], "it was read"),
 }  # fmt: skip
 
@@ -193,16 +200,43 @@ def test_variables(name, tmp_path, capsys, monkeypatch):
     assert told in err
 
 
-def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "/data/plan.json")
+@pytest.mark.parametrize(
+    ("number", "expected", "told"),
+    [
+        (28, 2, "no space left on the device; free some, or choose another location"),
+        (5, 1, "Input/output error"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch, number, expected, told):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), "/data/plan.json")
 
-    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", full)
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", refuse)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
-    assert (code, err) == (
-        2,
-        "error: /data/plan.json: no space left on the device; free some, or choose another location\n",
-    )
+    assert (code, err) == (expected, f"error: /data/plan.json: {told}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("a typo"), 2),
+        (StoreUnusable("no such bucket"), 2),
+        (StoreError("the endpoint is away"), 1),
+        (CorruptArtifact("a file is missing"), 1),
+    ],
+)
+@pytest.mark.parametrize("in_a_run", [False, True])
+def test_a_failure_at_work_and_something_to_change_have_codes_of_their_own(
+    capsys, monkeypatch, error, expected, in_a_run
+):
+    def fail(*_, **__):
+        raise failure_of(Failed(message=str(error), data=error), "radlads run x") if in_a_run else error
+
+    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", fail)
+    code, err = typed(capsys, monkeypatch, "plan", "smoke")
+    assert code == expected
+    assert err.startswith("error: ")
+    assert ("to continue where it stopped: radlads run x" in err) == (in_a_run and expected == 1)
 
 
 def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from radlads.flows.cli import app
 from radlads.flows.plan_view import plan_offline, print_plan
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.recipe import Resources, load_recipe
+from radlads.tasks.contracts.recipe.recipe import Recipe, Resources, load_recipe
+from radlads.tasks.contracts.specs import PlanReport
 from radlads.tasks.launchers.devices import planned_resources
 from radlads.tasks.plan_table import short_count
 
@@ -35,8 +36,9 @@ MIXTURE = {
 }
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("mixture")
     (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
     stage = {"tokens": 300_000_000, "context": 4096, "batch": 32, "micro_batch": 2, "gradient_checkpointing": True}
     raw = {
@@ -55,11 +57,16 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(recipe_file: Path):
+@pytest.fixture(scope="module")
+def planned(recipe_file: Path) -> tuple[Recipe, PlanReport]:
+    """The recipe and its plan for eight large GPUs."""
     recipe = load_recipe(str(recipe_file))
-    report = plan_offline(recipe, gpus=8, gpu_memory_gib=141, sizes_only=True)
+    return recipe, plan_offline(recipe, gpus=8, gpu_memory_gib=141, sizes_only=True)
+
+
+def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(planned: tuple[Recipe, PlanReport]):
     screen = io.StringIO()
-    print_plan(Console(file=screen, width=100, color_system=None), recipe, report)
+    print_plan(Console(file=screen, width=100, color_system=None), *planned)
     lines = screen.getvalue().splitlines()
     assert all(len(line) <= 100 for line in lines)
     text = screen.getvalue()
@@ -73,13 +80,11 @@ def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(recipe_file: Path):
     assert "in all" in text
 
 
-def test_a_narrow_screen_loses_no_number(recipe_file: Path):
-    recipe = load_recipe(str(recipe_file))
-    report = plan_offline(recipe, gpus=8, gpu_memory_gib=141, sizes_only=True)
+def test_a_narrow_screen_loses_no_number(planned: tuple[Recipe, PlanReport]):
     screens = {}
     for width in (50, 100):
         screens[width] = io.StringIO()
-        print_plan(Console(file=screens[width], width=width, color_system=None), recipe, report)
+        print_plan(Console(file=screens[width], width=width, color_system=None), *planned)
     narrow, wide = (
         [line.split() for line in screen.getvalue().splitlines() if line.startswith(("stage", "align", "distill"))]
         for screen in screens.values()
@@ -98,9 +103,14 @@ def test_the_command_shows_the_table_and_then_what_does_not_fit(recipe_file: Pat
 
 @pytest.mark.parametrize(
     ("gpus", "memory", "message"),
-    [(8, None, "the memory of each of the 8 GPUs is unknown"), (-1, 80.0, "there must be at least one"),
-     (0, 80.0, "there must be at least one"), (8, -4.0, "it must have memory"), (8, 0.0, "it must have memory")],
-)  # fmt: skip
+    [
+        (8, None, "the memory of each of the 8 GPUs is unknown"),
+        (-1, None, "-1 GPUs cannot be planned for; give --gpus a number from 1 to"),
+        (0, 80.0, "0 GPUs cannot be planned for"),
+        (8, -4.0, "a GPU of -4 GiB cannot be planned for; give --gpu-memory more than 0"),
+        (8, 0.0, "a GPU of 0 GiB cannot be planned for"),
+    ],
+)
 def test_a_machine_that_makes_no_sense_is_refused(gpus: int, memory: float | None, message: str):
     with pytest.raises(UserError, match=message):
         planned_resources(Resources(), gpus, memory)

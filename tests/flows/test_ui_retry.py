@@ -1,24 +1,18 @@
-"""A person's rescue of a run, with nothing faked: server, worker, a rank killed with -9, Retry pressed in the page.
-
-Run as a script, it shows what it does: python tests/flows/test_ui_retry.py
-"""
+"""A person's rescue of a run, with nothing faked: server, worker, a rank killed with -9, Retry pressed in the page."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import yaml
 
 JOBS = "radlads.tasks.jobs"
+ENDED = ("FAILED", "COMPLETED", "CRASHED")
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -29,13 +23,14 @@ pytestmark = [
 ]
 
 
-def write_recipe(folder, seed=0):
-    """A random two-layer teacher, a corpus, and a recipe whose align stage lasts long enough to be killed. seed: of the
-    teacher; runs with the same one share their products."""
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A random two-layer teacher, a corpus, and a recipe whose align stage lasts long enough to be stopped."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(seed)
+    folder = tmp_path_factory.mktemp("recipe")
+    torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
@@ -60,46 +55,16 @@ def write_recipe(folder, seed=0):
 
 
 class Rescue:
-    """A server, a worker and MLflow of their own in `home`, and the run that is to be rescued."""
+    """A run that is started, stopped and rescued as a person does it in Prefect's page."""
 
-    def __init__(self, home):
-        self.home = home
-        self.env = {**os.environ, "RADLADS_HOME": str(home), "RADLADS_RETRIES": "0", "OMP_NUM_THREADS": "1"}
-        for name in ("PREFECT_API_URL", "RADLADS_STORE", "RADLADS_TRACKING", "RADLADS_WORK"):
-            self.env.pop(name, None)
-
-    def radlads(self, *arguments):
-        command = [sys.executable, "-m", "radlads.flows.cli", *arguments]
-        return subprocess.run(command, env=self.env, check=True, capture_output=True, text=True)
-
-    def start(self):
-        self.radlads("services", "up")
-        services = json.loads((self.home / "services.json").read_text())
-        self.page = services["prefect"]["url"]
-        self.password = (self.home / "services-password").read_text().strip()
-        auth = tuple(self.password.split(":"))
-        self.api = httpx.Client(base_url=f"{self.page}/api", auth=auth, trust_env=False, timeout=60)
-        env = {
-            **self.env, "PREFECT_API_URL": f"{self.page}/api", "PREFECT_API_AUTH_STRING": self.password,
-            "PREFECT_HOME": str(self.home / "prefect"),
-        }  # fmt: skip
-        deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        try:
-            subprocess.run(deploy, cwd=ROOT, env=env, check=True, capture_output=True)
-        except subprocess.CalledProcessError:
-            self.stop()  # a fixture that fails here is not torn down
-            raise
-
-    def stop(self):
-        self.radlads("services", "down")
-
-    def run(self, recipe, name):
-        self.name = name
+    def __init__(self, services, recipe, name, overrides):
+        self.services, self.home, self.api, self.name = services, services.home, services.api(), name
         deployment = self.api.get("/deployments/name/radlads/full").json()["id"]
-        asked = {"parameters": {"recipe": str(recipe), "run": name}}
+        asked = {"parameters": {"recipe": str(recipe), "run": name, "overrides": overrides}}
         answer = self.api.post(f"/deployments/{deployment}/create_flow_run", json=asked)
         assert answer.is_success, answer.text
         self.flow_run = answer.json()["id"]
+        self.wait_for(lambda: (self.product("align") / "checkpoints" / "latest").exists(), "a checkpoint of align")
 
     def state(self):
         run = self.api.get(f"/flow_runs/{self.flow_run}").json()
@@ -134,22 +99,20 @@ class Rescue:
         assert len(ranks) == 1, self.processes(stage)
         os.kill(ranks[0], signal.SIGKILL)
 
-    def press_retry(self, picture=None):
+    def press_retry(self):
         from playwright.sync_api import sync_playwright
 
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1400, "height": 1000})
-            page.goto(f"{self.page}/login")
-            page.get_by_role("textbox").fill(self.password)
+            page.goto(f"{self.services.urls['prefect']}/login")
+            page.get_by_role("textbox").fill(self.services.password)
             page.get_by_role("button", name="Login").click()
             page.wait_for_url("**/dashboard**")
-            page.goto(f"{self.page}/runs/flow-run/{self.flow_run}")
+            page.goto(f"{self.services.urls['prefect']}/runs/flow-run/{self.flow_run}")
             page.get_by_role("button", name="Retry").click(timeout=60_000)
             page.get_by_role("dialog").get_by_role("button", name="Retry").click()
             page.get_by_role("dialog").wait_for(state="hidden")
-            if picture:
-                page.screenshot(path=picture)
             browser.close()
 
     def attempts(self):
@@ -163,59 +126,44 @@ class Rescue:
         return [row["step"] for row in map(json.loads, rows) if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def rescue(tmp_path_factory):
-    made = Rescue(tmp_path_factory.mktemp("services") / "home")
-    made.start()
-    yield made
-    made.stop()
+@pytest.fixture
+def start(running, deployed, recipe):
+    """start(name, steps): a run that has saved a checkpoint of align. Runs share every product of before."""
+    made = []
+
+    def one(name, steps):
+        made.append(Rescue(running, recipe, name, {"align.tokens": 32 * 2 * steps}))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.api.close()
 
 
-def rescue_a_run(rescue, folder, say=lambda text: None):
-    rescue.run(write_recipe(folder), "rescue")
-    say(f"started {rescue.page}/runs/flow-run/{rescue.flow_run}")
-    rescue.wait_for(lambda: (rescue.product("align") / "checkpoints" / "latest").exists(), "a checkpoint of align")
-    rescue.kill_a_rank("align")
-    say("killed a rank of align with -9")
-    rescue.wait_for(lambda: rescue.state()[0] in ("FAILED", "COMPLETED", "CRASHED"), "the failure")
-    kind, message, _ = rescue.state()
-    say(f"{kind}: {message.splitlines()[0]}")
+def test_a_killed_run_is_rescued_in_the_page(start):
+    run = start("rescue", 60)
+    run.kill_a_rank("align")
+    run.wait_for(lambda: run.state()[0] in ENDED, "the failure")
+    kind, message, _ = run.state()
     assert kind == "FAILED"
     assert "align crashed" in message
-    assert rescue.attempts() == {"plan": 1, "tokenize": 1, "transplant": 1, "align": 1}
+    assert run.attempts() == {"plan": 1, "tokenize": 1, "transplant": 1, "align": 1}
 
-    rescue.press_retry()
-    say("pressed Retry in the page")
-    rescue.wait_for(lambda: rescue.state()[2] > 1, "the second attempt")
-    rescue.wait_for(lambda: rescue.state()[0] in ("FAILED", "COMPLETED", "CRASHED"), "the end")
-    assert rescue.state()[0] == "COMPLETED", rescue.state()
-    say(f"completed; jobs started for each stage: {rescue.attempts()}")
-    assert rescue.attempts() == {"plan": 1, "tokenize": 1, "transplant": 1, "align": 2, "publish": 1}
-    assert rescue.steps("align") == list(range(1, 61))
-    log = (rescue.scratch("align") / "log.txt").read_text().split("=== attempt")[-1]
+    run.press_retry()
+    run.wait_for(lambda: run.state()[2] > 1, "the second attempt")
+    run.wait_for(lambda: run.state()[0] in ENDED, "the end")
+    assert run.state()[0] == "COMPLETED", run.state()
+    assert run.attempts() == {"plan": 1, "tokenize": 1, "transplant": 1, "align": 2, "publish": 1}
+    assert run.steps("align") == list(range(1, 61))
+    log = (run.scratch("align") / "log.txt").read_text().split("=== attempt")[-1]
     assert "step 1/60" not in log, "it started over instead of going on from its checkpoint"
 
 
-def test_a_killed_run_is_rescued_in_the_page(rescue, tmp_path):
-    rescue_a_run(rescue, tmp_path)
-
-
-def test_a_cancelled_run_leaves_no_process(rescue, tmp_path):
-    rescue.run(write_recipe(tmp_path, seed=1), "cancelled")
-    rescue.wait_for(lambda: (rescue.product("align") / "checkpoints" / "latest").exists(), "a checkpoint of align")
-    assert len(rescue.processes("align")) >= 4, "supervisor, its warden, launcher, rank"
-    rescue.api.post(f"/flow_runs/{rescue.flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
-    rescue.wait_for(lambda: rescue.state()[0] == "CANCELLED", "the cancellation")
-    rescue.wait_for(lambda: not rescue.processes("align"), "the end of the job", seconds=90)
-    ending = json.loads((rescue.scratch("align") / "exit.json").read_text())
+def test_a_cancelled_run_leaves_no_process(start):
+    run = start("cancelled", 120)
+    assert len(run.processes("align")) >= 4, "supervisor, its warden, launcher, rank"
+    run.api.post(f"/flow_runs/{run.flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
+    run.wait_for(lambda: run.state()[0] == "CANCELLED", "the cancellation")
+    run.wait_for(lambda: not run.processes("align"), "the end of the job", seconds=90)
+    ending = json.loads((run.scratch("align") / "exit.json").read_text())
     assert ending["reason"] == "preempted", "the ranks were asked before anybody was killed, and saved a checkpoint"
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        tale = Rescue(Path(place) / "home")
-        tale.start()
-        try:
-            rescue_a_run(tale, Path(place), say=lambda text: os.write(1, f"{text}\n".encode()))
-        finally:
-            tale.stop()

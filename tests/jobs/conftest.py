@@ -168,9 +168,9 @@ def job_python(warm_python: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def run_ranks(job_python: Any) -> Callable[..., None]:
-    """run_ranks(module, job, count): a job's program in `count` processes that form a group."""
+    """run_ranks(module, job, count): a job's program in `count` processes that form a group; all end with `code`."""
 
-    def run(module: str, job: Job, count: int) -> None:
+    def run(module: str, job: Job, count: int, code: int = 0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -183,7 +183,7 @@ def run_ranks(job_python: Any) -> Callable[..., None]:
             for rank in range(count)
         ]  # fmt: skip
         codes = [rank.wait() for rank in ranks]
-        assert codes == [0] * count, [rank.output for rank in ranks]
+        assert codes == [code] * count, [rank.output for rank in ranks]
 
     return run
 

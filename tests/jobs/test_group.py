@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.launchers.local import job_environment
@@ -19,14 +17,14 @@ join_group(torch.device("cpu"), rank, 2)
 numbers = torch.tensor([rank + 1.0])
 distributed.all_reduce(numbers)
 listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
-sys.stdout.write(json.dumps({"sum": numbers.item(), "listening": listening}))
+sys.stdout.write(json.dumps({"sum": numbers.item(), "listening": listening}) + "\\n")
 sys.stdout.flush()
 distributed.barrier()
 leave_group(orderly=True)
 """
 
 
-def test_two_ranks_listen_on_loopback_alone():
+def test_two_ranks_listen_on_loopback_alone(job_python):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,12 +32,9 @@ def test_two_ranks_listen_on_loopback_alone():
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
+    ranks = [job_python.start("-c", RANK, env=env | {"RANK": str(rank)}) for rank in range(2)]
     for rank in ranks:
-        told = json.loads(rank.communicate(timeout=120)[0])
-        assert rank.returncode == 0
+        assert rank.wait() == 0, rank.output
+        [told] = [json.loads(line) for line in rank.output.splitlines() if line.startswith("{")]
         assert told["sum"] == 3
         assert set(told["listening"]) == {"127.0.0.1"}

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from radlads.kernels.mixer_ops import api as mixer_ops
 from radlads.kernels.shared.backends import Forms
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import RadladsForCausalLM, build_student
 from radlads.model.teacher.load import list_families
+from radlads.model.training import fused_modules
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import (
     Align,
@@ -171,6 +173,7 @@ def test_parameters_are_those_of_real_models(family_config, model_type: str):
 OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4", "cohere2", "exaone4", "qwen3_5_text")]
 
 
+@pytest.mark.parametrize("liger", [False, True])
 @pytest.mark.parametrize("attention_layers", [(), (1, 2)])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
@@ -178,9 +181,15 @@ OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4",
     [("rad_rwkv7", "qwen3"), ("hxa079", "qwen3"), ("rwkv7", "qwen3"), ("gated_deltanet", "qwen3"), *OTHER_BLOCKS],
 )
 def test_activations_are_near_what_autograd_keeps(
-    monkeypatch: pytest.MonkeyPatch, family_config, variant: str, model_type: str, frozen: bool, attention_layers
+    monkeypatch: pytest.MonkeyPatch,
+    family_config,
+    variant: str,
+    model_type: str,
+    frozen: bool,
+    attention_layers,
+    liger: bool,
 ):
-    """A whole student on the CPU, its recurrence standing in for the kernels (which the CPU form does not resemble)."""
+    """A whole student on the CPU, what the kernels keep standing in for them (the CPU forms do not resemble it)."""
     kinds = {} if model_type in ("qwen3", "glm4") else {"layer_types": ["sliding_attention", "full_attention"] * 2}
     if model_type == "qwen3_5_text":
         kinds = {"layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]}
@@ -192,6 +201,11 @@ def test_activations_are_near_what_autograd_keeps(
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not (frozen and ".mlp." in name))
     monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
+    monkeypatch.setattr(mixer_ops, "_choose", lambda *args: "meta")
+    monkeypatch.setattr(fused_modules, "installed", lambda package: liger)
+    monkeypatch.setattr(fused_modules, "_liger_norm", fused_modules.norm_meta)
+    monkeypatch.setattr(fused_modules, "_liger_swiglu", fused_modules.swiglu_meta)
+    fused_modules.fuse_modules(student, torch.device("meta"))
     kept: dict[int, torch.Tensor] = {}
     known = {p.untyped_storage().data_ptr() for p in student.parameters()}
 

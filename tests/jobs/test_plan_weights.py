@@ -1,5 +1,7 @@
 """plan and transplant of teachers whose files are damaged: refused from their headers, before anything is made."""
 
+# ruff: noqa: E501 - tables, a mistake a line
+
 from __future__ import annotations
 
 import json
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from radlads.model.teacher.refusals import size_fault
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import parse_recipe
@@ -116,6 +119,56 @@ def test_numbers_that_give_no_numbers_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=f"^teacher: {words} in its config; a number above 0 is needed$"):
         make_plan()
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config", {"rope_parameters": YARN | {"factor": -4.0}}, "rope_parameters.factor is -4.0 in its config; a number of at least 1"),
+        ("config", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5 in its config"),
+        ("config", {"eos_token_id": 99999}, r"eos_token_id is 99999 in its config, but its vocabulary has the ids 0 to \d+"),
+        ("config", {"eos_token_id": [1, 99999]}, "eos_token_id is 99999"),
+        ("config", {"pad_token_id": 99999}, "pad_token_id is 99999"),
+        ("generation_config", {"eos_token_id": 99999}, "eos_token_id is 99999 in its generation_config"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_model_can_have_are_one_line(
+    make_plan: Any, folder: Path, file: str, changes: dict[str, Any], words: str
+) -> None:
+    path = folder / f"{file}.json"
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    with pytest.raises(UserError, match=f"^teacher: {words}") as caught:
+        make_plan()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factor": 0}, "factor is 0"),
+        ({"factor": "4"}, "factor is '4'"),
+        ({"factor": True}, "factor is True"),
+        ({"attention_factor": 0.0}, "attention_factor is 0.0 in its config; a number above 0"),
+        ({"beta_slow": -1}, "beta_slow is -1"),
+        ({"beta_fast": 1, "beta_slow": 32}, "beta_fast is 1 in its config; a number of at least beta_slow (32)"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5 in its config; a number above 0 and at most 1"),
+        ({"low_freq_factor": 4.0, "high_freq_factor": 4.0}, "high_freq_factor is 4.0 in its config; a number above low_freq_factor (4.0)"),
+        ({"short_factor": [1.0, 0.0]}, "short_factor has 0.0 in its config; a list of numbers above 0"),
+        ({"long_factor": 3}, "long_factor is 3 in its config; a list of numbers above 0"),
+        ({"factor": None, "beta_fast": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["", "sliding_attention."])
+def test_rotary_settings_of_all_layers_and_of_each_kind(
+    teacher_folder: Path, kind: str, changes: dict[str, Any], words: str | None
+) -> None:
+    part = YARN | changes
+    fault = size_fault({"rope_parameters": {kind[:-1]: part} if kind else part})
+    assert fault is None if words is None else fault is not None and fault.startswith(f"rope_parameters.{kind}{words}")
 
 
 def test_weights_that_are_rounded_are_warned_about(make_plan: Any, folder: Path) -> None:

@@ -7,10 +7,10 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,31 +29,25 @@ SETTINGS = {
 }
 
 
-def launch(job: Job) -> subprocess.Popen[bytes]:
-    """Start the job as the control plane does; its output is log.txt."""
-    folder = Path(sys.executable).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = render_command(job.spec, Path("job.json"), port=port)
-    environment = os.environ | {
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    with (job.scratch / "log.txt").open("wb") as log:
-        return subprocess.Popen(
-            command,
-            cwd=job.scratch,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+@pytest.fixture
+def launch(job_python):
+    """launch(job): the job as the control plane starts it; only DeepSpeed's launcher has been imported before."""
 
+    def start(job: Job) -> Any:
+        folder = Path(sys.executable).parent
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = render_command(job.spec, Path("job.json"), port=port)
+        environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONSAFEPATH": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        return job_python.start(*command[command.index("-m") :], env=environment, cwd=job.scratch)
 
-def log_of(job: Job) -> str:
-    return (job.scratch / "log.txt").read_text()[-4000:]
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +59,14 @@ def whole(training) -> list[float]:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_two_processes_train_as_one_does_and_one_continues_what_two_began(training, whole, run_ranks, zero_stage):
+def test_two_processes_train_as_one_does_and_one_continues_what_two_began(
+    training, whole, launch, run_ranks, zero_stage
+):
     resources = {"processes": 2, "zero_stage": zero_stage}
     job = training.job("distill", f"two-{zero_stage}", resources=resources, micro_batch=1, **SETTINGS)
     if zero_stage == 1:
-        assert launch(job).wait(timeout=300) == 0, log_of(job)
+        process = launch(job)
+        assert process.wait() == 0, process.output[-4000:]
     else:  # the launcher is the same for every stage, and takes longer than the training
         run_ranks(TRAIN, job, 2)
     assert training.ending(job)["reason"] == "done"
@@ -92,24 +89,24 @@ def test_two_processes_train_as_one_does_and_one_continues_what_two_began(traini
     assert metrics["heldout/kl"] == pytest.approx(product.metrics["heldout/kl"], rel=1e-3)
 
 
-def test_a_batch_that_two_cannot_share_ends_both_with_the_reason(training):
+def test_a_batch_that_two_cannot_share_ends_both_with_the_reason(training, run_ranks):
     job = training.job("distill", "odd", resources={"processes": 2}, batch=3, micro_batch=1)
-    assert launch(job).wait(timeout=300) == 2, log_of(job)
+    run_ranks(TRAIN, job, 2, code=2)
     assert training.ending(job)["reason"] == "config"
     assert "must be a multiple of the number of processes (2)" in training.ending(job)["message"]
 
 
-def test_a_rank_killed_with_9_ends_the_other_and_both_go_on_from_the_checkpoint(training, run_ranks):
+def test_a_rank_killed_with_9_ends_the_other_and_both_go_on_from_the_checkpoint(training, launch, run_ranks):
     job = training.job("distill", "lost", resources={"processes": 2}, checkpoint_every=2, tokens=40 * 128, **SETTINGS)
     process = launch(job)
     deadline = time.monotonic() + 200
     latest = training.root / "store" / job.output_prefix / "checkpoints" / "latest"
     while not latest.exists():
-        assert process.poll() is None, log_of(job)
-        assert time.monotonic() < deadline, log_of(job)
+        assert not (job.scratch / "exit.json").exists(), training.ending(job)
+        assert time.monotonic() < deadline, process.output[-4000:]
         time.sleep(0.02)
     os.kill(_rank(process.pid, "1"), signal.SIGKILL)
-    assert process.wait(timeout=120) != 0
+    assert process.wait() != 0
     assert job.store.read_manifest(job.output_prefix) is None
     done = len(training.curve(job))
     assert 2 <= done < 40

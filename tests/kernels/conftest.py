@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for operands_cases
 
 
 @pytest.fixture(scope="session")
@@ -25,31 +26,29 @@ def compiler(warm_python: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     return run
 
 
-@pytest.fixture
-def interpret() -> Callable[[str], None]:
-    """interpret(file): run a file of tests under Triton's interpreter, which a process has from its start or never."""
+@pytest.fixture(scope="session")
+def interpret(warm_python: Callable[..., Any]) -> Callable[..., None]:
+    """interpret(file, *arguments of pytest): run a file of tests under Triton's interpreter, which a process has from
+    its start or never."""
+    modules = ("pytest", "numpy.testing", "triton.language", "radlads.kernels.shared.testing")
+    python = warm_python(*modules, TRITON_INTERPRET="1")
 
-    def run(file: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    def run(file: str, *arguments: str) -> None:
+        path = str(Path(__file__).with_name(file))
+        python.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", path, *arguments, cwd=Path.cwd())
 
     return run
 
 
 def pytest_configure() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _patch_language_once()
+        _make_the_interpreter_fast()
 
 
-def _patch_language_once() -> None:
+def _make_the_interpreter_fast() -> None:
     """Triton's interpreter replaces the functions of triton.language again at each call of a device function, which is
-    half of its time; once, and for good, is the same in a process that interprets only."""
+    half of its time; once, and for good, is the same in a process that interprets only. Of the rest it takes a quarter
+    to write down, for each array, the table of numpy's types; the answer for a type is always the same."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -57,3 +56,6 @@ def _patch_language_once() -> None:
         kernel = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # has in sight all that kernels have
         interpreter._patch_lang(kernel)
         interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+    if hasattr(interpreter, "_get_np_dtype"):
+        of_type, known = interpreter._get_np_dtype, {}
+        interpreter._get_np_dtype = lambda tt: known.get(tt.name) or known.setdefault(tt.name, of_type(tt))

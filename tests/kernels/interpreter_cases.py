@@ -12,10 +12,10 @@ import triton
 
 from radlads.kernels.shared.testing import (
     DECAY_FLOOR,
+    assert_as_good_as_the_loop,
     assert_autograd_rules,
-    outputs_and_gradients,
     poisoned_memory,
-    relative_rms,
+    state_like,
     wkv7_inputs,
 )
 from radlads.kernels.wkv7 import wkv7
@@ -29,26 +29,13 @@ TINY = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-3}
 
 
 def assert_right(inputs, initial_state=None, *, slack=1.0, cu_seqlens=None, **options):
-    exact_state = None if initial_state is None else initial_state.detach().double().requires_grad_()
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = outputs_and_gradients(wkv7, exact_inputs, exact_state, backend="reference", cu_seqlens=cu_seqlens)
-    loop = outputs_and_gradients(wkv7, inputs, initial_state, backend="reference", cu_seqlens=cu_seqlens)
-    with poisoned_memory():
-        ours = outputs_and_gradients(wkv7_triton, inputs, initial_state, cu_seqlens=cu_seqlens, **options)
-    for name, reference in exact.items():
-        assert ours[name].dtype == loop[name].dtype, name
-        allowed = 2 * relative_rms(loop[name], reference) + slack * TINY[inputs[3].dtype]
-        error = relative_rms(ours[name], reference)
-        assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
-
-
-def state_like(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).mul(0.3).requires_grad_()
+    ours, tiny = partial(wkv7_triton, **options), slack * TINY[inputs[3].dtype]
+    assert_as_good_as_the_loop(wkv7, ours, inputs, initial_state, tiny=tiny, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("T", [1, 2, 32, 63, 65])
 def test_lengths(T):
-    assert_right(wkv7_inputs(2, T, 2, 16), state_like(2, 2, 16, 16))
+    assert_right(wkv7_inputs(2, T, 1, 16), state_like(2, 1, 16, 16))
 
 
 @pytest.mark.parametrize(("K", "V"), [(8, 8), (16, 24), (64, 64), (96, 40), (128, 128)])
@@ -67,9 +54,9 @@ def test_mixed_dtypes():
     assert_right(inputs)
 
 
-@pytest.mark.parametrize("bounds", [[0, 90], [0, 0, 33, 33, 33, 64, 90, 90], [0, 1, 2, 3, 35, 67, 90]])
+@pytest.mark.parametrize("bounds", [[0, 70], [0, 0, 33, 33, 33, 64, 70, 70], [0, 1, 2, 3, 35, 67, 70]])
 def test_packed_sequences(bounds):
-    assert_right(wkv7_inputs(1, 90, 2, 8, 12), state_like(len(bounds) - 1, 2, 8, 12), cu_seqlens=torch.tensor(bounds))
+    assert_right(wkv7_inputs(1, 70, 2, 8, 12), state_like(len(bounds) - 1, 2, 8, 12), cu_seqlens=torch.tensor(bounds))
 
 
 @pytest.mark.parametrize("period", [1, 4])
@@ -128,9 +115,9 @@ FUSED = Fused(1, 4, 1, 4, 1)
 KEPT = Fused(1, 4, 1, 4, 1, 4)
 
 
-@pytest.mark.parametrize("T", [1, 15, 16, 17, 31, 33, 64, 81])
-def test_fused_lengths(T):
-    assert_right(wkv7_inputs(2, T, 2, 16), state_like(2, 2, 16, 16), tuning=FUSED)
+@pytest.mark.parametrize(("T", "H"), [(1, 1), (15, 1), (16, 1), (17, 2), (31, 1), (33, 1), (49, 1), (64, 1)])
+def test_fused_lengths(T, H):
+    assert_right(wkv7_inputs(2, T, H, 16), state_like(2, H, 16, 16), tuning=FUSED)
 
 
 @pytest.mark.parametrize(("K", "V"), [(8, 8), (16, 24), (64, 64), (96, 40), (128, 128)])
@@ -140,15 +127,23 @@ def test_fused_head_sizes(K, V):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fused_is_chosen_for_half_precision(dtype):
-    assert_right(wkv7_inputs(1, 70, 2, 16, dtype=dtype))
+    assert_right(wkv7_inputs(1, 34, 2, 16, dtype=dtype))
     assert isinstance(fused_tuning(16, 16, FEWEST_HEADS, dtype, "cuda"), Fused)
     assert fused_tuning(16, 16, FEWEST_HEADS - 1, dtype, "cuda") is None
 
 
-@pytest.mark.parametrize("tuning", [FUSED, KEPT])
-@pytest.mark.parametrize("bounds", [[0, 90], [0, 0, 33, 33, 33, 64, 90, 90], [0, 1, 2, 3, 35, 67, 90], [0, 17, 48, 90]])
+@pytest.mark.parametrize(
+    ("bounds", "tuning"),
+    [
+        ([0, 70], FUSED),
+        ([0, 0, 33, 33, 33, 64, 70, 70], FUSED),
+        ([0, 0, 33, 33, 33, 64, 70, 70], KEPT),
+        ([0, 1, 2, 3, 35, 67, 70], FUSED),
+        ([0, 17, 48, 70], KEPT),
+    ],
+)
 def test_fused_packed(bounds, tuning):
-    inputs = wkv7_inputs(1, 90, 2, 16)
+    inputs = wkv7_inputs(1, 70, 2, 16)
     bounds = torch.tensor(bounds)
     assert_right(inputs, state_like(bounds.numel() - 1, 2, 16, 16), cu_seqlens=bounds, tuning=tuning)
 
@@ -156,7 +151,7 @@ def test_fused_packed(bounds, tuning):
 @pytest.mark.parametrize("special", [{"log_decay": DECAY_FLOOR}, {"period": 1, "iclr": 0.98, "log_decay": -1e-3}])
 def test_fused_hard_inputs(special):
     for tuning in (FUSED, KEPT):
-        assert_right(wkv7_inputs(1, 100, 1, 16, **special), slack=4.0, tuning=tuning)
+        assert_right(wkv7_inputs(1, 66, 1, 16, **special), slack=4.0, tuning=tuning)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
@@ -198,13 +193,13 @@ def test_any_default_device(tuning):
     assert all(x.device.type == "cpu" for x in (out, *gradients))
 
 
-@pytest.mark.parametrize(("T", "K", "V"), [(32, 256, 256), (37, 144, 200), (20, 136, 40), (20, 40, 136)])
+@pytest.mark.parametrize(("T", "K", "V"), [(17, 256, 256), (20, 144, 200), (20, 136, 40), (20, 40, 136)])
 def test_wide_heads(T, K, V):
-    tuning = Wkv7Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))
+    tuning = Wkv7Tuning(16, 8, Scan(64, 8, 1), Scan(64, 8, 1), Tile(64, 64, 4), Tile(64, 64, 4))
     assert_right(wkv7_inputs(1, T, 1, K, V), state_like(1, 1, K, V), tuning=tuning)
 
 
 @pytest.mark.parametrize("tuning", [None, FUSED, KEPT])
-@pytest.mark.parametrize("final", [False, True])
-def test_rules_of_autograd(tuning, final):
-    assert_autograd_rules(partial(wkv7_triton, tuning=tuning, output_final_state=final), wkv7_inputs(1, 40, 1, 16))
+def test_rules_of_autograd(tuning):
+    """With the final state, so that each of both outputs is once the one that the loss does not use."""
+    assert_autograd_rules(partial(wkv7_triton, tuning=tuning, output_final_state=True), wkv7_inputs(1, 20, 1, 16))

@@ -12,10 +12,11 @@ import triton
 
 from radlads.kernels.shared.testing import (
     WKV6_FLOOR,
+    assert_as_good_as_the_loop,
     assert_autograd_rules,
     outputs_and_gradients,
-    poisoned_memory,
     relative_rms,
+    state_like,
     wkv6_inputs,
 )
 from radlads.kernels.wkv6 import wkv6
@@ -25,28 +26,16 @@ assert triton.knobs.runtime.interpret, "run through test_wkv6_triton.py"
 TINY = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-3}
 
 
-def assert_right(inputs, initial_state=None, *, slack=1.0, decay_slack=1.0, cu_seqlens=None, **options):
-    exact_state = None if initial_state is None else initial_state.detach().double().requires_grad_()
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = outputs_and_gradients(wkv6, exact_inputs, exact_state, backend="reference", cu_seqlens=cu_seqlens)
-    loop = outputs_and_gradients(wkv6, inputs, initial_state, backend="reference", cu_seqlens=cu_seqlens)
-    with poisoned_memory():
-        ours = outputs_and_gradients(wkv6_triton, inputs, initial_state, cu_seqlens=cu_seqlens, **options)
-    for name, reference in exact.items():
-        assert ours[name].dtype == loop[name].dtype, name
-        tiny = TINY[inputs[3].dtype] * slack * (decay_slack if name == "d log_decay" else 1.0)
-        allowed = 2 * relative_rms(loop[name], reference) + tiny
-        error = relative_rms(ours[name], reference)
-        assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
-
-
-def state_like(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).mul(0.3).requires_grad_()
+def assert_right(inputs, initial_state=None, *, decay_slack=1.0, cu_seqlens=None, **options):
+    ours, tiny = partial(wkv6_triton, **options), TINY[inputs[3].dtype]
+    assert_as_good_as_the_loop(
+        wkv6, ours, inputs, initial_state, tiny=tiny, decay_slack=decay_slack, cu_seqlens=cu_seqlens
+    )
 
 
 @pytest.mark.parametrize("T", [1, 2, 32, 63, 65])
 def test_lengths(T):
-    assert_right(wkv6_inputs(2, T, 2, 16), state_like(2, 2, 16, 16))
+    assert_right(wkv6_inputs(2, T, 1, 16), state_like(2, 1, 16, 16))
 
 
 @pytest.mark.parametrize(("K", "V"), [(8, 8), (16, 24), (64, 64), (96, 40), (128, 128)])
@@ -65,9 +54,9 @@ def test_mixed_dtypes():
     assert_right(inputs)
 
 
-@pytest.mark.parametrize("bounds", [[0, 90], [0, 0, 33, 33, 33, 64, 90, 90], [0, 1, 2, 3, 35, 67, 90]])
+@pytest.mark.parametrize("bounds", [[0, 70], [0, 0, 33, 33, 33, 64, 70, 70], [0, 1, 2, 3, 35, 67, 70]])
 def test_packed_sequences(bounds):
-    assert_right(wkv6_inputs(1, 90, 2, 8, 12), state_like(len(bounds) - 1, 2, 8, 12), cu_seqlens=torch.tensor(bounds))
+    assert_right(wkv6_inputs(1, 70, 2, 8, 12), state_like(len(bounds) - 1, 2, 8, 12), cu_seqlens=torch.tensor(bounds))
 
 
 @pytest.mark.parametrize("chunk", [16, 32, 64])
@@ -126,6 +115,6 @@ def test_through_the_front_door():
         wkv6(*(x.double() for x in inputs), backend="triton")
 
 
-@pytest.mark.parametrize("final", [False, True])
-def test_rules_of_autograd(final):
-    assert_autograd_rules(partial(wkv6_triton, output_final_state=final), wkv6_inputs(1, 40, 1, 16))
+def test_rules_of_autograd():
+    """With the final state, so that each of both outputs is once the one that the loss does not use."""
+    assert_autograd_rules(partial(wkv6_triton, output_final_state=True), wkv6_inputs(1, 20, 1, 16))

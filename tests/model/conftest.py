@@ -121,7 +121,7 @@ def exported(make_teacher: MakeTeacher, make_student: MakeStudent, tmp_path_fact
     return {"hybrid": root / "export-hybrid", "pure": root / "export-pure", "teacher": root / "teacher"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
     """[2, 21] int64, without special tokens."""
     return torch.randint(3, 64, (2, 21), generator=torch.Generator().manual_seed(7))

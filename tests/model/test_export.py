@@ -18,7 +18,8 @@ from radlads.model.student.export import export_student, remote_code
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.errors import UserError
 
-# Loads the folder with bare transformers and prints what it sees; the package and pydantic cannot be imported.
+# Loads the folders with bare transformers and prints what it sees; the package and pydantic cannot be imported. One
+# process for all: starting it takes longer than what it does.
 BARE = """
 import json, sys
 class Guard:
@@ -27,30 +28,32 @@ class Guard:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 sys.meta_path.insert(0, Guard())
 import torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokens, seen = torch.tensor(json.loads(sys.argv[2])), {}
 greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens[1:, :-5]], 1)
 mask = torch.ones_like(tokens)
 mask[1, :5] = 0
-with torch.no_grad():
-    logits = model(tokens).logits
-made = model.generate(tokens, **greedy)
-torch.manual_seed(0)
-print("RESULT" + json.dumps({
-    "module": type(model).__module__,
-    "dtype": str(model.dtype),
-    "tied": model.lm_head.weight is model.model.embed_tokens.weight,
-    "logits": logits.double().flatten().tolist(),
-    "made": made.tolist(),
-    "uncached": model.generate(tokens, **greedy, use_cache=False).tolist(),
-    "padded": model.generate(torch.cat([tokens[:1], padded]), attention_mask=mask, **greedy)[1, -6:].tolist(),
-    "alone": model.generate(tokens[1:, :-5], **greedy)[0, -6:].tolist(),
-    "sampled": list(model.generate(tokens, do_sample=True, max_new_tokens=3, eos_token_id=None).shape),
-    "words": len(AutoTokenizer.from_pretrained(folder)),
-    "leaked": [name for name in sys.modules if name.split(".")[0] in ("radlads", "pydantic")],
-}))
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    torch.manual_seed(0)
+    seen[folder.name] = {
+        "module": type(model).__module__,
+        "dtype": str(model.dtype),
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "logits": logits.double().flatten().tolist(),
+        "made": model.generate(tokens, **greedy).tolist(),
+        "uncached": model.generate(tokens, **greedy, use_cache=False).tolist(),
+        "padded": model.generate(torch.cat([tokens[:1], padded]), attention_mask=mask, **greedy)[1, -6:].tolist(),
+        "alone": model.generate(tokens[1:, :-5], **greedy)[0, -6:].tolist(),
+        "sampled": list(model.generate(tokens, do_sample=True, max_new_tokens=3, eos_token_id=None).shape),
+        "words": len(AutoTokenizer.from_pretrained(folder)),
+    }
+leaked = [name for name in sys.modules if name.split(".")[0] in ("radlads", "pydantic")]
+print("RESULT" + json.dumps(seen | {"leaked": leaked}))
 """
 
 
@@ -62,29 +65,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
-@pytest.mark.parametrize(
-    ("model_type", "tied", "settings", "dtype"),
-    [
-        ("qwen3", True, {"attention_layers": (1,)}, torch.float32),
-        ("llama", False, {"options": {"form": "groupnorm"}}, torch.bfloat16),
-    ],
-    ids=["hybrid", "groupnorm-bf16"],
-)
-def test_a_bare_process_sees_the_same_model(
-    make_teacher, make_student, tokens, tokenizer, tmp_path: Path, model_type, tied, settings, dtype
-) -> None:
-    student = make_student(make_teacher(model_type, tie_word_embeddings=tied), **settings).to(dtype)
-    folder = export_student(student, tokenizer, tmp_path / "model")
-    with torch.no_grad():
-        wanted = student(tokens).logits
-        native = load_student(folder)
-        assert native.dtype == dtype
-        assert not native.training
-        assert torch.equal(native(tokens).logits, wanted)
+# Name of the folder → teacher, whether it is tied, settings of the student, dtype.
+CASES = {
+    "hybrid": ("qwen3", True, {"attention_layers": (1,)}, torch.float32),
+    "groupnorm-bf16": ("llama", False, {"options": {"form": "groupnorm"}}, torch.bfloat16),
+}
+
+
+def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens, tokenizer, tmp_path: Path) -> None:
+    students, wanted = {}, {}
+    for name, (model_type, tied, settings, dtype) in CASES.items():
+        students[name] = make_student(make_teacher(model_type, tie_word_embeddings=tied), **settings).to(dtype)
+        folder = export_student(students[name], tokenizer, tmp_path / "models" / name)
+        with torch.no_grad():
+            wanted[name] = students[name](tokens).logits
+            native = load_student(folder)
+            assert native.dtype == dtype
+            assert not native.training
+            assert torch.equal(native(tokens).logits, wanted[name])
 
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", BARE, str(folder), json.dumps(tokens.tolist())],
+        [sys.executable, "-I", "-c", BARE, str(tmp_path / "models"), json.dumps(tokens.tolist())],
         capture_output=True,
         text=True,
         check=False,
@@ -92,17 +94,21 @@ def test_a_bare_process_sees_the_same_model(
         env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.split("RESULT")[1])
-    assert seen["module"].startswith("transformers_modules.")
-    assert seen["leaked"] == []
-    assert seen["dtype"] == str(dtype)
-    assert seen["tied"] == tied
-    assert seen["logits"] == wanted.double().flatten().tolist()
-    assert seen["made"] == seen["uncached"] or dtype == torch.bfloat16
-    assert seen["padded"] == seen["alone"] or dtype == torch.bfloat16
-    assert seen["made"] == student.generate(tokens, do_sample=False, max_new_tokens=6, eos_token_id=None).tolist()
-    assert seen["sampled"] == [2, 24]
-    assert seen["words"] == 4
+    every = json.loads(done.stdout.split("RESULT")[1])
+    assert every.pop("leaked") == []
+    assert every.keys() == CASES.keys()
+    for name, (_, tied, _, dtype) in CASES.items():
+        seen = every[name]
+        assert seen["module"].startswith("transformers_modules."), name
+        assert seen["dtype"] == str(dtype)
+        assert seen["tied"] == tied
+        assert seen["logits"] == wanted[name].double().flatten().tolist(), name
+        assert seen["made"] == seen["uncached"] or dtype == torch.bfloat16
+        assert seen["padded"] == seen["alone"] or dtype == torch.bfloat16
+        here = students[name].generate(tokens, do_sample=False, max_new_tokens=6, eos_token_id=None)
+        assert seen["made"] == here.tolist(), name
+        assert seen["sampled"] == [2, 24]
+        assert seen["words"] == 4
 
 
 def test_the_config_holds_every_constant(make_teacher, make_student, tmp_path: Path) -> None:

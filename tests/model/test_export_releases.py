@@ -61,24 +61,27 @@ for folder in given["folders"]:
         "checkpointed": max(float((g - gradients[0]).norm() / gradients[0].norm()) for g in gradients[1:]),
     }
 families = {}
-for name, folder in given["families"].items():
+for folder in given["families"]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(tokens).logits[:, -1].tolist()
     made, uncached = (model.generate(tokens, **greedy, use_cache=c, pad_token_id=0).tolist() for c in (True, False))
-    families[name] = {"logits": logits, "made": made, "uncached": uncached}
+    families[folder] = {"logits": logits, "made": made, "uncached": uncached}
 print("RESULT" + json.dumps(seen | {"families": families}))
 """
 
 
 @pytest.fixture(scope="module")
-def families(make_teacher, make_student, tmp_path_factory) -> dict[str, Path]:
-    """Family → the folder of an exported student of it, layer 1 kept."""
+def families(make_teacher, make_student, tokens, tmp_path_factory) -> dict[Path, torch.Tensor]:
+    """Folder of an exported student of each family, layer 1 kept → its last logits, loaded here."""
     root = tmp_path_factory.mktemp("families")
+    wanted = {}
     for name in list_families():
         student = make_student(make_teacher(name), attention_layers=(1,), attention_rope=True)
-        export_student(student, None, root / name)
-    return {name: root / name for name in list_families()}
+        folder = export_student(student, None, root / name)
+        with torch.no_grad():
+            wanted[folder] = load_student(folder)(tokens).logits[:, -1]
+    return wanted
 
 
 @pytest.mark.parametrize("release", ["lowest", "locked", "newest"])
@@ -89,7 +92,7 @@ def test_an_export_does_the_same_under_every_release(
     if release != "locked" and not path.is_dir():
         pytest.skip("tests/releases.py, which make test runs, installs other releases of transformers")
     given = {"tokens": tokens.tolist(), "folders": [str(exported["hybrid"]), str(exported["pure"])]}
-    given["families"] = {name: str(folder) for name, folder in families.items()}
+    given["families"] = list(map(str, families))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(given)],
         capture_output=True,
@@ -119,11 +122,10 @@ def test_an_export_does_the_same_under_every_release(
         assert got["padded"] == got["alone"]
         assert got["reloaded"]
         assert got["checkpointed"] < 1e-5
-    for name, folder in families.items():
-        with torch.no_grad():
-            expected = load_student(folder)(tokens).logits[:, -1]
-        torch.testing.assert_close(torch.tensor(of_families[name]["logits"]), expected, atol=1e-5, rtol=1e-5, msg=name)
-        assert of_families[name]["made"] == of_families[name]["uncached"], name
+    for folder, expected in families.items():
+        got = of_families[str(folder)]
+        torch.testing.assert_close(torch.tensor(got["logits"]), expected, atol=1e-5, rtol=1e-5, msg=folder.name)
+        assert got["made"] == got["uncached"], folder.name
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.16.1", "6.0.0", "6.0.0.dev0"])

@@ -88,9 +88,10 @@ def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens,
 
 @pytest.mark.parametrize("variant", list_variants())
 def test_a_folder_carries_the_kernel_that_it_runs(variant: str) -> None:
-    kernels = {name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta)_", name)}
+    kernels = {name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta|mixer_ops)_", name)}
     own = KERNELS.get(variant, "wkv7")
-    assert kernels == {f"{own}_radlads.py", f"{own}_chunked_radlads.py", f"{own}_step_radlads.py"}
+    around = {"mixer_ops_radlads.py", "mixer_ops_plain_radlads.py"}
+    assert kernels == {f"{own}_radlads.py", f"{own}_chunked_radlads.py", f"{own}_step_radlads.py"} | around
 
 
 def test_names_in_the_folder_follow_from_places_in_the_package() -> None:
@@ -103,6 +104,7 @@ def test_names_in_the_folder_follow_from_places_in_the_package() -> None:
         "radlads.kernels.shared.slots": "slots_radlads",
         "radlads.kernels.kda": "kda_radlads",
         "radlads.kernels.kda.chunked": "kda_chunked_radlads",
+        "radlads.kernels.kda.plain": "kda_plain_radlads",
     }
     assert {module: _flat_name(module) for module in named} == named
     for module in ("radlads.model.training.lora", "radlads.kernels.shared.check", "radlads.kernels.wkv7.triton_op"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from radlads.kernels.gated_delta import gated_delta
+from radlads.kernels.mixer_ops import rotate_heads
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7
 from radlads.model import list_variants
 from radlads.model.mixers import gated_deltanet, rad_rwkv6
 from radlads.model.mixers.shared import mixer as shared
 from radlads.model.mixers.shared import recurrence_wkv7
-from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer
 from radlads.model.mixers.shared.registry import find_variant
 
 EXTRA = [
@@ -83,6 +86,26 @@ def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 @pytest.fixture(params=CASES, ids=str)
 def mixer(request: pytest.FixtureRequest) -> Mixer:
     return build(*request.param)
+
+
+def test_numbers_are_those_of_earlier_releases(project_root: Path) -> None:
+    """Outputs and gradients in fp32. After a change that is meant to move them: delete the file, run, look, commit."""
+    golden = project_root / "tests/golden/mixers.json"
+    found = {}
+    for variant, options in CASES:
+        mixer = build(variant, options)
+        given = inputs(mixer)
+        x = given["x_BTD"].requires_grad_()
+        out = mixer.mix(**given).out
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        slopes = torch.autograd.grad(out, [x, *mixer.parameters()], weights, allow_unused=True)
+        numbers = [*out[1, -1, :3], out.norm(), *(z.norm() for z in slopes if z is not None)]
+        found[f"{variant} {options}"] = [float(f"{number:.7g}") for number in numbers]
+    if not golden.is_file():
+        golden.write_text(json.dumps(found, indent=1).replace("\n  ", " ") + "\n")
+        pytest.fail(f"wrote {golden} anew")
+    for name, numbers in json.loads(golden.read_text()).items():
+        assert found[name] == pytest.approx(numbers, rel=1e-4, abs=1e-5), name
 
 
 @torch.no_grad()
@@ -191,7 +214,7 @@ def rad_rwkv7_by_hand(m: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], firs
     r = norm(m.q_proj(x_BTD).view(B, time, H, K), m.q_norm.weight)
     k = norm(m.k_proj(x_BTD).view(B, time, G, K), m.k_norm.weight)
     v = m.v_proj(x_BTD).view(B, time, G, K)
-    r, k = apply_rope(r, *rope), apply_rope(k, *rope)
+    r, k = rotate_heads(r, *rope), rotate_heads(k, *rope)
     sigmoid = torch.sigmoid
     decay = torch.exp(-math.exp(-0.5) * sigmoid(m.w0 + torch.tanh(x_BTD @ m.w1) @ m.w2)).view(B, time, H, K)
     iclr = sigmoid(m.a0 + x_BTD @ m.a1 @ m.a2).view(B, time, H, K)
@@ -280,7 +303,7 @@ def test_first_layer_values_are_required_and_given(variant: str) -> None:
 def test_partial_rope_passes_the_rest() -> None:
     x = torch.randn(1, 3, 2, 8)
     cos, sin = torch.zeros(1, 3, 4), torch.ones(1, 3, 4)
-    turned = apply_rope(x, cos, sin)
+    turned = rotate_heads(x, cos, sin)
     assert torch.equal(turned[..., 4:], x[..., 4:])
     assert torch.equal(turned[..., :2], -x[..., 2:4])
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from radlads.kernels.mixer_ops import rotate_heads
 from radlads.model import list_variants
-from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer, apply_rope
+from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer
 from radlads.model.mixers.shared.registry import find_variant
 
 D, H, G, K, T = 20, 4, 2, 8, 9
@@ -46,7 +47,7 @@ def by_hand(variant: str, m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], firs
     k = m.k_proj(z["k"]).view(B, time, G, K)
     v = m.v_proj(z["v"]).view(B, time, G, K)
     if variant.startswith("hxa"):
-        r, k = apply_rope(r, *rope), apply_rope(k, *rope)
+        r, k = rotate_heads(r, *rope), rotate_heads(k, *rope)
     if variant == "hxa079":
         v = v + (first.v - v) * sigmoid(m.v0 + z["v"] @ m.v1 @ m.v2).view(B, time, G, K)
         k = k + (first.k - k) * sigmoid(m.k0 + z["k"] @ m.k1 @ m.k2).view(B, time, G, K)
@@ -104,7 +105,7 @@ def rad_rwkv6_by_hand(m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], given: d
     k = m.k_proj(z["k"]).view(B, time, G, K)
     v = m.v_proj(z["v"]).view(B, time, G, K)
     if given.get("rope"):
-        r, k = apply_rope(r, *rope), apply_rope(k, *rope)
+        r, k = rotate_heads(r, *rope), rotate_heads(k, *rope)
     speed = m.time_decay + torch.tanh(z["w"] @ m.time_decay_w1) @ m.time_decay_w2
     decay = torch.exp(torch.maximum(-torch.exp(speed), torch.tensor(-5.0))).view(B, time, H, K)
     y = torch.zeros(B, time, H, K, dtype=x.dtype)
@@ -145,7 +146,7 @@ def gated_deltanet_by_hand(m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], giv
         z = [convolved(part, taps) for part, taps in zip(z, m.conv.split([H * K, G * K, G * K], -1), strict=True)]
     q, k, v = (part.view(B, time, -1, K) for part in z)
     if given.get("rope", True):
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = rotate_heads(q, *rope), rotate_heads(k, *rope)
     decay = torch.exp(-torch.exp(m.A_log) * torch.log1p(torch.exp(x @ m.a_proj.weight.T + m.dt_bias)))
     beta = sigmoid(x @ m.b_proj.weight.T)
     y = torch.zeros(B, time, H, K, dtype=x.dtype)

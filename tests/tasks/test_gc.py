@@ -3,9 +3,11 @@
 import pytest
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.locks import lease
 from radlads.tasks.contracts.locks.lease import product_lease, run_lease
 from radlads.tasks.contracts.store.layout import lease_key, product_key
+from radlads.tasks.contracts.store.open import LocalStore
 from radlads.tasks.contracts.store.pointers import point
 from radlads.tasks.upkeep.gc import Wish, collect, find_garbage
 from radlads.tasks.upkeep.listing import stored_products, stored_runs
@@ -64,6 +66,16 @@ def test_deleting_takes_all_of_it_but_the_lease(made, tmp_path):
     assert find_garbage(made, Wish()) == []
     with product_lease(made, "align", "d", tmp_path) as again:
         assert again.ref.token == 2, "a writer that was away is not taken for the next one"
+
+
+def test_no_empty_folders_stay_beside_the_lease(tmp_path):
+    place = LocalStore(StoreRef(uri=str(tmp_path / "store")))
+    key = product_key("align", "d")
+    for name in ("model/a/weights.bin", "job/log.txt", "lease.json"):
+        place.put_bytes(f"{key}/{name}", b"x")
+    place.delete(key, keep=[lease_key(key)])
+    assert place.age(f"{key}/job/log.txt") is None
+    assert [path.name for path in (tmp_path / "store" / key).iterdir()] == ["lease.json"]
 
 
 def test_the_manifest_goes_first(made, tmp_path, monkeypatch):

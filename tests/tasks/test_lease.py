@@ -31,6 +31,7 @@ from radlads.tasks.contracts.specs import PlanSpec
 from radlads.tasks.contracts.store.layout import lease_key, product_key, run_key
 from radlads.tasks.contracts.store.open import LocalStore, StoreError
 from radlads.tasks.launchers import local as launch
+from radlads.tasks.launchers.stopping import RunStopped, StopRequest
 from radlads.tasks.stage import StageRequest, run_stage
 
 from .conftest import make_store
@@ -278,9 +279,22 @@ def test_a_folder_may_be_waited_for(tmp_path, caplog):
     thread.join()
 
 
+def test_waiting_for_a_folder_ends_when_the_caller_says_so(tmp_path):
+    """As run_stage does, so that the first Ctrl-C ends a run that waits for another one's scratch folder."""
+    request = StopRequest()
+    with hold_folder(tmp_path, "lock", what="x"):
+        request.ask()
+        waiting = hold_folder(tmp_path, "lock", what="x", wait_seconds=float("inf"), look=request.check)
+        with pytest.raises(RunStopped), waiting:
+            pass
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Exception, match="cannot work in"), hold_folder(tmp_path / "file" / "x", "lock", what="x"):
+    with (
+        pytest.raises(Exception, match=r"cannot work in .*: a part of this path is a file"),
+        hold_folder(tmp_path / "file" / "x", "lock", what="x"),
+    ):
         pass
 
 

@@ -42,6 +42,19 @@ def test_every_shipped_recipe_validates_and_survives_a_round_trip(name: str) -> 
             {"align": {"tokens": 9, "context": 4, "batch": 1, "data": "web"}},
             "align.data is 'web', but `data` has 'train'",
         ),
+        *(
+            ({"align": {"tokens": 9, "context": 4, "batch": 1, **changes}}, f"align.{told}")
+            for changes, told in (
+                (
+                    {"rest_rate": {"start": 1e300, "final": 0}},
+                    "rest_rate.start: Input should be less than or equal to",
+                ),
+                ({"mixer_rate": {"start": 1e-300, "final": 0}}, "mixer_rate.start: a number from 1e-30 to 1e+09 is"),
+                ({"optimizer": {"weight_decay": 1e300}}, "optimizer.weight_decay: Input should be less than or equal"),
+                ({"optimizer": {"eps": 1e-300}}, "optimizer.eps: a number from 1e-30 to 1e+09 is needed"),
+                ({"optimizer": {"decay_base_rate": 1e300}}, "optimizer.decay_base_rate: a number from 1e-30 to 1e+09"),
+            )
+        ),
         ({"student": {"attention_layers": [-1]}}, "cannot be negative"),
         ({"student": {"attention_layers": [2, 2]}}, "has a layer twice"),
         ({"teacher": None}, "give exactly one of `teacher` (to convert it) and `pretrain`"),

@@ -10,7 +10,8 @@ from radlads.tasks.contracts.specs import PlanSpec, spec_digest
 
 NAMES = st.text("abcdefghij", min_size=1, max_size=6)
 PLACES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
-RATES = st.fixed_dictionaries({"start": st.floats(0, 1), "final": st.floats(0, 1)})
+RATE = st.just(0.0) | st.floats(1e-30, 1)
+RATES = st.fixed_dictionaries({"start": RATE, "final": RATE})
 TRAININGS = st.fixed_dictionaries(
     {"tokens": st.integers(1, 10**12), "context": st.integers(2, 10**6), "batch": st.integers(1, 4096)},
     optional={
@@ -18,7 +19,7 @@ TRAININGS = st.fixed_dictionaries(
         "rest_rate": RATES,
         "freeze": st.lists(st.sampled_from(["embeddings", "head", "norms", "mlp"]), max_size=2, unique=True),
         "schedule": st.fixed_dictionaries(
-            {"kind": st.sampled_from(["cosine", "constant"]), "begin": st.floats(0, 0.4), "end": st.floats(0.5, 1)}
+            {"kind": st.sampled_from(["cosine", "constant"]), "begin": st.floats(1e-30, 0.4), "end": st.floats(0.5, 1)}
         ),
         "reset_at_documents": st.booleans(),
     },

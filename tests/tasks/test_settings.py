@@ -3,7 +3,16 @@
 import pytest
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.metrics_record import connect
 from radlads.tasks.contracts.settings import resolve_settings
+
+
+def test_settings_write_nothing(tmp_path):
+    for tracking in (None, f"sqlite:///{tmp_path}/a/b/mlflow.db"):
+        resolve_settings(tracking=tracking, environment={"RADLADS_HOME": str(tmp_path / "home")})
+    assert list(tmp_path.iterdir()) == []
+    connect(f"sqlite:///{tmp_path}/a/b/mlflow.db").search_experiments()
+    assert (tmp_path / "a/b/mlflow.db").is_file()
 
 
 def test_defaults_lie_in_the_working_directory(tmp_path, monkeypatch):

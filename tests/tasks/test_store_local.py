@@ -150,7 +150,10 @@ def test_a_fetch_does_not_clear_the_store(store, folder, tmp_path):
     assert store.fetch("runs/a/align", tmp_path / "into")
 
 
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")])
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left on the device; free some"), (errno.EROFS, "the file system is read-only; choose")],
+)
 def test_errors_of_the_filesystem_are_one_line(store, folder, monkeypatch, number, words):
     def refuse(*_):
         raise OSError(number, os.strerror(number))

@@ -17,7 +17,7 @@ from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.contracts.store.pointers import point
 from radlads.tasks.sweep.grid import make_members, member_name, parse_grid, short_keys
 from radlads.tasks.sweep.outlook import describe_sweep
-from radlads.tasks.sweep.record import keep_record, read_record
+from radlads.tasks.sweep.record import check_record, keep_record, make_record, read_record
 from radlads.tasks.sweep.table import keep_table, kept_failures, make_table
 
 RATE, TOKENS = "distill.mixer_rate.start", "distill.tokens"
@@ -90,8 +90,8 @@ def test_long_names_stay_names_of_runs():
         (["=1"], {}, "write it as KEY=VALUE,VALUE"),
         (["distill.tokens="], {}, "--grid distill.tokens: a value is missing"),
         (["distill.tokens=1e6,"], {}, "--grid distill.tokens: a value is missing"),
-        (["distill.tokens=1e6,,2e6"], {}, "--grid distill.tokens:1:6: not valid YAML"),
-        (["distill.tokens=1e6]"], {}, "--grid distill.tokens:2:1: not valid YAML"),
+        (["distill.tokens=1e6,,2e6"], {}, "--grid distill.tokens=1e6,,2e6: not valid YAML: while parsing a flow node"),
+        (["distill.tokens=1e6]"], {}, "--grid distill.tokens=1e6]: not valid YAML: "),
         (["distill.schedule={kind: cosine}"], {}, "is neither a single value nor a list of single values"),
         (["distill.tokens=1e6", "distill.tokens=2e6"], {}, "--grid distill.tokens is given twice"),
         (["distill.tokens=1e6,1000000"], {}, "--grid distill.tokens: the value 1000000 is listed twice"),
@@ -121,12 +121,13 @@ def test_a_large_sweep_can_be_confirmed():
     assert len(members_of(f"{TOKENS}={','.join(str(n * 4096) for n in range(1, 66))}", most=None)) == 65
 
 
-def test_a_record_is_written_once_and_gains_values(store):
+def test_a_record_is_written_once_and_gains_values(store, tmp_path):
     once = keep_record(store, "first", "smoke", members_of(f"{RATE}=1e-5,3e-5", f"{TOKENS}=1e6"))
     assert read_record(store, "first") == once
     assert once.grid == {RATE: [1e-5, 3e-5], TOKENS: [1_000_000]}
     assert once.members["first-mixer_rate.start_3e-05-tokens_1000000"] == {RATE: 3e-5, TOKENS: 1_000_000}
     assert once.asked.distill.mixer_rate.start == 1e-5
+    make(store, tmp_path, once.recipe_of, "align")
     before = store.read("sweeps/first/sweep.yaml")
     same = members_of(f"{RATE}=1.0e-5,3e-5", f"{TOKENS}=1000000", overrides={"resources.threads": 1})
     assert keep_record(store, "first", "smoke", same) == once
@@ -145,8 +146,10 @@ def test_a_record_is_written_once_and_gains_values(store):
         ([f"{RATE}=1e-5,3e-5", f"{TOKENS}=1e6"], {"align.tokens": 65536}, "was made of a recipe with other settings;"),
     ],
 )
-def test_another_grid_of_the_same_name_is_refused(store, options, overrides, words):
-    keep_record(store, "first", "smoke", members_of(f"{RATE}=1e-5,3e-5", f"{TOKENS}=1e6"))
+def test_another_grid_of_the_same_name_is_refused(store, tmp_path, options, overrides, words):
+    record = keep_record(store, "first", "smoke", members_of(f"{RATE}=1e-5,3e-5", f"{TOKENS}=1e6"))
+    for name in record.members:
+        make(store, tmp_path, name, "tokenize")
     before = store.read("sweeps/first/sweep.yaml")
     with pytest.raises(UserError) as error:
         keep_record(store, "first", "smoke", members_of(*options, overrides=overrides))
@@ -154,6 +157,38 @@ def test_another_grid_of_the_same_name_is_refused(store, options, overrides, wor
     assert "give another name with --run" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert store.read("sweeps/first/sweep.yaml") == before
+
+
+def test_what_has_made_nothing_but_plans_does_not_use_up_the_name(store, tmp_path):
+    wrong = keep_record(store, "first", "smoke", members_of(f"{RATE}=2e-5,3e-4", f"{TOKENS}=1e6,3e7"))
+    for name in wrong.members:
+        make(store, tmp_path, name, "plan", {})
+    right = members_of(f"{TOKENS}=1e6,2e6", overrides={"align.tokens": 65536})
+    check_record(store, "first", "smoke", right)
+    assert read_record(store, "first") == wrong, "a check writes nothing"
+    record = keep_record(store, "first", "smoke", right)
+    assert record == make_record("smoke", right) == read_record(store, "first")
+
+
+def test_values_without_products_can_be_dropped(store, tmp_path):
+    """Also the one whose recipe is recorded; then another is, and compared from now on."""
+    record = keep_record(store, "first", "smoke", members_of(f"{TOKENS}=1e7,2e6"))
+    make(store, tmp_path, "first-tokens_2000000", "align")
+    assert record.recipe_of == "first-tokens_10000000"
+    with pytest.raises(UserError, match="was made of a recipe with other settings"):
+        keep_record(store, "first", "smoke", members_of(f"{TOKENS}=1e6,2e6", overrides={"align.tokens": 65536}))
+    record = keep_record(store, "first", "smoke", members_of(f"{TOKENS}=1e6,2e6"))
+    assert record.grid == {TOKENS: [1_000_000, 2_000_000]}
+    assert record.asked.distill.tokens == 1_000_000
+    with pytest.raises(UserError, match=f"has {TOKENS}=2000000; values can be added, and 2000000 is missing"):
+        keep_record(store, "first", "smoke", members_of(f"{TOKENS}=1e6"))
+
+
+def test_a_member_at_work_keeps_its_values(store, tmp_path):
+    """It may be at its plan, made by another sweep of the same name on another machine."""
+    keep_record(store, "first", "smoke", members_of(f"{TOKENS}=1e6"))
+    with run_lease(store, "first-tokens_1000000", tmp_path), pytest.raises(UserError, match="1000000 is missing"):
+        keep_record(store, "first", "smoke", members_of(f"{TOKENS}=2e6"))
 
 
 def test_there_is_no_such_sweep(store):

@@ -17,6 +17,7 @@ from radlads.tasks.contracts.store.layout import check_layout, former_keys, prod
 from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.pipeline import finished_students
 from radlads.tasks.upkeep import upgrade as module
+from radlads.tasks.upkeep.gc import Wish, collect
 from radlads.tasks.upkeep.upgrade import upgrade_store
 
 PIN = {"kind": "files", "place": ["/a.txt"], "revision": None, "content": "c" * 64, "commits": {}, "files": []}
@@ -208,8 +209,13 @@ def test_what_a_killed_flow_left_in_its_scratch_folder_says_what_was_to_be_made(
     assert read_pointers(store, "r")["distill"].digest == digest
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("when", ["adopt", "copy", "write_history", "delete", "put_bytes"])
+# Where it stops makes no difference to a store; each kind of store goes through one way of each.
+STOPS = ["adopt", "copy", "write_history", "delete", "put_bytes"]
+STOPPED = [("local", when, keep) for when in STOPS for keep in (False, True)]
+STOPPED += [(kind, *stop) for kind in ("moto", "rclone", "ceph") for stop in (("copy", False), ("adopt", True))]
+
+
+@pytest.mark.parametrize(("store", "when", "keep"), STOPPED, indirect=["store"])
 def test_an_interrupted_conversion_goes_on(old, tmp_path, monkeypatch, when, keep):
     """Stopped at the first, the second, ... call of its kind, again and again, until it gets through."""
     store, wanted = old.store, expected(old)
@@ -238,6 +244,22 @@ def test_an_interrupted_conversion_goes_on(old, tmp_path, monkeypatch, when, kee
         store.verify(key, store.open_manifest(key))
     assert (former_keys(store) == []) != keep
     check_layout(store)
+
+
+@pytest.mark.parametrize("keep_old", [True, False])
+def test_what_was_collected_since_is_converted_again_before_its_old_place_goes(old, tmp_path, keep_old):
+    store, wanted = old.store, expected(old)
+    upgrade_store(store, tmp_path, keep_old=True)
+    gone = {product_key(stage, wanted[stage]) for stage in ("align", "distill")}
+    store.delete("runs/r/stages/align.json")
+    store.delete("runs/r/stages/distill.json")
+    assert {one.product.key for one in collect(store, Wish(), tmp_path)} == gone
+    again = upgrade_store(store, tmp_path, keep_old=keep_old)
+    assert ({one.key for one in again.moved}, again.left) == (gone, {})
+    assert {label: pointer.digest for label, pointer in read_pointers(store, "r").items()} == wanted
+    assert store.read_manifest(product_key("align", wanted["align"])) is not None
+    assert store.list(f"{product_key('distill', wanted['distill'])}/checkpoints")
+    assert bool(former_keys(store)) is keep_old
 
 
 def test_damaged_files_are_not_converted_and_nothing_is_removed(old, tmp_path):

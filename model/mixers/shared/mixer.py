@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from radlads.kernels.mixer_ops import rotate_heads
 from radlads.model.mixers.shared.attention_shape import AttentionShape
 
 
@@ -238,17 +239,8 @@ def repeat_kv(x_BTGK: Tensor, repeats: int) -> Tensor:
 def rotate_halves(
     r_BTHK: Tensor, k_BTGK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, unsqueeze_dim: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rope` of both, called as transformers' families call theirs; for mixers without a teacher."""
-    return apply_rope(r_BTHK, cos_BTP, sin_BTP), apply_rope(k_BTGK, cos_BTP, sin_BTP)
-
-
-def apply_rope(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
-    """Rotate the first P of K channels, half-split convention; the rest pass."""
-    P = cos_BTP.shape[-1]
-    turned, passed = x_BTHK[..., :P], x_BTHK[..., P:]
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos_BTP.unsqueeze(2) + torch.cat((-high, low), dim=-1) * sin_BTP.unsqueeze(2)
-    return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)
+    """Rotary positions of both, half-split; called as transformers' families call theirs."""
+    return rotate_heads(r_BTHK, cos_BTP, sin_BTP), rotate_heads(k_BTGK, cos_BTP, sin_BTP)
 
 
 def head_group_norm(x_BTHV: Tensor, weight_A: Tensor, bias_A: Tensor, eps: float) -> Tensor:

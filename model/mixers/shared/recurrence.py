@@ -34,6 +34,11 @@ def run_recurrence(
             raise ValueError("packed documents (cu_seqlens) and a recurrent state exclude each other")
         out, _ = operator(*(x.reshape(1, B * T, *x.shape[2:]) for x in inputs), cu_seqlens=cu_seqlens)
         return out.view(B, T, *out.shape[2:]), None
-    if T == 1 and state is not None and not training:
+    if is_step(inputs[0], state, training=training):
         return step(*(x[:, 0] for x in inputs), state.recurrent).unsqueeze(1), state.recurrent
     return operator(*inputs, initial_state=None if state is None else state.recurrent, output_final_state=output_state)
+
+
+def is_step(x: Tensor, state: MixerState | None, *, training: bool) -> bool:
+    """Whether x [B,T,...] is one token on a kept state, outside training."""
+    return x.shape[1] == 1 and state is not None and not training

@@ -23,26 +23,34 @@ Needs torch only: an exported model carries this file. In the order of computati
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from radlads.kernels.mixer_ops import (
+    AddedValues,
+    Bonus,
+    GroupNorm,
+    Residual,
+    StockKeys,
+    wkv7_delta_operands,
+    wkv7_finish,
+    wkv7_operands,
+)
 from radlads.model.mixers.shared.mixer import (
     AttentionShape,
     FirstValues,
     Mixer,
     MixerOutput,
     MixerState,
-    head_group_norm,
     init_low_rank_out,
     low_rank,
     rising_decay,
     start_gate_at_one,
-    unit_keys,
 )
+from radlads.model.mixers.shared.recurrence import is_step
 from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
 from radlads.model.mixers.shared.token_shift import previous_tokens
 
@@ -85,6 +93,8 @@ class Rwkv7Mixer(Mixer):
 
     DRAW_ORDER: ClassVar[str] = "wavkg"
     """Low-rank maps in the order in which their initial values are drawn: the values for a seed depend on it."""
+    decay_dtype: torch.dtype = torch.float32
+    """Of the log decay that the recurrence is given; training may round it to 16 bits."""
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
         """See `Mixer`."""
@@ -185,76 +195,59 @@ class Rwkv7Mixer(Mixer):
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         x, shift = self._branches(x_BTD, state, keep_BT, cu_seqlens)
         r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
-        if self.design.first_values == "heads":
-            k, v = self.repeat(k), self.repeat(v)
-        k, v, first = self._mix_first(k, v, x, first)
-        if self.design.first_values != "heads":
-            k, v = self.repeat(k), self.repeat(v)
-        if self.design.value_lora_scale is not None:
-            v = v + self.design.value_lora_scale * self.heads(x.v @ self.v1 @ self.v2)
-
-        iclr = self.heads(torch.sigmoid((self.a0 + x.a @ self.a1 @ self.a2).float()))
-        speed = self.heads(self.w0.float() + (torch.tanh(x.w @ self.w1) @ self.w2).float())
-        log_decay = -math.exp(-self.design.decay_offset) * torch.sigmoid(speed)
-        kk, k = self._scale_keys(k, iclr, speed, log_decay)
-        y, wkv = run_wkv7(
-            r,
-            log_decay,
+        design = self.design
+        operands = (wkv7_delta_operands if is_step(r, state, training=self.training) else wkv7_operands)(
             k,
             v,
-            kk,
-            iclr.to(k.dtype),
+            values=self._values(x.v, first),
+            keys=None if self.k0 is None else Residual(first.k, x.k @ self.k1 @ self.k2, self.k0),
+            a_low_BTA=x.a @ self.a1 @ self.a2,
+            w_low_BTA=torch.tanh(x.w @ self.w1) @ self.w2,
+            w0_A=self.w0,
+            a0_A=self.a0,
+            stock=StockKeys(self.k_k, self.k_a) if design.key_scaling == "k_a" else None,
+            decay_offset=design.decay_offset,
+            log_log=design.key_scaling == "log_log_decay",
+            decay_dtype=self.decay_dtype,
+        )
+        y, wkv = run_wkv7(
+            r,
+            operands,
             state=state,
             keep_BT=keep_BT,
             cu_seqlens=cu_seqlens,
             output_state=output_state,
             training=self.training,
         )
-        out = self.finish(self._read(y, r, k, v, x.g), gate)
-        return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
+        y = wkv7_finish(
+            y,
+            norm=None if self.ln_x is None else GroupNorm(self.ln_x.weight, self.ln_x.bias, self.ln_x.eps),
+            scale=self.shape.head_dim**-0.5 if design.output_scale else 1.0,
+            bonus=Bonus(r, operands.k, operands.v, self.r_k) if design.bonus else None,
+            gate_BTA=None if design.gate == "none" else torch.sigmoid(x.g @ self.g1) @ self.g2,
+            gate_base=1.0 if design.gate == "one_plus" else 0.0,
+            out_gate_BTA=gate,
+        )
+        first = self._first_values(k, v, operands.v) if self.v0 is None else first
+        return MixerOutput(self.o_proj(y), first, None if wkv is None else MixerState(wkv, shift))
 
-    def _mix_first(
-        self, k: Tensor, v: Tensor, x: Branches, first: FirstValues | None
-    ) -> tuple[Tensor, Tensor, FirstValues]:
-        """The residual to the first recurrent layer's values (and keys): k, v and the values for the next layer."""
-        if self.design.first_values == "none":
-            return k, v, FirstValues()
+    def _values(self, x_BTD: Tensor, first: FirstValues | None) -> Residual | AddedValues | None:
+        """What is mixed into a layer's values."""
+        if self.design.value_lora_scale is not None:
+            return AddedValues(x_BTD @ self.v1 @ self.v2, self.design.value_lora_scale)
         if self.v0 is None:
-            mine = FirstValues(v, k if self.design.first_keys else None)
-            if not self.design.first_values_gradient:
-                mine = FirstValues(*(None if z is None else z.detach() for z in mine))
-            return k, v, mine
+            return None
         if first is None or first.v is None or (self.design.first_keys and first.k is None):
             raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
-        v = v + (first.v - v) * torch.sigmoid(self.v0 + x.v @ self.v1 @ self.v2).view_as(v)
-        if self.k0 is not None:
-            k = k + (first.k - k) * torch.sigmoid(self.k0 + x.k @ self.k1 @ self.k2).view_as(k)
-        return k, v, first
+        return Residual(first.v, x_BTD @ self.v1 @ self.v2, self.v0)
 
-    def _scale_keys(self, k: Tensor, iclr: Tensor, speed: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-        """`(removal key, key that is written)`."""
-        if self.design.key_scaling == "k_a":
-            scale = 1 + (iclr - 1) * self.heads(self.k_a)
-            return unit_keys(k * self.heads(self.k_k)), k * scale.to(k.dtype)
-        if self.design.key_scaling == "decay":
-            scale = iclr - torch.expm1(log_decay)
-        else:
-            scale = 1 - (nn.functional.logsigmoid(speed) - self.design.decay_offset) + iclr
-        return unit_keys(k), k * scale.to(k.dtype)
-
-    def _read(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, x_g: Tensor) -> Tensor:
-        """Norm or scale, bonus and gate: [B,T,A]."""
-        if self.ln_x is not None:
-            y = head_group_norm(y, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
-        if self.design.output_scale:
-            y = y * self.shape.head_dim**-0.5
-        if self.design.bonus:
-            y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        y = y.flatten(-2)
-        if self.design.gate == "none":
-            return y
-        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
-        return y * (gate if self.design.gate == "product" else 1 + gate)
+    def _first_values(self, k_BTGK: Tensor, v_BTGK: Tensor, v_BTHK: Tensor) -> FirstValues:
+        """What the first recurrent layer hands to the others."""
+        design = self.design
+        if design.first_values == "none":
+            return FirstValues()
+        mine = FirstValues(v_BTHK if design.first_values == "heads" else v_BTGK, k_BTGK if design.first_keys else None)
+        return mine if design.first_values_gradient else FirstValues(*(None if z is None else z.detach() for z in mine))
 
 
 class HeadRamps(NamedTuple):

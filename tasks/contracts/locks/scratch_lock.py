@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.locks.holder import Holder, this_process
+from radlads.tasks.contracts.parsing.files import explain_os_error
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
@@ -24,19 +25,22 @@ class FolderInUse(UserError):  # noqa: N818
 
 
 @contextmanager
-def hold_folder(folder: Path, name: str, *, what: str, wait_seconds: float = 0.0) -> Iterator[bool]:
+def hold_folder(
+    folder: Path, name: str, *, what: str, wait_seconds: float = 0.0, look: Callable[[], None] = lambda: None
+) -> Iterator[bool]:
     """Lock a folder against other processes and threads; yields whether it had to wait.
 
     name: of the lock file in the folder; the file stays and names the last holder. what: the folder's use, for the
-    message. Raises FolderInUse, which names the holder, after wait_seconds; UserError if the folder cannot be written.
+    message. look: called while waiting; may raise. Raises FolderInUse, which names the holder, after wait_seconds;
+    UserError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise UserError(f"cannot work in {folder}: {error.strerror}; choose another folder with --work") from None
+        raise UserError(f"{explain_os_error(error, f'cannot work in {folder}')} (--work sets the folder)") from None
     try:
-        waited = _lock(handle, folder, what, wait_seconds)
+        waited = _lock(handle, what, wait_seconds, look)
         os.ftruncate(handle, 0)
         os.pwrite(handle, this_process(folder).model_dump_json().encode(), 0)
         yield waited
@@ -44,7 +48,7 @@ def hold_folder(folder: Path, name: str, *, what: str, wait_seconds: float = 0.0
         os.close(handle)
 
 
-def _lock(handle: int, folder: Path, what: str, wait_seconds: float) -> bool:
+def _lock(handle: int, what: str, wait_seconds: float, look: Callable[[], None]) -> bool:
     end, waited = time.monotonic() + wait_seconds, False
     while True:
         try:
@@ -59,6 +63,7 @@ def _lock(handle: int, folder: Path, what: str, wait_seconds: float) -> bool:
             if not waited:
                 _log.warning("%s is in use by %s: waiting", what, holder or "another process")
             waited = True
+            look()
             time.sleep(_POLL_SECONDS)
         else:
             return waited

@@ -25,8 +25,8 @@ _CURES = {
     errno.EISDIR: "this is a folder, not a file",
     errno.ELOOP: "its symbolic links form a loop",
 }
-MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL_DISK}
-"""Refusals that another place, permissions or more room would mend."""
+MENDABLE = set(_CURES) - {errno.EEXIST, errno.EISDIR}
+"""Refusals that another place, permissions or more room would mend; the two left out may be a bug of the caller's."""
 
 
 @contextmanager

@@ -64,22 +64,28 @@ def read_yaml(data: bytes, *, where: str) -> Any:
     return parse_yaml(text, where=where)
 
 
-def parse_yaml(text: str, *, where: str) -> Any:
+def parse_value(text: str, *, where: str) -> Any:
+    """As parse_yaml, for a value on the command line: messages name no line and column."""
+    return parse_yaml(text, where=where, locate=False)
+
+
+def parse_yaml(text: str, *, where: str, locate: bool = True) -> Any:
     """As read_yaml, for text. Raises DocumentError."""
     if len(text) > MOST_BYTES:
         raise DocumentError(f"{where}: too large: the limit is {MOST_BYTES:,} characters")
     bad = _UNREADABLE.search(text)
     if bad is not None:
         line, column = text.count("\n", 0, bad.start()) + 1, bad.start() - text.rfind("\n", 0, bad.start())
+        place = f"{where}:{line}:{column}" if locate else where
         raise DocumentError(
-            f"{where}:{line}:{column}: the character U+{ord(bad[0]):04X} is not allowed in YAML; remove it, or write "
+            f"{place}: the character U+{ord(bad[0]):04X} is not allowed in YAML; remove it, or write "
             "it as an escape in double quotes"
         )
     try:
-        return _Builder(text, where).document()
+        return _Builder(text, where, locate).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark and locate else where
         fault = ", ".join(part for part in (error.context, error.problem) if part)
         raise DocumentError(f"{place}: not valid YAML: {one_line(fault)}") from None
     except yaml.YAMLError as error:
@@ -114,9 +120,9 @@ _Dumper.add_representer(str, _represent_text)
 class _Builder:
     """Builds values from parser events, with limits on their number and depth."""
 
-    def __init__(self, text: str, where: str) -> None:
+    def __init__(self, text: str, where: str, locate: bool) -> None:
         self._events: Iterator[Event] = yaml.parse(text, Loader=_LOADER)
-        self._where = where
+        self._where, self._locate = where, locate
         self._anchors: dict[str, Any] = {}
         self._count = 0
 
@@ -176,7 +182,8 @@ class _Builder:
                 what = "a list or a mapping" if key is _OPEN else f"{shown(key)}, not text"
                 raise self._fault(event, f"this key is {what}; put it in quotes")
             if key in lines:
-                raise self._fault(event, f"duplicate key '{one_line(key, 60)}'; it is first in line {lines[key]}")
+                first = f"; it is first in line {lines[key]}" if self._locate else ""
+                raise self._fault(event, f"duplicate key '{one_line(key, 60)}'{first}")
             lines[key] = _place(event)[0]
             following = next(self._events)
             value = self._value(following, depth + 1)
@@ -227,7 +234,7 @@ class _Builder:
 
     def _fault(self, event: Event, fault: str) -> DocumentError:
         line, column = _place(event)
-        return DocumentError(f"{self._where}:{line}:{column}: {fault}")
+        return DocumentError(f"{self._where}:{line}:{column}: {fault}" if self._locate else f"{self._where}: {fault}")
 
 
 def _place(event: Event) -> tuple[int, int]:

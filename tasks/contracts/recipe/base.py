@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+_SMALLEST, _LARGEST = 1e-30, 1e9
 ReadsKind = Literal["files", "teacher", "tokenizer", "dataset", "task"]
 
 
@@ -40,9 +41,16 @@ class Reads:
 
 
 class Section(BaseModel):
-    """Base class of recipe sections: frozen, unknown keys rejected."""
+    """Base class of recipe sections: frozen, unknown keys rejected, numbers such as training in float32 can use."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits_float32(cls, value: Any) -> Any:
+        if isinstance(value, float) and value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
+            raise ValueError(f"a number from {_SMALLEST:g} to {_LARGEST:g} is needed: float32 cannot compute with this")
+        return value
 
 
 def _no_control_characters(text: str) -> str:

@@ -19,76 +19,12 @@ from radlads.tasks.contracts.parsing.credentials import find_secret, hide
 from radlads.tasks.contracts.parsing.document import MOST_BYTES, DocumentError, one_line, plain_values, shown
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.parsing.yaml_reader import dump_yaml, read_yaml
-from radlads.tasks.contracts.recipe.sections import (
-    Align,
-    CeSpikes,
-    Comprehensive,
-    Dataset,
-    Distill,
-    EvalTask,
-    Evaluate,
-    Extend,
-    FilesSource,
-    Finetune,
-    HubSource,
-    Lora,
-    Needle,
-    Optimizer,
-    Phase,
-    Pretrain,
-    Publish,
-    Rate,
-    RecallSource,
-    Recipe,
-    Resources,
-    SampleSource,
-    Schedule,
-    Section,
-    Source,
-    Student,
-    Teacher,
-    Training,
-    TransplantScale,
-)
+from radlads.tasks.contracts.recipe import sections
+from radlads.tasks.contracts.recipe.sections import *  # noqa: F403 (what a recipe consists of, by the list over there)
+from radlads.tasks.contracts.recipe.sections import Recipe
 
-__all__ = [
-    "Align",
-    "CeSpikes",
-    "Comprehensive",
-    "Dataset",
-    "Distill",
-    "EvalTask",
-    "Evaluate",
-    "Extend",
-    "FilesSource",
-    "Finetune",
-    "HubSource",
-    "Lora",
-    "Needle",
-    "Optimizer",
-    "Phase",
-    "Pretrain",
-    "Publish",
-    "Rate",
-    "RecallSource",
-    "Recipe",
-    "RecipeError",
-    "Resources",
-    "SampleSource",
-    "Schedule",
-    "Section",
-    "Source",
-    "Student",
-    "Teacher",
-    "Training",
-    "TransplantScale",
-    "dump_recipe",
-    "list_recipes",
-    "load_recipe",
-    "parse_recipe",
-    "recipe_of_data",
-]
-
+__all__ = ["RecipeError", "dump_recipe", "list_recipes", "load_recipe", "parse_recipe", "recipe_of_data"]
+__all__ += sections.__all__
 
 _MOST_FAULTS = 20
 

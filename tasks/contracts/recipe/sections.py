@@ -15,7 +15,6 @@ from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.contracts.recipe.losses import (
     Align,
-    CeSpikes,
     Comprehensive,
     Distill,
     Extend,
@@ -31,7 +30,6 @@ from radlads.tasks.contracts.stages import DATA_SECTIONS, STUDENT_STAGES, TRAINI
 
 __all__ = [
     "Align",
-    "CeSpikes",
     "Comprehensive",
     "Dataset",
     "Distill",
@@ -53,12 +51,10 @@ __all__ = [
     "Resources",
     "SampleSource",
     "Schedule",
-    "Section",
     "Source",
     "Student",
     "Teacher",
     "Training",
-    "TransplantScale",
 ]
 
 

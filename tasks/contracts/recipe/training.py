@@ -6,15 +6,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, Section, Seed
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, AddedLater, Section, Seed
 from radlads.tasks.contracts.stages import stage_info
 
 
 class Rate(Section):
-    """Learning rate of a parameter group, from `start` to `final` along the schedule."""
+    """Learning rate of a parameter group, from `start` to `final` along the schedule. Adam moves a weight by about the
+    rate in every step, and weights are much smaller than 1."""
 
-    start: float = Field(ge=0)
-    final: float = Field(ge=0)
+    start: float = Field(ge=0, le=1)
+    final: float = Field(ge=0, le=1)
 
 
 class Optimizer(Section):
@@ -23,7 +24,7 @@ class Optimizer(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Applied to tensors with at least two dimensions larger than one (matrices, low-rank factors, the bonus), not to
     norms, biases and per-channel vectors."""
     clip: float = Field(default=1.0, gt=0)
@@ -86,6 +87,9 @@ class Training(Section):
     gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
+    decay_dtype: Annotated[Literal["float32", "bfloat16"], AddedLater()] = "float32"
+    """Of the log decay that RWKV-7's recurrence is given. bfloat16: the kernels for Hopper GPUs can run, but the decay
+    is rounded to 8 bits of mantissa in training, and not in the exported model."""
     seed: Seed = 1337
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""

@@ -2,13 +2,15 @@
 
 <store>/layout                        the version of this layout
 <store>/products/<stage>/<digest>/    files, job/, checkpoints/, lease.json, manifest.json (last)
-<store>/runs/<run>/                   recipe.yaml, recipe-<digest>.yaml, lease.json, stages/<label>.json
+<store>/runs/<run>/                   recipe.yaml, recipe-<digest>.yaml, lease.json,
+                                      stages/<label>.json, judged/<stage>.json
 <store>/sweeps/<sweep>/               sweep.yaml, table.md, table.json
 """
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.store.base import Store
@@ -17,6 +19,8 @@ from radlads.tasks.contracts.store.errors import StoreError
 LAYOUT = 3
 PRODUCTS, RUNS, DATASETS, SWEEPS = "products", "runs", "datasets", "sweeps"
 _LAYOUT_KEY = "layout"
+PointerKind = Literal["stages", "judged"]
+"""stages: products of the run's own stages. judged: models of another run that it evaluates."""
 # The earlier layout: products of a run's stages under runs/<run>/<stage>/, datasets in a folder of their own.
 _FORMER = re.compile(r"(runs/[^/]+/(?!stages/)[^/]+|datasets/[^/]+)/(manifest\.json|job/|checkpoints/)")
 
@@ -46,9 +50,9 @@ def recipe_key(run: str) -> str:
     return f"{run_key(run)}/recipe.yaml"
 
 
-def pointers_key(run: str) -> str:
+def pointers_key(run: str, kind: PointerKind = "stages") -> str:
     """The prefix of a run's pointers."""
-    return f"{run_key(run)}/stages"
+    return f"{run_key(run)}/{kind}"
 
 
 def run_names(store: Store) -> list[str]:

@@ -7,15 +7,14 @@ import fcntl
 import functools
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from radlads.tasks.contracts.job import FileEntry, StoreRef
-from radlads.tasks.contracts.parsing.files import MENDABLE
+from radlads.tasks.contracts.parsing.files import MENDABLE, explain_os_error
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError, StoreUnusable, corrupt
 from radlads.tasks.contracts.store.files import TEMPORARY, hash_file, parallel, place_file, read_blocks
@@ -38,8 +37,7 @@ def _plain(method: Callable[Concatenate[LocalStore, _P], _R]) -> Callable[Concat
             return method(self, *args, **kwargs)
         except OSError as error:
             kind = StoreUnusable if error.errno in MENDABLE else StoreError
-            place = error.filename or self.root
-            raise kind(f"the store {self.root}: {error.strerror or error}: {place}") from error
+            raise kind(f"the store {self.root}: {explain_os_error(error)}") from error
 
     return explained
 
@@ -55,7 +53,7 @@ class LocalStore(Store):
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreUnusable(f"the store {root} cannot be created: {error.strerror}") from None
+            raise StoreUnusable(explain_os_error(error, f"the store {root}")) from None
         super().__init__(ref, str(root))
         self.root = root
         self._real = root.resolve()
@@ -126,6 +124,8 @@ class LocalStore(Store):
     def age(self, key: str) -> float | None:
         """See Store. The clock is that of the file server: a second file is written to read it."""
         target = self._path(key)
+        if not target.exists():  # nothing is made beside it
+            return None
         now = self._write_beside(target, b"")
         try:
             return max(0.0, now.stat().st_mtime - target.stat().st_mtime)
@@ -256,8 +256,9 @@ class LocalStore(Store):
         for leftover in top.rglob(f"{TEMPORARY}*"):
             if not leftover.name.startswith(_LEASE):
                 leftover.unlink(missing_ok=True)
-        if top.is_dir() and not any(path.is_file() for path in top.rglob("*")):
-            shutil.rmtree(top, ignore_errors=True)
+        for folder, _, _ in os.walk(top, topdown=False):
+            with suppress(OSError):  # not empty
+                os.rmdir(folder)
 
     @contextmanager
     def _exclusive(self, prefix: str) -> Iterator[None]:

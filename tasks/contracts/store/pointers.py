@@ -1,9 +1,10 @@
 """A run's pointers: the current product of each of its stages, and the earlier ones.
 
 `runs/<run>/stages/<label>.json` is written when a stage starts, before its product is looked up or made. So the product
-is not collected as garbage, and the progress of an unfinished stage can be found. Only the holder of the run's lease
-moves a pointer: each pointer carries the token under which it was written, and a lower token never replaces a higher
-one.
+is not collected as garbage, and the progress of an unfinished stage can be found. An evaluation points at the models of
+the other run in the same way, under `judged/`: they are kept as long as its folder exists. Only the holder of the run's
+lease moves a pointer: each pointer carries the token under which it was written, and a lower token never replaces a
+higher one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from radlads.tasks.contracts.job import Sheet, first_fault
 from radlads.tasks.contracts.locks.lease import Lease, LeaseLost
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import StoreError
-from radlads.tasks.contracts.store.layout import pointers_key, product_key
+from radlads.tasks.contracts.store.layout import PointerKind, pointers_key, product_key
 
 _POINTER_BYTES = 16 << 20
 _ATTEMPTS = 5
@@ -50,31 +51,34 @@ class Pointer(Target):
         yield from self.older
 
 
-def pointer_key(run: str, label: str) -> str:
+def pointer_key(run: str, label: str, kind: PointerKind = "stages") -> str:
     """The key of a pointer."""
-    return f"{pointers_key(run)}/{label}.json"
+    return f"{pointers_key(run, kind)}/{label}.json"
 
 
-def read_pointer(store: Store, run: str, label: str) -> Pointer | None:
+def read_pointer(store: Store, run: str, label: str, kind: PointerKind = "stages") -> Pointer | None:
     """The pointer of a run's stage; None if the run has not reached it. Raises StoreError."""
-    found = store.read(pointer_key(run, label), limit=_POINTER_BYTES)
-    return None if found is None else _parse(store, pointer_key(run, label), found[0])
+    key = pointer_key(run, label, kind)
+    found = store.read(key, limit=_POINTER_BYTES)
+    return None if found is None else _parse(store, key, found[0])
 
 
-def read_pointers(store: Store, run: str) -> dict[str, Pointer]:
-    """Label → pointer of every stage that a run has reached. Raises StoreError."""
-    prefix = pointers_key(run)
+def read_pointers(store: Store, run: str, kind: PointerKind = "stages") -> dict[str, Pointer]:
+    """Label → pointer of every stage that a run has reached, or of every model that it judges. Raises StoreError."""
+    prefix = pointers_key(run, kind)
     labels = [key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)]
-    found = {label: read_pointer(store, run, label) for label in labels}
+    found = {label: read_pointer(store, run, label, kind) for label in labels}
     return {label: pointer for label, pointer in found.items() if pointer is not None}
 
 
-def point(store: Store, run: str, label: str, stage: str, digest: str, lease: Lease) -> Pointer:
+def point(
+    store: Store, run: str, label: str, stage: str, digest: str, lease: Lease, kind: PointerKind = "stages"
+) -> Pointer:
     """Point a run's stage at a product; the previous product joins the pointer's history.
 
     lease: on the run, held. Raises LeaseLost if another process has taken over the run, StoreError.
     """
-    key = pointer_key(run, label)
+    key = pointer_key(run, label, kind)
     for _ in range(_ATTEMPTS):
         lease.check()
         found = store.read(key, limit=_POINTER_BYTES)

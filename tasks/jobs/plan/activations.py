@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from radlads.model.mixers.shared.attention_shape import read_attention_shape
 from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.modeling import RadladsForCausalLM, norm_names
+from radlads.model.training.fused_modules import fuse_modules
 
 # A multiple of the kernels' chunk, so that the bytes per token are exact.
 _TOKENS = 128
@@ -45,6 +46,7 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     """Count with a student on the meta device, in a dtype. Its parameters need gradients."""
     cast: Any = student
     student = cast.to(dtype)
+    fuse_modules(student, torch.device("meta"))
     parts, inner = student.parts, student.model
     config: Any = inner.config
     x = torch.empty(1, _TOKENS, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
@@ -55,6 +57,7 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerB
     for module in list(student.mixers().values())[:2]:
         mixer, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
         first = mixed.first
+        known |= {_storage(tensor) for tensor in first if tensor is not None}  # kept once, by the first mixer
     layer: Any = getattr(inner, parts.layers)[0]
     mlp, norms = getattr(layer, parts.mlp), [getattr(layer, name) for name in norm_names(parts)]
     word = dtype.itemsize

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from radlads.model.teacher.refusals import token_fault
 from radlads.model.training.align_losses import no_spectrum
 from radlads.model.training.lora import missing_target
 from radlads.tasks.contracts.errors import UserError
@@ -258,6 +259,13 @@ def check_needle(
                 f"needle.lengths {beyond} are beyond the {positions} positions that the teacher was made for; expect "
                 f"failures there"
             )
+
+
+def check_special_tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> None:
+    """Raises UserError if a config, or the settings for generation, has a special token beyond the vocabulary."""
+    for settings, where in ((config, "config"), (generation, "generation_config")):
+        if settings is not None and (fault := token_fault(vars(settings), config.vocab_size, where)):
+            raise UserError(fault)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, findings: Findings) -> None:

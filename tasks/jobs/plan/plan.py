@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from radlads.model.teacher.load import find_family, load_teacher_config, teacher_warnings
+from radlads.model.teacher.load import find_family, load_generation_config, load_teacher_config, teacher_warnings
 from radlads.model.teacher.refusals import size_fault
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
@@ -40,6 +40,7 @@ from radlads.tasks.jobs.plan.checks import (
     check_lora,
     check_masks,
     check_needle,
+    check_special_tokens,
     check_tokenizer,
     check_zero_3,
 )
@@ -213,6 +214,7 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
     if sizes_only:
         with findings.at("teacher"):
             config = load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
+            check_special_tokens(config, None)
             findings.warnings.append("only sizes are planned: no weights, tokenizer and text were looked at")
             return _Subject(config, None, path, TeacherRef(path=path, revision=recipe.teacher.revision, fingerprint=""))
         return None
@@ -221,6 +223,7 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
         load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
         revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=revision)
+        check_special_tokens(config, load_generation_config(resolve_teacher_path(path), config, revision=revision))
         findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
         return _Subject(

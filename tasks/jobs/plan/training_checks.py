@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
+from radlads.model.training.mixer_parts import has_log_decay
 from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
@@ -27,6 +28,7 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
             _check_context(recipe, stage, section, positions, findings)
         if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and not stage_info(stage).layerwise:
             findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
+        _check_decay(recipe, stage, section, findings)
     if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
         findings.warnings.append(
             f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
@@ -47,6 +49,16 @@ def _check_part(place: str, part: Training, processes: int, findings: Findings) 
     if part.tokens < part.batch * part.context:
         findings.faults.append(
             f"{place}.tokens ({part.tokens}) is less than one step (batch × context = {part.batch * part.context})"
+        )
+
+
+def _check_decay(recipe: Recipe, stage: str, section: Training, findings: Findings) -> None:
+    if section.decay_dtype == "float32":
+        return
+    if stage == "pretrain" or not has_log_decay(recipe.student.variant):
+        what = "a plain model" if stage == "pretrain" else f"the variant {recipe.student.variant}"
+        findings.faults.append(
+            f"{stage}.decay_dtype: {what} has no log decay of RWKV-7; leave the key out, or change student.variant"
         )
 
 

@@ -15,6 +15,8 @@ from radlads.model.student.export import export_student
 from radlads.model.student.load import load_student
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import load_teacher
+from radlads.model.training.fused_modules import fuse_modules
+from radlads.model.training.mixer_parts import round_log_decay
 from radlads.model.weights.finite import check_finite
 from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.disk import need_space
@@ -54,7 +56,11 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
         folder = job.input("student") / "model"
         tokenizer = load_tokenizer(str(folder), trust_remote_code=spec.trust_remote_code)
         student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, _place(job))
+        if spec.section.decay_dtype != "float32":
+            round_log_decay(student, getattr(torch, spec.section.decay_dtype))
         originals = open_weight_files(str(folder))
+    for network in (student, *([] if teacher is None else [teacher])):
+        fuse_modules(network, job.device)
     if spec.section.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Networks(student, teacher, tokenizer, originals)

@@ -1,0 +1,126 @@
+"""Norms, MLPs and rotary positions of a network through fused kernels, for training on a GPU: in place of modules of
+transformers that compute the same, word for word.
+
+Norms and MLPs are liger-kernel's (an optional package), rotary positions of mixers are kernels/mixer_ops. Parameters,
+their names and classes for `isinstance` stay, so that checkpoints and exports are not affected.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama as llama
+
+from radlads.kernels.shared.backends import installed, not_on_gpu
+from radlads.kernels.shared.chosen import note_kernel
+from radlads.kernels.shared.meta import KeptForBackward
+from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
+
+
+def fuse_modules(model: nn.Module, device: torch.device) -> None:
+    """Fuse what can be, in place, of a network that will run on `device`; what runs is logged and recorded. On the
+    meta device the network stands for one on a GPU, and nothing is recorded."""
+    on_gpu = device.type in ("cuda", "meta")
+    if not on_gpu:
+        reason: str | None = not_on_gpu(torch.empty(0, device=device))
+    else:
+        reason = None if installed("liger_kernel") else "liger-kernel is not installed"
+    for name, is_same, forward in (("rms_norm", is_llama_norm, _norm), ("swiglu", is_llama_mlp, _mlp)):
+        found = [module for module in model.modules() if is_same(module)]
+        for module in found if reason is None else ():
+            module.__class__ = _with_forward(type(module), forward)
+        if found and device.type != "meta":
+            form = "transformers" if reason else f"liger-kernel {version('liger-kernel')}"
+            note_kernel(name, form, lambda: reason or "")
+    for module in model.modules():
+        if on_gpu and isinstance(module, Mixer) and is_llama_rotary(module.shape.rotary):
+            module.shape = replace(module.shape, rotary=rotate_halves)
+
+
+def is_llama_norm(module: nn.Module) -> bool:
+    """Whether a module is an RMSNorm that rounds before it multiplies by its weight, as Llama's does."""
+    return _same(getattr(type(module), "forward", None), llama.LlamaRMSNorm.forward)
+
+
+def is_llama_mlp(module: nn.Module) -> bool:
+    """Whether a module is down(silu(gate(x)) ⊙ up(x))."""
+    same = _same(getattr(type(module), "forward", None), llama.LlamaMLP.forward)
+    return same and type(module.act_fn) is type(ACT2FN["silu"])
+
+
+def is_llama_rotary(rotary: Callable[..., Any] | None) -> bool:
+    """Whether a family's `apply_rotary_pos_emb` turns whole heads, half against half, in the dtype of q and k."""
+    own = sys.modules[getattr(rotary, "__module__", None) or __name__]
+    return _same(rotary, llama.apply_rotary_pos_emb) and _same(getattr(own, "rotate_half", None), llama.rotate_half)
+
+
+def _same(function: Any, other: Any) -> bool:
+    return function is not None and _body(function) is not None and _body(function) == _body(other)
+
+
+@cache
+def _body(function: Any) -> str | None:
+    """The syntax of a function's arguments and body, its docstring left out; None without a source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    names = [argument.arg for argument in tree.args.args]
+    return f"{names} {[ast.dump(line) for line in body]}"
+
+
+@cache
+def _with_forward(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    return (norm_meta if hidden_states.is_meta else _liger_norm)(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    out: Tensor = self.down_proj((swiglu_meta if gate.is_meta else _liger_swiglu)(gate, up))
+    return out
+
+
+def _liger_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # Not in place: the residual stream may hold the same gradient.
+    out: Tensor = LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+    return out
+
+
+def _liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    # Its backward pass writes gradients over gate and up, so it runs once a forward pass: no retained graph.
+    out: Tensor = LigerSiLUMulFunction.apply(gate, up)
+    return out
+
+
+def norm_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What liger's norm keeps, for plans (kernels/shared/meta.py): its input, and a number a token."""
+    out: Tensor = KeptForBackward.apply([x.new_empty(x.shape[:-1], dtype=torch.float32)], x)
+    return out
+
+
+def swiglu_meta(gate: Tensor, up: Tensor) -> Tensor:
+    """Likewise, of liger's SwiGLU: its inputs."""
+    out: Tensor = KeptForBackward.apply([], gate, up)
+    return out
