@@ -20,13 +20,14 @@ from s3transfer.manager import TransferManager
 
 from radlads.tasks.contracts.job import FileEntry, Manifest, StoreRef
 from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError
-from radlads.tasks.contracts.store.files import parallel
+from radlads.tasks.contracts.store.files import Block, parallel, regroup
 from radlads.tasks.contracts.store.names import OBJECTS, check_key, place_of
 from radlads.tasks.contracts.store.s3.client import MISSING, TAKEN, code_of, make_client
 from radlads.tasks.contracts.store.s3.copy import copy_noted
+from radlads.tasks.contracts.store.s3.multipart import upload_parts
 from radlads.tasks.contracts.store.s3.objects import PART_BYTES, S3Objects
 from radlads.tasks.contracts.store.s3.probe import abort_unfinished_uploads
-from radlads.tasks.contracts.store.s3.seal import Seal, part_size, seal_file
+from radlads.tasks.contracts.store.s3.seal import Seal, part_size, seal_blocks, seal_file
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,23 @@ class S3Store(S3Objects):
             if holds:
                 return candidate
         raise CorruptArtifact(f"{self.join(key)}: the upload does not match its source ({path.name})")
+
+    def put_blocks(self, key: str, blocks: Sequence[Block]) -> FileEntry:
+        """See Store. Uploaded once more if the endpoint does not hold what was sent."""
+        size = sum(memoryview(block).nbytes for block in blocks)
+        part = part_size(size, self._part_bytes)
+        for _ in range(2):
+            parts = regroup(blocks, part)
+            with self._errors(key):
+                if size > self._part_bytes:
+                    seal = upload_parts(self._client, self._place(key), parts, part)
+                else:
+                    data = b"".join(parts)
+                    seal = seal_blocks([data], part)
+                    self._put(key, data)
+            if self._holds(key, seal):
+                return FileEntry(path=key, size=seal.size, sha256=seal.sha256)
+        raise CorruptArtifact(f"{self.join(key)}: the upload does not match its source")
 
     def settle(self, prefix: str, manifest: Manifest) -> None:
         """See Store."""
