@@ -1,9 +1,11 @@
 """What only S3 has: multipart uploads and what is left of them, endpoints without conditions, errors in one line."""
 
+import hashlib
 import logging
 import uuid
 
 import pytest
+from botocore.exceptions import ClientError
 
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StoreError, StoreUnusable
@@ -38,6 +40,48 @@ def test_multipart_round_trip(store, big, tmp_path):
     got = store.fetch("runs/a/align", tmp_path / "into")
     assert (got / "weights.bin").read_bytes() == (big / "weights.bin").read_bytes()
     assert uploads(store) == []
+
+
+def test_multipart_from_memory(store, big, tmp_path):
+    data = (big / "weights.bin").read_bytes()
+    entry = store.put_blocks("runs/a/step/weights.bin", [data[:7], memoryview(data)[7:]])
+    assert (entry.size, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert uploads(store) == []
+    store.adopt("runs/a/step", sheet(files=(entry.model_copy(update={"path": "weights.bin"}),)))
+    assert store.read_file("runs/a/step", "weights.bin") == data
+
+
+@pytest.mark.parametrize("size", [100, 12 * MIB])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_upload_from_memory_that_arrives_altered_is_sent_once_more(moto_endpoint, monkeypatch, size, times):
+    store = S3Store(StoreRef(uri=f"s3://art/{uuid.uuid4().hex}", endpoint_url=moto_endpoint), part_bytes=5 * MIB)
+    real, left = store._holds, [False] * times
+
+    def holds(key, seal):
+        return left.pop() if left else real(key, seal)
+
+    monkeypatch.setattr(store, "_holds", holds)
+    if times == 2:
+        with pytest.raises(CorruptArtifact, match="does not match its source"):
+            store.put_blocks("weights.bin", [bytes(size)])
+    else:
+        assert store.put_blocks("weights.bin", [bytes(size)]).size == size
+
+
+def test_an_upload_from_memory_that_fails_is_aborted(moto_endpoint, monkeypatch):
+    store = S3Store(StoreRef(uri=f"s3://art/{uuid.uuid4().hex}", endpoint_url=moto_endpoint), part_bytes=5 * MIB)
+    real = store._client.upload_part
+
+    def failing(**given):
+        if given["PartNumber"] == 2:
+            raise ClientError({"Error": {"Code": "SlowDown", "Message": "later"}}, "UploadPart")
+        return real(**given)
+
+    monkeypatch.setattr(store._client, "upload_part", failing)
+    with pytest.raises(StoreError, match="SlowDown"):
+        store.put_blocks("weights.bin", [bytes(12 * MIB)])
+    assert uploads(store) == []
+    assert store.list("weights.bin") == []
 
 
 def test_what_is_already_here_is_not_downloaded_again(store, big, tmp_path, monkeypatch):

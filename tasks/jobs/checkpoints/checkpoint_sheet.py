@@ -149,7 +149,7 @@ def _read_sheet(folder: Path, step: int, shapes: Mapping[str, Sequence[int]]) ->
     if differing:
         raise UserError(
             f"the checkpoint of step {step} and this job do not train the same parameters "
-            f"({len(differing)} differ, e.g. {min(differing)}); delete that checkpoint"
+            f"({len(differing)} differ, e.g. {min(differing)!a}); delete that checkpoint"
         )
     for name, noted in sheet.parameters.items():
         if isinstance(noted, str) != (sheet.version == _WHOLE):
