@@ -23,6 +23,7 @@ from radlads.tasks.jobs.strict_json import Count, FileName, SheetError, StrictSh
 
 VERSION = 2
 _WHOLE = 1  # the version before
+_SHOWN = 120
 
 
 class CheckpointSheet(StrictSheet):
@@ -149,7 +150,7 @@ def _read_sheet(folder: Path, step: int, shapes: Mapping[str, Sequence[int]]) ->
     if differing:
         raise UserError(
             f"the checkpoint of step {step} and this job do not train the same parameters "
-            f"({len(differing)} differ, e.g. {min(differing)!a}); delete that checkpoint"
+            f"({len(differing)} differ, e.g. {ascii(min(differing))[:_SHOWN]}); delete that checkpoint"
         )
     for name, noted in sheet.parameters.items():
         if isinstance(noted, str) != (sheet.version == _WHOLE):
