@@ -40,7 +40,7 @@ class HostCopy:
     def fits(self, files: Sequence[File]) -> bool:
         """Whether all files have a buffer, or may be given one beside those of the machine's other ranks."""
         missing = sum(_numbers(file) * 4 for file in files) - self.allocated
-        return missing <= 0 or missing * self._ranks <= _USABLE * spare_memory()
+        return missing <= 0 or has_room(missing, self._ranks)
 
     def take(self, files: Sequence[File]) -> list[Tensor]:
         """Copy everything; the copies are complete on return. One tensor a file: of each slice master and moments."""
@@ -68,6 +68,11 @@ class HostCopy:
                 copied[place : place + piece.numel].copy_(piece.tensors[kind], non_blocking=True)
                 place += piece.numel
         return copied
+
+
+def has_room(size: int, ranks: int) -> bool:
+    """Whether each of the ranks of this machine may hold a copy of `size` bytes."""
+    return size * ranks <= _USABLE * spare_memory()
 
 
 def spare_memory() -> int:
