@@ -246,7 +246,7 @@ def test_a_rank_that_fails_is_named_and_the_checkpoint_before_stays(ref, tmp_pat
     second.save(2)
     with pytest.raises(OSError, match="the disk is full"):
         second.wait()
-    with pytest.raises(StoreError, match="rank 1 could not write its part .*: OSError: the disk is full"):
+    with pytest.raises(StoreError, match=r"rank 1 could not write its part .*: OSError: the disk is full"):
         first.save(3)
     assert committed(ref) == [1]
     back = pair(5.0)

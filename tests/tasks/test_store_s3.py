@@ -10,6 +10,7 @@ from botocore.exceptions import ClientError
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StoreError, StoreUnusable
 from radlads.tasks.contracts.store.s3 import objects as s3_objects
+from radlads.tasks.contracts.store.s3 import store as s3_store
 from radlads.tasks.contracts.store.s3.seal import part_size, seal_file
 
 from .test_store import sheet
@@ -84,6 +85,15 @@ def test_an_upload_from_memory_that_fails_is_aborted(moto_endpoint, monkeypatch)
     assert store.list("weights.bin") == []
 
 
+def test_a_large_file_is_read_once(moto_endpoint, big, monkeypatch):
+    store = S3Store(StoreRef(uri=f"s3://art/{uuid.uuid4().hex}", endpoint_url=moto_endpoint), part_bytes=5 * MIB)
+    monkeypatch.setattr(s3_store, "seal_file", lambda *_: pytest.fail("read once more"))
+    manifest = store.commit("runs/a/align", big, sheet())
+    monkeypatch.undo()
+    assert manifest.files[0].sha256 == hashlib.sha256((big / "weights.bin").read_bytes()).hexdigest()
+    assert store.read_file("runs/a/align", "weights.bin") == (big / "weights.bin").read_bytes()
+
+
 def test_what_is_already_here_is_not_downloaded_again(store, big, tmp_path, monkeypatch):
     (big / "small").write_text("1")
     store.commit("runs/a/align", big, sheet())
@@ -128,7 +138,14 @@ def test_a_slow_writer_does_not_overwrite(store, big, monkeypatch):
             store.put_bytes(key, theirs)
         real(key, path, seal)
 
+    sealing = store._send_sealing
+
+    def race_sealing(key, path, part):
+        store.put_bytes(key, theirs)
+        return sealing(key, path, part)
+
     monkeypatch.setattr(store, "_send", race)
+    monkeypatch.setattr(store, "_send_sealing", race_sealing)
     (big / "small").write_text("ours")
     if not store.probe()["conditional_put"]:
         (big / "small").unlink()  # a plain put on such an endpoint has no guard; the warning says so
@@ -143,7 +160,12 @@ def test_garbled_upload_is_found_by_reading_back(store, big, monkeypatch):
     def garble(key, path, seal):
         store.put_bytes(key, b"?" * seal.size)
 
+    def garble_sealing(key, path, part):
+        store.put_bytes(key, b"?" * path.stat().st_size)
+        return seal_file(path, part)
+
     monkeypatch.setattr(store, "_send", garble)
+    monkeypatch.setattr(store, "_send_sealing", garble_sealing)
     with pytest.raises(CorruptArtifact, match="does not match its source"):
         store.commit("runs/a/align", big, sheet())
     assert store.read_manifest("runs/a/align") is None

@@ -213,8 +213,8 @@ class LocalStore(Store):
                 os.fsync(stream.fileno())
             if temporary.stat().st_size != size:
                 raise CorruptArtifact(f"{target}: the file written does not match its source")
+            self._verified.note(temporary, digest.hexdigest())
             os.replace(temporary, target)
-            self._verified.note(target, digest.hexdigest())
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
