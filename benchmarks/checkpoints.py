@@ -7,7 +7,8 @@
 A random model of a public shape trains for a few steps by the product's own engine, and saves: `parts`, as the product
 does, where every rank copies and uploads its own slices; `gathered`, the way before it, where the first rank collects
 every parameter whole, writes files, and uploads those. Each way runs in processes of its own. Every saved state is of
-another step; a number is that of the slowest rank, `later` and `written` the least of all saves but the first.
+another step; a number is that of the slowest rank, `later` and `written` the least of all saves but the first. The disk must
+hold the state twice, for `gathered` three times.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ class Gathered(Checkpoints):
     def _upload(self, folder: Path, step: int) -> None:
         try:
             self.job.store.commit(f"{self.prefix}/step-{step:06d}", folder, self._manifest(step))
+            for old in self._committed_steps()[self.keep :]:
+                self.job.store.delete(f"{self.prefix}/step-{old:06d}")
         except BaseException as error:  # noqa: BLE001 - raised again by wait()
             self._failure = error
 
@@ -225,6 +228,7 @@ def main() -> None:
             multiprocessing.spawn(measure_rank, (options, way, Path(folder)), nprocs=options.ranks)
             ranks = [json.loads((Path(folder) / f"{way}-{rank}.json").read_text()) for rank in range(options.ranks)]
             lines.append(row(options, way, ranks))
+            shutil.rmtree(Path(folder) / way)
     text = describe_machine(" ".join(["python", "benchmarks/checkpoints.py", *sys.argv[1:]])) + "\n"
     text += "\n".join(lines) + "\n"
     if options.out is None:
