@@ -7,8 +7,8 @@
 A random model of a public shape trains for a few steps by the product's own engine, and saves: `parts`, as the product
 does, where every rank copies and uploads its own slices; `gathered`, the way before it, where the first rank collects
 every parameter whole, writes files, and uploads those. Each way runs in processes of its own. Every saved state is of
-another step; a number is that of the slowest rank, `later` and `written` the least of all saves but the first. The disk must
-hold the state twice, for `gathered` three times.
+another step; a number is that of the slowest rank, `later` and `written` the least of all saves but the first. The
+disk must hold the state twice, for `gathered` three times.
 """
 
 from __future__ import annotations
