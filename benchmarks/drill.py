@@ -202,9 +202,9 @@ class Drill:
         return {
             "start": lambda: (place.scratch / "job.json").exists(),
             "step": lambda: place.rows() >= kill.step - 1,
-            "save": lambda: (place.scratch / "saving" / step).exists(),
-            "upload": lambda: arriving().exists(),
-            "checkpoint's manifest": lambda: any(arriving().glob("state*")),
+            "save": lambda: arriving().exists(),
+            "upload": lambda: any(arriving().glob("state*")),
+            "checkpoint's manifest": lambda: (arriving() / "checkpoint.json").exists(),
             "commit": lambda: (product() / "model").exists(),
             "product's manifest": lambda: any(product().glob("model/*.safetensors")),
         }[kill.moment]

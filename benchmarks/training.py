@@ -38,7 +38,7 @@ from radlads.tasks.contracts.errors import UserError
 
 logger = logging.getLogger("training")
 
-_STATE_BYTES = 24  # of a trained number: its master and moments in a checkpoint, written and then copied to the store
+_STATE_BYTES = 12  # of a trained number: its master and moments in a checkpoint
 
 
 def parse() -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ from radlads.tasks.jobs.judge.needle import generate, is_hit, make_trials
 from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tokenizer_fingerprint
 from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.steps import optimizer_steps
 
 TEACHER = TeacherRef(path="demo", fingerprint="demo")

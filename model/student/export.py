@@ -209,35 +209,42 @@ def _save_weights(
     originals: WeightFiles | None,
 ) -> None:
     tied = set(student.all_tied_weights_keys)
-    state = {
-        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        for name, tensor in student.state_dict().items()
-        if name not in tied
-    }
+    state = {name: tensor.detach() for name, tensor in student.state_dict().items() if name not in tied}
+    planned = {name: _as_written(tensor, dtype) for name, tensor in state.items()}
     rounded = quantized_names(student)
     if rounded and originals is None:
         raise ValueError(f"{rounded[0]} is held in 8 bit: `originals` must say where it is as it was")
     for name in rounded:
-        state[name] = torch.empty(originals.shape(name), dtype=dtype, device="meta")
+        planned[name] = torch.empty(originals.shape(name), dtype=dtype, device="meta")
+
+    def read(name: str) -> Tensor:
+        tensor = originals.read(name) if name in rounded else state[name].cpu()
+        return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
     plan = split_torch_state_dict_into_shards(
-        state, max_shard_size=max_shard_bytes, filename_pattern="model{suffix}.safetensors"
+        planned, max_shard_size=max_shard_bytes, filename_pattern="model{suffix}.safetensors"
     )
     for name, keys in plan.filename_to_tensors.items():
-        places: set[int] = set()
-        shard: dict[str, Tensor] = {
-            key: (originals.read(key).to(dtype) if state[key].is_meta else state[key].cpu()).contiguous()
-            for key in keys
-        }
-        for key, tensor in shard.items():
-            if (
-                tensor.data_ptr() in places
-            ):  # a head and embeddings that are equal, and one tensor while both are frozen
-                shard[key] = tensor.clone()
-            places.add(tensor.data_ptr())
-            check_finite(f"the student's tensor {key}", tensor, mend="no model was written")
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        _save_shard({key: read(key) for key in keys}, folder / name)  # nothing keeps it while the next one is read
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2, sort_keys=True), encoding="utf-8"
         )
+
+
+def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
+    places: set[int] = set()
+    for key, tensor in shard.items():
+        if tensor.data_ptr() in places:  # equal head and embeddings, held once while both are frozen
+            shard[key] = tensor.clone()
+        places.add(tensor.data_ptr())
+        check_finite(f"the student's tensor {key}", tensor, mend="no model was written")
+    save_file(shard, path, metadata={"format": "pt"})
+
+
+def _as_written(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a tensor's size in a file is told from: itself where its dtype stays, so that nothing is converted yet."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")

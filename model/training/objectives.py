@@ -1,7 +1,7 @@
 """The objective of each training stage: (batch) -> (loss, metrics), and the parameters that it trains.
 
 Loss and metrics of a batch are means over its labels, which `Objective.num_labels` counts: code that combines batches
-(jobs/engine.py, jobs/heldout.py) weights each by its labels, so the result does not depend on the batch division.
+(tasks/jobs/train: engines, heldout.py) weights each by its labels, so the result does not depend on the batch division.
 
 Dims: B batch, T context, D model width, N = B·T tokens.
 """

@@ -118,9 +118,10 @@ class PlanReport(Sheet):
     """Empty if they are chosen after align."""
     stages: dict[str, dict[str, Any]]
     """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
-    optimizer, teacher, activations, logits, buffers, overhead, total, host}, seconds, gpu_hours, dollars}; of a stage
-    with phases also `phases`, in order, each {tokens, steps, context, batch, seconds, gpu_hours, dollars}. Memory,
-    seconds and values derived from them are estimates; None if unknown."""
+    optimizer, teacher, activations, logits, buffers, overhead, total, host}, checkpoint: {bytes, host_bytes}, seconds,
+    gpu_hours, dollars}; of a stage with phases also `phases`, in order, each {tokens, steps, context, batch, seconds,
+    gpu_hours, dollars}. Memory, seconds and values derived from them are estimates; None if unknown. host: host memory
+    of an offloaded optimizer; host_bytes: of the copy that a process keeps of its part of a checkpoint."""
     choice: AttentionChoice | None = None
     """A choice after align, its probe reduced to its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -163,7 +163,7 @@ def run_main() -> Callable[[Callable[[Job], Any], Job], Manifest]:
 @pytest.fixture(scope="session")
 def job_python(warm_python: Callable[..., Any]) -> Any:
     """A Python that has imported what jobs import, for programs whose start is not what a test is about."""
-    return warm_python("deepspeed", "radlads.tasks.jobs.train.engine", "radlads.model.training.objectives")
+    return warm_python("deepspeed", "radlads.tasks.jobs.train.engines.engine", "radlads.model.training.objectives")
 
 
 @pytest.fixture

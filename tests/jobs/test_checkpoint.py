@@ -19,7 +19,7 @@ from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
 from radlads.tasks.jobs.checkpoints.random_state import read_random_state, seed_everything, write_random_state
 from radlads.tasks.jobs.common import Job, Preempted, execute
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3), "rest_rate": Rate(start=1e-3, final=1e-4)}
 
@@ -114,7 +114,8 @@ def test_a_corrupt_checkpoint_is_passed_over_and_replaced(training, whole, monke
         stop_after(patch, 14)
         job = training.job("distill", "corrupt", **RATES)
         execute(train.main, job)
-    state = training.root / "store" / job.output_prefix / "checkpoints" / "step-000012" / "state-00000.safetensors"
+    place = training.root / "store" / job.output_prefix / "checkpoints" / "step-000012"
+    (state,) = place.glob("state-*.safetensors")
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.chmod(0o644)
@@ -155,14 +156,14 @@ def test_a_job_whose_run_was_taken_over_publishes_no_checkpoint_and_says_why(tra
 
 def test_a_failed_upload_fails_the_job_and_the_last_good_checkpoint_stays(training, monkeypatch):
     job = training.job("distill", "upload", **RATES)
-    original = type(job.store).commit
+    original = type(job.store).put_blocks
 
-    def commit(self, prefix, folder, manifest, **options):
-        if prefix.endswith("step-000012"):
+    def put_blocks(self, key, blocks):
+        if "/step-000012/" in key:
             raise OSError("the disk is full")
-        return original(self, prefix, folder, manifest, **options)
+        return original(self, key, blocks)
 
-    monkeypatch.setattr(type(job.store), "commit", commit)
+    monkeypatch.setattr(type(job.store), "put_blocks", put_blocks)
     assert execute(train.main, job) == "crash"
     assert "the disk is full" in training.ending(job)["message"]
     assert committed(job) == ["step-000006"]

@@ -9,9 +9,9 @@ from torch import nn
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Finetune, Optimizer
 from radlads.tasks.jobs.process_group import join_group
-from radlads.tasks.jobs.train import engine as engine_module
-from radlads.tasks.jobs.train.engine import Engine
-from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.engines import engine as engine_module
+from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
 
 SECTION = Finetune(tokens=1000, context=8, batch=4, micro_batch=2, optimizer=Optimizer(clip=0.1, weight_decay=0.1))
 CPU = torch.device("cpu")
@@ -52,6 +52,11 @@ def make_engine(toy: Toy, zero_stage: int | str, dtype: torch.dtype = torch.floa
     return Engine(toy, SECTION, device=CPU, dtype=dtype, zero_stage=stage, micro_batch=2, num_micro=2, offload=offload)
 
 
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """The fp32 masters of the only rank, by name."""
+    return {one.name: one.tensors["param"].view_as(engine.parameters[one.name]) for one in engine.held_state()}
+
+
 def plain_training(num_steps: int) -> tuple[Toy, list[tuple[float, float]]]:
     """(loss, gradient norm) of every step of a loop in plain torch."""
     toy = Toy()
@@ -85,7 +90,7 @@ def test_the_engine_trains_as_plain_torch_does(zero_stage, dtype):
         assert seen.stop == (step == 3)
     assert engine.adam_steps() == 6
     for name, wanted in plain.student.named_parameters():
-        master = engine.read(name)["param"]
+        master = masters(engine)[name]
         assert master.dtype == torch.float32
         # In bf16 the weights themselves (up to 3) were rounded before the first step.
         assert torch.allclose(master, wanted, atol=2e-6 if dtype == torch.float32 else 3e-2), name
@@ -95,10 +100,10 @@ def test_bf16_parameters_have_masters_that_hold_more():
     engine = make_engine(Toy(), 1, torch.bfloat16)
     engine.step(batches(0), {"mixer": 0.0, "rest": 1e-5}, 0, stop=False)
     for name, parameter in engine.parameters.items():
-        master = engine.read(name)["param"]
+        master = masters(engine)[name]
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(master.bfloat16(), parameter)
-    assert not torch.equal(engine.read("0.weight")["param"], engine.parameters["0.weight"].float())
+    assert not torch.equal(masters(engine)["0.weight"], engine.parameters["0.weight"].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +123,7 @@ def test_a_parameter_without_gradient_is_only_decayed(zero_stage):
     engine = make_engine(Toy(unused=True), zero_stage)
     engine.step(batches(0), {"mixer": 0.0, "rest": 1e-2}, 0, stop=False)
     decayed = torch.full((3, 3), 1 - 1e-2 * 0.1)
-    assert torch.allclose(engine.read("unused")["param"], decayed)
+    assert torch.allclose(masters(engine)["unused"], decayed)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload"])
@@ -128,8 +133,10 @@ def test_state_goes_to_another_engine_and_training_continues_bit_for_bit(zero_st
     for step in range(3):
         first.step(batches(step), rates, step, stop=False)
     second = make_engine(Toy(), zero_stage)
-    for name in first.parameters:
-        second.write(name, {key: value.clone() for key, value in first.read(name).items()})
+    for source, target in zip(first.held_state(), second.held_state(), strict=True):
+        for kind, tensor in target.tensors.items():
+            tensor.copy_(source.tensors[kind])
+    second.settle()
     second.set_adam_steps(first.adam_steps())
     for step in range(3, 6):
         assert first.step(batches(step), rates, step, stop=False) == second.step(batches(step), rates, step, stop=False)
@@ -162,5 +169,5 @@ def test_a_multiplied_rate_moves_further():
     section = SECTION.model_copy(update={"optimizer": Optimizer(clip=10.0, decay_base_rate=2.0)})
     engine = Engine(toy, section, device=CPU, dtype=torch.float32, zero_stage=1, micro_batch=2, num_micro=2)
     engine.step(batches(0), {"mixer": 0.0, "rest": 1e-2}, 0, stop=False)
-    moved = {name: 1 - engine.read(name)["param"] for name in ("w0", "w9")}
+    moved = {name: 1 - masters(engine)[name] for name in ("w0", "w9")}
     torch.testing.assert_close(moved["w0"], 2 * moved["w9"])

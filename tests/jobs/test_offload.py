@@ -9,7 +9,7 @@ import pytest
 from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 SETTINGS = {
     "mixer_rate": Rate(start=3e-3, final=1e-3),

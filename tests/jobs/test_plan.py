@@ -15,6 +15,7 @@ from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import pin_teacher
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
 from radlads.tasks.contracts.specs import PlanReport, PlanSpec, spec_digest
+from radlads.tasks.jobs.checkpoints import host_copy
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.plan import memory, plan
 from radlads.tasks.stage_specs import choose_spec, needle_spec, tokenize_spec
@@ -71,6 +72,7 @@ def test_a_good_recipe_is_added_up(
     assert distill["tokens"] == 4096
     assert distill["memory_bytes_per_gpu"]["weights"] == 4 * report.student_parameters
     assert distill["memory_bytes_per_gpu"]["optimizer"] == 12 * report.student_parameters
+    assert distill["checkpoint"] == dict.fromkeys(("bytes", "host_bytes"), 12 * report.student_parameters)
     assert report.stages["align"]["trainable_parameters"] == report.mixer_parameters
     size = sum(len(s.encode()) for s in stories)
     assert report.data["train"]["bytes"] == pytest.approx(size, rel=0.05)
@@ -283,6 +285,19 @@ def test_epochs_and_long_contexts_are_warned_about(recipe: Callable[..., Recipe]
     assert any("needle.lengths [600]" in w for w in report.warnings)
     assert any("evaluate.heldout_tokens is 65536" in w for w in report.warnings)
     assert report.stages["finetune"]["epochs"] > 10
+
+
+def test_host_memory_without_room_for_a_checkpoint_is_warned_about(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    asked, two = recipe(distill__batch=4), JobResources(device="cpu", processes=2, threads=1)
+    monkeypatch.setattr(host_copy, "spare_memory", lambda: 1 << 40)
+    report = plan.make_plan(asked, two)
+    size = report.stages["distill"]["checkpoint"]["bytes"]
+    assert report.stages["distill"]["checkpoint"]["host_bytes"] == size // 2
+    assert not any("host memory" in warning for warning in report.warnings)
+    monkeypatch.setattr(host_copy, "spare_memory", lambda: size)
+    assert any("distill: host memory has no room" in warning for warning in plan.make_plan(asked, two).warnings)
 
 
 def test_evaluate_needs_text_that_is_held_out(recipe: Callable[..., Recipe]):

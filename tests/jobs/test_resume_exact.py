@@ -32,10 +32,9 @@ SCENARIOS = {  # name → the least number of steps that are on record when the 
 DRIVER = """
 import json, os, signal, sys
 import deepspeed
-from radlads.tasks.jobs.checkpoints import checkpoint
 from radlads.tasks.jobs.common import run_job
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.contracts.store.open import LocalStore
 
 calls = []
@@ -56,15 +55,16 @@ def arm(scenario):
     if scenario == "mid-step":  # the tenth step has its gradients, the optimizer has not moved
         before(Engine, "_scale", lambda *_: nth(10))
     elif scenario == "mid-save":  # the state of step 8 is half written
-        original = checkpoint.save_file
-        def torn(tensors, path):
-            original(tensors, path)
-            if "step-000008" in str(path):
-                os.truncate(path, os.path.getsize(path) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-        checkpoint.save_file = torn
+        original = LocalStore._write
+        def torn(store, blocks, target):
+            def halved():
+                for block in blocks:
+                    yield block[: len(block) // 2]
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(store, halved() if "step-000008/state" in str(target) else blocks, target)
+        LocalStore._write = torn
     elif scenario == "mid-upload":  # one file of step 8 has arrived
-        before(LocalStore, "_upload", lambda store, prefix, *_: "step-000008" in prefix and nth(2))
+        before(LocalStore, "put_blocks", lambda store, key, *_: "step-000008" in key and nth(2))
     elif scenario == "before-manifest":  # all files of step 8 have arrived
         before(LocalStore, "put_if_absent", lambda store, key, *_: "step-000008" in key)
     elif scenario == "before-latest":  # step 8 is committed, and nobody was told

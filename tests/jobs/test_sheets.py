@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.store.errors import StoreError
 from radlads.tasks.contracts.store.names import parse_manifest
-from radlads.tasks.jobs.checkpoints.checkpoint_sheet import KINDS, open_checkpoint
+from radlads.tasks.jobs.checkpoints.checkpoint_sheet import Checkpoint
+from radlads.tasks.jobs.checkpoints.state_slices import KINDS
 from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 
 THOUSAND = settings(
@@ -139,7 +140,7 @@ def test_what_is_no_document_at_all(data, tmp_path):
     with pytest.raises(StoreError) as manifest:
         parse_manifest(data)
     check_line(manifest.value)
-    for name, open_it in (("index.json", open_dataset), ("checkpoint.json", lambda f: open_checkpoint(f, 5, SHAPES))):
+    for name, open_it in (("index.json", open_dataset), ("checkpoint.json", lambda f: Checkpoint(f, 5, SHAPES))):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError) as said:
             open_it(tmp_path)
@@ -168,7 +169,8 @@ def write_states(folder: Path, **changes: torch.Tensor) -> None:
 def test_a_thousand_checkpoints(checkpoint, data):
     (checkpoint / "checkpoint.json").write_bytes(data)
     try:
-        sheet = open_checkpoint(checkpoint, 5, SHAPES)
+        with Checkpoint(checkpoint, 5, SHAPES) as opened:
+            sheet = opened.sheet
     except UserError as error:
         check_line(error)
         return
@@ -187,7 +189,7 @@ def test_a_thousand_checkpoints(checkpoint, data):
 def test_a_tensor_that_would_only_be_broadcast_is_refused(tmp_path, change, words):
     write_states(tmp_path, **change)
     with pytest.raises(UserError, match=words):
-        open_checkpoint(tmp_path, 5, SHAPES)
+        Checkpoint(tmp_path, 5, SHAPES)
 
 
 @pytest.mark.parametrize("damage", ["no file", "torn", "a tensor less", "no sheet"])
@@ -203,13 +205,14 @@ def test_a_checkpoint_that_lacks_something(tmp_path, damage):
     else:
         (tmp_path / "checkpoint.json").unlink()
     with pytest.raises(UserError, match="cannot be resumed") as said:
-        open_checkpoint(tmp_path, 5, SHAPES)
+        Checkpoint(tmp_path, 5, SHAPES)
     check_line(said.value)
 
 
 def test_the_whole_one_is_read(tmp_path):
     write_states(tmp_path)
-    assert open_checkpoint(tmp_path, 5, SHAPES).adam_steps == 5
+    with Checkpoint(tmp_path, 5, SHAPES) as opened:
+        assert opened.sheet.adam_steps == 5
 
 
 # index.json

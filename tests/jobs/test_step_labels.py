@@ -29,7 +29,7 @@ from radlads.tasks.jobs.data.batch_plan import plan_batches
 from radlads.tasks.jobs.data.loader import Batch, TokenDataset, TokenSplit, open_dataset
 from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
 from radlads.tasks.jobs.train.label_check import check_labels
 
@@ -91,7 +91,17 @@ def two_steps(objective: Objective, case: str, sequences: int, rank: int, world_
         seen = engine.step(batches, {"mixer": 0.0, "rest": 0.0}, step + 1, stop=False)
         numbers = seen.metrics | {"grad_norm": seen.grad_norm}
         found |= {f"metrics/{step}/{name}": torch.tensor(value).double() for name, value in numbers.items()}
-    return found | {name: engine.read(name)["exp_avg"].float().clone() for name in engine.parameters}
+    return found | first_moments(engine)
+
+
+def first_moments(engine: Engine) -> dict[str, Tensor]:
+    """Of every parameter, whole, on every rank."""
+    whole = {name: torch.zeros(parameter.numel()) for name, parameter in engine.parameters.items()}
+    for one in engine.own_state():
+        whole[one.name][one.start : one.start + one.numel] = one.tensors["exp_avg"]
+    for moment in whole.values():
+        torch.distributed.all_reduce(moment)
+    return {name: whole[name].view(parameter.shape) for name, parameter in engine.parameters.items()}
 
 
 def one_rank(folder: Path, rank: int, world_size: int, teacher: Path, student: Path) -> None:

@@ -16,8 +16,8 @@ from radlads.model.training.objectives import Objective, build_objective
 from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
-from radlads.tasks.jobs.train.parameter_groups import select_trainable
+from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.engines.parameter_groups import select_trainable
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train_curves.json"
 STAGES = ("align", "distill", "finetune", "pretrain")

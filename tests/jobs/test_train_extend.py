@@ -16,7 +16,7 @@ from radlads.tasks.jobs.common import execute
 from radlads.tasks.jobs.data.batch_plan import plan_batches
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.train import train, training_models
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 PHASES = (
     ExtendPhase(tokens=4 * 4 * 32, teacher_kl=0.5),

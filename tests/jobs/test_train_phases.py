@@ -13,7 +13,7 @@ from radlads.tasks.jobs.common import execute
 from radlads.tasks.jobs.data.batch_plan import plan_batches
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.schedule import learning_rates
 
 PHASES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from radlads.model import list_variants
+from radlads.model.student import export as export_module
 from radlads.model.student.export import export_student, remote_code
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.errors import UserError
@@ -221,3 +223,21 @@ def test_remote_code_is_flat_and_free_of_the_package(variant: str) -> None:
         compile(text, name, "exec")
         code = [line for line in text.splitlines() if "import" in line and not line.startswith("#")]
         assert not any("radlads." in line or "pydantic" in line for line in code), name
+
+
+def test_weights_are_written_a_shard_at_a_time(make_teacher, make_student, tmp_path, monkeypatch):
+    """Neither converted nor read before their turn, and given up after it."""
+    seen: list[tuple[weakref.ref[torch.Tensor], int]] = []
+    real = export_module._save_shard
+
+    def save(shard, path):
+        assert all(reference() is None for reference, _ in seen)
+        seen.extend((weakref.ref(tensor), tensor.nbytes) for tensor in shard.values())
+        real(shard, path)
+
+    monkeypatch.setattr(export_module, "_save_shard", save)
+    student = make_student(make_teacher("qwen3"))
+    export_student(student, None, tmp_path, dtype=torch.bfloat16, max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(size for _, size in seen)

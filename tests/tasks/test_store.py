@@ -50,6 +50,27 @@ def test_commit_then_fetch(store, folder, tmp_path):
     assert store.read_file("runs/a/align", "model/config.json") == b"{}"
 
 
+def test_adopted_from_memory(store, tmp_path):
+    blocks = [b"head", memoryview(bytes(range(256)) * 5000), b""]
+    entries = [store.put_blocks("runs/a/step/parts.bin", blocks), store.put_blocks("runs/a/step/none", [b""])]
+    files = tuple(entry.model_copy(update={"path": entry.path.rsplit("/", 1)[1]}) for entry in entries)
+    manifest = sheet(files=files)
+
+    def refuse():
+        raise StoreError("another process")
+
+    with pytest.raises(StoreError, match="another process"):
+        store.adopt("runs/a/step", manifest, guard=refuse)
+    assert store.read_manifest("runs/a/step") is None
+    store.adopt("runs/a/step", manifest)
+    got = store.fetch("runs/a/step", tmp_path / "into")
+    assert (got / "parts.bin").read_bytes() == b"".join(blocks)
+    assert (got / "none").read_bytes() == b""
+    lost = sheet("d2", files=(*files, files[0].model_copy(update={"path": "lost"})))
+    with pytest.raises(CorruptArtifact, match="lost is missing"):
+        store.adopt("runs/a/step", lost)
+
+
 def test_fetch_subset(store, folder, tmp_path):
     store.commit("runs/a/align", folder, sheet())
     got = store.fetch("runs/a/align", tmp_path / "into", subset="model")

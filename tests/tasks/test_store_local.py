@@ -39,15 +39,15 @@ def test_a_filesystem_without_hard_links(store, folder, monkeypatch):
 
 def die_while_committing(uri, folder, entered):
     store = LocalStore(StoreRef(uri=uri))
-    real = store._copy
+    real = store._write
 
-    def slow(source, target):
-        result = real(source, target)
+    def slow(blocks, target):
+        result = real(blocks, target)
         entered.set()
         time.sleep(1000)
         return result
 
-    store._copy = slow
+    store._write = slow
     store.commit("runs/a/align", folder, sheet("dead"))
 
 

@@ -1,13 +1,16 @@
 """What only S3 has: multipart uploads and what is left of them, endpoints without conditions, errors in one line."""
 
+import hashlib
 import logging
 import uuid
 
 import pytest
+from botocore.exceptions import ClientError
 
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StoreError, StoreUnusable
 from radlads.tasks.contracts.store.s3 import objects as s3_objects
+from radlads.tasks.contracts.store.s3 import store as s3_store
 from radlads.tasks.contracts.store.s3.seal import part_size, seal_file
 
 from .test_store import sheet
@@ -38,6 +41,57 @@ def test_multipart_round_trip(store, big, tmp_path):
     got = store.fetch("runs/a/align", tmp_path / "into")
     assert (got / "weights.bin").read_bytes() == (big / "weights.bin").read_bytes()
     assert uploads(store) == []
+
+
+def test_multipart_from_memory(store, big, tmp_path):
+    data = (big / "weights.bin").read_bytes()
+    entry = store.put_blocks("runs/a/step/weights.bin", [data[:7], memoryview(data)[7:]])
+    assert (entry.size, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert uploads(store) == []
+    store.adopt("runs/a/step", sheet(files=(entry.model_copy(update={"path": "weights.bin"}),)))
+    assert store.read_file("runs/a/step", "weights.bin") == data
+
+
+@pytest.mark.parametrize("size", [100, 12 * MIB])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_upload_from_memory_that_arrives_altered_is_sent_once_more(moto_endpoint, monkeypatch, size, times):
+    store = S3Store(StoreRef(uri=f"s3://art/{uuid.uuid4().hex}", endpoint_url=moto_endpoint), part_bytes=5 * MIB)
+    real, left = store._holds, [False] * times
+
+    def holds(key, seal):
+        return left.pop() if left else real(key, seal)
+
+    monkeypatch.setattr(store, "_holds", holds)
+    if times == 2:
+        with pytest.raises(CorruptArtifact, match="does not match its source"):
+            store.put_blocks("weights.bin", [bytes(size)])
+    else:
+        assert store.put_blocks("weights.bin", [bytes(size)]).size == size
+
+
+def test_an_upload_from_memory_that_fails_is_aborted(moto_endpoint, monkeypatch):
+    store = S3Store(StoreRef(uri=f"s3://art/{uuid.uuid4().hex}", endpoint_url=moto_endpoint), part_bytes=5 * MIB)
+    real = store._client.upload_part
+
+    def failing(**given):
+        if given["PartNumber"] == 2:
+            raise ClientError({"Error": {"Code": "SlowDown", "Message": "later"}}, "UploadPart")
+        return real(**given)
+
+    monkeypatch.setattr(store._client, "upload_part", failing)
+    with pytest.raises(StoreError, match="SlowDown"):
+        store.put_blocks("weights.bin", [bytes(12 * MIB)])
+    assert uploads(store) == []
+    assert store.list("weights.bin") == []
+
+
+def test_a_large_file_is_read_once(moto_endpoint, big, monkeypatch):
+    store = S3Store(StoreRef(uri=f"s3://art/{uuid.uuid4().hex}", endpoint_url=moto_endpoint), part_bytes=5 * MIB)
+    monkeypatch.setattr(s3_store, "seal_file", lambda *_: pytest.fail("read once more"))
+    manifest = store.commit("runs/a/align", big, sheet())
+    monkeypatch.undo()
+    assert manifest.files[0].sha256 == hashlib.sha256((big / "weights.bin").read_bytes()).hexdigest()
+    assert store.read_file("runs/a/align", "weights.bin") == (big / "weights.bin").read_bytes()
 
 
 def test_what_is_already_here_is_not_downloaded_again(store, big, tmp_path, monkeypatch):
@@ -84,7 +138,14 @@ def test_a_slow_writer_does_not_overwrite(store, big, monkeypatch):
             store.put_bytes(key, theirs)
         real(key, path, seal)
 
+    sealing = store._send_sealing
+
+    def race_sealing(key, path, part):
+        store.put_bytes(key, theirs)
+        return sealing(key, path, part)
+
     monkeypatch.setattr(store, "_send", race)
+    monkeypatch.setattr(store, "_send_sealing", race_sealing)
     (big / "small").write_text("ours")
     if not store.probe()["conditional_put"]:
         (big / "small").unlink()  # a plain put on such an endpoint has no guard; the warning says so
@@ -99,7 +160,12 @@ def test_garbled_upload_is_found_by_reading_back(store, big, monkeypatch):
     def garble(key, path, seal):
         store.put_bytes(key, b"?" * seal.size)
 
+    def garble_sealing(key, path, part):
+        store.put_bytes(key, b"?" * path.stat().st_size)
+        return seal_file(path, part)
+
     monkeypatch.setattr(store, "_send", garble)
+    monkeypatch.setattr(store, "_send_sealing", garble_sealing)
     with pytest.raises(CorruptArtifact, match="does not match its source"):
         store.commit("runs/a/align", big, sheet())
     assert store.read_manifest("runs/a/align") is None

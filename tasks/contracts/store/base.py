@@ -17,7 +17,7 @@ from pathlib import Path
 
 from radlads.tasks.contracts.job import FileEntry, Manifest, StoreRef, canonical_json
 from radlads.tasks.contracts.store.errors import StoreError, conflict, corrupt, unsteady
-from radlads.tasks.contracts.store.files import VerifiedFiles, clear_unlisted, parallel
+from radlads.tasks.contracts.store.files import Block, VerifiedFiles, clear_unlisted, parallel
 from radlads.tasks.contracts.store.names import (
     MANIFEST,
     MANIFEST_BYTES,
@@ -59,6 +59,16 @@ class Store(ABC):
     @abstractmethod
     def put_bytes(self, key: str, data: bytes) -> None:
         """Write a small object; replaces an existing one."""
+
+    @abstractmethod
+    def put_blocks(self, key: str, blocks: Sequence[Block]) -> FileEntry:
+        """Upload one file of any size from memory, for `adopt`: hashed on its way and verified, with no second copy of
+        it. The key must be of this writer alone. Raises CorruptArtifact if the upload is not what was sent, StoreError.
+        """
+
+    def need_space(self, size: int, what: str) -> None:
+        """Raises DiskFull if the store is on a disk without room for `size` bytes."""
+        return
 
     @abstractmethod
     def read(self, key: str, *, limit: int | None = None) -> tuple[bytes, str] | None:
@@ -145,11 +155,12 @@ class Store(ABC):
                 raise StoreError(f"{self.join(prefix)}: the store refused the manifest, yet holds none; try again")
             return self._agree(prefix, existing, manifest)
 
-    def adopt(self, prefix: str, manifest: Manifest) -> None:
-        """Commit files that already lie, verified, under a prefix: write the manifest that lists them. Raises
-        CorruptArtifact if a file is missing, CommitConflict for another digest, StoreError.
+    def adopt(self, prefix: str, manifest: Manifest, *, guard: Callable[[], None] = lambda: None) -> None:
+        """Commit files that already lie, verified, under a prefix: write the manifest that lists them. guard: as in
+        commit. Raises CorruptArtifact if a file is missing, CommitConflict for another digest, StoreError.
         """
         self.verify(prefix, manifest)
+        guard()
         if not self._publish(f"{check_key(prefix)}/{MANIFEST}", _dump(manifest)):
             existing = self.open_manifest(prefix)
             self.verify(prefix, self._agree(prefix, existing, manifest))

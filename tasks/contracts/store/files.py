@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from typing import TypeVar
 TEMPORARY = ".tmp-"
 _FICLONE = 0x40049409  # linux/fs.h: two files share blocks until one is written to
 _PARALLEL_FILES = 8
+Block = bytes | memoryview
 _Item = TypeVar("_Item")
 _Out = TypeVar("_Out")
 
@@ -37,19 +38,54 @@ def read_blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
             yield block
 
 
+def cut(blocks: Iterable[Block], size: int) -> Iterator[memoryview]:
+    """The same bytes in pieces of at most `size`, none of which spans two blocks; nothing is copied."""
+    for view in _views(blocks):
+        for start in range(0, len(view), size):
+            yield view[start : start + size]
+
+
+def regroup(blocks: Iterable[Block], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of exactly `size`, and a last shorter one."""
+    piece = bytearray()
+    for view in _views(blocks):
+        while len(view) > 0:
+            taken = view[: size - len(piece)]
+            piece += taken
+            view = view[len(taken) :]
+            if len(piece) == size:
+                yield bytes(piece)
+                piece.clear()
+    if piece:
+        yield bytes(piece)
+
+
+def _views(blocks: Iterable[Block]) -> Iterator[memoryview]:
+    views = (memoryview(block) for block in blocks)
+    return (view.cast("B") for view in views if view.nbytes)  # an empty array has no view of its bytes
+
+
 class VerifiedFiles:
     """Hashes of local files read in this process; a file is read again if its size, time or inode changed."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int, int, int], str] = {}
 
+    def note(self, path: Path, sha256: str) -> None:
+        """Record the hash of a file that this process has just written."""
+        self._known[_stamp(path)] = sha256
+
     def sha256(self, path: Path) -> str:
         """sha256 (hex) of the file. Raises FileNotFoundError."""
-        status = os.stat(path)
-        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        key = _stamp(path)
         if key not in self._known:
             self._known[key] = hash_file(path)[1]
         return self._known[key]
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def clear_unlisted(folder: Path, listed: Collection[str]) -> None:

@@ -8,19 +8,21 @@ import functools
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+from radlads.tasks.contracts.disk import need_space
 from radlads.tasks.contracts.job import FileEntry, StoreRef
 from radlads.tasks.contracts.parsing.files import MENDABLE, explain_os_error
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError, StoreUnusable, corrupt
-from radlads.tasks.contracts.store.files import TEMPORARY, hash_file, parallel, place_file, read_blocks
+from radlads.tasks.contracts.store.files import TEMPORARY, Block, cut, parallel, place_file, read_blocks
 from radlads.tasks.contracts.store.names import check_key, place_of
 
 _LOCKS = ".locks"
+_BLOCK_BYTES = 4 << 20
 _LEASE = f"{TEMPORARY}lease-"
 """Prefix of a lease's temporary file: the holder may be writing one while a commit cleans up beside it."""
 _P = ParamSpec("_P")
@@ -62,7 +64,7 @@ class LocalStore(Store):
     def put_file(self, key: str, path: Path) -> FileEntry:
         """See Store."""
         target = self._path(key)
-        size, sha256 = self._copy(path, target)
+        size, sha256 = self._write(read_blocks(path), target)
         return FileEntry(path=key, size=size, sha256=sha256)
 
     @_plain
@@ -72,6 +74,16 @@ class LocalStore(Store):
         temporary = self._write_beside(target, data)
         os.replace(temporary, target)
         _sync_folder(target.parent)
+
+    @_plain
+    def put_blocks(self, key: str, blocks: Sequence[Block]) -> FileEntry:
+        """See Store."""
+        size, sha256 = self._write(cut(blocks, _BLOCK_BYTES), self._path(key))
+        return FileEntry(path=key, size=size, sha256=sha256)
+
+    def need_space(self, size: int, what: str) -> None:
+        """See Store."""
+        need_space(self.root, size, what)
 
     @_plain
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -182,25 +194,26 @@ class LocalStore(Store):
 
     @_plain
     def _upload(self, prefix: str, name: str, path: Path) -> FileEntry:
-        target = self._path(f"{prefix}/{name}")
-        size, sha256 = self._copy(path, target)
-        if hash_file(target) != (size, sha256):
-            raise CorruptArtifact(f"{target}: the file written does not match its source")
+        size, sha256 = self._write(read_blocks(path), self._path(f"{prefix}/{name}"))
         return FileEntry(path=name, size=size, sha256=sha256)
 
-    def _copy(self, source: Path, target: Path) -> tuple[int, str]:
-        """Copy durably and atomically; returns size and sha256 of the content read."""
+    def _write(self, blocks: Iterable[Block], target: Path) -> tuple[int, str]:
+        """Write durably and atomically; returns size and sha256, taken while writing. Raises CorruptArtifact if the
+        file system then has another size."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         digest = hashlib.sha256()
         size = 0
         try:
             with temporary.open("wb") as stream:
-                for block in read_blocks(source):
+                for block in blocks:
                     digest.update(block)
                     size += stream.write(block)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if temporary.stat().st_size != size:
+                raise CorruptArtifact(f"{target}: the file written does not match its source")
+            self._verified.note(temporary, digest.hexdigest())
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,9 +1,12 @@
 """Step checkpoints: the complete state that a killed job needs to resume exactly.
 
-A checkpoint is a product under `<output>/checkpoints/step-000500/`, as safetensors and JSON: fp32 masters and Adam
-moments by parameter name (readable by any number of processes), the random states of all ranks, the step, and the
-metrics so far. Its manifest is written last, then `latest`. The upload runs concurrently with training; the next save
-waits for it and raises its error.
+A checkpoint is a product under `<output>/checkpoints/step-000500/`, as safetensors and JSON: slices of the fp32 masters
+and Adam moments by parameter name (readable by any number of processes, at any ZeRO stage), the random states of all
+ranks, the step, and the metrics so far. Its manifest is written last, then `latest`.
+
+Every rank writes its own part. Training waits for a copy of it in host memory (`host_copy.py`); a thread hashes and
+uploads that copy while training goes on (`parts.py`), and the first rank's thread commits once all parts are there.
+The next save waits for these threads and raises their errors.
 """
 
 from __future__ import annotations
@@ -12,50 +15,55 @@ import hashlib
 import json
 import logging
 import re
+import secrets
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from radlads.tasks.contracts.disk import need_space
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import SCHEMA_VERSION, Manifest
+from radlads.tasks.contracts.job import SCHEMA_VERSION, FileEntry, Manifest
 from radlads.tasks.contracts.store.errors import older_schema
+from radlads.tasks.contracts.store.names import MANIFEST
 from radlads.tasks.contracts.store.open import CorruptArtifact
-from radlads.tasks.jobs.checkpoints.checkpoint_sheet import KINDS, VERSION, open_checkpoint
-from radlads.tasks.jobs.checkpoints.random_state import gather_random_states, seed_everything, write_random_state
+from radlads.tasks.jobs.checkpoints.checkpoint_sheet import VERSION, Checkpoint, CheckpointSheet
+from radlads.tasks.jobs.checkpoints.host_copy import FILE_ELEMENTS, File, HostCopy
+from radlads.tasks.jobs.checkpoints.parts import PartWriter
+from radlads.tasks.jobs.checkpoints.random_state import read_random_state, seed_everything, write_random_state
+from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, into_files
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.exit_reasons import write_json
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 logger = logging.getLogger("radlads")
 
-_SHARD_BYTES = 2 << 30
-_STATE_BYTES = 12  # per parameter: fp32 master and two moments
 _STEP = re.compile(r"/step-(\d+)/manifest\.json$")
 
 
 class Checkpoints:
-    """The checkpoints of one job. Collective: every rank calls the same methods; rank 0 writes.
+    """The checkpoints of one job. Every rank calls the same methods in the same order; `save` and `wait` wait for no
+    other rank.
 
-    A context manager; its exit waits for a pending upload.
+    A context manager; its exit waits for a checkpoint that is being written.
     """
 
     def __init__(self, job: Job, engine: Engine, *, seed: int, keep: int) -> None:
         self.job, self.engine, self.seed, self.keep = job, engine, seed, keep
         self.prefix = f"{job.output_prefix}/checkpoints"
-        self._upload: threading.Thread | None = None
+        self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
+        on_gpu = job.device.type == "cuda"
+        self._host = HostCopy(min(job.world_size, torch.cuda.device_count()) if on_gpu else job.world_size)
+        self._attempt, self._saves = _same_on_all_ranks(job.device), 0
 
     def __enter__(self) -> Self:
         return self
@@ -63,14 +71,15 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             self.wait()
-        elif self._upload is not None:
-            self._upload.join()  # the original error takes precedence
+        elif self._writing is not None:
+            self._writing.join()  # the original error takes precedence
 
     def wait(self) -> None:
-        """Wait for the pending upload. Raises its error."""
-        if self._upload is not None:
-            self._upload.join()
-            self._upload = None
+        """Wait until this rank has written its part, and the first rank until all have and it is committed. Raises the
+        error that prevented it."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -78,73 +87,98 @@ class Checkpoints:
     # Saving
 
     def save(self, step: int) -> None:
-        """Write the state after `step` optimizer steps and start its upload. Raises errors of the previous upload."""
+        """Copy the state after `step` optimizer steps and start to write it. Raises errors of the previous save."""
         self.wait()
-        folder = self.job.scratch / "saving" / _name(step)
+        began = time.perf_counter()
         if self.job.rank == 0:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            folder.mkdir(parents=True)
-            need_space(folder, _STATE_BYTES * self._num_parameters(), f"the checkpoint of step {step}")
-        parameters = self._write_parameters(folder)
-        states = gather_random_states(self.job.device)
+            size = ELEMENT_BYTES * sum(parameter.numel() for parameter in self.engine.parameters.values())
+            self.job.store.need_space(size, f"the checkpoint of step {step}")
+        self._saves += 1
+        mark = f"{self._attempt}{self._saves:04d}"
+        writer = PartWriter(self.job.store, f"{self.prefix}/{_name(step)}", mark, self.job.rank)
+        files = into_files(self.engine.own_state(), FILE_ELEMENTS)
+        random, sheets = read_random_state(), self._sheets(step)
+        if self._host.fits(files):
+            copies = self._host.take(files)
+            write: Callable[[], list[FileEntry]] = partial(self._write, writer, files, copies, random, sheets)
+        else:
+            logger.warning(
+                "no room in host memory for a copy of this rank's state: training waits while the checkpoint of step "
+                "%d is written",
+                step,
+            )
+            entries = self._write(writer, files, self._host.stream(files), random, sheets)
+            write = partial(list, entries)
+        stood = time.perf_counter() - began
+        self._writing = threading.Thread(target=self._finish, args=(step, writer, write, stood), daemon=True)
+        self._writing.start()
+
+    def _sheets(self, step: int) -> dict[str, bytes]:
+        """The files that only the first rank writes."""
         if self.job.rank != 0:
-            return
-        save_file({"states": states}, folder / "random.safetensors")
-        record = self.job.scratch / "metrics.jsonl"
-        if record.is_file():
-            shutil.copyfile(record, folder / "metrics.jsonl")
-        write_json(
-            folder / "checkpoint.json",
-            {
-                "version": VERSION,
-                "step": step,
-                "adam_steps": self.engine.adam_steps(),
-                "seed": self.seed,
-                "world_size": self.job.world_size,
-                "parameters": parameters,
-            },
+            return {}
+        sheet = CheckpointSheet(
+            version=VERSION,
+            step=step,
+            adam_steps=self.engine.adam_steps(),
+            seed=self.seed,
+            world_size=self.job.world_size,
+            parameters={name: list(parameter.shape) for name, parameter in self.engine.parameters.items()},
         )
-        self._upload = threading.Thread(target=self._upload_quietly, args=(folder, step), daemon=True)
-        self._upload.start()
+        record = self.job.scratch / "metrics.jsonl"
+        kept = {"metrics.jsonl": record.read_bytes()} if record.is_file() else {}
+        return {"checkpoint.json": sheet.model_dump_json().encode(), **kept}
 
-    def _num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.engine.parameters.values())
-
-    def _write_parameters(self, folder: Path) -> dict[str, str]:
-        """Write shards of parameters and moments on rank 0; returns parameter name → file. Collective."""
-        files: dict[str, str] = {}
-        pending: dict[str, Tensor] = {}
-        size = number = 0
-        names = list(self.engine.parameters)
-        for name in names:
-            tensors = self.engine.read(name)
-            if self.job.rank != 0:
-                continue
-            for kind, tensor in tensors.items():
-                pending[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-                size += tensor.numel() * 4
-            files[name] = f"state-{number:05d}.safetensors"
-            if size >= _SHARD_BYTES or name == names[-1]:
-                save_file(pending, folder / files[name])
-                pending, size, number = {}, 0, number + 1
-        return files
-
-    def _upload_quietly(self, folder: Path, step: int) -> None:
+    def _write(
+        self,
+        writer: PartWriter,
+        files: Sequence[File],
+        copies: Iterable[Tensor],
+        random: Tensor,
+        sheets: dict[str, bytes],
+    ) -> list[FileEntry]:
+        """Write this rank's part, and tell the first rank how that ended."""
         try:
-            self._commit(folder, step)
+            self.job.confirm_lease()
+            entries = writer.write(files, copies, random)
+            if self.job.rank != 0:
+                writer.announce(entries)
+            return entries + [writer.put(name, [data]) for name, data in sheets.items()]
+        except BaseException as error:
+            if self.job.rank != 0:
+                writer.give_up(error)
+            raise
+
+    def _finish(self, step: int, writer: PartWriter, write: Callable[[], list[FileEntry]], stood: float) -> None:
+        try:
+            began = time.perf_counter()
+            entries = write()
+            if self.job.rank == 0:
+                entries += writer.others(self.job.world_size)
+                self._commit(step, entries)
+                logger.info(
+                    "the checkpoint of step %d is committed: %.1f MB, written in %.1f s, training waited %.2f s",
+                    step,
+                    sum(entry.size for entry in entries) / 1e6,
+                    time.perf_counter() - began,
+                    stood,
+                )
         except BaseException as error:  # noqa: BLE001 - raised again in the training thread, by wait()
             self._failure = error
 
-    def _commit(self, folder: Path, step: int) -> None:
+    def _commit(self, step: int, entries: Sequence[FileEntry]) -> None:
+        """Make the uploaded parts the checkpoint of a step, then delete what it replaces."""
         store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
         self.job.confirm_lease()
-        store.delete(prefix)  # remnants of a failed attempt; the previous checkpoint is intact
-        store.commit(prefix, folder, self._manifest(step), guard=self.job.confirm_lease)
+        store.delete(f"{prefix}/{MANIFEST}")  # of an attempt that could not be resumed; the one before it is intact
+        files = tuple(sorted(entries, key=lambda entry: entry.path))
+        manifest = self._manifest(step).model_copy(update={"files": files})
+        store.adopt(prefix, manifest, guard=self.job.confirm_lease)
         self.job.confirm_lease()
         store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
+        store.delete(prefix, keep={f"{prefix}/{name}" for name in (MANIFEST, *(entry.path for entry in files))})
         for old in self._committed_steps()[self.keep :]:
             store.delete(f"{self.prefix}/{_name(old)}")
-        shutil.rmtree(folder, ignore_errors=True)
 
     def _manifest(self, step: int) -> Manifest:
         spec = self.job.spec
@@ -166,20 +200,22 @@ class Checkpoints:
     # Restoring
 
     def restore(self) -> int:
-        """Load the newest valid checkpoint; returns its step, or 0 if there is none. Sets the random generators."""
+        """Load the newest valid checkpoint; returns its step, or 0 if there is none. Sets the random generators.
+        Collective: every rank reads what it holds."""
+        self.wait()
         step = self._choose()
         if step == 0:
             seed_everything(self.seed + self.job.rank)
             return 0
         folder = self._fetched(step)
-        checkpoint = open_checkpoint(folder, step, {name: p.shape for name, p in self.engine.parameters.items()})
-        self.engine.set_adam_steps(checkpoint.adam_steps)
-        for name, tensors in _read_parameters(folder, checkpoint.parameters):
-            self.engine.write(name, tensors)
-        with safe_open(folder / "random.safetensors", "pt") as file:
-            states = file.get_tensor("states")
-        if self.job.rank < len(states):
-            write_random_state(states[self.job.rank])
+        shapes = {name: parameter.shape for name, parameter in self.engine.parameters.items()}
+        with Checkpoint(folder, step, shapes) as checkpoint:
+            self.engine.set_adam_steps(checkpoint.sheet.adam_steps)
+            checkpoint.load(self.engine.held_state())
+            state = checkpoint.random_state(self.job.rank)
+        self.engine.settle()
+        if state is not None:
+            write_random_state(state)
         else:
             seed_everything(self.seed + self.job.rank + (step << 20))  # more ranks than before
         self._restore_record(folder, step)
@@ -243,9 +279,8 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _read_parameters(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (name, {param, exp_avg, exp_avg_sq}) for each parameter of a checkpoint."""
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(folder / file, "pt")) for file in dict.fromkeys(files.values())}
-        for name, file in files.items():
-            yield name, {kind: opened[file].get_tensor(f"{kind}/{name}") for kind in KINDS}
+def _same_on_all_ranks(device: torch.device) -> str:
+    """Eight random hexadecimal digits, drawn by the first rank. Collective."""
+    drawn = torch.tensor([secrets.randbits(32)], device=device)
+    distributed.broadcast(drawn, src=0)
+    return f"{int(drawn.item()):08x}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 _PYTHON_WORDS = 625  # 624 words of the Mersenne twister and the position
 _NUMPY_WORDS = 624
@@ -49,11 +49,3 @@ def write_random_state(state: Tensor) -> None:
     torch.set_rng_state(state[start : start + length].clone())
     if torch.cuda.is_available() and state.numel() > start + length:
         torch.cuda.set_rng_state(state[start + length :].clone())
-
-
-def gather_random_states(device: torch.device) -> Tensor:
-    """The states of all ranks, [ranks, bytes] uint8, on the CPU. Collective."""
-    mine = read_random_state().to(device)
-    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(everyone, mine)
-    return torch.stack(everyone).cpu()

@@ -37,7 +37,7 @@ from radlads.tasks.jobs.data.text.documents import Document, first_documents
 from radlads.tasks.jobs.data.text.recall import build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
-from radlads.tasks.jobs.train.engines import NO_CALIBRATION, NO_OFFLOAD
+from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION, NO_OFFLOAD
 from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 
 # Documents of each source that are read to check the source and to measure bytes per token.

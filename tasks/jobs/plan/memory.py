@@ -4,12 +4,12 @@ P parameters that train, N processes, w bytes of a number in the precision of th
 
     weights      student · w; 8-bit matrices 1 + w/128 each; nothing for tensors shared with the teacher
     weights and teacher divided by N under ZeRO-3, where parameters that train are held as masters alone
-    gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (jobs/engine.py). 4 P below it
+    gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
-    buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/partition.py); one dequantised matrix,
+    buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
                  what the optimizer's step flattens in excess of activations
 
 Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
@@ -30,7 +30,7 @@ from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
-from radlads.tasks.jobs.train.engine import BUCKET_ELEMENTS
+from radlads.tasks.jobs.train.engines.engine import BUCKET_ELEMENTS
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
@@ -180,7 +180,7 @@ def word_bytes(precision: str, resources: JobResources) -> int:
 
 
 def _gathered(networks: NetworkSizes, word: int, *, taught: bool, shared: Sequence[str]) -> int:
-    """ZeRO-3: bytes of what is whole at a time (train/partition.py): embeddings and heads, the layer that is computed,
+    """ZeRO-3: bytes of what is whole at a time (train/engines/partition.py): embeddings and heads, the layer that is computed,
     the next one, and a layer's gradient in the precision and as it is reduced in fp32."""
     ends = {group: networks.groups.get(group, 0) for group in ("embeddings", "head")}
     root = sum(ends.values())

@@ -50,7 +50,7 @@ from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
-from radlads.tasks.jobs.plan.training_checks import check_epochs, check_restarts, check_training
+from radlads.tasks.jobs.plan.training_checks import check_epochs, check_restarts, check_training, plan_checkpoint
 from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
@@ -267,14 +267,16 @@ def _plan_stages(
         memory = setting.memory(networks)
         if memory["total"] > limit:
             findings.misfits.append(_misfit(stage, memory, device, what_would_help(setting, networks, limit)))
+        trainable = networks.trainable(stage, section)
         stages[stage] = {
             "tokens": section.seen_tokens,
             "steps": section.num_steps,
             "context": section.longest_context,
             "batch": section.batch,
-            "trainable_parameters": networks.trainable(stage, section),
+            "trainable_parameters": trainable,
             "epochs": epochs.get(stage),
             "memory_bytes_per_gpu": memory,
+            "checkpoint": plan_checkpoint(stage, trainable, resources, findings),
         } | stage_cost(training_flops(stage, section, networks), device["peak_flops"], resources)
         if len(section.parts) > 1:
             stages[stage]["phases"] = [_plan_phase(stage, part, networks, device, resources) for part in section.parts]

@@ -9,9 +9,12 @@ from transformers import PreTrainedConfig
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
 from radlads.model.training.mixer_parts import has_log_decay
+from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
+from radlads.tasks.jobs.checkpoints.host_copy import has_room
+from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES
 from radlads.tasks.jobs.plan.checks import Findings
 
 
@@ -77,6 +80,19 @@ def _check_context(recipe: Recipe, stage: str, section: Training, positions: int
             f"{stage}.context ({section.longest_context}) {made_for}, and softmax attention with rotary positions has "
             "to learn those beyond"
         )
+
+
+def plan_checkpoint(stage: str, trainable: int, resources: JobResources, findings: Findings) -> dict[str, int]:
+    """{bytes, host_bytes}: of a checkpoint in the store, and of the copy of its part that a process keeps in host
+    memory while it is written. Warns if this machine, where it is the one that trains, has no room for the copies."""
+    size = ELEMENT_BYTES * trainable
+    copied = -(-size // resources.processes)
+    if resources.gpu_memory_gib is None and not has_room(copied, resources.processes):
+        findings.warnings.append(
+            f"{stage}: host memory has no room for a copy of what trains ({size / 2**30:.1f} GiB), so training waits "
+            "while a checkpoint is written"
+        )
+    return {"bytes": size, "host_bytes": copied}
 
 
 def check_restarts(recipe: Recipe, config: PreTrainedConfig, findings: Findings) -> None:

@@ -19,7 +19,7 @@ from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.data.loader import TokenDataset, TokenSplit
-from radlads.tasks.jobs.train.engines import NO_CALIBRATION
+from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION
 from radlads.tasks.jobs.train.training_models import Networks
 
 logger = logging.getLogger("radlads")

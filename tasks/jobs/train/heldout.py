@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 
 from radlads.model.training.objectives import Objective
 from radlads.tasks.jobs.data.loader import Batch, TokenSplit
-from radlads.tasks.jobs.train.engine import to_device
+from radlads.tasks.jobs.train.engines.engine import to_device
 
 logger = logging.getLogger("radlads")
 

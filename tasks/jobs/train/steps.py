@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.data.batch_plan import BatchPlan
-from radlads.tasks.jobs.train.engine import Engine, StepResult
+from radlads.tasks.jobs.train.engines.engine import Engine, StepResult
 from radlads.tasks.jobs.train.schedule import learning_rates
 
 logger = logging.getLogger("radlads")

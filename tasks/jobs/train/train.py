@@ -22,8 +22,8 @@ from radlads.tasks.jobs.data.batch_plan import BatchPlan, plan_batches
 from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 from radlads.tasks.jobs.origin import check_training
 from radlads.tasks.jobs.train.calibrate import calibrate_student
-from radlads.tasks.jobs.train.engine import Engine
-from radlads.tasks.jobs.train.engines import build_engine
+from radlads.tasks.jobs.train.engines.build import build_engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
 from radlads.tasks.jobs.train.label_check import check_labels
 from radlads.tasks.jobs.train.steps import Step, optimizer_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,18 @@ def part_size(size: int, smallest: int) -> int:
 
 def seal_file(path: Path, part_bytes: int) -> Seal:
     """Read the file once. part_bytes: part size of a multipart upload of it."""
+    block_bytes = part_bytes if part_bytes < _MIB else _MIB  # part_bytes is whole MiB, so blocks never straddle parts
+    return seal_blocks(read_blocks(path, block_bytes), part_bytes)
+
+
+def seal_blocks(blocks: Iterable[bytes], part_bytes: int) -> Seal:
+    """The seal of content in blocks, none of which straddles two parts of `part_bytes`."""
     sha256 = hashlib.sha256()
     whole = hashlib.md5(usedforsecurity=False)
     parts: list[bytes] = []
     size = 0
     part = hashlib.md5(usedforsecurity=False)
-    block_bytes = part_bytes if part_bytes < _MIB else _MIB  # part_bytes is whole MiB, so blocks never straddle parts
-    for block in read_blocks(path, block_bytes):
+    for block in blocks:
         sha256.update(block)
         whole.update(block)
         part.update(block)

@@ -20,13 +20,14 @@ from s3transfer.manager import TransferManager
 
 from radlads.tasks.contracts.job import FileEntry, Manifest, StoreRef
 from radlads.tasks.contracts.store.errors import CorruptArtifact, StoreError
-from radlads.tasks.contracts.store.files import parallel
+from radlads.tasks.contracts.store.files import Block, parallel, read_blocks, regroup
 from radlads.tasks.contracts.store.names import OBJECTS, check_key, place_of
 from radlads.tasks.contracts.store.s3.client import MISSING, TAKEN, code_of, make_client
 from radlads.tasks.contracts.store.s3.copy import copy_noted
+from radlads.tasks.contracts.store.s3.multipart import upload_parts
 from radlads.tasks.contracts.store.s3.objects import PART_BYTES, S3Objects
 from radlads.tasks.contracts.store.s3.probe import abort_unfinished_uploads
-from radlads.tasks.contracts.store.s3.seal import Seal, part_size, seal_file
+from radlads.tasks.contracts.store.s3.seal import Seal, part_size, seal_blocks, seal_file
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +48,11 @@ class S3Store(S3Objects):
         )
 
     def _upload(self, prefix: str, name: str, path: Path) -> FileEntry:
-        size = path.stat().st_size
-        seal = seal_file(path, part_size(size, self._part_bytes))
+        size, natural, sent = path.stat().st_size, f"{prefix}/{name}", None
+        part = part_size(size, self._part_bytes)
+        if size > self._part_bytes and self._head(natural) is None:
+            sent = self._send_sealing(natural, path, part)
+        seal = seal_file(path, part) if sent is None else sent
         entry = FileEntry(path=name, size=seal.size, sha256=seal.sha256)
         # An unfinished attempt may have left other content at the path, and a slow one may still be writing there:
         # nothing is overwritten, the file goes to a key named by its content instead.
@@ -61,6 +65,23 @@ class S3Store(S3Objects):
             if holds:
                 return candidate
         raise CorruptArtifact(f"{self.join(key)}: the upload does not match its source ({path.name})")
+
+    def put_blocks(self, key: str, blocks: Sequence[Block]) -> FileEntry:
+        """See Store. Uploaded once more if the endpoint does not hold what was sent."""
+        size = sum(memoryview(block).nbytes for block in blocks)
+        part = part_size(size, self._part_bytes)
+        for _ in range(2):
+            parts = regroup(blocks, part)
+            with self._errors(key):
+                if size > self._part_bytes:
+                    seal = upload_parts(self._client, self._place(key), parts, part)
+                else:
+                    data = b"".join(parts)
+                    seal = seal_blocks([data], part)
+                    self._put(key, data)
+            if self._holds(key, seal):
+                return FileEntry(path=key, size=seal.size, sha256=seal.sha256)
+        raise CorruptArtifact(f"{self.join(key)}: the upload does not match its source")
 
     def settle(self, prefix: str, manifest: Manifest) -> None:
         """See Store."""
@@ -104,6 +125,18 @@ class S3Store(S3Objects):
             except ClientError as error:
                 if code_of(error) not in TAKEN:
                     raise
+
+    def _send_sealing(self, key: str, path: Path, part: int) -> Seal | None:
+        """As _send, of a large file that is read once: its seal is made on the way. None: another writer's exists."""
+        with self._errors(key):
+            try:
+                return upload_parts(self._writer, self._place(key), read_blocks(path, part), part)
+            except _KeyTaken:
+                return None
+            except ClientError as error:
+                if code_of(error) not in TAKEN:
+                    raise
+        return None
 
     def _complete_only_if_absent(self, params: dict[str, Any], **_: Any) -> None:
         """Botocore event before a multipart upload completes. Raises _KeyTaken."""

@@ -7,8 +7,8 @@ from typing import Any
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.train.engine import Engine
-from radlads.tasks.jobs.train.sharded_engine import ShardedEngine
+from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 
 NO_OFFLOAD = (
     "zero_stage: 3 divides the optimizer over the GPUs, offload_optimizer moves it to host memory: set one of the two"

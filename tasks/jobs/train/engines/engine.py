@@ -23,16 +23,22 @@ from torch import Tensor, distributed, nn
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Optimizer, Training
+from radlads.tasks.jobs.checkpoints.state_slices import (
+    MOMENTS,
+    StateSlice,
+    equal_share,
+    partition_slices,
+    whole_slices,
+)
 from radlads.tasks.jobs.exit_reasons import NonFiniteError
-from radlads.tasks.jobs.train.deepspeed_import import import_deepspeed
-from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.engines.deepspeed_import import import_deepspeed
+from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
 
 if TYPE_CHECKING:
     from radlads.tasks.jobs.data.loader import Batch
 
 logger = logging.getLogger("radlads")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 50_000_000
 """Gradient elements in one reduction."""
 
@@ -190,22 +196,27 @@ class Engine:
     def release(self, rank: int) -> None:
         """After the last step: make the student whole on rank 0, to be exported. Every rank calls it."""
 
-    # State, by parameter name
+    # State, as slices of flattened parameters
 
     def adam_steps(self) -> int:
         """Number of optimizer steps taken."""
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        """A parameter's fp32 master (`param`) and its two Adam moments, whole. Every rank calls it, in one order."""
-        parameter = self.parameters[name]
-        if not self._sharded:
-            state = self._adam.state[parameter]
-            return {"param": parameter.detach(), **{key: state[key] for key in MOMENTS}}
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def held_state(self) -> list[StateSlice]:
+        """The masters and moments that this rank holds. Writing to them restores the state, see `settle`."""
+        if self._sharded:
+            return partition_slices(self.parameters)
+        return whole_slices(self.parameters, self._adam)
 
-        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        return {"param": safe_get_full_fp32_param(parameter), **moments}
+    def own_state(self) -> list[StateSlice]:
+        """This rank's part of the state: over all ranks, every element once, divided evenly. No collective."""
+        held = self.held_state()
+        return held if self._sharded else equal_share(held, distributed.get_rank(), distributed.get_world_size())
+
+    def settle(self) -> None:
+        """Make the parameters follow masters that were written to. Collective."""
+        if self._sharded:
+            self._engine.optimizer.update_lp_params()
 
     def _make_state(self) -> None:
         """Give the optimizer its state tensors before its first step, as after 0 steps.
@@ -237,30 +248,15 @@ class Engine:
 
     def forget(self) -> None:
         """Reset the optimizer: moments zero, counters 0; the parameters stay."""
-        for name in self.parameters:
-            tensors = self.read(name)
-            self.write(name, tensors | {key: torch.zeros_like(tensors[key]) for key in MOMENTS})
+        for one in self.held_state():
+            for kind in MOMENTS:
+                one.tensors[kind].zero_()
         self.set_adam_steps(0)
 
     def set_adam_steps(self, count: int) -> None:
         """Set the optimizer's counters to `count` steps."""
         for state in self._adam.state.values():
             state["step"].fill_(count)
-
-    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the values of `read`. Every rank writes every parameter whole."""
-        parameter = self.parameters[name]
-        with torch.no_grad():
-            parameter.copy_(tensors["param"])
-            if not self._sharded:
-                for key in MOMENTS:
-                    self._adam.state[parameter][key].copy_(tensors[key])
-                return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        safe_set_full_fp32_param(parameter, tensors["param"].to(self.device))
-        for key in MOMENTS:
-            safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
 
 
 def adamw(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.AdamW:

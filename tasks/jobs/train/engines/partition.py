@@ -106,15 +106,10 @@ def layers(network: PreTrainedModel) -> Iterator[nn.Module]:
         yield from getattr(backbone(network), find_family(network.config).layers)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A divided parameter, gathered; every rank calls it. Other tensors are returned as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor, rank: int, num_ranks: int) -> Tensor:
-    """A rank's part of a whole tensor, as `fully_shard` divides it: a view."""
-    parts = tensor.chunk(num_ranks, dim=0)
-    return parts[rank] if rank < len(parts) else tensor[:0]
+def part_start(parameter: Tensor, rank: int, num_ranks: int) -> int:
+    """The first element of a rank's part in the flattened parameter, as `fully_shard` divides it: by rows."""
+    rows = parameter.shape[0]
+    return min(rank * -(-rows // num_ranks), rows) * (parameter.numel() // rows)
 
 
 def gather_student(module: Partitioned, rank: int) -> None:
@@ -130,7 +125,7 @@ def gather_student(module: Partitioned, rank: int) -> None:
             if not isinstance(parameter, DTensor):
                 continue
             if parameter not in gathered:
-                full = whole(parameter.detach())
+                full = parameter.detach().full_tensor()
                 full = full.to("cpu", module.dtype) if rank == 0 else full[:0]
                 gathered[parameter] = nn.Parameter(full, requires_grad=False)
             part._parameters[name] = gathered[parameter]

@@ -6,17 +6,16 @@ clip and the check for finite numbers are the other engine's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 
 from radlads.tasks.contracts.recipe.recipe import Training
-from radlads.tasks.jobs.train.engine import MOMENTS, Engine, adamw
-from radlads.tasks.jobs.train.parameter_groups import optimizer_groups, select_trainable
-from radlads.tasks.jobs.train.partition import Partitioned, gather_student, own_part, whole
+from radlads.tasks.jobs.checkpoints.state_slices import MOMENTS, StateSlice
+from radlads.tasks.jobs.train.engines.engine import Engine, adamw
+from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.engines.partition import Partitioned, gather_student, part_start
 
 
 class ShardedEngine(Engine):
@@ -78,25 +77,16 @@ class ShardedEngine(Engine):
     def release(self, rank: int) -> None:
         gather_student(self.module, rank)
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        parameter = self.parameters[name]
-        state = self._adam.state[self._parts[parameter]]
-        moments = {key: whole(_like(parameter, state[key])) for key in MOMENTS}
-        return {"param": whole(parameter.detach()), **moments}
-
-    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        part = self._parts[self.parameters[name]]
+    def held_state(self) -> list[StateSlice]:
         rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
-        own = {key: own_part(tensor, rank, num_ranks) for key, tensor in tensors.items()}
-        with torch.no_grad():
-            part.copy_(own["param"])
-            for key in MOMENTS:
-                self._adam.state[part][key].copy_(own[key])
+        slices = []
+        for name, parameter in self.parameters.items():
+            part = self._parts[parameter]
+            kinds = {"param": part.detach()} | {key: self._adam.state[part][key] for key in MOMENTS}
+            if part.numel() > 0:
+                start = part_start(parameter, rank, num_ranks)
+                slices.append(StateSlice(name, start, {kind: tensor.view(-1) for kind, tensor in kinds.items()}))
+        return slices
 
-
-def _like(parameter: Any, part: Tensor) -> Tensor:
-    """A rank's part of a tensor that is divided as the parameter is."""
-    return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-        stride=parameter.stride(),
-    )  # fmt: skip
+    def settle(self) -> None:
+        """Nothing to do: the masters are the parameters."""

@@ -1,0 +1,97 @@
+"""Copies of a rank's state in host memory: what training waits for at a checkpoint.
+
+A checkpoint is the state of one step, so the copy must be whole before the next step begins. The memory is kept from
+one checkpoint to the next, in buffers of a file each, pinned where a GPU is copied from. Where it does not fit, there
+is one buffer, which each file passes through while training waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, KINDS, StateSlice
+
+FILE_BYTES = 512 << 20
+"""Of a file and of its buffer. A power of two: torch rounds pinned allocations up to one."""
+FILE_ELEMENTS = FILE_BYTES // ELEMENT_BYTES
+_USABLE = 0.8  # of the memory that is available; the rest is for what the job itself allocates later
+_GROUP = Path("/sys/fs/cgroup")
+
+File = Sequence[StateSlice]
+
+
+class HostCopy:
+    """Host memory for the state of one rank. ranks: of this job on this machine; they share its memory."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._buffers: list[Tensor] = []
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of host memory held."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def fits(self, files: Sequence[File]) -> bool:
+        """Whether all files have a buffer, or may be given one beside those of the machine's other ranks."""
+        missing = sum(_numbers(file) * 4 for file in files) - self.allocated
+        return missing <= 0 or has_room(missing, self._ranks)
+
+    def take(self, files: Sequence[File]) -> list[Tensor]:
+        """Copy everything; the copies are complete on return. One tensor a file: of each slice master and moments."""
+        copies = [self._copy(file, index) for index, file in enumerate(files)]
+        for file in files:
+            _finish(file)
+        return copies
+
+    def stream(self, files: Sequence[File]) -> Iterator[Tensor]:
+        """The same copies one after the other, in one buffer: each is valid until the next is asked for."""
+        for file in files:
+            copied = self._copy(file, 0)
+            _finish(file)
+            yield copied
+
+    def _copy(self, file: File, index: int) -> Tensor:
+        count = _numbers(file)
+        if index == len(self._buffers):
+            self._buffers.append(torch.empty(0))
+        if self._buffers[index].numel() < count:
+            self._buffers[index] = torch.empty(count, pin_memory=file[0].tensors["param"].is_cuda)
+        copied, place = self._buffers[index][:count], 0
+        for piece in file:
+            for kind in KINDS:
+                copied[place : place + piece.numel].copy_(piece.tensors[kind], non_blocking=True)
+                place += piece.numel
+        return copied
+
+
+def has_room(size: int, ranks: int) -> bool:
+    """Whether each of the ranks of this machine may hold a copy of `size` bytes."""
+    return size * ranks <= _USABLE * spare_memory()
+
+
+def spare_memory() -> int:
+    """Bytes of host memory that this process may still use: the machine's, or its control group's if that is less."""
+    spare = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        figures = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        cached = int(figures["inactive_file"])  # given up when the memory is needed
+        return spare if limit == "max" else min(spare, int(limit) - int(used) + cached)
+    except (OSError, ValueError, KeyError):  # no control group, or an older kind
+        return spare
+
+
+def _finish(file: File) -> None:
+    """Wait until what was copied from a GPU has arrived."""
+    if file and file[0].tensors["param"].is_cuda:
+        torch.cuda.synchronize(file[0].tensors["param"].device)
+
+
+def _numbers(file: File) -> int:
+    return len(KINDS) * sum(piece.numel for piece in file)
