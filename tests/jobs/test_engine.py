@@ -9,7 +9,7 @@ from torch import nn
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Finetune, Optimizer
 from radlads.tasks.jobs.process_group import join_group
-from radlads.tasks.jobs.train.engines import engine as engine_module
+from radlads.tasks.jobs.train.engines import deepspeed_config
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
 
@@ -112,7 +112,7 @@ def test_bf16_parameters_have_masters_that_hold_more():
 def test_the_size_of_a_reduction_changes_nothing(zero_stage, dtype, bucket, monkeypatch):
     rates = {"mixer": 0.0, "rest": 1e-2}
     whole = make_engine(Toy(), zero_stage, dtype)
-    monkeypatch.setattr(engine_module, "BUCKET_ELEMENTS", bucket)  # smaller than the largest parameters
+    monkeypatch.setattr(deepspeed_config, "BUCKET_ELEMENTS", bucket)  # smaller than the largest parameters
     pieces = make_engine(Toy(), zero_stage, dtype)
     for step in range(3):
         assert whole.step(batches(step), rates, step, stop=False) == pieces.step(batches(step), rates, step, stop=False)

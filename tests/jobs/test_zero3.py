@@ -15,6 +15,7 @@ from radlads.model.student.load import build_student
 from radlads.model.teacher.load import load_teacher
 from radlads.model.weights.weight_files import open_weight_files
 from radlads.tasks.contracts.job import Manifest
+from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.recipe.recipe import Lora, Rate
 from radlads.tasks.contracts.specs import spec_digest
 from radlads.tasks.contracts.store.open import open_store
@@ -22,6 +23,7 @@ from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TRAIN = "radlads.tasks.jobs.train.train"
@@ -106,3 +108,38 @@ def test_lora_in_bf16_is_merged_into_an_export_of_bf16(training):
     plain = training.job("finetune", "zero2-lora", resources={"zero_stage": 2}, **options)
     assert curve == pytest.approx(run(training, plain), rel=5e-3)
     assert_same_models(divided, plain, 2e-2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
+def test_a_checkpoint_goes_on_under_another_stage(training, monkeypatch, before, after):
+    options = {**SHORT, **RATES, "checkpoint_every": 2}
+    whole = training.job("distill", "zero3-uncut", resources={"zero_stage": 2}, **options)
+    wanted = run(training, whole)
+    job = training.job("distill", f"zero3-from-{before}", resources={"zero_stage": before}, **options)
+    step = Engine.step
+
+    def crash(self: Engine, batches: Any, rates: Any, number: int, **more: Any) -> Any:
+        if number == 4:
+            raise RuntimeError("cut")
+        return step(self, batches, rates, number, **more)
+
+    monkeypatch.setattr(Engine, "step", crash)
+    assert execute(train.main, job) == "crash"
+    monkeypatch.setattr(Engine, "step", step)
+    resources = job.spec.resources.model_copy(update={"zero_stage": after})
+    assert run(training, Job(spec=job.spec.model_copy(update={"resources": resources}))) == pytest.approx(
+        wanted, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("resources", "calibrate", "told"),
+    [({"offload_optimizer": True}, None, "set one of the two"), ({}, Calibration(), "needs whole networks")],
+)
+def test_what_it_excludes_is_refused(training, resources, calibrate, told):
+    job = training.job(
+        "align", f"zero3-no-{len(resources)}", resources={"zero_stage": 3, **resources}, **SHORT, **MIXERS
+    )
+    changed = job.spec.spec | {"calibrate": calibrate and calibrate.model_dump()}
+    assert execute(train.main, Job(spec=job.spec.model_copy(update={"spec": changed}))) == "config"
+    assert told in training.ending(job)["message"]

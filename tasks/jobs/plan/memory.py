@@ -30,7 +30,7 @@ from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
-from radlads.tasks.jobs.train.engines.engine import BUCKET_ELEMENTS
+from radlads.tasks.jobs.train.engines.deepspeed_config import BUCKET_ELEMENTS
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
@@ -180,7 +180,7 @@ def word_bytes(precision: str, resources: JobResources) -> int:
 
 
 def _gathered(networks: NetworkSizes, word: int, *, taught: bool, shared: Sequence[str]) -> int:
-    """ZeRO-3: bytes of what is whole at a time (train/engines/partition.py): embeddings and heads, the layer that is computed,
+    """ZeRO-3: bytes of what is whole at a time (train/engines/partition.py): embeddings and heads, the current layer,
     the next one, and a layer's gradient in the precision and as it is reduced in fp32."""
     ends = {group: networks.groups.get(group, 0) for group in ("embeddings", "head")}
     root = sum(ends.values())

@@ -226,9 +226,8 @@ def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, 
         check_special_tokens(config, load_generation_config(resolve_teacher_path(path), config, revision=revision))
         findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
-        return _Subject(
-            config, tokenizer, path, TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
-        )
+        reference = TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
+        return _Subject(config, tokenizer, path, reference)
     return None
 
 
@@ -262,8 +261,8 @@ def _plan_stages(
         section = getattr(recipe, stage)
         if section is None:
             continue
-        bits, divisible = (teacher_bits(recipe, stage), mlp_bits(recipe, stage)), recipe.student.calibrate is None
-        setting = Setting(stage, section, resources, *bits, divisible=divisible)
+        bits = teacher_bits(recipe, stage), mlp_bits(recipe, stage)
+        setting = Setting(stage, section, resources, *bits, divisible=recipe.student.calibrate is None)
         memory = setting.memory(networks)
         if memory["total"] > limit:
             findings.misfits.append(_misfit(stage, memory, device, what_would_help(setting, networks, limit)))

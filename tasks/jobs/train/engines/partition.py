@@ -87,7 +87,7 @@ def join_shared(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.M
     done: tuple[str, ...] = ()
     for name in places:
         ours, theirs = _find(student, name), _find(teacher, name)
-        if name.startswith(done) or theirs is None or not (name.startswith(inside) or _is_leaf(ours)):
+        if name.startswith(done) or theirs is None or ours is None or not (name.startswith(inside) or _is_leaf(ours)):
             continue
         if ours is not theirs and type(ours) is type(theirs) and _same_tensors(ours, theirs) and not _hooked(ours):
             place, _, last = name.rpartition(".")
@@ -118,17 +118,19 @@ def gather_student(module: Partitioned, rank: int) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    gathered: dict[nn.Parameter, nn.Parameter] = {}  # a tied matrix stays one
+    gathered: dict[Any, nn.Parameter] = {}  # a tied matrix stays one
     for part in module.objective.student.modules():
         hold_as_buffers(part)  # exported from their originals
-        for name, parameter in list(part._parameters.items()):
+        parameters: Any = part._parameters
+        for name, parameter in list(parameters.items()):
             if not isinstance(parameter, DTensor):
                 continue
             if parameter not in gathered:
-                full = parameter.detach().full_tensor()
+                whole: Any = parameter.detach()
+                full = whole.full_tensor()
                 full = full.to("cpu", module.dtype) if rank == 0 else full[:0]
                 gathered[parameter] = nn.Parameter(full, requires_grad=False)
-            part._parameters[name] = gathered[parameter]
+            parameters[name] = gathered[parameter]
 
 
 def _outside_units(module: nn.Module) -> Iterator[nn.Module]:

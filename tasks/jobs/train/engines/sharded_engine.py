@@ -36,9 +36,11 @@ class ShardedEngine(Engine):
         self.module = Partitioned(objective, device=device, dtype=dtype)
         self.device, self.clip, self.objective = device, section.optimizer.clip, objective
         self.micro_batch, self.num_micro = micro_batch, num_micro
-        divided = dict(objective.student.named_parameters())
+        divided: dict[str, Any] = dict(objective.student.named_parameters())
         self.parameters = {name: divided[name] for name, _ in chosen["mixer"] + chosen["rest"]}
-        self._parts = {parameter: nn.Parameter(parameter.to_local()) for parameter in self.parameters.values()}
+        self._parts: dict[Any, nn.Parameter] = {
+            divided[name]: nn.Parameter(divided[name].to_local()) for name in self.parameters
+        }
         groups = optimizer_groups(
             {group: [(name, divided[name]) for name, _ in named] for group, named in chosen.items()}, section.optimizer
         )
@@ -64,7 +66,7 @@ class ShardedEngine(Engine):
 
     def _gradients(self) -> list[Tensor]:
         for parameter, part in self._parts.items():
-            gradient = parameter.grad
+            gradient: Any = parameter.grad
             part.grad = torch.zeros_like(part) if gradient is None else gradient.to_local()
         return [part.grad for part in self._parts.values() if part.grad is not None]
 
