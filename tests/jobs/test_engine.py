@@ -142,6 +142,17 @@ def test_state_goes_to_another_engine_and_training_continues_bit_for_bit(zero_st
         assert first.step(batches(step), rates, step, stop=False) == second.step(batches(step), rates, step, stop=False)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_the_state_of_a_transposed_parameter_is_in_its_own_order(zero_stage):
+    toy = Toy()
+    wanted = toy.student[2].weight.detach().clone()
+    toy.student[2].weight.data = wanted.T.contiguous().T
+    engine = make_engine(toy, zero_stage)
+    assert torch.equal(masters(engine)["2.weight"], wanted)
+    engine.step(batches(0), {"mixer": 0.0, "rest": 1e-2}, 0, stop=False)
+    assert torch.equal(masters(engine)["2.weight"], toy.student[2].weight)
+
+
 def test_nothing_to_train_is_told():
     toy = Toy()
     toy.trainable = lambda name: False

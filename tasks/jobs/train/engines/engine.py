@@ -79,6 +79,8 @@ class Engine:
         """
         chosen = select_trainable(objective, section)
         self.parameters = dict(chosen["mixer"] + chosen["rest"])
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.contiguous()  # its state is handed out as slices of the flattened one
         self.device, self.clip = device, section.optimizer.clip
         self.micro_batch, self.num_micro = micro_batch, num_micro
         self._adam = adamw(optimizer_groups(chosen, section.optimizer), section.optimizer)
