@@ -17,7 +17,7 @@ from radlads.tasks.contracts.recipe.recipe import Rate
 from radlads.tasks.contracts.specs import TrainSpec, spec_digest
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data.loader import open_dataset
-from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train import steps, train
 from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
 
 RATES = {"mixer_rate": Rate(start=3e-3, final=1e-3)}
