@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -13,9 +14,10 @@ ReadsKind = Literal["files", "teacher", "tokenizer", "dataset", "task"]
 
 @dataclass(frozen=True)
 class Undigested:
-    """Marks a field that does not enter any digest."""
+    """Marks a field that does not enter any digest, `unless` its value has an effect on the result."""
 
     why: str
+    unless: Callable[[Any], bool] = lambda _: False
 
 
 OPERATIONAL = Undigested("it changes memory, speed or what is recorded, not the result")
