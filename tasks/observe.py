@@ -32,16 +32,18 @@ _UPDATE_SECONDS = 2.0
 
 
 class ProgressView:
-    """A progress bar in Prefect's page, and a log line at intervals."""
+    """A progress bar in Prefect's page, and a log line at intervals; a log line and a table of every event."""
 
     def __init__(self, run: str, label: str) -> None:
-        self._key, self._label = artifact_key(run, label, "progress"), label
+        self._key, self._run, self._label = artifact_key(run, label, "progress"), run, label
         self._artifact: UUID | None = None
         self._shown_at = 0.0
         self._logged_tenth = -1
+        self._events: tuple[str, ...] = ()
 
     def show(self, progress: Progress) -> None:
         """Called about once a second by the launcher."""
+        self._show_events(progress.events)
         share = min(1.0, progress.done / progress.total) if progress.total else 0.0
         now = time.monotonic()
         if now - self._shown_at < _UPDATE_SECONDS and share < 1.0:
@@ -57,6 +59,15 @@ class ProgressView:
                 self._artifact = UUID(str(made))
             else:
                 update_progress_artifact(artifact_id=self._artifact, progress=100 * share, description=text)
+
+    def _show_events(self, events: tuple[str, ...]) -> None:
+        if events == self._events:
+            return
+        for event in events[len(self._events) :]:
+            _log.warning("%s: %s", self._label, event)
+        self._events = events
+        rows = [{"event": event} for event in events]
+        show_table(self._run, f"{self._label}-events", rows, f"What the watch of {self._label} noticed: {self._run}")
 
 
 def describe(progress: Progress) -> str:

@@ -177,7 +177,7 @@ class DistillObjective(Objective):
         index, own = self.section.place(step)
         self._phase = self.section.parts[index]
         spikes = self._phase.ce_spikes
-        spiked = spikes is not None and (own + 1) % spikes.every == 0
+        spiked = spikes is not None and spikes.has(own)
         self._ce_weight = spikes.weight if spiked else self._phase.ce_weight
 
     def _settings(self) -> dict[str, Any]:

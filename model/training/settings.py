@@ -59,9 +59,9 @@ class SpikeSettings(Protocol):
     """Weight of the cross entropy in every `every`-th step."""
 
     @property
-    def every(self) -> int: ...
-    @property
     def weight(self) -> float: ...
+    def has(self, step: int) -> bool:
+        """Whether a step of a phase, counted from 0, is one of them."""
 
 
 class DistillPhase(Protocol):

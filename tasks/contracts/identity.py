@@ -61,9 +61,9 @@ def _identity(value: Any, dumped: Any, pins: Mapping[str, Pinned] | None, prefix
     if isinstance(value, BaseModel):
         kept = {}
         for name, field in type(value).model_fields.items():
-            if any(isinstance(mark, Undigested) for mark in field.metadata):
-                continue
             mark, item, location = _reads(field), getattr(value, name), f"{prefix}{name}"
+            if any(isinstance(one, Undigested) and not one.unless(item) for one in field.metadata):
+                continue
             if item == field.default and any(isinstance(one, AddedLater) for one in field.metadata):
                 continue
             if mark is None:

@@ -16,7 +16,7 @@ from radlads.tasks.contracts.stages import Stage
 SCHEMA_VERSION = 3
 _MOST_JOB_BYTES = 64 << 20
 
-ExitReason = Literal["done", "preempted", "config", "out-of-memory", "disk-full", "nonfinite", "crash"]
+ExitReason = Literal["done", "preempted", "config", "out-of-memory", "disk-full", "nonfinite", "watch", "crash"]
 
 
 class Sheet(BaseModel):

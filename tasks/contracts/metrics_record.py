@@ -2,7 +2,8 @@
 
 A row is written and flushed at once. A separate thread reads the file and sends rows that MLflow does not have yet.
 MLflow itself is queried for the last step of each metric, so any later process can continue from there, and no step of
-a metric is sent twice.
+a metric is sent twice. The steps that a rollback repeats are sent under names of their own (`rollback-1/loss`), up to
+the step that had been reached; from there on the curves go on under theirs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from radlads.tasks.contracts.events import Event, Repeats, events_of, kept_rows
 from radlads.tasks.contracts.job import TrackingRef
 from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
 
@@ -29,7 +32,7 @@ _METRICS_PER_BATCH = 1000
 _READ_BYTES = 1 << 18
 _FLUSH_SECONDS = 2.0
 _LONGEST_WAIT_SECONDS = 60.0
-_NOT_METRICS = {"step", "time"}
+_NOT_METRICS = {"step", "time", "event"}
 
 
 def connect(uri: str) -> MlflowClient:
@@ -71,7 +74,7 @@ class MetricsRecord:
         self._lock = threading.Lock()
         self._stream: TextIO | None = None
         self._last_step: dict[str, int] = {}
-        self._rewrite(lambda row: True)
+        self._rewrite(lambda rows: rows)
         self._mirror = _Mirror(path, ref, self._lock) if ref is not None else None
         if self._mirror is not None:
             self._mirror.start()
@@ -82,16 +85,17 @@ class MetricsRecord:
         fresh = {key: _number(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
         if not fresh:
             return
-        row = {"step": step, "time": time.time_ns() // 1_000_000, **fresh}
-        with self._lock:
-            assert self._stream is not None, "the record is closed"
-            self._stream.write(json.dumps(row) + "\n")
-            self._stream.flush()
+        self._write(step, fresh)
         self._last_step |= dict.fromkeys(fresh, step)
 
+    def event(self, event: Event) -> None:
+        """Write an event as a row."""
+        self._write(event.step, {"event": event.model_dump(mode="json")})
+
     def rewind(self, step: int) -> None:
-        """Delete the rows after `step`: the job was restored there and will compute them again."""
-        self._rewrite(lambda row: row["step"] <= step)
+        """Delete the rows after `step`: the job was restored there and will compute them again. Events that led there
+        stay."""
+        self._rewrite(lambda rows: kept_rows(rows, step))
         if self._mirror is not None:
             self._mirror.reread()
 
@@ -119,18 +123,25 @@ class MetricsRecord:
                 _log.warning("the end of %s was not written: %s", self.path, error)
             self._stream = None
 
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        row = {"step": step, "time": time.time_ns() // 1_000_000, **values}
+        with self._lock:
+            assert self._stream is not None, "the record is closed"
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+
     def _note(self, kind: str, values: dict[str, Any]) -> None:
         with self._lock:
             notes = _read_notes(self.path)
             notes.setdefault(kind, {}).update(values)
             _replace(_notes_path(self.path), json.dumps(notes).encode())
 
-    def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+    def _rewrite(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
         with self._lock:
             if self._stream is not None:
                 self._stream.close()
             if self.path.exists():
-                rows = [row for row in _parse(self.path.read_bytes())[0] if keep(row)]
+                rows = keep(_parse(self.path.read_bytes())[0])
                 _replace(self.path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
             else:
                 rows = []
@@ -154,6 +165,9 @@ class _Mirror(threading.Thread):
         self._offset = 0
         self._generation = 0
         self._sent: dict[str, int] | None = None
+        self._repeats = Repeats()
+        self._events: list[Event] = []
+        self._events_sent: list[Event] = []
         self._notes_sent: dict[str, Any] = {}
         self._wake = threading.Event()
         self._stopping = False
@@ -171,7 +185,7 @@ class _Mirror(threading.Thread):
     def reread(self) -> None:
         """The file was rewritten: read it from the start, skipping rows that were sent."""
         with self._lock:
-            self._offset = 0
+            self._offset, self._repeats, self._events = 0, Repeats(), []
             self._generation += 1
 
     def stop(self, timeout_seconds: float) -> None:
@@ -203,7 +217,7 @@ class _Mirror(threading.Thread):
             self._sent = {key: step for key, (step, _) in latest_metrics(client, self._ref.run_id).items()}
         while True:
             with self._lock:
-                generation = self._generation
+                generation, repeats, events = self._generation, copy(self._repeats), self._events
                 data = _read_from(self._path, self._offset)
             rows, used = _parse(data)
             if not used:
@@ -211,8 +225,8 @@ class _Mirror(threading.Thread):
             metrics = [
                 Metric(key, value, row["time"], row["step"])
                 for row in rows
-                for key, value in row.items()
-                if key not in _NOT_METRICS and value is not None and row["step"] > self._sent.get(key, -1)
+                for key, value in _named(row, repeats.prefix(row))
+                if value is not None and row["step"] > self._sent.get(key, -1)
             ]
             sent = dict(self._sent)
             for metric in metrics:
@@ -223,7 +237,19 @@ class _Mirror(threading.Thread):
             with self._lock:
                 if self._generation == generation:
                     self._offset += used
+                    self._repeats, self._events = repeats, events + events_of(rows)
+        self._send_events(client)
         self._send_notes(client)
+
+    def _send_events(self, client: MlflowClient) -> None:
+        """All events as the artifact events.json, and the last one as a tag."""
+        events = self._events
+        if events == self._events_sent:
+            return
+        client.log_dict(self._ref.run_id, {"events": [one.model_dump(mode="json") for one in events]}, "events.json")
+        last = f"{events[-1].finding}; {events[-1].done}" if events else ""
+        client.set_tag(self._ref.run_id, "radlads.events", f"{len(events)}: {last}")
+        self._events_sent = events
 
     def _send_notes(self, client: MlflowClient) -> None:
         from mlflow.entities import Param
@@ -240,6 +266,11 @@ class _Mirror(threading.Thread):
             if path not in self._notes_sent.get("artifacts", {}) and os.path.exists(path):
                 client.log_artifact(self._ref.run_id, path)
         self._notes_sent = notes
+
+
+def _named(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float | None]]:
+    """The metrics of a row, under the names that they have in MLflow."""
+    yield from ((f"{prefix}{name}", value) for name, value in row.items() if name not in _NOT_METRICS)
 
 
 def _number(value: float) -> float | None:

@@ -40,6 +40,7 @@ from radlads.tasks.jobs.exit_reasons import (
     write_ending,
     write_json,
 )
+from radlads.tasks.jobs.progress_file import ProgressFile
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 
 if TYPE_CHECKING:  # imported where used, so that a job without torch or S3 does not load them
@@ -52,8 +53,6 @@ logger = logging.getLogger("radlads")
 
 __all__ = ["Job", "NonFiniteError", "Preempted", "execute", "open_job", "run_job", "write_json"]
 
-_PROGRESS_SECONDS = 1.0
-
 
 class NoRecord:
     """Replaces MetricsRecord on every rank but the first, which alone writes the record."""
@@ -61,7 +60,7 @@ class NoRecord:
     def _ignore(self, *_: object) -> None:
         pass
 
-    log = rewind = params = artifact = close = _ignore
+    log = event = rewind = params = artifact = close = _ignore
 
 
 @dataclass
@@ -79,7 +78,6 @@ class Job:
     _inputs: dict[str, Path] = field(default_factory=dict)
     _record: MetricsRecord | NoRecord | None = None
     _store: Store | None = None
-    _progress_at: float = 0.0
 
     @cached_property
     def typed(self) -> Any:
@@ -185,12 +183,14 @@ class Job:
             raise UserError(f"stage {self.spec.stage} needs the input '{name}'; this job was given: {given}")
         return self.spec.inputs[name]
 
+    @cached_property
+    def shown(self) -> ProgressFile:
+        """What is shown of the job while it runs."""
+        return ProgressFile(self.scratch, self.rank)
+
     def progress(self, done: float, total: float, unit: str) -> None:
         """Report the job's progress (progress.json, at most about once a second)."""
-        now = time.monotonic()
-        if self.rank == 0 and (done >= total or now - self._progress_at >= _PROGRESS_SECONDS):
-            self._progress_at = now
-            write_json(self.scratch / "progress.json", {"done": done, "total": total, "unit": unit})
+        self.shown.write(done, total, unit)
 
     def open_process_group(self) -> None:
         """Join the other ranks (gloo on a CPU, nccl on a GPU); a no-op once joined."""
@@ -246,7 +246,7 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
         sys.exit(EXIT_CODES["config"])
     _catch_sigterm(job, cooperative)
     reason = execute(main, job)
-    group.leave_group(orderly=reason in ("done", "preempted", "nonfinite"))
+    group.leave_group(orderly=reason in ("done", "preempted", "nonfinite", "watch"))
     group.end_process(EXIT_CODES[reason])
 
 

@@ -31,12 +31,17 @@ EXIT_CODES: dict[ExitReason, int] = {
     "out-of-memory": 3,
     "nonfinite": 4,
     "disk-full": 5,
+    "watch": 6,
     "preempted": 75,
 }
 
 
 class NonFiniteError(Exception):
     """A loss or a gradient is not finite; no parameter was updated with it."""
+
+
+class StoppedByWatch(Exception):  # noqa: N818 - named after how the job ended
+    """A detector of `watch` ended the job, after a checkpoint."""
 
 
 class Preempted(BaseException):
@@ -51,6 +56,8 @@ def explain(error: BaseException, scratch: Path) -> tuple[ExitReason, str]:
         return "disk-full" if isinstance(error, DiskFull) else "config", str(error)
     if isinstance(error, NonFiniteError):
         return "nonfinite", str(error)
+    if isinstance(error, StoppedByWatch):
+        return "watch", str(error)
     if isinstance(error, Preempted):
         return "preempted", str(error) or "stopped on request"
     if isinstance(error, KeyboardInterrupt):

@@ -30,7 +30,7 @@ from radlads.tasks.launchers.progress import Progress, Watcher, log_end, read_js
 from radlads.tasks.launchers.stopping import REQUEST, Stopper
 
 _log = logging.getLogger(__name__)
-_FINAL = {"config", "out-of-memory", "disk-full", "nonfinite"}
+_FINAL = {"config", "out-of-memory", "disk-full", "nonfinite", "watch"}
 _DISK_FULL = 5
 """The exit code of a job that ran out of disk space, perhaps even for exit.json."""
 ATTEMPT = "=== attempt"

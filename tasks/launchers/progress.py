@@ -20,6 +20,8 @@ class Progress:
     total: float
     unit: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    events: tuple[str, ...] = ()
+    """What the watch of a training job noticed so far, a line each."""
 
 
 class Watcher:
@@ -40,6 +42,7 @@ class Watcher:
             total=float(written["total"]),
             unit=str(written["unit"]),
             metrics=_last_metrics(self._scratch / "metrics.jsonl"),
+            events=tuple(written.get("events", ())),
         )
         if progress != self.last:
             self.last = progress
@@ -54,7 +57,8 @@ def _last_metrics(path: Path) -> dict[str, float]:
             row = json.loads(line)
         except ValueError:
             continue
-        return {key: value for key, value in row.items() if key != "time" and isinstance(value, int | float)}
+        if "event" not in row:
+            return {key: value for key, value in row.items() if key != "time" and isinstance(value, int | float)}
     return {}
 
 

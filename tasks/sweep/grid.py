@@ -165,6 +165,7 @@ def _check_sweepable(recipe: Recipe, key: str) -> None:
     for part in key.split("."):
         field = type(node).model_fields.get(part) if isinstance(node, BaseModel) else None
         marks = [mark for mark in field.metadata if isinstance(mark, Undigested | Reads)] if field else []
+        marks = [mark for mark in marks if isinstance(mark, Reads) or not mark.unless(getattr(node, part))]
         if any(isinstance(mark, Reads) or mark is PLACE for mark in marks):
             raise UserError(
                 f"--grid {key}: it names a place to read from; the members of a sweep read the same: make a sweep for "

@@ -168,16 +168,17 @@ def job_python(warm_python: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def run_ranks(job_python: Any) -> Callable[..., None]:
-    """run_ranks(module, job, count): a job's program in `count` processes that form a group; all end with `code`."""
+    """run_ranks(program, job, count): a job's program (module or text) in `count` processes that form a group; all end
+    with `code`."""
 
-    def run(module: str, job: Job, count: int, code: int = 0) -> None:
+    def run(program: str, job: Job, count: int, code: int = 0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = [
             job_python.start(
-                "-m", module, str(job.scratch / "job.json"),
+                "-c" if "\n" in program else "-m", program, str(job.scratch / "job.json"),
                 env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=job.scratch,
             )
             for rank in range(count)

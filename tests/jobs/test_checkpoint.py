@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 
@@ -107,6 +108,20 @@ def test_a_machine_that_has_not_seen_the_job_continues_it_with_its_record(traini
     again = training.job("distill", "moved", **RATES)
     assert execute(train.main, again) == "done", training.ending(again)
     assert training.curve(again) == whole
+
+
+def test_a_record_of_another_history_gives_way_to_the_checkpoints(training, whole, monkeypatch):
+    """This machine was asleep while another one went on from an earlier step; both have as many rows."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 13)
+        job = training.job("distill", "asleep", **RATES)
+        execute(train.main, job)
+    record = job.scratch / "metrics.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    other = [row | ({"loss": 99.0, "time": 1} if row["step"] > 6 else {}) for row in rows]
+    record.write_text("".join(json.dumps(row) + "\n" for row in other))
+    assert execute(train.main, Job(spec=job.spec)) == "done", training.ending(job)
+    assert training.curve(job) == whole
 
 
 def test_a_corrupt_checkpoint_is_passed_over_and_replaced(training, whole, monkeypatch):

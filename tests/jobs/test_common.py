@@ -22,7 +22,7 @@ from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.jobs import waiting
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, execute, open_job
-from radlads.tasks.jobs.exit_reasons import write_ending, write_json
+from radlads.tasks.jobs.exit_reasons import StoppedByWatch, write_ending, write_json
 from radlads.tasks.jobs.waiting import wait_for
 
 RECIPE = {"name": "x", "teacher": {"path": "t"}, "data": {"train": {"sources": [{"kind": "sample", "tokens": 1}]}}}
@@ -104,6 +104,7 @@ def test_a_job_that_ends_well_is_committed(job):
     ("error", "reason"),
     [
         (UserError("mend this"), "config"),
+        (StoppedByWatch("step 3"), "watch"),
         (NonFiniteError("step 3"), "nonfinite"),
         (Preempted(), "preempted"),
         (KeyboardInterrupt(), "preempted"),
@@ -178,6 +179,9 @@ def test_progress_is_told_at_most_about_once_a_second(job):
     for done in range(1, 100):
         job.progress(done, 100, "steps")
     assert json.loads(path.read_text()) == {"done": 1, "total": 100, "unit": "steps"}
+    job.shown.announce("an event is not delayed")
+    job.progress(50, 100, "steps")
+    assert json.loads(path.read_text())["events"] == ["an event is not delayed"]
     job.progress(100, 100, "steps")
     assert json.loads(path.read_text())["done"] == 100
 

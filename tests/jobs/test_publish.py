@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from radlads.model.student.load import load_student
+from radlads.tasks.contracts.events import Event
 from radlads.tasks.contracts.job import InputRef
 from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe, parse_recipe
 from radlads.tasks.contracts.specs import (
@@ -58,15 +59,25 @@ def recipe(teacher_folder: Path, tmp_path: Path, stories: list[str]) -> Recipe:
     )
 
 
+EVENTS = [
+    Event(kind="loss_spike", step=4, first=4, action="rollback", to=2, number="loss", value=9.5, threshold=3,
+          median=2, spread=0.125).model_dump(mode="json"),
+    Event(kind="nonfinite", step=6, first=6, action="rollback", to=2, number="loss").model_dump(mode="json"),
+    Event(kind="throughput", step=7, first=7, action="report", number="tokens_per_second", value=40, threshold=50,
+          median=100).model_dump(mode="json"),
+]  # fmt: skip
+
+
 def train_like(job: Job) -> dict[str, Any]:
     """What a training job leaves behind, without the training."""
     shutil.copytree(job.input("student") / "model", job.output / "model")
     losses = [[step, 2.0 / step] for step in range(1, 9)]
-    sheet = {"losses": losses, "heldout_losses": [[8, 0.3]], "objective": job.typed.objective}
+    sheet = {"losses": losses, "heldout_losses": [[8, 0.3]], "objective": job.typed.objective, "events": EVENTS}
     (job.output / "train.json").write_text(json.dumps(sheet))
     rows = [{"step": s, "loss": value, "layer_00": value, "layer_01": value / 2} for s, value in losses]
     (job.output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"seconds": 12.5, "tokens": 2048, "memory_bytes": 1 << 28, "gpu_hours": 0.0}
+    numbers = {"seconds": 12.5, "tokens": 2048, "memory_bytes": 1 << 28, "gpu_hours": 0.0}
+    return numbers | ({"events": EVENTS} if job.spec.stage == "distill" else {})
 
 
 @pytest.fixture
@@ -116,6 +127,7 @@ def run_all(
 def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe, tmp_path: Path):
     folder, manifest, inputs = run_all()
     markdown, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    made = inputs["distill"].digest[:12]
     for reference in inputs.values():
         assert reference.digest in markdown
         assert reference.digest in page
@@ -127,6 +139,11 @@ def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe,
         assert f"{judged['models']['student']['kl']['value']:.4f}" in text
         assert f"{judged['models']['align']['kl']['value']:.4f}" in text
         assert "12 s" in text
+        assert "In distill the training was rolled back 2 times; see Watch." in text
+    row = f"| distill | 4 | loss spike | loss | 9.5000 | 3.0000 | 2.0000 | 0.1250 | rolled back to step 2 | {made} |"
+    assert row in markdown
+    assert "| nonfinite | loss | not finite | – | – | – | rolled back to step 2 |" in markdown
+    assert "| throughput | tokens_per_second | 40.0000 | 50.0000 | 100.0000 | – | reported |" in markdown
     assert {"losses.png", "layers.png", "needle.png", "recipe.yaml"} <= {p.name for p in folder.iterdir()}
     assert manifest.metrics["kl"] == judged["models"]["student"]["kl"]["value"]
     assert load_recipe(str(folder / "recipe.yaml")) == recipe

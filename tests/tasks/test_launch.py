@@ -90,6 +90,7 @@ def test_environment():
         (2, {"reason": "config", "message": "teacher: no such folder"}, JobFailed, "align: teacher: no such folder"),
         (3, {"reason": "out-of-memory", "message": "lower micro_batch"}, JobFailed, "lower micro_batch"),
         (4, {"reason": "nonfinite", "message": "loss is NaN at step 3"}, JobFailed, "step 3"),
+        (6, {"reason": "watch", "message": "step 3: loss spike"}, JobFailed, "step 3: loss spike"),
         (143, {"reason": "preempted", "message": ""}, JobPreempted, "newest checkpoint"),
         (1, {"reason": "crash", "message": "KeyError: 'x'"}, JobCrashed, "KeyError: 'x'"),
         (247, None, JobCrashed, r"exit code 247 \(SIGKILL, as when the machine runs out of memory\)"),
@@ -125,8 +126,9 @@ def test_launch_runs_the_job_in_its_scratch(tmp_path, monkeypatch):
         import json, os, sys, time
         spec = json.load(open(sys.argv[1]))
         assert os.getcwd() == spec["scratch"] and not os.path.exists("exit.json")
-        open("metrics.jsonl", "w").write('{"step": 7, "time": 1, "loss": 0.5, "bad": null}\\n{"torn')
-        open("progress.json", "w").write('{"done": 7, "total": 10, "unit": "steps"}')
+        row, event = '{"step": 7, "time": 1, "loss": 0.5, "bad": null}', '{"step": 7, "time": 2, "event": {"to": 1}}'
+        open("metrics.jsonl", "w").write(row + "\\n" + event + "\\n" + '{"torn')
+        open("progress.json", "w").write('{"done": 7, "total": 10, "unit": "steps", "events": ["a spike"]}')
         time.sleep(1.5)
         open("progress.json", "w").write('{"done": 10, "total": 10, "unit": "steps"}')
         print("hello")
@@ -135,7 +137,9 @@ def test_launch_runs_the_job_in_its_scratch(tmp_path, monkeypatch):
     (tmp_path / "exit.json").write_text('{"reason": "crash"}')
     seen = []
     launch(job(scratch=tmp_path), on_progress=seen.append)
-    assert seen == [Progress(done, 10, "steps", {"step": 7, "loss": 0.5}) for done in (7, 10)]
+    assert seen == [
+        Progress(done, 10, "steps", {"step": 7, "loss": 0.5}, events) for done, events in ((7, ("a spike",)), (10, ()))
+    ]
     first, *rest = (tmp_path / "log.txt").read_text().splitlines()
     assert first.startswith("=== attempt 20")
     assert rest == ["hello"]

@@ -5,11 +5,13 @@ import shutil
 import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from radlads.tasks.contracts import metrics_record
+from radlads.tasks.contracts.events import Event
 from radlads.tasks.contracts.job import CodeVersion, Manifest, StoreRef, TrackingRef
 from radlads.tasks.contracts.metrics_record import catch_up
 from radlads.tasks.contracts.store.open import LocalStore, store_id
@@ -226,3 +228,63 @@ def test_no_mirror(tmp_path):
     record.log(0, {"loss": 1.0})
     record.close()
     assert catch_up(tmp_path / "none" / "metrics.jsonl", TrackingRef(uri=NOWHERE, experiment="x", run_id="r"))
+
+
+ROLLED_BACK = Event(
+    kind="loss_spike", step=4, first=4, action="rollback", to=2, number="loss", value=9.0, threshold=3.0, median=2.0,
+    spread=0.1,
+)  # fmt: skip
+
+
+def test_mlflow_gets_every_step_of_a_name_once_and_the_events(tmp_path, ref):
+    """Also from a process that knows nothing of what was sent before."""
+
+    def log(record: MetricsRecord, *steps: int) -> None:
+        for step in steps:
+            record.log(step, {"loss": float(len(record.rows()) * 100 + step)})
+
+    first = MetricsRecord(tmp_path / "metrics.jsonl", ref)
+    log(first, 1, 2, 3, 4)
+    first.close()
+    second = MetricsRecord(tmp_path / "metrics.jsonl", ref)
+    second.event(ROLLED_BACK)
+    second.rewind(2)
+    log(second, 3, 4)
+    second.close()
+    third = MetricsRecord(tmp_path / "metrics.jsonl", ref)
+    log(third, 5)
+    third.close()
+    client = MlflowClient(ref.uri)
+    for _ in range(2):
+        histories = {
+            name: sorted(metric.step for metric in client.get_metric_history(ref.run_id, name))
+            for name in client.get_run(ref.run_id).data.metrics
+        }
+        assert histories == {"loss": [1, 2, 3, 4, 5], "rollback-1/loss": [3, 4]}
+        assert client.get_run(ref.run_id).data.tags["radlads.events"] == (
+            "1: step 4: loss spike: loss 9, threshold 3 (median before 2, spread 0.1); rolled back to step 2"
+        )
+        path = client.download_artifacts(ref.run_id, "events.json", str(tmp_path))
+        assert json.loads(Path(path).read_text()) == {"events": [ROLLED_BACK.model_dump(mode="json")]}
+        assert catch_up(tmp_path / "metrics.jsonl", ref)
+    repeated = client.get_metric_history(ref.run_id, "rollback-1/loss")
+    rows = [row for row in third.rows() if row["step"] in (3, 4) and "loss" in row]
+    assert sorted(metric.value for metric in repeated) == [row["loss"] for row in rows]
+
+
+def test_an_outage_amid_a_rollback_is_made_up_for(tmp_path, ref, monkeypatch):
+    record = MetricsRecord(tmp_path / "metrics.jsonl", None)
+    for step in (1, 2, 3):
+        record.log(step, {"loss": float(step)})
+    record.event(ROLLED_BACK.model_copy(update={"step": 3, "to": 1}))
+    record.rewind(1)
+    for step in (2, 3, 4):
+        record.log(step, {"loss": float(step)})
+    record.close()
+    sent = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+    assert not catch_up(tmp_path / "metrics.jsonl", ref)
+    monkeypatch.setattr(MlflowClient, "log_batch", sent)
+    assert catch_up(tmp_path / "metrics.jsonl", ref)
+    metrics = MlflowClient(ref.uri).get_run(ref.run_id).data.metrics
+    assert metrics == {"loss": 4.0, "rollback-1/loss": 3.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,9 +15,10 @@ ReadsKind = Literal["files", "teacher", "tokenizer", "dataset", "task"]
 
 @dataclass(frozen=True)
 class Undigested:
-    """Marks a field that does not enter any digest."""
+    """Marks a field that does not enter any digest, `unless` its value has an effect on the result."""
 
     why: str
+    unless: Callable[[Any], bool] = lambda _: False
 
 
 OPERATIONAL = Undigested("it changes memory, speed or what is recorded, not the result")

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from radlads.tasks.contracts.recipe.base import Place, Reads, Section
 from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
 from radlads.tasks.contracts.recipe.training import MixedRows, PhasedTraining, Rate, Schedule, Training, TrainingPhase
+from radlads.tasks.contracts.recipe.watch import NO_ROLLBACK, Rollback, Watch
 
 
 class Comprehensive(Section):
@@ -55,6 +56,26 @@ class CeSpikes(Section):
     every: int = Field(gt=0)
     weight: float = Field(gt=0)
 
+    def has(self, step: int) -> bool:
+        """Whether a step of a phase, counted from 0, is one of them."""
+        return (step + 1) % self.every == 0
+
+
+class DistillRollback(Rollback):
+    """Rollback, with CE spikes from there on, in place of those of the stage and its phases."""
+
+    ce_spikes: CeSpikes | None = None
+
+    @property
+    def changes_something(self) -> bool:
+        return super().changes_something or self.ce_spikes is not None
+
+
+class DistillWatch(Watch):
+    """Watch of distill."""
+
+    rollback: DistillRollback = DistillRollback()
+
 
 class Lora(Section):
     """Low-rank updates of chosen projections: y = x Wᵀ + scale·(x Aᵀ) Bᵀ, A Kaiming-uniform, B zero, W frozen.
@@ -98,6 +119,25 @@ class Distill(PhasedTraining):
     reported loss. Published: 1e-4."""
     lora: Lora | None = None
     phases: tuple[Phase, ...] = ()
+    watch: Annotated[DistillWatch, NO_ROLLBACK] = DistillWatch()
+
+    def has_ce_spike(self, step: int) -> bool:
+        index, own = self.place(step)
+        part = self.parts[index]
+        spikes = part.ce_spikes if isinstance(part, Distill) else None
+        return spikes is not None and spikes.every > 1 and spikes.has(own)
+
+    @property
+    def evidence_steps(self) -> int:
+        spikes = (self.ce_spikes, self.watch.rollback.ce_spikes, *(phase.ce_spikes for phase in self.phases))
+        return super().evidence_steps * (2 if any(spikes) else 1)  # up to every second step is left out
+
+    def after_rollbacks(self, count: int) -> Self:
+        slowed, spikes = super().after_rollbacks(count), self.watch.rollback.ce_spikes
+        if not count or spikes is None:
+            return slowed
+        phases = tuple(phase.model_copy(update={"ce_spikes": spikes}) for phase in slowed.phases)
+        return slowed.model_copy(update={"ce_spikes": spikes, "phases": phases})
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Self:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, AddedLater, Section, Seed
+from radlads.tasks.contracts.recipe.watch import NO_ROLLBACK, Watch
 from radlads.tasks.contracts.stages import stage_info
 
 
@@ -99,6 +100,7 @@ class Training(Section):
     heldout_tokens: int = Field(default=16384, gt=0)
     reset_at_documents: bool = False
     """Reset the recurrent state and mask attention at document boundaries. Off in the published runs."""
+    watch: Annotated[Watch, NO_ROLLBACK] = Watch()
 
     @property
     def parts(self) -> tuple[Training, ...]:
@@ -146,6 +148,19 @@ class Training(Section):
     def begins_anew(self, index: int) -> bool:
         """Whether a part starts with a new optimizer state; always true for the first part."""
         return index == 0
+
+    def has_ce_spike(self, step: int) -> bool:
+        """Whether an optimizer step (from 0) has a loss of its own, unlike its neighbours'."""
+        return False
+
+    @property
+    def evidence_steps(self) -> int:
+        """The most steps that separate the first sign of a fault from the step that rolls back for it."""
+        return self.watch.evidence_steps
+
+    def after_rollbacks(self, count: int) -> Self:
+        """The section by which training goes on after `count` rollbacks."""
+        return _slowed(self, self.watch.rollback.rate_factor**count) if count else self
 
     @property
     def longest_context(self) -> int:
@@ -206,6 +221,11 @@ class PhasedTraining(Training):
             return (self,)
         return tuple(self.model_copy(update={**phase.changes, "phases": ()}) for phase in self.phases)
 
+    def after_rollbacks(self, count: int) -> Self:
+        factor = self.watch.rollback.rate_factor**count
+        phases = tuple(_slowed(phase, factor) for phase in self.phases)
+        return super().after_rollbacks(count).model_copy(update={"phases": phases}) if count else self
+
     def begins_anew(self, index: int) -> bool:
         return super().begins_anew(index) or self.phases[index].fresh_optimizer
 
@@ -223,3 +243,17 @@ class PhasedTraining(Training):
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"phase {number}: {message}") from None
         return self
+
+
+_Rated = TypeVar("_Rated", bound=Section)
+
+
+def _slowed(section: _Rated, factor: float) -> _Rated:
+    """The section with its own rates multiplied. All schedules are linear in the rates."""
+    rates = {name: getattr(section, name) for name in ("mixer_rate", "rest_rate")}
+    slower = {
+        name: Rate(start=factor * rate.start, final=factor * rate.final)
+        for name, rate in rates.items()
+        if rate is not None
+    }
+    return section.model_copy(update=slower)

@@ -15,11 +15,11 @@ import hashlib
 import json
 import logging
 import re
-import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, distributed
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.events import event_rows, rollback_target
 from radlads.tasks.contracts.job import SCHEMA_VERSION, FileEntry, Manifest
 from radlads.tasks.contracts.store.errors import older_schema
 from radlads.tasks.contracts.store.names import MANIFEST
@@ -43,6 +44,7 @@ from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.exit_reasons import write_json
 from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.work_sharing import same_draw
 
 logger = logging.getLogger("radlads")
 
@@ -56,14 +58,16 @@ class Checkpoints:
     A context manager; its exit waits for a checkpoint that is being written.
     """
 
-    def __init__(self, job: Job, engine: Engine, *, seed: int, keep: int) -> None:
-        self.job, self.engine, self.seed, self.keep = job, engine, seed, keep
+    def __init__(self, job: Job, engine: Engine, *, seed: int, keep: int, every: int = 0, reach: int = 0) -> None:
+        """keep: how many of the newest to keep. every: multiples of it are kept for rollbacks, all of the last `reach`
+        steps and one before; 0: none."""
+        self.job, self.engine, self.seed, self.keep, self.every, self.reach = job, engine, seed, keep, every, reach
         self.prefix = f"{job.output_prefix}/checkpoints"
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         on_gpu = job.device.type == "cuda"
         self._host = HostCopy(min(job.world_size, torch.cuda.device_count()) if on_gpu else job.world_size)
-        self._attempt, self._saves = _same_on_all_ranks(job.device), 0
+        self._attempt, self._saves = same_draw(job.device), 0
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +181,10 @@ class Checkpoints:
         self.job.confirm_lease()
         store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
         store.delete(prefix, keep={f"{prefix}/{name}" for name in (MANIFEST, *(entry.path for entry in files))})
-        for old in self._committed_steps()[self.keep :]:
+        steps = self._committed_steps()
+        spaced = [one for one in steps if self.every and one % self.every == 0]
+        oldest = next((one for one in spaced if one <= step - self.reach), 0)
+        for old in set(steps[self.keep :]) - {one for one in spaced if one >= oldest}:
             store.delete(f"{self.prefix}/{_name(old)}")
 
     def _manifest(self, step: int) -> Manifest:
@@ -203,10 +210,16 @@ class Checkpoints:
         """Load the newest valid checkpoint; returns its step, or 0 if there is none. Sets the random generators.
         Collective: every rank reads what it holds."""
         self.wait()
-        step = self._choose()
-        if step == 0:
+        self._finish_rollback()
+        step = self.find()
+        if step is None:
             seed_everything(self.seed + self.job.rank)
             return 0
+        self.load(step)
+        return step
+
+    def load(self, step: int) -> None:
+        """Load a checkpoint that `find` has found, between any two steps. Sets the random generators."""
         folder = self._fetched(step)
         shapes = {name: parameter.shape for name, parameter in self.engine.parameters.items()}
         with Checkpoint(folder, step, shapes) as checkpoint:
@@ -223,15 +236,41 @@ class Checkpoints:
         if self.job.local_rank == 0:
             shutil.rmtree(self._marker.parent, ignore_errors=True)
         logger.info("continuing from the checkpoint of step %d", step)
-        return step
 
-    def _choose(self) -> int:
-        """The newest step with a valid checkpoint, found by rank 0 and broadcast."""
-        chosen = torch.zeros(1, dtype=torch.int64, device=self.job.device)
+    def find(self, latest: int | None = None) -> int | None:
+        """The newest step with a valid checkpoint, with `latest` a multiple of `every` up to there; None if there is
+        none. Rank 0 finds it."""
+        chosen = torch.full((1,), -1, dtype=torch.int64, device=self.job.device)
         if self.job.rank == 0:
-            chosen[0] = next((step for step in self._committed_steps() if self._verifies(step)), 0)
+            steps = self._committed_steps()
+            if latest is not None:
+                steps = [step for step in steps if step <= latest and step % self.every == 0]
+            chosen[0] = next((step for step in steps if self._verifies(step)), -1)
         distributed.broadcast(chosen, src=0)
-        return int(chosen.item())
+        return None if chosen.item() < 0 else int(chosen.item())
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: a rollback has given them up. No upload may be pending."""
+        if self.job.rank == 0:
+            self.job.confirm_lease()
+            for later in self._committed_steps():
+                if later > step:
+                    self.job.store.delete(f"{self.prefix}/{_name(later)}")
+            self.job.store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
+
+    def _finish_rollback(self) -> None:
+        """Discard what a rollback on record has given up, if the job was killed before it could. Checkpoints that are
+        younger than the rollback are not meant: they were made after it, perhaps on another machine."""
+        rows = event_rows(self.job.scratch / "metrics.jsonl") if self.job.rank == 0 else []
+        past = [(target, row["time"]) for row in rows if (target := rollback_target(row)) is not None]
+        for step in self._committed_steps() if past else []:
+            key = f"{self.prefix}/{_name(step)}"
+            with suppress(CorruptArtifact):
+                manifest = self.job.store.read_manifest(key)
+                made = 0.0 if manifest is None else manifest.created_at.timestamp() * 1000
+                if any(step > target and made < time for target, time in past):
+                    logger.info("deleting the checkpoint of step %d, which a rollback has given up", step)
+                    self.job.store.delete(key)
 
     def _verifies(self, step: int) -> bool:
         store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
@@ -266,21 +305,14 @@ class Checkpoints:
         return Path(json.loads(self._marker.read_text(encoding="utf-8"))["folder"])
 
     def _restore_record(self, folder: Path, step: int) -> None:
-        """Restore metrics.jsonl up to the checkpoint, if this machine has none or less."""
+        """Restore metrics.jsonl as it was saved, unless this machine's goes on from there."""
         saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
         if self.job.rank != 0 or not saved.is_file():
             return
-        # Another machine may have gone on from here: what this one has on record then ends before the checkpoint.
-        if not here.is_file() or here.stat().st_size < saved.stat().st_size:
+        # Another machine may have gone on from an earlier step: what this one has on record is then another history.
+        if not here.is_file() or not here.read_bytes().startswith(saved.read_bytes()):
             shutil.copyfile(saved, here)
 
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _same_on_all_ranks(device: torch.device) -> str:
-    """Eight random hexadecimal digits, drawn by the first rank. Collective."""
-    drawn = torch.tensor([secrets.randbits(32)], device=device)
-    distributed.broadcast(drawn, src=0)
-    return f"{int(drawn.item()):08x}"

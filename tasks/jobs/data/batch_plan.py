@@ -3,10 +3,14 @@
 Where a batch is in the data follows from its number alone, so there is nothing to save and nothing to fast-forward
 after a restart, and the sequences of an optimizer step do not depend on how many processes share them. Rows of a second
 dataset may be mixed in: of n sequences in their order, exactly ⌊n · share⌋ are, spread evenly.
+
+After a rollback the rest of the order is shuffled once more: what was read before is not read again before everything
+has been read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,6 +48,8 @@ class BatchPlan:
     """Of another dataset; its rows have an order of their own."""
     share: float = 0.0
     """Of the sequences: so many come from `mixed`."""
+    turns: tuple[int, ...] = ()
+    """Of each rollback, in the order of time: the sequences of the order that had been read where it went back to."""
 
     def __post_init__(self) -> None:
         for split in self._splits:
@@ -75,13 +81,14 @@ class BatchPlan:
         `split`."""
         first = self.skip + step * self.batch
         places = np.arange(first, first + self.batch, dtype=np.int64)
+        turns = np.asarray(self.turns, dtype=np.int64)
         if self.mixed is None:
-            return self._ordered(self.split, places)
+            return self._ordered(self.split, places, turns)
         parts = round(self.share * _PARTS)
         before, after = places * parts // _PARTS, (places + 1) * parts // _PARTS  # rows of `mixed` until then
-        own, rows = before == after, np.empty_like(places)
-        rows[own] = self._ordered(self.split, (places - before)[own])
-        rows[~own] = self.split.rows(self.context) + self._ordered(self.mixed, before[~own])
+        own, rows, mixed_turns = before == after, np.empty_like(places), turns * parts // _PARTS
+        rows[own] = self._ordered(self.split, (places - before)[own], turns - mixed_turns)
+        rows[~own] = self.split.rows(self.context) + self._ordered(self.mixed, before[~own], mixed_turns)
         return rows
 
     def labels(self) -> np.ndarray:
@@ -97,13 +104,19 @@ class BatchPlan:
     def _splits(self) -> tuple[TokenSplit, ...]:
         return (self.split,) if self.mixed is None else (self.split, self.mixed)
 
-    def _ordered(self, split: TokenSplit, places: np.ndarray) -> np.ndarray:
-        """Rows of a split at places of its order, counted over all epochs."""
+    def _ordered(self, split: TokenSplit, places: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """Rows of a split at places of its order, counted over all epochs. turns: those of its own order."""
         count = split.rows(self.context)
         epochs, places = np.divmod(places, count)
         rows = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
-            rows[epochs == epoch] = permute(places[epochs == epoch], count, self.seed, int(epoch))
+            inside = places[epochs == epoch]
+            for number in range(len(turns), 0, -1):  # the last shuffle reorders what the earlier ones gave
+                first = max(0, int(turns[number - 1]) - int(epoch) * count)
+                rest = inside >= first
+                shuffled = permute(inside[rest] - first, count - first, self.seed + (number << 32), int(epoch))
+                inside[rest] = first + shuffled
+            rows[epochs == epoch] = permute(inside, count, self.seed, int(epoch))
         return rows
 
     def _read(self, rows: np.ndarray) -> Batch:
@@ -122,15 +135,22 @@ class BatchPlan:
 
 
 def plan_batches(
-    section: Training, split: TokenSplit, world_size: int, *, mixed: TokenSplit | None = None
+    section: Training,
+    split: TokenSplit,
+    world_size: int,
+    *,
+    mixed: TokenSplit | None = None,
+    rollbacks: Sequence[int] = (),
 ) -> list[BatchPlan]:
     """The batches of each part of a stage. A part goes on in the order of the earlier ones of its context, so that no
     row comes twice before all have come once; of another context, the rows are others.
 
-    mixed: where the rows come from that the section mixes in. Raises UserError.
+    mixed: where the rows come from that the section mixes in. rollbacks: the steps gone back to, in the order of time;
+    the rows after each come in another order. Raises UserError.
     """
     plans: list[BatchPlan] = []
     read: dict[int, int] = {}
+    turns = [_read_until(section, step) for step in rollbacks]
     if (mixed is None) != (section.mixed is None):
         raise ValueError("a section that mixes rows in needs the dataset that they come from, and no other does")
     for part in section.parts:
@@ -145,7 +165,18 @@ def plan_batches(
             skip=read.get(part.context, 0),
             mixed=mixed,
             share=0.0 if section.mixed is None else section.mixed.share,
+            turns=tuple(turn.get(part.context, 0) for turn in turns),
         )
         plans.append(plan)
         read[part.context] = plan.skip + part.own_steps * part.batch
     return plans
+
+
+def _read_until(section: Training, step: int) -> dict[int, int]:
+    """Context → sequences that a stage has read after `step` optimizer steps."""
+    read: dict[int, int] = {}
+    for part in section.parts:
+        done = min(step, part.own_steps)
+        read[part.context] = read.get(part.context, 0) + done * part.batch
+        step -= done
+    return read

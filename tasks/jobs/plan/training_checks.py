@@ -27,6 +27,11 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
         parts = section.parts
         for number, part in enumerate(parts, 1):
             _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
+        if section.watch.rolls_back and section.watch.rollback.every >= section.num_steps:
+            findings.warnings.append(
+                f"{stage}: a rollback can only go back to the beginning, because watch.rollback.every "
+                f"({section.watch.rollback.every}) is not below its {section.num_steps} steps"
+            )
         if positions is not None:
             _check_context(recipe, stage, section, positions, findings)
         if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and not stage_info(stage).layerwise:

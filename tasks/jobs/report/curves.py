@@ -19,7 +19,8 @@ from radlads.tasks.contracts.stages import ALIGN, stage_info
 
 
 def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """One panel per stage: loss per step (faint), running mean, held-out losses. sheets: stage → train.json."""
+    """One panel per stage: loss per step (faint), running mean, held-out losses, and a line where a rollback went back
+    to. sheets: stage → train.json."""
     figure, axes = plt.subplots(1, len(sheets), figsize=(4.6 * len(sheets), 3.4), squeeze=False, layout="constrained")
     for axis, (stage, sheet) in zip(axes[0], sheets.items(), strict=True):
         steps, losses = np.array(sheet["losses"], dtype=float).T
@@ -29,6 +30,10 @@ def draw_losses(sheets: Mapping[str, dict[str, Any]], path: Path) -> None:
         if heldout:
             at, values = np.array(heldout, dtype=float).T
             axis.plot(at, values, color="#c2571a", marker="o", markersize=4, linewidth=1.2, label="held out")
+        targets = sorted({event["to"] for event in sheet.get("events", ()) if event["to"] is not None})
+        for step in targets:
+            label = "rolled back to here" if step == targets[0] else None
+            axis.axvline(step, color="#777777", linestyle=":", linewidth=1.2, label=label)
         axis.set_title(stage)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(stage_info(stage).loss)

@@ -19,9 +19,10 @@ from radlads.tasks.jobs.report.card import teacher_name, write_card
 from radlads.tasks.jobs.report.curves import draw_layers, draw_losses
 from radlads.tasks.jobs.report.html_page import render_html
 from radlads.tasks.jobs.report.products import Products
-from radlads.tasks.jobs.report.report_blocks import render_markdown
+from radlads.tasks.jobs.report.report_blocks import Verdict, render_markdown
 from radlads.tasks.jobs.report.report_body import build_report
 from radlads.tasks.jobs.report.verdicts import judge
+from radlads.tasks.jobs.report.watch_report import watch_verdicts
 from radlads.tasks.jobs.sources import load_tokenizer
 
 logger = logging.getLogger("radlads")
@@ -36,7 +37,7 @@ def main(job: Job) -> dict[str, Any]:
     trusted = recipe.teacher is not None and recipe.teacher.trust_remote_code
     copy_model(products, job.scratch / "final", job.output / "model", spec.section.max_shard_bytes, trusted)
     pictures = draw_pictures(products, job.output)
-    verdicts = []
+    verdicts: list[Verdict] = []
     if recipe.teacher is not None:
         searched = products.of_stage(NEEDLE.name)
         verdicts = judge(
@@ -45,6 +46,7 @@ def main(job: Job) -> dict[str, Any]:
             needle_metrics=searched.manifest.metrics if searched else {},
             final_stage=products.final.manifest.stage,
         )
+    verdicts += watch_verdicts(products)
     title = spec.section.title or _title(products, recipe, job.spec.run)
     blocks = build_report(products, recipe, verdicts, pictures)
     (job.output / "report.md").write_text(render_markdown(title, blocks), encoding="utf-8")

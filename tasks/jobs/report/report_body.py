@@ -23,6 +23,7 @@ from radlads.tasks.jobs.report.number_format import (
 )
 from radlads.tasks.jobs.report.products import Products, ReportedProduct
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Picture, Table, Text, Verdict
+from radlads.tasks.jobs.report.watch_report import watch_blocks
 
 _SOURCE = "source"
 
@@ -36,7 +37,8 @@ def build_report(
         blocks.append(Text(recipe.description))
     blocks += verdicts
     blocks += [*_summary(products), *_stages(products), *_needle(products, pictures)]
-    blocks += [*_tasks(products), *_curves(products, pictures), *_samples(products), *_student(products, recipe)]
+    blocks += [*_tasks(products), *_curves(products, pictures), *watch_blocks(products)]
+    blocks += [*_samples(products), *_student(products, recipe)]
     blocks += choice_blocks(products, list(pictures))
     blocks += [*_cost(products, recipe), *_data(products), *_provenance(products), *_recipe(recipe)]
     return blocks

@@ -56,7 +56,7 @@ def optimizer_steps(
 
 def _enter(section: Training, engine: Engine, plan: BatchPlan, phase: int, own: int) -> None:
     """Prepare the engine for a phase that begins, or continues after a restore."""
-    if plan.num_micro != engine.num_micro or phase > 0:
+    if (plan.sequences, plan.num_micro) != (engine.micro_batch, engine.num_micro) or phase > 0:
         engine.accumulate(plan.sequences, plan.num_micro)
     if phase > 0 and own == 0:
         logger.info("phase %d begins: context %d, batch %d", phase + 1, plan.context, plan.batch)

@@ -13,11 +13,12 @@ import torch
 from radlads.model.training.lora import add_lora, merge_lora
 from radlads.model.training.objectives import build_objective
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.events import Event
 from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
 from radlads.tasks.jobs.checkpoints.random_state import seed_everything
-from radlads.tasks.jobs.common import Job, Preempted, run_job
+from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, run_job
 from radlads.tasks.jobs.data.batch_plan import BatchPlan, plan_batches
 from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 from radlads.tasks.jobs.origin import check_training
@@ -29,6 +30,7 @@ from radlads.tasks.jobs.train.label_check import check_labels
 from radlads.tasks.jobs.train.steps import Step, optimizer_steps
 from radlads.tasks.jobs.train.training_models import Networks, export_model, load_networks
 from radlads.tasks.jobs.train.training_report import memory_bytes, write_report
+from radlads.tasks.jobs.watch.watchdog import Watchdog, stopped
 
 logger = logging.getLogger("radlads")
 
@@ -49,7 +51,8 @@ def main(job: Job) -> dict[str, Any]:
     mixed = None if section.mixed is None else _open_data(job, "mixed_data", spec, networks).split("train")
     calibration = calibrate_student(job, spec, networks, dataset)
     objective = build_objective(spec, networks.student, networks.teacher)
-    plans = plan_batches(section, dataset.split("train"), job.world_size, mixed=mixed)
+    batches = partial(plan_batches, split=dataset.split("train"), world_size=job.world_size, mixed=mixed)
+    plans = batches(section)
     check_labels(section, plans)
     engine = build_engine(job, objective, section, micro_batch=plans[0].sequences, num_micro=plans[0].num_micro)
     heldout = partial(
@@ -65,12 +68,16 @@ def main(job: Job) -> dict[str, Any]:
         world_size=job.world_size,
         document_ids=section.reset_at_documents,
     )
-    with Checkpoints(job, engine, seed=section.seed, keep=section.keep_checkpoints) as checkpoints:
+    every = section.watch.rollback.every if section.watch.rolls_back else 0
+    kept = {"keep": section.keep_checkpoints, "every": every, "reach": section.evidence_steps + 1}
+    with Checkpoints(job, engine, seed=section.seed, **kept) as checkpoints:
         start = checkpoints.restore()
         job.record.rewind(start)
         if start == 0 and section.heldout_every:
             job.record.log(0, heldout())
-        _train(job, section, engine, plans, checkpoints, heldout, start)
+        if start == 0 and every:
+            checkpoints.save(0)
+        _train(job, section, engine, batches, checkpoints, heldout, start)
         final = heldout()
     job.record.log(section.num_steps, final)
     engine.release(job.rank)
@@ -85,36 +92,83 @@ def _train(
     job: Job,
     section: Training,
     engine: Engine,
-    plans: list[BatchPlan],
+    batches: Callable[..., list[BatchPlan]],
     checkpoints: Checkpoints,
     heldout: Callable[[], dict[str, float]],
     start: int,
 ) -> None:
-    """Optimizer steps start+1 … num_steps. Raises Preempted (after a checkpoint) on a request to stop, and
-    NonFiniteError."""
-    num_steps, reported = section.num_steps, time.monotonic()
-    for step in optimizer_steps(section, engine, plans, start=start, rank=job.rank, stop=lambda: job.stop_requested):
+    """Train from step `start` to the end, by way of all rollbacks. batches: section → plans. Raises Preempted and
+    StoppedByWatch (both after a checkpoint), and NonFiniteError."""
+    watchdog = Watchdog(job, section.watch)
+    event = watchdog.judge()  # again: the job may have been stopped there, by settings that have changed since
+    while True:
+        if event is not None:
+            start = watchdog.act(event, checkpoints)
+        changed = section.after_rollbacks(len(watchdog.rollbacks))
+        plans = batches(changed, rollbacks=watchdog.rollbacks if section.watch.rollback.reshuffle else ())
+        if watchdog.rollbacks:
+            check_labels(changed, plans)
+        engine.objective.section = changed
+        event = _run_steps(job, changed, engine, plans, checkpoints, watchdog, heldout, start)
+        if event is None:
+            return
+
+
+def _run_steps(
+    job: Job,
+    section: Training,
+    engine: Engine,
+    plans: list[BatchPlan],
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
+    heldout: Callable[[], dict[str, float]],
+    start: int,
+) -> Event | None:
+    """Optimizer steps start+1 … num_steps; returns early with what the watchdog must act on. Raises as `_train`."""
+    num_steps, reported, done = section.num_steps, time.monotonic(), start
+    steps = optimizer_steps(section, engine, plans, start=start, rank=job.rank, stop=lambda: _must_stop(job, watchdog))
+    while True:
+        try:
+            step = next(steps, None)
+        except NonFiniteError:
+            event = watchdog.not_finite(done + 1)
+            if event is None:
+                raise
+            engine.abandon()
+            return event
+        if step is None:
+            return None
         done = step.number
         if done == start + 1:
             launch = time.time() - job.launched
             logger.info("the first step ended %.1f s after the launch, and took %.1f s", launch, step.seconds)
         numbers = _numbers(section, step, job.device)
         job.record.log(done, numbers)
+        event = watchdog.see(done, numbers)
         job.progress(done, num_steps, "steps")
         if time.monotonic() - reported >= _TELL_SECONDS or done in (start + 1, num_steps):
             reported = time.monotonic()
             logger.info(
                 "step %d/%d  loss %.4f  %.0f tokens/s", done, num_steps, numbers["loss"], numbers["tokens_per_second"]
             )
+        if event is not None:
+            return event
         if section.heldout_every and done % section.heldout_every == 0 and done < num_steps:
             job.record.log(done, heldout())
         stopping = step.seen.stop
-        if stopping or done % section.checkpoint_every == 0 or done == num_steps > section.checkpoint_every:
+        due = done % section.checkpoint_every == 0 or (checkpoints.every and done % checkpoints.every == 0)
+        if stopping or due or done == num_steps > section.checkpoint_every:
             checkpoints.save(done)
         if stopping:
             checkpoints.wait()
             job.barrier()  # the launcher ends every rank as soon as one has exited
+            if watchdog.slow is not None:
+                raise stopped(watchdog.slow, "its policy is `stop`")
             raise Preempted(f"stopped on request after step {done} of {num_steps}; the next attempt resumes there")
+
+
+def _must_stop(job: Job, watchdog: Watchdog) -> bool:
+    return job.stop_requested or watchdog.slow is not None
 
 
 def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, float]:
@@ -127,6 +181,7 @@ def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, f
     return {
         **step.seen.metrics,
         **phase,
+        **({"ce_spike": 1.0} if section.has_ce_spike(step.number - 1) else {}),
         "grad_norm": step.seen.grad_norm,
         **{f"lr/{group}": rate for group, rate in step.rates.items()},
         "tokens": earlier + (own + 1) * tokens,

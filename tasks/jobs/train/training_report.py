@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from radlads.tasks.contracts.events import events_of
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job, NoRecord, write_json
 
@@ -15,14 +16,16 @@ from radlads.tasks.jobs.common import Job, NoRecord, write_json
 def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[str, Any]:
     """Put train.json and metrics.jsonl into the output; returns the numbers for the manifest. The first rank calls it.
 
-    Seconds are the training steps' own, over every attempt of the job; without start-up and saving.
+    Seconds are the training steps' own, over every attempt of the job, with those that a rollback gave up; without
+    start-up and saving.
     """
     section, resources = spec.section, job.spec.resources
     record = job.record
     assert not isinstance(record, NoRecord), "the first rank keeps the record"
     rows = record.rows()
     steps = [row for row in rows if "loss" in row and "seconds" in row]
-    seconds = sum(row["seconds"] for row in steps)
+    events = events_of(rows)
+    seconds = sum(row["seconds"] for row in steps) + sum(event.seconds for event in events)
     tokens = section.seen_tokens
     gpu_hours = seconds * job.world_size / 3600 if resources.device == "cuda" else 0.0
     numbers: dict[str, Any] = {
@@ -36,6 +39,9 @@ def write_report(job: Job, spec: TrainSpec, heldout: dict[str, float]) -> dict[s
     }
     if resources.dollars_per_gpu_hour is not None:
         numbers["dollars"] = gpu_hours * resources.dollars_per_gpu_hour
+    if events:
+        numbers["rollbacks"] = sum(event.action == "rollback" for event in events)
+        numbers["events"] = [event.model_dump(mode="json") for event in events]
     report = {
         "objective": spec.objective,
         **numbers,

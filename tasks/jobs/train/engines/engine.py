@@ -149,6 +149,14 @@ class Engine:
             for gradient in self._gradients():
                 gradient.zero_()  # a parameter unused in the next step must not keep this step's gradient
 
+    def abandon(self) -> None:
+        """Leave a step that raised NonFiniteError. Moments decay and counters go on, so a restore must follow."""
+        for gradient in self._gradients():
+            gradient.zero_()
+        for group in self._adam.param_groups:
+            group["lr"] = 0.0
+        self._move()
+
     def _agree(self, seen: dict[str, Tensor], labelled: float, stop: bool) -> tuple[StepResult, float]:
         """Average over the labels of all ranks, and copy everything to the host at once; also the step's share.
 
