@@ -2,8 +2,7 @@
 
 A row is written and flushed at once. A separate thread reads the file and sends rows that MLflow does not have yet.
 MLflow itself is queried for the last step of each metric, so any later process can continue from there, and no step of
-a metric is sent twice. The steps that a rollback repeats are sent under names of their own (`rollback-1/loss`), up to
-the step that had been reached; from there on the curves go on under theirs.
+a metric is sent twice. The steps that a rollback repeats are sent under names of their own (`rollback-1/loss`).
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ class MetricsRecord:
         self._write(event.step, {"event": event.model_dump(mode="json")})
 
     def rewind(self, step: int) -> None:
-        """Delete the rows after `step`: the job was restored there and will compute them again. Events that led there
-        stay."""
+        """Delete the rows after `step`, to which the job was restored. Events that led there stay."""
         self._rewrite(lambda rows: kept_rows(rows, step))
         if self._mirror is not None:
             self._mirror.reread()

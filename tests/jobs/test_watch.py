@@ -17,7 +17,7 @@ from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.training_checks import check_training
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 QUICK = {"window": 4, "patience": 1}
 OFF = {name: {"policy": "off"} for name in ("loss_spike", "gradient_explosion", "plateau", "throughput")}
@@ -367,7 +367,7 @@ from dataclasses import replace
 import deepspeed
 from radlads.tasks.jobs.common import run_job
 from radlads.tasks.jobs.train import train
-from radlads.tasks.jobs.train.engine import Engine
+from radlads.tasks.jobs.train.engines.engine import Engine
 
 step, spoilt = Engine.step, []
 
