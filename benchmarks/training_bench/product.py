@@ -24,6 +24,7 @@ from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.common import Job, execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
 from radlads.tasks.jobs.train import train, training_models
+from radlads.tasks.jobs.train.engines.engine import Engine
 from training_bench.case import Case
 from training_bench.measuring import Watch, product_mixer_memory
 
@@ -32,29 +33,26 @@ class Measured(Exception):  # noqa: N818
     """The last step is done; there is nothing to export."""
 
 
-def watched_engine(watch: Watch) -> type[train.Engine]:
+def watch_engine(engine: Engine, watch: Watch) -> Engine:
     """The engine, reporting its steps to the watch."""
+    objective, step = engine.objective, engine.step
 
-    class Watched(train.Engine):
-        def step(self, batches: Any, rates: Any, number: int, *, stop: bool) -> Any:
-            objective = self.objective
-            watch.before(number, student=objective.student, teacher=objective._teacher[0], objective=objective)
-            if watch.profile is None:
-                result = super().step(batches, rates, number, stop=stop)
-            else:
-                with watch.profile.engine(self):
-                    result = super().step(batches, rates, number, stop=stop)
-            watch.after(number, result.metrics["loss"])
-            return result
+    def watched_step(batches: Any, rates: Any, number: int, *, stop: bool) -> Any:
+        watch.before(number, student=objective.student, teacher=objective._teacher[0], objective=objective)
+        with nullcontext() if watch.profile is None else watch.profile.engine(engine):
+            result = step(batches, rates, number, stop=stop)
+        watch.after(number, result.metrics["loss"])
+        return result
 
-    return Watched
+    engine.step = watched_step  # type: ignore[method-assign]
+    return engine
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """The training program's parts, reporting their progress to the watch."""
     load, save, wait = train.load_networks, train.Checkpoints.save, train.Checkpoints.wait
-    loop = train._train
+    loop, build = train._train, train.build_engine
 
     def load_networks(*args: Any) -> Any:
         watch.mark("imported, joined and checked")
@@ -84,7 +82,7 @@ def watched(watch: Watch) -> Iterator[None]:
         raise Measured
 
     with (
-        mock.patch.object(train, "Engine", watched_engine(watch)),
+        mock.patch.object(train, "build_engine", lambda *args, **sizes: watch_engine(build(*args, **sizes), watch)),
         mock.patch.object(train, "load_networks", load_networks),
         mock.patch.object(train, "_train", run_loop),
         mock.patch.object(train.Checkpoints, "save", timed("save_seconds", save)),

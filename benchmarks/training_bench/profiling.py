@@ -93,13 +93,10 @@ class Profile:
     @contextmanager
     def engine(self, engine: Any) -> Iterator[None]:
         """Parts of a step of the product's engine."""
-        inner = engine._engine
-        with (
-            mock.patch.object(inner, "step", _ranged(inner.step, "optimizer")),
-            mock.patch.object(engine, "_agree", _ranged(engine._agree, "optimizer")),
-            mock.patch.object(engine, "_scale", _ranged(engine._scale, "optimizer")),
-            mock.patch.object(inner, "backward", _ranged(inner.backward, "gradients")),
-        ):
+        parts = {"_move": "optimizer", "_between": "optimizer", "_agree": "optimizer", "_scale": "optimizer"}
+        with ExitStack() as stack:
+            for name, part in {**parts, "_backward": "gradients"}.items():
+                stack.enter_context(mock.patch.object(engine, name, _ranged(getattr(engine, name), part)))
             yield
 
     def end(self) -> dict[str, Any] | None:

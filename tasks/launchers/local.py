@@ -37,7 +37,7 @@ ATTEMPT = "=== attempt"
 """Start of the first line that every attempt writes to the log."""
 _LEFTOVER_SECONDS = 10.0
 _SUPERVISOR = "radlads.tasks.launchers.supervise"
-_RANKS = "radlads.tasks.jobs.ranks"
+_RANKS = "radlads.tasks.jobs.train.engines.ranks"
 
 
 class LocalLauncher(Launcher):

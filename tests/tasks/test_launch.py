@@ -30,7 +30,7 @@ from radlads.tasks.launchers.progress import Watcher
 CPU = JobResources(device="cpu", processes=2, threads=3)
 WORLD = base64.urlsafe_b64encode(b'{"localhost": ["0", "1"]}').decode()
 LAUNCHER = (
-    f"PYTHON -u -m radlads.tasks.jobs.ranks --no_local_rank --world_info={WORLD} "
+    f"PYTHON -u -m radlads.tasks.jobs.train.engines.ranks --no_local_rank --world_info={WORLD} "
     "--master_addr=127.0.0.1 --master_port=29511"
 )
 
