@@ -221,6 +221,16 @@ class Job:
         )
         return self.store.commit(self.output_prefix, self.output, manifest, guard=self.confirm_lease)
 
+    def is_committed(self) -> bool:
+        """Whether the product is in the store. An outage of the store answers no."""
+        from radlads.tasks.contracts.store.errors import StoreError
+
+        try:
+            manifest = self.store.read_manifest(self.output_prefix)
+        except StoreError:
+            return False
+        return manifest is not None and manifest.digest == self.spec.digest
+
     def confirm_lease(self) -> None:
         """Raises LeaseLost if another process now makes this product: this one must not commit its own."""
         if self.spec.lease is not None:
@@ -277,7 +287,7 @@ def execute(main: JobMain, job: Job) -> ExitReason:
         if not alone:
             return "crash"
         forget_kernels()
-        forget_commit(job.scratch, job.rank)
+        forget_commit(job.scratch, job.local_rank)
         reason, message = _attempt(main, job)
         write_ending(job.scratch, job.rank, reason, message)
         if job._record is not None:
@@ -298,7 +308,8 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
             job.commit(metrics)
             announce_commit(job.scratch)
         # No rank may exit before the product exists: the launcher would then stop the others.
-        wait_for_commit(job.scratch)
+        on_another_host = job.rank > 0 and job.local_rank == 0
+        wait_for_commit(job.scratch, job.is_committed if on_another_host else None)
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # outermost handler: every exit is recorded
         reason, message = explain(error, job.scratch)

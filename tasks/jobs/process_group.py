@@ -27,7 +27,8 @@ _PR_SET_PDEATHSIG = 1
 def join_group(device: torch.device, rank: int, world_size: int) -> None:
     """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port.
 
-    Ranks connect over loopback: torch's store has no authentication, and by default listens on every interface.
+    torch's store has no authentication, and by default listens on every interface: ours listens on the address where
+    the ranks meet, which is loopback unless they are on several hosts.
     """
     import torch
     from torch import distributed
@@ -41,7 +42,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=HashStore() if world_size == 1 else _loopback_store(rank, world_size),
+        store=HashStore() if world_size == 1 else _meeting_store(rank, world_size),
         rank=rank,
         world_size=world_size,
         timeout=_TIMEOUT,
@@ -49,15 +50,16 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
     )
 
 
-def _loopback_store(rank: int, world_size: int) -> TCPStore:
-    """The rendezvous store of the ranks, at the port that the launcher set."""
+def _meeting_store(rank: int, world_size: int) -> TCPStore:
+    """The rendezvous store of the ranks, at the address and port that the launcher set."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    port = int(os.environ["MASTER_PORT"])
+    address, port = os.environ.get("MASTER_ADDR", _LOOPBACK), int(os.environ["MASTER_PORT"])
     if rank > 0:
-        return TCPStore(_LOOPBACK, port, world_size, is_master=False, timeout=_TIMEOUT)
-    listener = socket.create_server((_LOOPBACK, port), backlog=world_size)
-    return TCPStore(_LOOPBACK, port, world_size, True, timeout=_TIMEOUT, master_listen_fd=listener.detach())
+        return TCPStore(address, port, world_size, is_master=False, timeout=_TIMEOUT)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family, backlog=world_size)
+    return TCPStore(address, port, world_size, True, timeout=_TIMEOUT, master_listen_fd=listener.detach())
 
 
 def leave_group(*, orderly: bool) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from radlads.tasks.jobs.exit_reasons import write_json
 
 _COMMITTED = "committed.json"
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 2.0
 # Longer than the upload of the largest model, which reports no progress.
 _STALL_SECONDS = 6 * 3600.0
 
@@ -28,9 +30,9 @@ def wait_for(marker: Path, scratch: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def forget_commit(scratch: Path, rank: int) -> None:
+def forget_commit(scratch: Path, local_rank: int) -> None:
     """Remove the commit marker of an earlier attempt. Called before the ranks join, so that none sees the old one."""
-    if rank == 0:
+    if local_rank == 0:
         (scratch / _COMMITTED).unlink(missing_ok=True)
 
 
@@ -39,6 +41,12 @@ def announce_commit(scratch: Path) -> None:
     write_json(scratch / _COMMITTED, {})
 
 
-def wait_for_commit(scratch: Path) -> None:
-    """Wait until the product is committed."""
+def wait_for_commit(scratch: Path, committed: Callable[[], bool] | None = None) -> None:
+    """Wait until the product is committed. committed: looks in the store; for the first rank of a host that is not the
+    first, which then announces the commit to the other ranks of its host. The launcher detects a first rank that
+    dies."""
+    while committed is not None and not committed():
+        time.sleep(_LOOK_SECONDS)
+    if committed is not None:
+        announce_commit(scratch)
     wait_for(scratch / _COMMITTED, scratch)
