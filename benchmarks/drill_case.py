@@ -40,6 +40,7 @@ class Place:
     folder: Path
     kind: str
     proxy: FaultProxy | None = None
+    recipe: Path = RECIPE
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -78,7 +79,7 @@ class Place:
 
     def start(self, command: list[str] | None = None, **more: str) -> subprocess.Popen[bytes]:
         """Start the flow, or another command that runs it."""
-        places = [str(RECIPE), RUN, self.store, str(self.folder / "work")]
+        places = [str(self.recipe), RUN, self.store, str(self.folder / "work")]
         command = command or [sys.executable, str(HERE / "drill_flow.py"), *places]
         with (self.folder / "flow.log").open("ab") as log:
             return subprocess.Popen(

@@ -16,6 +16,8 @@ READS_ENVIRONMENT = {
     "tasks/launchers/remote/agent.py",
     "tasks/launchers/remote/follow.py",
     "tasks/launchers/remote/hosts.py",
+    "tasks/launchers/remote/node.py",
+    "tasks/launchers/remote/slurm.py",
     "tasks/contracts/settings.py",
     "tasks/launchers/supervise.py",
     "flows/services.py",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import ExitReason, InputRef, JobSpec, Manifest, read_job
-from radlads.tasks.contracts.locks.lease import confirm_lease
+from radlads.tasks.contracts.locks.lease import LeaseLost, confirm_lease
 from radlads.tasks.contracts.parsing.credentials import HidingFormatter, learn
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import check_pins
@@ -232,9 +232,18 @@ class Job:
         return manifest is not None and manifest.digest == self.spec.digest
 
     def confirm_lease(self) -> None:
-        """Raises LeaseLost if another process now makes this product: this one must not commit its own."""
-        if self.spec.lease is not None:
+        """Raises LeaseLost if another process now makes this product: this one must not commit its own. A flow that
+        follows a job which outlived its first one leaves its own lease in the job's file."""
+        if self.spec.lease is None:
+            return
+        try:
             confirm_lease(self.store, self.spec.lease)
+        except LeaseLost:
+            successor = read_job(self.scratch / "job.json").lease
+            if successor is None or successor == self.spec.lease:
+                raise
+            self.spec = self.spec.model_copy(update={"lease": successor})
+            confirm_lease(self.store, successor)
 
 
 JobMain = Callable[[Job], dict[str, Any] | None]

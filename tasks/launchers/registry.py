@@ -8,10 +8,12 @@ from radlads.tasks.contracts.recipe.recipe import Resources
 from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.local import LocalLauncher
 from radlads.tasks.launchers.remote.hosts import HostsLauncher
+from radlads.tasks.launchers.remote.slurm import SlurmLauncher
 
 LAUNCHERS: dict[str, Callable[[Resources], Launcher]] = {
     "local": lambda _: LocalLauncher(),
     "hosts": HostsLauncher,
+    "slurm": SlurmLauncher,
 }
 
 

@@ -40,6 +40,7 @@ class Slurm(Section):
     nodes: Annotated[int, OPERATIONAL] = Field(default=1, ge=1, le=4096)
     gpus_per_node: Annotated[int, OPERATIONAL] = Field(default=1, ge=1, le=64)
     """With `device: cpu` the number of ranks of a node, for which no GPU is asked."""
+    cpus_per_node: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1, le=4096)
     partition: Annotated[_Word | None, OPERATIONAL] = None
     account: Annotated[_Word | None, OPERATIONAL] = None
     qos: Annotated[_Word | None, OPERATIONAL] = None

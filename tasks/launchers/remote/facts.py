@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import StoreRef
+from radlads.tasks.contracts.job import Sheet, StoreRef
 from radlads.tasks.contracts.store.errors import StoreError
-from radlads.tasks.contracts.store.open import find_store
+from radlads.tasks.contracts.store.open import Store, find_store, store_id
 from radlads.tasks.launchers.devices import count_gpus
 
 _FOLDERS = ("kernels", "model", "tasks")
@@ -69,30 +69,47 @@ def facts_of(store: StoreRef, work: str, visible: str | None) -> dict[str, Any]:
     }
 
 
-def fault_of(there: Mapping[str, Any], *, gpus: int, store: str, store_uri: str, work: str, late: float) -> str | None:
-    """One line on what is wrong with another machine for a job of this one; None if nothing is.
+class Expected(Sheet):
+    """What the flow's machine has, and what a job of it needs on another one. store: its id. gpus: number."""
 
-    gpus: number that the job needs there. store: its id. late: seconds between the two clocks that the connection
-    explains.
+    code: str
+    versions: dict[str, str]
+    store: str
+    store_uri: str
+    gpus: int
+    work: str
+
+
+def expected(store: Store, gpus: int, work: str) -> Expected:
+    """As this machine is. Raises StoreError."""
+    return Expected(
+        code=code_digest(), versions=versions(), store=store_id(store), store_uri=store.uri, gpus=gpus, work=work
+    )
+
+
+def fault_of(there: Mapping[str, Any], wanted: Expected, now: float, late: float = 0.0) -> str | None:
+    """One line on what is wrong with another machine for a job; None if nothing is.
+
+    now: the time of the flow's machine. late: seconds between the two clocks that the connection explains.
     """
-    for name, here in versions().items():
+    for name, here in wanted.versions.items():
         if there["versions"].get(name) != here:
-            return f"has {name} {there['versions'].get(name)}, this machine has {here}; install the same"
-    if there["code"] != code_digest():
-        return "has another version of radlads than this machine; install the same"
-    if there["store"] != store:
+            return f"has {name} {there['versions'].get(name)}, the flow's machine has {here}; install the same"
+    if there["code"] != wanted.code:
+        return "has another version of radlads than the flow's machine; install the same"
+    if there["store"] != wanted.store:
         what = there["why"] or ("another store lies there" if there["store"] else "nothing lies there")
         return (
-            f"does not see the store {store_uri}: {what}; use S3, or a folder on a file system that all hosts share at "
-            "the same path"
+            f"does not see the store {wanted.store_uri}: {what}; use S3, or a folder on a file system that all hosts "
+            "share at the same path"
         )
     if there["work"] is None:
-        return f"cannot write its work folder {work}; name another one in resources.remote.work"
-    if there["gpus"] < gpus:
-        return f"has {there['gpus']} visible GPU(s), the job is to have {gpus} there"
-    drift = abs(there["time"] - time.time())
+        return f"cannot write its work folder {wanted.work}; name another one in resources.remote.work"
+    if there["gpus"] < wanted.gpus:
+        return f"has {there['gpus']} visible GPU(s), the job is to have {wanted.gpus} there"
+    drift = abs(there["time"] - now)
     if drift > 60.0 + late:
-        return f"has a clock that is {drift:,.0f} seconds off this machine's; set it"
+        return f"has a clock that is {drift:,.0f} seconds off the flow's machine's; set it"
     return None
 
 

@@ -17,11 +17,11 @@ from radlads.tasks.contracts.job import JobResources, JobSpec
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.recipe.machines import Host, parse_hosts
 from radlads.tasks.contracts.recipe.recipe import Resources
-from radlads.tasks.contracts.store.open import Store, store_id
+from radlads.tasks.contracts.store.open import Store
 from radlads.tasks.launchers.launcher import JobCrashed, JobFailed, Launcher
 from radlads.tasks.launchers.local import LocalLauncher, attempt, has_ranks
 from radlads.tasks.launchers.progress import Progress
-from radlads.tasks.launchers.remote.facts import fault_of
+from radlads.tasks.launchers.remote.facts import expected, fault_of
 from radlads.tasks.launchers.remote.follow import follow
 from radlads.tasks.launchers.remote.placing import forwarded, machines_resources, on_this_machine, runs_here
 from radlads.tasks.launchers.remote.ssh import HostLost, HostRefused, interpreter, open_crew
@@ -60,14 +60,8 @@ class HostsLauncher(Launcher):
                 f"{interpreter(self._remote)} there (resources.remote.python)"
             ) from None
         for number, host in enumerate(self._hosts):
-            fault = fault_of(
-                found[number]["facts"],
-                gpus=host.slots if gpus else 0,
-                store=store_id(store),
-                store_uri=store.uri,
-                work=folder,
-                late=time.time() - began,
-            )
+            wanted = expected(store, host.slots if gpus else 0, folder)
+            fault = fault_of(found[number]["facts"], wanted, time.time(), late=time.time() - began)
             if fault is not None:
                 raise UserError(f"host {host.name} {fault}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import JobSpec
+from radlads.tasks.contracts.job import JobSpec, LeaseRef
 from radlads.tasks.contracts.parsing.files import private_folder, write_private
 from radlads.tasks.contracts.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.launchers.devices import count_cores
@@ -76,6 +76,11 @@ class Part:
             grace_seconds=grace_seconds,
         )
         return code, read_json(self.scratch / "exit.json")
+
+    def hand_over(self, lease: dict[str, Any]) -> None:
+        """Leave the ranks another lease (Job.confirm_lease)."""
+        self.spec = self.spec.model_copy(update={"lease": LeaseRef.model_validate(lease)})
+        write_private(self.scratch / "job.json", self.spec.model_dump_json(indent=1))
 
     def remove(self) -> None:
         """Free the disk after the product was committed."""
