@@ -53,8 +53,10 @@ from drill_case import (
 )
 from drill_hosts import HOSTS_CASES, TWO_RANKS, on_hosts, set_resources
 from drill_servers import SERVER_CASES
+from drill_slurm import SLURM_CASES, Cluster, on_slurm
 from fault_proxy import Rule
 from moto.server import ThreadedMotoServer
+from slurm_lab import slurm_cluster, why_no_slurm
 from ssh_lab import Lab, two_machines, why_not
 
 logger = logging.getLogger("drill")
@@ -127,8 +129,9 @@ class Drill:
         self.work, self.s3 = work, s3
         self.base = work / "base" / "store"
         self.whole: Curve = []
-        self._stack, self._lab_lock = ExitStack(), threading.Lock()
+        self._stack, self._clusters = ExitStack(), threading.Lock()
         self._lab: Lab | None = None
+        self._cluster: Cluster | None = None
         self._whole_of_two: Curve = []
 
     def close(self) -> None:
@@ -239,23 +242,39 @@ class Drill:
         return self.case(f"fault-{number:02d}", "s3", name, act)
 
     def hosts(self, number: int, name: str) -> Row:
-        """A case on two hosts, which all such cases share. The unbroken run is one of two ranks on this machine."""
-        with self._lab_lock:
-            if self._lab is None:
-                self._lab = self._stack.enter_context(two_machines(self.work / "lab"))
-                with open_place(self.work / "base-two", "folder", self.s3) as place:
-                    copy_base(self.base, place)
-                    set_resources(place, TWO_RANKS)
-                    if code := wait(place.start()):
-                        raise RuntimeError(f"the unbroken run of two ranks ended with {code}; see {place.folder}")
-                    self._whole_of_two = curve_of(place)
+        """A case on two hosts over ssh."""
+        with self._clusters:
+            self._lab = self._lab or self._stack.enter_context(two_machines(self.work / "lab"))
             lab = self._lab
 
             def act(place: Place) -> str:
                 on_hosts(place, lab)
                 return HOSTS_CASES[name](place, lab)
 
-            return self.case(f"hosts-{number:02d}", "folder", name, act, whole=self._whole_of_two)
+            return self.case(f"hosts-{number:02d}", "folder", name, act, whole=self._two_ranks())
+
+    def slurm(self, number: int, name: str) -> Row:
+        """A case on a Slurm cluster of two nodes."""
+        with self._clusters:
+            self._cluster = self._cluster or self._stack.enter_context(slurm_cluster(self.work / "slurm"))
+            cluster = self._cluster
+
+            def act(place: Place) -> str:
+                on_slurm(place, cluster)
+                return SLURM_CASES[name](place, cluster)
+
+            return self.case(f"slurm-{number:02d}", "folder", name, act, whole=self._two_ranks())
+
+    def _two_ranks(self) -> Curve:
+        """The curve of an unbroken run of two ranks on this machine."""
+        if not self._whole_of_two:
+            with open_place(self.work / "base-two", "folder", self.s3) as place:
+                copy_base(self.base, place)
+                set_resources(place, TWO_RANKS)
+                if code := wait(place.start()):
+                    raise RuntimeError(f"the unbroken run of two ranks ended with {code}; see {place.folder}")
+                self._whole_of_two = curve_of(place)
+        return self._whole_of_two
 
     def server(self, number: int, name: str) -> Row:
         """An outage of a server during the run."""
@@ -335,6 +354,9 @@ def main() -> int:
             "The network before S3": [(n, lambda i=i, n=n: drill.fault(i, n)) for i, n in enumerate(FAULTS)],
             "Two hosts over ssh, two ranks": [
                 (n, lambda i=i, n=n: drill.hosts(i, n)) for i, n in enumerate(HOSTS_CASES) if why_not() is None
+            ],
+            "A Slurm cluster of two nodes, two ranks": [
+                (n, lambda i=i, n=n: drill.slurm(i, n)) for i, n in enumerate(SLURM_CASES) if why_no_slurm() is None
             ],
             "Servers beside the run": [(n, lambda i=i, n=n: drill.server(i, n)) for i, n in enumerate(SERVER_CASES)],
         }

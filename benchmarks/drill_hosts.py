@@ -35,21 +35,21 @@ def on_hosts(place: Place, lab: Lab) -> None:
 
 def rank_dies(place: Place, lab: Lab) -> str:
     """kill -9 of the second host's rank."""
-    flow = _at_step(place, STEPS // 2)
+    flow = at_step(place, STEPS // 2)
     os.kill(_of_job(lab.machines[1])["rank"], signal.SIGKILL)
     return _ended(place, lab, flow, rf"on host {lab.machines[1].name}: ended with exit code \d+ \(SIGKILL")
 
 
 def supervisor_dies(place: Place, lab: Lab) -> str:
     """kill -9 of the first host's supervisor; its warden ends the ranks."""
-    flow = _at_step(place, STEPS // 2)
+    flow = at_step(place, STEPS // 2)
     os.kill(_of_job(lab.machines[0])["supervisor"], signal.SIGKILL)
     return _ended(place, lab, flow, rf"on host {lab.machines[0].name}: ended with exit code")
 
 
 def host_dies(place: Place, lab: Lab) -> str:
     """kill -9 of everything on the second host, its sshd included; it comes back."""
-    flow = _at_step(place, STEPS // 2)
+    flow = at_step(place, STEPS // 2)
     lab.machines[1].kill()
     try:
         return _ended(place, lab, flow, f"host {lab.machines[1].name} was lost: ")
@@ -59,7 +59,7 @@ def host_dies(place: Place, lab: Lab) -> str:
 
 def network_is_cut(place: Place, lab: Lab) -> str:
     """The second host's network is cut: nothing is closed, all ends by silence."""
-    flow = _at_step(place, STEPS // 2)
+    flow = at_step(place, STEPS // 2)
     lab.machines[1].cut()
     try:
         return _ended(
@@ -71,16 +71,16 @@ def network_is_cut(place: Place, lab: Lab) -> str:
 
 def flow_dies(place: Place, lab: Lab) -> str:
     """kill -9 of the flow: both hosts save a checkpoint and end."""
-    flow = _at_step(place, STEPS // 2)
+    flow = at_step(place, STEPS // 2)
     flow.kill()
     flow.wait()
     return f"{place.rows()} steps on record{_nobody(lab)}"
 
 
-def flow_is_asked_to_stop(place: Place, lab: Lab) -> str:
-    """SIGTERM of the flow's process, as a cancelled run sends it."""
-    flow = _at_step(place, STEPS // 2)
-    flow.terminate()
+def flow_is_interrupted(place: Place, lab: Lab) -> str:
+    """Ctrl-C: both hosts save a checkpoint and end before the flow does."""
+    flow = at_step(place, STEPS // 2)
+    flow.send_signal(signal.SIGINT)
     wait(flow)
     return f"{place.rows()} steps on record{_nobody(lab)}"
 
@@ -90,12 +90,13 @@ HOSTS_CASES: dict[str, Callable[[Place, Lab], str]] = {
     "the first host's supervisor is killed": supervisor_dies,
     "the second host is killed, its sshd included": host_dies,
     "the second host's network is cut": network_is_cut,
-    "the flow is killed": flow_dies,
-    "the flow is terminated": flow_is_asked_to_stop,
+    "the flow of two hosts is killed": flow_dies,
+    "the flow of two hosts is interrupted": flow_is_interrupted,
 }
 
 
-def _at_step(place: Place, step: int) -> subprocess.Popen[bytes]:
+def at_step(place: Place, step: int) -> subprocess.Popen[bytes]:
+    """Start a case's flow and wait until a step is on record. Raises RuntimeError if it ends before."""
     flow, end = place.start(), time.monotonic() + LIMIT_SECONDS
     while place.rows() < step:
         if flow.poll() is not None or time.monotonic() > end:

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def _answer(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout if done.returncode == 0 else "?"
 
 
-def _wait(condition, folder: Path) -> None:  # noqa: ANN001
+def _wait(condition: Callable[[], bool], folder: Path) -> None:
     end = time.monotonic() + _UP_SECONDS
     while not condition():
         if time.monotonic() > end:

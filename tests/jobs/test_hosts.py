@@ -78,8 +78,7 @@ def command_of(pid: int) -> list[str]:
 
 @NEEDS_LAB
 def test_what_is_wrong_with_a_host_is_said_before_a_job_starts(tmp_path, lab):
-    store = open_store(StoreRef(uri=str(tmp_path / "store")))
-    store_id(store)
+    store = open_store(StoreRef(uri=str(tmp_path / "store")))  # new: it has no id yet
     good = on(lab)
     find_launcher(good).check(store, tmp_path / "work")
 

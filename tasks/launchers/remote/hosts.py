@@ -47,7 +47,8 @@ class HostsLauncher(Launcher):
         lacks something."""
         request = {"do": "facts", "environment": forwarded(os.environ), "store": store.ref.model_dump(mode="json")}
         folder = self._remote.work or str(work)
-        gpus = self._requested.device != "cpu"
+        on_gpu = self._requested.device != "cpu"
+        wanted = [expected(store, host.slots if on_gpu else 0, folder) for host in self._hosts]
         began = time.time()
         try:
             with open_crew(self._hosts, self._remote) as crew:
@@ -60,8 +61,7 @@ class HostsLauncher(Launcher):
                 f"{interpreter(self._remote)} there (resources.remote.python)"
             ) from None
         for number, host in enumerate(self._hosts):
-            wanted = expected(store, host.slots if gpus else 0, folder)
-            fault = fault_of(found[number]["facts"], wanted, time.time(), late=time.time() - began)
+            fault = fault_of(found[number]["facts"], wanted[number], time.time(), late=time.time() - began)
             if fault is not None:
                 raise UserError(f"host {host.name} {fault}")
 
