@@ -139,6 +139,6 @@ def _nobody(lab: Lab) -> str:
 
 def _is_ours(pid: int) -> bool:
     try:
-        return b"radlads" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"radlads.tasks" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False

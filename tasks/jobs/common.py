@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import ExitReason, InputRef, JobSpec, Manifest, read_job
-from radlads.tasks.contracts.locks.lease import LeaseLost, confirm_lease
 from radlads.tasks.contracts.parsing.credentials import HidingFormatter, learn
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import check_pins
@@ -40,6 +39,7 @@ from radlads.tasks.jobs.exit_reasons import (
     write_ending,
     write_json,
 )
+from radlads.tasks.jobs.ownership import confirm_or_follow
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 
 if TYPE_CHECKING:  # imported where used, so that a job without torch or S3 does not load them
@@ -221,29 +221,10 @@ class Job:
         )
         return self.store.commit(self.output_prefix, self.output, manifest, guard=self.confirm_lease)
 
-    def is_committed(self) -> bool:
-        """Whether the product is in the store. An outage of the store answers no."""
-        from radlads.tasks.contracts.store.errors import StoreError
-
-        try:
-            manifest = self.store.read_manifest(self.output_prefix)
-        except StoreError:
-            return False
-        return manifest is not None and manifest.digest == self.spec.digest
-
     def confirm_lease(self) -> None:
-        """Raises LeaseLost if another process now makes this product: this one must not commit its own. A flow that
-        follows a job which outlived its first one leaves its own lease in the job's file."""
-        if self.spec.lease is None:
-            return
-        try:
-            confirm_lease(self.store, self.spec.lease)
-        except LeaseLost:
-            successor = read_job(self.scratch / "job.json").lease
-            if successor is None or successor == self.spec.lease:
-                raise
-            self.spec = self.spec.model_copy(update={"lease": successor})
-            confirm_lease(self.store, successor)
+        """Raises LeaseLost if another process now makes this product: this one must not commit its own."""
+        if self.spec.lease is not None:
+            self.spec = confirm_or_follow(self.store, self.spec, self.spec.lease)
 
 
 JobMain = Callable[[Job], dict[str, Any] | None]
@@ -317,8 +298,7 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
             job.commit(metrics)
             announce_commit(job.scratch)
         # No rank may exit before the product exists: the launcher would then stop the others.
-        on_another_host = job.rank > 0 and job.local_rank == 0
-        wait_for_commit(job.scratch, job.is_committed if on_another_host else None)
+        wait_for_commit(job)
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # outermost handler: every exit is recorded
         reason, message = explain(error, job.scratch)

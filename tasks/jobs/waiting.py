@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from radlads.tasks.jobs.exit_reasons import write_json
+from radlads.tasks.jobs.ownership import is_committed
+
+if TYPE_CHECKING:
+    from radlads.tasks.jobs.common import Job
 
 _COMMITTED = "committed.json"
 _POLL_SECONDS = 0.2
@@ -41,12 +45,11 @@ def announce_commit(scratch: Path) -> None:
     write_json(scratch / _COMMITTED, {})
 
 
-def wait_for_commit(scratch: Path, committed: Callable[[], bool] | None = None) -> None:
-    """Wait until the product is committed. committed: looks in the store; for the first rank of a host that is not the
-    first, which then announces the commit to the other ranks of its host. The launcher detects a first rank that
-    dies."""
-    while committed is not None and not committed():
-        time.sleep(_LOOK_SECONDS)
-    if committed is not None:
-        announce_commit(scratch)
-    wait_for(scratch / _COMMITTED, scratch)
+def wait_for_commit(job: Job) -> None:
+    """Wait until the product is committed. The first rank of a host that is not the first looks in the store, and then
+    announces it to the other ranks of its host. The launcher detects a first rank that dies."""
+    if job.rank > 0 and job.local_rank == 0:
+        while not is_committed(job.store, job.output_prefix, job.spec.digest):
+            time.sleep(_LOOK_SECONDS)
+        announce_commit(job.scratch)
+    wait_for(job.scratch / _COMMITTED, job.scratch)

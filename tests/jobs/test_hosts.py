@@ -24,9 +24,9 @@ from radlads.tasks.contracts.store.open import open_store, store_id
 from radlads.tasks.jobs.common import execute
 from radlads.tasks.jobs.train import train
 from radlads.tasks.launchers.registry import find_launcher
-from radlads.tasks.launchers.remote.causes import PartEnding, job_ending
 from radlads.tasks.launchers.remote.facts import expected, facts_of, fault_of
 from radlads.tasks.launchers.remote.papers import Papers, apply
+from radlads.tasks.launchers.remote.part import PartEnding, job_ending
 from radlads.tasks.launchers.remote.ssh import ssh_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent

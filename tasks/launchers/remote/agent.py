@@ -23,7 +23,7 @@ from radlads.tasks.launchers.gpu_lock import hold_gpus
 from radlads.tasks.launchers.local import LOOPBACK, Meeting, free_port
 from radlads.tasks.launchers.remote.facts import address_of, address_toward, facts_of, interface_of
 from radlads.tasks.launchers.remote.papers import Papers
-from radlads.tasks.launchers.remote.part import Part
+from radlads.tasks.launchers.remote.part import HostPart
 from radlads.tasks.launchers.remote.wire import BEAT_SECONDS, SILENCE_SECONDS, Message, Sender, receive
 from radlads.tasks.launchers.stopping import ORDERLY_SECONDS, REQUEST, RunStopped
 
@@ -120,7 +120,7 @@ def _hold(request: Message, caller: Caller) -> None:
 def _run(request: Message, caller: Caller) -> None:
     spec = JobSpec.model_validate(request["spec"])
     meeting = _meeting(request)
-    part = Part(spec, meeting, os.environ, request["threads"])
+    part = HostPart(spec, meeting, os.environ, request["threads"])
     part.prepare(request["record"])
     papers = Papers(part.scratch, part.log, records=meeting.node == 0)
     caller.sender.send(meeting=[meeting.address, meeting.port])

@@ -12,8 +12,8 @@ from pathlib import Path
 from radlads.tasks.contracts.job import JobSpec
 from radlads.tasks.contracts.parsing.files import write_private
 from radlads.tasks.contracts.recipe.recipe import Resources
-from radlads.tasks.launchers.remote.causes import PartEnding, job_ending
 from radlads.tasks.launchers.remote.papers import CONTINUED, apply
+from radlads.tasks.launchers.remote.part import PartEnding, job_ending
 from radlads.tasks.launchers.remote.placing import forwarded, on_machine
 from radlads.tasks.launchers.remote.ssh import Crew
 from radlads.tasks.launchers.remote.wire import Message
@@ -32,7 +32,7 @@ def follow(crew: Crew, spec: JobSpec, requested: Resources, on_tick: Callable[[]
     """Run a job on the hosts of a crew; returns its exit code, with exit.json in the scratch folder. Raises HostLost
     before the ranks have started, and whatever on_tick raises, after the job was stopped."""
     _start(crew, spec, requested, on_tick, grace_seconds)
-    following = _Following(crew, Path(spec.scratch))
+    following = _HostsRun(crew, Path(spec.scratch))
     try:
         following.until_the_end(on_tick)
     except BaseException:
@@ -69,7 +69,7 @@ def _start(crew: Crew, spec: JobSpec, requested: Resources, on_tick: Callable[[]
             meeting = crew.collect("meeting", [0], on_tick, _MEETING_SECONDS)[0]["meeting"]
 
 
-class _Following:
+class _HostsRun:
     """endings: of the hosts that have ended, by number."""
 
     def __init__(self, crew: Crew, scratch: Path) -> None:

@@ -22,7 +22,7 @@ from radlads.tasks.launchers.local import LOOPBACK, Meeting, free_port
 from radlads.tasks.launchers.progress import read_json
 from radlads.tasks.launchers.remote.facts import Expected, address_of, address_toward, facts_of, fault_of, interface_of
 from radlads.tasks.launchers.remote.papers import CONTINUED, Papers, apply
-from radlads.tasks.launchers.remote.part import Part
+from radlads.tasks.launchers.remote.part import HostPart
 from radlads.tasks.launchers.remote.placing import on_machine
 from radlads.tasks.launchers.remote.slurm_commands import SlurmOutage, node_addresses
 from radlads.tasks.launchers.stopping import REQUEST
@@ -96,7 +96,7 @@ def _run(shared: Path, place: Place) -> tuple[int, dict[str, object] | None]:
     _check(spec, order)
     name = os.environ.get("SLURMD_NODENAME", f"node{place.node}")
     meeting = _meet(shared, place, order)
-    part = Part(on_machine(spec, name, order.work), meeting, os.environ, order.threads)
+    part = HostPart(on_machine(spec, name, order.work), meeting, os.environ, order.threads)
     record = {name: (shared / name).read_text("utf-8") for name in CONTINUED if (shared / name).is_file()}
     part.prepare(record if place.node == 0 else {})
     papers = Papers(part.scratch, part.log, records=place.node == 0)
@@ -128,7 +128,7 @@ def _check(spec: JobSpec, order: Order) -> None:
         raise UserError(f"node {os.environ.get('SLURMD_NODENAME', '')} {fault}")
 
 
-def _take_over(shared: Path, part: Part) -> None:
+def _take_over(shared: Path, part: HostPart) -> None:
     """Give the ranks the lease of a flow that follows this job in place of one that died."""
     lease = (read_json(shared / "job.json") or {}).get("lease")
     own = part.spec.lease.model_dump() if part.spec.lease is not None else None

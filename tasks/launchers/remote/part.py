@@ -1,12 +1,19 @@
-"""One host's part in a job: its folder, its ranks under the supervisor, and how they ended."""
+"""One host's part in a job: its folder, its ranks under the supervisor, and how they ended.
+
+One rank that dies takes the others with it, whose errors then only say that a connection was closed. Clocks and polls
+are too coarse to tell which ending was first, so the first cause among the endings of all hosts is found by what they
+say.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +22,17 @@ from radlads.tasks.contracts.job import JobSpec, LeaseRef
 from radlads.tasks.contracts.parsing.files import private_folder, write_private
 from radlads.tasks.contracts.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.launchers.devices import count_cores
-from radlads.tasks.launchers.local import Meeting, job_environment, render_command, run_process
+from radlads.tasks.launchers.local import FINAL, Meeting, describe_code, job_environment, render_command, run_process
 from radlads.tasks.launchers.progress import read_json
 from radlads.tasks.launchers.remote.papers import CONTINUED
 from radlads.tasks.launchers.remote.wire import SILENCE_SECONDS
 from radlads.tasks.launchers.stopping import ORDERLY_SECONDS
 
 _POLL_SECONDS = 0.5
+_CONSEQUENCE = re.compile(r"(?i)connection|broken pipe|\bpeer\b|gloo|nccl|recvvalue|socket|DistBackend|timed? ?out")
 
 
-class Part:
+class HostPart:
     """The part of the host with number meeting.node. base: the environment that the job's is made from.
 
     spec.scratch: this host's own folder for the job. threads: of a rank; None: this host's cores, shared by its ranks.
@@ -87,3 +95,53 @@ class Part:
         shutil.rmtree(self.scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(self.scratch.parent)
+
+
+@dataclass(frozen=True)
+class PartEnding:
+    """How one host's part ended. code: exit code of its supervisor. record: exit.json. lost: why its connection ended;
+    asked: it was stopped by the launcher, so this ending is no cause."""
+
+    host: str
+    code: int = 0
+    record: dict[str, Any] | None = None
+    lost: str | None = None
+    asked: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all ranks of the host completed."""
+        return self.lost is None and self.code == 0
+
+
+def job_ending(endings: Sequence[PartEnding]) -> tuple[int, dict[str, Any] | None]:
+    """(exit code, exit.json) of the whole job. endings: of all hosts, the first host's first."""
+    if all(one.is_done for one in endings):
+        return 0, endings[0].record
+    first = min(endings, key=_order)
+    where = f"on host {first.host}: "
+    if first.lost is not None:
+        return 1, {"reason": "crash", "message": f"host {first.host} was lost: {first.lost}", "rank": -1}
+    if first.record is not None and first.record.get("reason") not in (None, "done"):
+        message = str(first.record.get("message", ""))
+        told = first.record["reason"] == "preempted" or len(endings) == 1
+        return first.code or 1, first.record | {"message": message if told else where + message}
+    return first.code or 1, {
+        "reason": "crash", "message": f"{where}ended with {describe_code(first.code)} and gave no reason", "rank": -1,
+    }  # fmt: skip
+
+
+def _order(ending: PartEnding) -> int:
+    reason = (ending.record or {}).get("reason")
+    message = str((ending.record or {}).get("message", ""))
+    if reason in FINAL:
+        return 0
+    if ending.is_done:
+        return 9
+    if ending.lost is not None and not ending.asked:
+        return 1
+    if reason == "preempted":
+        return 2
+    if reason == "crash":
+        return 7 if _CONSEQUENCE.search(message) else 4
+    return 8 if ending.asked else 3 if ending.code > 128 else 5

@@ -21,14 +21,15 @@ from radlads.tasks.contracts.parsing.credentials import child_environment
 from radlads.tasks.contracts.parsing.files import write_private
 from radlads.tasks.contracts.recipe.machines import Slurm
 from radlads.tasks.contracts.recipe.recipe import Resources
+from radlads.tasks.contracts.stages import ALIGN
 from radlads.tasks.contracts.store.open import Store, open_store
 from radlads.tasks.launchers.launcher import JobCrashed, JobFailed, Launcher
 from radlads.tasks.launchers.local import LocalLauncher, attempt, has_ranks
 from radlads.tasks.launchers.progress import Progress, log_end, read_json
 from radlads.tasks.launchers.remote import slurm_commands as slurm
-from radlads.tasks.launchers.remote.causes import PartEnding, job_ending
 from radlads.tasks.launchers.remote.facts import expected
 from radlads.tasks.launchers.remote.node import ORDER, STOP, Order, ending_name
+from radlads.tasks.launchers.remote.part import PartEnding, job_ending
 from radlads.tasks.launchers.remote.placing import machines_resources, on_this_machine, runs_here
 from radlads.tasks.launchers.remote.slurm_commands import NOT_SHARED, SlurmOutage, State
 from radlads.tasks.launchers.stopping import REQUEST, Stopper
@@ -64,7 +65,7 @@ class SlurmLauncher(Launcher):
                     "(MinJobAge), then from what the job itself wrote"
                 )
             probe = JobSpec(
-                stage="align", run="check", recipe="check", digest="0" * 64, spec={}, output_uri="check",
+                stage=ALIGN.name, run="check", recipe="check", digest="0" * 64, spec={}, output_uri="check",
                 store=StoreRef(uri=store.uri), resources=self.resources(self._requested), scratch=str(work),
             )  # fmt: skip
             slurm.submit(self._script(probe, self._slurm, 60.0), probe, dict(os.environ), test_only=True)
@@ -86,11 +87,11 @@ class SlurmLauncher(Launcher):
         def work(log: Path, on_tick: Callable[[], None]) -> int:
             found = self._adopt(spec, grace_seconds)
             if found is not None:
-                code = _Following(spec, found, on_tick, grace_seconds).until_the_end()
+                code = _BatchJob(spec, found, on_tick, grace_seconds).until_the_end()
                 if code == 0 or REQUEST.asked_at is not None:
                     return code
                 _log.warning("%s: Slurm job %s, of an earlier attempt, ended with %d", spec.stage, found, code)
-            return _Following(spec, self._submit(spec, grace_seconds), on_tick, grace_seconds).until_the_end()
+            return _BatchJob(spec, self._submit(spec, grace_seconds), on_tick, grace_seconds).until_the_end()
 
         attempt(spec, f"as Slurm job {slurm.job_name(spec)}", on_progress, work)
 
@@ -137,7 +138,7 @@ class SlurmLauncher(Launcher):
         return slurm.render_script(spec, nodes, self._requested.remote, grace_seconds=grace_seconds)
 
 
-class _Following:
+class _BatchJob:
     """Follows a batch job of this process or of an earlier one."""
 
     def __init__(self, spec: JobSpec, job: str, on_tick: Callable[[], None], grace_seconds: float) -> None:
