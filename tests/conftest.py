@@ -25,6 +25,8 @@ LONG = (
     "kernels/test_wkv7_triton.py",
     "jobs/test_recipes_run.py",
     "jobs/test_train_launched.py",
+    "jobs/test_hosts.py",
+    "jobs/test_slurm.py",
 )
 
 SIZES: dict[str, Any] = {
