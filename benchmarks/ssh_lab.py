@@ -103,7 +103,7 @@ class Lab:
 def two_machines(folder: Path) -> Iterator[Lab]:
     """A lab with its keys and configurations in a folder; nothing of it is left at the end of the block."""
     number = os.getpid() % 50_000
-    bridge, net = f"rb{number}", f"198.18.{number % 250}"  # a range for tests of networks (RFC 2544)
+    bridge, net = f"rl{number}", f"198.18.{number % 250}"  # a range for tests of networks (RFC 2544)
     machines = tuple(Machine(f"r{letter}{number}", f"{net}.{last}") for letter, last in (("a", 2), ("b", 3)))
     with ExitStack() as stack:
         _ip("link", "add", bridge, "type", "bridge")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.job import JobResources, StoreRef
+from radlads.tasks.contracts.locks.lease import LeaseLost, product_lease
 from radlads.tasks.contracts.recipe.recipe import Rate, Resources
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.jobs.common import execute
@@ -74,7 +75,7 @@ def test_two_nodes_train_as_one_process_does(training, in_cluster):
 @NEEDS_SLURM
 def test_what_slurm_refuses_is_said_before_a_job_is_submitted(tmp_path, in_cluster, caplog):
     store = open_store(training_store(tmp_path))
-    find_launcher(asked(time="1:00:00", extra=("--constraint=",)[:0])).check(store, tmp_path)
+    find_launcher(asked(time="1:00:00", extra=("--exclusive",))).check(store, tmp_path)
     assert "this Slurm keeps no accounting" in caplog.text
     for words, resources in {
         r"Slurm refuses the job: .*[Ii]nvalid partition name": asked(partition="nope"),
@@ -86,9 +87,7 @@ def test_what_slurm_refuses_is_said_before_a_job_is_submitted(tmp_path, in_clust
     assert state_of("99999") == State("GONE")
 
 
-def training_store(folder: Path):
-    from radlads.tasks.contracts.job import StoreRef
-
+def training_store(folder: Path) -> StoreRef:
     return StoreRef(uri=str(folder / "store"))
 
 
@@ -156,3 +155,21 @@ def test_what_could_be_more_than_a_word_is_refused(slurm):
 def test_options_of_the_launcher_are_refused_among_the_extra_ones():
     with pytest.raises(UserError, match=r"resources\.slurm\.extra: --output is set by the launcher"):
         find_launcher(asked(extra=("--output=x",)))
+
+
+def test_a_job_follows_the_lease_of_the_flow_that_adopts_it_and_no_other(training):
+    """The first flow has died; another one has the lease now."""
+    job = training.job("distill", "adopted", **SETTINGS)
+    with product_lease(job.store, "distill", job.spec.digest, job.scratch) as first:
+        pass
+    job.spec = job.spec.model_copy(update={"lease": first.ref})
+    file = job.scratch / "job.json"
+    file.write_text(job.spec.model_dump_json())
+    with product_lease(job.store, "distill", job.spec.digest, job.scratch) as second:
+        with pytest.raises(LeaseLost):
+            job.confirm_lease()
+        file.write_text(job.spec.model_copy(update={"lease": second.ref}).model_dump_json())
+        job.confirm_lease()
+        assert job.spec.lease == second.ref
+    with product_lease(job.store, "distill", job.spec.digest, job.scratch), pytest.raises(LeaseLost):
+        job.confirm_lease()

@@ -121,11 +121,11 @@ def _run(shared: Path, place: Place) -> tuple[int, dict[str, object] | None]:
 
 
 def _check(spec: JobSpec, order: Order) -> None:
-    """Raises UserError, which names this node, for what `fault_of` finds."""
+    """Raises UserError for what `fault_of` finds."""
     facts = facts_of(spec.store, order.work or str(Path.cwd()), os.environ.get("CUDA_VISIBLE_DEVICES"))
     fault = fault_of(facts, order.expected, facts["time"])  # munge requires that the cluster's clocks agree
     if fault is not None:
-        raise UserError(f"node {os.environ.get('SLURMD_NODENAME', '')} {fault}")
+        raise UserError(f"this node {fault}")
 
 
 def _take_over(shared: Path, part: HostPart) -> None:

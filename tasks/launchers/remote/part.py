@@ -124,8 +124,9 @@ def job_ending(endings: Sequence[PartEnding]) -> tuple[int, dict[str, Any] | Non
         return 1, {"reason": "crash", "message": f"host {first.host} was lost: {first.lost}", "rank": -1}
     if first.record is not None and first.record.get("reason") not in (None, "done"):
         message = str(first.record.get("message", ""))
-        told = first.record["reason"] == "preempted" or len(endings) == 1
-        return first.code or 1, first.record | {"message": message if told else where + message}
+        if first.record["reason"] != "preempted":
+            message = where + message
+        return first.code or 1, first.record | {"message": message}
     return first.code or 1, {
         "reason": "crash", "message": f"{where}ended with {describe_code(first.code)} and gave no reason", "rank": -1,
     }  # fmt: skip
