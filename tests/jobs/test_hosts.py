@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,6 +104,30 @@ def test_what_is_wrong_with_a_host_is_said_before_a_job_starts(tmp_path, lab):
     with ThreadPoolExecutor() as pool:
         for words, said in zip(bad, pool.map(refusal, bad.values()), strict=True):
             assert re.fullmatch(f"{words}.*", said), said
+
+
+@NEEDS_LAB
+def test_a_gpu_of_a_host_is_held_by_one_job_at_a_time(lab, caplog):
+    caplog.set_level("INFO")
+    asked = on(lab).model_copy(update={"hosts": (lab.machines[0].name,)})
+    gpu = JobResources(device="cuda", processes=1, threads=1)
+    entered = threading.Event()
+
+    def second() -> None:
+        with find_launcher(asked).hold_devices(gpu, "the second"):
+            entered.set()
+
+    waiting = threading.Thread(target=second, daemon=True)
+    with find_launcher(asked).hold_devices(gpu, "the first"):
+        waiting.start()
+        end = time.monotonic() + 30
+        while "the second waits for GPU" not in caplog.text:
+            assert time.monotonic() < end, caplog.text
+            time.sleep(0.05)
+        assert "held by the first" in caplog.text
+        assert not entered.is_set()
+    assert entered.wait(30)
+    waiting.join(30)
 
 
 def test_what_must_agree_between_two_machines(tmp_path):

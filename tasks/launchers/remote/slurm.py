@@ -210,12 +210,12 @@ class _BatchJob:
         code, ending = job_ending(endings) if endings else (1, None)
         if ending is not None and ending.get("reason") == "done":
             code = 0  # the product is committed, whatever ended the job after that
-        elif state.name.startswith("CANCELLED") and self._stops == 0:
+        elif self._stops == 0 and state.name.startswith("CANCELLED"):
             raise JobFailed(
                 f"{self._spec.stage}: Slurm job {self._job} was cancelled; start the run again to continue from its "
                 "newest checkpoint"
             )
-        elif state.exit_code == f"{NOT_SHARED}:0" or (not endings and not self._out.exists()):
+        elif self._stops == 0 and not endings and (state.exit_code == f"{NOT_SHARED}:0" or not self._out.exists()):
             raise JobFailed(
                 f"{self._spec.stage}: Slurm job {self._job} ended ({state.describe()}) without its folder "
                 f"{self._scratch}: the work folder must lie on a file system that the nodes share (--work)"
