@@ -48,7 +48,7 @@ def plan_offline(
             spec=PlanSpec(recipe=recipe, preview=True, sizes_only=sizes_only),
             inputs={},
             store=store,
-            resources=_resources(recipe.resources, gpus, gpu_memory_gib),
+            resources=machine_of(recipe.resources, gpus, gpu_memory_gib),
             work=Path(folder, "work"),
             content_cache=cache if cache.parent.is_dir() else None,
         )
@@ -63,7 +63,9 @@ def plan_offline(
     return report
 
 
-def _resources(requested: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources:
+def machine_of(requested: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources:
+    """The machine that is planned for: the described one, else those that the recipe names, else this one. Raises
+    UserError."""
     if requested.launcher != "local" and gpus is None:
         known = find_launcher(requested).resources(requested)
         return known if gpu_memory_gib is None else known.model_copy(update={"gpu_memory_gib": gpu_memory_gib})
