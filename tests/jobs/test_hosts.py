@@ -200,6 +200,13 @@ def test_the_papers_of_a_job_arrive_as_they_are(tmp_path):
     (there / "new").replace(there / "metrics.jsonl")
     carry()
     assert (here / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    (there / "metrics.jsonl").write_text('{"step": 3}\n' * 9)  # the same inode, and longer
+    carry()
+    assert (here / "metrics.jsonl").read_text() == '{"step": 3}\n' * 9
+    with (there / "metrics.jsonl").open("a") as record:
+        record.write('{"step": 4}\n' * 1000)
+    carry()
+    assert (here / "metrics.jsonl").read_bytes() == (there / "metrics.jsonl").read_bytes()
     assert Papers(there, log, records=False).changes() == []
     apply(here, {"file": "../escape", "text": "x"})
     assert not (tmp_path / "escape").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import os
 from pathlib import Path
 
 from radlads.tasks.contracts.parsing.files import write_private
@@ -15,6 +14,8 @@ WHOLE = ("progress.json", "metrics-notes.json")
 CONTINUED = (RECORD, "metrics-notes.json")
 """Files of earlier attempts that a job goes on with."""
 _MOST_BYTES = 1 << 20
+_END_BYTES = 4096
+"""Of the record, compared before its new lines are taken; rows have their time, so no two files have the same ones."""
 
 
 class Papers:
@@ -25,7 +26,7 @@ class Papers:
         self._folder, self._log, self._records = folder, log, records
         self._log_read = log.stat().st_size if log.exists() else 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._record: tuple[int, int] = (0, 0)
+        self._record_read, self._record_end = 0, b""
         self._seen: dict[str, bytes] = {}
 
     def changes(self) -> list[Message]:
@@ -44,23 +45,24 @@ class Papers:
         return [text] if text else []
 
     def _new_record(self) -> list[Message]:
-        """Complete lines of the record: new ones, or all where the job has replaced the file."""
+        """Complete lines of the record: new ones, or all where the job has rewritten the file. It is known by what it
+        holds: a file that replaces another may have the same inode and be longer."""
         try:
             stream = (self._folder / RECORD).open("rb")
         except FileNotFoundError:
             return []
         with stream:
-            inode, read = self._record
-            status = os.fstat(stream.fileno())
-            if status.st_ino != inode or status.st_size < read:
-                read = 0
-            stream.seek(read)
+            stream.seek(self._record_read - len(self._record_end))
+            grown = stream.read(len(self._record_end)) == self._record_end
+            first = self._record_read if grown else 0
+            stream.seek(first)
             data = stream.read(_MOST_BYTES)
         lines = data[: data.rfind(b"\n") + 1]
-        if not lines and status.st_ino == inode:
+        if grown and not lines:
             return []
-        self._record = (status.st_ino, read + len(lines))
-        return [{"file": RECORD, "at": read, "text": lines.decode(errors="replace")}]
+        self._record_read = first + len(lines)
+        self._record_end = ((self._record_end if grown else b"") + lines)[-_END_BYTES:]
+        return [{"file": RECORD, "at": first, "text": lines.decode(errors="replace")}]
 
     def _replaced(self) -> list[Message]:
         found: list[Message] = []
