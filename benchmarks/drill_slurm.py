@@ -53,7 +53,7 @@ def node_dies(place: Place, cluster: Cluster) -> str:
     """kill -9 of the second node's program: its ranks and the first node's are ended."""
     flow = at_step(place, STEPS // 2)
     os.kill(_pids(place, "radlads.tasks.launchers.remote.node", "SLURM_NODEID=1"), signal.SIGKILL)
-    return _ended(place, cluster, flow, 3, r"distill crashed: .*")
+    return _ended(place, cluster, flow, 3, r"distill was stopped by Slurm or on a node: .*: Killed|distill crashed: .*")
 
 
 def flow_dies(place: Place, cluster: Cluster) -> str:

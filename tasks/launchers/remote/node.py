@@ -31,6 +31,8 @@ ORDER = "order.json"
 STOP = "stop"
 """Its presence asks the nodes to save a checkpoint and end."""
 _MEETING_SECONDS = 300.0
+_SETTLE_SECONDS = 5.0
+"""Between a bad ending and this program's, at which srun ends the other nodes: one of them may know the cause."""
 _CODE_CONFIG = 2
 
 
@@ -81,7 +83,9 @@ def main() -> int:
     write_private(shared / ending_name(place.attempt, place.node), json.dumps(record))
     if code == 0 and place.node == 0:
         write_private(shared / "exit.json", json.dumps(ending))
-    return min(code, 1)
+    if code != 0 and REQUEST.asked_at is None:
+        time.sleep(_SETTLE_SECONDS)
+    return 0 if code == 0 else 1
 
 
 def _stop() -> None:

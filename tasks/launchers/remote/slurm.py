@@ -221,13 +221,19 @@ class _BatchJob:
                 f"{self._scratch}: the work folder must lie on a file system that the nodes share (--work)"
             )
         elif ending is None or (ending.get("reason") == "crash" and ending.get("rank") == -1):
-            what = "Slurm has forgotten it" if state.name == slurm.GONE else state.describe()
-            tail = "".join(f"; {line.strip()}" for line in (log_end(self._out, 0) if self._out.exists() else [])[-2:])
             said = f"{ending['message']}; " if ending is not None else ""
-            ending = {"reason": "crash", "message": f"{said}Slurm job {self._job}: {what}{tail}", "rank": -1}
+            ending = {"reason": "crash", "message": f"{said}{self._described(state)}", "rank": -1}
+        elif ending.get("reason") == "preempted" and self._stops == 0:
+            _log.warning("%s was stopped by Slurm or on a node: %s", self._spec.stage, self._described(state))
         if ending is not None:
             write_private(self._scratch / "exit.json", json.dumps(ending))
         return code
+
+    def _described(self, state: State) -> str:
+        """What Slurm says of the job, and the last lines of its batch script."""
+        what = "Slurm has forgotten it" if state.name == slurm.GONE else state.describe()
+        last = log_end(self._out, 0)[-3:] if self._out.exists() else []
+        return "; ".join([f"Slurm job {self._job}: {what}", *(line.strip() for line in last)])
 
     def _endings(self, state: State) -> list[PartEnding]:
         """What the nodes wrote of the last attempt; a shared file system may show it late."""
