@@ -232,7 +232,7 @@ class _BatchJob:
     def _described(self, state: State) -> str:
         """What Slurm says of the job, and the last lines of its batch script."""
         what = "Slurm has forgotten it" if state.name == slurm.GONE else state.describe()
-        last = log_end(self._out, 0)[-3:] if self._out.exists() else []
+        last = log_end(self._out, 0)[-6:] if self._out.exists() else []
         return "; ".join([f"Slurm job {self._job}: {what}", *(line.strip() for line in last)])
 
     def _endings(self, state: State) -> list[PartEnding]:
