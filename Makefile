@@ -42,7 +42,7 @@ install: $(DEV_STAMP) $(RELEASES_STAMP)  ## What tests need, into .venv and .ven
 test: install  ## All tests that need no GPU, in two processes (PROCESSES=n for others)
 	$(BIN)/python -m pytest -n $(PROCESSES) --durations=20
 
-drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages; about 15 minutes
+drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages, two hosts, Slurm; about 25 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
 lint: style types  ## Style, and types of the control plane

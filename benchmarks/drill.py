@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -50,9 +51,13 @@ from drill_case import (
     rule_for,
     wait,
 )
+from drill_hosts import HOSTS_CASES, TWO_RANKS, on_hosts, set_resources
 from drill_servers import SERVER_CASES
+from drill_slurm import SLURM_CASES, Cluster, on_slurm
 from fault_proxy import Rule
 from moto.server import ThreadedMotoServer
+from slurm_lab import slurm_cluster, why_no_slurm
+from ssh_lab import Lab, two_machines, why_not
 
 logger = logging.getLogger("drill")
 VICTIMS = ("flow", "supervisor", "launcher", "rank")
@@ -124,6 +129,14 @@ class Drill:
         self.work, self.s3 = work, s3
         self.base = work / "base" / "store"
         self.whole: Curve = []
+        self._stack, self._clusters = ExitStack(), threading.Lock()
+        self._lab: Lab | None = None
+        self._cluster: Cluster | None = None
+        self._whole_of_two: Curve = []
+
+    def close(self) -> None:
+        """Remove what cases share."""
+        self._stack.close()
 
     def prepare(self) -> None:
         """The unbroken run. Raises RuntimeError if it fails."""
@@ -136,9 +149,9 @@ class Drill:
         if losses != list(range(1, STEPS + 1)):
             raise RuntimeError(f"the unbroken run has the steps {losses}")
 
-    def case(self, name: str, kind: str, what: str, act: Callable[[Place], str]) -> Row:
+    def case(self, name: str, kind: str, what: str, act: Callable[[Place], str], *, whole: Curve | None = None) -> Row:
         """Run a case in a place of its own: `act` makes the first attempt and returns a description of it; then the run
-        is continued."""
+        is continued. whole: the unbroken run's curve."""
         folder, began = self.work / name, time.monotonic()
         with open_place(folder, kind, self.s3) as place:
             try:
@@ -148,7 +161,7 @@ class Drill:
                     code = wait(place.start())
                     if code == 0:
                         break
-                faults = [f"going on ended with {code}"] if code else check(place, self.whole)
+                faults = [f"going on ended with {code}"] if code else check(place, whole or self.whole)
             except MissedError:
                 remove(place)
                 raise
@@ -228,6 +241,41 @@ class Drill:
 
         return self.case(f"fault-{number:02d}", "s3", name, act)
 
+    def hosts(self, number: int, name: str) -> Row:
+        """A case on two hosts over ssh."""
+        with self._clusters:
+            self._lab = self._lab or self._stack.enter_context(two_machines(self.work / "lab"))
+            lab = self._lab
+
+            def act(place: Place) -> str:
+                on_hosts(place, lab)
+                return HOSTS_CASES[name](place, lab)
+
+            return self.case(f"hosts-{number:02d}", "folder", name, act, whole=self._two_ranks())
+
+    def slurm(self, number: int, name: str) -> Row:
+        """A case on a Slurm cluster of two nodes."""
+        with self._clusters:
+            self._cluster = self._cluster or self._stack.enter_context(slurm_cluster(self.work / "slurm"))
+            cluster = self._cluster
+
+            def act(place: Place) -> str:
+                on_slurm(place, cluster)
+                return SLURM_CASES[name](place, cluster)
+
+            return self.case(f"slurm-{number:02d}", "folder", name, act, whole=self._two_ranks())
+
+    def _two_ranks(self) -> Curve:
+        """The curve of an unbroken run of two ranks on this machine."""
+        if not self._whole_of_two:
+            with open_place(self.work / "base-two", "folder", self.s3) as place:
+                copy_base(self.base, place)
+                set_resources(place, TWO_RANKS)
+                if code := wait(place.start()):
+                    raise RuntimeError(f"the unbroken run of two ranks ended with {code}; see {place.folder}")
+                self._whole_of_two = curve_of(place)
+        return self._whole_of_two
+
     def server(self, number: int, name: str) -> Row:
         """An outage of a server during the run."""
         return self.case(f"server-{number:02d}", "folder", name, lambda place: SERVER_CASES[name](place, self.whole))
@@ -293,17 +341,23 @@ def main() -> int:
     work, began = Path(tempfile.mkdtemp(prefix="radlads-drill-")), time.monotonic()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    drill = Drill(work, endpoint)
     try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
         config = Config(s3={"addressing_style": "path"}, proxies={})
         boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config).create_bucket(Bucket=BUCKET)
-        drill = Drill(work, endpoint)
         drill.prepare()
         parts: dict[str, list[tuple[str, Callable[[], Row]]]] = {
             f"{parsed.kills} kills, seed {parsed.seed}": [
                 (f"{k.victim} {k.moment} {k.kind}", lambda k=k: drill.kill(k)) for k in draw(parsed.kills, parsed.seed)
             ],
             "The network before S3": [(n, lambda i=i, n=n: drill.fault(i, n)) for i, n in enumerate(FAULTS)],
+            "Two hosts over ssh, two ranks": [
+                (n, lambda i=i, n=n: drill.hosts(i, n)) for i, n in enumerate(HOSTS_CASES) if why_not() is None
+            ],
+            "A Slurm cluster of two nodes, two ranks": [
+                (n, lambda i=i, n=n: drill.slurm(i, n)) for i, n in enumerate(SLURM_CASES) if why_no_slurm() is None
+            ],
             "Servers beside the run": [(n, lambda i=i, n=n: drill.server(i, n)) for i, n in enumerate(SERVER_CASES)],
         }
         rows = {}
@@ -314,6 +368,7 @@ def main() -> int:
             }
             rows = {part: [future.result() for future in futures] for part, futures in waiting.items() if futures}
     finally:
+        drill.close()
         server.stop()
     text = report(rows, f"python {' '.join(sys.argv)}", time.monotonic() - began)
     if parsed.out:

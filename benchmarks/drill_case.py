@@ -35,11 +35,13 @@ Curve = list[tuple[int, str, float]]
 
 @dataclass
 class Place:
-    """A store and a scratch folder of one case, and the environment that its processes get."""
+    """A store and a scratch folder of one case, and the environment that its processes get. extra: part of that."""
 
     folder: Path
     kind: str
     proxy: FaultProxy | None = None
+    recipe: Path = RECIPE
+    extra: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -74,11 +76,11 @@ class Place:
         kept |= {"RADLADS_HOME": str(self.folder / "home"), "RADLADS_GRACE_SECONDS": "20", "RADLADS_RETRIES": "0"}
         if self.proxy is not None:
             kept["RADLADS_S3_ENDPOINT"] = self.proxy.endpoint
-        return kept | more
+        return kept | self.extra | more
 
     def start(self, command: list[str] | None = None, **more: str) -> subprocess.Popen[bytes]:
         """Start the flow, or another command that runs it."""
-        places = [str(RECIPE), RUN, self.store, str(self.folder / "work")]
+        places = [str(self.recipe), RUN, self.store, str(self.folder / "work")]
         command = command or [sys.executable, str(HERE / "drill_flow.py"), *places]
         with (self.folder / "flow.log").open("ab") as log:
             return subprocess.Popen(

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from radlads.tasks.contracts.job import StoreRef
-from radlads.tasks.contracts.recipe.recipe import Recipe
+from radlads.tasks.contracts.job import JobResources, StoreRef
+from radlads.tasks.contracts.recipe.recipe import Recipe, Resources
 from radlads.tasks.contracts.settings import resolve_settings
 from radlads.tasks.contracts.specs import PlanReport, PlanSpec
 from radlads.tasks.contracts.store.open import LocalStore
@@ -39,7 +39,6 @@ def plan_offline(
     """
     cache = resolve_settings().content_cache
     folder = tempfile.mkdtemp(prefix="radlads-plan-")
-    launcher = find_launcher(recipe.resources.launcher)
     try:
         store = LocalStore(StoreRef(uri=f"{folder}/store"))
         request = StageRequest(
@@ -49,8 +48,7 @@ def plan_offline(
             spec=PlanSpec(recipe=recipe, preview=True, sizes_only=sizes_only),
             inputs={},
             store=store,
-            resources=planned_resources(recipe.resources, gpus, gpu_memory_gib) or launcher.resources(recipe.resources),
-            launcher=launcher,
+            resources=machine_of(recipe.resources, gpus, gpu_memory_gib),
             work=Path(folder, "work"),
             content_cache=cache if cache.parent.is_dir() else None,
         )
@@ -63,6 +61,15 @@ def plan_offline(
         raise
     shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def machine_of(requested: Resources, gpus: int | None, gpu_memory_gib: float | None) -> JobResources:
+    """The machine that is planned for: the described one, else those that the recipe names, else this one. Raises
+    UserError."""
+    if requested.launcher != "local" and gpus is None:
+        known = find_launcher(requested).resources(requested)
+        return known if gpu_memory_gib is None else known.model_copy(update={"gpu_memory_gib": gpu_memory_gib})
+    return planned_resources(requested, gpus, gpu_memory_gib) or find_launcher(requested).resources(requested)
 
 
 def _active(parameters: int, report: PlanReport) -> str:

@@ -56,7 +56,7 @@ class Pipeline:
         self.behind = False
         self._tried_at = -math.inf
         self.store = open_store(settings.store)
-        self.launcher = launcher or find_launcher(recipe.resources.launcher)
+        self.launcher = launcher or find_launcher(recipe.resources)
         self.resources = self.launcher.resources(recipe.resources)
 
     @property
@@ -155,6 +155,7 @@ def open_pipeline(
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     pipeline = Pipeline(requested, name, settings, launcher)
     claim_layout(pipeline.store)
+    pipeline.launcher.check(pipeline.store, settings.work)
     folder = settings.work / "runs" / name
     with (
         run_lease(pipeline.store, name, folder) as lease,

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from radlads.tasks.contracts.store.errors import StoreError, misplaced
 from radlads.tasks.contracts.store.layout import product_key
 from radlads.tasks.contracts.store.pointers import point
 from radlads.tasks.launchers.launcher import JobCrashed, Launcher
+from radlads.tasks.launchers.local import LocalLauncher
 from radlads.tasks.launchers.progress import Progress
-from radlads.tasks.launchers.registry import LAUNCHERS
 from radlads.tasks.launchers.stopping import REQUEST
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class StageRequest:
     grace_seconds: float = 60.0
     lease: Lease | None = None
     content_cache: Path | None = None
-    launcher: Launcher = LAUNCHERS["local"]
+    launcher: Launcher = field(default_factory=LocalLauncher)
 
     @cached_property
     def digest(self) -> str:

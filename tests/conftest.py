@@ -27,6 +27,8 @@ LONG = (
     "jobs/test_train_launched.py",
     "jobs/test_training_benchmark.py",
     "model/test_export_releases.py",
+    "jobs/test_hosts.py",
+    "jobs/test_slurm.py",
 )
 
 SIZES: dict[str, Any] = {

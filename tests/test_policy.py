@@ -13,6 +13,11 @@ FOLDERS = ("flows", "tasks", "model", "kernels", "deployments")
 READS_ENVIRONMENT = {
     "tasks/launchers/local.py",
     "tasks/launchers/program.py",
+    "tasks/launchers/remote/agent.py",
+    "tasks/launchers/remote/follow.py",
+    "tasks/launchers/remote/hosts.py",
+    "tasks/launchers/remote/node.py",
+    "tasks/launchers/remote/slurm.py",
     "tasks/contracts/settings.py",
     "tasks/launchers/supervise.py",
     "flows/services.py",

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import ExitReason, InputRef, JobSpec, Manifest, read_job
-from radlads.tasks.contracts.locks.lease import confirm_lease
 from radlads.tasks.contracts.parsing.credentials import HidingFormatter, learn
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import check_pins
@@ -40,6 +39,7 @@ from radlads.tasks.jobs.exit_reasons import (
     write_ending,
     write_json,
 )
+from radlads.tasks.jobs.ownership import confirm_or_follow
 from radlads.tasks.jobs.progress_file import ProgressFile
 from radlads.tasks.jobs.waiting import announce_commit, forget_commit, wait_for, wait_for_commit
 
@@ -223,7 +223,7 @@ class Job:
     def confirm_lease(self) -> None:
         """Raises LeaseLost if another process now makes this product: this one must not commit its own."""
         if self.spec.lease is not None:
-            confirm_lease(self.store, self.spec.lease)
+            self.spec = confirm_or_follow(self.store, self.spec, self.spec.lease)
 
 
 JobMain = Callable[[Job], dict[str, Any] | None]
@@ -277,7 +277,7 @@ def execute(main: JobMain, job: Job) -> ExitReason:
         if not alone:
             return "crash"
         forget_kernels()
-        forget_commit(job.scratch, job.rank)
+        forget_commit(job.scratch, job.local_rank)
         reason, message = _attempt(main, job)
         write_ending(job.scratch, job.rank, reason, message)
         if job._record is not None:
@@ -298,7 +298,7 @@ def _attempt(main: JobMain, job: Job) -> tuple[ExitReason, str]:
             job.commit(metrics)
             announce_commit(job.scratch)
         # No rank may exit before the product exists: the launcher would then stop the others.
-        wait_for_commit(job.scratch)
+        wait_for_commit(job)
         job.barrier()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # outermost handler: every exit is recorded
         reason, message = explain(error, job.scratch)

@@ -1,4 +1,4 @@
-"""The process group of a job: joining the other ranks, and leaving without hanging them."""
+"""The process group of a job: joining the other ranks, what they share, and leaving without hanging them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import ctypes
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from radlads.tasks.contracts.process_tree import MARK
 
@@ -27,7 +28,8 @@ _PR_SET_PDEATHSIG = 1
 def join_group(device: torch.device, rank: int, world_size: int) -> None:
     """Join the other ranks: nccl on a GPU, gloo on a CPU. A single process gets a group of one, without a port.
 
-    Ranks connect over loopback: torch's store has no authentication, and by default listens on every interface.
+    torch's store has no authentication, and by default listens on every interface: ours listens on the address where
+    the ranks meet, which is loopback unless they are on several hosts.
     """
     import torch
     from torch import distributed
@@ -41,7 +43,7 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=HashStore() if world_size == 1 else _loopback_store(rank, world_size),
+        store=HashStore() if world_size == 1 else _meeting_store(rank, world_size),
         rank=rank,
         world_size=world_size,
         timeout=_TIMEOUT,
@@ -49,15 +51,37 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
     )
 
 
-def _loopback_store(rank: int, world_size: int) -> TCPStore:
-    """The rendezvous store of the ranks, at the port that the launcher set."""
+def _meeting_store(rank: int, world_size: int) -> TCPStore:
+    """The rendezvous store of the ranks, at the address and port that the launcher set."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    port = int(os.environ["MASTER_PORT"])
+    address, port = os.environ.get("MASTER_ADDR", _LOOPBACK), int(os.environ["MASTER_PORT"])
     if rank > 0:
-        return TCPStore(_LOOPBACK, port, world_size, is_master=False, timeout=_TIMEOUT)
-    listener = socket.create_server((_LOOPBACK, port), backlog=world_size)
-    return TCPStore(_LOOPBACK, port, world_size, True, timeout=_TIMEOUT, master_listen_fd=listener.detach())
+        return TCPStore(address, port, world_size, is_master=False, timeout=_TIMEOUT)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family, backlog=world_size)
+    return TCPStore(address, port, world_size, True, timeout=_TIMEOUT, master_listen_fd=listener.detach())
+
+
+def gather(value: Any, num_ranks: int) -> list[Any]:
+    """Every rank's value, in the order of ranks. All ranks call it."""
+    if num_ranks == 1:
+        return [value]
+    from torch import distributed
+
+    gathered: list[Any] = [None] * num_ranks
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def same_draw(device: torch.device) -> str:
+    """Eight random hexadecimal digits, drawn by the first rank. All ranks call it."""
+    import torch
+    from torch import distributed
+
+    drawn = torch.tensor([secrets.randbits(32)], device=device)
+    distributed.broadcast(drawn, src=0)
+    return f"{int(drawn.item()):08x}"
 
 
 def leave_group(*, orderly: bool) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from radlads.tasks.jobs.exit_reasons import write_json
+from radlads.tasks.jobs.ownership import is_committed
+
+if TYPE_CHECKING:
+    from radlads.tasks.jobs.common import Job
 
 _COMMITTED = "committed.json"
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 2.0
 # Longer than the upload of the largest model, which reports no progress.
 _STALL_SECONDS = 6 * 3600.0
 
@@ -28,9 +34,9 @@ def wait_for(marker: Path, scratch: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def forget_commit(scratch: Path, rank: int) -> None:
+def forget_commit(scratch: Path, local_rank: int) -> None:
     """Remove the commit marker of an earlier attempt. Called before the ranks join, so that none sees the old one."""
-    if rank == 0:
+    if local_rank == 0:
         (scratch / _COMMITTED).unlink(missing_ok=True)
 
 
@@ -39,6 +45,11 @@ def announce_commit(scratch: Path) -> None:
     write_json(scratch / _COMMITTED, {})
 
 
-def wait_for_commit(scratch: Path) -> None:
-    """Wait until the product is committed."""
-    wait_for(scratch / _COMMITTED, scratch)
+def wait_for_commit(job: Job) -> None:
+    """Wait until the product is committed. The first rank of a host that is not the first looks in the store, and then
+    announces it to the other ranks of its host. The launcher detects a first rank that dies."""
+    if job.rank > 0 and job.local_rank == 0:
+        while not is_committed(job.store, job.output_prefix, job.spec.digest):
+            time.sleep(_LOOK_SECONDS)
+        announce_commit(job.scratch)
+    wait_for(job.scratch / _COMMITTED, job.scratch)

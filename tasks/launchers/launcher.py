@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources, JobSpec
 from radlads.tasks.contracts.recipe.recipe import Resources
+from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.launchers.progress import Progress
 
 
@@ -45,6 +47,10 @@ class Launcher(Protocol):
 
     def resources(self, requested: Resources) -> JobResources:
         """Resolve a recipe's `resources` for this launcher's machines. Raises UserError if they exceed them."""
+
+    def check(self, store: Store, work: Path) -> None:
+        """Called once, before a run's first job: whether jobs can run, on machines that see the store. work: the flow's
+        work folder. Raises UserError, one line."""
 
     def hold_devices(self, resources: JobResources, purpose: str) -> AbstractContextManager[None]:
         """Context for `run`: waits until no other job uses the job's devices and reserves them. A launcher whose

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from radlads.tasks.contracts.parsing.files import private_folder, write_private
 from radlads.tasks.contracts.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.contracts.recipe.recipe import Resources
 from radlads.tasks.contracts.stages import TOKENIZE, stage_info
+from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.launchers.devices import count_cores, count_gpus, resolve_resources, visible_gpus
 from radlads.tasks.launchers.gpu_lock import hold_gpus
 from radlads.tasks.launchers.launcher import JobCrashed, JobFailed, JobPreempted, Launcher
@@ -30,11 +32,13 @@ from radlads.tasks.launchers.progress import Progress, Watcher, log_end, read_js
 from radlads.tasks.launchers.stopping import REQUEST, Stopper
 
 _log = logging.getLogger(__name__)
-_FINAL = {"config", "out-of-memory", "disk-full", "nonfinite", "watch"}
+FINAL = {"config", "out-of-memory", "disk-full", "nonfinite", "watch"}
+"""Reasons of exit.json that a retry does not change."""
 _DISK_FULL = 5
 """The exit code of a job that ran out of disk space, perhaps even for exit.json."""
 ATTEMPT = "=== attempt"
 """Start of the first line that every attempt writes to the log."""
+LOOPBACK = "127.0.0.1"
 _LEFTOVER_SECONDS = 10.0
 _SUPERVISOR = "radlads.tasks.launchers.supervise"
 _RANKS = "radlads.tasks.jobs.train.engines.ranks"
@@ -54,6 +58,9 @@ class LocalLauncher(Launcher):
         num_gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
         return resolve_resources(requested, num_gpus=num_gpus, num_cores=count_cores())
 
+    def check(self, store: Store, work: Path) -> None:
+        """Jobs see what this process sees."""
+
     def hold_devices(self, resources: JobResources, purpose: str) -> AbstractContextManager[None]:
         """Wait for exclusive use of the GPUs that a job computes on; does nothing for a job on the CPU."""
         if resources.device == "cpu":
@@ -69,29 +76,46 @@ def launch(
     on_progress: called about once a second while there is new progress. grace_seconds: time for a stopped job to save a
     checkpoint. Raises JobFailed (final), JobPreempted or JobCrashed (can be retried), RunStopped.
     """
+    scratch = Path(spec.scratch)
+    job, job_json = job_id(scratch), scratch / "job.json"
+    command = render_command(spec, job_json, port=free_port(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    def work(log: Path, on_tick: Callable[[], None]) -> int:
+        return run_process(
+            command,
+            env=kernel_cache(spec) | job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
+            cwd=scratch,
+            log=log,
+            on_tick=on_tick,
+            grace_seconds=grace_seconds,
+        )
+
+    REQUEST.check()
+    _end_former_attempts(spec.stage, job, scratch, grace_seconds)
+    attempt(spec, " ".join(command), on_progress, work)
+
+
+def attempt(
+    spec: JobSpec,
+    how: str,
+    on_progress: Callable[[Progress], None] | None,
+    work: Callable[[Path, Callable[[], None]], int],
+) -> None:
+    """One attempt at a job, wherever it runs. how: it is started, for the log. work: (log, on_tick) → exit code; it
+    runs the job, calls on_tick about once a second, and leaves exit.json, metrics.jsonl and the log's new lines in the
+    scratch folder. Raises as `launch`."""
     REQUEST.check()
     scratch = Path(spec.scratch)
     private_folder(scratch)
     for stale in ("exit.json", "progress.json"):
         (scratch / stale).unlink(missing_ok=True)
-    job_json = scratch / "job.json"
-    write_private(job_json, spec.model_dump_json(indent=1))
+    write_private(scratch / "job.json", spec.model_dump_json(indent=1))
     log = scratch / "log.txt"
-    command = render_command(spec, job_json, port=_free_port(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    job = job_id(scratch)
-    _end_former_attempts(spec.stage, job, scratch, grace_seconds)
     with log.open("a", encoding="utf-8") as stream:
-        stream.write(f"{ATTEMPT} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(command)}\n")
+        stream.write(f"{ATTEMPT} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {how}\n")
     begin = log.stat().st_size
     watcher = Watcher(scratch, on_progress)
-    code = run_process(
-        command,
-        env=kernel_cache(spec) | job_environment(os.environ, spec.resources) | {MARK: new_mark(job)},
-        cwd=scratch,
-        log=log,
-        on_tick=watcher.look,
-        grace_seconds=grace_seconds,
-    )
+    code = work(log, watcher.look)
     watcher.look()
     ending = read_json(scratch / "exit.json")
     if REQUEST.asked_at is not None and (ending or {}).get("reason") != "done":
@@ -105,39 +129,63 @@ def _where(stage: str, last: Progress | None, orderly: bool) -> str:
     return f"{stage}{at}" if orderly else f"{stage}{at}, killed before it could save that"
 
 
-def render_command(spec: JobSpec, job_json: Path, *, port: int, visible: str | None = None) -> list[str]:
-    """The command line of a job. port: a free port for the rendezvous of the ranks. visible: CUDA_VISIBLE_DEVICES, of
-    which a job uses the first.
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of a job on several hosts meet. address, port: of the first host. slots: the number of ranks of
+    each host. node: which of the hosts this one is. interface: the network interface of this host's ranks."""
+
+    address: str
+    port: int
+    slots: tuple[int, ...]
+    node: int
+    interface: str
+
+
+def render_command(
+    spec: JobSpec, job_json: Path, *, port: int, visible: str | None = None, meeting: Meeting | None = None
+) -> list[str]:
+    """The command line of a job, or of one host's part in it. port: a free port for the rendezvous of the ranks, where
+    meeting names none. visible: CUDA_VISIBLE_DEVICES, of which a job uses the first.
 
     Programs are started as modules of this interpreter: the shebang line of an installed script cannot contain a path
     with a space. DeepSpeed's runner is not used: on one machine it only starts the launcher, ignores which GPUs are
     visible, and returns 0 if the launcher dies by a signal.
     """
-    stage = stage_info(spec.stage)
-    module = f"radlads.tasks.jobs.{stage.program}"
-    sources = spec.spec.get("dataset", {}).get("sources", ()) if stage.name == TOKENIZE.name else ()
-    samples = any(source.get("kind") == "sample" for source in sources)
-    if not stage.distributed and not samples:
+    module = f"radlads.tasks.jobs.{stage_info(spec.stage).program}"
+    if not has_ranks(spec):
         return [sys.executable, "-m", module, str(job_json)]
-    devices = [str(rank) for rank in range(spec.resources.processes)]
+    meeting = meeting or Meeting(LOOPBACK, port, (spec.resources.processes,), 0, "lo")
+    devices = [str(rank) for rank in range(meeting.slots[meeting.node])]
     if spec.resources.device == "cuda":
-        devices = list(visible_gpus(visible) or devices)[: spec.resources.processes]
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+        devices = list(visible_gpus(visible) or devices)[: len(devices)]
+    names = [f"host{node}" for node in range(len(meeting.slots))] if len(meeting.slots) > 1 else ["localhost"]
+    hosts = {name: [str(rank) for rank in range(count)] for name, count in zip(names, meeting.slots, strict=True)}
+    world = base64.urlsafe_b64encode(json.dumps(hosts | {names[meeting.node]: devices}).encode()).decode()
     launcher = [sys.executable, "-u", "-m", _RANKS, "--no_local_rank", f"--world_info={world}"]
-    meeting = ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    return [*launcher, *meeting, "--module", module, str(job_json)]
+    node = [f"--node_rank={meeting.node}"] if len(names) > 1 else []
+    where = [f"--master_addr={meeting.address}", f"--master_port={meeting.port}"]
+    return [*launcher, *node, *where, "--module", module, str(job_json)]
 
 
-def job_environment(base: Mapping[str, str], resources: JobResources) -> dict[str, str]:
-    """The environment of a job: this process's, without the orchestrator's variables or any that change results."""
+def has_ranks(spec: JobSpec) -> bool:
+    """Whether a job is started as ranks, one a device: a distributed stage, or tokenizing that samples a teacher."""
+    sources = spec.spec.get("dataset", {}).get("sources", ()) if spec.stage == TOKENIZE.name else ()
+    return stage_info(spec.stage).distributed or any(source.get("kind") == "sample" for source in sources)
+
+
+def job_environment(base: Mapping[str, str], resources: JobResources, interface: str = "lo") -> dict[str, str]:
+    """The environment of a job: this process's, without the orchestrator's variables or any that change results.
+
+    interface: the network interface of the ranks."""
     dropped = ("PREFECT_", "RADLADS_")
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     env = {key: value for key, value in base.items() if not key.startswith(dropped) and key not in ranks}
     # Kernel compilers call ninja by name; in a virtual environment that is not activated it is found only here.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     env |= child_environment()
-    for library in ("GLOO", "NCCL"):  # by default the ranks listen on addresses that other machines can reach
-        env.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    # By default the ranks listen on every interface. "=": the name in full, where NCCL would match its beginning.
+    env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    env.setdefault("NCCL_SOCKET_IFNAME", "lo" if interface == "lo" else f"={interface}")
     env |= {
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
@@ -218,18 +266,19 @@ def check_ending(stage: str, code: int, ending: dict[str, Any] | None, log: Path
     message = str((ending or {}).get("message", ""))
     if code == 0 and reason == "done":
         return
-    if reason in _FINAL:
+    if reason in FINAL:
         raise JobFailed(f"{stage}: {message}")
     if code == _DISK_FULL and reason is None:
         raise JobFailed(f"{stage}: {describe_full(log.parent)}")
     if reason == "preempted":
         raise JobPreempted(f"{stage} was stopped before it finished; a retry continues from its newest checkpoint")
-    what = message if reason == "crash" else f"ended with {_describe(code)} and gave no reason"
+    what = message if reason == "crash" else f"ended with {describe_code(code)} and gave no reason"
     tail = "\n".join(log_end(log, begin))
     raise JobCrashed(f"{stage} crashed: {what}\nThe end of {log}:\n{tail}")
 
 
-def _describe(code: int) -> str:
+def describe_code(code: int) -> str:
+    """ "exit code 137 (SIGKILL, as when the machine runs out of memory)" """
     # DeepSpeed's launcher returns a rank's negative code as one byte; other launchers add 128 to the signal.
     number = 256 - code if code > 192 else code - 128
     try:
@@ -240,7 +289,7 @@ def _describe(code: int) -> str:
     return f"exit code {code} ({name}{hint})"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(address: str = LOOPBACK) -> int:
+    """A port of an address of this machine that nobody listens on now."""
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         return int(probe.getsockname()[1])

@@ -31,6 +31,8 @@ class StopRequest:
     where: list[str] = field(default_factory=list)
     running: bool = False
     on_sigterm: Callable[[int, FrameType | None], None] | None = None
+    patience_seconds: float = ORDERLY_SECONDS
+    """Between the first request and the moment at which a job that still runs is killed."""
 
     def ask(self) -> None:
         """Request a clean stop; a second call requests an immediate one."""
@@ -60,7 +62,7 @@ class StopRequest:
     @property
     def patience_is_over(self) -> bool:
         """Whether a job that has been signalled is to be killed now."""
-        late = self.asked_at is not None and time.monotonic() - self.asked_at >= ORDERLY_SECONDS
+        late = self.asked_at is not None and time.monotonic() - self.asked_at >= self.patience_seconds
         return late or self.hurried_at is not None
 
     def describe(self) -> str:

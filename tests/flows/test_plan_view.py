@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from radlads.flows.cli import app
-from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.flows.plan_view import machine_of, plan_offline, print_plan
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Recipe, Resources, load_recipe
 from radlads.tasks.contracts.specs import PlanReport
@@ -121,6 +121,18 @@ def test_this_machine_is_planned_for_unless_another_is_described():
     told = planned_resources(Resources(processes=4, gpu_memory_gib=80, offload_optimizer=True), None, None)
     assert told is not None
     assert (told.device, told.processes, told.gpu_memory_gib, told.offload_optimizer) == ("cuda", 4, 80, True)
+
+
+def test_the_machines_that_a_recipe_names_are_planned_for(tmp_path: Path):
+    """Slurm need not be here, nor a host answer: what there is says the recipe."""
+    (tmp_path / "hostfile").write_text("one slots=8\ntwo slots=4\n")
+    slurm = Resources(launcher="slurm", slurm={"nodes": 2, "gpus_per_node": 8}, gpu_memory_gib=80)
+    hosts = Resources(launcher="hosts", hosts=str(tmp_path / "hostfile"), gpu_memory_gib=80)
+    for resources, gpus in ((slurm, 16), (hosts, 12)):
+        told = machine_of(resources, None, None)
+        assert (told.device, told.processes, told.gpu_memory_gib) == ("cuda", gpus, 80)
+        assert machine_of(resources, None, 141.0).gpu_memory_gib == 141
+        assert machine_of(resources, 4, None).processes == 4
 
 
 def test_counts_are_short():

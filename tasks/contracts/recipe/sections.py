@@ -23,6 +23,7 @@ from radlads.tasks.contracts.recipe.losses import (
     Phase,
     Pretrain,
 )
+from radlads.tasks.contracts.recipe.machines import Remote, Slurm, parse_hosts
 from radlads.tasks.contracts.recipe.memory import FrozenBits
 from radlads.tasks.contracts.recipe.training import Optimizer, Rate, Schedule, Training
 from radlads.tasks.contracts.recipe.transplant import TransplantScale
@@ -257,8 +258,13 @@ class Publish(Section):
 class Resources(Section):
     """Hardware settings of jobs. Not in any digest: the same recipe on more GPUs is the same run."""
 
-    launcher: Literal["local"] = "local"
-    """What starts the jobs. local: processes of this machine."""
+    launcher: Literal["local", "hosts", "slurm"] = "local"
+    """What starts the jobs. local: processes of this machine. hosts: of the machines in `hosts`, over ssh. slurm: batch
+    jobs of a cluster."""
+    hosts: Annotated[Place | tuple[str, ...] | None, OPERATIONAL] = None
+    """DeepSpeed's hostfile, or its lines: `name slots=8`, with one rank a slot. The ranks meet at the first host."""
+    slurm: Annotated[Slurm | None, OPERATIONAL] = None
+    remote: Annotated[Remote, OPERATIONAL] = Remote()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
@@ -273,6 +279,23 @@ class Resources(Section):
     """Memory of one GPU, for planning without a GPU; None: detected."""
     dollars_per_gpu_hour: float | None = Field(default=None, ge=0)
     """Price for the cost in the plan and the report."""
+
+    @model_validator(mode="after")
+    def _machines_fit_the_launcher(self) -> Self:
+        if (self.hosts is not None) != (self.launcher == "hosts"):
+            raise ValueError("`hosts` and `launcher: hosts` need each other: a hostfile, or lines as `name slots=8`")
+        if isinstance(self.hosts, tuple):
+            parse_hosts(self.hosts)
+        if (self.slurm is not None) != (self.launcher == "slurm"):
+            raise ValueError("`slurm` and `launcher: slurm` need each other, e.g. slurm: {nodes: 2, gpus_per_node: 8}")
+        if self.launcher == "local" and self.remote != Remote():
+            raise ValueError("`remote` is for launchers that run jobs on other machines: hosts, slurm")
+        if self.launcher != "local" and self.device != "cpu" and self.gpu_memory_gib is None:
+            raise ValueError(
+                f"with `launcher: {self.launcher}` the plan cannot look at the GPUs; set `gpu_memory_gib` to the "
+                "memory of one of them"
+            )
+        return self
 
 
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]

@@ -43,8 +43,8 @@ from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, into_file
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.exit_reasons import write_json
+from radlads.tasks.jobs.process_group import same_draw
 from radlads.tasks.jobs.train.engines.engine import Engine
-from radlads.tasks.jobs.work_sharing import same_draw
 
 logger = logging.getLogger("radlads")
 

@@ -32,8 +32,8 @@ from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.judge.judged_models import STUDENT, open_tokenizer
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.plan.choice_plan import difficulty_weights
+from radlads.tasks.jobs.process_group import gather
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
-from radlads.tasks.jobs.work_sharing import gather
 
 logger = logging.getLogger("radlads")
 

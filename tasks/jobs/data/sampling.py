@@ -14,6 +14,7 @@ from radlads.tasks.contracts.recipe.recipe import SampleSource
 from radlads.tasks.contracts.specs import TeacherRef
 from radlads.tasks.jobs.common import Job, write_json
 from radlads.tasks.jobs.judge.judged_models import continue_ids, open_teacher
+from radlads.tasks.jobs.process_group import gather
 
 logger = logging.getLogger("radlads")
 
@@ -44,9 +45,9 @@ def _sample_source(
         mine = folder / f"batch-{first + job.rank:06d}.json"
         if not mine.exists():
             write_json(mine, sample_batch(model, tokenizer, source, batch=first + job.rank))
-        job.barrier()
-        for batch in range(first, first + job.world_size):
-            for row in json.loads((folder / f"batch-{batch:06d}.json").read_text(encoding="utf-8")):
+        # Gathered, not read: the ranks of another host have their batches there.
+        for batch in gather(json.loads(mine.read_text(encoding="utf-8")), job.world_size):
+            for row in batch:
                 if tokens < source.tokens:
                     texts.append(row["text"])
                     tokens += row["tokens"]

@@ -36,7 +36,7 @@ from radlads.tasks.jobs.judge.judged_models import (
     student_names,
 )
 from radlads.tasks.jobs.origin import check_data, check_judged
-from radlads.tasks.jobs.work_sharing import gather
+from radlads.tasks.jobs.process_group import gather
 
 logger = logging.getLogger("radlads")
 

@@ -23,8 +23,8 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.places import resolve_task_folder
 from radlads.tasks.contracts.recipe.sections import EvalTask
 from radlads.tasks.jobs.judge.task_datasets import PinnedFactory, check_commits, named_datasets
+from radlads.tasks.jobs.process_group import gather
 from radlads.tasks.jobs.sources import first_line
-from radlads.tasks.jobs.work_sharing import gather
 
 logger = logging.getLogger("radlads")
 

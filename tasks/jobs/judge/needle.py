@@ -35,8 +35,8 @@ from radlads.tasks.jobs.judge.judged_models import (
 )
 from radlads.tasks.jobs.judge.needle_grid import flatten, make_cells, summarize
 from radlads.tasks.jobs.origin import check_judged
+from radlads.tasks.jobs.process_group import gather
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
-from radlads.tasks.jobs.work_sharing import gather
 
 logger = logging.getLogger("radlads")
 

@@ -1,0 +1,77 @@
+"""The machines of a job that does not run on the flow's own: hosts that are reached by ssh, or a Slurm cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from radlads.tasks.contracts.parsing.document import one_line
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, Place, Section
+
+# Nothing in it can be an option of ssh or a word of a shell.
+_LINE = re.compile(
+    r"(?P<name>(?:[A-Za-z_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9.:_-]{0,252})(?:\s+slots=(?P<slots>[1-9][0-9]{0,3}))?"
+)
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,@/-]{0,199}$")]
+# A directive is parsed by sbatch, not by a shell; what the launcher itself sets is refused by slurm.py.
+_Directive = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(?:=[A-Za-z0-9_.,:+@%/&|*()\[\]=-]+)?$", max_length=500)]
+
+
+class Remote(Section):
+    """Where a job finds things on a machine that is not the flow's."""
+
+    python: Annotated[str | None, OPERATIONAL] = Field(default=None, pattern=r"^/[^\x00-\x1f]+$")
+    """The interpreter that has radlads; None: at the path of the flow's own."""
+    work: Annotated[str | None, OPERATIONAL] = Field(default=None, pattern=r"^/[^\x00-\x1f]+$")
+    """Folder for scratch, best on a local disk; None: at the path of the flow's work folder."""
+    interface: Annotated[str | None, OPERATIONAL] = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$")
+    """Network interface of the ranks (`ib0`); None: the one with the route to the other hosts."""
+    ssh_config: Annotated[Place | None, OPERATIONAL] = None
+    """A configuration file of ssh; None: the user's own. Keys, users, ports and jumps are set there."""
+
+
+class Slurm(Section):
+    """The allocation of a job that runs on a GPU. Everything that is not set is the cluster's default."""
+
+    nodes: Annotated[int, OPERATIONAL] = Field(default=1, ge=1, le=4096)
+    gpus_per_node: Annotated[int, OPERATIONAL] = Field(default=1, ge=1, le=64)
+    """With `device: cpu` the number of ranks of a node, for which no GPU is asked."""
+    cpus_per_node: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1, le=4096)
+    partition: Annotated[_Word | None, OPERATIONAL] = None
+    account: Annotated[_Word | None, OPERATIONAL] = None
+    qos: Annotated[_Word | None, OPERATIONAL] = None
+    time: Annotated[str | None, OPERATIONAL] = Field(default=None, pattern=r"^\d+(-\d+(:\d+){0,2}|(:\d+){0,2})$")
+    """Time limit as sbatch writes it: minutes, hours:minutes:seconds, days-hours. A job that reaches it has saved a
+    checkpoint before, and is continued by the next attempt."""
+    extra: Annotated[tuple[_Directive, ...], OPERATIONAL] = ()
+    """More options of sbatch: `--constraint=h100`, `--exclusive`."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine as ssh knows it. slots: its number of ranks, each with a GPU of its own unless they compute on the
+    CPU."""
+
+    name: str
+    slots: int
+
+
+def parse_hosts(lines: Iterable[str]) -> tuple[Host, ...]:
+    """The hosts of DeepSpeed's hostfile: `name slots=8` a line, `#` starts a comment. Raises ValueError, one line."""
+    hosts: dict[str, Host] = {}
+    for line in lines:
+        text = line.partition("#")[0].strip()
+        match = _LINE.fullmatch(text)
+        if text and match is None:
+            raise ValueError(f"'{one_line(text, 60)}' is not a host; a line of a hostfile is `name slots=8`")
+        if match is not None:
+            if match["name"] in hosts:
+                raise ValueError(f"the host {match['name']} is there twice; one line names all its slots")
+            hosts[match["name"]] = Host(match["name"], int(match["slots"] or 1))
+    if not hosts:
+        raise ValueError("there is no host; a line of a hostfile is `name slots=8`")
+    return tuple(hosts.values())
