@@ -72,7 +72,7 @@ class Conversion:
             inputs=refs,
             output_uri=f"{store.uri}/{name or stage}",
             store=store,
-            resources=RESOURCES,
+            resources=RESOURCES.model_copy(update={"zero_stage": self.recipe.resources.zero_stage}),
             scratch=str(self.root / "scratch" / (name or stage)),
         )
         Path(sheet.scratch).mkdir(parents=True)

@@ -138,6 +138,8 @@ def training_memory(
         host = networks.student_parameters * word
         weights, teacher = max(0, weights - trainable * word) // shards, teacher // shards
         gathered = _gathered(networks, word, taught=taught, shared=shared)
+        if all(part.batch <= part.micro_batch * shards for part in section.parts):
+            gradients = max(0, gradients - activations - logits)  # of a single pass: made as the activations are freed
     memory = {
         "weights": weights,
         "gradients": gradients,
@@ -147,7 +149,7 @@ def training_memory(
         "logits": logits,
         "buffers": (gathered or min(BUCKET_ELEMENTS, trainable) * (word + 4))
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
-        + max(0, gradients - activations - logits),
+        + (0 if gathered else max(0, gradients - activations - logits)),
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values()), "host": host}
