@@ -294,7 +294,7 @@ def test_parameters_of_the_published_teachers(published):
 def test_remedies_do_what_they_say(published):
     setting = Setting("distill", STEPS["distill"], gpus(8, 192))
     limit = 0.95 * 192 * GIB
-    assert what_would_help(setting, published["32B"], limit).startswith("resources.zero_stage: 3 (then 9")
+    assert what_would_help(setting, published["32B"], limit).startswith("resources.zero_stage: 3 (then 82 GiB")
     setting = replace(setting, divisible=False)
     assert what_would_help(setting, published["32B"], limit).startswith("resources.offload_optimizer: true (then 1")
     largest = what_would_help(setting, published["72B"], limit)
