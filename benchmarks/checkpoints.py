@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from radlads.tasks.contracts.job import JobResources, JobSpec, StoreRef
 from radlads.tasks.contracts.recipe.recipe import Finetune
+from radlads.tasks.contracts.stages import TRAINING_STAGES
 from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
 from radlads.tasks.jobs.checkpoints.state_slices import MOMENTS
 from radlads.tasks.jobs.common import Job
@@ -168,7 +169,7 @@ def build(options: argparse.Namespace, device: torch.device, rank: int, folder: 
     )  # fmt: skip
     store = StoreRef(uri=options.store or str(folder / "store"))
     spec = JobSpec(
-        stage="finetune", run="benchmark", recipe="benchmark", digest="0" * 64, spec={}, store=store,
+        stage=TRAINING_STAGES[-1], run="benchmark", recipe="benchmark", digest="0" * 64, spec={}, store=store,
         output_uri=f"{store.uri}/checkpoint-benchmark/{folder.name}", scratch=str(folder / "scratch"),
         resources=JobResources(device=device.type, processes=options.ranks, threads=1),
     )  # fmt: skip

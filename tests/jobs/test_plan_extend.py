@@ -35,7 +35,13 @@ PHASES = [
 GPUS = JobResources(device="cuda", processes=8, threads=1, gpu_memory_gib=141.0, dollars_per_gpu_hour=2.0)
 
 
-def planned(tmp_path: Path, student: dict[str, Any] | None = None, gibibytes: float = 141, **extend: Any) -> PlanReport:
+def planned(
+    tmp_path: Path,
+    student: dict[str, Any] | None = None,
+    gibibytes: float = 141,
+    resources: JobResources = GPUS,
+    **extend: Any,
+) -> PlanReport:
     (tmp_path / "config.json").write_text(json.dumps(TEACHER))
     section = {"tokens": 1 << 29, "context": 16384, "batch": 64, "phases": PHASES, "gradient_checkpointing": True}
     recipe = parse_recipe(
@@ -47,7 +53,7 @@ def planned(tmp_path: Path, student: dict[str, Any] | None = None, gibibytes: fl
             "extend": section | extend,
         }
     )
-    resources = GPUS.model_copy(update={"gpu_memory_gib": gibibytes})
+    resources = resources.model_copy(update={"gpu_memory_gib": gibibytes})
     return plan.make_plan(recipe, resources, preview=True, sizes_only=True)
 
 
@@ -96,7 +102,8 @@ def test_the_teacher_takes_memory_and_time_only_where_it_is_asked_for(tmp_path: 
     before, after = (report.stages["extend"]["phases"] for report in (alone, taught))
     assert after[0]["flops"] > 1.2 * before[0]["flops"]
     assert after[1:] == before[1:]
-    one = {"phases": [], "context": 32768, "batch": 32}
+    alone = GPUS.model_copy(update={"processes": 1, "offload_optimizer": True})
+    one = {"phases": [], "context": 32768, "batch": 32, "resources": alone}
     assert "teacher.bits: 8" in planned(tmp_path, gibibytes=24, teacher_kl=0.1, **one).misfits[0]
     assert "teacher.bits" not in planned(tmp_path, gibibytes=24, **one).misfits[0]
 

@@ -36,7 +36,7 @@ def test_both_builds_run_and_lose_the_same(job_python: Any, tmp_path: Path) -> N
     assert all(5 * 64 * 4 < one < 500 * 64 * 4 for one in kept)
     assert float(re.sub(r" .*", "", rows[0][13])) > 0, "a checkpoint was saved"
     for group in ("gemm", "wkv7", "mixer, elementwise", "optimizer", "loss"):
-        assert len(re.findall(rf"^\| {group} \| [\d.]+ \| [\d.]+% \|$", text, re.MULTILINE)) == 3, group
+        assert len(re.findall(rf"^\| {group} \| [\d.]+ \| [\d.]+% \|$", text, re.MULTILINE)) == 2, group
 
 
 @pytest.mark.parametrize(

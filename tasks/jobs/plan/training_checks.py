@@ -63,8 +63,9 @@ def _check_part(place: str, part: Training, processes: int, findings: Findings) 
 def _check_decay(recipe: Recipe, stage: str, section: Training, findings: Findings) -> None:
     if section.decay_dtype == "float32":
         return
-    if stage == "pretrain" or not has_log_decay(recipe.student.variant):
-        what = "a plain model" if stage == "pretrain" else f"the variant {recipe.student.variant}"
+    plain = stage_info(stage).makes == "teacher"
+    if plain or not has_log_decay(recipe.student.variant):
+        what = "a plain model" if plain else f"the variant {recipe.student.variant}"
         findings.faults.append(
             f"{stage}.decay_dtype: {what} has no log decay of RWKV-7; leave the key out, or change student.variant"
         )
