@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 RELEASES_STAMP := .venv-transformers/.installed
-PROCESSES ?= 2
+PROCESSES ?= 3
 # Into its own .venv Python may write bytecode: without it, each of the processes that tests start compiles torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -39,7 +39,7 @@ demo: $(STAMP)  ## Convert the shipped teacher end to end, with the Prefect and 
 
 install: $(DEV_STAMP) $(RELEASES_STAMP)  ## What tests need, into .venv and .venv-transformers
 
-test: install  ## All tests that need no GPU, in two processes (PROCESSES=n for others)
+test: install  ## All tests that need no GPU, in three processes (PROCESSES=n for others)
 	$(BIN)/python -m pytest -n $(PROCESSES) --durations=20
 
 drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages, two hosts, Slurm; about 25 minutes

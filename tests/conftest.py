@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 # What a process of `pytest -n` takes as a whole: these folders, whose tests share servers, and any other file.
 FOLDERS_WITH_SERVERS = ("flows", "tasks")
-# What takes longest begins first, so that both processes end together; the order of the rest does not matter.
+# What takes longest begins first, so that all processes end together; the order of the rest does not matter.
 LONG = (
     *FOLDERS_WITH_SERVERS,
     "kernels/test_linear_kl_triton.py",
