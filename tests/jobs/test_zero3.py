@@ -13,6 +13,7 @@ from radlads.model.convert.transplant import transplant
 from radlads.model.student.export import export_student
 from radlads.model.student.load import build_student
 from radlads.model.teacher.load import load_teacher
+from radlads.model.training.objectives import build_objective
 from radlads.model.weights.weight_files import open_weight_files
 from radlads.tasks.contracts.job import Manifest
 from radlads.tasks.contracts.recipe.choice import Calibration
@@ -21,9 +22,12 @@ from radlads.tasks.contracts.specs import spec_digest
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.training_models import load_networks
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TRAIN = "radlads.tasks.jobs.train.train"
@@ -130,6 +134,28 @@ def test_a_checkpoint_goes_on_under_another_stage(training, monkeypatch, before,
     assert run(training, Job(spec=job.spec.model_copy(update={"resources": resources}))) == pytest.approx(
         wanted, rel=1e-5
     )
+
+
+def test_a_pass_after_a_restore_is_of_the_restored_state(training):
+    losses = []
+    for stage in (2, 3):
+        job = training.job("distill", f"zero3-restored-{stage}", resources={"zero_stage": stage}, **RATES)
+        job.open_process_group()
+        spec = job.typed
+        networks = load_networks(job, spec)
+        engine = build_engine(
+            job, build_objective(spec, networks.student, networks.teacher), spec.section, micro_batch=2, num_micro=1
+        )
+        split = open_dataset(training.root / "data").split("heldout")
+        batch = split.batch([0, 1], 32)
+        with torch.no_grad():
+            before = engine.forward(batch)[0].item()
+            for one in engine.held_state():
+                one.tensors["param"].mul_(1.2)
+            engine.settle()
+            losses.append((before, engine.forward(batch)[0].item()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,17 @@ def part_start(parameter: Tensor, rank: int, num_ranks: int) -> int:
     return min(rank * -(-rows // num_ranks), rows) * (parameter.numel() // rows)
 
 
-def gather_student(module: Partitioned, rank: int) -> None:
-    """Make the student whole again, in its compute dtype on the CPU of rank 0, to be exported there. It cannot run
-    afterwards."""
+def free_gathered(module: Partitioned) -> None:
+    """Free all that is gathered: embeddings and heads stay so after a pass without a backward pass."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def gather_student(module: Partitioned, rank: int) -> None:
+    """Make the student whole again, in its compute dtype on the CPU of rank 0, to be exported there. It cannot run
+    afterwards."""
+    free_gathered(module)
     gathered: dict[Any, nn.Parameter] = {}  # a tied matrix stays one
     for part in module.objective.student.modules():
         hold_as_buffers(part)  # exported from their originals

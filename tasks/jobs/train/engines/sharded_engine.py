@@ -15,7 +15,7 @@ from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.checkpoints.state_slices import MOMENTS, StateSlice
 from radlads.tasks.jobs.train.engines.engine import Engine, adamw
 from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
-from radlads.tasks.jobs.train.engines.partition import Partitioned, gather_student, part_start
+from radlads.tasks.jobs.train.engines.partition import Partitioned, free_gathered, gather_student, part_start
 
 
 class ShardedEngine(Engine):
@@ -57,7 +57,7 @@ class ShardedEngine(Engine):
         (loss / self.num_micro).backward()
 
     def _between(self) -> None:
-        pass
+        """Nothing: gradients add up by themselves."""
 
     def _move(self) -> None:
         self._adam.step()
@@ -91,4 +91,5 @@ class ShardedEngine(Engine):
         return slices
 
     def settle(self) -> None:
-        """Nothing to do: the masters are the parameters."""
+        """The masters are the parameters; what was gathered before they were written to is freed."""
+        free_gathered(self.module)
