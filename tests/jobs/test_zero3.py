@@ -81,7 +81,7 @@ def hybrid(training: Any) -> Any:
     return change
 
 
-@pytest.mark.parametrize("stage", ["align", "distill", "finetune"])
+@pytest.mark.parametrize("stage", ["align", "distill", "finetune", "extend", "pretrain"])
 def test_a_stage_trains_as_under_zero_2(training, stage):
     rates = MIXERS if stage == "align" else RATES
     divided = training.job(stage, f"zero3-{stage}", resources={"zero_stage": 3}, **SHORT, **rates)

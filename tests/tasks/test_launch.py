@@ -21,6 +21,7 @@ from radlads.tasks.launchers.local import (
     Progress,
     check_ending,
     job_environment,
+    kernel_cache,
     launch,
     render_command,
     run_process,
@@ -252,3 +253,9 @@ def test_a_supervisor_that_does_not_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "_SUPERVISOR", "radlads.tasks.none_such")
     with pytest.raises(JobCrashed, match="No module named"):
         launch(job(scratch=tmp_path))
+
+
+def test_compiled_kernels_stay_in_the_work_folder():
+    assert kernel_cache(job()) == {}
+    spec = job().model_copy(update={"content_cache": "/work/content.json"})
+    assert kernel_cache(spec) == {"TRITON_CACHE_DIR": "/work/triton"}

@@ -83,7 +83,8 @@ def join_shared(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.M
     """
     joined: list[nn.Module] = []
     places = [name for name, _ in student.named_modules()]
-    inside = tuple(f"{name}." for name in places if _find(student, name) in set(layers(student)))
+    decoder = set(layers(student))
+    inside = tuple(f"{name}." for name in places if _find(student, name) in decoder)
     done: tuple[str, ...] = ()
     for name in places:
         ours, theirs = _find(student, name), _find(teacher, name)
