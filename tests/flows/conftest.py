@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,7 +84,20 @@ class RunningServices:
     def api(self) -> httpx.Client:
         """Prefect's, for the user."""
         url = f"{self.urls['prefect']}/api"
-        return httpx.Client(base_url=url, auth=self.user, trust_env=False, timeout=60)
+        return httpx.Client(base_url=url, auth=self.user, trust_env=False, timeout=60, transport=Patient())
+
+
+class Patient(httpx.HTTPTransport):
+    """Asks again while the server says 503, as Prefect's own client does: its database was locked for too long."""
+
+    def handle_request(self, request):
+        for _ in range(20):
+            answer = super().handle_request(request)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            answer.close()
+            time.sleep(1)
+        return answer
 
 
 def typed(*command, home, **more):
