@@ -18,6 +18,7 @@ from radlads.tasks.launchers.local import (
     JobCrashed,
     JobFailed,
     JobPreempted,
+    Meeting,
     Progress,
     check_ending,
     job_environment,
@@ -27,6 +28,7 @@ from radlads.tasks.launchers.local import (
     run_process,
 )
 from radlads.tasks.launchers.progress import Watcher
+from radlads.tasks.launchers.remote import part
 
 CPU = JobResources(device="cpu", processes=2, threads=3)
 WORLD = base64.urlsafe_b64encode(b'{"localhost": ["0", "1"]}').decode()
@@ -259,3 +261,15 @@ def test_compiled_kernels_stay_in_the_work_folder():
     assert kernel_cache(job()) == {}
     spec = job().model_copy(update={"content_cache": "/work/content.json"})
     assert kernel_cache(spec) == {"TRITON_CACHE_DIR": "/work/triton"}
+
+
+def test_compiled_kernels_stay_in_the_work_folder_of_each_host(tmp_path, monkeypatch):
+    spec = job(scratch=tmp_path / "host-b").model_copy(update={"content_cache": str(tmp_path / "content-host-b.json")})
+    seen = {}
+    monkeypatch.setattr(part, "run_process", lambda command, *, env, **options: seen.update(env) or 0)
+    meeting = Meeting("10.0.0.1", 29500, (1, 1), 1, "eth0")
+    part.HostPart(spec, meeting, {"PATH": "/bin"}, threads=1).run(lambda: None, 1.0)
+    assert seen["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    own = {"PATH": "/bin", "TRITON_CACHE_DIR": "/own"}
+    part.HostPart(spec, meeting, own, threads=1).run(lambda: None, 1.0)
+    assert seen["TRITON_CACHE_DIR"] == "/own"

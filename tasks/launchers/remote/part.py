@@ -22,7 +22,15 @@ from radlads.tasks.contracts.job import JobSpec, LeaseRef
 from radlads.tasks.contracts.parsing.files import private_folder, write_private
 from radlads.tasks.contracts.process_tree import MARK, end_leftovers, job_id, new_mark
 from radlads.tasks.launchers.devices import count_cores
-from radlads.tasks.launchers.local import FINAL, Meeting, describe_code, job_environment, render_command, run_process
+from radlads.tasks.launchers.local import (
+    FINAL,
+    Meeting,
+    describe_code,
+    job_environment,
+    kernel_cache,
+    render_command,
+    run_process,
+)
 from radlads.tasks.launchers.progress import read_json
 from radlads.tasks.launchers.remote.papers import CONTINUED
 from radlads.tasks.launchers.remote.wire import SILENCE_SECONDS
@@ -74,7 +82,9 @@ class HostPart:
             visible=self._base.get("CUDA_VISIBLE_DEVICES"),
             meeting=self._meeting,
         )
-        environment = job_environment(self._base, self.spec.resources, self._meeting.interface)
+        environment = kernel_cache(self.spec) | job_environment(
+            self._base, self.spec.resources, self._meeting.interface
+        )
         code = run_process(
             command,
             env=environment | {MARK: new_mark(job_id(self.scratch))},
