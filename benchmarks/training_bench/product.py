@@ -116,7 +116,7 @@ def main(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    group.die_with_launcher()
+    group.follow_launcher()
     this = open_job(Path(sys.argv[1]))
     reason = execute(main, this)
     group.leave_group(orderly=reason in ("done", "preempted", "nonfinite"))

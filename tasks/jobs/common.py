@@ -238,7 +238,7 @@ def run_job(main: JobMain, *, cooperative: bool = False) -> NoReturn:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m radlads.tasks.jobs.<job> job.json\n")
         sys.exit(EXIT_CODES["config"])
-    group.die_with_launcher()
+    group.follow_launcher()
     try:
         job = open_job(Path(sys.argv[1]))
     except UserError as error:

@@ -22,7 +22,7 @@ from radlads.tasks.contracts.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.contracts.parsing.credentials import HidingFormatter
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES, Preempted, explain, write_ending
 from radlads.tasks.jobs.origin import write_origin
-from radlads.tasks.jobs.process_group import die_with_launcher, quiet_libraries
+from radlads.tasks.jobs.process_group import follow_launcher, quiet_libraries
 from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher, resolve_teacher_path
 
 logger = logging.getLogger("radlads")
@@ -63,7 +63,7 @@ def _import(request: OpenMoseImport, folder: Path) -> None:
 
 def main() -> None:
     """Read the request, execute it, write exit.json, exit."""
-    die_with_launcher()
+    follow_launcher()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(HidingFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import secrets
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+RANK_PIPE = "RADLADS_RANK_PIPE"
+"""In the environment of a rank: the file descriptor from which it reads the rest of its environment."""
 _LOOPBACK = "127.0.0.1"
 # Longer than any upload by one rank that the others wait for. The launcher detects a dead rank, not this timeout.
 _TIMEOUT = timedelta(hours=3)
@@ -106,9 +109,20 @@ def end_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def die_with_launcher() -> None:
-    """Have the kernel end this rank as soon as its parent process is dead. Only if a supervisor started the
-    job, not a person, whose shell may exit."""
+def follow_launcher() -> None:
+    """Take this rank's environment from a launcher that started it earlier (engines/ranks.py), and end with it.
+
+    The kernel ends a rank as soon as its parent process is dead. Only if a supervisor started the job, not a person,
+    whose shell may exit.
+    """
+    pipe = os.environ.pop(RANK_PIPE, None)
+    if pipe is not None:
+        with open(int(pipe), encoding="utf-8") as stream:
+            told = stream.read()
+        if not told:
+            sys.exit("the launcher ended before it had started this rank")
+        os.environ.update(json.loads(told))
+        os.environ.pop(RANK_PIPE, None)
     if MARK in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
