@@ -84,6 +84,18 @@ def what_would_help_judging(
     return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
 
 
+def misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:
+    """One line on a stage that needs more memory than there is."""
+    return (
+        f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
+        f"{_gib(device['memory_bytes'])}; what would help: {helps}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.1f} GiB"
+
+
 def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """(label, the setting with this change alone), the cheapest first."""
     stage, section, resources = setting.stage, setting.section, setting.resources

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from radlads.model.sequence_parallel.limits import sharing_fault
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
 from radlads.model.training.mixer_parts import has_log_decay
@@ -15,6 +17,7 @@ from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.checkpoints.host_copy import has_room
 from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES
+from radlads.tasks.jobs.data.batch_plan import division_fault
 from radlads.tasks.jobs.plan.checks import Findings
 
 
@@ -44,14 +47,12 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
 
 
 def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:
-    if part.batch % processes:
-        findings.faults.append(
-            f"{place}.batch ({part.batch}) must be a multiple of the {processes} processes; change the batch, "
-            f"or resources.processes"
-        )
-    elif (part.batch // processes) % part.micro_batch:
+    groups = max(1, processes // part.sequence_parallel)
+    if fault := division_fault(part.batch, processes, part.sequence_parallel):
+        findings.faults.append(f"{place}.{fault}")
+    elif (part.batch // groups) % part.micro_batch:
         findings.warnings.append(
-            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // processes} "
+            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // groups} "
             f"sequences; a smaller one is used"
         )
     if part.tokens < part.batch * part.context:
@@ -109,6 +110,22 @@ def check_restarts(recipe: Recipe, config: PreTrainedConfig, findings: Findings)
         section: Training = getattr(recipe, stage)
         if any(part.reset_at_documents for part in section.parts):
             findings.faults.append(f"{stage}.reset_at_documents: {NO_RESTART}")
+
+
+def check_sharing(
+    recipe: Recipe, config: PreTrainedConfig, kept: Collection[int], findings: Findings, *, late: bool
+) -> None:
+    """Rows that processes share, where the networks allow it. config: the teacher's; kept: softmax layers of the
+    student; late: others of them are found by measuring."""
+    softmax = find_family(config).softmax_layers(config)
+    for stage in TRAINING_STAGES:
+        section: Training | None = getattr(recipe, stage)
+        if section is None or section.sequence_parallel == 1:
+            continue
+        every = late or runs_teacher(stage, section) or stage_info(stage).makes == "teacher"
+        shared, context = section.sequence_parallel, section.longest_context
+        if fault := sharing_fault(config, softmax if every else kept, shared, context):
+            findings.faults.append(f"{stage}.sequence_parallel: {fault}")
 
 
 def _sees_positions(recipe: Recipe) -> bool:
