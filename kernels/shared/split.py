@@ -22,7 +22,7 @@ from radlads.kernels.shared.slots import sum_type
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-class Part(NamedTuple):
+class PartOfRows(NamedTuple):
     """What a part of every row does to a state that is not known yet."""
 
     own: Tensor
@@ -46,7 +46,7 @@ def run_part(
     *,
     cu_seqlens: Tensor | None = None,
     continues_B: Tensor | None = None,
-) -> Part:
+) -> PartOfRows:
     """Run an operator of radlads.kernels over a part of every row; inputs [B,T,H,·] or [B,T,H] in its order.
 
     cu_seqlens: int [N+1], document bounds in the flattened [B·T], row bounds included. continues_B: bool, whether the
@@ -71,7 +71,7 @@ def run_part(
     nothing = inputs[at].new_zeros(*inputs[at].shape[:3], K)
     inputs = (*inputs[:at], nothing, *inputs[at + 1 :])
     reads, A_HKK = operator(*inputs, initial_state=start, output_final_state=True, cu_seqlens=cu_seqlens)
-    return Part(own.view(v.shape), reads.view(B, T, H, K), A_HKK[last], B_HKV[last])
+    return PartOfRows(own.view(v.shape), reads.view(B, T, H, K), A_HKK[last], B_HKV[last])
 
 
 def state_before(A_PBHKK: Tensor, B_PBHKV: Tensor, part: int) -> Tensor:

@@ -19,7 +19,7 @@ def gather(x: Tensor, group: distributed.ProcessGroup) -> Tensor:
     """Every rank's x, [P, *x.shape], in the order of ranks; not differentiable."""
     x = x.contiguous()
     gathered = x.new_empty(group.size(), *x.shape)
-    distributed.all_gather_into_tensor(gathered.view(-1), x.view(-1), group=group)
+    distributed.all_gather(list(gathered.unbind()), x, group=group)
     return gathered
 
 
