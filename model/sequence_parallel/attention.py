@@ -39,7 +39,7 @@ def exchange_heads(network: PreTrainedModel, ranks: int, context: int) -> None:
     kept = (
         network.config.attention_layers if isinstance(network, RadladsForCausalLM) else range(config.num_hidden_layers)
     )
-    if fault := sharing_fault(config, kept, ranks, context):
+    if fault := sharing_fault(config, kept, ranks, context=context):
         raise UserError(f"sequence_parallel: {fault}")
     inner = config._attn_implementation
     if inner not in ("sdpa", "flash_attention_2", "flash_attention_3"):

@@ -11,7 +11,7 @@ from radlads.model.student.configuration import windowed_layers
 from radlads.model.teacher.load import find_family, rotary_settings
 
 
-def sharing_fault(config: PreTrainedConfig, layers: Collection[int], ranks: int, context: int) -> str | None:
+def sharing_fault(config: PreTrainedConfig, layers: Collection[int], ranks: int, *, context: int) -> str | None:
     """One line on why `ranks` ranks cannot share rows of `context` tokens in a network; None if they can.
 
     config: the teacher's, whose family the student has too. layers: those that run as softmax attention.

@@ -125,7 +125,7 @@ def test_sections_say_what_they_exclude() -> None:
 def test_networks_that_cannot_share_rows_are_told(
     family_config: Callable[..., Any], model_type: str, changes: dict[str, Any], layers: tuple[int, ...], told: str
 ) -> None:
-    fault = sharing_fault(family_config(model_type, **changes), layers, 4, 32)
+    fault = sharing_fault(family_config(model_type, **changes), layers, 4, context=32)
     assert fault is None if told is None else told in (fault or "")
 
 

@@ -115,12 +115,12 @@ def make_plan(
         layers = planned_layers(recipe.student, softmax)
         untied = recipe.student.untie_embeddings
         findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
-    check_sharing(recipe, subject.config, layers, findings, late=late_choice(recipe) is not None)
+    sharings = check_sharing(recipe, subject.config, layers, resources.processes, findings)
     check_lora(recipe, networks.linear_names, findings)
     check_align(recipe, networks.hidden, len(layers), len(softmax), findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
-    stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
+    stages = _plan_stages(recipe, resources, networks, device, epochs, sharings, findings)
     if choice is not None:
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
     _refuse(findings, preview=preview)
@@ -260,6 +260,7 @@ def _plan_stages(
     networks: NetworkSizes,
     device: dict[str, Any],
     epochs: dict[str, float | None],
+    sharings: dict[str, tuple[int, ...]],
     findings: Findings,
 ) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
@@ -269,7 +270,8 @@ def _plan_stages(
         if section is None:
             continue
         bits = teacher_bits(recipe, stage), mlp_bits(recipe, stage)
-        setting = Setting(stage, section, resources, *bits, divisible=recipe.student.calibrate is None)
+        able = {"divisible": recipe.student.calibrate is None, "sharings": sharings.get(stage, ())}
+        setting = Setting(stage, section, resources, *bits, **able)
         memory = setting.memory(networks)
         if memory["total"] > limit:
             findings.misfits.append(misfit(stage, memory, device, what_would_help(setting, networks, limit)))

@@ -29,6 +29,8 @@ class Setting:
     mlp_bits: FrozenBits = 16
     divisible: bool = True
     """Whether ZeRO-3 can train the stage: not where align calibrates."""
+    sharings: tuple[int, ...] = ()
+    """The numbers of processes that can share rows."""
 
     def memory(self, networks: NetworkSizes) -> Memory:
         """As training_memory."""
@@ -110,6 +112,9 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
     if resources.zero_stage < 3 and resources.processes > 1 and not resources.offload_optimizer and setting.divisible:
         yield "resources.zero_stage: 3", replace(setting, resources=resources.model_copy(update={"zero_stage": 3}))
+    for number in setting.sharings:
+        changed = section.model_copy(update={"sequence_parallel": number})
+        yield f"{stage}.sequence_parallel: {number}", replace(setting, section=changed)
     if not resources.offload_optimizer and resources.zero_stage < 3:
         changed_resources = resources.model_copy(update={"offload_optimizer": True})
         yield "resources.offload_optimizer: true", replace(setting, resources=changed_resources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -12,6 +13,7 @@ from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
 from radlads.model.training.mixer_parts import has_log_decay
 from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
@@ -113,19 +115,24 @@ def check_restarts(recipe: Recipe, config: PreTrainedConfig, findings: Findings)
 
 
 def check_sharing(
-    recipe: Recipe, config: PreTrainedConfig, kept: Collection[int], findings: Findings, *, late: bool
-) -> None:
-    """Rows that processes share, where the networks allow it. config: the teacher's; kept: softmax layers of the
-    student; late: others of them are found by measuring."""
-    softmax = find_family(config).softmax_layers(config)
+    recipe: Recipe, config: PreTrainedConfig, kept: Collection[int], processes: int, findings: Findings
+) -> dict[str, tuple[int, ...]]:
+    """Rows that processes share, where the networks allow it; returns stage → the numbers, above the present one, of
+    those that could. config: the teacher's; kept: layers that stay softmax attention for certain."""
+    softmax, late, possible = find_family(config).softmax_layers(config), late_choice(recipe) is not None, {}
     for stage in TRAINING_STAGES:
         section: Training | None = getattr(recipe, stage)
-        if section is None or section.sequence_parallel == 1:
+        if section is None or stage_info(stage).layerwise:
             continue
         every = late or runs_teacher(stage, section) or stage_info(stage).makes == "teacher"
-        shared, context = section.sequence_parallel, section.longest_context
-        if fault := sharing_fault(config, softmax if every else kept, shared, context):
-            findings.faults.append(f"{stage}.sequence_parallel: {fault}")
+        context, now = section.longest_context, section.sequence_parallel
+        fault = partial(sharing_fault, config, softmax if every else kept, context=context)
+        if now > 1 and (found := fault(now)):
+            findings.faults.append(f"{stage}.sequence_parallel: {found}")
+        divides = all(part.context % processes == 0 for part in section.parts)
+        numbers = [n for n in (2, 4, 8) if n > now and processes % n == 0 and divides]
+        possible[stage] = tuple(n for n in numbers if fault(n) is None)
+    return possible
 
 
 def _sees_positions(recipe: Recipe) -> bool:
