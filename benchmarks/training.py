@@ -4,6 +4,8 @@
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
+    python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
+        --grad-checkpointing                                                   # long rows, shared by GPUs
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
@@ -55,6 +57,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--batch", type=int, help="sequences of a step over all GPUs; default: one pass on each")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--sequence-parallel", type=int, metavar="GPUS", help="GPUs that share rows")
     parser.add_argument("--zero", type=int)
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
@@ -92,6 +95,7 @@ def build_case(options: argparse.Namespace) -> Case:
         "micro_batch": options.micro_batch,
         "batch": options.batch,
         "zero": options.zero,
+        "sequence_parallel": options.sequence_parallel,
         "gradient_checkpointing": options.grad_checkpointing,
         "mlp_bits": options.mlp_bits,
         "teacher_bits": options.teacher_bits,
@@ -103,7 +107,7 @@ def build_case(options: argparse.Namespace) -> Case:
     settings |= {name: value for name, value in given.items() if value is not None}
     for name in ("attention_layers", "freeze"):
         settings[name] = tuple(settings.get(name, ()))
-    one_pass = settings.get("micro_batch", 1) * options.gpus
+    one_pass = settings.get("micro_batch", 1) * max(1, options.gpus // settings.get("sequence_parallel", 1))
     if options.batch is None:  # the recipe's, as far as whole passes of these GPUs make it up
         settings["batch"] = max(one_pass, settings.get("batch", one_pass) // one_pass * one_pass)
     case = Case(
@@ -118,6 +122,8 @@ def build_case(options: argparse.Namespace) -> Case:
         device=options.device,
     )
     case.check()
+    if case.sequence_parallel > 1 and options.compare_plain:
+        raise UserError("the plain build has no rows that GPUs share: leave out --compare-plain or --sequence-parallel")
     return case
 
 

@@ -23,7 +23,8 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 @dataclass(frozen=True)
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
-    GPUs. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of what surrounds the recurrence."""
+    GPUs. sequence_parallel: GPUs that share rows. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of
+    what surrounds the recurrence."""
 
     shape: str
     stage: str
@@ -36,6 +37,7 @@ class Case:
     batch: int = 1
     gpus: int = 1
     zero: int = 2
+    sequence_parallel: int = 1
     offload: bool = False
     gradient_checkpointing: bool = False
     mlp_bits: int = 16
@@ -79,6 +81,7 @@ class Case:
             "batch": self.batch,
             "micro_batch": self.micro_batch,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "sequence_parallel": self.sequence_parallel,
             "freeze": self.freeze,
             "decay_dtype": self.decay_dtype,
             "checkpoint_every": self.num_steps if self.checkpoint else self.num_steps + 1,
@@ -102,7 +105,9 @@ class Case:
         """Raises UserError, one line, for a case that cannot be run, before anything is made."""
         if self.shape not in SHAPES:
             raise UserError(f"no shape '{self.shape}'; there are {', '.join(SHAPES)}")
-        if self.batch % (self.micro_batch * self.gpus):
+        if self.gpus % self.sequence_parallel:
+            raise UserError(f"--sequence-parallel {self.sequence_parallel} does not divide --gpus {self.gpus}")
+        if self.batch * self.sequence_parallel % (self.micro_batch * self.gpus):
             raise UserError(
                 f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} × --gpus {self.gpus}"
             )

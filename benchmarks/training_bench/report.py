@@ -124,7 +124,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _options(case: Case) -> str:
-    words = [f"ZeRO-{case.zero}"]
+    words = [f"ZeRO-{case.zero}"] + [f"rows on {case.sequence_parallel}"] * (case.sequence_parallel > 1)
     words += ["checkpointed"] * case.gradient_checkpointing + ["offload"] * case.offload
     words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
     words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)

@@ -258,7 +258,7 @@ def test_a_student_without_a_mixer_has_nothing_to_align(recipe: Callable[..., Re
 
 
 def test_batch_must_divide_over_processes(recipe: Callable[..., Recipe]):
-    with pytest.raises(UserError, match=r"align.batch \(4\) must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"align.batch \(4\) must be a multiple of the number of processes \(3\)"):
         plan.make_plan(recipe(), JobResources(device="cpu", processes=3, threads=1))
 
 

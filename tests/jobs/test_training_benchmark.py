@@ -47,6 +47,8 @@ def test_both_builds_run_and_lose_the_same(job_python: Any, tmp_path: Path) -> N
         (["--mlp-bits", "8"], "needs --freeze mlp"),
         (["--recipe", "nothing"], "no shipped recipe 'nothing'"),
         (["--zero", "7"], "zero_stage"),
+        (["--sequence-parallel", "2"], "--sequence-parallel 2 does not divide --gpus 1"),
+        (["--sequence-parallel", "2", "--gpus", "2", "--compare-plain"], "the plain build has no rows that GPUs share"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_made(

@@ -13,6 +13,7 @@ from radlads.model.convert.transplant import transplant
 from radlads.model.student.export import export_student
 from radlads.model.student.load import build_student
 from radlads.model.teacher.load import load_teacher
+from radlads.model.training import mlp_pieces
 from radlads.model.training.objectives import build_objective
 from radlads.model.weights.weight_files import open_weight_files
 from radlads.tasks.contracts.job import Manifest
@@ -25,6 +26,7 @@ from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engines import partition
 from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.training_models import load_networks
@@ -103,6 +105,16 @@ def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hyb
     wanted = run(training, plain)
     assert [loss for _, loss in training.curve(divided)] == pytest.approx(wanted, rel=1e-4)
     assert_same_models(divided, plain, 1e-3)
+
+
+def test_shared_mlps_in_pieces_of_the_tokens(training, monkeypatch):
+    """Units of their own, whose recomputation ends at their input."""
+    options = {**SHORT, **RATES, "freeze": ("mlp",)}
+    whole = run(training, training.job("distill", "zero2-whole-mlps", resources={"zero_stage": 2}, **options))
+    monkeypatch.setattr(mlp_pieces, "PIECE", 24)
+    monkeypatch.setattr(partition, "_REPLICATED", 0)
+    pieces = training.job("distill", "zero3-mlps-in-pieces", resources={"zero_stage": 3}, **options)
+    assert run(training, pieces) == pytest.approx(whole, rel=1e-5)
 
 
 def test_lora_in_bf16_is_merged_into_an_export_of_bf16(training):

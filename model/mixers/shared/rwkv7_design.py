@@ -169,14 +169,12 @@ class Rwkv7Mixer(Mixer):
         if self.design.gate == "product" and self.options.gate_init == "identity":
             start_gate_at_one(self.g2)
 
-    def _branches(
-        self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Branches, Tensor | None]:
-        """The input of each branch, and the last token's x [B,D] for the token shift."""
+    def _branches(self, x_BTD: Tensor, state: MixerState | None, **given: Any) -> tuple[Branches, Tensor | None]:
+        """The input of each branch, and the last token's x [B,D] for the token shift. given: for `previous_tokens`."""
         if not self.design.token_shift:
             return Branches(*[x_BTD] * 6), None
         last = None if state is None else state.shift
-        previous, last = previous_tokens(x_BTD, last_BD=last, keep_BT=keep_BT, cu_seqlens=cu_seqlens)
+        previous, last = previous_tokens(x_BTD, last_BD=last, **given)
         change = previous - x_BTD
         shifts = (getattr(self, f"x_{name}", None) for name in Branches._fields)
         return Branches(*(x_BTD if shift is None else x_BTD + change * shift for shift in shifts)), last
@@ -191,9 +189,10 @@ class Rwkv7Mixer(Mixer):
         keep_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
+        row_part: Any = None,
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
-        x, shift = self._branches(x_BTD, state, keep_BT, cu_seqlens)
+        x, shift = self._branches(x_BTD, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part)
         r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
         design = self.design
         operands = (wkv7_delta_operands if is_step(r, state, training=self.training) else wkv7_operands)(
@@ -218,6 +217,7 @@ class Rwkv7Mixer(Mixer):
             cu_seqlens=cu_seqlens,
             output_state=output_state,
             training=self.training,
+            row_part=row_part,
         )
         y = wkv7_finish(
             y,

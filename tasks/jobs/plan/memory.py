@@ -7,7 +7,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
-    activations  counted (jobs/activations.py), for the tokens of a forward pass
+    activations  counted (jobs/activations.py), for the tokens of a forward pass; with sequence_parallel of
+                 a part of each row, and a tenth more of a mixer, whose recurrence runs twice
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
     buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
                  what the optimizer's step flattens in excess of activations
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.model.training.mlp_pieces import PIECE
 from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
@@ -197,8 +199,8 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
 
 def _activations(stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """Bytes that the sequences of one forward pass keep, at most."""
-    sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
-    tokens, of = sequences * part.context, networks.layer_bytes[word]
+    tokens, of = _tokens(part, resources), networks.layer_bytes[word]
+    of_mixer = of.mixer if part.sequence_parallel == 1 else of.mixer * 11 // 10
     recurrent, kept = networks.num_recurrent, networks.num_softmax - networks.num_recurrent
     mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
     rows = networks.hidden * word
@@ -207,22 +209,29 @@ def _activations(stage: str, part: Training, networks: NetworkSizes, resources: 
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
         each = rows + target if part.gradient_checkpointing else of.mixer + target
         return tokens * (recurrent * each + passing + of.mixer)
-    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0, of.linear)
+    largest = max(of_mixer if recurrent else 0, of.attention if kept else 0, of.linear)
     if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
         first = 2 * networks.kv_width * word  # gradients
-        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + of.norms))
+        inner = mlp * (tokens if networks.idle else min(tokens, PIECE))  # experts are not run in pieces
+        return tokens * (networks.num_layers * rows + first + 2 * (largest + of.norms)) + 2 * inner
     each = (
         networks.num_layers * (mlp + of.norms)
-        + recurrent * of.mixer
+        + recurrent * of_mixer
         + kept * of.attention
         + networks.num_linear * of.linear
     )
     return tokens * (each + largest + mlp)
 
 
+def _tokens(part: Training, resources: JobResources) -> int:
+    """Tokens of one forward pass of one process."""
+    groups = max(1, resources.processes // part.sequence_parallel)
+    return min(part.micro_batch, max(1, part.batch // groups)) * part.context // part.sequence_parallel
+
+
 def _logits(section: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
     head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
-    tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)
+    tokens = max(_tokens(part, resources) for part in section.parts)
     rows = tokens * networks.vocab * (4 + 4 + word)
     return min(rows, ARENA_BYTES[resources.device]) + head + tokens * networks.hidden * word

@@ -46,11 +46,17 @@ from radlads.tasks.jobs.plan.checks import (
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
-from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory
+from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
-from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
+from radlads.tasks.jobs.plan.remedies import Setting, misfit, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
-from radlads.tasks.jobs.plan.training_checks import check_epochs, check_restarts, check_training, plan_checkpoint
+from radlads.tasks.jobs.plan.training_checks import (
+    check_epochs,
+    check_restarts,
+    check_sharing,
+    check_training,
+    plan_checkpoint,
+)
 from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
@@ -109,11 +115,12 @@ def make_plan(
         layers = planned_layers(recipe.student, softmax)
         untied = recipe.student.untie_embeddings
         findings.warnings += teacher_warnings(subject.config, attention_layers=layers, untie_embeddings=untied)
+    sharings = check_sharing(recipe, subject.config, layers, resources.processes, findings)
     check_lora(recipe, networks.linear_names, findings)
     check_align(recipe, networks.hidden, len(layers), len(softmax), findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
-    stages = _plan_stages(recipe, resources, networks, device, epochs, findings)
+    stages = _plan_stages(recipe, resources, networks, device, epochs, sharings, findings)
     if choice is not None:
         stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
     _refuse(findings, preview=preview)
@@ -253,6 +260,7 @@ def _plan_stages(
     networks: NetworkSizes,
     device: dict[str, Any],
     epochs: dict[str, float | None],
+    sharings: dict[str, tuple[int, ...]],
     findings: Findings,
 ) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
@@ -262,10 +270,11 @@ def _plan_stages(
         if section is None:
             continue
         bits = teacher_bits(recipe, stage), mlp_bits(recipe, stage)
-        setting = Setting(stage, section, resources, *bits, divisible=recipe.student.calibrate is None)
+        able = {"divisible": recipe.student.calibrate is None, "sharings": sharings.get(stage, ())}
+        setting = Setting(stage, section, resources, *bits, **able)
         memory = setting.memory(networks)
         if memory["total"] > limit:
-            findings.misfits.append(_misfit(stage, memory, device, what_would_help(setting, networks, limit)))
+            findings.misfits.append(misfit(stage, memory, device, what_would_help(setting, networks, limit)))
         trainable = networks.trainable(stage, section)
         stages[stage] = {
             "tokens": section.seen_tokens,
@@ -286,7 +295,7 @@ def _plan_stages(
         memory = judging_memory(section, networks, resources)
         if memory["total"] > limit:
             helps = what_would_help_judging(stage, section, networks, resources, limit)
-            findings.misfits.append(_misfit(stage, memory, device, helps))
+            findings.misfits.append(misfit(stage, memory, device, helps))
         cost = stage_cost(judging_flops(section, networks, recipe), device["peak_flops"], resources)
         stages[stage] = {"memory_bytes_per_gpu": memory} | cost
     return stages
@@ -298,17 +307,6 @@ def _plan_phase(
     """The values of a phase that differ from its stage."""
     cost = stage_cost(training_flops(stage, part, networks), device["peak_flops"], resources)
     return {"tokens": part.seen_tokens, "steps": part.num_steps, "context": part.context, "batch": part.batch} | cost
-
-
-def _misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:
-    return (
-        f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
-        f"{_gib(device['memory_bytes'])}; what would help: {helps}"
-    )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 1024**3:.1f} GiB"
 
 
 def _sum(values: Any) -> float | None:

@@ -29,6 +29,8 @@ class Setting:
     mlp_bits: FrozenBits = 16
     divisible: bool = True
     """Whether ZeRO-3 can train the stage: not where align calibrates."""
+    sharings: tuple[int, ...] = ()
+    """The numbers of processes that can share rows."""
 
     def memory(self, networks: NetworkSizes) -> Memory:
         """As training_memory."""
@@ -84,6 +86,18 @@ def what_would_help_judging(
     return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
 
 
+def misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:
+    """One line on a stage that needs more memory than there is."""
+    return (
+        f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
+        f"{_gib(device['memory_bytes'])}; what would help: {helps}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.1f} GiB"
+
+
 def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """(label, the setting with this change alone), the cheapest first."""
     stage, section, resources = setting.stage, setting.section, setting.resources
@@ -98,6 +112,9 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
     if resources.zero_stage < 3 and resources.processes > 1 and not resources.offload_optimizer and setting.divisible:
         yield "resources.zero_stage: 3", replace(setting, resources=resources.model_copy(update={"zero_stage": 3}))
+    for number in setting.sharings:
+        changed = section.model_copy(update={"sequence_parallel": number})
+        yield f"{stage}.sequence_parallel: {number}", replace(setting, section=changed)
     if not resources.offload_optimizer and resources.zero_stage < 3:
         changed_resources = resources.model_copy(update={"offload_optimizer": True})
         yield "resources.offload_optimizer: true", replace(setting, resources=changed_resources)

@@ -22,6 +22,7 @@ from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, run_job
 from radlads.tasks.jobs.data.batch_plan import BatchPlan, plan_batches
 from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 from radlads.tasks.jobs.origin import check_training
+from radlads.tasks.jobs.process_group import row_group
 from radlads.tasks.jobs.train.calibrate import calibrate_student
 from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
@@ -54,6 +55,8 @@ def main(job: Job) -> dict[str, Any]:
     batches = partial(plan_batches, split=dataset.split("train"), world_size=job.world_size, mixed=mixed)
     plans = batches(section)
     check_labels(section, plans)
+    if section.sequence_parallel > 1:
+        objective.share_rows(row_group(section.sequence_parallel), section.longest_context)
     engine = build_engine(job, objective, section, micro_batch=plans[0].sequences, num_micro=plans[0].num_micro)
     heldout = partial(
         heldout_metrics,
@@ -67,6 +70,7 @@ def main(job: Job) -> dict[str, Any]:
         rank=job.rank,
         world_size=job.world_size,
         document_ids=section.reset_at_documents,
+        sharing=section.sequence_parallel,
     )
     every = section.watch.rollback.every if section.watch.rolls_back else 0
     kept = {"keep": section.keep_checkpoints, "every": every, "reach": section.evidence_steps + 1}

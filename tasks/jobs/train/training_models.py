@@ -17,6 +17,7 @@ from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import load_teacher
 from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.mixer_parts import round_log_decay
+from radlads.model.training.mlp_pieces import run_mlps_in_pieces
 from radlads.model.weights.finite import check_finite
 from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.disk import need_space
@@ -61,6 +62,7 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
         originals = open_weight_files(str(folder))
     for network in (student, *([] if teacher is None else [teacher])):
         fuse_modules(network, job.device)
+        run_mlps_in_pieces(network, recomputed=network is student and spec.section.gradient_checkpointing)
     if spec.section.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Networks(student, teacher, tokenizer, originals)
