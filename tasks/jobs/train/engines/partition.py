@@ -69,7 +69,7 @@ class Partitioned(nn.Module):
         return self.objective(batch)
 
     def _divide(self, module: nn.Module, **options: Any) -> None:
-        own = {p for part in _outside_units(module) for p in part.parameters(recurse=False)} - self._whole
+        own = {p for part in outside_units(module) for p in part.parameters(recurse=False)} - self._whole
         if own:
             for parameter in own:  # unit by unit: loaded weights are pages of their files, which all ranks share
                 parameter.data = parameter.data.to(self._device, torch.float32 if parameter.requires_grad else None)
@@ -139,12 +139,12 @@ def gather_student(module: Partitioned, rank: int) -> None:
             parameters[name] = gathered[parameter]
 
 
-def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and its submodules, without those of units that were made before."""
+def outside_units(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and its submodules, without those of units that `fully_shard` has made."""
     yield module
     for child in module.children():
         if not isinstance(child, FSDPModule):
-            yield from _outside_units(child)
+            yield from outside_units(child)
 
 
 def _is_leaf(module: nn.Module) -> bool:
