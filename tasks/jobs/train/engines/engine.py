@@ -194,9 +194,8 @@ class Engine:
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _scale(self, factor: float) -> None:
-        """Multiply this rank's part of the gradient."""
-        if factor != 1:
-            torch._foreach_mul_(self._gradients(), factor)
+        """Multiply the gradient by a factor as the optimizer's step reads it: its fused form divides by a tensor."""
+        self._adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=self.device)
 
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
