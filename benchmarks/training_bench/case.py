@@ -23,7 +23,8 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 @dataclass(frozen=True)
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
-    GPUs. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of what surrounds the recurrence."""
+    GPUs. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of what surrounds the recurrence. engine:
+    "product", or "fsdp" for a candidate, see product.py."""
 
     shape: str
     stage: str
@@ -37,6 +38,7 @@ class Case:
     gpus: int = 1
     zero: int = 2
     offload: bool = False
+    engine: str = "product"
     gradient_checkpointing: bool = False
     mlp_bits: int = 16
     teacher_bits: int = 16
@@ -109,6 +111,8 @@ class Case:
         if any(layer >= self.depth for layer in self.attention_layers):
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
         self.resources(threads=1)
+        if self.engine != "product" and (self.zero != 2 or self.offload):
+            raise UserError(f"--engine {self.engine} communicates as ZeRO-2 does: give --zero 2, without --offload")
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):
             raise UserError("--mlp-bits 8 needs --freeze mlp: only frozen weights can be held in 8 bit")
 
