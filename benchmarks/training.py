@@ -6,6 +6,7 @@
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
     python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
         --grad-checkpointing                                                   # long rows, shared by GPUs
+    python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine fsdp   # beside DeepSpeed's ZeRO-2
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
@@ -60,6 +61,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-parallel", type=int, metavar="GPUS", help="GPUs that share rows")
     parser.add_argument("--zero", type=int)
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--engine", choices=("product", "fsdp"), default="product", help="of ZeRO-2: also by torch")
     parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
     parser.add_argument("--mlp-bits", type=int, choices=(8, 16))
     parser.add_argument("--teacher-bits", type=int, choices=(8, 16))
@@ -114,6 +116,7 @@ def build_case(options: argparse.Namespace) -> Case:
         **settings,
         gpus=options.gpus,
         offload=options.offload,
+        engine=options.engine,
         fused=not options.unfused,
         steps=options.steps,
         warmup=options.warmup,

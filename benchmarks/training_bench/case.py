@@ -24,7 +24,7 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
     GPUs. sequence_parallel: GPUs that share rows. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of
-    what surrounds the recurrence."""
+    what surrounds the recurrence. engine: "product", or "fsdp" for a candidate, see product.py."""
 
     shape: str
     stage: str
@@ -39,6 +39,7 @@ class Case:
     zero: int = 2
     sequence_parallel: int = 1
     offload: bool = False
+    engine: str = "product"
     gradient_checkpointing: bool = False
     mlp_bits: int = 16
     teacher_bits: int = 16
@@ -114,6 +115,8 @@ class Case:
         if any(layer >= self.depth for layer in self.attention_layers):
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
         self.resources(threads=1)
+        if self.engine != "product" and (self.zero != 2 or self.offload):
+            raise UserError(f"--engine {self.engine} communicates as ZeRO-2 does: give --zero 2, without --offload")
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):
             raise UserError("--mlp-bits 8 needs --freeze mlp: only frozen weights can be held in 8 bit")
 

@@ -191,8 +191,16 @@ def test_a_broken_task_file_is_one_line(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
 def test_two_ranks_give_what_one_gives(
-    judge: Any, data: Any, student: Any, make_job: Any, run_ranks: Any, teacher_folder: Path, tmp_path: Path
+    judge: Any,
+    data: Any,
+    student: Any,
+    make_job: Any,
+    run_ranks: Any,
+    teacher_folder: Path,
+    tmp_path: Path,
+    zero_stage: int,
 ):
     write_tasks(tmp_path / "mine")
     inputs = {"student": student(), "data": data}
@@ -200,7 +208,8 @@ def test_two_ranks_give_what_one_gives(
     one, _ = judge(inputs, tasks=tasks)
     section = Evaluate(context=32, heldout_tokens=1024, batch=5, tasks=tasks)
     spec = EvaluateSpec(section=section, teacher=pin_teacher(str(teacher_folder)))
-    job: Job = make_job("evaluate", spec, inputs, scratch="two")
+    resources = {"processes": 2, "zero_stage": zero_stage}
+    job: Job = make_job("evaluate", spec, inputs, scratch="two", resources=resources)
     (Path(job.spec.output_uri) / "manifest.json").unlink()
     run_ranks("radlads.tasks.jobs.judge.evaluate", job, 2)
     two = json.loads((Path(job.spec.output_uri) / "evaluate.json").read_text())

@@ -14,6 +14,7 @@ from radlads.model.student.load import load_student
 from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.specs import TeacherRef
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.judge.divided import hold, loading_device
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
 STUDENT = "student"
@@ -26,15 +27,14 @@ def student_names(job: Job, *, not_models: tuple[str, ...] = ("data",)) -> list[
 
 
 def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
-    """Load the frozen teacher on this rank's device."""
-    return as_judged(
-        load_teacher(
-            resolve_teacher_path(reference.path),
-            dtype=job.dtype,
-            device=job.device,
-            revision=reference.revision,
-        )
+    """Load the frozen teacher on this rank's device, or divided over the ranks. Collective."""
+    teacher = load_teacher(
+        resolve_teacher_path(reference.path),
+        dtype=job.dtype,
+        device=loading_device(job),
+        revision=reference.revision,
     )
+    return hold(job, as_judged(teacher))
 
 
 def open_tokenizer(reference: TeacherRef) -> PreTrainedTokenizerBase:
@@ -44,8 +44,8 @@ def open_tokenizer(reference: TeacherRef) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
-    """Load one student on this rank's device; free its memory on exit. Collective."""
-    model = as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=job.device))
+    """Load one student on this rank's device, or divided over the ranks; free its memory on exit. Collective."""
+    model = hold(job, as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=loading_device(job))))
     try:
         yield model
     finally:

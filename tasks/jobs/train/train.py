@@ -84,11 +84,10 @@ def main(job: Job) -> dict[str, Any]:
         _train(job, section, engine, batches, checkpoints, heldout, start)
         final = heldout()
     job.record.log(section.num_steps, final)
-    engine.release(job.rank)
-    if job.rank != 0:
-        return {}
-    merge_lora(networks.student)
-    export_model(networks, job.output / "model")
+    with engine.reading(job.rank) as read:
+        if read is None:
+            return {}
+        export_model(networks, job.output / "model", merge_lora(networks.student, read), dtype=job.dtype)
     return final | calibration | write_report(job, spec, final | calibration)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.student.export import export_student
@@ -104,18 +106,28 @@ def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTr
     return model
 
 
-def export_model(networks: Networks, folder: Path) -> None:
-    """Write the trained network as a Hugging Face folder."""
+def export_model(networks: Networks, folder: Path, read: Callable[[str], Tensor], *, dtype: torch.dtype) -> None:
+    """Write the trained network as a Hugging Face folder. read: name → the tensor, whole, on the CPU, of this dtype."""
     student: Any = networks.student
     student.eval()
     shutil.rmtree(folder, ignore_errors=True)  # remains of an attempt that failed here
-    size = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
-    need_space(folder.parent, size, "the model")
+    need_space(folder.parent, student.num_parameters() * dtype.itemsize, "the model")
     if isinstance(student, RadladsForCausalLM):
-        export_student(student, networks.tokenizer, folder, originals=networks.originals)
+        export_student(student, networks.tokenizer, folder, dtype=dtype, originals=networks.originals, read=read)
         return
+    _make_whole(student, read)
     for name, tensor in student.state_dict().items():
         check_finite(f"the model's tensor {name}", tensor, mend="no model was written")
     student.config.use_cache = True
     student.save_pretrained(folder, max_shard_size=4_000_000_000)
     networks.tokenizer.save_pretrained(folder)
+
+
+def _make_whole(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Replace the parameters by whole ones, those of a tied matrix by one."""
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in whole:
+            whole[parameter] = nn.Parameter(read(name), requires_grad=False)
+        place, _, own = name.rpartition(".")
+        model.get_submodule(place)._parameters[own] = whole[parameter]

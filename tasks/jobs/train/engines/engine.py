@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -193,15 +194,17 @@ class Engine:
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _scale(self, factor: float) -> None:
-        """Multiply this rank's part of the gradient."""
-        if factor != 1:
-            torch._foreach_mul_(self._gradients(), factor)
+        """Multiply the gradient by a factor as the optimizer's step reads it: its fused form divides by a tensor."""
+        self._adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=self.device)
 
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def release(self, rank: int) -> None:
-        """After the last step: make the student whole on rank 0, to be exported. Every rank calls it."""
+    def reading(self, rank: int) -> AbstractContextManager[Callable[[str], Tensor] | None]:
+        """After the last step: on rank 0, name in the student's state dict → that tensor, whole and on the CPU; None on
+        the others. Every rank enters it."""
+        state = self.objective.student.state_dict()
+        return nullcontext((lambda name: state[name].cpu()) if rank == 0 else None)
 
     # State, as slices of flattened parameters
 
