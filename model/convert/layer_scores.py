@@ -16,7 +16,7 @@ from radlads.kernels.linear_kl import linear_kl
 from radlads.model.convert.layer_choice import LayerScore
 from radlads.model.convert.restore import restored
 from radlads.model.student.modeling import RadladsForCausalLM
-from radlads.model.training.objectives import head_inputs, plain_hidden
+from radlads.model.training.hidden_states import head_inputs, plain_hidden
 
 BEFORE = -1
 """Key for no candidate: the student with the kept layers alone."""

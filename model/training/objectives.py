@@ -8,8 +8,7 @@ Dims: B batch, T context, D model width, N = B·T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.model.student.documents import document_bounds, document_positions
-from radlads.model.student.modeling import RadladsForCausalLM, logit_factor, parameter_group
+from radlads.model.student.documents import document_bounds
+from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
-from radlads.model.teacher.family import NO_RESTART, backbone
-from radlads.model.teacher.load import find_family
+from radlads.model.teacher.family import NO_RESTART
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
+from radlads.model.training.hidden_states import family_parts, head_inputs, plain_hidden
 from radlads.model.training.lora import lora_trains
 from radlads.model.training.mixer_parts import mixer_parts
 from radlads.model.training.probe import AttentionProbe
@@ -63,7 +62,7 @@ class Objective(nn.Module):
         # In a tuple, so that it is neither saved, moved nor trained with the student.
         self._teacher = (teacher,)
         self._frozen = frozenset(section.freeze)
-        if section.reset_at_documents and getattr(_parts(student), "linear_attention", None):
+        if section.reset_at_documents and getattr(family_parts(student), "linear_attention", None):
             raise UserError(f"reset_at_documents: {NO_RESTART}")
         tied = student.config.tie_word_embeddings
         if tied and len(self._frozen & {"embeddings", "head"}) == 1:
@@ -86,6 +85,11 @@ class Objective(nn.Module):
     def begin_step(self, step: int) -> None:
         """Called before every optimizer step (counted from 0), for objectives that change during training."""
 
+    def fixed_settings(self) -> Hashable:
+        """The values that `forward` reads of what changes between steps: passes with equal ones run the same kernels
+        with the same constants."""
+        return None
+
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
         group = self.group(name)
@@ -104,7 +108,7 @@ class Objective(nn.Module):
         return parameter_group(name, self._parts(), set())
 
     def _parts(self) -> Any:
-        return _parts(self.student)
+        return family_parts(self.student)
 
     def _of_final_norm(self, name: str) -> bool:
         parts, words = self._parts(), name.split(".")
@@ -194,6 +198,9 @@ class DistillObjective(Objective):
             "ce_weight": self._ce_weight,
         }
 
+    def fixed_settings(self) -> Hashable:
+        return tuple(self._settings().items())
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens = batch["input_ids"]
         cu_seqlens = self.bounds(batch)
@@ -262,8 +269,11 @@ class ExtendObjective(NextTokenObjective):
     def begin_step(self, step: int) -> None:
         self._kl_weight = self.section.parts[self.section.place(step)[0]].teacher_kl
 
+    def fixed_settings(self) -> Hashable:
+        return self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        kl_weight = self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+        kl_weight: Any = self.fixed_settings()
         if kl_weight == 0:
             return super().forward(batch)
         tokens, counts, cu_seqlens = batch["input_ids"], self._counts(batch), self.bounds(batch)
@@ -296,25 +306,3 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def build_objective(spec: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
     """The objective of a training stage. Raises UserError for settings that contradict the model."""
     return OBJECTIVES[spec.objective](spec.section, student, teacher)
-
-
-def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The last hidden state with the family's scale of logits: its product with the head's weight gives the logits."""
-    factor = logit_factor(model.config, _parts(model))
-    return hidden if factor == 1.0 else hidden * factor
-
-
-def _parts(model: PreTrainedModel) -> Any:
-    return (
-        model.parts if isinstance(model, RadladsForCausalLM) else SimpleNamespace(**find_family(model.config).names())
-    )
-
-
-def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last hidden state of a Hugging Face causal model, with documents separated if bounds are given.
-
-    transformers separates packed documents where positions restart, without mask and cache.
-    """
-    position_ids = None if cu_seqlens is None else document_positions(cu_seqlens, *input_ids.shape)
-    hidden: Tensor = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return hidden
