@@ -4,6 +4,7 @@
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
+    python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
@@ -58,6 +59,8 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--zero", type=int)
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--selective-checkpointing", action="store_true", help="recompute only what is cheap")
+    parser.add_argument("--cuda-graphs", choices=("off", "auto", "on"), help="record passes and replay them")
     parser.add_argument("--mlp-bits", type=int, choices=(8, 16))
     parser.add_argument("--teacher-bits", type=int, choices=(8, 16))
     parser.add_argument("--freeze", nargs="*", help="parameter groups that do not train")
@@ -92,7 +95,8 @@ def build_case(options: argparse.Namespace) -> Case:
         "micro_batch": options.micro_batch,
         "batch": options.batch,
         "zero": options.zero,
-        "gradient_checkpointing": options.grad_checkpointing,
+        "gradient_checkpointing": "selective" if options.selective_checkpointing else options.grad_checkpointing,
+        "cuda_graphs": options.cuda_graphs,
         "mlp_bits": options.mlp_bits,
         "teacher_bits": options.teacher_bits,
         "freeze": options.freeze,

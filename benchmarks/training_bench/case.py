@@ -23,7 +23,8 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 @dataclass(frozen=True)
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
-    GPUs. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of what surrounds the recurrence."""
+    GPUs. mlp_bits, teacher_bits: 8 or 16. gradient_checkpointing: or "selective". fused: False for the torch forms of
+    what surrounds the recurrence."""
 
     shape: str
     stage: str
@@ -37,7 +38,8 @@ class Case:
     gpus: int = 1
     zero: int = 2
     offload: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
+    cuda_graphs: str = "off"
     mlp_bits: int = 16
     teacher_bits: int = 16
     freeze: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ class Case:
             zero_stage=self.zero,
             threads=threads,
             offload_optimizer=self.offload,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def check(self) -> None:

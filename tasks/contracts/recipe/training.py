@@ -85,7 +85,9 @@ class Training(Section):
     schedule: Schedule = Schedule()
     freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
     """Parameter groups that do not train. `attention`: the attention layers; `norms` includes the final norm."""
-    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
+    gradient_checkpointing: Annotated[bool | Literal["selective"], OPERATIONAL] = False
+    """Compute activations again in the backward pass. true: every layer's, from its input. selective: what is cheap, in
+    RWKV-7 mixers and Llama MLPs; a layer keeps about half as much, and no projection runs twice."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
     decay_dtype: Annotated[Literal["float32", "bfloat16"], AddedLater()] = "float32"
