@@ -65,8 +65,8 @@ def why_not_recorded(section: Training, resources: JobResources) -> str | None:
         return "with offload_optimizer each pass copies gradients to the host; set one of the two"
     if any(part.reset_at_documents for part in section.parts):
         return "reset_at_documents gives each pass another number of documents; set it to auto or off"
-    loss = getattr(section, "comprehensive", None)
-    if loss is not None and section.loss == "comprehensive" and loss.revision == "svd" and loss.spectral:
+    terms: Any = getattr(section, "comprehensive", None) if getattr(section, "loss", "") == "comprehensive" else None
+    if terms is not None and terms.revision == "svd" and terms.spectral:
         return "comprehensive.revision svd waits for the GPU in each pass; set it to auto or off"
     return None
 
