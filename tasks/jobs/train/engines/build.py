@@ -39,7 +39,7 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
             objective, section, device=job.device, dtype=job.dtype, make_recorder=recorder, strict=strict, **sizes
         )
     if resources.cuda_graphs == "auto":
-        logger.info("no CUDA graphs: %s", reason or f"the student has more than {_SMALL:.0e} parameters")
+        logger.info("no CUDA graphs: %s", reason or "the student has more than a billion parameters")
     if resources.zero_stage == 3:
         if resources.offload_optimizer:
             raise UserError(f"resources: {NO_OFFLOAD}")
