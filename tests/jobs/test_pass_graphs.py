@@ -14,14 +14,21 @@ import torch
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
-from radlads.tasks.contracts.recipe.recipe import Align, Finetune, Optimizer
+from radlads.tasks.contracts.recipe.recipe import Align, Finetune, Optimizer, Rate
+from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.process_group import join_group
+from radlads.tasks.jobs.train import train
 from radlads.tasks.jobs.train.engines.build import records_passes, why_not_recorded
+from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, WaitsForGpuError
 from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
 
 SECTION = Finetune(tokens=1000, context=8, batch=4, micro_batch=2, optimizer=Optimizer(clip=0.1, weight_decay=0.1))
 CPU = torch.device("cpu")
+JOB = {
+    "tokens": 8 * 128, "checkpoint_every": 4, "heldout_every": 3, "ce_spikes": {"every": 3, "weight": 0.5},
+    "mixer_rate": Rate(start=3e-3, final=1e-3), "rest_rate": Rate(start=1e-3, final=1e-4),
+}  # fmt: skip
 RATES = {"mixer": 0.0, "rest": 1e-2}
 
 
@@ -145,6 +152,39 @@ def test_a_pass_that_waits_goes_on_as_it_is_or_is_refused(caplog: pytest.LogCapt
     assert recorders[0].recorded == []
     with pytest.raises(UserError, match=r"cuda_graphs is on, but a pass .* waits for the GPU \(a read\)"):
         engine([], waits=True, strict=True).step(batches(0), RATES, 1, stop=False)
+
+
+@pytest.mark.parametrize("recorded_first", [True, False])
+def test_a_job_goes_on_under_another_engine(
+    training: Any, monkeypatch: pytest.MonkeyPatch, recorded_first: bool, uncut: list[float]
+) -> None:
+    """One engine trains until step 4, the other one from its checkpoint: the curve is that of one engine."""
+    job = training.job("distill", f"graphs-first-{recorded_first}", **JOB, gradient_checkpointing="selective")
+    build, step = train.build_engine, Engine.step
+
+    def replicas(job: Job, objective: Any, section: Any, **sizes: int) -> ReplicatedEngine:
+        options = {"device": job.device, "dtype": job.dtype, "make_recorder": StandIn, "strict": True}
+        return ReplicatedEngine(objective, section, **options, **sizes)
+
+    def crash(self: Engine, given: Any, rates: Any, number: int, **more: Any) -> Any:
+        if number == 5:
+            raise RuntimeError("cut")
+        return step(self, given, rates, number, **more)
+
+    monkeypatch.setattr(Engine, "step", crash)
+    monkeypatch.setattr(train, "build_engine", replicas if recorded_first else build)
+    assert execute(train.main, job) == "crash"
+    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(train, "build_engine", build if recorded_first else replicas)
+    assert execute(train.main, Job(spec=job.spec)) == "done", training.ending(job)
+    assert [loss for _, loss in training.curve(job)] == pytest.approx(uncut, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def uncut(training: Any) -> list[float]:
+    job = training.job("distill", "graphs-uncut", **JOB)
+    assert execute(train.main, job) == "done", training.ending(job)
+    return [loss for _, loss in training.curve(job)]
 
 
 GPU = JobResources(device="cuda", processes=1, threads=1, cuda_graphs="on")
