@@ -66,11 +66,9 @@ class ReplicatedEngine(Engine):
         self._make_state()
         for group, gradient in zip(groups, self._sums, strict=True):
             group["params"][0].grad = gradient
-        places = {
-            master: gradient for group, gradient in zip(groups, self._sums, strict=True) for master in group["params"]
-        }
         self._trained = list(self._places)
-        self._gradient_of = [self._piece(places[master], parameter) for parameter, (master, _) in self._places.items()]
+        sums: dict[nn.Parameter, Any] = {master: master.grad for master, _ in self._places.values()}
+        self._gradient_of = [self._piece(sums[master], parameter) for parameter, (master, _) in self._places.items()]
         self._graphs = None if make_recorder is None else PassGraphs(self._run, make_recorder, device, strict=strict)
 
     def _flatten(self, parameters: list[nn.Parameter], length: int, dtype: torch.dtype) -> nn.Parameter:
