@@ -7,6 +7,7 @@
     python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
         --grad-checkpointing                                                   # long rows, shared by GPUs
     python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine fsdp   # beside DeepSpeed's ZeRO-2
+    python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
@@ -63,6 +64,8 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--engine", choices=("product", "fsdp"), default="product", help="of ZeRO-2: also by torch")
     parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--selective-checkpointing", action="store_true", help="recompute only what is cheap")
+    parser.add_argument("--cuda-graphs", choices=("off", "auto", "on"), help="record passes and replay them")
     parser.add_argument("--mlp-bits", type=int, choices=(8, 16))
     parser.add_argument("--teacher-bits", type=int, choices=(8, 16))
     parser.add_argument("--freeze", nargs="*", help="parameter groups that do not train")
@@ -98,7 +101,8 @@ def build_case(options: argparse.Namespace) -> Case:
         "batch": options.batch,
         "zero": options.zero,
         "sequence_parallel": options.sequence_parallel,
-        "gradient_checkpointing": options.grad_checkpointing,
+        "gradient_checkpointing": "selective" if options.selective_checkpointing else options.grad_checkpointing,
+        "cuda_graphs": options.cuda_graphs,
         "mlp_bits": options.mlp_bits,
         "teacher_bits": options.teacher_bits,
         "freeze": options.freeze,

@@ -23,8 +23,9 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 @dataclass(frozen=True)
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
-    GPUs. sequence_parallel: GPUs that share rows. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of
-    what surrounds the recurrence. engine: "product", or "fsdp" for a candidate, see product.py."""
+    GPUs. sequence_parallel: GPUs that share rows. mlp_bits, teacher_bits: 8 or 16. gradient_checkpointing: or
+    "selective". fused: False for the torch forms of what surrounds the recurrence. engine: "product", or "fsdp" for a
+    candidate, see product.py."""
 
     shape: str
     stage: str
@@ -40,7 +41,8 @@ class Case:
     sequence_parallel: int = 1
     offload: bool = False
     engine: str = "product"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
+    cuda_graphs: str = "off"
     mlp_bits: int = 16
     teacher_bits: int = 16
     freeze: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class Case:
             zero_stage=self.zero,
             threads=threads,
             offload_optimizer=self.offload,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def check(self) -> None:

@@ -125,7 +125,9 @@ def _cells(row: Row) -> list[str]:
 
 def _options(case: Case) -> str:
     words = [f"ZeRO-{case.zero}"] + [f"rows on {case.sequence_parallel}"] * (case.sequence_parallel > 1)
-    words += ["checkpointed"] * case.gradient_checkpointing + ["offload"] * case.offload
+    if case.gradient_checkpointing:
+        words.append("selective" if case.gradient_checkpointing == "selective" else "checkpointed")
+    words += [f"CUDA graphs {case.cuda_graphs}"] * (case.cuda_graphs != "off") + ["offload"] * case.offload
     words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
     words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)
     words += [f"frozen: {' '.join(case.freeze)}"] * bool(case.freeze)

@@ -54,8 +54,9 @@ def is_llama_norm(module: nn.Module) -> bool:
 
 
 def is_llama_mlp(module: nn.Module) -> bool:
-    """Whether a module is down(silu(gate(x)) ⊙ up(x))."""
-    same = _same(getattr(type(module), "forward", None), llama.LlamaMLP.forward)
+    """Whether a module is down(silu(gate(x)) ⊙ up(x)), fused or not."""
+    forward = getattr(type(module), "forward", None)
+    same = forward is _mlp or _same(forward, llama.LlamaMLP.forward)
     return same and type(module.act_fn) is type(ACT2FN["silu"])
 
 
@@ -93,8 +94,16 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    out: Tensor = self.down_proj((swiglu_meta if gate.is_meta else _liger_swiglu)(gate, up))
+    return finish_mlp(self, self.gate_proj(x), self.up_proj(x))
+
+
+def finish_mlp(module: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """down(silu(gate) ⊙ up) of a Llama MLP, as `fuse_modules` left it."""
+    if type(module).forward is not _mlp:
+        inner = module.act_fn(gate) * up
+    else:
+        inner = (swiglu_meta if gate.is_meta else _liger_swiglu)(gate, up)
+    out: Tensor = module.down_proj(inner)
     return out
 
 

@@ -1,15 +1,15 @@
-"""The last hidden states of students and teachers, as losses on their heads take them.
-
-Dims: B batch, T context, D model width.
-"""
+"""Last hidden states of any network that trains or teaches, and what its head multiplies. Dims: B batch, T context,
+D model width."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from radlads.model.student.documents import document_positions
 from radlads.model.student.forward_pass import ROW_PART
@@ -20,12 +20,12 @@ from radlads.model.teacher.load import find_family
 
 def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The last hidden state with the family's scale of logits: its product with the head's weight gives the logits."""
-    factor = logit_factor(model.config, parts_of(model))
+    factor = logit_factor(model.config, family_parts(model))
     return hidden if factor == 1.0 else hidden * factor
 
 
-def parts_of(model: PreTrainedModel) -> Any:
-    """The names of a student's, or a family's, parts."""
+def family_parts(model: PreTrainedModel) -> Any:
+    """The names of the parts of a student's or teacher's family."""
     return (
         model.parts if isinstance(model, RadladsForCausalLM) else SimpleNamespace(**find_family(model.config).names())
     )
@@ -46,3 +46,18 @@ def plain_hidden(
         given = {"position_ids": document_positions(cu_seqlens, *input_ids.shape)}
     hidden: Tensor = backbone(model)(input_ids=input_ids, **given, use_cache=False).last_hidden_state
     return hidden
+
+
+@contextmanager
+def rows_are_whole() -> Iterator[None]:
+    """Passes inside have one document a row, and no padding: transformers does not look for positions that restart.
+
+    It would wait for the device in each pass to see that none do, and build a full mask where it cannot look, as while
+    a CUDA graph is recorded.
+    """
+    original, internals = masking_utils.find_packed_sequence_indices, cast(Any, masking_utils)
+    internals.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        internals.find_packed_sequence_indices = original

@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
 from radlads.model.teacher.family import backbone
-from radlads.model.training.hidden_states import parts_of
+from radlads.model.training.hidden_states import family_parts
 
 PIECE = 8192
 """Tokens of a piece: enough for full speed of its products."""
@@ -29,7 +29,7 @@ PIECE = 8192
 def run_mlps_in_pieces(network: PreTrainedModel, *, recomputed: bool) -> None:
     """Let a network's MLPs run in pieces, in place. recomputed: it trains with gradient checkpointing. Experts, among
     which tokens are distributed, are left as they are."""
-    parts = parts_of(network)
+    parts = family_parts(network)
     for layer in getattr(backbone(network), parts.layers):
         mlp = getattr(layer, parts.mlp)
         if all(parameter.ndim < 3 for parameter in mlp.parameters()):

@@ -8,7 +8,7 @@ Dims: B batch, T context, D model width, N = B·T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
-from radlads.model.training.hidden_states import head_inputs, parts_of, plain_hidden
+from radlads.model.training.hidden_states import family_parts, head_inputs, plain_hidden
 from radlads.model.training.lora import lora_trains
 from radlads.model.training.mixer_parts import mixer_parts
 from radlads.model.training.probe import AttentionProbe
@@ -66,7 +66,7 @@ class Objective(nn.Module):
         self._teacher = (teacher,)
         self._frozen = frozenset(section.freeze)
         self._row_group: distributed.ProcessGroup | None = None
-        if section.reset_at_documents and getattr(parts_of(student), "linear_attention", None):
+        if section.reset_at_documents and getattr(family_parts(student), "linear_attention", None):
             raise UserError(f"reset_at_documents: {NO_RESTART}")
         tied = student.config.tie_word_embeddings
         if tied and len(self._frozen & {"embeddings", "head"}) == 1:
@@ -96,6 +96,11 @@ class Objective(nn.Module):
     def begin_step(self, step: int) -> None:
         """Called before every optimizer step (counted from 0), for objectives that change during training."""
 
+    def fixed_settings(self) -> Hashable:
+        """The values that `forward` reads of what changes between steps: passes with equal ones run the same kernels
+        with the same constants."""
+        return None
+
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
         group = self.group(name)
@@ -114,7 +119,7 @@ class Objective(nn.Module):
         return parameter_group(name, self._parts(), set())
 
     def _parts(self) -> Any:
-        return parts_of(self.student)
+        return family_parts(self.student)
 
     def _of_final_norm(self, name: str) -> bool:
         parts, words = self._parts(), name.split(".")
@@ -211,6 +216,9 @@ class DistillObjective(Objective):
             "ce_weight": self._ce_weight,
         }
 
+    def fixed_settings(self) -> Hashable:
+        return tuple(self._settings().items())
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens, rows = batch["input_ids"], self.rows(batch)
         teacher_state = self.teacher_hidden(tokens[:, :-1], **rows)
@@ -278,8 +286,11 @@ class ExtendObjective(NextTokenObjective):
     def begin_step(self, step: int) -> None:
         self._kl_weight = self.section.parts[self.section.place(step)[0]].teacher_kl
 
+    def fixed_settings(self) -> Hashable:
+        return self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        kl_weight = self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+        kl_weight: Any = self.fixed_settings()
         if kl_weight == 0:
             return super().forward(batch)
         tokens, counts, rows = batch["input_ids"], self._counts(batch), self.rows(batch)

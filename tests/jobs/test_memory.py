@@ -236,7 +236,13 @@ def test_checkpointing_sharding_and_offload_shrink_what_they_should():
     assert offloaded["optimizer"] == offloaded["gradients"] == 0
     assert offloaded["host"] == (12 + 2 * 4 + 2) * networks.student_parameters
     recomputed = section.model_copy(update={"gradient_checkpointing": True})
-    assert training_memory("distill", recomputed, networks, gpus(1, 80))["activations"] < plain["activations"]
+    selective = section.model_copy(update={"gradient_checkpointing": "selective"})
+    kept = [training_memory("distill", one, networks, gpus(1, 80))["activations"] for one in (recomputed, selective)]
+    assert kept[0] < kept[1] < 0.7 * plain["activations"]
+    recorded = training_memory(
+        "distill", section.model_copy(update={"batch": 32}), networks, gpus(8, 80, cuda_graphs="on")
+    )
+    assert recorded["optimizer"] == plain["optimizer"]
     align = Align(tokens=99999, context=512, batch=8, micro_batch=4)
     assert training_memory("align", align, networks, gpus(1, 80))["weights"] < 2 * 1.1 * networks.mixer_parameters
 

@@ -389,3 +389,20 @@ def test_chats_in_which_the_assistant_is_silent_teach_nothing(
     path.write_text("".join([*lines[1:], json.dumps(answer) + "\n"]))
     report = plan.make_plan(recipe(finetune__assistant_only=True, **changes), CPU)
     assert not any(silent in w for w in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("resources", "section", "told"),
+    [
+        (GPUS, {"distill__reset_at_documents": True}, "resources.cuda_graphs, distill: reset_at_documents"),
+        (GPUS.model_copy(update={"zero_stage": 3}), {}, "resources.cuda_graphs, align: zero_stage: 3"),
+        (CPU, {}, "only a GPU can replay passes"),
+    ],
+)
+def test_what_cuda_graphs_exclude_is_a_fault(
+    recipe: Callable[..., Recipe], resources: JobResources, section: dict[str, Any], told: str
+):
+    asked = resources.model_copy(update={"cuda_graphs": "on", "processes": 1, "gpu_memory_gib": 80.0})
+    with pytest.raises(UserError, match=told):
+        plan.make_plan(recipe(**section), asked)
+    plan.make_plan(recipe(**section), asked.model_copy(update={"cuda_graphs": "auto"}))

@@ -275,6 +275,10 @@ class Resources(Section):
     """CPU threads per process; None: the cores divided by the number of processes."""
     offload_optimizer: bool = False
     """Keep fp32 masters and Adam moments in host memory and step there. Slower; frees 12 bytes per parameter."""
+    cuda_graphs: Literal["off", "auto", "on"] = "off"
+    """Record a training pass once and replay it: a model so small that its GPU waits for launches trains faster. Each
+    GPU then holds the whole optimizer. auto: up to a billion parameters, where passes can be recorded; on: an error
+    where they cannot."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of one GPU, for planning without a GPU; None: detected."""
     dollars_per_gpu_hour: float | None = Field(default=None, ge=0)

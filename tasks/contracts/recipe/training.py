@@ -85,7 +85,9 @@ class Training(Section):
     schedule: Schedule = Schedule()
     freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
     """Parameter groups that do not train. `attention`: the attention layers; `norms` includes the final norm."""
-    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
+    gradient_checkpointing: Annotated[bool | Literal["selective"], OPERATIONAL] = False
+    """Compute activations again in the backward pass. true: every layer's, from its input. selective: what is cheap, in
+    RWKV-7 mixers and Llama MLPs; a layer keeps about half as much, and no projection runs twice."""
     sequence_parallel: Annotated[int, OPERATIONAL] = Field(default=1, ge=1)
     """Consecutive processes that share rows, each with as many consecutive tokens of every row: contexts that are too
     long for the memory of one. Not in the digest: the result is the same up to rounding."""

@@ -37,7 +37,7 @@ from radlads.tasks.jobs.data.text.documents import Document, first_documents
 from radlads.tasks.jobs.data.text.recall import build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
-from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION, NO_OFFLOAD
+from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION, NO_OFFLOAD, why_not_recorded
 from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 
 # Documents of each source that are read to check the source and to measure bytes per token.
@@ -163,8 +163,11 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
         findings.faults.append("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'")
 
 
-def check_zero_3(recipe: Recipe, resources: JobResources, findings: Findings) -> None:
-    """ZeRO-3 divides what some settings need whole."""
+def check_engines(recipe: Recipe, resources: JobResources, findings: Findings) -> None:
+    """CUDA graphs need passes that are alike; ZeRO-3 divides what some settings need whole."""
+    for stage in recipe.training_stages if resources.cuda_graphs == "on" else ():
+        if (reason := why_not_recorded(getattr(recipe, stage), resources)) is not None:
+            findings.faults.append(f"resources.cuda_graphs, {stage}: {reason}")
     if resources.zero_stage != 3:
         return
     if resources.offload_optimizer:

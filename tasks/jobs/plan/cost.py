@@ -66,7 +66,7 @@ def _token_flops(stage: str, part: Training, networks: NetworkSizes) -> int:
         return teacher + 6 * networks.mixer_parameters
     kept = networks.num_softmax - networks.num_recurrent + networks.chosen_late
     student = 2 * _multiplied(networks.student_parameters, networks) + kept * pair
-    return (4 if part.gradient_checkpointing else 3) * student + (teacher if runs_teacher(stage, part) else 0)
+    return (4 if part.gradient_checkpointing is True else 3) * student + (teacher if runs_teacher(stage, part) else 0)
 
 
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:

@@ -11,7 +11,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
                  a part of each row, and a tenth more of a mixer, whose recurrence runs twice
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
     buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
-                 what the optimizer's step flattens in excess of activations
+                 what the optimizer's step flattens in excess of activations; with CUDA graphs instead of the bucket
+                 and the flattened gradients those of a pass, w P, and the rest as without ZeRO
 
 Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
 gradients are assumed to be as large as what it keeps.
@@ -32,6 +33,7 @@ from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
+from radlads.tasks.jobs.train.engines.build import records_passes
 from radlads.tasks.jobs.train.engines.deepspeed_config import BUCKET_ELEMENTS
 
 # fp32 master weight and the two moments of Adam.
@@ -73,6 +75,8 @@ class NetworkSizes:
     """Parameters of experts that a token is not routed to."""
     layer_bytes: dict[int, LayerBytes]
     """Bytes of a number → what a token keeps in each part of a layer."""
+    selective_bytes: dict[int, LayerBytes]
+    """Likewise, with selective activation checkpointing."""
     num_linear: int = 0
     """Layers that are linear attention in the teacher already; neither recurrent here nor softmax."""
     chosen_late: int = 0
@@ -128,9 +132,11 @@ def training_memory(
         teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
     activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
     logits = 0 if layerwise else _logits(section, networks, resources, word)
-    sharded = word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer
+    replicated = records_passes(section, resources, networks.student_parameters)
+    sharded = not replicated and (word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer)
     gradients = 4 * trainable // (shards if sharded else 1)
-    optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
+    divided = sharded or (resources.zero_stage == 1 and not replicated)
+    optimizer = _OPTIMIZER_BYTES * trainable // (shards if divided else 1)
     host = 0
     if resources.offload_optimizer:
         # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
@@ -149,9 +155,9 @@ def training_memory(
         "teacher": teacher,
         "activations": activations,
         "logits": logits,
-        "buffers": (gathered or min(BUCKET_ELEMENTS, trainable) * (word + 4))
+        "buffers": (gathered or (0 if replicated else min(BUCKET_ELEMENTS, trainable) * (word + 4)))
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
-        + (0 if gathered else max(0, gradients - activations - logits)),
+        + (0 if gathered else max(0, (word * trainable if replicated else gradients) - activations - logits)),
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values()), "host": host}
@@ -200,23 +206,26 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
 def _activations(stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
     """Bytes that the sequences of one forward pass keep, at most."""
     tokens, of = _tokens(part, resources), networks.layer_bytes[word]
-    of_mixer = of.mixer if part.sequence_parallel == 1 else of.mixer * 11 // 10
+    whole, selective = part.gradient_checkpointing is True, part.gradient_checkpointing == "selective"
+    kept_of = networks.selective_bytes[word] if selective else of
+    of_mixer, kept_mixer = (one.mixer if part.sequence_parallel == 1 else one.mixer * 11 // 10 for one in (of, kept_of))
     recurrent, kept = networks.num_recurrent, networks.num_softmax - networks.num_recurrent
-    mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
+    frozen = freezes_mlp(stage, part)
+    mlp, kept_mlp = (one.frozen_mlp if frozen else one.mlp for one in (of, kept_of))
     rows = networks.hidden * word
     if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
         passing = max(of.attention, of.linear) + of.frozen_mlp + of.norms
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
-        each = rows + target if part.gradient_checkpointing else of.mixer + target
+        each = rows + target if whole else kept_of.mixer + target
         return tokens * (recurrent * each + passing + of.mixer)
     largest = max(of_mixer if recurrent else 0, of.attention if kept else 0, of.linear)
-    if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
+    if whole:  # every layer's input and the first values; one layer twice, the second time as
         first = 2 * networks.kv_width * word  # gradients
         inner = mlp * (tokens if networks.idle else min(tokens, PIECE))  # experts are not run in pieces
         return tokens * (networks.num_layers * rows + first + 2 * (largest + of.norms)) + 2 * inner
     each = (
-        networks.num_layers * (mlp + of.norms)
-        + recurrent * of_mixer
+        networks.num_layers * (kept_mlp + of.norms)
+        + recurrent * kept_mixer
         + kept * of.attention
         + networks.num_linear * of.linear
     )

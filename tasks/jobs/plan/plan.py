@@ -35,6 +35,7 @@ from radlads.tasks.jobs.plan.checks import (
     Findings,
     check_align,
     check_dataset,
+    check_engines,
     check_frozen,
     check_heldout,
     check_lora,
@@ -42,7 +43,6 @@ from radlads.tasks.jobs.plan.checks import (
     check_needle,
     check_special_tokens,
     check_tokenizer,
-    check_zero_3,
 )
 from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
 from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
@@ -99,7 +99,7 @@ def make_plan(
     positions = getattr(subject.config, "max_position_embeddings", None)
     check_training(recipe, positions, resources.processes, findings)
     check_frozen(recipe, findings)
-    check_zero_3(recipe, resources, findings)
+    check_engines(recipe, resources, findings)
     check_restarts(recipe, subject.config, findings)
     hub = {} if sizes_only else pin_hub(recipe, findings)
     data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)

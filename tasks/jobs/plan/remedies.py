@@ -105,17 +105,23 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     while size > 1:
         size //= 2
         yield f"{stage}.micro_batch: {size}", replace(setting, section=_with_micro_batch(section, size))
-    if not section.gradient_checkpointing:
+    if section.gradient_checkpointing is not True:
         changed = section.model_copy(update={"gradient_checkpointing": True})
         yield f"{stage}.gradient_checkpointing: true", replace(setting, section=changed)
     if resources.zero_stage < 2 and resources.processes > 1 and word_bytes(section.precision, resources) == 4:
         yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
-    if resources.zero_stage < 3 and resources.processes > 1 and not resources.offload_optimizer and setting.divisible:
+    graphs = resources.cuda_graphs == "on"  # which exclude the next two
+    if (
+        resources.zero_stage < 3
+        and resources.processes > 1
+        and not (resources.offload_optimizer or graphs)
+        and setting.divisible
+    ):
         yield "resources.zero_stage: 3", replace(setting, resources=resources.model_copy(update={"zero_stage": 3}))
     for number in setting.sharings:
         changed = section.model_copy(update={"sequence_parallel": number})
         yield f"{stage}.sequence_parallel: {number}", replace(setting, section=changed)
-    if not resources.offload_optimizer and resources.zero_stage < 3:
+    if not (resources.offload_optimizer or graphs) and resources.zero_stage < 3:
         changed_resources = resources.model_copy(update={"offload_optimizer": True})
         yield "resources.offload_optimizer: true", replace(setting, resources=changed_resources)
     yield from _in_8_bit(setting)

@@ -14,6 +14,7 @@ from radlads.model.teacher.load import find_family
 from radlads.model.teacher.weights import build_empty
 from radlads.model.training.lora import linear_names
 from radlads.model.training.quantized import is_matrix
+from radlads.model.training.recompute import recompute_cheap
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
@@ -50,6 +51,9 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
     matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
     heads = values.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or values.hidden_size // heads
+    dtypes = (torch.float32, torch.bfloat16)
+    layer_bytes = {dtype.itemsize: _layer_bytes(student, dtype) for dtype in dtypes}
+    recompute_cheap(student.train())
     return NetworkSizes(
         num_layers=values.num_hidden_layers,
         num_recurrent=len(mixers),
@@ -68,7 +72,8 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
         mlp_matrices=sum(count for name, count in matrices.items() if parameter_group(name, family, set()) == "mlp"),
         largest_matrix=max(matrices.values(), default=0),
         idle=_idle(teacher, config),
-        layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        layer_bytes=layer_bytes,
+        selective_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in dtypes},
         chosen_late=0 if late is None else late.count,
         linear_names=linear_names(student),
     )

@@ -20,12 +20,13 @@ from radlads.model.teacher.load import load_teacher
 from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.mixer_parts import round_log_decay
 from radlads.model.training.mlp_pieces import run_mlps_in_pieces
+from radlads.model.training.recompute import recompute_cheap
 from radlads.model.weights.finite import check_finite
 from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.disk import need_space
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Pretrain
-from radlads.tasks.contracts.recipe.training import runs_teacher
+from radlads.tasks.contracts.recipe.training import Training, runs_teacher
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
@@ -64,10 +65,20 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
         originals = open_weight_files(str(folder))
     for network in (student, *([] if teacher is None else [teacher])):
         fuse_modules(network, job.device)
-        run_mlps_in_pieces(network, recomputed=network is student and spec.section.gradient_checkpointing)
-    if spec.section.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run_mlps_in_pieces(network, recomputed=network is student and spec.section.gradient_checkpointing is True)
+    checkpoint_activations(student, spec.section)
     return Networks(student, teacher, tokenizer, originals)
+
+
+def checkpoint_activations(student: Any, section: Training) -> None:
+    """Let the student compute activations again, as the section says; after `fuse_modules`."""
+    if section.gradient_checkpointing == "selective":
+        recompute_cheap(student)
+    elif section.gradient_checkpointing:
+        # Without dropout there is no random state to save, which a CUDA graph could not record.
+        random = any("drop" in name and value for name, value in student.config.to_dict().items())
+        how = {"use_reentrant": False, "preserve_rng_state": random}
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:

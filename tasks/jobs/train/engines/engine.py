@@ -106,12 +106,8 @@ class Engine:
             tokens = self.micro_batch * (batch["input_ids"].shape[1] - 1)
             share = self.objective.num_labels(batch) / tokens
             labelled += share
-            loss, metrics = self.forward(
-                {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            )
-            for name, value in ({"loss": loss} | metrics).items():
-                seen[name] = seen.get(name, 0) + share * value.detach().double() / self.num_micro
-            self._backward(share * loss)
+            for name, value in self._pass(batch, share).items():
+                seen[name] = seen.get(name, 0) + value
             if index < self.num_micro - 1:
                 self._between()
         result, share = self._agree(seen, labelled, stop)
@@ -130,6 +126,15 @@ class Engine:
             group["lr"] = rates[group["name"]] * group["multiplier"]
         self._move()
         return result
+
+    def _pass(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        """Forward and backward of a batch on the CPU: adds its gradient, returns loss and metrics, fp64. Both are
+        weighted by its share of a pass's tokens that are labels, over num_micro."""
+        loss, metrics = self.forward({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
+        self._backward(share * loss)
+        return {
+            name: share * value.detach().double() / self.num_micro for name, value in ({"loss": loss} | metrics).items()
+        }
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's `(loss, metrics)` of a batch on the device. Every rank calls it as often."""
