@@ -65,6 +65,8 @@ def why_not_recorded(section: Training, resources: JobResources) -> str | None:
         return "with offload_optimizer each pass copies gradients to the host; set one of the two"
     if any(part.reset_at_documents for part in section.parts):
         return "reset_at_documents gives each pass another number of documents; set it to auto or off"
+    if section.sequence_parallel > 1:
+        return "sequence_parallel exchanges between GPUs in each pass, which is not recorded; set one of the two"
     terms: Any = getattr(section, "comprehensive", None) if getattr(section, "loss", "") == "comprehensive" else None
     if terms is not None and terms.revision == "svd" and terms.spectral:
         return "comprehensive.revision svd waits for the GPU in each pass; set it to auto or off"
