@@ -17,12 +17,12 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.plan.cost import device_peak
 from training_bench.case import Case
-from training_bench.shapes import Flops
+from training_bench.shapes import CaseFlops
 
 _CHECKPOINT_INTERVAL = 500  # the default of `checkpoint_every`
 COLUMNS = (
     "case", "GPUs", "context", "micro × passes", "options", "build", "tokens/s/GPU", "share by rule",
-    "share by matrices", "peak GiB", "mixer keeps, B/token (× width)", "start-up s", "first step s", "stall s (share)",
+    "mfu", "peak GiB", "mixer keeps, B/token (× width)", "start-up s", "first step s", "stall s (share)",
     "loss 1 → last",
 )  # fmt: skip
 
@@ -33,7 +33,7 @@ class Row:
 
     case: Case
     build: str
-    flops: Flops
+    flops: CaseFlops
     measured: list[dict[str, Any]]
     failed: str = ""
 
@@ -74,10 +74,10 @@ def legend() -> str:
     """Description of the columns."""
     return (
         "Shares are of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N) "
-        "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are by matrices. By "
-        "matrices: 2 for every number of a matrix in the forward pass, 2 for the gradient of its input (none for the "
-        "teacher-forced input of align's mixers), 2 for its own where it trains. Softmax attention's products of "
-        "tokens with tokens, the recurrence and recomputation count nowhere. Start-up: launch of the job to its first "
+        "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are mfu. mfu: 2 for "
+        "every number of a matrix in the forward pass, 2 for the gradient of its input (none for the teacher-forced "
+        "input of align's mixers), 2 for its own where it trains, and softmax attention's products of tokens with "
+        "tokens; the recurrence and recomputation count nowhere. Start-up: launch of the job to its first "
         f"step. Stall: training stands still for a checkpoint; its share is at one in {_CHECKPOINT_INTERVAL} "
         "steps. Peak: allocated, the largest of all ranks, over the measured steps.\n"
     )
@@ -101,7 +101,7 @@ def _cells(row: Row) -> list[str]:
     speed = row.tokens_per_second
     shares = ["", ""]
     if case.device == "cuda":
-        shares = [f"{speed * flops / peak:.1%}" for flops in (row.flops.by_rule, row.flops.by_matrix)]
+        shares = [f"{speed * flops / peak:.1%}" for flops in (row.flops.by_rule, row.flops.counted)]
     mixer = first.get("mixer")
     keeps = f"{mixer['bytes_per_token']:,.0f} ({mixer['bytes_per_token'] / mixer['width_bytes']:.1f})" if mixer else ""
     marks = first["marks"]

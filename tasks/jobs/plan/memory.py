@@ -31,6 +31,7 @@ from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
 from radlads.tasks.jobs.train.engines.deepspeed_config import BUCKET_ELEMENTS
+from radlads.tasks.jobs.train.flops import Flops, Multiplied
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
@@ -71,6 +72,8 @@ class NetworkSizes:
     """Parameters of experts that a token is not routed to."""
     layer_bytes: dict[int, LayerBytes]
     """Bytes of a number → what a token keeps in each part of a layer."""
+    multiplied: Multiplied
+    """Of the student as most stages train it: with the layers that are chosen after align."""
     num_linear: int = 0
     """Layers that are linear attention in the teacher already; neither recurrent here nor softmax."""
     chosen_late: int = 0
@@ -99,6 +102,16 @@ class NetworkSizes:
         if stage_info(stage).layerwise:
             return self.mixer_parameters
         return sum(count for group, count in self.groups.items() if group not in section.freeze)
+
+    def flops(self, stage: str, part: Training) -> Flops:
+        """Of one token in a part of a training stage. With LoRA or `train_only` all mixers are taken to train."""
+        layerwise = stage_info(stage).layerwise
+        alone = layerwise or getattr(part, "lora", None) is not None or bool(getattr(part, "train_only", ()))
+        groups = self.multiplied.student.items()
+        trained = sum(n for group, n in groups if (group == "mixer" if alone else group not in part.freeze))
+        return self.multiplied.stage_flops(
+            part.context, trained=trained, taught=runs_teacher(stage, part), layerwise=layerwise
+        )
 
 
 def training_memory(

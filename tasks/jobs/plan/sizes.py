@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -15,12 +16,13 @@ from radlads.model.teacher.weights import build_empty
 from radlads.model.training.lora import linear_names
 from radlads.model.training.quantized import is_matrix
 from radlads.tasks.contracts.job import JobResources
-from radlads.tasks.contracts.recipe.choice import late_choice
+from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes, linear_attention_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
 from radlads.tasks.jobs.plan.cost import device_peak, likely_gpu
 from radlads.tasks.jobs.plan.memory import NetworkSizes
+from radlads.tasks.jobs.train.flops import Multiplied, count_multiplied
 
 _GIB = 1024**3
 
@@ -68,6 +70,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
         mlp_matrices=sum(count for name, count in matrices.items() if parameter_group(name, family, set()) == "mlp"),
         largest_matrix=max(matrices.values(), default=0),
         idle=_idle(teacher, config),
+        multiplied=_multiplied(None if recipe.pretrain is not None else teacher, student, late),
         layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
         chosen_late=0 if late is None else late.count,
         linear_names=linear_names(student),
@@ -99,6 +102,11 @@ def describe_device(resources: JobResources) -> dict[str, Any]:
 
 
 _HEAD = "lm_head.weight"
+
+
+def _multiplied(teacher: Any, student: Any, late: AttentionChoice | None) -> Multiplied:
+    counted = count_multiplied(teacher, student)
+    return replace(counted, student_softmax=counted.student_softmax + (0 if late is None else late.count))
 
 
 def _values(config: PreTrainedConfig) -> Any:
