@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.jobs.code_version import code_version
-from radlads.tasks.jobs.plan.cost import device_peak
+from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS, find_kind
 from training_bench.case import Case
 from training_bench.shapes import CaseFlops
 
@@ -97,10 +96,11 @@ def _cells(row: Row) -> list[str]:
     if row.failed:
         return [*about, f"**{row.failed.splitlines()[0]}**", *[""] * (len(COLUMNS) - len(about) - 1)]
     first = row.measured[0]
-    peak = device_peak(gpu_name(), JobResources(device=case.device, processes=case.gpus, threads=1))
+    kind = find_kind(gpu_name() or "") if case.device == "cuda" else None
     speed = row.tokens_per_second
     shares = ["", ""]
-    if case.device == "cuda":
+    if kind is not None:
+        peak = GPU_KINDS[kind].peak_flops
         shares = [f"{speed * flops / peak:.1%}" for flops in (row.flops.by_rule, row.flops.counted)]
     mixer = first.get("mixer")
     keeps = f"{mixer['bytes_per_token']:,.0f} ({mixer['bytes_per_token'] / mixer['width_bytes']:.1f})" if mixer else ""

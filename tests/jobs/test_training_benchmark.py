@@ -47,6 +47,7 @@ def test_both_builds_run_and_lose_the_same(job_python: Any, tmp_path: Path) -> N
         (["--mlp-bits", "8"], "needs --freeze mlp"),
         (["--recipe", "nothing"], "no shipped recipe 'nothing'"),
         (["--zero", "7"], "zero_stage"),
+        (["--record"], "--record is for runs on a GPU of tasks/jobs/train/gpu_kinds.py, and this is 'cpu'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_made(

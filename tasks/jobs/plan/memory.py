@@ -8,7 +8,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass
-    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
+    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl), beyond the
+                 activations of the layer whose backward pass comes next
     buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
                  what the optimizer's step flattens in excess of activations
 
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.kernels.shared.meta import FEWEST_HEADS
 from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
@@ -137,8 +139,7 @@ def training_memory(
     teacher = networks.teacher_parameters * word
     if teacher_bits == 8:
         teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
-    activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
-    logits = 0 if layerwise else _logits(section, networks, resources, word)
+    activations, logits = _passes(stage, section, networks, resources, word)
     sharded = word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer
     gradients = 4 * trainable // (shards if sharded else 1)
     optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
@@ -208,34 +209,49 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
     return matrices * word - matrices - matrices * word // GROUP
 
 
-def _activations(stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
-    """Bytes that the sequences of one forward pass keep, at most."""
+def _passes(
+    stage: str, section: Training, networks: NetworkSizes, resources: JobResources, word: int
+) -> tuple[int, int]:
+    """(activations, what the losses take beyond the layer that is worked on next): bytes of the largest pass."""
+    found = []
+    for part in section.parts:
+        kept, transient = _activations(stage, part, networks, resources, word)
+        losses, waiting = (0, 0) if stage_info(stage).layerwise else _logits(part, networks, resources, word)
+        # The losses are done before the last layer's backward pass begins; the head's gradient waits.
+        found.append((kept + transient, max(losses - transient, waiting)))
+    return max(found, key=sum)
+
+
+def _activations(
+    stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int
+) -> tuple[int, int]:
+    """(bytes that the sequences of one forward pass keep, bytes of the layer that is worked on), at most."""
     sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
     tokens, of = sequences * part.context, networks.layer_bytes[word]
+    many = sequences * (networks.width // networks.head_dim) >= FEWEST_HEADS
+    mixer = of.mixer if many else of.mixer_few
     recurrent, kept = networks.num_recurrent, networks.num_softmax - networks.num_recurrent
     mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
     rows = networks.hidden * word
     if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
         passing = max(of.attention, of.linear) + of.frozen_mlp + of.norms
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
-        each = rows + target if part.gradient_checkpointing else of.mixer + target
-        return tokens * (recurrent * each + passing + of.mixer)
-    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0, of.linear)
+        each = rows + target if part.gradient_checkpointing else mixer + target
+        return tokens * recurrent * each, tokens * (passing + mixer)
+    largest = max(mixer if recurrent else 0, of.attention if kept else 0, of.linear)
     if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
         first = 2 * networks.kv_width * word  # gradients
-        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + of.norms))
-    each = (
-        networks.num_layers * (mlp + of.norms)
-        + recurrent * of.mixer
-        + kept * of.attention
-        + networks.num_linear * of.linear
-    )
-    return tokens * (each + largest + mlp)
+        return tokens * (networks.num_layers * rows + first), tokens * 2 * (largest + mlp + of.norms)
+    each = networks.num_layers * (mlp + of.norms) + recurrent * mixer + kept * of.attention
+    return tokens * (each + networks.num_linear * of.linear), tokens * (largest + mlp)
 
 
-def _logits(section: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
-    """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
-    head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
-    tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)
-    rows = tokens * networks.vocab * (4 + 4 + word)
-    return min(rows, ARENA_BYTES[resources.device]) + head + tokens * networks.hidden * word
+def _logits(part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> tuple[int, int]:
+    """(bytes of the losses, bytes that wait for the backward pass): an arena, and where the head trains its gradient,
+    summed in fp32 and cast by halves once the arena is free (kernels/linear_kl); that of the hidden states."""
+    head = 0 if "head" in part.freeze else networks.vocab * networks.hidden
+    sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
+    tokens = sequences * part.context
+    arena = min(tokens * networks.vocab * (4 + 4 + word), ARENA_BYTES[resources.device])
+    waiting = tokens * networks.hidden * word
+    return max(arena + head * 4, head * (4 + word // 2)) + waiting, head * word + waiting

@@ -20,15 +20,16 @@ from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes, linear_attention_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
-from radlads.tasks.jobs.plan.cost import device_peak, likely_gpu
+from radlads.tasks.jobs.plan.cost import device_kind, likely_gpu
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.train.flops import Multiplied, count_multiplied
 
 _GIB = 1024**3
 
 
-def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
-    """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
+def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | None = None) -> NetworkSizes:
+    """Build teacher and student on the meta device and count. liger: whether training will find liger-kernel; None: as
+    this machine has it. Raises UserError for options that do not fit."""
     family, values, late = find_family(config), _values(config), late_choice(recipe)
     teacher, softmax = build_empty(config), family.softmax_layers(config)
     with torch.device("meta"):
@@ -71,15 +72,15 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
         largest_matrix=max(matrices.values(), default=0),
         idle=_idle(teacher, config),
         multiplied=_multiplied(None if recipe.pretrain is not None else teacher, student, late),
-        layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        layer_bytes={dtype.itemsize: _layer_bytes(student, dtype, liger) for dtype in (torch.float32, torch.bfloat16)},
         chosen_late=0 if late is None else late.count,
         linear_names=linear_names(student),
     )
 
 
 def describe_device(resources: JobResources) -> dict[str, Any]:
-    """{device, as_fast_as, processes, peak_flops, memory_bytes} of one process's device; on a CPU its part of the
-    machine's resources.
+    """{device, as_fast_as, kind, processes, peak_flops, memory_bytes} of one process's device; on a CPU its part of the
+    machine's resources. kind: of GPU, CPU, or None: unknown.
 
     A GPU whose memory is given need not be present; its speed is that of a well-known one of that size.
     """
@@ -92,11 +93,13 @@ def describe_device(resources: JobResources) -> dict[str, Any]:
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         label, name, memory = resources.device, None, psutil.virtual_memory().total // resources.processes
+    kind, peak = device_kind(name, resources)
     return {
         "device": label,
         "as_fast_as": like,
+        "kind": kind,
         "processes": resources.processes,
-        "peak_flops": device_peak(name, resources),
+        "peak_flops": peak,
         "memory_bytes": memory,
     }
 
@@ -134,12 +137,12 @@ def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
     return idle
 
 
-def _layer_bytes(student: Any, dtype: torch.dtype) -> LayerBytes:
+def _layer_bytes(student: Any, dtype: torch.dtype, liger: bool | None) -> LayerBytes:
     if isinstance(student, RadladsForCausalLM):
-        return count_layer_bytes(student, dtype)
+        return count_layer_bytes(student, dtype, liger=liger)
     values, word = _values(student.config), dtype.itemsize
     norms = len(norm_names(find_family(student.config)))
     mlp = (4 * values.intermediate_size + values.hidden_size) * word
     attention = (values.hidden_size + 7 * values.num_attention_heads * (getattr(values, "head_dim", None) or 0)) * word
     linear = linear_attention_bytes(student.to(dtype).model, find_family(student.config))
-    return LayerBytes(0, attention, mlp, mlp, norms * 3 * values.hidden_size * word, linear)
+    return LayerBytes(0, 0, attention, mlp, mlp, norms * 3 * values.hidden_size * word, linear)
