@@ -9,6 +9,7 @@
     python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine fsdp   # beside DeepSpeed's ZeRO-2
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
+    python benchmarks/training.py --shape qwen2.5-7b --gpus 4 --micro-batch 12 --record    # rows for the plan
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
 A random teacher of a public shape is written to files, the product's transplant makes the student, random tokens are
@@ -35,10 +36,12 @@ from typing import Any
 from training_bench.case import SECTIONS, Case, recipe_settings
 from training_bench.inputs import Inputs, case_flops
 from training_bench.launching import run_plain, run_product
+from training_bench.recording import check_recordable, speed_row
 from training_bench.report import Row, describe_machine, details, gpu_name, legend, table
 from training_bench.shapes import SHAPES
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.jobs.plan.timing.measured import TABLE, record_row
 
 logger = logging.getLogger("training")
 
@@ -76,6 +79,9 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--compare-unfused", action="store_true", help="a second run of the product, unfused")
     parser.add_argument("--compare-plain", action="store_true")
     parser.add_argument("--profile", type=int, nargs="?", const=2, default=0, metavar="STEPS", help="and profile some")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=TABLE, metavar="JSON", help="add the product's rows to the plan's table"
+    )
     parser.add_argument("--no-checkpoint", action="store_true", help="do not measure the stall of a checkpoint")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of a process; default: the cores, divided evenly")
@@ -205,6 +211,11 @@ def main() -> int:
     gpu = gpu_name() if first.device == "cuda" else "cpu"
     if gpu is None:
         raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
+    if first.record is not None:
+        try:
+            check_recordable(cases, gpu)
+        except UserError as error:
+            raise SystemExit(f"training.py: {error}") from None
     file = "training_" + "_".join(gpu.lower().replace("nvidia", "").split()) + ".md"
     out = first.out or Path(__file__).parent / "results" / file
     before = out.read_text(encoding="utf-8") if out.is_file() else "# Training at real shapes\n\n"
@@ -215,9 +226,12 @@ def main() -> int:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         for number, (case, options) in enumerate(zip(cases, sweep, strict=True)):
-            rows += run_case(case, work, number, options)
+            found = run_case(case, work, number, options)
+            rows += found
             text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
             out.write_text(f"{before}{text}\n", encoding="utf-8")  # at once, in case a later case fails
+            if first.record is not None and not found[0].failed:
+                record_row(speed_row(found[0], gpu=gpu, command=command, file=out), first.record)
     sys.stdout.write(text)
     return 1 if any(row.failed for row in rows) else 0
 

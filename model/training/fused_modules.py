@@ -28,14 +28,16 @@ from radlads.kernels.shared.meta import KeptForBackward
 from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
 
 
-def fuse_modules(model: nn.Module, device: torch.device) -> None:
+def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None = None) -> None:
     """Fuse what can be, in place, of a network that will run on `device`; what runs is logged and recorded. On the
-    meta device the network stands for one on a GPU, and nothing is recorded."""
+    meta device the network stands for one on a GPU, and nothing is recorded; liger: whether liger-kernel is installed
+    there, None: as it is here."""
     on_gpu = device.type in ("cuda", "meta")
     if not on_gpu:
         reason: str | None = not_on_gpu(torch.empty(0, device=device))
     else:
-        reason = None if installed("liger_kernel") else "liger-kernel is not installed"
+        there = installed("liger_kernel") if liger is None else liger
+        reason = None if there else "liger-kernel is not installed"
     for name, is_same, forward in (("rms_norm", is_llama_norm, _norm), ("swiglu", is_llama_mlp, _mlp)):
         found = [module for module in model.modules() if is_same(module)]
         for module in found if reason is None else ():

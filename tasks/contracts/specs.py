@@ -117,11 +117,15 @@ class PlanReport(Sheet):
     attention_layers: tuple[int, ...]
     """Empty if they are chosen after align."""
     stages: dict[str, dict[str, Any]]
-    """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
-    optimizer, teacher, activations, logits, buffers, overhead, total, host}, checkpoint: {bytes, host_bytes}, seconds,
-    gpu_hours, dollars}; of a stage with phases also `phases`, in order, each {tokens, steps, context, batch, seconds,
-    gpu_hours, dollars}. Memory, seconds and values derived from them are estimates; None if unknown. host: host memory
-    of an offloaded optimizer; host_bytes: of the copy that a process keeps of its part of a checkpoint."""
+    """Label of a stage (`distill`, `tokenize train`), in the order of a run → {tokens, steps, context, batch,
+    trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients, optimizer, teacher, activations, logits,
+    buffers, overhead, total, host}, checkpoint: {bytes, host_bytes}, flops, speed, mfu, seconds_by: {train, start,
+    heldout, checkpoints, export, judge}, seconds, gpu_hours, dollars}, as far as they apply; of a stage with phases
+    also `phases`, in order, each {tokens, steps, context, batch, flops, seconds, gpu_hours, dollars}, training alone.
+    Memory, seconds and values derived from them are estimates; None if unknown. speed: in words, where the speed of
+    training comes from; mfu: the share of the peak that it means; flops: what must be computed. host: host memory of an
+    offloaded optimizer; host_bytes: of the copy that a process keeps of its part of a checkpoint. GPU hours are those
+    of the whole machine, which also waits for stages that need no GPU."""
     choice: AttentionChoice | None = None
     """A choice after align, its probe reduced to its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -131,7 +135,7 @@ class PlanReport(Sheet):
     dollars: float | None = None
     """Estimated; None without `dollars_per_gpu_hour`."""
     assumptions: dict[str, Any] = Field(default_factory=dict)
-    """The basis of the estimates: peak FLOP/s, utilisation, processes, memory of one device."""
+    """The basis of the estimates: kind of device, peak FLOP/s, processes, memory of one device."""
     warnings: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
     """Stages that do not fit into memory, with remedies; only in a preview."""

@@ -106,7 +106,7 @@ def test_a_twin_is_made_from_its_original(name: str) -> None:
 def test_a_twin_plans(name: str) -> None:
     recipe = load_recipe(PREFIX + name)
     report = plan.make_plan(recipe, CPU)
-    assert next(iter(report.stages)) == "align"
+    assert next(stage for stage in report.stages if stage in stages(recipe)) == "align"
     assert set(stages(recipe)) <= set(report.stages)
     assert report.student_parameters > report.teacher_parameters
 

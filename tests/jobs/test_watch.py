@@ -159,8 +159,8 @@ def test_stop_saves_says_what_to_do_and_goes_on_once_the_policy_is_changed(train
 def test_slow_steps_stop_the_job_after_the_next_one(training, monkeypatch):
     numbers = train._numbers
 
-    def slow(section, step, device):
-        return numbers(section, replace(step, seconds=9.0 if 8 < step.number < 13 else 1.0), device)
+    def slow(section, step, *rest):
+        return numbers(section, replace(step, seconds=9.0 if 8 < step.number < 13 else 1.0), *rest)
 
     monkeypatch.setattr(train, "_numbers", slow)
     watch = OFF | {"throughput": {"policy": "stop", "window": 4}}

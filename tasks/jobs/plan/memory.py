@@ -9,7 +9,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass; with sequence_parallel of
                  a part of each row, and a tenth more of a mixer, whose recurrence runs twice
-    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
+    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl), beyond the
+                 activations of the layer whose backward pass comes next
     buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
                  what the optimizer's step flattens in excess of activations; with CUDA graphs instead of the bucket
                  and the flattened gradients those of a pass, w P, and the rest as without ZeRO
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.kernels.shared.meta import FEWEST_HEADS
 from radlads.model.training.mlp_pieces import PIECE
 from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
@@ -35,6 +37,7 @@ from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
 from radlads.tasks.jobs.train.engines.build import records_passes
 from radlads.tasks.jobs.train.engines.deepspeed_config import BUCKET_ELEMENTS
+from radlads.tasks.jobs.train.flops import Flops, Multiplied
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
@@ -77,6 +80,8 @@ class NetworkSizes:
     """Bytes of a number → what a token keeps in each part of a layer."""
     selective_bytes: dict[int, LayerBytes]
     """Likewise, with selective activation checkpointing."""
+    multiplied: Multiplied
+    """Of the student as most stages train it: with the layers that are chosen after align."""
     num_linear: int = 0
     """Layers that are linear attention in the teacher already; neither recurrent here nor softmax."""
     chosen_late: int = 0
@@ -106,6 +111,16 @@ class NetworkSizes:
             return self.mixer_parameters
         return sum(count for group, count in self.groups.items() if group not in section.freeze)
 
+    def flops(self, stage: str, part: Training) -> Flops:
+        """Of one token in a part of a training stage. With LoRA or `train_only` all mixers are taken to train."""
+        layerwise = stage_info(stage).layerwise
+        alone = layerwise or getattr(part, "lora", None) is not None or bool(getattr(part, "train_only", ()))
+        groups = self.multiplied.student.items()
+        trained = sum(n for group, n in groups if (group == "mixer" if alone else group not in part.freeze))
+        return self.multiplied.stage_flops(
+            part.context, trained=trained, taught=runs_teacher(stage, part), layerwise=layerwise
+        )
+
 
 def training_memory(
     stage: str,
@@ -130,8 +145,7 @@ def training_memory(
     teacher = networks.teacher_parameters * word
     if teacher_bits == 8:
         teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
-    activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
-    logits = 0 if layerwise else _logits(section, networks, resources, word)
+    activations, logits = _passes(stage, section, networks, resources, word)
     replicated = records_passes(section, resources, networks.student_parameters)
     sharded = not replicated and (word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer)
     gradients = 4 * trainable // (shards if sharded else 1)
@@ -203,12 +217,30 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
     return matrices * word - matrices - matrices * word // GROUP
 
 
-def _activations(stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
-    """Bytes that the sequences of one forward pass keep, at most."""
+def _passes(
+    stage: str, section: Training, networks: NetworkSizes, resources: JobResources, word: int
+) -> tuple[int, int]:
+    """(activations, what the losses take beyond the layer that is worked on next): bytes of the largest pass."""
+    found = []
+    for part in section.parts:
+        kept, transient = _activations(stage, part, networks, resources, word)
+        losses, waiting = (0, 0) if stage_info(stage).layerwise else _logits(part, networks, resources, word)
+        # The losses are done before the last layer's backward pass begins; the head's gradient waits.
+        found.append((kept + transient, max(losses - transient, waiting)))
+    return max(found, key=sum)
+
+
+def _activations(
+    stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int
+) -> tuple[int, int]:
+    """(bytes that the sequences of one forward pass keep, bytes of the layer that is worked on), at most."""
     tokens, of = _tokens(part, resources), networks.layer_bytes[word]
     whole, selective = part.gradient_checkpointing is True, part.gradient_checkpointing == "selective"
     kept_of = networks.selective_bytes[word] if selective else of
-    of_mixer, kept_mixer = (one.mixer if part.sequence_parallel == 1 else one.mixer * 11 // 10 for one in (of, kept_of))
+    many = _sequences(part, resources) * (networks.width // networks.head_dim) >= FEWEST_HEADS
+    mixer, kept_mixer = (one.mixer if many else one.mixer_few for one in (of, kept_of))
+    if part.sequence_parallel > 1:
+        mixer, kept_mixer = mixer * 11 // 10, kept_mixer * 11 // 10
     recurrent, kept = networks.num_recurrent, networks.num_softmax - networks.num_recurrent
     frozen = freezes_mlp(stage, part)
     mlp, kept_mlp = (one.frozen_mlp if frozen else one.mlp for one in (of, kept_of))
@@ -216,31 +248,32 @@ def _activations(stage: str, part: Training, networks: NetworkSizes, resources: 
     if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
         passing = max(of.attention, of.linear) + of.frozen_mlp + of.norms
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
-        each = rows + target if whole else kept_of.mixer + target
-        return tokens * (recurrent * each + passing + of.mixer)
-    largest = max(of_mixer if recurrent else 0, of.attention if kept else 0, of.linear)
-    if whole:  # every layer's input and the first values; one layer twice, the second time as
-        first = 2 * networks.kv_width * word  # gradients
+        each = rows + target if whole else kept_mixer + target
+        return tokens * recurrent * each, tokens * (passing + mixer)
+    largest = max(mixer if recurrent else 0, of.attention if kept else 0, of.linear)
+    if whole:  # every layer's input and the first values; one layer twice, the second time as gradients
+        first = 2 * networks.kv_width * word
         inner = mlp * (tokens if networks.idle else min(tokens, PIECE))  # experts are not run in pieces
-        return tokens * (networks.num_layers * rows + first + 2 * (largest + of.norms)) + 2 * inner
-    each = (
-        networks.num_layers * (kept_mlp + of.norms)
-        + recurrent * kept_mixer
-        + kept * of.attention
-        + networks.num_linear * of.linear
-    )
-    return tokens * (each + largest + mlp)
+        return tokens * (networks.num_layers * rows + first), tokens * 2 * (largest + of.norms) + 2 * inner
+    each = networks.num_layers * (kept_mlp + of.norms) + recurrent * kept_mixer + kept * of.attention
+    return tokens * (each + networks.num_linear * of.linear), tokens * (largest + mlp)
+
+
+def _sequences(part: Training, resources: JobResources) -> int:
+    """Rows of one forward pass of one process."""
+    return min(part.micro_batch, max(1, part.batch // max(1, resources.processes // part.sequence_parallel)))
 
 
 def _tokens(part: Training, resources: JobResources) -> int:
     """Tokens of one forward pass of one process."""
-    groups = max(1, resources.processes // part.sequence_parallel)
-    return min(part.micro_batch, max(1, part.batch // groups)) * part.context // part.sequence_parallel
+    return _sequences(part, resources) * part.context // part.sequence_parallel
 
 
-def _logits(section: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
-    """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
-    head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
-    tokens = max(_tokens(part, resources) for part in section.parts)
-    rows = tokens * networks.vocab * (4 + 4 + word)
-    return min(rows, ARENA_BYTES[resources.device]) + head + tokens * networks.hidden * word
+def _logits(part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> tuple[int, int]:
+    """(bytes of the losses, bytes that wait for the backward pass): an arena, and where the head trains its gradient,
+    summed in fp32 and cast by halves once the arena is free (kernels/linear_kl); that of the hidden states."""
+    head = 0 if "head" in part.freeze else networks.vocab * networks.hidden
+    tokens = _tokens(part, resources)
+    arena = min(tokens * networks.vocab * (4 + 4 + word), ARENA_BYTES[resources.device])
+    waiting = tokens * networks.hidden * word
+    return max(arena + head * 4, head * (4 + word // 2)) + waiting, head * word + waiting

@@ -26,10 +26,8 @@ from radlads.tasks.contracts.pins.pins import (
     with_commits,
 )
 from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
-from radlads.tasks.contracts.recipe.memory import mlp_bits, teacher_bits
-from radlads.tasks.contracts.recipe.sections import Recipe, Training
+from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, TeacherRef
-from radlads.tasks.contracts.stages import JUDGING_STAGES, TRAINING_STAGES
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.plan.checks import (
     Findings,
@@ -44,19 +42,11 @@ from radlads.tasks.jobs.plan.checks import (
     check_special_tokens,
     check_tokenizer,
 )
-from radlads.tasks.jobs.plan.choice_plan import choice_stage, plan_choice, planned_layers
-from radlads.tasks.jobs.plan.cost import UTILISATION, judging_flops, stage_cost, training_flops
-from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
+from radlads.tasks.jobs.plan.choice_plan import plan_choice, planned_layers
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
-from radlads.tasks.jobs.plan.remedies import Setting, misfit, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
-from radlads.tasks.jobs.plan.training_checks import (
-    check_epochs,
-    check_restarts,
-    check_sharing,
-    check_training,
-    plan_checkpoint,
-)
+from radlads.tasks.jobs.plan.stage_plans import plan_stages
+from radlads.tasks.jobs.plan.training_checks import check_epochs, check_restarts, check_sharing, check_training
 from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
@@ -120,9 +110,7 @@ def make_plan(
     check_align(recipe, networks.hidden, len(layers), len(softmax), findings)
     device = describe_device(resources)
     epochs = check_epochs(recipe, data, findings)
-    stages = _plan_stages(recipe, resources, networks, device, epochs, sharings, findings)
-    if choice is not None:
-        stages = choice_stage(choice, recipe, networks, device, resources, findings, stages)
+    stages = plan_stages(recipe, resources, networks, device, data, epochs, choice, sharings, findings)
     _refuse(findings, preview=preview)
     # Last, because every byte is read: all other faults were reported before.
     teacher, pins = subject.teacher, dict[str, Pin]()
@@ -152,7 +140,7 @@ def make_plan(
         data=data,
         gpu_hours=_sum(stage["gpu_hours"] for stage in stages.values()),
         dollars=_sum(stage["dollars"] for stage in stages.values()),
-        assumptions=device | {"utilisation": UTILISATION if resources.device == "cuda" else 1.0},
+        assumptions=device,
         warnings=tuple(findings.warnings),
         misfits=tuple(findings.misfits),
     )
@@ -252,61 +240,6 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         raise UserError(f"transformers refuses it: {' '.join(str(error).split())[:300]}") from error
     find_family(config)
     return config
-
-
-def _plan_stages(
-    recipe: Recipe,
-    resources: JobResources,
-    networks: NetworkSizes,
-    device: dict[str, Any],
-    epochs: dict[str, float | None],
-    sharings: dict[str, tuple[int, ...]],
-    findings: Findings,
-) -> dict[str, dict[str, Any]]:
-    stages: dict[str, dict[str, Any]] = {}
-    limit = USABLE * device["memory_bytes"]
-    for stage in TRAINING_STAGES:
-        section = getattr(recipe, stage)
-        if section is None:
-            continue
-        bits = teacher_bits(recipe, stage), mlp_bits(recipe, stage)
-        able = {"divisible": recipe.student.calibrate is None, "sharings": sharings.get(stage, ())}
-        setting = Setting(stage, section, resources, *bits, **able)
-        memory = setting.memory(networks)
-        if memory["total"] > limit:
-            findings.misfits.append(misfit(stage, memory, device, what_would_help(setting, networks, limit)))
-        trainable = networks.trainable(stage, section)
-        stages[stage] = {
-            "tokens": section.seen_tokens,
-            "steps": section.num_steps,
-            "context": section.longest_context,
-            "batch": section.batch,
-            "trainable_parameters": trainable,
-            "epochs": epochs.get(stage),
-            "memory_bytes_per_gpu": memory,
-            "checkpoint": plan_checkpoint(stage, trainable, resources, findings),
-        } | stage_cost(training_flops(stage, section, networks), device["peak_flops"], resources)
-        if len(section.parts) > 1:
-            stages[stage]["phases"] = [_plan_phase(stage, part, networks, device, resources) for part in section.parts]
-    for stage in JUDGING_STAGES:
-        section = getattr(recipe, stage)
-        if section is None or recipe.pretrain is not None:
-            continue
-        memory = judging_memory(section, networks, resources)
-        if memory["total"] > limit:
-            helps = what_would_help_judging(stage, section, networks, resources, limit)
-            findings.misfits.append(misfit(stage, memory, device, helps))
-        cost = stage_cost(judging_flops(section, networks, recipe), device["peak_flops"], resources)
-        stages[stage] = {"memory_bytes_per_gpu": memory} | cost
-    return stages
-
-
-def _plan_phase(
-    stage: str, part: Training, networks: NetworkSizes, device: dict[str, Any], resources: JobResources
-) -> dict[str, Any]:
-    """The values of a phase that differ from its stage."""
-    cost = stage_cost(training_flops(stage, part, networks), device["peak_flops"], resources)
-    return {"tokens": part.seen_tokens, "steps": part.num_steps, "context": part.context, "batch": part.batch} | cost
 
 
 def _sum(values: Any) -> float | None:

@@ -257,7 +257,7 @@ def _cost(products: Products, recipe: Recipe) -> list[Block]:
     if not rows:
         return []
     header = ("stage", "steps", "tokens", "time", "memory", "GPU hours", "cost", _SOURCE)
-    caption = "Time, memory, GPU hours and cost: planned / actual. Planned values are estimates made before the run."
+    caption = "Planned / actual. Planned with start-up, checkpoints, export; actual times of training: its steps alone."
     return [Heading("Planned and actual cost"), Table(header, rows, caption, words=(_SOURCE,))]
 
 
