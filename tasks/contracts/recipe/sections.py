@@ -63,7 +63,9 @@ class Teacher(Section):
     """The frozen softmax-attention model."""
 
     path: Annotated[Place, Reads("teacher")]
-    """A hub id, a local Hugging Face folder, or `demo` for the shipped teacher."""
+    """A hub id, a local Hugging Face folder, a GGUF file, or `demo` for the shipped teacher."""
+    gguf_file: Annotated[str | None, PLACE] = None
+    """Name of a GGUF file in the folder `path`; the same as that file as `path`."""
     revision: Annotated[str | None, PLACE] = None
     """Branch, tag or commit of the hub id. The plan resolves it to a commit and pins that."""
     trust_remote_code: bool = False
@@ -71,6 +73,16 @@ class Teacher(Section):
     the model class is that of its family in transformers."""
     bits: FrozenBits = 16
     """8: layer matrices are int8 during training. Evaluation always uses the original teacher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_of_the_folder(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or not raw.get("gguf_file"):
+            return raw
+        path, name = raw.get("path"), raw["gguf_file"]
+        if not isinstance(name, str) or not name.lower().endswith(".gguf") or not isinstance(path, str):
+            raise ValueError("gguf_file names a file ending in .gguf in the folder `path`")
+        return {**raw, "path": f"{path.rstrip('/')}/{name}", "gguf_file": None}
 
 
 class Student(Section):

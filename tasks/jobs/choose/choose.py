@@ -33,7 +33,8 @@ from radlads.tasks.jobs.judge.judged_models import STUDENT, open_tokenizer
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.plan.choice_plan import difficulty_weights
 from radlads.tasks.jobs.process_group import gather
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import teacher_place
 
 logger = logging.getLogger("radlads")
 
@@ -49,13 +50,9 @@ def main(job: Job) -> dict[str, Any] | None:
     if student.config.attention_layers:
         raise UserError("layers can be chosen only after an align of all layers, but this student has attention layers")
     # In the student's precision: its attention weights are copied into the student.
-    teacher = load_teacher(
-        resolve_teacher_path(reference.path),
-        dtype=student.dtype,
-        device=job.device,
-        revision=reference.revision,
-    )
-    check_judged(job, [STUDENT], reference, open_tokenizer(reference), other_teacher=False)
+    place = teacher_place(job, reference)
+    teacher = load_teacher(place.path, dtype=student.dtype, device=job.device, revision=place.revision)
+    check_judged(job, [STUDENT], reference, open_tokenizer(job, reference), other_teacher=False)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=reference.trust_remote_code)
     if choice.choose == "recall":
         check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)

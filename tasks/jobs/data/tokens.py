@@ -30,6 +30,7 @@ from radlads.tasks.jobs.data.sampling import sample_sources
 from radlads.tasks.jobs.data.shards import Layout, write_dataset
 from radlads.tasks.jobs.data.text.documents import Document
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
+from radlads.tasks.jobs.teacher.place import TEACHER
 
 logger = logging.getLogger("radlads")
 
@@ -42,7 +43,9 @@ def main(job: Job) -> dict[str, Any] | None:
     """Write shards and index.json to job.output. All ranks sample; rank 0 tokenizes."""
     spec: TokenizeSpec = job.typed
     started = time.monotonic()
-    tokenizer = open_tokenizer(spec)
+    # Of a GGUF teacher it is read from the folder that was made of it.
+    folder = str(job.input(TEACHER) / "model") if TEACHER in job.spec.inputs else spec.tokenizer
+    tokenizer = open_tokenizer(spec, folder)
     to_sample = {i: s for i, s in enumerate(spec.dataset.sources) if isinstance(s, SampleSource)}
     if to_sample and spec.teacher is None:
         raise UserError("a `sample` source needs a teacher, and this recipe has none")
@@ -52,7 +55,7 @@ def main(job: Job) -> dict[str, Any] | None:
 
     reader = Reader(spec.dataset.sources, tokenizer, samples)
     spool = Spool(job.scratch / "encoded" / job.spec.digest[:16])
-    _encode(job, spec, reader, _make_encoder(spec, tokenizer), spool)
+    _encode(job, spec, reader, folder, _make_encoder(spec, tokenizer), spool)
     check_pins(spec, job.hashes)  # the files may have changed while they were read
     if not spool.tokens:
         raise UserError(f"dataset '{spec.name}' has no documents")
@@ -78,10 +81,10 @@ def main(job: Job) -> dict[str, Any] | None:
     return _metrics(index, time.monotonic() - started) | dict(spool.counts)
 
 
-def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
-    """Load the tokenizer at its pinned commit. Raises UserError."""
+def open_tokenizer(spec: TokenizeSpec, folder: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from a folder, or at its pinned commit. Raises UserError."""
     revision = pinned_commit(spec.tokenizer_fingerprint)
-    tokenizer = load_tokenizer(spec.tokenizer, revision=revision, trust_remote_code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(folder, revision=revision, trust_remote_code=spec.trust_remote_code)
     if spec.dataset.add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"data.{spec.name}.add_bos is on, but the tokenizer has no BOS token")
     return tokenizer
@@ -96,7 +99,7 @@ def _make_encoder(spec: TokenizeSpec, tokenizer: PreTrainedTokenizerBase) -> Enc
     return Encoder(tokenizer, dataset.add_bos, dataset.heldout_fraction, _has_chats(spec), dataset.sources)
 
 
-def _encode(job: Job, spec: TokenizeSpec, reader: Reader, encoder: Encoder, spool: Spool) -> None:
+def _encode(job: Job, spec: TokenizeSpec, reader: Reader, folder: str, encoder: Encoder, spool: Spool) -> None:
     """Append parts to the spool in reading order, after those it holds, until max_tokens is reached."""
     limit = spec.dataset.max_tokens or float("inf")
     total_bytes = max(1, sum(file.size for file in spec.files))
@@ -105,7 +108,7 @@ def _encode(job: Job, spec: TokenizeSpec, reader: Reader, encoder: Encoder, spoo
     if spool.tokens >= limit:
         return
     batches = reader.batches(_PART_BYTES, spool.state)
-    with _encoding(spec, encoder, job.spec.resources.threads, total_bytes) as encode:
+    with _encoding(spec, folder, encoder, job.spec.resources.threads, total_bytes) as encode:
         for part in _in_order(encode, batches):
             spool.append(part)
             _report(job, spool.tokens, limit, sum(part.state["bytes"]), total_bytes)
@@ -149,7 +152,7 @@ def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, 
 
 
 @contextmanager
-def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
+def _encoding(spec: TokenizeSpec, folder: str, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
     """Yield a function that encodes a batch: in this process, or in worker processes for a large corpus."""
     hub = any(isinstance(source, HubSource) for source in spec.dataset.sources)
     if threads == 1 or not (hub or total_bytes >= _POOL_FROM_BYTES):
@@ -163,7 +166,7 @@ def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: i
         return
     # Spawn, not fork: the threads of the tokenizer and of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(),))
+    pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(), folder))
     try:
         yield lambda documents, state: pool.submit(_encode_in_worker, documents, state)
     finally:
@@ -173,9 +176,9 @@ def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: i
 _worker_encoder: list[Encoder] = []
 
 
-def _open_worker(spec_json: str) -> None:
+def _open_worker(spec_json: str, folder: str) -> None:
     spec = TokenizeSpec.model_validate_json(spec_json)
-    _worker_encoder.append(_make_encoder(spec, open_tokenizer(spec)))
+    _worker_encoder.append(_make_encoder(spec, open_tokenizer(spec, folder)))
 
 
 def _encode_in_worker(documents: list[Document], state: dict[str, Any]) -> Part:

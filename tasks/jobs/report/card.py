@@ -104,6 +104,8 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
     if teacher is not None:
         named = f"`{teacher.fingerprint}`, its tokenizer `{teacher.tokenizer_fingerprint}`"
         blocks.append(Text(f"- **teacher**: {teacher_name(recipe)}, by content {named}"))
+    if products.plan is not None and products.plan.gguf is not None:
+        blocks.append(Text(f"- **the teacher's file**: {products.plan.gguf}"))
     for stage in MODEL_STAGES:
         summary = choice_summary(products) if stage == CHOOSE.name else None
         if summary is not None:
