@@ -16,6 +16,7 @@ from radlads.tasks.contracts.identity import Reading, readings
 from radlads.tasks.contracts.pins.content import ContentHashes, hash_of, matching_files, walk_files
 from radlads.tasks.contracts.pins.hub import hub_commit, is_commit
 from radlads.tasks.contracts.pins.places import (
+    COMPRESSED,
     expand_paths,
     is_gguf,
     resolve_dataset_path,
@@ -229,7 +230,7 @@ def _files(place: tuple[str, ...], _: str | None, hashes: ContentHashes) -> _Fou
 def _format(name: str) -> str:
     """The suffix that determines the format of a corpus file, e.g. `.jsonl.gz`."""
     path = PurePosixPath(name)
-    return "".join(PurePosixPath(path.stem).suffixes[-1:]) + ".gz" if path.suffix == ".gz" else path.suffix
+    return ("".join(PurePosixPath(path.stem).suffixes[-1:]) if path.suffix in COMPRESSED else "") + path.suffix
 
 
 def _folder(folder: Path, names: Sequence[str], hashes: ContentHashes, more: Any = None) -> _Found:

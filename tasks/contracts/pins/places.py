@@ -13,6 +13,8 @@ from radlads.tasks.contracts.recipe.chat_templates import SHIPPED, shipped_chat_
 DEMO = "demo"
 _DEMO_FILE = "demo:"
 _GGUF = ".gguf"
+COMPRESSED = (".gz", ".xz", ".zst")
+"""Endings of compressed text and JSON lines."""
 
 
 def demo_folder() -> Path:

@@ -159,7 +159,7 @@ class HubSource(DocumentSource):
 
 
 class FilesSource(DocumentSource):
-    """Local parquet, jsonl or text files; jsonl and text also gzipped (.gz)."""
+    """Local parquet, jsonl or text files; jsonl and text also compressed (.gz, .xz, .zst)."""
 
     kind: Literal["files"]
     paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)

@@ -43,7 +43,7 @@ from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 # Documents of each source that are read to check the source and to measure bytes per token.
 _PROBED = 64
 # Ratio of text size to compressed file size; only used for the epochs that the plan shows.
-_EXPANSION = {".gz": 3.0, ".parquet": 2.5}
+_EXPANSION = {".gz": 3.0, ".xz": 4.0, ".zst": 3.5, ".parquet": 2.5}
 
 
 @dataclass
