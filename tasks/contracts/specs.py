@@ -144,7 +144,8 @@ class PlanReport(Sheet):
     choice: AttentionChoice | None = None
     """A choice after align, its probe reduced to its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Dataset name → {bytes, bytes_per_token, tokens, assistant}: estimates from its first documents."""
+    """Dataset name → {bytes, bytes_per_token, tokens, assistant}, of a mixture also passes, of each source: estimates
+    from its first documents."""
     gpu_hours: float | None = None
     """Estimated total of all stages; None on a CPU."""
     dollars: float | None = None

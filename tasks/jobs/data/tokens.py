@@ -10,12 +10,13 @@ import logging
 import multiprocessing
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
@@ -25,14 +26,17 @@ from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.data.encode import Encoder, Part
 from radlads.tasks.jobs.data.encoded_documents import Spool
+from radlads.tasks.jobs.data.mixture import Mixture, mix
 from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.sampling import sample_sources
-from radlads.tasks.jobs.data.shards import Layout, write_dataset
+from radlads.tasks.jobs.data.shards import Layout, write_dataset, write_documents
 from radlads.tasks.jobs.data.text.documents import Document
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
 from radlads.tasks.jobs.teacher.place import TEACHER
 
 logger = logging.getLogger("radlads")
+
+Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 
 _PART_BYTES = 4 << 20
 # Smaller corpora are encoded in-process: starting a worker, which imports all libraries, would take longer.
@@ -54,31 +58,33 @@ def main(job: Job) -> dict[str, Any] | None:
         return None
 
     reader = Reader(spec.dataset.sources, tokenizer, samples)
-    spool = Spool(job.scratch / "encoded" / job.spec.digest[:16])
-    _encode(job, spec, reader, folder, _make_encoder(spec, tokenizer), spool)
+    spools = _encode_all(job, spec, reader, folder, _make_encoder(spec, tokenizer))
     check_pins(spec, job.hashes)  # the files may have changed while they were read
-    if not spool.tokens:
+    if not any(spool.tokens for spool in spools):
         raise UserError(f"dataset '{spec.name}' has no documents")
-    _warn_of(spool.counts)
+    counts = sum((spool.counts for spool in spools), Counter[str]())
+    _warn_of(counts)
     shutil.rmtree(job.output)
-    index = write_dataset(
-        spool.read(),
-        job.output,
-        Layout(
-            shard_tokens=spec.dataset.shard_tokens,
-            max_tokens=spec.dataset.max_tokens,
-            seed=spec.dataset.seed,
-            eos_id=tokenizer.eos_token_id,
-            bos_id=tokenizer.bos_token_id,
-            add_bos=spec.dataset.add_bos,
-            vocab_size=len(tokenizer),
-            tokenizer_fingerprint=spec.tokenizer_fingerprint,
-            with_mask=_has_chats(spec),
-        ),
+    layout = Layout(
+        shard_tokens=spec.dataset.shard_tokens,
+        max_tokens=spec.dataset.max_tokens,
+        seed=spec.dataset.seed,
+        eos_id=tokenizer.eos_token_id,
+        bos_id=tokenizer.bos_token_id,
+        add_bos=spec.dataset.add_bos,
+        vocab_size=len(tokenizer),
+        tokenizer_fingerprint=spec.tokenizer_fingerprint,
+        with_mask=_has_chats(spec),
     )
+    if spec.dataset.shares is None:
+        index, mixed = write_dataset(spools[0].read(), job.output, layout), dict[str, Any]()
+    else:
+        mixture = _mix(spec, [spool.read() for spool in spools])
+        mixed = {"source_tokens": mixture.tokens, "source_passes": mixture.passes}
+        index = write_documents(mixture, np.arange(mixture.count), mixture.heldout, job.output, layout)
     for number, path in samples.items():
         shutil.copyfile(path, job.output / f"samples-{number}.jsonl")
-    return _metrics(index, time.monotonic() - started) | dict(spool.counts)
+    return _metrics(index, time.monotonic() - started) | mixed | dict(counts)
 
 
 def open_tokenizer(spec: TokenizeSpec, folder: str) -> PreTrainedTokenizerBase:
@@ -99,21 +105,66 @@ def _make_encoder(spec: TokenizeSpec, tokenizer: PreTrainedTokenizerBase) -> Enc
     return Encoder(tokenizer, dataset.add_bos, dataset.heldout_fraction, _has_chats(spec), dataset.sources)
 
 
-def _encode(job: Job, spec: TokenizeSpec, reader: Reader, folder: str, encoder: Encoder, spool: Spool) -> None:
-    """Append parts to the spool in reading order, after those it holds, until max_tokens is reached."""
-    limit = spec.dataset.max_tokens or float("inf")
+def _encode_all(job: Job, spec: TokenizeSpec, reader: Reader, folder: str, encoder: Encoder) -> list[Spool]:
+    """All sources interleaved in one spool, up to max_tokens; or, with weights, each source in its own, as far as its
+    share needs."""
+    dataset, place = spec.dataset, job.scratch / "encoded"
+    limit, digest = dataset.max_tokens or float("inf"), job.spec.digest[:16]
     total_bytes = max(1, sum(file.size for file in spec.files))
+    with _encoding(spec, folder, encoder, job.spec.resources.threads, total_bytes) as encode:
+        if dataset.shares is None:
+            spools = [Spool(place / digest)]
+            _encode(job, encode, reader, spools[0], limit, total_bytes)
+        else:
+            spools = [Spool(place / f"{digest}-{index}") for index in range(len(dataset.sources))]
+            for index, (spool, share) in enumerate(zip(spools, dataset.shares, strict=True)):
+                _encode(job, encode, reader, spool, limit * share, total_bytes, only=index)
+    return spools
+
+
+def _encode(
+    job: Job, encode: Encode, reader: Reader, spool: Spool, limit: float, total_bytes: int, *, only: int | None = None
+) -> None:
+    """Append parts to the spool in reading order, after those it holds, until it has the tokens. only: the source that
+    is read alone; then training tokens count, and there is one document more."""
+    tokens = spool.tokens if only is None else spool.train_tokens
     if spool.parts:
         logger.info("reusing %d finished parts, %d tokens", spool.parts, spool.tokens)
-    if spool.tokens >= limit:
+
+    def is_enough() -> bool:
+        return tokens >= limit if only is None else tokens > limit
+
+    if is_enough():
         return
-    batches = reader.batches(_PART_BYTES, spool.state)
-    with _encoding(spec, folder, encoder, job.spec.resources.threads, total_bytes) as encode:
-        for part in _in_order(encode, batches):
-            spool.append(part)
-            _report(job, spool.tokens, limit, sum(part.state["bytes"]), total_bytes)
-            if spool.tokens >= limit:
-                break
+    for part in _in_order(encode, reader.batches(_PART_BYTES, spool.state, only)):
+        spool.append(part)
+        tokens += part.tokens if only is None else part.train_tokens
+        _report(job, tokens, limit, sum(part.state["bytes"]), total_bytes)
+        if is_enough():
+            break
+
+
+def _mix(spec: TokenizeSpec, parts: list[Part]) -> Mixture:
+    """Raises UserError where a source has less than its share of max_tokens."""
+    dataset = spec.dataset
+    assert dataset.shares is not None
+    repeats = [source.repeats for source in dataset.sources]
+    mixture = mix(parts, dataset.shares, repeats, max_tokens=dataset.max_tokens, seed=dataset.seed)
+    for index, (tokens, passes) in enumerate(zip(mixture.tokens, mixture.passes, strict=True)):
+        share = tokens / max(1, sum(mixture.tokens))
+        logger.info("source %d: %d training tokens, %.2f %%, read %.2f times", index, tokens, 100 * share, passes)
+    ended = mixture.ended
+    if ended is None:
+        return mixture
+    have = f"source {ended} of data.{spec.name} ends after {mixture.tokens[ended]} training tokens"
+    if dataset.max_tokens is not None:
+        needed = dataset.shares[ended] * dataset.max_tokens
+        raise UserError(
+            f"{have} (repeats: {repeats[ended]}), but its weight asks for about {needed:.0f} of max_tokens; raise its "
+            "repeats, or lower its weight or max_tokens"
+        )
+    logger.info("%s, and with it the mixture", have)
+    return mixture
 
 
 def _warn_of(counts: Mapping[str, int]) -> None:
@@ -135,9 +186,6 @@ def _report(job: Job, tokens: int, limit: float, read_bytes: int, total_bytes: i
     else:  # compressed files contain more text than their size
         job.progress(min(read_bytes, total_bytes), total_bytes, "bytes")
     logger.info("tokenized %d tokens of %.1f MB", tokens, read_bytes / 1e6)
-
-
-Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 
 
 def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, Any]]]) -> Iterator[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from radlads.tasks.contracts.stages import DEQUANTIZE
-from radlads.tasks.jobs.report.number_format import NONE, count, plain
+from radlads.tasks.jobs.report.number_format import NONE, count, percent, plain
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Block, Heading, Table, Text
 
@@ -38,7 +38,24 @@ def _data(products: Products) -> list[Block]:
             )
         )
     header = ("dataset", "training tokens", "held-out tokens", "documents", "bytes per token", _SOURCE)
-    return [Heading("Data"), Table(header, rows, words=(_SOURCE,))] if rows else []
+    table = Table(header, rows, words=(_SOURCE,))
+    return [Heading("Data"), table, *_mixtures(products)] if rows else []
+
+
+def _mixtures(products: Products) -> list[Block]:
+    rows = []
+    for product in products.datasets:
+        spec, numbers = product.manifest.spec, product.manifest.metrics
+        tokens, passes = (numbers.get(f"source_{name}", ()) for name in ("tokens", "passes"))
+        for index, (read, times) in enumerate(zip(tokens, passes, strict=True)):
+            source = spec["dataset"]["sources"][index]
+            weight, share = plain(source["weight"], 3), percent(read / max(1, sum(tokens)))
+            rows.append(
+                (spec["name"], f"{index}, {source['kind']}", weight, count(read), share, plain(times, 2), product.short)
+            )
+    header = ("dataset", "its source", "weight", "training tokens", "share", "times read", _SOURCE)
+    caption = "Mixtures by weight. A number of times above 1 means that documents occur more than once."
+    return [Table(header, rows, caption, words=(_SOURCE,))] if rows else []
 
 
 def _provenance(products: Products) -> list[Block]:

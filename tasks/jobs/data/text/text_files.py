@@ -71,7 +71,7 @@ def _name_of(character: str) -> str:
 
 @contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a plain or compressed UTF-8 file as text, without byte-order mark. Raises UserError for UTF-16 and UTF-32."""
+    """Open a plain or compressed UTF-8 file as text, without byte-order mark. Raises UserError for UTF-16, UTF-32."""
     with _open_binary(path) as binary:
         beginning = binary.peek(4)[:4]
         if beginning.startswith(_WIDE_MARKS):
