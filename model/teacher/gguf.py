@@ -41,13 +41,7 @@ _SIZES = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 # Settings that follow from others, or that the shapes of tensors confirm.
-_IMPLIED = (
-    "vocab_size",
-    "rope.dimension_count",
-    "attention.value_length",
-    "attention.scale",
-    "leading_dense_block_count",
-)
+_IMPLIED = ("vocab_size", "rope.dimension_count", "rope.scaling.type", "attention.value_length")
 _FAULTS = (
     OSError,
     ValueError,
@@ -118,7 +112,7 @@ def _check_reads(kind: Any, size: int) -> None:
 
 def load_gguf_config(teacher: GgufTeacher) -> PreTrainedConfig:
     """The typed config, from the file's settings. Raises UserError for an architecture that transformers does not read
-    or that has no family, and for rotary scaling, which it leaves out."""
+    or that has no family, and for rotary positions that are scaled or on a part of the head, which it leaves out."""
     header, architecture = teacher.header, teacher.architecture
     scaling = header.settings.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
@@ -140,6 +134,13 @@ def load_gguf_config(teacher: GgufTeacher) -> PreTrainedConfig:
             f"transformers cannot read {header.path} (architecture '{architecture}'): {error_text(error)}; give the "
             "model's Hugging Face folder"
         ) from error
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = header.settings.get(f"{architecture}.rope.dimension_count", head)
+    if rotated != head * (config.rope_parameters or {}).get("partial_rotary_factor", 1):
+        raise UserError(
+            f"{header.path} rotates {rotated} of a head's {head} channels, which transformers does not read; give the "
+            "model's Hugging Face folder"
+        )
     config.dtype = teacher.dtype
     return config
 
@@ -160,12 +161,14 @@ def check_gguf_tensors(teacher: GgufTeacher, config: PreTrainedConfig) -> list[s
         ) from error
     found: Counter[str] = Counter()
     for tensor in header.tensors:
-        if tensor.name not in places:
+        # Experts have no suffix there.
+        place = places.get(tensor.name) or places.get(tensor.name.removesuffix(".weight"))
+        if place is None:
             raise UserError(
                 f"{header.path} has the tensor {tensor.name}, for which a {config.model_type} of transformers has no "
                 "place: it would be another model without it; give the model's Hugging Face folder"
             )
-        found[places[tensor.name]] += tensor.count
+        found[place] += tensor.count
     for name, parameter in model.state_dict().items():
         if name in model.all_tied_weights_keys and name not in found:
             continue
@@ -173,7 +176,7 @@ def check_gguf_tensors(teacher: GgufTeacher, config: PreTrainedConfig) -> list[s
             what = f"{found[name]} numbers for" if found[name] else "nothing for"
             raise UserError(f"{header.path} has {what} {name}, which takes {parameter.numel()} by its own settings")
     prefix = f"{teacher.architecture}."
-    known = {*GGUF_CONFIG_MAPPING.get(config.model_type, ()), *_SIZES, *_IMPLIED, "rope.scaling.type"}
+    known = {*GGUF_CONFIG_MAPPING.get(config.model_type, ()), *_SIZES, *_IMPLIED}
     known |= {*GGUF_CONFIG_MAPPING.get(teacher.architecture, ())}
     unread = sorted(key for key in header.settings if key.startswith(prefix) and key.removeprefix(prefix) not in known)
     if not unread:

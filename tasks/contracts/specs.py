@@ -51,8 +51,9 @@ class GgufFile(Sheet):
     """Of the dequantised weights."""
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{kind} in {count} tensors" for kind, count in self.kinds.items())
-        return f"GGUF, {kinds}; dequantised once by transformers, to {self.dtype}; sha256 {self.sha256 or 'not read'}"
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in self.kinds.items())
+        whole = f"GGUF with tensors of {kinds}; dequantised once by transformers, to {self.dtype}"
+        return f"{whole}; sha256 {self.sha256 or 'not read'}"
 
 
 class FileRef(Sheet):

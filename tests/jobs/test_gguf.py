@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from radlads.model.student.load import load_student
 from radlads.model.teacher import gguf as gguf_teacher
@@ -151,6 +162,69 @@ def test_the_folder_has_the_files_numbers(write, weights, kind, dtype, make_job,
     assert next(iter(sheet["kinds"])) == kind.name
 
 
+# Architecture → config class, sizes of its own, and what llama.cpp stores otherwise.
+ARCHITECTURES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "qwen3moe": (Qwen3MoeConfig, {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                                  "moe_intermediate_size": 16, "norm_topk_prob": True}),
+    "phi3": (Phi3Config, {"pad_token_id": 0}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}),
+}  # fmt: skip
+SETTINGS = {
+    "context_length": "max_position_embeddings", "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size", "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.sliding_window": "sliding_window", "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_each_architecture_computes_what_it_did(architecture, tmp_path, tokenizer_folder) -> None:
+    torch.manual_seed(0)
+    kind, more = ARCHITECTURES[architecture]
+    config = kind(**{"vocab_size": 400, "hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
+                     "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128,
+                     "tie_word_embeddings": architecture == "gemma3"} | more)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", architecture)
+    for key, name in SETTINGS.items():
+        if (value := getattr(config, name, None)) is not None:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    base = config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
+    writer.add_float32(f"{architecture}.rope.freq_base", base)
+    add_tokenizer(writer, tokenizer_folder)
+    kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], LAYERS)
+    for name, tensor in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        values = tensor.numpy() + (1 if architecture == "gemma3" and "norm" in name else 0)
+        if stem == "lm_head" and config.tie_word_embeddings:
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+                writer.add_tensor(f"blk.{name.split('.')[2]}.ffn_{part}_exps.weight", np.ascontiguousarray(half))
+        elif suffix in ("weight", "bias"):
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", values)
+        else:
+            writer.add_tensor(f"{names.get_name(name)}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    teacher = gguf_teacher.open_gguf(tmp_path / "one.gguf")
+    read = gguf_teacher.load_gguf_config(teacher)
+    assert gguf_teacher.check_gguf_tensors(teacher, read) == []
+    gguf_teacher.dequantise(teacher, read, tmp_path / "model")
+    made, ids = load_teacher(str(tmp_path / "model")), torch.arange(40)[None] * 7 % 400
+    with torch.no_grad():
+        assert torch.allclose(made(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_from_the_plan_to_a_student(write, stories, tmp_path, tokenizer_folder, make_job, run_main, reference) -> None:
     file = write()
     report = planned(tmp_path, stories, tmp_path, gguf_file="tiny.gguf")
@@ -159,7 +233,7 @@ def test_from_the_plan_to_a_student(write, stories, tmp_path, tokenizer_folder, 
     assert report.gguf.kinds == {"Q8_0": 16, "F32": 5}
     assert report.gguf.sha256 == report.teacher.fingerprint == sha256(file.read_bytes()).hexdigest()
     assert report.teacher.path == str(file)
-    assert "Q8_0 in 16 tensors, F32 in 5 tensors; dequantised once by transformers, to bfloat16" in str(report.gguf)
+    assert "tensors of Q8_0 (16), F32 (5); dequantised once by transformers, to bfloat16" in str(report.gguf)
     made = make_job("dequantize", DequantizeSpec(teacher=report.teacher))
     run_main(dequantize.main, made)
     inputs: dict[str, InputRef] = {"teacher": reference(made)}
@@ -197,6 +271,7 @@ def test_a_job_without_the_folder_is_refused(write, make_job) -> None:
         ({"without": "model.layers.1.mlp.up_proj.weight"}, "has nothing for model.layers.1.mlp.up_proj.weight"),
         ({"sizes": {"attention.key_length": 16}}, "numbers for model.layers.0.self_attn.q_proj.weight, which takes"),
         ({"texts": {"rope.scaling.type": "yarn"}}, r"rotary positions of .* are scaled \(yarn\)"),
+        ({"sizes": {"rope.dimension_count": 4, "attention.key_length": 8}}, "rotates 4 of a head's 8 channels"),
         ({"parts": 3}, "is one of 3 parts; join them"),
     ],
 )

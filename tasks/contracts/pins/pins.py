@@ -69,9 +69,7 @@ def teacher_revision(path: str, revision: str | None, *, trust_remote_code: bool
     Raises UserError if it cannot be reached, has no safetensors, or needs remote code without a pinned commit.
     """
     resolved = resolve_teacher_path(path)
-    if is_gguf(path):
-        return revision
-    if Path(resolved).is_dir():
+    if is_gguf(path) or Path(resolved).is_dir():
         _require_weights(Path(resolved))
         return revision
     commit = hub_commit(resolved, revision, "model")
@@ -286,7 +284,7 @@ def _without_folder(resolved: str, revision: str | None, hashes: ContentHashes) 
 
 
 def _require_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} has no .safetensors weights (pickled .bin files are not supported); convert them first"
         )

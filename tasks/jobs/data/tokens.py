@@ -32,7 +32,7 @@ from radlads.tasks.jobs.data.sampling import sample_sources
 from radlads.tasks.jobs.data.shards import Layout, write_dataset, write_documents
 from radlads.tasks.jobs.data.text.documents import Document
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
-from radlads.tasks.jobs.teacher.place import TEACHER
+from radlads.tasks.jobs.teacher.place import TEACHER_INPUT
 
 logger = logging.getLogger("radlads")
 
@@ -48,7 +48,7 @@ def main(job: Job) -> dict[str, Any] | None:
     spec: TokenizeSpec = job.typed
     started = time.monotonic()
     # Of a GGUF teacher it is read from the folder that was made of it.
-    folder = str(job.input(TEACHER) / "model") if TEACHER in job.spec.inputs else spec.tokenizer
+    folder = str(job.input(TEACHER_INPUT) / "model") if TEACHER_INPUT in job.spec.inputs else spec.tokenizer
     tokenizer = open_tokenizer(spec, folder)
     to_sample = {i: s for i, s in enumerate(spec.dataset.sources) if isinstance(s, SampleSource)}
     if to_sample and spec.teacher is None:

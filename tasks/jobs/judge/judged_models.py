@@ -15,12 +15,13 @@ from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.specs import TeacherRef
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.sources import load_tokenizer
-from radlads.tasks.jobs.teacher.place import TEACHER, teacher_place
+from radlads.tasks.jobs.teacher.place import TEACHER_INPUT, teacher_place
 
 STUDENT = "student"
+TEACHER = "teacher"
 
 
-def student_names(job: Job, *, not_models: tuple[str, ...] = ("data", TEACHER)) -> list[str]:
+def student_names(job: Job, *, not_models: tuple[str, ...] = ("data", TEACHER_INPUT)) -> list[str]:
     """Input names of the models: the student first, then earlier stages in input order."""
     return [STUDENT, *(name for name in job.spec.inputs if name not in (STUDENT, *not_models))]
 

@@ -8,7 +8,7 @@ from radlads.tasks.contracts.pins.places import is_gguf, resolve_teacher_path
 from radlads.tasks.contracts.specs import TeacherRef
 from radlads.tasks.jobs.common import Job
 
-TEACHER = "teacher"
+TEACHER_INPUT = "teacher"
 """The job's input with the folder of a GGUF teacher."""
 
 
@@ -23,5 +23,5 @@ class TeacherPlace:
 def teacher_place(job: Job, teacher: TeacherRef) -> TeacherPlace:
     """The place of a job's teacher. Collective. Raises UserError where there is none."""
     if is_gguf(teacher.path):
-        return TeacherPlace(str(job.input(TEACHER) / "model"), None)
+        return TeacherPlace(str(job.input(TEACHER_INPUT) / "model"), None)
     return TeacherPlace(resolve_teacher_path(teacher.path), teacher.revision)
