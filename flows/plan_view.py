@@ -99,6 +99,8 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
             f"teacher   {escape(report.teacher.path)}, {report.teacher_parameters:,} parameters{active}, "
             f"{report.num_layers} layers"
         )
+        if report.gguf is not None:
+            out.print(f"          {escape(str(report.gguf))}")
         groups = ", ".join(f"{group} {short_count(count)}" for group, count in report.groups.items())
         out.print(
             f"student   {recipe.student.variant}, {report.student_parameters:,} parameters"

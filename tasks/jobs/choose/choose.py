@@ -36,7 +36,8 @@ from radlads.tasks.jobs.judge.judged_models import STUDENT, open_tokenizer
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.plan.choice_plan import difficulty_weights
 from radlads.tasks.jobs.process_group import gather
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import teacher_place
 
 logger = logging.getLogger("radlads")
 
@@ -50,7 +51,7 @@ def main(job: Job) -> dict[str, Any] | None:
     student, teacher = _load(job, loading_device(job))
     if student.config.attention_layers:
         raise UserError("layers can be chosen only after an align of all layers, but this student has attention layers")
-    check_judged(job, [STUDENT], reference, open_tokenizer(reference), other_teacher=False)
+    check_judged(job, [STUDENT], reference, open_tokenizer(job, reference), other_teacher=False)
     tokenizer = load_tokenizer(str(_folder(job)), trust_remote_code=reference.trust_remote_code)
     if choice.choose == "recall":
         check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)
@@ -99,8 +100,8 @@ def _load(job: Job, device: torch.device) -> tuple[RadladsForCausalLM, PreTraine
     """Student and teacher, both in the student's precision: the teacher's attention is copied into the student."""
     spec: ChooseSpec = job.typed
     student = load_student(_folder(job), dtype=None, device=device)
-    path, revision = resolve_teacher_path(spec.teacher.path), spec.teacher.revision
-    return student, load_teacher(path, dtype=student.dtype, device=device, revision=revision)
+    place = teacher_place(job, spec.teacher)
+    return student, load_teacher(place.path, dtype=student.dtype, device=device, revision=place.revision)
 
 
 def _folder(job: Job) -> Path:

@@ -53,7 +53,7 @@ def main(job: Job) -> dict[str, Any] | None:
     started = time.monotonic()
     windows = open_windows(job.input("data"), section.context, section.heldout_tokens)
     check_data(open_dataset(job.input("data")).tokenizer_fingerprint, spec.teacher.tokenizer_fingerprint)
-    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    tokenizer, names = open_tokenizer(job, spec.teacher), student_names(job)
     own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     teacher = open_teacher(job, spec.teacher)
     models: dict[str, dict[str, Estimate]] = {}

@@ -65,7 +65,7 @@ def main(job: Job) -> dict[str, Any] | None:
     spec: NeedleSpec = job.typed
     section = spec.section
     started = time.monotonic()
-    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    tokenizer, names = open_tokenizer(job, spec.teacher), student_names(job)
     own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     trials = make_trials(section, tokenizer)
     answers: dict[str, list[Answer]] = {}

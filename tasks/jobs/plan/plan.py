@@ -7,27 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from radlads.model.teacher.load import find_family, load_generation_config, load_teacher_config, teacher_warnings
-from radlads.model.teacher.refusals import size_fault
+from radlads.model.teacher.load import find_family, teacher_warnings
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.pins.content import ContentHashes
-from radlads.tasks.contracts.pins.pins import (
-    pin_teacher,
-    pinned_commit,
-    teacher_revision,
-    tokenizer_fingerprint,
-    with_commits,
-)
+from radlads.tasks.contracts.pins.pins import pin_teacher, with_commits
 from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
-from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, TeacherRef
+from radlads.tasks.contracts.specs import GgufFile, Pin, PlanReport, PlanSpec, TeacherRef
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.plan.checks import (
     Findings,
@@ -39,16 +30,14 @@ from radlads.tasks.jobs.plan.checks import (
     check_lora,
     check_masks,
     check_needle,
-    check_special_tokens,
     check_tokenizer,
 )
 from radlads.tasks.jobs.plan.choice_plan import plan_choice, planned_layers
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
 from radlads.tasks.jobs.plan.stage_plans import plan_stages
+from radlads.tasks.jobs.plan.subject import Subject, open_subject
 from radlads.tasks.jobs.plan.training_checks import check_epochs, check_restarts, check_sharing, check_training
-from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 
 logger = logging.getLogger("radlads")
 
@@ -83,7 +72,7 @@ def make_plan(
     """Check everything and sum the costs; see PlanSpec for preview and sizes_only. Raises UserError with all faults."""
     findings = Findings()
     hashes = hashes or ContentHashes()
-    subject = _open_subject(recipe, findings, hashes, sizes_only=sizes_only)
+    subject = open_subject(recipe, findings, hashes, sizes_only=sizes_only)
     if subject is None:
         raise UserError("\n".join(findings.faults))
     positions = getattr(subject.config, "max_position_embeddings", None)
@@ -123,6 +112,7 @@ def make_plan(
         _refuse(findings, preview=preview)
     return PlanReport(
         teacher=teacher,
+        gguf=_pinned_gguf(subject, teacher),
         tokenizer=subject.tokenizer_path,
         tokenizer_fingerprint=pinned_tokenizer(teacher, pins),
         pins=pins,
@@ -144,6 +134,13 @@ def make_plan(
         warnings=tuple(findings.warnings),
         misfits=tuple(findings.misfits),
     )
+
+
+def _pinned_gguf(subject: Subject, teacher: TeacherRef | None) -> GgufFile | None:
+    """The teacher's file with its content, which is the teacher's fingerprint."""
+    if subject.gguf is None or teacher is None:
+        return None
+    return subject.gguf.model_copy(update={"sha256": teacher.fingerprint})
 
 
 def _refuse(findings: Findings, *, preview: bool) -> None:
@@ -177,69 +174,10 @@ def _check_texts(
     return data
 
 
-def _choice(recipe: Recipe, subject: _Subject) -> AttentionChoice | None:
+def _choice(recipe: Recipe, subject: Subject) -> AttentionChoice | None:
     if subject.tokenizer is None:
         return late_choice(recipe)
     return plan_choice(recipe, subject.config, subject.tokenizer)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """The model that is converted (or made): its config, its tokenizer, and the teacher, not pinned yet."""
-
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase | None
-    tokenizer_path: str
-    teacher: TeacherRef | None
-
-
-def _open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, sizes_only: bool) -> _Subject | None:
-    if recipe.pretrain is not None:
-        tokenizer = None
-        with findings.at("pretrain.tokenizer"):
-            commit = pinned_commit(tokenizer_fingerprint(recipe.pretrain.tokenizer, None, hashes))
-            tokenizer = load_tokenizer(recipe.pretrain.tokenizer, revision=commit)
-        with findings.at("pretrain.config"):
-            config = pretrain_config(recipe.pretrain.config, len(tokenizer) if tokenizer is not None else 1)
-            if tokenizer is not None:
-                return _Subject(config, tokenizer, recipe.pretrain.tokenizer, None)
-        return None
-    assert recipe.teacher is not None
-    path, trusted = recipe.teacher.path, recipe.teacher.trust_remote_code
-    if sizes_only:
-        with findings.at("teacher"):
-            config = load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
-            check_special_tokens(config, None)
-            findings.warnings.append("only sizes are planned: no weights, tokenizer and text were looked at")
-            return _Subject(config, None, path, TeacherRef(path=path, revision=recipe.teacher.revision, fingerprint=""))
-        return None
-    with findings.at("teacher"):
-        # An unsupported model is reported before files that its folder lacks.
-        load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
-        revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
-        config = load_teacher_config(resolve_teacher_path(path), revision=revision)
-        check_special_tokens(config, load_generation_config(resolve_teacher_path(path), config, revision=revision))
-        findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
-        tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
-        reference = TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
-        return _Subject(config, tokenizer, path, reference)
-    return None
-
-
-def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """The typed config of a teacher to be made; `vocab_size` if it has none. Raises UserError."""
-    values = {"vocab_size": vocab_size, **raw}
-    model_type = values.pop("model_type", None)
-    if not model_type:
-        raise UserError("it needs a model_type, e.g. qwen3")
-    if fault := size_fault(values):
-        raise UserError(fault)
-    try:
-        config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"transformers refuses it: {' '.join(str(error).split())[:300]}") from error
-    find_family(config)
-    return config
 
 
 def _sum(values: Any) -> float | None:

@@ -29,7 +29,8 @@ from radlads.tasks.contracts.recipe.recipe import Pretrain
 from radlads.tasks.contracts.recipe.training import Training, runs_teacher
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import teacher_place
 from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
 
 logger = logging.getLogger("radlads")
@@ -86,11 +87,8 @@ def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
         return None
     if spec.teacher is None:
         raise UserError(f"the stage {spec.objective} needs a teacher, and this job names none")
-    teacher = load_teacher(
-        resolve_teacher_path(spec.teacher.path),
-        dtype=job.dtype,
-        revision=spec.teacher.revision,
-    )
+    place = teacher_place(job, spec.teacher)
+    teacher = load_teacher(place.path, dtype=job.dtype, revision=place.revision)
     return hold_teacher(teacher, spec, _place(job))
 
 
