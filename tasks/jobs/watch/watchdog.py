@@ -78,8 +78,8 @@ class Watchdog:
             target = None if self._is_exhausted else checkpoints.find(self._latest_good(event))
             if target is not None:
                 self._note(event.model_copy(update={"to": target, "seconds": self._seconds_after(target)}))
+                checkpoints.discard_after(target)  # before the record is rewound: it tells which they are
                 self.job.record.rewind(target)
-                checkpoints.discard_after(target)
                 checkpoints.load(target)
                 self._read_record()
                 return target
