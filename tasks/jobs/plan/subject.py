@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from radlads.model.teacher.gguf import check_gguf_tensors, load_gguf_config, open_gguf
 from radlads.model.teacher.load import find_family, load_generation_config, load_teacher_config
 from radlads.model.teacher.refusals import size_fault
+from radlads.model.teacher.weights import open_teacher_weights
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import pinned_commit, teacher_revision, tokenizer_fingerprint
@@ -19,7 +20,6 @@ from radlads.tasks.contracts.pins.places import is_gguf
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.specs import GgufFile, TeacherRef
 from radlads.tasks.jobs.plan.checks import Findings, check_special_tokens
-from radlads.tasks.jobs.plan.weight_check import check_teacher_weights
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.jobs.teacher.gguf_file import describe_gguf
 
@@ -68,7 +68,7 @@ def open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, s
         revision = teacher_revision(path, recipe.teacher.revision, trust_remote_code=trusted)
         config = load_teacher_config(resolve_teacher_path(path), revision=revision)
         check_special_tokens(config, load_generation_config(resolve_teacher_path(path), config, revision=revision))
-        findings.warnings += check_teacher_weights(resolve_teacher_path(path), config, revision)
+        findings.warnings += _check_weights(resolve_teacher_path(path), config, revision)
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trusted)
         reference = TeacherRef(path=path, revision=revision, trust_remote_code=trusted, fingerprint="")
         return Subject(config, tokenizer, path, reference)
@@ -99,3 +99,15 @@ def pretrain_config(raw: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         raise UserError(f"transformers refuses it: {' '.join(str(error).split())[:300]}") from error
     find_family(config)
     return config
+
+
+def _check_weights(path: str, config: PreTrainedConfig, revision: str | None) -> list[str]:
+    """Warnings, one line each, by the headers of the teacher's files. Raises UserError for weights that are
+    truncated, missing, misshapen or quantised."""
+    weights = open_teacher_weights(path, config, revision=revision, download=False)
+    dtype = str(weights.dtype).removeprefix("torch.")
+    return [
+        f"{count} of the teacher's tensors are kept as {kept} and are rounded to {dtype}, as its config.json says; "
+        "set its dtype to keep them as they are"
+        for kept, count in weights.rounded().items()
+    ]
