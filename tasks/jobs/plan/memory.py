@@ -189,13 +189,23 @@ def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources
         logits = section.batch * networks.vocab * 4
     cache = 0 if isinstance(section, Evaluate) else tokens * networks.num_softmax * 2 * networks.kv_width * word
     memory = {
-        "weights": networks.student_parameters * word,
-        "teacher": networks.teacher_parameters * word,
+        "weights": _judged_parameters(networks.student_parameters, networks, resources) * word,
+        "teacher": _judged_parameters(networks.teacher_parameters, networks, resources) * word,
         "activations": tokens * layer + cache,
         "logits": logits,
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values())}
+
+
+def _judged_parameters(parameters: int, networks: NetworkSizes, resources: JobResources) -> int:
+    """That one process holds of a network. ZeRO-3 divides its layers; the current one and the next are whole, and so
+    are embeddings and head (jobs/judge/divided.py)."""
+    if resources.zero_stage < 3 or resources.processes == 1:
+        return parameters
+    ends = sum(networks.groups.get(group, 0) for group in ("embeddings", "head"))
+    in_layers = parameters - ends
+    return ends + in_layers // resources.processes + 2 * in_layers // networks.num_layers
 
 
 def word_bytes(precision: str, resources: JobResources) -> int:

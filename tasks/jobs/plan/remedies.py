@@ -76,13 +76,18 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
 def what_would_help_judging(
     stage: str, section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources, limit: float
 ) -> str:
-    """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it needs."""
+    """The largest batch with which evaluate or needle stays under `limit` bytes, ZeRO-3 where that is not enough, or
+    the GPU that it needs."""
     batch = section.batch
     while batch > 1:
         batch //= 2
         if judging_memory(section.model_copy(update={"batch": batch}), networks, resources)["total"] <= limit:
             return f"{stage}.batch: {batch}"
-    least = judging_memory(section.model_copy(update={"batch": 1}), networks, resources)["total"]
+    smallest = section.model_copy(update={"batch": 1})
+    divided = resources.model_copy(update={"zero_stage": 3})
+    if judging_memory(smallest, networks, divided)["total"] <= limit and resources.zero_stage < 3:
+        return f"resources.zero_stage: 3 and {stage}.batch: 1"
+    least = judging_memory(smallest, networks, resources)["total"]
     return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
 
 
