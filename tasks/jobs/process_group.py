@@ -58,7 +58,7 @@ def row_group(size: int) -> ProcessGroup:
     """The group of this rank and those that share its rows: `size` consecutive ranks. All ranks call it."""
     from torch import distributed
 
-    group, _ = distributed.new_subgroups(group_size=size, timeout=_TIMEOUT)
+    group: ProcessGroup = distributed.new_subgroups(group_size=size, timeout=_TIMEOUT)[0]
     return group
 
 

@@ -40,11 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     "kept layer without positions": HYBRID | {"checkpointing": True},
     "kept layer with positions, documents": HYBRID | {"attention_rope": True, "documents": True},
     "rad_rwkv6, documents": {"variant": "rad_rwkv6", "documents": True},
-    "short convolution": {"variant": "gated_deltanet", "options": {"short_conv": 4}},
     "short convolution, documents": {"variant": "gated_deltanet", "options": {"short_conv": 4}, "documents": True},
     "a plain model, documents": {"documents": True, "checkpointing": True},
 }
-OF_FOUR = ("token shift, documents", "kept layer with positions, documents", "short convolution, documents")
+OF_FOUR = ("kept layer with positions, documents", "short convolution, documents")
 
 
 def batch_of(*, documents: bool) -> dict[str, Tensor]:

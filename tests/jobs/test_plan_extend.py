@@ -85,7 +85,17 @@ def test_memory_is_that_of_the_longest_context(tmp_path: Path) -> None:
     assert misfit.startswith("extend needs about")
 
 
-def test_the_longest_phase_is_given_up_last(tmp_path: Path) -> None:
+def test_sharing_rows_is_advised_where_processes_can(tmp_path: Path) -> None:
+    (misfit,) = planned(tmp_path, gibibytes=40).misfits
+    assert "extend.sequence_parallel: 2 (then" in misfit
+    shared = planned(tmp_path, gibibytes=40, resources=GPUS.model_copy(update={"zero_stage": 3}), sequence_parallel=2)
+    assert shared.misfits == ()
+    with pytest.raises(UserError, match=r"extend.sequence_parallel: 32 processes cannot divide the 16 heads"):
+        planned(tmp_path, resources=GPUS.model_copy(update={"processes": 32}), sequence_parallel=32)
+
+
+def test_the_longest_phase_is_given_up_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "check_sharing", lambda *args: {})
     report = planned(tmp_path, gibibytes=40)
     (misfit,) = report.misfits
     assert "no phase of extend beyond context 32768 (then" in misfit
@@ -104,8 +114,8 @@ def test_the_teacher_takes_memory_and_time_only_where_it_is_asked_for(tmp_path: 
     assert after[1:] == before[1:]
     alone = GPUS.model_copy(update={"processes": 1, "offload_optimizer": True})
     one = {"phases": [], "context": 32768, "batch": 32, "resources": alone}
-    assert "teacher.bits: 8" in planned(tmp_path, gibibytes=24, teacher_kl=0.1, **one).misfits[0]
-    assert "teacher.bits" not in planned(tmp_path, gibibytes=24, **one).misfits[0]
+    assert "teacher.bits: 8" in planned(tmp_path, gibibytes=20, teacher_kl=0.1, **one).misfits[0]
+    assert "teacher.bits" not in planned(tmp_path, gibibytes=20, **one).misfits[0]
 
 
 def test_a_teacher_beyond_its_positions_is_refused_and_nothing_else(tmp_path: Path) -> None:
