@@ -41,6 +41,7 @@ from radlads.tasks.jobs.train.flops import Flops, Multiplied
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
+_SHARD_BYTES = 4_000_000_000  # of an exported file, which is gathered in host memory under ZeRO-3 (student/export.py)
 # A margin for fragmentation and for the error of the estimate.
 USABLE = 0.95
 # GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
@@ -131,8 +132,8 @@ def training_memory(
     teacher_bits: FrozenBits = 16,
     mlp_bits: FrozenBits = 16,
 ) -> Memory:
-    """Bytes on one device, by kind, and `total`; `host`: host memory of a process, for an offloaded optimizer, or to
-    export under ZeRO-3."""
+    """Bytes on one device, by kind, and `total`; `host`: host memory of a process, for an offloaded optimizer, or for
+    a file of the export under ZeRO-3."""
     word = word_bytes(section.precision, resources)
     trainable = networks.trainable(stage, section)
     shards = resources.processes
@@ -156,8 +157,8 @@ def training_memory(
         # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
         host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
     weights, teacher, gathered = sum(groups.values()), teacher if taught else 0, 0
-    if resources.zero_stage == 3:  # what trains is held as masters alone; a process has the whole student to export it
-        host = networks.student_parameters * word
+    if resources.zero_stage == 3:  # what trains is held as masters alone
+        host = min(networks.student_parameters * word, _SHARD_BYTES)
         weights, teacher = max(0, weights - trainable * word) // shards, teacher // shards
         gathered = _gathered(networks, word, taught=taught, shared=shared)
         if all(part.batch <= part.micro_batch * shards for part in section.parts):
