@@ -12,7 +12,7 @@ from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.measured import CPU
 from radlads.tasks.jobs.plan.timing.overheads import (
     light_seconds,
-    start_seconds,
+    ready_seconds,
     store_seconds,
     training_overheads,
     transplant_seconds,
@@ -85,7 +85,7 @@ def passes_cost(
 ) -> dict[str, Any]:
     """{seconds_by, and as _cost} of a stage that runs both networks for `computing` seconds."""
     read = networks.teacher_parameters + networks.student_parameters
-    seconds_by = {"start": start_seconds(read, resources), "judge": computing}
+    seconds_by = {"start": ready_seconds(read, resources), "judge": computing}
     if exported:
         seconds_by["export"] = store_seconds(exported)
     return {"seconds_by": seconds_by} | _cost(sum(seconds_by.values()), resources)
@@ -103,7 +103,7 @@ def light_costs(
             sampling_seconds(one, networks, Device(kind, resources.processes, resources.threads)) for one in samples
         )
         if samples:
-            sampling += start_seconds(networks.teacher_parameters, resources)
+            sampling += ready_seconds(networks.teacher_parameters, resources)
         cost = _cost(light_seconds(tokens=count) + sampling, resources)
         before[f"{TOKENIZE.name} {name}"] = {"tokens": round(count)} | cost
     if recipe.pretrain is not None:

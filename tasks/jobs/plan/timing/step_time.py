@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from radlads.tasks.contracts.job import JobResources, Sheet
 from radlads.tasks.contracts.recipe.training import Training, runs_teacher
+from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.train.engines.build import records_passes
 from radlads.tasks.jobs.train.gpu_kinds import GpuKind
@@ -66,16 +67,18 @@ def work_of(stage: str, part: Training, networks: NetworkSizes, resources: JobRe
     own = max(1, part.batch // max(1, resources.processes // part.sequence_parallel))
     sequences = min(part.micro_batch, own)
     flops = networks.flops(stage, part)
-    gathered = networks.student_parameters + networks.teacher_parameters if resources.zero_stage == 3 else 0
+    taught = runs_teacher(stage, part)
+    gathered = networks.mixer_parameters if stage_info(stage).layerwise else networks.student_parameters
+    gathered += networks.teacher_parameters * taught
     return Work(
         stage=stage,
         context=part.context,
         layers=networks.num_layers,
         flops=flops.total,
         recomputed=flops.forward if part.gradient_checkpointing is True else 0.0,
-        taught=runs_teacher(stage, part),
+        taught=taught,
         trained=networks.trainable(stage, part),
-        gathered=gathered,
+        gathered=gathered if resources.zero_stage == 3 else 0,
         tokens=sequences * part.context // part.sequence_parallel,
         passes=-(-own // sequences),
         devices=resources.processes,
