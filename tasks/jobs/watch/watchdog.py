@@ -99,9 +99,12 @@ class Watchdog:
 
     def _latest_good(self, event: Event) -> int:
         """The last step at which a checkpoint is good for a rollback. The loss of a step tells of the parameters before
-        it, so the step after a good checkpoint was in order; where an earlier rollback went back to, it had been."""
+        it, so the step after a good checkpoint was in order; where an earlier rollback went back to, it had been. A
+        step with a CE spike was not judged, except for being finite."""
         proven = [step for step in self.rollbacks[-1:] if step < event.first]
-        return max([event.first - 2, *proven])
+        spiked = {row["step"] for row in self._rows if row.get("ce_spike")} if event.kind != "nonfinite" else ()
+        in_order = next(step for step in range(event.first - 1, -2, -1) if step not in spiked)
+        return max([in_order - 1, *proven])
 
     def _note(self, event: Event) -> None:
         """Put an event on record, unless it was before the job ended at this very step."""
