@@ -173,6 +173,9 @@ def test_slow_steps_stop_the_job_after_the_next_one(training, monkeypatch):
     assert (event.step, event.value, event.median) == (11, pytest.approx(128 / 9), 128)
     assert execute(train.main, Job(spec=job.spec)) == "done", training.ending(job)  # on a machine that is fast again
     assert events(job) == [event]
+    short = training.job("finetune", "watch-slow-end", watch=watch, **SETTINGS | {"tokens": 11 * 128})
+    assert execute(train.main, short) == "done", training.ending(short)
+    assert events(short) == []  # nothing was stopped: there was no next step
 
 
 # Rollbacks. Steps 1 to 6 stay; the checkpoint of step 9 is from within the evidence of step 10, so 6 is the good one.

@@ -40,10 +40,11 @@ class Watchdog:
         """The steps that were gone back to, in the order of time."""
         return tuple(event.to for event in self.events if event.to is not None)
 
-    def see(self, step: int, row: Mapping[str, float]) -> Event | None:
-        """Judge a step that is on record. Returns what must be acted on before the next step."""
+    def see(self, step: int, row: Mapping[str, float], *, is_last: bool = False) -> Event | None:
+        """Judge a step that is on record. Returns what must be acted on before the next step. is_last: of the stage;
+        the throughput, for which only the next step could stop the job, is not judged any more."""
         self._rows.append({name: value for name, value in {"step": step, **row}.items() if name in _JUDGED})
-        if self.job.rank == 0 and self.slow is None:
+        if self.job.rank == 0 and self.slow is None and not is_last:
             for event in judge_throughput(self.watch.throughput, self._rows, self.events, began=self._began):
                 self.slow = event if event.action == "stop" else self.slow
                 self._note(event)
