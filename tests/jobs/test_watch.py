@@ -374,6 +374,14 @@ def test_a_fault_right_after_a_rollback_goes_back_to_the_same_place(training, mo
     assert "no checkpoint from before it is left; lower the learning rate" in training.ending(job)["message"]
 
 
+def test_a_number_that_is_still_not_finite_after_the_last_rollback_names_the_limit(training, monkeypatch):
+    poisoned(monkeypatch, 5, times=2)
+    job = training.job("finetune", "still-nan", watch=rolling("nonfinite", max_rollbacks=1), **SETTINGS)
+    assert execute(train.main, job) == "watch"
+    assert "rolled back 1 times already (watch.rollback.max_rollbacks); lower" in training.ending(job)["message"]
+    assert [(event.action, event.to) for event in events(job)] == [("rollback", 3), ("stop", None)]
+
+
 RANKS = """
 import sys
 from dataclasses import replace

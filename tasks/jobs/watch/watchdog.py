@@ -63,11 +63,10 @@ class Watchdog:
 
     def not_finite(self, step: int) -> Event | None:
         """What must be acted on after a step that raised NonFiniteError; None where that error must end the job."""
-        policy = self.watch.nonfinite.policy
-        event = Event(kind="nonfinite", step=step, first=step, action=policy, number="loss")
-        if policy == "rollback" and not self._is_exhausted:
+        event = Event(kind="nonfinite", step=step, first=step, action=self.watch.nonfinite.policy, number="loss")
+        if event.action == "rollback":
             return event
-        self._note(event.model_copy(update={"action": "stop"}))
+        self._note(event)
         return None
 
     def act(self, event: Event, checkpoints: Checkpoints) -> int:
