@@ -9,6 +9,7 @@ import pytest
 
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.errors import StoreError
+from radlads.tasks.contracts.store.files import TEMPORARY
 from radlads.tasks.contracts.store.open import LocalStore
 from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
 from radlads.tasks.jobs.common import Job, execute
@@ -78,8 +79,12 @@ def test_what_a_killed_job_was_writing_goes_when_the_next_one_begins(tmp_path, r
     save(checkpoints(tmp_path, ref), 2)
     store = LocalStore(ref)
     store.put_bytes(f"{PLACE}/step-000003/state-0000000b0001-00000-00000.safetensors", b"half")
+    (tmp_path / "store" / PLACE / "step-000004").mkdir()
+    half = tmp_path / "store" / PLACE / "step-000004" / f"{TEMPORARY}0"
+    half.touch()
     assert checkpoints(tmp_path, ref).restore() == 2
     assert {key.split("/")[2] for key in store.list(PLACE)} == {"step-000002", "latest"}
+    assert not half.parent.exists()
 
 
 # Rollbacks, when the clock of the machine is set back or on (test_watch.py has the same at an even pace)

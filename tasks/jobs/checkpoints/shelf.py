@@ -15,8 +15,7 @@ from radlads.tasks.contracts.store.open import CorruptArtifact, Store
 logger = logging.getLogger("radlads")
 
 RECORD = "metrics.jsonl"
-_FILE = re.compile(r"/step-(\d+)/")
-_MANIFEST = re.compile(r"/step-(\d+)/manifest\.json$")
+_MANIFEST = re.compile(r"/step-(\d+)/manifest\.json")
 
 
 class Shelf:
@@ -31,7 +30,8 @@ class Shelf:
 
     def committed(self) -> list[int]:
         """Steps with a manifest, newest first."""
-        return sorted(self._steps(_MANIFEST), reverse=True)
+        names = (key.removeprefix(self.prefix) for key in self.store.list(self.prefix))
+        return sorted((int(found[1]) for name in names if (found := _MANIFEST.fullmatch(name))), reverse=True)
 
     def drop_replaced(self, newest: int, *, keep: int, every: int, reach: int) -> None:
         """Delete what the newest checkpoint, just committed, replaces; see Checkpoints. Those of later steps could not
@@ -63,8 +63,11 @@ class Shelf:
                     self._drop([step])
 
     def drop_remnants(self) -> None:
-        """Delete the files of checkpoints without a manifest: a killed job was writing or deleting them."""
-        self._drop(self._steps(_FILE) - self._steps(_MANIFEST))
+        """Delete what belongs to no checkpoint with a manifest, half-written files and uploads included: a killed job
+        was writing or deleting it."""
+        whole = {f"{self.key(step)}/" for step in self.committed()} | {f"{self.prefix}/latest"}
+        keys = self.store.list(self.prefix)
+        self.store.delete(self.prefix, keep={key for key in keys if key.startswith(tuple(whole))})
 
     def name_latest(self, step: int) -> None:
         """Note a step as that of the newest checkpoint, for people who look into the store."""
@@ -73,10 +76,6 @@ class Shelf:
     def _drop(self, steps: Iterable[int]) -> None:
         for step in steps:
             self.store.delete(self.key(step))
-
-    def _steps(self, pattern: re.Pattern[str]) -> set[int]:
-        names = (key.removeprefix(self.prefix) for key in self.store.list(self.prefix))
-        return {int(found[1]) for name in names if (found := pattern.match(name))}
 
 
 def step_name(step: int) -> str:

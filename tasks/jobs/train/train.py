@@ -151,7 +151,7 @@ def _run_steps(
             logger.info("the first step ended %.1f s after the launch, and took %.1f s", launch, step.seconds)
         numbers = _numbers(section, step, job.device, utilisation)
         job.record.log(done, numbers)
-        event = watchdog.see(done, numbers)
+        event = watchdog.see(done, numbers, is_last=done == num_steps)
         job.progress(done, num_steps, "steps")
         if time.monotonic() - reported >= _TELL_SECONDS or done in (start + 1, num_steps):
             reported = time.monotonic()
