@@ -70,9 +70,7 @@ class Objective(nn.Module):
             raise UserError(f"reset_at_documents: {NO_RESTART}")
         tied = student.config.tie_word_embeddings
         if tied and len(self._frozen & {"embeddings", "head"}) == 1:
-            raise UserError(
-                "this model's head is its embedding matrix (tied): freeze both `embeddings` and `head`, or neither"
-            )
+            raise UserError("this model's head is its embedding matrix (tied): freeze `embeddings` and `head`, or neither")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = remember_buffers(self)
@@ -116,13 +114,10 @@ class Objective(nn.Module):
         """mixer, attention, mlp, norms, embeddings or head."""
         if isinstance(self.student, RadladsForCausalLM):
             return self.student.parameter_group(name)
-        return parameter_group(name, self._parts(), set())
-
-    def _parts(self) -> Any:
-        return family_parts(self.student)
+        return parameter_group(name, family_parts(self.student), set())
 
     def _of_final_norm(self, name: str) -> bool:
-        parts, words = self._parts(), name.split(".")
+        parts, words = family_parts(self.student), name.split(".")
         return parts.final_norm in words and parts.layers not in words
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
