@@ -270,7 +270,7 @@ def _plan_stages(
         if section is None:
             continue
         bits = teacher_bits(recipe, stage), mlp_bits(recipe, stage)
-        able = {"divisible": recipe.student.calibrate is None, "sharings": sharings.get(stage, ())}
+        able: dict[str, Any] = {"divisible": recipe.student.calibrate is None, "sharings": sharings.get(stage, ())}
         setting = Setting(stage, section, resources, *bits, **able)
         memory = setting.memory(networks)
         if memory["total"] > limit:
