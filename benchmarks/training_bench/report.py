@@ -125,6 +125,7 @@ def _cells(row: Row) -> list[str]:
 
 def _options(case: Case) -> str:
     words = [f"ZeRO-{case.zero}"]
+    words += ["torch's partitioning"] * (case.engine == "fsdp")
     words += ["checkpointed"] * case.gradient_checkpointing + ["offload"] * case.offload
     words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
     words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)
