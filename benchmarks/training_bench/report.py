@@ -125,6 +125,7 @@ def _cells(row: Row) -> list[str]:
 
 def _options(case: Case) -> str:
     words = [f"ZeRO-{case.zero}"] + [f"rows on {case.sequence_parallel}"] * (case.sequence_parallel > 1)
+    words += ["torch's partitioning"] * (case.engine == "fsdp")
     if case.gradient_checkpointing:
         words.append("selective" if case.gradient_checkpointing == "selective" else "checkpointed")
     words += [f"CUDA graphs {case.cuda_graphs}"] * (case.cuda_graphs != "off") + ["offload"] * case.offload

@@ -70,7 +70,7 @@ class Objective(nn.Module):
             raise UserError(f"reset_at_documents: {NO_RESTART}")
         tied = student.config.tie_word_embeddings
         if tied and len(self._frozen & {"embeddings", "head"}) == 1:
-            raise UserError("this model's head is its embedding matrix (tied): freeze `embeddings` and `head`, or neither")
+            raise UserError("the head is the embedding matrix (tied): freeze both `embeddings` and `head`, or neither")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = remember_buffers(self)

@@ -28,7 +28,8 @@ NO_CALIBRATION = "calibration needs whole networks, and resources.zero_stage: 3 
 def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: int, num_micro: int) -> Engine:
     """The engine that trains an objective: DeepSpeed's under ZeRO-0 to 2, torch's partitioning under ZeRO-3, whole
     replicas for CUDA graphs. Raises UserError for settings that exclude each other."""
-    resources, sizes = job.spec.resources, {"micro_batch": micro_batch, "num_micro": num_micro}
+    resources = job.spec.resources
+    sizes = {"micro_batch": micro_batch, "num_micro": num_micro}
     strict, reason = resources.cuda_graphs == "on", why_not_recorded(section, resources)
     if strict and reason is not None:
         raise UserError(f"resources.cuda_graphs: {reason}")
@@ -43,7 +44,9 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
     if resources.zero_stage == 3:
         if resources.offload_optimizer:
             raise UserError(f"resources: {NO_OFFLOAD}")
-        return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, **sizes)
+        return ShardedEngine(
+            objective, section, device=job.device, dtype=job.dtype, micro_batch=micro_batch, num_micro=num_micro
+        )
     return Engine(
         objective,
         section,

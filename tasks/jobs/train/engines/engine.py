@@ -200,7 +200,8 @@ class Engine:
 
     def _scale(self, factor: float) -> None:
         """Multiply the gradient by a factor as the optimizer's step reads it: its fused form divides by a tensor."""
-        self._adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=self.device)
+        adam: Any = self._adam
+        adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=self.device)
 
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())

@@ -142,7 +142,7 @@ def gather_student(module: Partitioned, rank: int) -> Iterator[Callable[[str], T
     free_gathered(module)
     for part in module.objective.student.modules():
         hold_as_buffers(part)  # exported from their originals
-    state = module.objective.student.state_dict()
+    state: dict[str, Any] = module.objective.student.state_dict()
     divided = [name for name, tensor in state.items() if isinstance(tensor, DTensor)]
 
     def ask(number: int) -> int:
@@ -152,10 +152,10 @@ def gather_student(module: Partitioned, rank: int) -> Iterator[Callable[[str], T
         return int(asked)
 
     def read(name: str) -> Tensor:
-        if name not in places:
-            return state[name].cpu()
-        ask(places[name])
-        return state[name].full_tensor().to("cpu", module.dtype)
+        if name in places:
+            ask(places[name])
+        tensor: Tensor = state[name].full_tensor().to(module.dtype) if name in places else state[name]
+        return tensor.cpu()
 
     if rank != 0:
         while (number := ask(_NO_MORE)) != _NO_MORE:
