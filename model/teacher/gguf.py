@@ -126,6 +126,8 @@ def load_gguf_config(teacher: GgufTeacher) -> PreTrainedConfig:
         for setting, name in _SIZES.items():
             if (value := header.settings.get(f"{architecture}.{setting}")) is not None:
                 raw[name] = value
+        if architecture == "gemma3" and "head_dim" in raw:  # as llama.cpp scales scores; the file does not say
+            raw["query_pre_attn_scalar"] = raw["head_dim"]
         config = parse_teacher_config(raw)
     except UserError:
         raise

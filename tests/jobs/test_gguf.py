@@ -269,7 +269,10 @@ def test_a_job_without_the_folder_is_refused(write, make_job) -> None:
         ({"architecture": "mpt"}, "transformers cannot read .*'mpt'.*not supported yet"),
         ({"more": ["rope_freqs.weight"]}, "has the tensor rope_freqs.weight, for which a llama of transformers has no"),
         ({"without": "model.layers.1.mlp.up_proj.weight"}, "has nothing for model.layers.1.mlp.up_proj.weight"),
-        ({"sizes": {"attention.key_length": 16}}, "numbers for model.layers.0.self_attn.q_proj.weight, which takes"),
+        (
+            {"sizes": {"attention.key_length": 16, "rope.dimension_count": 16}},
+            "numbers for model.layers.0.self_attn.q_proj.weight, which takes",
+        ),
         ({"texts": {"rope.scaling.type": "yarn"}}, r"rotary positions of .* are scaled \(yarn\)"),
         ({"sizes": {"rope.dimension_count": 4, "attention.key_length": 8}}, "rotates 4 of a head's 8 channels"),
         ({"parts": 3}, "is one of 3 parts; join them"),
