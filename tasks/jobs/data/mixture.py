@@ -52,13 +52,16 @@ class Mixture:
         return self._of_each("num_bytes")
 
     def ids(self, number: int) -> np.ndarray:
-        return self.sources[self.source[number]].ids(self.document[number])
+        found: np.ndarray = self.sources[self.source[number]].ids(self.document[number])
+        return found
 
     def mask(self, number: int) -> np.ndarray:
-        return self.sources[self.source[number]].mask(self.document[number])
+        found: np.ndarray = self.sources[self.source[number]].mask(self.document[number])
+        return found
 
     def token_bytes(self, number: int) -> np.ndarray:
-        return self.sources[self.source[number]].token_bytes(self.document[number])
+        found: np.ndarray = self.sources[self.source[number]].token_bytes(self.document[number])
+        return found
 
     def _of_each(self, name: str) -> np.ndarray:
         values = np.zeros(self.count, np.int64)

@@ -74,8 +74,8 @@ def _training_row(
     findings: Findings,
 ) -> dict[str, Any]:
     bits, limit = (teacher_bits(recipe, stage), mlp_bits(recipe, stage)), USABLE * device["memory_bytes"]
-    able = {"divisible": recipe.student.calibrate is None, "sharings": sharings}
-    setting = Setting(stage, section, resources, *bits, **able)
+    divisible = recipe.student.calibrate is None
+    setting = Setting(stage, section, resources, *bits, divisible=divisible, sharings=sharings)
     memory = setting.memory(networks)
     if memory["total"] > limit:
         findings.misfits.append(misfit(stage, memory, device, what_would_help(setting, networks, limit)))
