@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from training_bench.case import Case
+from training_bench.case import SECTIONS, Case
 from training_bench.inputs import teacher_config
 from training_bench.shapes import SHAPES
 from transformers import AutoModelForCausalLM
@@ -36,6 +36,7 @@ from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.objectives import build_objective
 from radlads.model.training.recompute import recompute_cheap
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
+from radlads.tasks.contracts.stages import DISTILL
 from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, CudaRecorder
 from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
@@ -52,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="cut the depth")
     parser.add_argument("--variant", default="rad_rwkv7")
-    parser.add_argument("--stage", choices=("align", "distill", "finetune"), default="distill")
+    parser.add_argument("--stage", choices=list(SECTIONS), default=DISTILL.name)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, nargs="*", default=[48, 96])
     parser.add_argument("--steps", type=int, default=8, help="measured steps")

@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from radlads.deployments import demo
 from radlads.tasks.contracts.job import JobSpec
 from radlads.tasks.contracts.specs import TrainSpec, spec_digest
+from radlads.tasks.contracts.stages import DISTILL
 from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.common import execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
@@ -88,7 +89,7 @@ def make_job(run: Run, options: argparse.Namespace, work: Path) -> JobSpec:
     sizes = {"micro_batch": BATCH // run.ranks // run.passes, "batch": BATCH, "context": options.context}
     case = Case(
         shape=options.shape,
-        stage="distill",
+        stage=DISTILL.name,
         layers=options.layers,
         gpus=run.ranks,
         zero=run.zero,
@@ -104,7 +105,7 @@ def make_job(run: Run, options: argparse.Namespace, work: Path) -> JobSpec:
     made = inputs.make(run.name, options.threads)
     section = made.spec["section"] | {"precision": run.precision, "mixer_rate": RATE, "rest_rate": RATE}
     spec = TrainSpec.model_validate(made.spec | {"section": section})
-    digest = spec_digest("distill", spec, made.inputs)
+    digest = spec_digest(DISTILL.name, spec, made.inputs)
     job = made.model_copy(update={"spec": spec.model_dump(mode="json"), "digest": digest})
     Path(job.scratch).mkdir(parents=True, exist_ok=True)
     (Path(job.scratch) / "job.json").write_text(job.model_dump_json(), encoding="utf-8")

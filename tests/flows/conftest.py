@@ -205,7 +205,9 @@ def product_files(spec, fingerprint="f", contents=None):
             tokenizer="demo", tokenizer_fingerprint="t", pins=pins, teacher_parameters=10, student_parameters=12,
             mixer_parameters=3, num_layers=2,
             attention_layers=() if late else (1,), choice=student.attention_layers if late else None,
-            stages={"align": {"tokens": 4096, "steps": 16, "context": 64, "batch": 4}},
+            stages={"align": {
+                "tokens": 4096, "steps": 16, "context": 64, "batch": 4, "seconds": 9.0, "memory_bytes_per_gpu": {},
+            }},
         )  # fmt: skip
         return {"plan.json": report.model_dump_json().encode()}
     if spec.stage == "choose":

@@ -198,7 +198,8 @@ class Rwkv7Mixer(Mixer):
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         x, shift = self._branches(x_BTD, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part)
         r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
-        low = [getattr(x, name) @ getattr(self, f"{name}1") if hasattr(self, f"{name}1") else None for name in _LOW]
+        firsts = (getattr(self, f"{name}1", None) for name in _LOW)
+        low = [None if one is None else getattr(x, name) @ one for name, one in zip(_LOW, firsts, strict=True)]
         out, values, wkv = self.recur(
             r, k, v, gate, *(first or FirstValues()), *low,
             state=state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, output_state=output_state, row_part=row_part,
