@@ -91,8 +91,8 @@ def test_memory_is_that_of_the_longest_context(tmp_path: Path) -> None:
 
 def test_sharing_rows_is_advised_where_processes_can(tmp_path: Path) -> None:
     (misfit,) = planned(tmp_path, gibibytes=40).misfits
-    assert "extend.sequence_parallel: 2 (then" in misfit
-    shared = planned(tmp_path, gibibytes=40, resources=GPUS.model_copy(update={"zero_stage": 3}), sequence_parallel=2)
+    assert "extend.sequence_parallel: 4 (then" in misfit
+    shared = planned(tmp_path, gibibytes=40, sequence_parallel=4)
     assert shared.misfits == ()
     with pytest.raises(UserError, match=r"extend.sequence_parallel: 32 processes cannot divide the 16 heads"):
         planned(tmp_path, resources=GPUS.model_copy(update={"processes": 32}), sequence_parallel=32)
