@@ -122,7 +122,6 @@ def follow_launcher() -> None:
         if not told:
             sys.exit("the launcher ended before it had started this rank")
         os.environ.update(json.loads(told))
-        os.environ.pop(RANK_PIPE, None)
     if MARK in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

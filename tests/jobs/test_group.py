@@ -69,3 +69,12 @@ def test_ranks_start_before_their_launcher_knows_their_environment(tmp_path):
     os.close(writer)  # as when the launcher dies
     assert second.wait(60) == 1
     assert not (tmp_path / "rank-2").exists()
+
+
+def test_a_rank_that_died_before_it_was_told_has_its_exit_code(tmp_path):
+    program = tmp_path / "rank.py"
+    program.write_text("raise SystemExit(7)")
+    hosts = base64.urlsafe_b64encode(b'{"a": ["0"]}').decode()
+    ranks = WaitingRanks([f"--world_info={hosts}", str(program)])
+    assert ranks._waiting[0][0].wait(60) == 7
+    assert ranks.Popen([sys.executable, "-u", str(program)], {"RANK": "0"}).poll() == 7

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from radlads.tasks.jobs.process_group import RANK_PIPE
 
@@ -46,7 +47,8 @@ class WaitingRanks:
         if list(command) != self._command:
             raise RuntimeError(f"DeepSpeed's launcher wants to run {command}; the ranks run {self._command}")
         process, writer = self._waiting.pop(0)
-        with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        # A rank that has died already is reported by the launcher, which looks at its exit code.
+        with suppress(BrokenPipeError), os.fdopen(writer, "w", encoding="utf-8") as stream:
             json.dump(dict(env), stream)
         return process
 
