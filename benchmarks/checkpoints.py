@@ -105,9 +105,9 @@ class Gathered(Checkpoints):
 
     def _upload(self, folder: Path, step: int) -> None:
         try:
-            self.job.store.commit(f"{self.prefix}/step-{step:06d}", folder, self._manifest(step))
-            for old in self._committed_steps()[self.keep :]:
-                self.job.store.delete(f"{self.prefix}/step-{old:06d}")
+            self.job.store.commit(self.shelf.key(step), folder, self._manifest(step))
+            for old in self.shelf.committed()[self.keep :]:
+                self.job.store.delete(self.shelf.key(old))
         except BaseException as error:  # noqa: BLE001 - raised again by wait()
             self._failure = error
 

@@ -4,7 +4,12 @@
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
+    python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
+        --grad-checkpointing                                                   # long rows, shared by GPUs
+    python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine fsdp   # beside DeepSpeed's ZeRO-2
+    python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
+    python benchmarks/training.py --shape qwen2.5-7b --gpus 4 --micro-batch 12 --record    # rows for the plan
     python benchmarks/training.py --shape tiny --device cpu                    # a rehearsal without a GPU
 
 A random teacher of a public shape is written to files, the product's transplant makes the student, random tokens are
@@ -31,10 +36,12 @@ from typing import Any
 from training_bench.case import SECTIONS, Case, recipe_settings
 from training_bench.inputs import Inputs, case_flops
 from training_bench.launching import run_plain, run_product
+from training_bench.recording import check_recordable, speed_row
 from training_bench.report import Row, describe_machine, details, gpu_name, legend, table
 from training_bench.shapes import SHAPES
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.jobs.plan.timing.measured import TABLE, record_row
 
 logger = logging.getLogger("training")
 
@@ -55,9 +62,13 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--batch", type=int, help="sequences of a step over all GPUs; default: one pass on each")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--sequence-parallel", type=int, metavar="GPUS", help="GPUs that share rows")
     parser.add_argument("--zero", type=int)
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--engine", choices=("product", "fsdp"), default="product", help="of ZeRO-2: also by torch")
     parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--selective-checkpointing", action="store_true", help="recompute only what is cheap")
+    parser.add_argument("--cuda-graphs", choices=("off", "auto", "on"), help="record passes and replay them")
     parser.add_argument("--mlp-bits", type=int, choices=(8, 16))
     parser.add_argument("--teacher-bits", type=int, choices=(8, 16))
     parser.add_argument("--freeze", nargs="*", help="parameter groups that do not train")
@@ -68,6 +79,9 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--compare-unfused", action="store_true", help="a second run of the product, unfused")
     parser.add_argument("--compare-plain", action="store_true")
     parser.add_argument("--profile", type=int, nargs="?", const=2, default=0, metavar="STEPS", help="and profile some")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=TABLE, metavar="JSON", help="add the product's rows to the plan's table"
+    )
     parser.add_argument("--no-checkpoint", action="store_true", help="do not measure the stall of a checkpoint")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of a process; default: the cores, divided evenly")
@@ -92,7 +106,9 @@ def build_case(options: argparse.Namespace) -> Case:
         "micro_batch": options.micro_batch,
         "batch": options.batch,
         "zero": options.zero,
-        "gradient_checkpointing": options.grad_checkpointing,
+        "sequence_parallel": options.sequence_parallel,
+        "gradient_checkpointing": "selective" if options.selective_checkpointing else options.grad_checkpointing,
+        "cuda_graphs": options.cuda_graphs,
         "mlp_bits": options.mlp_bits,
         "teacher_bits": options.teacher_bits,
         "freeze": options.freeze,
@@ -103,13 +119,14 @@ def build_case(options: argparse.Namespace) -> Case:
     settings |= {name: value for name, value in given.items() if value is not None}
     for name in ("attention_layers", "freeze"):
         settings[name] = tuple(settings.get(name, ()))
-    one_pass = settings.get("micro_batch", 1) * options.gpus
+    one_pass = settings.get("micro_batch", 1) * max(1, options.gpus // settings.get("sequence_parallel", 1))
     if options.batch is None:  # the recipe's, as far as whole passes of these GPUs make it up
         settings["batch"] = max(one_pass, settings.get("batch", one_pass) // one_pass * one_pass)
     case = Case(
         **settings,
         gpus=options.gpus,
         offload=options.offload,
+        engine=options.engine,
         fused=not options.unfused,
         steps=options.steps,
         warmup=options.warmup,
@@ -118,6 +135,8 @@ def build_case(options: argparse.Namespace) -> Case:
         device=options.device,
     )
     case.check()
+    if case.sequence_parallel > 1 and options.compare_plain:
+        raise UserError("the plain build has no rows that GPUs share: leave out --compare-plain or --sequence-parallel")
     return case
 
 
@@ -192,6 +211,11 @@ def main() -> int:
     gpu = gpu_name() if first.device == "cuda" else "cpu"
     if gpu is None:
         raise SystemExit("training.py: there is no GPU; give --device cpu for a rehearsal")
+    if first.record is not None:
+        try:
+            check_recordable(cases, gpu)
+        except UserError as error:
+            raise SystemExit(f"training.py: {error}") from None
     file = "training_" + "_".join(gpu.lower().replace("nvidia", "").split()) + ".md"
     out = first.out or Path(__file__).parent / "results" / file
     before = out.read_text(encoding="utf-8") if out.is_file() else "# Training at real shapes\n\n"
@@ -202,9 +226,12 @@ def main() -> int:
         work = (first.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         for number, (case, options) in enumerate(zip(cases, sweep, strict=True)):
-            rows += run_case(case, work, number, options)
+            found = run_case(case, work, number, options)
+            rows += found
             text = "\n".join([describe_machine(command), table(rows), legend(), *map(details, rows)])
             out.write_text(f"{before}{text}\n", encoding="utf-8")  # at once, in case a later case fails
+            if first.record is not None and not found[0].failed:
+                record_row(speed_row(found[0], gpu=gpu, command=command, file=out), first.record)
     sys.stdout.write(text)
     return 1 if any(row.failed for row in rows) else 0
 

@@ -21,10 +21,10 @@ from radlads.tasks.contracts.store.open import LocalStore
 from radlads.tasks.launchers.devices import planned_resources
 from radlads.tasks.launchers.launcher import JobCrashed
 from radlads.tasks.launchers.registry import find_launcher
-from radlads.tasks.plan_table import plan_rows, short_count
+from radlads.tasks.plan_table import plan_rows, short_count, time_lines
 from radlads.tasks.stage import StageRequest, run_stage
 
-_LEGEND = "GiB on each device. adam: gradients and optimizer; rest: activations, logits, buffers"
+_LEGEND = "GiB of each device (host: of the host). adam: gradients, optimizer; rest: activations, logits, buffers"
 
 _WIDEST = 160
 
@@ -99,6 +99,8 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
             f"teacher   {escape(report.teacher.path)}, {report.teacher_parameters:,} parameters{active}, "
             f"{report.num_layers} layers"
         )
+        if report.gguf is not None:
+            out.print(f"          {escape(str(report.gguf))}")
         groups = ", ".join(f"{group} {short_count(count)}" for group, count in report.groups.items())
         out.print(
             f"student   {recipe.student.variant}, {report.student_parameters:,} parameters"
@@ -122,6 +124,10 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
     with _at_least(out, Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum):
         out.print(table)
     out.print(_LEGEND, style="dim")
+    times, *speeds = time_lines(report)
+    out.print(f"time      {times}")
+    for line in speeds:
+        out.print(f"speed     {escape(line)}")
     if report.gpu_hours is not None:
         price = f", about {report.dollars:,.2f} dollars" if report.dollars is not None else ""
         out.print(f"in all    {report.gpu_hours:,.1f} GPU hours{price} (estimated)")

@@ -126,7 +126,7 @@ class _Looking:
         if manifest is not None:
             self.found.append(Outlook(label or stage, "reused", request.key, manifest))
         else:
-            planned = self._plan.report.stages.get(stage, {})
+            planned = self._plan.report.stages.get(label or stage, {})
             self.found.append(_ahead(label or stage, request.key, planned, _newest(store, request.key)))
             manifest = _expected(stage, request.digest)
         return Product(uri=store.join(request.key), manifest=manifest, reused=True)

@@ -17,6 +17,7 @@ from radlads.tasks.contracts.specs import PlanReport, PublishSpec, StageSpec, fo
 from radlads.tasks.contracts.stages import (
     ALIGN,
     CHOOSE,
+    DEQUANTIZE,
     EVALUATE,
     NEEDLE,
     PLAN,
@@ -31,6 +32,7 @@ from radlads.tasks.pipeline import Plan
 from radlads.tasks.stage import Product
 from radlads.tasks.stage_specs import (
     choose_spec,
+    dequantize_spec,
     evaluate_spec,
     needle_spec,
     planned_teacher,
@@ -66,14 +68,16 @@ def convert(recipe: Recipe, runner: Runner) -> dict[str, Product]:
     """
     plan = runner.plan(recipe)
     planned_teacher(plan.report)
-    data = {name: _tokenize(recipe, plan.report, runner, name) for name in recipe.datasets_used}
-    students = {TRANSPLANT.name: runner.run(TRANSPLANT.name, transplant_spec(recipe, plan.report), {})}
+    teacher = _dequantize(plan.report, runner)
+    data = {name: _tokenize(recipe, plan.report, runner, name, teacher) for name in recipe.datasets_used}
+    students = {TRANSPLANT.name: runner.run(TRANSPLANT.name, transplant_spec(recipe, plan.report), teacher)}
     for stage in recipe.training_stages:
-        students[stage] = _train(recipe, plan.report, runner, stage, data, newest(students))
+        students[stage] = _train(recipe, plan.report, runner, stage, data, newest(students), teacher)
         if stage == ALIGN.name and late_choice(recipe) is not None:
-            students[CHOOSE.name] = _choose(recipe, plan.report, runner, data, students[stage])
-    judged = _judge(recipe, plan.report, runner, data, students)
-    return _publish(recipe, runner, plan, data, students | judged)
+            students[CHOOSE.name] = _choose(recipe, plan.report, runner, data, students[stage], teacher)
+    judged = _judge(recipe, plan.report, runner, data, students, teacher)
+    folder = {DEQUANTIZE.name: teacher["teacher"]} if teacher else {}
+    return _publish(recipe, runner, plan, data, folder | students | judged)
 
 
 def judge(
@@ -87,8 +91,9 @@ def judge(
     plan = runner.plan(recipe)
     check_students(plan.report, students, other_teacher=other_teacher)
     names = [recipe.evaluate.data] if recipe.evaluate is not None else []
-    data = {name: _tokenize(recipe, plan.report, runner, name) for name in names}
-    return _judge(recipe, plan.report, runner, data, students, other_teacher=other_teacher)
+    teacher = _dequantize(plan.report, runner)
+    data = {name: _tokenize(recipe, plan.report, runner, name, teacher) for name in names}
+    return _judge(recipe, plan.report, runner, data, students, teacher, other_teacher=other_teacher)
 
 
 def pretrain(recipe: Recipe, runner: Runner) -> dict[str, Product]:
@@ -98,8 +103,8 @@ def pretrain(recipe: Recipe, runner: Runner) -> dict[str, Product]:
         raise UserError(f"the recipe '{recipe.name}' has no section `pretrain`; run it with the flow radlads")
     plan = runner.plan(recipe)
     name = recipe.pretrain.data
-    data = {name: _tokenize(recipe, plan.report, runner, name)}
-    teacher = _train(recipe, plan.report, runner, PRETRAIN.name, data, None)
+    data = {name: _tokenize(recipe, plan.report, runner, name, {})}
+    teacher = _train(recipe, plan.report, runner, PRETRAIN.name, data, None, {})
     return _publish(recipe, runner, plan, data, {PRETRAIN.name: teacher})
 
 
@@ -122,8 +127,14 @@ def check_students(report: PlanReport, students: Mapping[str, Product], *, other
             raise UserError(foreign_teacher(stage, made_from["fingerprint"], teacher.fingerprint))
 
 
-def _tokenize(recipe: Recipe, report: PlanReport, runner: Runner, name: str) -> Product:
-    return runner.run(TOKENIZE.name, tokenize_spec(recipe, report, name), {}, label=f"{TOKENIZE.name} {name}")
+def _dequantize(report: PlanReport, runner: Runner) -> dict[str, Product]:
+    """The input `teacher` of all stages that read one: of a GGUF file its folder, of any other teacher nothing."""
+    spec = dequantize_spec(report)
+    return {} if spec is None else {"teacher": runner.run(DEQUANTIZE.name, spec, {})}
+
+
+def _tokenize(recipe: Recipe, report: PlanReport, runner: Runner, name: str, teacher: Mapping[str, Product]) -> Product:
+    return runner.run(TOKENIZE.name, tokenize_spec(recipe, report, name), teacher, label=f"{TOKENIZE.name} {name}")
 
 
 def _train(
@@ -133,20 +144,29 @@ def _train(
     stage: str,
     data: Mapping[str, Product],
     student: Product | None,
+    teacher: Mapping[str, Product],
 ) -> Product:
     spec = train_spec(recipe, report, stage)
     inputs = {name: data[dataset] for name, dataset in spec.section.datasets.items()}
+    inputs |= {} if spec.teacher is None else teacher
     return runner.run(stage, spec, inputs if student is None else inputs | {"student": student})
 
 
 def _choose(
-    recipe: Recipe, report: PlanReport, runner: Runner, data: Mapping[str, Product], aligned: Product
+    recipe: Recipe,
+    report: PlanReport,
+    runner: Runner,
+    data: Mapping[str, Product],
+    aligned: Product,
+    teacher: Mapping[str, Product],
 ) -> Product:
     spec = choose_spec(recipe, report)
     if spec is None:
         raise UserError(f"the plan of the recipe '{recipe.name}' leaves no attention layers to be chosen after align")
     name = choice_data(recipe)
-    return runner.run(CHOOSE.name, spec, {"student": aligned} | ({} if name is None else {"data": data[name]}))
+    return runner.run(
+        CHOOSE.name, spec, {"student": aligned, **teacher} | ({} if name is None else {"data": data[name]})
+    )
 
 
 def _judge(
@@ -155,6 +175,7 @@ def _judge(
     runner: Runner,
     data: Mapping[str, Product],
     students: Mapping[str, Product],
+    teacher: Mapping[str, Product],
     *,
     other_teacher: bool = False,
 ) -> dict[str, Product]:
@@ -162,7 +183,7 @@ def _judge(
     reads the newest model and, if the last training had no teacher, the model before that: such training can lose
     recall."""
     started: dict[str, Pending] = {}
-    student = {"student": newest(students)}
+    student = {"student": newest(students), **teacher}
     if recipe.evaluate is not None:
         spec = evaluate_spec(recipe, report, other_teacher=other_teacher)
         earlier = {stage: students[stage] for stage in list(students)[:-1]}

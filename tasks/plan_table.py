@@ -7,15 +7,22 @@ from typing import Any
 from radlads.tasks.contracts.specs import PlanReport
 
 _GIB = 1024**3
+_PARTS = {
+    "train": "training", "start": "start-up", "heldout": "held-out passes", "export": "export", "judge": "judging",
+}  # fmt: skip
 
 
 def plan_rows(report: PlanReport) -> list[dict[str, str]]:
-    """The plan as a table: one row per stage, its phases below it, sizes with units. Empty columns are left out.
+    """The plan as a table: one row per stage that computes on the device, its phases below it, sizes with units. Empty
+    columns are left out.
 
-    student, teacher: GiB of weights on each device; adam: gradients and optimizer; rest: activations, logits, buffers.
+    student, teacher: GiB of weights on each device; adam: gradients and optimizer; rest: activations, logits, buffers;
+    host: GiB of host memory of each process, for an offloaded optimizer, an export under ZeRO-3 or a checkpoint's copy.
     """
     rows = []
     for stage, numbers in report.stages.items():
+        if "memory_bytes_per_gpu" not in numbers:
+            continue
         rows.append(_row(stage, numbers))
         rows += [_row(f"· phase {number}", part) for number, part in enumerate(numbers.get("phases", ()), 1)]
     used = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
@@ -38,11 +45,27 @@ def _row(stage: str, numbers: dict[str, Any]) -> dict[str, str]:
         "adam": _gib(adam),
         "rest": _gib(total - student - teacher - adam),
         "GiB": _gib(total),
-        "host": _gib(memory.get("host", 0)),
-        "time": short_duration(numbers.get("seconds")),
+        "host": _gib(max(memory.get("host", 0), numbers.get("checkpoint", {}).get("host_bytes", 0))),
+        "time": short_duration(numbers["seconds"]) or "too long",
         "GPU h": _hours(numbers.get("gpu_hours")),
         "$": "" if numbers.get("dollars") is None else f"{numbers['dollars']:,.0f}",
     }
+
+
+def time_lines(report: PlanReport) -> list[str]:
+    """What the time of all stages consists of, in one line, and where the speed of training comes from: a line each."""
+    totals: dict[str, float] = {}
+    sources: dict[str, list[str]] = {}
+    for stage, numbers in report.stages.items():
+        if numbers["seconds"] is None:
+            continue
+        for part, seconds in numbers.get("seconds_by", {stage: numbers["seconds"]}).items():
+            totals[part] = totals.get(part, 0.0) + seconds
+        for source in numbers.get("speed", ()):
+            share = "" if numbers.get("mfu") is None else f" {numbers['mfu']:.0%} of peak"
+            sources.setdefault(source, []).append(f"{stage}{share}")
+    words = [f"{_PARTS.get(part, part)} {short_duration(seconds)}" for part, seconds in totals.items() if seconds >= 1]
+    return [", ".join(words), *(f"{', '.join(stages)}: {source}" for source, stages in sources.items())]
 
 
 def short_count(value: float | None) -> str:

@@ -10,6 +10,7 @@ from radlads.tasks.contracts.recipe.recipe import Recipe, SampleSource, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.specs import (
     ChooseSpec,
+    DequantizeSpec,
     EvaluateSpec,
     NeedleSpec,
     Pin,
@@ -36,6 +37,11 @@ def pins_under(report: PlanReport, section: str, field: str) -> dict[str, Pin]:
         for location, pin in report.pins.items()
         if location.startswith(f"{section}.")
     }
+
+
+def dequantize_spec(report: PlanReport) -> DequantizeSpec | None:
+    """The folder that is made of a GGUF teacher; None for any other."""
+    return None if report.gguf is None else DequantizeSpec(teacher=planned_teacher(report))
 
 
 def tokenize_spec(recipe: Recipe, report: PlanReport, name: str) -> TokenizeSpec:

@@ -23,7 +23,9 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 @dataclass(frozen=True)
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
-    GPUs. mlp_bits, teacher_bits: 8 or 16. fused: False for the torch forms of what surrounds the recurrence."""
+    GPUs. sequence_parallel: GPUs that share rows. mlp_bits, teacher_bits: 8 or 16. gradient_checkpointing: or
+    "selective". fused: False for the torch forms of what surrounds the recurrence. engine: "product", or "fsdp" for a
+    candidate, see product.py."""
 
     shape: str
     stage: str
@@ -36,8 +38,11 @@ class Case:
     batch: int = 1
     gpus: int = 1
     zero: int = 2
+    sequence_parallel: int = 1
     offload: bool = False
-    gradient_checkpointing: bool = False
+    engine: str = "product"
+    gradient_checkpointing: bool | str = False
+    cuda_graphs: str = "off"
     mlp_bits: int = 16
     teacher_bits: int = 16
     freeze: tuple[str, ...] = ()
@@ -79,6 +84,7 @@ class Case:
             "batch": self.batch,
             "micro_batch": self.micro_batch,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "sequence_parallel": self.sequence_parallel,
             "freeze": self.freeze,
             "decay_dtype": self.decay_dtype,
             "checkpoint_every": self.num_steps if self.checkpoint else self.num_steps + 1,
@@ -96,19 +102,24 @@ class Case:
             zero_stage=self.zero,
             threads=threads,
             offload_optimizer=self.offload,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def check(self) -> None:
         """Raises UserError, one line, for a case that cannot be run, before anything is made."""
         if self.shape not in SHAPES:
             raise UserError(f"no shape '{self.shape}'; there are {', '.join(SHAPES)}")
-        if self.batch % (self.micro_batch * self.gpus):
+        if self.gpus % self.sequence_parallel:
+            raise UserError(f"--sequence-parallel {self.sequence_parallel} does not divide --gpus {self.gpus}")
+        if self.batch * self.sequence_parallel % (self.micro_batch * self.gpus):
             raise UserError(
                 f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} × --gpus {self.gpus}"
             )
         if any(layer >= self.depth for layer in self.attention_layers):
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
         self.resources(threads=1)
+        if self.engine != "product" and (self.zero != 2 or self.offload):
+            raise UserError(f"--engine {self.engine} communicates as ZeRO-2 does: give --zero 2, without --offload")
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):
             raise UserError("--mlp-bits 8 needs --freeze mlp: only frozen weights can be held in 8 bit")
 

@@ -32,7 +32,7 @@ from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job, execute
 from training_bench.case import Case
-from training_bench.shapes import SHAPES, Flops, count_flops
+from training_bench.shapes import SHAPES, CaseFlops, count_flops
 
 logger = logging.getLogger("training")
 
@@ -140,7 +140,7 @@ def teacher_config(case: Case) -> PreTrainedConfig:
     return AutoConfig.for_model(**shape, bos_token_id=0, eos_token_id=0, dtype="bfloat16")
 
 
-def case_flops(case: Case) -> tuple[Flops, int]:
+def case_flops(case: Case) -> tuple[CaseFlops, int]:
     """FLOP of a token of the case, and the teacher's parameters; nothing is allocated."""
     config = teacher_config(case)
     with torch.device("meta"):
@@ -152,7 +152,7 @@ def case_flops(case: Case) -> tuple[Flops, int]:
             attention_layers=case.attention_layers,
             attention_rope=False,
         )
-    flops = count_flops(case.stage, teacher, student, case.section().freeze)
+    flops = count_flops(case.section(), case.stage, teacher, student)
     return flops, sum(parameter.numel() for parameter in teacher.parameters())
 
 

@@ -49,7 +49,7 @@ def build_student(case: Case, places: Mapping[str, str], dtype: torch.dtype) -> 
             layer.self_attn.register_forward_pre_hook(_without_positions, with_kwargs=True)
         else:
             layer.self_attn = PlainMixer(layer.self_attn, tensors[index], config, first, operator).to(dtype)
-    if case.gradient_checkpointing:
+    if case.gradient_checkpointing is True:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(_trains(case, key))

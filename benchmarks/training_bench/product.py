@@ -2,7 +2,7 @@
 
     python product.py job.json
 
-The product is not changed, except that no model is exported after the last step.
+The product is not changed, except that no model is exported after the last step, and that a case may name an engine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from radlads.tasks.jobs.common import Job, execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
 from radlads.tasks.jobs.train import train, training_models
 from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 from training_bench.case import Case
 from training_bench.measuring import Watch, product_mixer_memory
 
@@ -48,11 +49,16 @@ def watch_engine(engine: Engine, watch: Watch) -> Engine:
     return engine
 
 
+def build_fsdp(job: Job, objective: Any, section: Any, **sizes: int) -> Engine:
+    """An engine in place of the product's: torch's partitioning with the communication of ZeRO-2."""
+    return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=True, **sizes)
+
+
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """The training program's parts, reporting their progress to the watch."""
     load, save, wait = train.load_networks, train.Checkpoints.save, train.Checkpoints.wait
-    loop, build = train._train, train.build_engine
+    loop, build = train._train, build_fsdp if watch.case.engine == "fsdp" else train.build_engine
 
     def load_networks(*args: Any) -> Any:
         watch.mark("imported, joined and checked")
@@ -77,7 +83,7 @@ def watched(watch: Watch) -> Iterator[None]:
             parameter.grad = None
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
-        if watch.case.zero < 3:  # else no rank holds a mixer whole
+        if watch.case.zero < 3 and watch.case.engine == "product":  # else no rank holds a mixer whole
             watch.found["mixer"] = product_mixer_memory(engine.objective.student, watch.case)
         raise Measured
 

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 
-from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.jobs.code_version import code_version
-from radlads.tasks.jobs.plan.cost import device_peak
+from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS, find_kind
 from training_bench.case import Case
-from training_bench.shapes import Flops
+from training_bench.shapes import CaseFlops
 
 _CHECKPOINT_INTERVAL = 500  # the default of `checkpoint_every`
 COLUMNS = (
     "case", "GPUs", "context", "micro × passes", "options", "build", "tokens/s/GPU", "share by rule",
-    "share by matrices", "peak GiB", "mixer keeps, B/token (× width)", "start-up s", "first step s", "stall s (share)",
+    "mfu", "peak GiB", "mixer keeps, B/token (× width)", "start-up s", "first step s", "stall s (share)",
     "loss 1 → last",
 )  # fmt: skip
 
@@ -33,7 +32,7 @@ class Row:
 
     case: Case
     build: str
-    flops: Flops
+    flops: CaseFlops
     measured: list[dict[str, Any]]
     failed: str = ""
 
@@ -74,10 +73,10 @@ def legend() -> str:
     """Description of the columns."""
     return (
         "Shares are of the GPU's dense bf16 peak. By rule: FLOP a token are 8 N for distill (student 6 N, teacher 2 N) "
-        "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are by matrices. By "
-        "matrices: 2 for every number of a matrix in the forward pass, 2 for the gradient of its input (none for the "
-        "teacher-forced input of align's mixers), 2 for its own where it trains. Softmax attention's products of "
-        "tokens with tokens, the recurrence and recomputation count nowhere. Start-up: launch of the job to its first "
+        "and 6 N for finetune, N all the teacher's parameters; align has no rule, both its shares are mfu. mfu: 2 for "
+        "every number of a matrix in the forward pass, 2 for the gradient of its input (none for the teacher-forced "
+        "input of align's mixers), 2 for its own where it trains, and softmax attention's products of tokens with "
+        "tokens; the recurrence and recomputation count nowhere. Start-up: launch of the job to its first "
         f"step. Stall: training stands still for a checkpoint; its share is at one in {_CHECKPOINT_INTERVAL} "
         "steps. Peak: allocated, the largest of all ranks, over the measured steps.\n"
     )
@@ -97,11 +96,12 @@ def _cells(row: Row) -> list[str]:
     if row.failed:
         return [*about, f"**{row.failed.splitlines()[0]}**", *[""] * (len(COLUMNS) - len(about) - 1)]
     first = row.measured[0]
-    peak = device_peak(gpu_name(), JobResources(device=case.device, processes=case.gpus, threads=1))
+    kind = find_kind(gpu_name() or "") if case.device == "cuda" else None
     speed = row.tokens_per_second
     shares = ["", ""]
-    if case.device == "cuda":
-        shares = [f"{speed * flops / peak:.1%}" for flops in (row.flops.by_rule, row.flops.by_matrix)]
+    if kind is not None:
+        peak = GPU_KINDS[kind].peak_flops
+        shares = [f"{speed * flops / peak:.1%}" for flops in (row.flops.by_rule, row.flops.counted)]
     mixer = first.get("mixer")
     keeps = f"{mixer['bytes_per_token']:,.0f} ({mixer['bytes_per_token'] / mixer['width_bytes']:.1f})" if mixer else ""
     marks = first["marks"]
@@ -124,8 +124,11 @@ def _cells(row: Row) -> list[str]:
 
 
 def _options(case: Case) -> str:
-    words = [f"ZeRO-{case.zero}"]
-    words += ["checkpointed"] * case.gradient_checkpointing + ["offload"] * case.offload
+    words = [f"ZeRO-{case.zero}"] + [f"rows on {case.sequence_parallel}"] * (case.sequence_parallel > 1)
+    words += ["torch's partitioning"] * (case.engine == "fsdp")
+    if case.gradient_checkpointing:
+        words.append("selective" if case.gradient_checkpointing == "selective" else "checkpointed")
+    words += [f"CUDA graphs {case.cuda_graphs}"] * (case.cuda_graphs != "off") + ["offload"] * case.offload
     words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
     words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)
     words += [f"frozen: {' '.join(case.freeze)}"] * bool(case.freeze)

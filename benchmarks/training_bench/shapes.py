@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from radlads.model.student.modeling import RadladsForCausalLM
+from radlads.tasks.contracts.recipe.training import Training, runs_teacher
+from radlads.tasks.contracts.stages import stage_info
+from radlads.tasks.jobs.train.flops import count_multiplied, trained_matrices
 
 _QWEN2 = {
     "model_type": "qwen2", "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
@@ -65,49 +65,29 @@ SHAPE_OF_TEACHER = {
     "Qwen/Qwen2.5-32B-Instruct": "qwen2.5-32b",
     "Qwen/Qwen2.5-72B-Instruct": "qwen2.5-72b",
 }
-# Of a mixer: the maps whose input is the layer's own input, which has no gradient in align.
-_OF_INPUT = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "w1", "a1", "v1", "k1", "g1")
 
 
 @dataclass(frozen=True)
-class Flops:
+class CaseFlops:
     """FLOP of one token of a stage."""
 
     by_rule: float
-    """distill: 8 N, finetune: 6 N, N all parameters of the teacher; align: `by_matrix`, because no rule exists."""
-    by_matrix: float
-    """Of every matrix that a token is multiplied with: 2 forward, 2 for the gradient of its input, 2 for its own where
-    it trains. Neither softmax attention's products of tokens with tokens, nor the recurrence, nor recomputation."""
+    """distill: 8 N, finetune: 6 N, N all parameters of the teacher; align: `counted`, because no rule exists."""
+    counted: float
+    """What `mfu` of a training job counts (tasks/jobs/train/flops.py)."""
 
 
-def count_flops(stage: str, teacher: nn.Module, student: RadladsForCausalLM, frozen: tuple[str, ...]) -> Flops:
-    """teacher, student: on any device, meta among them. frozen: the section's `freeze`."""
-    tied = student.config.tie_word_embeddings
-    teacher_matrices = _teacher_matrices(teacher, with_head=stage == "distill")
-    every = sum(parameter.numel() for parameter in teacher.parameters())
-    if stage == "align":
-        exact = 2.0 * teacher_matrices + _mixer_flops(student)
-        return Flops(exact, exact)
-    exact = 2.0 * teacher_matrices if stage == "distill" else 0.0
-    for name, parameter in student.named_parameters():
+def count_flops(section: Training, stage: str, teacher: Any, student: Any) -> CaseFlops:
+    """teacher, student: on any device, meta among them."""
+    taught, layerwise = runs_teacher(stage, section), stage_info(stage).layerwise
+
+    def trains(name: str) -> bool:
         group = student.parameter_group(name)
-        if parameter.dim() != 2 or (group == "embeddings" and not tied):
-            continue
-        trained = group not in frozen or (group == "embeddings" and "head" not in frozen)
-        exact += (6.0 if trained else 4.0) * parameter.numel()
-    return Flops((8.0 if stage == "distill" else 6.0) * every, exact)
+        return group == "mixer" if layerwise else group not in section.freeze
 
-
-def _teacher_matrices(teacher: nn.Module, *, with_head: bool) -> int:
-    """Parameters that a token is multiplied with; a tied head is the embeddings."""
-    total = sum(p.numel() for name, p in teacher.named_parameters() if p.dim() == 2 and ".layers." in name)
-    return total + (teacher.get_output_embeddings().weight.numel() if with_head else 0)
-
-
-def _mixer_flops(student: RadladsForCausalLM) -> float:
-    flops = 0.0
-    for mixer in student.mixers().values():
-        for name, parameter in mixer.named_parameters():
-            if parameter.dim() == 2:
-                flops += (4.0 if name in _OF_INPUT else 6.0) * parameter.numel()
-    return flops
+    trained = trained_matrices(student, trains)
+    of = count_multiplied(teacher, student)
+    counted = of.stage_flops(section.context, trained=trained, taught=taught, layerwise=layerwise).total
+    every = sum(parameter.numel() for parameter in teacher.parameters())
+    rule = counted if layerwise else (8.0 if taught else 6.0) * every
+    return CaseFlops(rule, counted)

@@ -39,6 +39,7 @@ from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tok
 from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.steps import optimizer_steps
+from radlads.tasks.jobs.train.training_models import checkpoint_activations
 
 TEACHER = TeacherRef(path="demo", fingerprint="demo")
 CHECK_STEP = 100
@@ -179,8 +180,7 @@ class Bench:
         afterwards: `fresh` makes a copy that can be trained further.
         """
         student.requires_grad_(True)
-        if section.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(student, section)
         objective = build_objective(TrainSpec(objective=stage, section=section, teacher=TEACHER), student, self.teacher)
         plans = plan_batches(section, self.data.split("train"), 1)
         engine = Engine(

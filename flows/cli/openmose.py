@@ -11,7 +11,7 @@ from radlads.flows.cli.application import app
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.contracts.parsing.files import file_errors
-from radlads.tasks.contracts.pins.places import resolve_teacher_path
+from radlads.tasks.contracts.pins.places import is_gguf, resolve_teacher_path
 from radlads.tasks.launchers.program import run_program
 
 _PROGRAM = "radlads.tasks.jobs.openmose"
@@ -42,6 +42,10 @@ def import_openmose(
     """Convert a checkpoint of RWKVInside or RWKV-Infer into an exported student."""
     _check_places(weights, out)
     place = resolve_teacher_path(teacher)
+    if is_gguf(place):
+        raise UserError(
+            "--teacher must be the Hugging Face folder or hub id of the model; a GGUF file is not read here"
+        )
     request = OpenMoseImport(
         weights=str(weights.absolute()),
         teacher=str(Path(place).absolute()) if Path(place).is_dir() else teacher,

@@ -12,21 +12,28 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 _CHUNK = 32
+FEWEST_HEADS = 96
+"""Of wkv7, of all sequences together: fewer leave too much of a GPU idle with one program per head."""
 
 
 def wkv7_meta(
     r_BTHK: Tensor, log_decay: Tensor, k: Tensor, v_BTHV: Tensor, a: Tensor, b: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """As `wkv7`. Keeps the tensors of the Triton kernels with chunks in parallel: inputs, reads, per chunk L, state,
-    inverse.
+    """As `wkv7`. Keeps the tensors of the Triton kernels: inputs, and what the fused ones store of a chunk (two
+    triangles, one state or, for heads over 64, two, and U), or, for few heads, those with chunks in parallel (L, a
+    state, a triangle, and the reads).
 
-    The fused kernels, used except for few heads, keep the same within 3 % for heads over 64 (two states a chunk, U),
-    and less below. For few heads in 16 bits on NVIDIA, L, states and reads are fp32: twice the bytes counted here.
+    For few heads of up to 128 channels on NVIDIA, L, states and reads are fp32, as counted here.
     """
     B, T, H, K = r_BTHK.shape
-    V, tiles = v_BTHV.shape[-1], B * -(-T // _CHUNK) * H
-    sizes = ((tiles, K, K), (tiles, K, V), (tiles, _CHUNK, _CHUNK), r_BTHK.shape)
-    kept = [v_BTHV.new_empty(size) for size in sizes]
+    V, tiles, wide = v_BTHV.shape[-1], B * -(-T // _CHUNK) * H, max(K, v_BTHV.shape[-1])
+    if v_BTHV.element_size() == 2 and wide <= 128 and B * H >= FEWEST_HEADS:
+        sizes = ((tiles, _CHUNK, _CHUNK * 3 // 2), (tiles, 2 if wide > 64 else 1, K, V), v_BTHV.shape)
+        kept = [v_BTHV.new_empty(size) for size in sizes]
+    else:
+        stored = v_BTHV.dtype if wide > 128 else torch.float32
+        kept = [v_BTHV.new_empty(size, dtype=stored) for size in ((tiles, K, K), (tiles, K, V), r_BTHK.shape)]
+        kept.append(v_BTHV.new_empty(tiles, _CHUNK, _CHUNK))
     return finish_meta(KeptForBackward.apply(kept, v_BTHV, r_BTHK, log_decay, k, a, b), K, options)
 
 

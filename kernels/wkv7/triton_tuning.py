@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 
 from radlads.kernels.shared.backends import is_hopper
+from radlads.kernels.shared.meta import FEWEST_HEADS
 from radlads.kernels.shared.triton_launch import current_backend
 
-# Fewer heads, of all sequences together, leave too much of a GPU idle with one program per head.
-FEWEST_HEADS = 96
 FEWEST_HEADS_HOPPER = 18  # between the values measured at 16 and at 32: README.md
 HOPPER_MULTIPROCESSORS = 132
 

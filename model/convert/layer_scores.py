@@ -16,7 +16,7 @@ from radlads.kernels.linear_kl import linear_kl
 from radlads.model.convert.layer_choice import LayerScore
 from radlads.model.convert.restore import restored
 from radlads.model.student.modeling import RadladsForCausalLM
-from radlads.model.training.objectives import head_inputs, plain_hidden
+from radlads.model.training.hidden_states import head_inputs, plain_hidden
 
 BEFORE = -1
 """Key for no candidate: the student with the kept layers alone."""
@@ -31,6 +31,8 @@ class ProbeBatch:
     answers: Tensor | None = None
     """[B,T] int64: 0, or the number of the answer that a token belongs to, from 1 on in every row. None: held-out text,
     whose KL is measured at all positions but the last."""
+    counted: bool = True
+    """False: it is in no sum and no number of tokens; it runs so that all processes make the same passes."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,16 @@ def sum_layers(
     for batch in batches:
         ids = batch.input_ids.to(student.device)
         teacher_state = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
+        tokens = ids[:, :-1].numel() if batch.counted else 0
         if count is not None and teacher_state is not None:
-            count.teacher += ids[:, :-1].numel()
+            count.teacher += tokens
         for layer in candidates:
             with restored(student, teacher, [*kept, layer] if layer != BEFORE else kept):
                 hidden = student.hidden(ids[:, :-1])
-            totals[layer] += _compare(student, teacher, batch, hidden, teacher_state)
+            if batch.counted:
+                totals[layer] += _compare(student, teacher, batch, hidden, teacher_state)
             if count is not None:
-                count.student += ids[:, :-1].numel()
+                count.student += tokens
             progress()
     student.train(was_training)
     return totals
@@ -104,7 +108,10 @@ def teacher_recall(teacher: PreTrainedModel, batches: Iterable[ProbeBatch], *, c
         if batch.answers is None:
             continue
         ids = batch.input_ids.to(teacher.device)
-        total += _recall(teacher, batch, plain_hidden(teacher, ids[:, :-1], None))
+        hidden = plain_hidden(teacher, ids[:, :-1], None)
+        if not batch.counted:
+            continue
+        total += _recall(teacher, batch, hidden)
         if count is not None:
             count.teacher += ids[:, :-1].numel()
     return total

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from radlads.model.mixers.shared.mixer import Mixer
@@ -47,7 +46,10 @@ def restore_attention(
     student is changed in place. Returns {restored, dropped}: names of tensors added and removed. Raises UserError.
     """
     names = set(student.state_dict())
-    _restore(student, teacher, layers)
+    first = _restore(student, teacher, layers)
+    for hidden in vars(first).keys() & first._parameters.keys():
+        del vars(first)[hidden]
+        first._parameters[hidden] = None
     attentions = student._layers()
     for i in layers:
         own = copy.deepcopy(getattr(attentions[i], student.parts.attention))
@@ -62,7 +64,8 @@ def restore_attention(
     return {"restored": sorted(came), "dropped": sorted(names - now)}
 
 
-def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> None:
+def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> Mixer:
+    """Returns the mixer that is the first recurrent one now."""
     attentions = find_family(teacher.config).attention_modules(teacher)
     places, softmax = student._layers(), student.config.softmax_layers()
     kept = set(student.config.attention_layers) | set(layers)
@@ -79,23 +82,24 @@ def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
         setattr(places[i], student.parts.attention, attention)
     student.config.attention_layers = sorted(kept)
     first = min(set(softmax) - kept)
-    mixer = getattr(places[first], student.parts.attention)
-    setattr(places[first], student.parts.attention, _as_first(student, first, mixer))
+    mixer = _as_first(student, first, getattr(places[first], student.parts.attention))
+    setattr(places[first], student.parts.attention, mixer)
+    return mixer
 
 
-def _as_first(student: RadladsForCausalLM, layer: int, mixer: Mixer) -> nn.Module:
-    """The mixer as the first recurrent one: without the parameters that take values from a layer before it."""
+def _as_first(student: RadladsForCausalLM, layer: int, mixer: Mixer) -> Mixer:
+    """The mixer as the first recurrent one: the parameters that take values from a layer before it read as None.
+
+    A copy with the mixer's own dict of parameters, since a partition (ZeRO-3) puts what it gathers there.
+    """
     with torch.device("meta"):
         fresh = student.build_mixer(layer, mixer.shape)
-    source, required = mixer.state_dict(keep_vars=True), fresh.state_dict()
-    if source.keys() == required.keys():
-        return mixer
-    if required.keys() - source.keys():
-        raise UserError(
-            f"layer {layer} cannot become the first recurrent layer: {sorted(required.keys() - source.keys())}"
-        )
-    fresh.load_state_dict({name: source[name] for name in required}, assign=True)
-    return fresh.train(mixer.training)
+    has, needs = mixer.state_dict().keys(), fresh.state_dict().keys()
+    if needs - has:
+        raise UserError(f"layer {layer} cannot become the first recurrent layer: {sorted(needs - has)}")
+    made = copy.copy(mixer)
+    vars(made).update(dict.fromkeys(has - needs))
+    return made
 
 
 def _layer_of(name: str, student: RadladsForCausalLM) -> int:

@@ -132,12 +132,13 @@ class Mixer(BaseMixer):
         keep_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
+        row_part: Any = None,
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         q, output_gate = self.split_gate(self.q_proj(x_BTD))
         qkv, recent = (q, self.k_proj(x_BTD), self.v_proj(x_BTD)), None
         if self.options.short_conv:
-            qkv, recent = self._convolve(qkv, state, keep_BT, cu_seqlens)
+            qkv, recent = self._convolve(qkv, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part)
         q, k, v = self.to_heads(*qkv, rope if self.options.rope else None)
         q, k, v = unit_keys(q), self.repeat(unit_keys(k)), self.repeat(v)
         speed = nn.functional.softplus(self.a_proj(x_BTD).float() + self.dt_bias.float())
@@ -154,6 +155,7 @@ class Mixer(BaseMixer):
             cu_seqlens=cu_seqlens,
             output_state=output_state,
             training=self.training,
+            row_part=row_part,
         )
         o = o * self.shape.head_dim**-0.5
         y = (o if self.o_norm is None else self.o_norm(o)).flatten(-2)
@@ -169,15 +171,15 @@ class Mixer(BaseMixer):
         self,
         qkv: tuple[Tensor, Tensor, Tensor],
         state: MixerState | None,
-        keep_BT: Tensor | None,
-        cu_seqlens: Tensor | None,
+        **given: Any,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """q, k and v, each channel convolved with the tokens before, and the last W - 1 inputs [B,W-1,A+2·G·K]."""
+        """q, k and v, each channel convolved with the tokens before, and the last W - 1 inputs [B,W-1,A+2·G·K].
+        given: for `previous_tokens`."""
         earlier = torch.cat(qkv, dim=-1)
         out, recent = earlier * self.conv[-1], []
         for n in range(1, self.options.short_conv):
             last = None if state is None else state.shift[:, n - 1]
-            earlier, last = previous_tokens(earlier, last_BD=last, keep_BT=keep_BT, cu_seqlens=cu_seqlens)
+            earlier, last = previous_tokens(earlier, last_BD=last, **given)
             out = out + earlier * self.conv[-1 - n]
             recent.append(last)
         return out.split([x.shape[-1] for x in qkv], dim=-1), torch.stack(recent, dim=1)

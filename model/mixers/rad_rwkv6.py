@@ -147,9 +147,12 @@ class Mixer(BaseMixer):
         keep_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
+        row_part: Any = None,
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
-        (x_r, x_k, x_v, x_w, x_g), last = self._shift(x_BTD, state, keep_BT, cu_seqlens)
+        (x_r, x_k, x_v, x_w, x_g), last = self._shift(
+            x_BTD, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part
+        )
         r, k, v, gate = self.project(x_r, rope if self.options.rope else None, x_k_BTD=x_k, x_v_BTD=x_v)
         k, v = self.repeat(k), self.repeat(v)
         speed = self.time_decay.float() + (torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).float()
@@ -168,6 +171,7 @@ class Mixer(BaseMixer):
             cu_seqlens=cu_seqlens,
             output_state=output_state,
             training=self.training,
+            row_part=row_part,
         )
         y = y * self.shape.head_dim**-0.5
         if self.ln_x is not None:
@@ -179,14 +183,12 @@ class Mixer(BaseMixer):
             y = y * (torch.sigmoid(x_g @ self.g1) @ self.g2)
         return MixerOutput(self.finish(y, gate), FirstValues(), None if wkv is None else MixerState(wkv, last))
 
-    def _shift(
-        self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The inputs of r, k, v, decay and gate, and the last token's x [B,D]."""
+    def _shift(self, x_BTD: Tensor, state: MixerState | None, **given: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The inputs of r, k, v, decay and gate, and the last token's x [B,D]. given: for `previous_tokens`."""
         if not self.options.token_shift:
             return (x_BTD,) * len(_BRANCHES), None
         last = None if state is None else state.shift
-        previous, last = previous_tokens(x_BTD, last_BD=last, keep_BT=keep_BT, cu_seqlens=cu_seqlens)
+        previous, last = previous_tokens(x_BTD, last_BD=last, **given)
         change = previous - x_BTD
         inner = torch.tanh((x_BTD + change * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (len(_BRANCHES), -1))
         moves = torch.einsum("btnr,nrd->nbtd", inner, self.time_maa_w2)

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -66,11 +67,13 @@ def export_student(
     max_shard_bytes: int = 4_000_000_000,
     dtype: torch.dtype | None = None,
     originals: WeightFiles | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write weights (safetensors, sharded above `max_shard_bytes`), config, generation config, code and tokenizer.
 
     dtype: of the weights written; None keeps the student's. originals: the files that the student was loaded from;
-    weights that it holds in 8 bit are copied from them. Weights left in the folder by an earlier attempt are
+    weights that it holds in 8 bit are copied from them. read: name of a tensor → the tensor, where the student does not
+    hold it whole; no more than a shard is read at a time. Weights left in the folder by an earlier attempt are
     replaced. Raises UserError, before the index is written, for values that are not finite.
     """
     folder = Path(folder)
@@ -78,7 +81,8 @@ def export_student(
     for stale in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         stale.unlink()
     export_papers(student, tokenizer, folder, dtype=dtype)
-    _save_weights(student, folder, max_shard_bytes=max_shard_bytes, dtype=dtype or student.dtype, originals=originals)
+    written = dtype or student.dtype
+    _save_weights(student, folder, max_shard_bytes=max_shard_bytes, dtype=written, originals=originals, read_whole=read)
     return folder
 
 
@@ -207,6 +211,7 @@ def _save_weights(
     max_shard_bytes: int,
     dtype: torch.dtype,
     originals: WeightFiles | None,
+    read_whole: Callable[[str], Tensor] | None,
 ) -> None:
     tied = set(student.all_tied_weights_keys)
     state = {name: tensor.detach() for name, tensor in student.state_dict().items() if name not in tied}
@@ -218,7 +223,10 @@ def _save_weights(
         planned[name] = torch.empty(originals.shape(name), dtype=dtype, device="meta")
 
     def read(name: str) -> Tensor:
-        tensor = originals.read(name) if name in rounded else state[name].cpu()
+        if name in rounded:
+            tensor = originals.read(name)
+        else:
+            tensor = state[name].cpu() if read_whole is None else read_whole(name)
         return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
     plan = split_torch_state_dict_into_shards(

@@ -25,6 +25,8 @@ from radlads.model.student.releases import CACHE_NAMES, cache_keyword
 
 CONTEXT = "mixer_context"
 """The keyword that decoder layers pass to attention."""
+ROW_PART = "row_part"
+"""The keyword of a pass over rows that several ranks share, in training (`MixerContext`)."""
 # Keywords that family models accept besides their named parameters: options of attention and of the loss.
 _PASSED_ON = {*TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters, "return_dict"}
 _PASSED_ON |= {"debug_io", "debug_io_dir", "prune_layers"}
@@ -48,6 +50,7 @@ class ForwardPass:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self._refuse_unknown(given)
         cache, cu_seqlens = self._take_cache(given), given.pop("cu_seqlens", None)
+        row_part = given.pop(ROW_PART, None)
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if inputs is None:
             return (), given  # the family's code reports what is missing
@@ -55,11 +58,16 @@ class ForwardPass:
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         converted = bool(self.config.converted_layers())
         restarts = len(self.config.softmax_layers()) == self.config.num_hidden_layers
+        if row_part is not None:
+            if mask is not None or cache is not None or not restarts:
+                raise ValueError("ranks share rows in training, without attention_mask, cache and linear attention")
+            cu_seqlens, given["position_ids"] = row_part.cu_seqlens, row_part.position_ids
+            positions = None  # they say nothing of where documents begin: a part may begin inside one
         bounds = _explicit_bounds(given, cu_seqlens, B, T)
         if bounds is not None:
             if mask is not None or cache is not None or given.get("use_cache"):
                 raise ValueError("packed documents are for training: no attention_mask and no cache with their bounds")
-            if positions is None:
+            if given.get("position_ids") is None:
                 given["position_ids"] = document_positions(bounds, B, T)
         elif (converted or not restarts) and positions is not None and positions.shape[-1] > 1:
             bounds = _packed_rows(positions.expand(B, -1), mask, cache)
@@ -94,11 +102,12 @@ class ForwardPass:
             cu_seqlens=bounds,
             attention_rope=self.config.attention_rope,
             cached=cache is not None,
+            row_part=row_part,
         )
         return (), given
 
     def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
-        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens"}
+        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens", ROW_PART}
         if unknown:
             raise TypeError(f"forward() got an unexpected keyword argument '{min(unknown)}'")
 
@@ -208,6 +217,8 @@ def _rotate_or_not(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given = dict(kwargs)
     context: MixerContext | None = given.pop(CONTEXT, None)
+    if context is not None and context.row_part is not None:
+        given[ROW_PART] = context.row_part
     if context is not None and not context.attention_rope:
         cos, sin = given["position_embeddings"]
         given["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))

@@ -131,13 +131,13 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         """mixer, attention, mlp, norms, embeddings or head, for a name of `named_parameters()`."""
         return parameter_group(name, self.parts, set(self.mixers()))
 
-    def hidden(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, **given: Any) -> Tensor:
         """The last hidden state [B,T,D], after the final norm, without a cache.
 
-        cu_seqlens: int [N+1], document bounds in the flattened [B·T], row bounds included: state, attention and
-        positions restart there.
+        given: `cu_seqlens`, int [N+1], document bounds in the flattened [B·T], row bounds included: state, attention
+        and positions restart there; or `row_part` (forward_pass.py).
         """
-        hidden: Tensor = self.model(input_ids=input_ids, cu_seqlens=cu_seqlens, use_cache=False).last_hidden_state
+        hidden: Tensor = self.model(input_ids=input_ids, **given, use_cache=False).last_hidden_state
         return hidden
 
     def _prepare_cache_for_generation(

@@ -124,7 +124,7 @@ def teacher_warnings(
             f"the kept attention layers {confined} see the last {config.sliding_window} tokens only, as in the "
             "teacher: such a window recalls nothing from further back"
         )
-    for rope in _rotary_settings(config.rope_parameters or {}):
+    for rope in rotary_settings(config.rope_parameters or {}):
         if rope.get("rope_type") not in ("longrope", "dynamic"):
             continue
         border = rope.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -143,7 +143,7 @@ def teacher_warnings(
     return lines
 
 
-def _rotary_settings(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def rotary_settings(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """One for all layers, or one for each kind of layer."""
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     return nested or [parameters]

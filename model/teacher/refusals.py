@@ -130,7 +130,10 @@ def token_fault(settings: Mapping[str, Any], vocab_size: int, where: str) -> str
 
 # Formats of floating-point weights; weights in any other format are quantised.
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
-_QUANTISED = "quantised; give the full-precision model that they were made from"
+_QUANTISED = (
+    "quantised; give the full-precision model that they were made from, or a GGUF file (teacher: {path: model.gguf}), "
+    "which is dequantised once"
+)
 
 
 def stored_refusal(dtype: str) -> str | None:

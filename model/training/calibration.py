@@ -34,7 +34,7 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
 from radlads.model.training.align_losses import LayerLoss, l2_loss
-from radlads.model.training.objectives import plain_hidden
+from radlads.model.training.hidden_states import plain_hidden
 from radlads.model.training.probe import AttentionProbe
 from radlads.model.weights.finite import check_finite
 

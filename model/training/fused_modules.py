@@ -28,14 +28,16 @@ from radlads.kernels.shared.meta import KeptForBackward
 from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
 
 
-def fuse_modules(model: nn.Module, device: torch.device) -> None:
+def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None = None) -> None:
     """Fuse what can be, in place, of a network that will run on `device`; what runs is logged and recorded. On the
-    meta device the network stands for one on a GPU, and nothing is recorded."""
+    meta device the network stands for one on a GPU, and nothing is recorded; liger: whether liger-kernel is installed
+    there, None: as it is here."""
     on_gpu = device.type in ("cuda", "meta")
     if not on_gpu:
         reason: str | None = not_on_gpu(torch.empty(0, device=device))
     else:
-        reason = None if installed("liger_kernel") else "liger-kernel is not installed"
+        there = installed("liger_kernel") if liger is None else liger
+        reason = None if there else "liger-kernel is not installed"
     for name, is_same, forward in (("rms_norm", is_llama_norm, _norm), ("swiglu", is_llama_mlp, _mlp)):
         found = [module for module in model.modules() if is_same(module)]
         for module in found if reason is None else ():
@@ -54,8 +56,9 @@ def is_llama_norm(module: nn.Module) -> bool:
 
 
 def is_llama_mlp(module: nn.Module) -> bool:
-    """Whether a module is down(silu(gate(x)) ⊙ up(x))."""
-    same = _same(getattr(type(module), "forward", None), llama.LlamaMLP.forward)
+    """Whether a module is down(silu(gate(x)) ⊙ up(x)), fused or not."""
+    forward = getattr(type(module), "forward", None)
+    same = forward is _mlp or _same(forward, llama.LlamaMLP.forward)
     return same and type(module.act_fn) is type(ACT2FN["silu"])
 
 
@@ -93,8 +96,16 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    out: Tensor = self.down_proj((swiglu_meta if gate.is_meta else _liger_swiglu)(gate, up))
+    return finish_mlp(self, self.gate_proj(x), self.up_proj(x))
+
+
+def finish_mlp(module: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """down(silu(gate) ⊙ up) of a Llama MLP, as `fuse_modules` left it."""
+    if type(module).forward is not _mlp:
+        inner = module.act_fn(gate) * up
+    else:
+        inner = (swiglu_meta if gate.is_meta else _liger_swiglu)(gate, up)
+    out: Tensor = module.down_proj(inner)
     return out
 
 

@@ -7,7 +7,7 @@ the gradient of B is not zero (with both zero, as in the seed, neither ever move
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,10 @@ class LoraLinear(nn.Linear):
         low = nn.functional.linear(nn.functional.linear(x, self.lora_a), self.lora_b)
         return super().forward(x) + self.lora_scale * low
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The equivalent plain module; W is not changed in place."""
-        update = self.lora_b.float() @ self.lora_a.float()
+    def plain(self) -> nn.Linear:
+        """The module without its update."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter((self.weight.float() + self.lora_scale * update).to(self.weight.dtype))
-        plain.bias = self.bias
+        plain.weight, plain.bias = self.weight, self.bias
         return plain.train(self.training)
 
 
@@ -76,13 +73,30 @@ def add_lora(student: nn.Module, section: LoraSettings) -> list[str]:
     return list(linear)
 
 
-def merge_lora(student: nn.Module) -> None:
-    """Turn all modules that `add_lora` changed into plain ones. Raises UserError for a sum that is not finite."""
+def merge_lora(student: nn.Module, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Turn all modules that `add_lora` changed into plain ones. Returns the function that reads the student's tensors
+    from then on: by name, each merged with its update as it is read.
+
+    read: name of a tensor of the student as it was → the tensor. The function returned raises UserError for a sum that
+    is not finite.
+    """
+    scales: dict[str, float] = {}
     for name, module in list(student.named_modules()):
         if isinstance(module, LoraLinear):
-            plain = module.merged()
-            check_finite(f"{name}.weight, merged with its low-rank update,", plain.weight)
-            _replace(student, name, plain)
+            scales[f"{name}.weight"] = module.lora_scale
+            _replace(student, name, module.plain())
+
+    @torch.no_grad()
+    def read_merged(name: str) -> Tensor:
+        weight = read(name)
+        if name not in scales:
+            return weight
+        a, b = (read(name.removesuffix("weight") + factor).float() for factor in _FACTORS)
+        merged = (weight.float() + scales[name] * (b @ a)).to(weight.dtype)
+        check_finite(f"{name}, merged with its low-rank update,", merged)
+        return merged
+
+    return read_merged
 
 
 def lora_trains(student: nn.Module, name: str) -> bool | None:

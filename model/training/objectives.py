@@ -8,21 +8,22 @@ Dims: B batch, T context, D model width, N = B·T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_ce, linear_kl
-from radlads.model.student.documents import document_bounds, document_positions
-from radlads.model.student.modeling import RadladsForCausalLM, logit_factor, parameter_group
+from radlads.model.sequence_parallel.attention import exchange_heads
+from radlads.model.sequence_parallel.row_part import row_part
+from radlads.model.student.documents import document_bounds
+from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
-from radlads.model.teacher.family import NO_RESTART, backbone
-from radlads.model.teacher.load import find_family
+from radlads.model.teacher.family import NO_RESTART
 from radlads.model.training.align_losses import build_align_loss, no_spectrum
+from radlads.model.training.hidden_states import family_parts, head_inputs, plain_hidden
 from radlads.model.training.lora import lora_trains
 from radlads.model.training.mixer_parts import mixer_parts
 from radlads.model.training.probe import AttentionProbe
@@ -47,7 +48,8 @@ class Objective(nn.Module):
     submodule.
 
     A batch holds `input_ids` [B,T+1] int64, and where they apply `loss_mask` [B,T+1] bool (True where the token counts
-    as a label) and `document_ids` [B,T+1] int. Inputs are [:, :-1] and labels [:, 1:]: the single shift.
+    as a label) and `document_ids` [B,T+1] int. Inputs are [:, :-1] and labels [:, 1:]: the single shift. Where ranks
+    share rows, T is this rank's part of them, but of `document_ids`, which are those of whole rows.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -63,13 +65,12 @@ class Objective(nn.Module):
         # In a tuple, so that it is neither saved, moved nor trained with the student.
         self._teacher = (teacher,)
         self._frozen = frozenset(section.freeze)
-        if section.reset_at_documents and getattr(_parts(student), "linear_attention", None):
+        self._row_group: distributed.ProcessGroup | None = None
+        if section.reset_at_documents and getattr(family_parts(student), "linear_attention", None):
             raise UserError(f"reset_at_documents: {NO_RESTART}")
         tied = student.config.tie_word_embeddings
         if tied and len(self._frozen & {"embeddings", "head"}) == 1:
-            raise UserError(
-                "this model's head is its embedding matrix (tied): freeze both `embeddings` and `head`, or neither"
-            )
+            raise UserError("the head is the embedding matrix (tied): freeze both `embeddings` and `head`, or neither")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = remember_buffers(self)
@@ -83,8 +84,20 @@ class Objective(nn.Module):
         assert teacher is not None, "checked on construction"
         return teacher
 
+    def share_rows(self, group: distributed.ProcessGroup, context: int) -> None:
+        """From now on each rank of the group has its part of the same rows, of at most `context` tokens (sequence
+        parallelism). Raises UserError for networks that exclude it."""
+        self._row_group = group
+        for network in filter(None, (self.student, *self._teacher)):
+            exchange_heads(network, group.size(), context)
+
     def begin_step(self, step: int) -> None:
         """Called before every optimizer step (counted from 0), for objectives that change during training."""
+
+    def fixed_settings(self) -> Hashable:
+        """The values that `forward` reads of what changes between steps: passes with equal ones run the same kernels
+        with the same constants."""
+        return None
 
     def trainable(self, name: str) -> bool:
         """Whether a parameter of the student trains; `name` as in `student.named_parameters()`."""
@@ -101,13 +114,10 @@ class Objective(nn.Module):
         """mixer, attention, mlp, norms, embeddings or head."""
         if isinstance(self.student, RadladsForCausalLM):
             return self.student.parameter_group(name)
-        return parameter_group(name, self._parts(), set())
-
-    def _parts(self) -> Any:
-        return _parts(self.student)
+        return parameter_group(name, family_parts(self.student), set())
 
     def _of_final_norm(self, name: str) -> bool:
-        parts, words = self._parts(), name.split(".")
+        parts, words = family_parts(self.student), name.split(".")
         return parts.final_norm in words and parts.layers not in words
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
@@ -126,10 +136,17 @@ class Objective(nn.Module):
             raise ValueError("reset_at_documents needs document_ids in the batch")
         return document_bounds(batch["document_ids"][:, :-1])
 
-    def teacher_hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What a network's pass is told of a batch's rows: the bounds of their documents, or this rank's part."""
+        if self._row_group is None:
+            return {"cu_seqlens": self.bounds(batch)}
+        tokens, ids = batch["input_ids"], batch["document_ids"][:, :-1] if self.section.reset_at_documents else None
+        return {"row_part": row_part(self._row_group, tokens.shape[1] - 1, tokens.device, ids)}
+
+    def teacher_hidden(self, input_ids: Tensor, **rows: Any) -> Tensor:
         """The teacher's last hidden state [B,T,D], after its final norm, without gradient."""
         with torch.no_grad():
-            return plain_hidden(self.teacher, input_ids, cu_seqlens)
+            return plain_hidden(self.teacher, input_ids, **rows)
 
 
 class AlignObjective(Objective):
@@ -151,7 +168,7 @@ class AlignObjective(Objective):
         input_ids = batch["input_ids"][:, :-1]
         cu_seqlens = self.bounds(batch)
         with AttentionProbe(self.teacher, self.student, loss=self.layer_loss, cu_seqlens=cu_seqlens) as probe:
-            self.teacher_hidden(input_ids, cu_seqlens)
+            self.teacher_hidden(input_ids, cu_seqlens=cu_seqlens)
         losses = probe.losses
         if not losses:
             raise UserError("there is nothing to align: every layer stays softmax attention; drop the align stage")
@@ -194,11 +211,13 @@ class DistillObjective(Objective):
             "ce_weight": self._ce_weight,
         }
 
+    def fixed_settings(self) -> Hashable:
+        return tuple(self._settings().items())
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        tokens = batch["input_ids"]
-        cu_seqlens = self.bounds(batch)
-        teacher_state = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
-        hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        tokens, rows = batch["input_ids"], self.rows(batch)
+        teacher_state = self.teacher_hidden(tokens[:, :-1], **rows)
+        hidden = self.student.hidden(tokens[:, :-1], **rows)
         loss, metrics = linear_kl(
             head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
@@ -219,11 +238,11 @@ class NextTokenObjective(Objective):
         counts = self._counts(batch)
         if counts is not None:
             labels = labels.masked_fill(~counts, _IGNORED)
-        cu_seqlens = self.bounds(batch)
+        rows = self.rows(batch)
         if isinstance(self.student, RadladsForCausalLM):
-            hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+            hidden = self.student.hidden(tokens[:, :-1], **rows)
         else:
-            hidden = plain_hidden(self.student, tokens[:, :-1], cu_seqlens)
+            hidden = plain_hidden(self.student, tokens[:, :-1], **rows)
         loss, metrics = linear_ce(
             head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
@@ -262,14 +281,17 @@ class ExtendObjective(NextTokenObjective):
     def begin_step(self, step: int) -> None:
         self._kl_weight = self.section.parts[self.section.place(step)[0]].teacher_kl
 
+    def fixed_settings(self) -> Hashable:
+        return self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        kl_weight = self._kl_weight if self.training else self.section.parts[-1].teacher_kl
+        kl_weight: Any = self.fixed_settings()
         if kl_weight == 0:
             return super().forward(batch)
-        tokens, counts, cu_seqlens = batch["input_ids"], self._counts(batch), self.bounds(batch)
+        tokens, counts, rows = batch["input_ids"], self._counts(batch), self.rows(batch)
         labels = tokens[:, 1:]
-        expected = self.teacher_hidden(tokens[:, :-1], cu_seqlens)
-        hidden = self.student.hidden(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        expected = self.teacher_hidden(tokens[:, :-1], **rows)
+        hidden = self.student.hidden(tokens[:, :-1], **rows)
         loss, metrics = linear_kl(
             hidden.flatten(0, 1),
             self.student.get_output_embeddings().weight,
@@ -296,25 +318,3 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def build_objective(spec: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
     """The objective of a training stage. Raises UserError for settings that contradict the model."""
     return OBJECTIVES[spec.objective](spec.section, student, teacher)
-
-
-def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The last hidden state with the family's scale of logits: its product with the head's weight gives the logits."""
-    factor = logit_factor(model.config, _parts(model))
-    return hidden if factor == 1.0 else hidden * factor
-
-
-def _parts(model: PreTrainedModel) -> Any:
-    return (
-        model.parts if isinstance(model, RadladsForCausalLM) else SimpleNamespace(**find_family(model.config).names())
-    )
-
-
-def plain_hidden(model: PreTrainedModel, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last hidden state of a Hugging Face causal model, with documents separated if bounds are given.
-
-    transformers separates packed documents where positions restart, without mask and cache.
-    """
-    position_ids = None if cu_seqlens is None else document_positions(cu_seqlens, *input_ids.shape)
-    hidden: Tensor = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return hidden

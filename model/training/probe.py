@@ -75,7 +75,8 @@ class AttentionProbe:
         x_BTD, wanted_BTD = x_BTD.detach(), wanted_BTD.detach()
         with torch.enable_grad():
             if self._student.model.gradient_checkpointing and self._student.training:
-                self._found[layer], self._first = checkpoint(run, x_BTD, self._first, use_reentrant=False)
+                again = {"use_reentrant": False, "preserve_rng_state": False}  # a mixer draws nothing
+                self._found[layer], self._first = checkpoint(run, x_BTD, self._first, **again)
             else:
                 self._found[layer], self._first = run(x_BTD, self._first)
 

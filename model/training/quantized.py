@@ -193,8 +193,13 @@ def share_frozen(student: nn.Module, teacher: nn.Module, select: Callable[[str],
 
 def quantized_names(model: nn.Module) -> list[str]:
     """Names, as they were, of the parameters that are held in 8 bit."""
-    names = (name for name, _ in model.named_buffers(remove_duplicate=False))
-    return [name.removesuffix(_VALUES) for name in names if name.endswith(_VALUES)]
+    return list(quantized_shapes(model))
+
+
+def quantized_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Name, as it was, of each parameter that is held in 8 bit → its shape."""
+    named = model.named_buffers(remove_duplicate=False)
+    return {name.removesuffix(_VALUES): values.shape for name, values in named if name.endswith(_VALUES)}
 
 
 def is_matrix(model: nn.Module, name: str) -> bool:

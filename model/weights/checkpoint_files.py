@@ -104,7 +104,7 @@ def _what_else(present: Collection[str]) -> str:
     if any(name.endswith(_PICKLED) for name in present):
         return "pickled weights are never read (loading one runs its code); convert them to safetensors first"
     if any(name.endswith(".gguf") for name in present):
-        return "GGUF weights are quantised or renamed; give the model that they were made from"
+        return "GGUF weights are read where the file itself is named as the teacher (teacher: {path: model.gguf})"
     return "it holds no .safetensors weights"
 
 

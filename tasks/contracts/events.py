@@ -3,9 +3,7 @@ restored and committed with the numbers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from radlads.tasks.contracts.job import Sheet
@@ -56,15 +54,6 @@ class Event(Sheet):
     def done(self) -> str:
         """What was done."""
         return {"report": "reported", "stop": "stopped", "rollback": f"rolled back to step {self.to}"}[self.action]
-
-
-def event_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that are events."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as stream:
-        rows = [json.loads(line) for line in stream if b'"event"' in line and line.endswith(b"\n")]
-    return [row for row in rows if "event" in row]
 
 
 def events_of(rows: Iterable[Row]) -> list[Event]:

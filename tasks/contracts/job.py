@@ -68,6 +68,7 @@ class JobResources(Sheet):
     zero_stage: Literal[0, 1, 2, 3] = 1
     threads: int = Field(ge=1)
     offload_optimizer: bool = False
+    cuda_graphs: Literal["off", "auto", "on"] = "off"
     gpu_memory_gib: float | None = None
     dollars_per_gpu_hour: float | None = None
 

@@ -33,9 +33,27 @@ class TeacherRef(Sheet):
     trust_remote_code: bool = False
     """Of its tokenizer."""
     fingerprint: str
-    """Hub: the commit. Folder: sha256 over config, tokenizer and weights. Represents the teacher in digests."""
+    """Hub: the commit. Folder: sha256 over config, tokenizer and weights. GGUF: of the file. Represents the teacher in
+    digests."""
     tokenizer_fingerprint: str = ""
     """As in TokenizeSpec; datasets and students of this teacher are compared by it."""
+
+
+class GgufFile(Sheet):
+    """The GGUF file that a teacher was kept in."""
+
+    name: str
+    sha256: str
+    """Empty where only sizes are planned."""
+    kinds: dict[str, int]
+    """ggml type → number of tensors, that with most elements first."""
+    dtype: str
+    """Of the dequantised weights."""
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in self.kinds.items())
+        whole = f"GGUF with tensors of {kinds}; dequantised once by transformers, to {self.dtype}"
+        return f"{whole}; sha256 {self.sha256 or 'not read'}"
 
 
 class FileRef(Sheet):
@@ -97,8 +115,10 @@ class PlanReport(Sheet):
     """plan.json: the pins of later specs, and the estimates shown to the user."""
 
     teacher: TeacherRef | None
+    gguf: GgufFile | None = None
+    """If the teacher is one: the stage dequantize makes a folder of it, which all other stages read."""
     tokenizer: str
-    """Folder or hub id."""
+    """Folder, GGUF file or hub id."""
     tokenizer_fingerprint: str
     pins: dict[str, Pin] = Field(default_factory=dict)
     """Location of a field in the recipe, dotted → pin of the place that it names."""
@@ -117,29 +137,42 @@ class PlanReport(Sheet):
     attention_layers: tuple[int, ...]
     """Empty if they are chosen after align."""
     stages: dict[str, dict[str, Any]]
-    """Stage → {tokens, steps, context, batch, trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients,
-    optimizer, teacher, activations, logits, buffers, overhead, total, host}, checkpoint: {bytes, host_bytes}, seconds,
-    gpu_hours, dollars}; of a stage with phases also `phases`, in order, each {tokens, steps, context, batch, seconds,
-    gpu_hours, dollars}. Memory, seconds and values derived from them are estimates; None if unknown. host: host memory
-    of an offloaded optimizer; host_bytes: of the copy that a process keeps of its part of a checkpoint."""
+    """Label of a stage (`distill`, `tokenize train`), in the order of a run → {tokens, steps, context, batch,
+    trainable_parameters, epochs, memory_bytes_per_gpu: {weights, gradients, optimizer, teacher, activations, logits,
+    buffers, overhead, total, host}, checkpoint: {bytes, host_bytes}, flops, speed, mfu, seconds_by: {train, start,
+    heldout, checkpoints, export, judge}, seconds, gpu_hours, dollars}, as far as they apply; of a stage with phases
+    also `phases`, in order, each {tokens, steps, context, batch, flops, seconds, gpu_hours, dollars}, training alone.
+    Memory, seconds and values derived from them are estimates; None if unknown. speed: in words, where the speed of
+    training comes from; mfu: the share of the peak that it means; flops: what must be computed. host: host memory of an
+    offloaded optimizer; host_bytes: of the copy that a process keeps of its part of a checkpoint. GPU hours are those
+    of the whole machine, which also waits for stages that need no GPU."""
     choice: AttentionChoice | None = None
     """A choice after align, its probe reduced to its budget."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Dataset name → {bytes, bytes_per_token, tokens, assistant}: estimates from its first documents."""
+    """Dataset name → {bytes, bytes_per_token, tokens, assistant}, of a mixture also passes, of each source: estimates
+    from its first documents."""
     gpu_hours: float | None = None
     """Estimated total of all stages; None on a CPU."""
     dollars: float | None = None
     """Estimated; None without `dollars_per_gpu_hour`."""
     assumptions: dict[str, Any] = Field(default_factory=dict)
-    """The basis of the estimates: peak FLOP/s, utilisation, processes, memory of one device."""
+    """The basis of the estimates: kind of device, peak FLOP/s, processes, memory of one device."""
     warnings: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
     """Stages that do not fit into memory, with remedies; only in a preview."""
 
 
+class DequantizeSpec(Sheet):
+    """No inputs (shared between runs). Product: model/ (the teacher's Hugging Face folder), dequantize.json (what the
+    file was, a GgufFile)."""
+
+    teacher: TeacherRef
+
+
 class TokenizeSpec(Sheet):
-    """No inputs (shared between runs). Product: index.json and the files it names: token shards (uint16 or uint32,
-    little endian), masks beside them (uint8, chat data only), document boundaries (uint64)."""
+    """Inputs: teacher, if that is a GGUF file; no others, so that runs share it. Product: index.json and the files it
+    names: token shards (uint16 or uint32, little endian), masks beside them (uint8, chat data only), document
+    boundaries (uint64)."""
 
     name: str
     dataset: Dataset
@@ -158,7 +191,8 @@ class TokenizeSpec(Sheet):
 
 
 class TransplantSpec(Sheet):
-    """No inputs. Product: model/ (the student's Hugging Face folder), transplant.json (the report)."""
+    """Inputs: teacher, as in TokenizeSpec; likewise in the specs below. Product: model/ (the student's Hugging Face
+    folder), transplant.json (the report)."""
 
     teacher: TeacherRef
     student: Student
@@ -252,7 +286,17 @@ def foreign_teacher(name: str, made_from: str, judged_against: str) -> str:
     )
 
 
-StageSpec = PlanSpec | TokenizeSpec | TransplantSpec | TrainSpec | ChooseSpec | EvaluateSpec | NeedleSpec | PublishSpec
+StageSpec = (
+    PlanSpec
+    | DequantizeSpec
+    | TokenizeSpec
+    | TransplantSpec
+    | TrainSpec
+    | ChooseSpec
+    | EvaluateSpec
+    | NeedleSpec
+    | PublishSpec
+)
 
 _SPEC_CLASSES: dict[str, type[StageSpec]] = {cls.__name__: cls for cls in get_args(StageSpec)}
 

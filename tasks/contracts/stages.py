@@ -30,7 +30,7 @@ class StageInfo:
     inputs: tuple[str, ...] = ()
     """Names of its inputs, among `student` (the newest model), `data` (a dataset), `mixed_data` (a second dataset, of a
     training stage whose section mixes rows in), `models` (earlier models, by stage), `products` (all products so far).
-    """
+    Besides, stages that read a teacher which is a GGUF file have the input `teacher`, the product of dequantize."""
     distributed: bool = False
     """Whether its job is started as several ranks, one per device."""
     uses_device: bool = False
@@ -61,6 +61,13 @@ class StageInfo:
 
 
 PLAN = StageInfo("plan", "PlanSpec", "plan.plan", "checks every option and size, and pins all inputs")
+DEQUANTIZE = StageInfo(
+    "dequantize",
+    "DequantizeSpec",
+    "teacher.dequantize",
+    "makes a Hugging Face folder of a GGUF teacher",
+    needs_teacher=True,
+)
 TOKENIZE = StageInfo("tokenize", "TokenizeSpec", "data.tokens", "makes one of the recipe's datasets", several=True)
 TRANSPLANT = StageInfo(
     "transplant",
@@ -187,6 +194,7 @@ STAGES: dict[str, StageInfo] = {
     stage.name: stage
     for stage in (
         PLAN,
+        DEQUANTIZE,
         TOKENIZE,
         TRANSPLANT,
         PRETRAIN,

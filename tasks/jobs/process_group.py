@@ -18,7 +18,7 @@ from radlads.tasks.contracts.process_tree import MARK
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import ProcessGroup, TCPStore  # type: ignore[attr-defined]
 
 RANK_PIPE = "RADLADS_RANK_PIPE"
 """In the environment of a rank: the file descriptor from which it reads the rest of its environment."""
@@ -52,6 +52,14 @@ def join_group(device: torch.device, rank: int, world_size: int) -> None:
         timeout=_TIMEOUT,
         device_id=device if on_gpu else None,
     )
+
+
+def row_group(size: int) -> ProcessGroup:
+    """The group of this rank and those that share its rows: `size` consecutive ranks. All ranks call it."""
+    from torch import distributed
+
+    group: ProcessGroup = distributed.new_subgroups(group_size=size, timeout=_TIMEOUT)[0]
+    return group
 
 
 def _meeting_store(rank: int, world_size: int) -> TCPStore:

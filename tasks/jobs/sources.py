@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -12,10 +13,12 @@ from radlads.tasks.contracts.pins.pins import pin_teacher, pinned_commit, tokeni
 from radlads.tasks.contracts.pins.places import (
     demo_folder,
     expand_paths,
+    is_gguf,
     resolve_file,
     resolve_teacher_path,
     resolve_tokenizer_path,
 )
+from radlads.tasks.jobs.teacher.gguf_tokenizer import load_gguf_tokenizer
 
 __all__ = [
     "demo_folder",
@@ -33,16 +36,20 @@ __all__ = [
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a teacher folder, a student's folder or a hub id, of the class that it names.
+    """The tokenizer of a teacher folder, a student's folder, a GGUF file or a hub id, of the class that it names.
 
     Raises UserError when there is none, its files are damaged, it has no EOS token, or its class is not available:
     transformers then silently uses another one, which may split text differently.
     """
-    resolved = resolve_tokenizer_path(path)
+    resolved, config = resolve_tokenizer_path(path), dict[str, Any]()
     try:
-        config = get_tokenizer_config(resolved, revision=revision)
-        _check_class_is_known(path, config, trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase
+        if is_gguf(resolved):
+            tokenizer = load_gguf_tokenizer(Path(resolved))
+        else:
+            config = get_tokenizer_config(resolved, revision=revision)
+            _check_class_is_known(path, config, trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # any error of its files: the tokenizers library raises nothing narrower

@@ -23,7 +23,8 @@ from radlads.tasks.contracts.recipe.choice import listed_layers
 from radlads.tasks.contracts.specs import TransplantSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.origin import write_origin
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import teacher_place
 
 logger = logging.getLogger("radlads")
 
@@ -41,12 +42,11 @@ def main(job: Job) -> dict[str, Any]:
     spec: TransplantSpec = job.typed
     started = time.monotonic()
     reference, student_spec = spec.teacher, spec.student
-    path, folder = resolve_teacher_path(reference.path), job.output / "model"
-    tokenizer = load_tokenizer(
-        reference.path, revision=reference.revision, trust_remote_code=reference.trust_remote_code
-    )
-    config = load_teacher_config(path, revision=reference.revision)
-    weights = open_teacher_weights(path, config, revision=reference.revision)
+    place, folder = teacher_place(job, reference), job.output / "model"
+    path, revision = place.path, place.revision
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=reference.trust_remote_code)
+    config = load_teacher_config(path, revision=revision)
+    weights = open_teacher_weights(path, config, revision=revision)
     with torch.device("meta"):
         student = build_student(
             config,
@@ -57,7 +57,7 @@ def main(job: Job) -> dict[str, Any]:
             untie_embeddings=student_spec.untie_embeddings,
             dtype=weights.dtype,
         )
-    student.generation_config = load_generation_config(path, config, revision=reference.revision)
+    student.generation_config = load_generation_config(path, config, revision=revision)
     scale = student_spec.transplant.model_dump()
     report = stream_transplant(
         weights,
@@ -74,7 +74,7 @@ def main(job: Job) -> dict[str, Any]:
     sheet = describe(report, weights, student)
     sheet |= {"seed": _SEED, "multipliers": scale, "teacher": reference.model_dump(mode="json")}
     if not student.mixers():
-        teacher = load_teacher(path, revision=reference.revision)
+        teacher = load_teacher(path, revision=revision)
         sheet["logits"] = compare_logits(teacher, load_student(folder), required=student_spec.attention_rope)
         logger.info("no layer is converted; %s", sheet["logits"]["verdict"])
     (job.output / "transplant.json").write_text(json.dumps(sheet, indent=1), encoding="utf-8")

@@ -61,6 +61,7 @@ def resolve_resources(requested: Resources, *, num_gpus: int, num_cores: int) ->
         zero_stage=requested.zero_stage,
         threads=requested.threads or max(1, num_cores // processes),
         offload_optimizer=requested.offload_optimizer,
+        cuda_graphs=requested.cuda_graphs,
         gpu_memory_gib=requested.gpu_memory_gib,
         dollars_per_gpu_hour=requested.dollars_per_gpu_hour,
     )
@@ -87,6 +88,7 @@ def planned_resources(requested: Resources, gpus: int | None, gpu_memory_gib: fl
         zero_stage=requested.zero_stage,
         threads=requested.threads or 1,
         offload_optimizer=requested.offload_optimizer,
+        cuda_graphs=requested.cuda_graphs,
         gpu_memory_gib=memory,
         dollars_per_gpu_hour=requested.dollars_per_gpu_hour,
     )

@@ -27,7 +27,7 @@ from radlads.tasks.contracts.identity import readings
 from radlads.tasks.contracts.job import CodeVersion, JobSpec, Manifest
 from radlads.tasks.contracts.recipe.choice import AttentionChoice
 from radlads.tasks.contracts.recipe.recipe import parse_recipe
-from radlads.tasks.contracts.specs import Pin, PlanReport, TeacherRef
+from radlads.tasks.contracts.specs import GgufFile, Pin, PlanReport, TeacherRef
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.launchers import local as launch
 
@@ -197,12 +197,17 @@ def product_files(spec, fingerprint="f", contents=None):
             )
             for reading in readings(parse_recipe(spec.spec["recipe"]))
         }
+        path = (spec.spec["recipe"].get("teacher") or {}).get("path", "")
+        kept = GgufFile(name="x.gguf", sha256=fingerprint, kinds={"Q4_1": 1}, dtype="bfloat16")
         report = PlanReport(
             teacher=None if spec.spec["recipe"].get("pretrain") else teacher,
+            gguf=kept if path.endswith(".gguf") else None,
             tokenizer="demo", tokenizer_fingerprint="t", pins=pins, teacher_parameters=10, student_parameters=12,
             mixer_parameters=3, num_layers=2,
             attention_layers=() if late else (1,), choice=student.attention_layers if late else None,
-            stages={"align": {"tokens": 4096, "steps": 16, "context": 64, "batch": 4}},
+            stages={"align": {
+                "tokens": 4096, "steps": 16, "context": 64, "batch": 4, "seconds": None, "memory_bytes_per_gpu": {},
+            }},
         )  # fmt: skip
         return {"plan.json": report.model_dump_json().encode()}
     if spec.stage == "choose":

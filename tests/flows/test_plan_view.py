@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,10 @@ def test_a_plan_reads_in_a_hundred_columns_a_line_a_stage(planned: tuple[Recipe,
         (row,) = [line for line in lines if line.startswith(f"{stage} ")]
         assert "…" not in row
     header = next(line for line in lines if line.startswith("stage"))
-    assert header.split() == "stage tokens steps context batch student teacher adam rest GiB time GPU h $".split()
+    assert header.split() == "stage tokens steps context batch student teacher adam rest GiB host time GPU h $".split()
     assert "in all" in text
+    assert "tokenize train 10 min, transplant " in text
+    assert re.search(r"speed     align \d+% of peak, distill \d+% of\s+peak: estimated; the nearest", text)
 
 
 def test_a_narrow_screen_loses_no_number(planned: tuple[Recipe, PlanReport]):

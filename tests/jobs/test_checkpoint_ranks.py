@@ -1,4 +1,4 @@
-"""Two real ranks write and read a checkpoint, at every ZeRO stage: what follows is the same, bit for bit."""
+"""Two real ranks write and read a checkpoint, at every ZeRO stage and without: what follows is equal, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from radlads.tasks.jobs.checkpoints.checkpoint import Checkpoints
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
 
 CPU = torch.device("cpu")
 CASES = {  # name → precision, ZeRO stage, offloaded
@@ -24,6 +25,7 @@ CASES = {  # name → precision, ZeRO stage, offloaded
     "zero2": (torch.float32, 2, False),
     "zero2-bf16": (torch.bfloat16, 2, False),
     "offload-bf16": (torch.bfloat16, 2, True),
+    "replicated-bf16": (torch.bfloat16, "replicated", False),
 }
 RATES = {"mixer": 0.0, "rest": 1e-2}
 
@@ -33,10 +35,10 @@ def checkpoints_of(folder: Path, case: str, rank: int, ranks: int) -> tuple[Engi
     from test_engine import SECTION, Toy  # this file also runs as a program
 
     dtype, stage, offload = CASES[case]
-    engine = Engine(
-        Toy().to(dtype), SECTION, device=CPU, dtype=dtype, zero_stage=stage, offload=offload,
-        micro_batch=2, num_micro=2 // ranks,
-    )  # fmt: skip
+    kind, more = Engine, {"zero_stage": stage, "offload": offload}
+    if stage == "replicated":
+        kind, more = ReplicatedEngine, {}
+    engine = kind(Toy().to(dtype), SECTION, device=CPU, dtype=dtype, micro_batch=2, num_micro=2 // ranks, **more)
     store = StoreRef(uri=str(folder / "store"))
     spec = JobSpec(
         stage="distill", run="test", recipe="tiny", digest="d" * 64, spec={}, store=store,

@@ -11,7 +11,8 @@ from radlads.model.teacher.load import load_teacher_config
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.jobs.plan.plan import make_plan, pretrain_config
+from radlads.tasks.jobs.plan.plan import make_plan
+from radlads.tasks.jobs.plan.subject import pretrain_config
 from radlads.tasks.jobs.sources import demo_folder
 
 MISTAKES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import resource
 import tracemalloc
 from collections.abc import Callable
@@ -25,6 +26,10 @@ from radlads.tasks.jobs.data.text.recall import load_filler
 compress = partial(gzip.compress, mtime=0)
 
 GOOD = '{"text": "one"}\n'
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
 
 
 def read(path: Path, **options: Any) -> list[Document]:
@@ -106,6 +111,12 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         {},
         "damaged or truncated",
     ),
+    "cut xz": ("a.txt.xz", lzma.compress(b"one two three" * 999)[:-30], {}, r"line 1: .*damaged or truncated"),
+    "no xz": ("a.jsonl.xz", GOOD.encode(), {}, "after line 0: the file is damaged"),
+    "cut zst": ("a.txt.zst", zstd(bytes(range(32, 127)) * 99)[:-9], {}, r"line 1: .*damaged or truncated.*download"),
+    "no zst": ("a.jsonl.zst", GOOD.encode(), {}, "after line 0: the file is damaged"),
+    "bytes in jsonl.zst": ("a.jsonl.zst", zstd(b'{"text": "o\xffe"}'), {}, "line 1: the byte 0xff"),
+    "UTF-16 xz": ("a.jsonl.xz", lzma.compress(GOOD.encode("utf-16")), {}, "UTF-16 or UTF-32"),
     "no gz": ("a.jsonl.gz", GOOD.encode(), {}, "after line 0: the file is damaged"),
     "an array line": (
         "a.jsonl",
@@ -189,6 +200,8 @@ def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, name: str):
     [
         ("a.txt", b"\xef\xbb\xbfone\r\n--\r\ntwo\rthree", {"separator": "\n--\n"}, ["one", "two\nthree"]),
         ("a.txt.gz", compress(b"\xef\xbb\xbfone\r\n--\r\ntwo"), {"separator": "--"}, ["one", "two"]),
+        ("a.txt.xz", lzma.compress(b"\xef\xbb\xbfone\r\n--\r\ntwo"), {"separator": "--"}, ["one", "two"]),
+        ("a.txt.zst", zstd(b"\xef\xbb\xbfone\r\n--\r") + zstd(b"\ntwo"), {"separator": "--"}, ["one", "two"]),
         ("a.jsonl", b"\xef\xbb\xbf" + GOOD.encode() + b'\r\n{"text": "t\\r\\nwo"}\r\n', {}, ["one", "t\r\nwo"]),
         ("a.jsonl", '{"text": "a\u2028b\x85c"}\n'.encode(), {}, ["a\u2028b\x85c"]),
         ("a.jsonl", b'{"text": "\\ud83d\\ude42"}', {}, ["🙂"]),

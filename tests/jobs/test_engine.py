@@ -12,6 +12,7 @@ from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.train.engines import deepspeed_config
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
 
 SECTION = Finetune(tokens=1000, context=8, batch=4, micro_batch=2, optimizer=Optimizer(clip=0.1, weight_decay=0.1))
 CPU = torch.device("cpu")
@@ -45,8 +46,10 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def make_engine(toy: Toy, zero_stage: int | str, dtype: torch.dtype = torch.float32) -> Engine:
-    """zero_stage: or "offload"."""
+    """zero_stage: or "offload", or "replicated"."""
     join_group(CPU, 0, 1)
+    if zero_stage == "replicated":
+        return ReplicatedEngine(toy, SECTION, device=CPU, dtype=dtype, micro_batch=2, num_micro=2)
     offload = zero_stage == "offload"
     stage = 1 if offload else zero_stage
     return Engine(toy, SECTION, device=CPU, dtype=dtype, zero_stage=stage, micro_batch=2, num_micro=2, offload=offload)
@@ -76,7 +79,7 @@ def plain_training(num_steps: int) -> tuple[Toy, list[tuple[float, float]]]:
     return toy, seen
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload", "replicated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_engine_trains_as_plain_torch_does(zero_stage, dtype):
     plain, expected = plain_training(6)
@@ -96,8 +99,9 @@ def test_the_engine_trains_as_plain_torch_does(zero_stage, dtype):
         assert torch.allclose(master, wanted, atol=2e-6 if dtype == torch.float32 else 3e-2), name
 
 
-def test_bf16_parameters_have_masters_that_hold_more():
-    engine = make_engine(Toy(), 1, torch.bfloat16)
+@pytest.mark.parametrize("zero_stage", [1, "replicated"])
+def test_bf16_parameters_have_masters_that_hold_more(zero_stage):
+    engine = make_engine(Toy(), zero_stage, torch.bfloat16)
     engine.step(batches(0), {"mixer": 0.0, "rest": 1e-5}, 0, stop=False)
     for name, parameter in engine.parameters.items():
         master = masters(engine)[name]
@@ -118,7 +122,7 @@ def test_the_size_of_a_reduction_changes_nothing(zero_stage, dtype, bucket, monk
         assert whole.step(batches(step), rates, step, stop=False) == pieces.step(batches(step), rates, step, stop=False)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, "offload"])
+@pytest.mark.parametrize("zero_stage", [0, 1, "offload", "replicated"])
 def test_a_parameter_without_gradient_is_only_decayed(zero_stage):
     engine = make_engine(Toy(unused=True), zero_stage)
     engine.step(batches(0), {"mixer": 0.0, "rest": 1e-2}, 0, stop=False)
@@ -126,7 +130,7 @@ def test_a_parameter_without_gradient_is_only_decayed(zero_stage):
     assert torch.allclose(masters(engine)["unused"], decayed)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, "offload", "replicated"])
 def test_state_goes_to_another_engine_and_training_continues_bit_for_bit(zero_stage):
     rates = {"mixer": 0.0, "rest": 1e-2}
     first = make_engine(Toy(), zero_stage)
@@ -142,7 +146,7 @@ def test_state_goes_to_another_engine_and_training_continues_bit_for_bit(zero_st
         assert first.step(batches(step), rates, step, stop=False) == second.step(batches(step), rates, step, stop=False)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, 1, "replicated"])
 def test_the_state_of_a_transposed_parameter_is_in_its_own_order(zero_stage):
     toy = Toy()
     wanted = toy.student[2].weight.detach().clone()

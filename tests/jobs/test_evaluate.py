@@ -190,6 +190,16 @@ def test_a_broken_task_file_is_one_line(tmp_path: Path):
     assert "no YAML file" in faults[1]
 
 
+ALL = """
+import sys
+from pathlib import Path
+from radlads.tasks.jobs.common import execute, open_job
+from radlads.tasks.jobs.judge import evaluate
+for folder in sorted(Path(sys.argv[1]).parent.parent.glob("two-*")):
+    assert execute(evaluate.main, open_job(folder / "job.json")) == "done"
+"""
+
+
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(
     judge: Any, data: Any, student: Any, make_job: Any, run_ranks: Any, teacher_folder: Path, tmp_path: Path
@@ -200,12 +210,19 @@ def test_two_ranks_give_what_one_gives(
     one, _ = judge(inputs, tasks=tasks)
     section = Evaluate(context=32, heldout_tokens=1024, batch=5, tasks=tasks)
     spec = EvaluateSpec(section=section, teacher=pin_teacher(str(teacher_folder)))
-    job: Job = make_job("evaluate", spec, inputs, scratch="two")
-    (Path(job.spec.output_uri) / "manifest.json").unlink()
-    run_ranks("radlads.tasks.jobs.judge.evaluate", job, 2)
-    two = json.loads((Path(job.spec.output_uri) / "evaluate.json").read_text())
-    assert two["processes"] == 2
-    assert two["tasks"] == one["tasks"]
-    for name, numbers in one["models"].items():
-        for key, estimate in numbers.items():
-            assert two["models"][name][key]["value"] == pytest.approx(estimate["value"], rel=1e-5)
+    jobs: list[Job] = []
+    for zero_stage in (1, 3):
+        resources = {"processes": 2, "zero_stage": zero_stage}
+        made: Job = make_job("evaluate", spec, inputs, scratch=f"two-{zero_stage}", resources=resources)
+        job = Job(spec=made.spec.model_copy(update={"output_uri": f"{made.spec.output_uri}-{zero_stage}"}))
+        (job.scratch / "job.json").write_text(job.spec.model_dump_json(), encoding="utf-8")
+        jobs.append(job)
+    run_ranks(ALL, jobs[0], 2)
+    for job in jobs:
+        two = json.loads((Path(job.spec.output_uri) / "evaluate.json").read_text())
+        assert two["processes"] == 2
+        assert two["tasks"] == one["tasks"]
+        assert two["samples"] == one["samples"]
+        for name, numbers in one["models"].items():
+            for key, estimate in numbers.items():
+                assert two["models"][name][key]["value"] == pytest.approx(estimate["value"], rel=1e-5)

@@ -30,7 +30,7 @@ from radlads.tasks.contracts.recipe.recipe import (
 )
 from radlads.tasks.contracts.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
 from radlads.tasks.jobs.plan import remedies
-from radlads.tasks.jobs.plan.memory import NetworkSizes, training_memory
+from radlads.tasks.jobs.plan.memory import NetworkSizes, judging_memory, training_memory
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
 from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
@@ -236,7 +236,13 @@ def test_checkpointing_sharding_and_offload_shrink_what_they_should():
     assert offloaded["optimizer"] == offloaded["gradients"] == 0
     assert offloaded["host"] == (12 + 2 * 4 + 2) * networks.student_parameters
     recomputed = section.model_copy(update={"gradient_checkpointing": True})
-    assert training_memory("distill", recomputed, networks, gpus(1, 80))["activations"] < plain["activations"]
+    selective = section.model_copy(update={"gradient_checkpointing": "selective"})
+    kept = [training_memory("distill", one, networks, gpus(1, 80))["activations"] for one in (recomputed, selective)]
+    assert kept[0] < kept[1] < 0.7 * plain["activations"]
+    recorded = training_memory(
+        "distill", section.model_copy(update={"batch": 32}), networks, gpus(8, 80, cuda_graphs="on")
+    )
+    assert recorded["optimizer"] == plain["optimizer"]
     align = Align(tokens=99999, context=512, batch=8, micro_batch=4)
     assert training_memory("align", align, networks, gpus(1, 80))["weights"] < 2 * 1.1 * networks.mixer_parameters
 
@@ -306,6 +312,16 @@ def test_remedies_do_what_they_say(published):
     one = gpus(1, 48)
     assert "evaluate.batch: " in what_would_help_judging("evaluate", section, published["7B"], one, 35 * GIB)
     assert "GPUs of 3" in what_would_help_judging("evaluate", section, published["7B"], one, 20 * GIB)
+    four = one.model_copy(update={"processes": 4})
+    helps = what_would_help_judging("evaluate", section, published["7B"], four, 20 * GIB)
+    assert helps == "resources.zero_stage: 3 and evaluate.batch: 1"
+    whole, divided = (
+        judging_memory(section, published["7B"], four.model_copy(update={"zero_stage": stage})) for stage in (2, 3)
+    )
+    assert divided["teacher"] < 0.5 * whole["teacher"]
+    assert {k: v for k, v in divided.items() if k not in ("weights", "teacher", "total")} == {
+        k: v for k, v in whole.items() if k not in ("weights", "teacher", "total")
+    }
 
 
 def test_a_gpu_that_is_not_here_is_taken_at_its_word():

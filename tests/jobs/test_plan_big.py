@@ -138,7 +138,7 @@ def test_only_a_preview_tells_instead_of_refusing(recipe: Callable[..., Recipe])
             {"distill": distill(freeze=["mlp"], phases=[
                 {"tokens": 200_000_000}, {"tokens": 100_000_000, "batch": 7, "micro_batch": 1}
             ])},
-            r"distill.phases.1.batch \(7\) must be a multiple of the 8 processes",
+            r"distill.phases.1.batch \(7\) must be a multiple of the number of processes \(8\)",
         ),
     ],
 )  # fmt: skip

@@ -106,7 +106,7 @@ def test_a_twin_is_made_from_its_original(name: str) -> None:
 def test_a_twin_plans(name: str) -> None:
     recipe = load_recipe(PREFIX + name)
     report = plan.make_plan(recipe, CPU)
-    assert next(iter(report.stages)) == "align"
+    assert next(stage for stage in report.stages if stage in stages(recipe)) == "align"
     assert set(stages(recipe)) <= set(report.stages)
     assert report.student_parameters > report.teacher_parameters
 
@@ -145,7 +145,7 @@ def test_the_extension_doubles_its_context_and_costs_more_a_token(planned: Calla
     report = planned("qwen3-8b-hybrid-128k")
     phases = report.stages["extend"]["phases"]
     per_token = [phase["flops"] / phase["tokens"] for phase in phases]
-    assert per_token[3] - per_token[2] == pytest.approx(4 * 9 * 2 * 65536 * 4096)
+    assert per_token[3] - per_token[2] == pytest.approx(3 * 9 * 2 * 65536 * 4096)
     assert not any(warning.startswith("extend.context") for warning in report.warnings)
 
 

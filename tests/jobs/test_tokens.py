@@ -24,6 +24,7 @@ from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data import encoded_documents, tokens
 from radlads.tasks.jobs.data.encode import Encoder
 from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.data.prompts import read_prompts
 from radlads.tasks.jobs.data.text.chat import Rendered, open_chat_template
 from radlads.tasks.jobs.data.text.documents import Document, iterate_documents
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder
@@ -424,13 +425,14 @@ def test_a_corpus_that_changes_while_it_is_read_is_noticed(
     make_job: MakeJob, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     job = make_job("tokenize", spec_of([text_source(corpus)], tokenizer_folder))
-    encode = tokens._encode
+    encode = tokens._encode_all
 
-    def encode_and_change(*arguments: Any) -> None:
-        encode(*arguments)
+    def encode_and_change(*arguments: Any) -> Any:
+        spools = encode(*arguments)
         corpus.write_bytes(gzip.compress(b"another text"))
+        return spools
 
-    monkeypatch.setattr(tokens, "_encode", encode_and_change)
+    monkeypatch.setattr(tokens, "_encode_all", encode_and_change)
     assert execute(tokens.main, job) == "config"
     assert "changed since the run was planned" in json.loads((job.scratch / "exit.json").read_text())["message"]
     assert job.store.read_manifest(job.output_prefix) is None
@@ -450,6 +452,33 @@ def test_sampling_does_not_depend_on_restarts(make_job: MakeJob, run_main: Any, 
     again = make_job("tokenize", spec, scratch="b")
     run_main(tokens.main, again)
     assert hashes(folder) == first
+
+
+def test_prompts_are_continued_and_a_cache_of_fixed_length_says_the_same(
+    make_job: MakeJob, run_main: Any, teacher_folder: Path, tmp_path: Path, stories: list[str]
+):
+    (tmp_path / "prompts.txt").write_text("\n---\n".join([*stories[:5], "No."]), encoding="utf-8")
+    prompts = {"prompts": [str(tmp_path / "prompts.txt")], "prompts_separator": "\n---\n", "prompt_tokens": 6}
+    source = {"kind": "sample", "tokens": 300, "context": 16, "batch": 4, "seed": 5} | prompts
+    tokenizer, texts, folders = load_tokenizer(str(teacher_folder)), [], []
+    for static in (False, True):
+        sources = [source | {"static_cache": static}]
+        spec = spec_of(sources, teacher_folder, teacher=pin_teacher(str(teacher_folder)), heldout_fraction=0.3)
+        job = make_job("tokenize", spec, scratch=f"static-{static}")
+        run_main(tokens.main, job)
+        folders.append(Path(job.spec.output_uri))
+        rows = (folders[-1] / "samples-0.jsonl").read_text(encoding="utf-8").splitlines()
+        texts.append([json.loads(row)["text"] for row in rows])
+    assert folders[0] != folders[1]
+    assert texts[0] == texts[1]
+    begun = [tokenizer.decode(tokenizer(text)["input_ids"][:6]).strip() for text in [*stories[:5], "No."]]
+    assert all(text.startswith(begun[number % 6]) for number, text in enumerate(texts[0]))
+    assert len({*texts[0]}) == len(texts[0]) > 12, "the same prompt goes on differently"
+    gone = Dataset.model_validate({"sources": [source | {"prompts": [str(tmp_path / "gone.txt")]}]}).sources[0]
+    with pytest.raises(UserError, match="no file matches"):
+        read_prompts(gone, tokenizer)
+    with pytest.raises(ValueError, match="context must exceed prompt_tokens by 2"):
+        spec_of([source | {"prompt_tokens": 15}], teacher_folder)
 
 
 @pytest.mark.slow

@@ -47,6 +47,9 @@ def test_both_builds_run_and_lose_the_same(job_python: Any, tmp_path: Path) -> N
         (["--mlp-bits", "8"], "needs --freeze mlp"),
         (["--recipe", "nothing"], "no shipped recipe 'nothing'"),
         (["--zero", "7"], "zero_stage"),
+        (["--sequence-parallel", "2"], "--sequence-parallel 2 does not divide --gpus 1"),
+        (["--sequence-parallel", "2", "--gpus", "2", "--compare-plain"], "the plain build has no rows that GPUs share"),
+        (["--record"], "--record is for runs on a GPU of tasks/jobs/train/gpu_kinds.py, and this is 'cpu'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_made(
@@ -71,13 +74,13 @@ def test_flops_follow_the_rules(bench: None) -> None:
     assert found["distill"][0].by_rule == 8 * every
     assert found["finetune"][0].by_rule == 6 * every
     # A student is its teacher and a few per cent of low-rank maps; embeddings are looked up.
-    assert 1.0 < found["distill"][0].by_matrix / (8 * (every - looked_up)) < 1.05
-    assert 1.0 < found["finetune"][0].by_matrix / (6 * (every - looked_up)) < 1.05
-    align = found["align"][0].by_matrix - 2 * (every - 2 * looked_up)
+    assert 1.0 < found["distill"][0].counted / (8 * (every - looked_up)) < 1.05
+    assert 1.0 < found["finetune"][0].counted / (6 * (every - looked_up)) < 1.05
+    align = found["align"][0].counted - 2 * (every - 2 * looked_up)
     attention = 28 * 2 * 3584 * (3584 + 512)
     assert 4 * attention < align < 6 * 1.5 * attention
     frozen = case_flops(Case("qwen2.5-7b", "distill", freeze=("mlp",)))[0]
-    assert found["distill"][0].by_matrix - frozen.by_matrix == pytest.approx(2 * 28 * 3 * 3584 * 18944)
+    assert found["distill"][0].counted - frozen.counted == pytest.approx(2 * 28 * 3 * 3584 * 18944)
 
 
 def test_a_recipe_gives_its_settings(bench: None) -> None:

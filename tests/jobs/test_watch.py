@@ -12,6 +12,7 @@ import torch
 
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.events import Event, events_of
+from radlads.tasks.contracts.recipe.losses import CeSpikes
 from radlads.tasks.contracts.recipe.recipe import Phase, Rate, Schedule, load_recipe, parse_recipe
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.plan.checks import Findings
@@ -159,8 +160,8 @@ def test_stop_saves_says_what_to_do_and_goes_on_once_the_policy_is_changed(train
 def test_slow_steps_stop_the_job_after_the_next_one(training, monkeypatch):
     numbers = train._numbers
 
-    def slow(section, step, device):
-        return numbers(section, replace(step, seconds=9.0 if 8 < step.number < 13 else 1.0), device)
+    def slow(section, step, *rest):
+        return numbers(section, replace(step, seconds=9.0 if 8 < step.number < 13 else 1.0), *rest)
 
     monkeypatch.setattr(train, "_numbers", slow)
     watch = OFF | {"throughput": {"policy": "stop", "window": 4}}
@@ -172,10 +173,14 @@ def test_slow_steps_stop_the_job_after_the_next_one(training, monkeypatch):
     assert (event.step, event.value, event.median) == (11, pytest.approx(128 / 9), 128)
     assert execute(train.main, Job(spec=job.spec)) == "done", training.ending(job)  # on a machine that is fast again
     assert events(job) == [event]
+    short = training.job("finetune", "watch-slow-end", watch=watch, **SETTINGS | {"tokens": 11 * 128})
+    assert execute(train.main, short) == "done", training.ending(short)
+    assert events(short) == []  # nothing was stopped: there was no next step
 
 
 # Rollbacks. Steps 1 to 6 stay; the checkpoint of step 9 is from within the evidence of step 10, so 6 is the good one.
 
+SPIKES = CeSpikes(every=2, weight=0.1)
 FAULT = {"loss_spike": faulty, "nonfinite": poisoned}
 ROLLBACK = {"rate_factor": 0.25, "ce_spikes": {"every": 3, "weight": 0.5}}
 
@@ -227,6 +232,14 @@ def test_without_reshuffle_the_same_rows_come_again(training, undisturbed, monke
     ours, theirs = ([row["loss"] for row in steps_of(one)] for one in (job, undisturbed))
     assert ours[:7] == theirs[:7]
     assert ours[7] != theirs[7]
+
+
+def test_a_step_with_a_ce_spike_does_not_prove_the_checkpoint_before_it(training, monkeypatch):
+    """Every second step has one. Step 11 is bad and 10 was not judged, so 9 may be bad; 8 is known to be good."""
+    faulty(monkeypatch, 11)
+    job = training.job("distill", "unproven", watch=rolling("loss_spike"), ce_spikes=SPIKES, **SETTINGS)
+    assert execute(train.main, job) == "done", training.ending(job)
+    assert [(event.step, event.first, event.to) for event in events(job)] == [(11, 11, 6)]
 
 
 PHASES = (Phase(tokens=4 * 128), Phase(tokens=4 * 96, context=48, batch=2, micro_batch=1, fresh_optimizer=True))
@@ -359,6 +372,14 @@ def test_a_fault_right_after_a_rollback_goes_back_to_the_same_place(training, mo
     job = training.job("finetune", "at-once", watch=watch, seed=3, **SETTINGS)
     assert execute(train.main, job) == "watch"
     assert "no checkpoint from before it is left; lower the learning rate" in training.ending(job)["message"]
+
+
+def test_a_number_that_is_still_not_finite_after_the_last_rollback_names_the_limit(training, monkeypatch):
+    poisoned(monkeypatch, 5, times=2)
+    job = training.job("finetune", "still-nan", watch=rolling("nonfinite", max_rollbacks=1), **SETTINGS)
+    assert execute(train.main, job) == "watch"
+    assert "rolled back 1 times already (watch.rollback.max_rollbacks); lower" in training.ending(job)["message"]
+    assert [(event.action, event.to) for event in events(job)] == [("rollback", 3), ("stop", None)]
 
 
 RANKS = """

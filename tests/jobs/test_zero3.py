@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from radlads.model.convert.transplant import transplant
 from radlads.model.student.export import export_student
 from radlads.model.student.load import build_student
 from radlads.model.teacher.load import load_teacher
+from radlads.model.training import mlp_pieces
 from radlads.model.training.objectives import build_objective
 from radlads.model.weights.weight_files import open_weight_files
 from radlads.tasks.contracts.job import Manifest
@@ -25,8 +27,10 @@ from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.train import train
+from radlads.tasks.jobs.train.engines import partition
 from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
+from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 from radlads.tasks.jobs.train.training_models import load_networks
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -91,6 +95,21 @@ def test_a_stage_trains_as_under_zero_2(training, stage):
     assert_same_models(divided, plain, 1e-5)
 
 
+def test_what_is_gathered_once_a_step_trains_as_under_zero_2(training, monkeypatch):
+    """The benchmark's other engine for ZeRO-2."""
+
+    def build(job: Job, objective: Any, section: Any, **sizes: int) -> Engine:
+        return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=True, **sizes)
+
+    options = {**SHORT, **RATES, "freeze": ("mlp",), "heldout_every": 2}
+    plain = training.job("distill", "zero2-beside", resources={"zero_stage": 2}, **options)
+    wanted = run(training, plain)
+    monkeypatch.setattr(train, "build_engine", build)
+    other = training.job("distill", "zero2-gathered-once", resources={"zero_stage": 2}, **options)
+    assert run(training, other) == pytest.approx(wanted, rel=1e-5)
+    assert_same_models(other, plain, 1e-5)
+
+
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hybrid, run_ranks, stage):
     rates = MIXERS if stage == "align" else {**RATES, "freeze": ("mlp", "embeddings")}
@@ -103,6 +122,16 @@ def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hyb
     wanted = run(training, plain)
     assert [loss for _, loss in training.curve(divided)] == pytest.approx(wanted, rel=1e-4)
     assert_same_models(divided, plain, 1e-3)
+
+
+def test_shared_mlps_in_pieces_of_the_tokens(training, monkeypatch):
+    """Units of their own, whose recomputation ends at their input."""
+    options = {**SHORT, **RATES, "freeze": ("mlp",)}
+    whole = run(training, training.job("distill", "zero2-whole-mlps", resources={"zero_stage": 2}, **options))
+    monkeypatch.setattr(mlp_pieces, "PIECE", 24)
+    monkeypatch.setattr(partition, "_REPLICATED", 0)
+    pieces = training.job("distill", "zero3-mlps-in-pieces", resources={"zero_stage": 3}, **options)
+    assert run(training, pieces) == pytest.approx(whole, rel=1e-5)
 
 
 def test_lora_in_bf16_is_merged_into_an_export_of_bf16(training):
@@ -156,6 +185,39 @@ def test_a_pass_after_a_restore_is_of_the_restored_state(training):
             losses.append((before, engine.forward(batch)[0].item()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-2)
+
+
+def test_an_export_reads_a_shard_at_a_time_and_writes_the_same_bytes(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(partition, "_REPLICATED", 1)  # else every rank holds these small modules whole
+    options = {"precision": "bf16", "freeze": ("mlp", "embeddings", "head"), **RATES}
+    job = training.job("distill", "zero3-export", resources={"zero_stage": 3}, **options)
+    job.open_process_group()
+    spec, limit = job.typed, 20_000
+    networks = load_networks(job, spec)
+    export_student(networks.student, None, tmp_path / "whole", max_shard_bytes=limit)
+    objective = build_objective(spec, networks.student, networks.teacher)
+    engine = build_engine(job, objective, spec.section, micro_batch=2, num_micro=1)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    sizes: list[tuple[int, int]] = []
+    with engine.reading(0) as read:
+        assert read is not None
+
+        def watched(name: str) -> torch.Tensor:
+            alive.append(weakref.ref(tensor := read(name)))
+            held = sum(one.nbytes for ref in alive if (one := ref()) is not None)
+            sizes.append((tensor.nbytes, held))
+            return tensor
+
+        export_student(
+            networks.student, None, tmp_path / "divided", max_shard_bytes=limit, dtype=job.dtype, read=watched
+        )
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sum(name.endswith(".safetensors") for name in names) > 3
+    assert names == sorted(path.name for path in (tmp_path / "divided").iterdir())
+    for name in names:
+        assert (tmp_path / "divided" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    each, held = zip(*sizes, strict=True)
+    assert max(held) <= max(limit, *each) < sum(each) / 3
 
 
 @pytest.mark.parametrize(

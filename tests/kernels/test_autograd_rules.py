@@ -11,8 +11,6 @@ from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.kernels.shared.testing import assert_autograd_rules, gated_delta_inputs, wkv6_inputs, wkv7_inputs
 from radlads.kernels.wkv6 import wkv6, wkv6_step
 from radlads.kernels.wkv7 import wkv7, wkv7_step
-from radlads.kernels.wkv7.chunked import wkv7_chunked
-from radlads.kernels.wkv7.split import wkv7_split
 from radlads.model.training.quantized import quantize_frozen
 
 PACKED = torch.tensor([0, 3, 3, 17, 40])
@@ -38,7 +36,6 @@ def recurrences():
     return {
         "wkv7": (partial(wkv7, output_final_state=True), dense7),
         "wkv7 packed": (partial(wkv7, cu_seqlens=PACKED), dense7),
-        "wkv7 split": (partial(wkv7_split, length=10, operator=wkv7_chunked, output_final_state=True), dense7),
         "wkv6": (partial(wkv6, output_final_state=True), dense6),
         "wkv6 packed": (partial(wkv6, cu_seqlens=PACKED), dense6),
         "gated_delta": (partial(gated_delta, output_final_state=True), delta),

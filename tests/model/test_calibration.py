@@ -9,7 +9,7 @@ import torch
 
 from radlads.model.mixers.shared.registry import list_variants
 from radlads.model.training.calibration import SHIFTS, alignment_loss, alignment_losses, calibrate
-from radlads.model.training.objectives import plain_hidden
+from radlads.model.training.hidden_states import plain_hidden
 from radlads.model.training.probe import AttentionProbe
 
 PARTS = ("value", "iclr", "decay", "gate")

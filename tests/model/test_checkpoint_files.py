@@ -99,7 +99,7 @@ def test_files_of_a_hub_cache_are_links(sharded: Path, tmp_path: Path) -> None:
         (["model.fp16.safetensors"], "it has only model.fp16.safetensors; rename it to model.safetensors"),
         (["model.fp16-00001-of-00002.safetensors"], "it has only model.fp16-00001-of-00002.safetensors"),
         (["model-00001-of-00001.safetensors"], "shards without the index.*download model.safetensors.index.json"),
-        (["model.Q4_1.gguf"], "GGUF weights are quantised"),
+        (["model.Q4_1.gguf"], "GGUF weights are read where the file itself is named"),
         (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter .adapter_config.json. alone; merge"),
         (["adapter_config.json", "model.safetensors"], "a PEFT adapter .* beside whole weights; merge it"),
     ],

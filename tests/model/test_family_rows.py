@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrained
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import build_student
 from radlads.model.teacher.load import find_family, list_families, load_teacher
-from radlads.model.training.objectives import build_objective, head_inputs, plain_hidden
+from radlads.model.training.hidden_states import head_inputs, plain_hidden
+from radlads.model.training.objectives import build_objective
 from radlads.model.training.probe import AttentionProbe
 from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec

@@ -284,7 +284,7 @@ def test_packed_documents_are_read_apart(make_teacher, make_student, batch, kept
         apart = torch.cat([student.hidden(flat[None, a:b])[0] for a, b in pairwise(bounds)])
         torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-4)
         built = objective("distill", student, teacher, reset_at_documents=True)
-        wanted = built.teacher_hidden(ids, bounds).flatten(0, 1)
+        wanted = built.teacher_hidden(ids, cu_seqlens=bounds).flatten(0, 1)
         alone = torch.cat([teacher.model(flat[None, a:b]).last_hidden_state[0] for a, b in pairwise(bounds)])
         torch.testing.assert_close(wanted, alone, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="document_ids"):

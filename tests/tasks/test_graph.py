@@ -155,6 +155,22 @@ def test_extend_reads_both_of_its_datasets_and_finetunes_student() -> None:
     assert steps["evaluate"]["finetune"] == "finetune"
 
 
+def test_a_gguf_teacher_is_made_a_folder_once_and_read_by_whatever_reads_a_teacher() -> None:
+    runner = RecordingRunner()
+    made = convert(load_recipe("tiny-qwen3-8b-hybrid", {"teacher.path": "x.gguf"}), runner)
+    steps, read = dict(runner.steps), {"teacher": "dequantize"}
+    assert [label for label, _ in runner.steps][:2] == ["plan", "dequantize"]
+    assert steps["dequantize"] == {}
+    assert steps["transplant"] == read
+    others = {label for label, inputs in runner.steps if "teacher" in inputs}
+    tokenized = {label for label in steps if label.startswith("tokenize ")}
+    assert others == {"transplant", "align", "choose", "distill", "evaluate", "needle"} | tokenized
+    assert steps["publish"]["dequantize"] == "dequantize"
+    assert list(made)[-1] == "publish"
+    plain = recorded("tiny-qwen3-8b-hybrid").digests
+    assert plain["align"] != runner.digests["align"]
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_stage_reads_what_its_row_says(name) -> None:
     for label, reads in recorded(name).steps:

@@ -117,7 +117,9 @@ def test_order_is_the_runs() -> None:
 
 
 def test_an_unknown_stage_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match="'polish' is not a stage; the stages are plan, tokenize") as raised:
+    with pytest.raises(
+        ValueError, match="'polish' is not a stage; the stages are plan, dequantize, tokenize"
+    ) as raised:
         stage_info("polish")
     assert "\n" not in str(raised.value)
     fields = {"run": "r", "recipe": "x", "digest": "d", "spec": {}, "output_uri": "o", "store": {"uri": "s"},

@@ -55,6 +55,8 @@ class MixerContext:
     """Whether the layers that stayed softmax attention rotate their queries and keys."""
     cached: bool = False
     """Whether the pass continues from a cache, or fills one."""
+    row_part: Any = None
+    """In training by several ranks that share rows: this rank's part (`before` and `run`); None elsewhere."""
     first: FirstValues | None = None
     """Set by the first recurrent layer: tensors of its graph, so that gradients of deeper layers reach it."""
 
@@ -180,6 +182,7 @@ class Mixer(nn.Module):
             keep_BT=_moved(context.keep, device),
             cu_seqlens=_moved(context.cu_seqlens, device),
             output_state=memory is not None,
+            row_part=context.row_part,
         )
         if context.first is None:
             context.first = mixed.first
@@ -197,12 +200,14 @@ class Mixer(nn.Module):
         keep_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
+        row_part: Any = None,
     ) -> MixerOutput:
         """Mix a (normed) sequence.
 
         rope: cos and sin, [B or 1, T, K or less]. first: what the first recurrent layer gave; None in that layer.
         state: the state after the preceding tokens. keep_BT: False at padding, which then neither decays nor writes the
         state. cu_seqlens: int [N+1], document bounds in the flattened [B·T] (row bounds included); no state then.
+        row_part: as in `MixerContext`, with the same bounds.
         """
         raise NotImplementedError
 

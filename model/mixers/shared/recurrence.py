@@ -7,6 +7,7 @@ model carries this file.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -22,13 +23,17 @@ def run_recurrence(
     cu_seqlens: Tensor | None,
     output_state: bool,
     training: bool,
+    row_part: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`(out [B,T,H,V], state [B,H,K,V] fp32 or None)` of an operator of radlads.kernels; inputs [B,T,H,·] or [B,T,H].
 
     One token on a kept state is a decode step (the state is updated in place); everything else is one parallel pass.
-    Raises ValueError if both packed documents (cu_seqlens) and a state are given.
+    row_part: as in `MixerContext`; it has the bounds of documents itself. Raises ValueError if both packed documents
+    (cu_seqlens) and a state are given.
     """
     B, T = inputs[0].shape[:2]
+    if row_part is not None:
+        return row_part.run(operator, inputs), None
     if cu_seqlens is not None:
         if state is not None or output_state:
             raise ValueError("packed documents (cu_seqlens) and a recurrent state exclude each other")

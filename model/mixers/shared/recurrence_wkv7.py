@@ -3,6 +3,8 @@ file."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from radlads.kernels.mixer_ops import DeltaOperands, Operands
@@ -20,6 +22,7 @@ def run_wkv7(
     cu_seqlens: Tensor | None,
     output_state: bool,
     training: bool,
+    row_part: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`(out [B,T,H,V], state [B,H,K,V] fp32 or None)`; see `run_recurrence`. Padding neither decays nor writes.
 
@@ -37,4 +40,5 @@ def run_wkv7(
         cu_seqlens=cu_seqlens,
         output_state=output_state,
         training=training,
+        row_part=row_part,
     )

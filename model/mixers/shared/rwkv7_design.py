@@ -77,6 +77,10 @@ class Design:
     token_shift: bool = False
 
 
+_LOW = "wavkg"
+"""The low-rank maps that a design may have: w1 and w2, a1 and a2, …"""
+
+
 class Branches(NamedTuple):
     """The inputs [B,T,D] of the six branches; all the same without a token shift."""
 
@@ -169,14 +173,12 @@ class Rwkv7Mixer(Mixer):
         if self.design.gate == "product" and self.options.gate_init == "identity":
             start_gate_at_one(self.g2)
 
-    def _branches(
-        self, x_BTD: Tensor, state: MixerState | None, keep_BT: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Branches, Tensor | None]:
-        """The input of each branch, and the last token's x [B,D] for the token shift."""
+    def _branches(self, x_BTD: Tensor, state: MixerState | None, **given: Any) -> tuple[Branches, Tensor | None]:
+        """The input of each branch, and the last token's x [B,D] for the token shift. given: for `previous_tokens`."""
         if not self.design.token_shift:
             return Branches(*[x_BTD] * 6), None
         last = None if state is None else state.shift
-        previous, last = previous_tokens(x_BTD, last_BD=last, keep_BT=keep_BT, cu_seqlens=cu_seqlens)
+        previous, last = previous_tokens(x_BTD, last_BD=last, **given)
         change = previous - x_BTD
         shifts = (getattr(self, f"x_{name}", None) for name in Branches._fields)
         return Branches(*(x_BTD if shift is None else x_BTD + change * shift for shift in shifts)), last
@@ -191,18 +193,46 @@ class Rwkv7Mixer(Mixer):
         keep_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
+        row_part: Any = None,
     ) -> MixerOutput:
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
-        x, shift = self._branches(x_BTD, state, keep_BT, cu_seqlens)
+        x, shift = self._branches(x_BTD, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part)
         r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
-        design = self.design
-        operands = (wkv7_delta_operands if is_step(r, state, training=self.training) else wkv7_operands)(
-            k,
-            v,
-            values=self._values(x.v, first),
-            keys=None if self.k0 is None else Residual(first.k, x.k @ self.k1 @ self.k2, self.k0),
-            a_low_BTA=x.a @ self.a1 @ self.a2,
-            w_low_BTA=torch.tanh(x.w @ self.w1) @ self.w2,
+        firsts = (getattr(self, f"{name}1", None) for name in _LOW)
+        low = [None if one is None else getattr(x, name) @ one for name, one in zip(_LOW, firsts, strict=True)]
+        out, values, wkv = self.recur(
+            r, k, v, gate, *(first or FirstValues()), *low,
+            state=state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, output_state=output_state, row_part=row_part,
+        )  # fmt: skip
+        first = self._first_values(k, v, values) if self.v0 is None else first
+        return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
+
+    def recur(
+        self,
+        r_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        gate_BTA: Tensor | None,
+        first_v: Tensor | None,
+        first_k: Tensor | None,
+        *low_BTR: Tensor | None,
+        **call: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From what the wide projections give to the output [B,T,D], with the values [B,T,H,V] and the last state: all
+        that costs little arithmetic for the memory that it keeps, so that training may compute it twice.
+
+        gate: the teacher's own. first_v, first_k: FirstValues. low: products with the first factor of w, a, v, k, g;
+        None for those that the variant lacks. call: state, keep_BT, cu_seqlens, output_state, row_part, as of
+        `mix`.
+        """
+        design, (w, a, v, k, g) = self.design, low_BTR
+        operands = (wkv7_delta_operands if is_step(r_BTHK, call["state"], training=self.training) else wkv7_operands)(
+            k_BTGK,
+            v_BTGK,
+            values=self._values(v, FirstValues(first_v, first_k)),
+            keys=None if self.k0 is None else Residual(first_k, k @ self.k2, self.k0),
+            a_low_BTA=a @ self.a2,
+            w_low_BTA=torch.tanh(w) @ self.w2,
             w0_A=self.w0,
             a0_A=self.a0,
             stock=StockKeys(self.k_k, self.k_a) if design.key_scaling == "k_a" else None,
@@ -210,36 +240,27 @@ class Rwkv7Mixer(Mixer):
             log_log=design.key_scaling == "log_log_decay",
             decay_dtype=self.decay_dtype,
         )
-        y, wkv = run_wkv7(
-            r,
-            operands,
-            state=state,
-            keep_BT=keep_BT,
-            cu_seqlens=cu_seqlens,
-            output_state=output_state,
-            training=self.training,
-        )
+        y, wkv = run_wkv7(r_BTHK, operands, training=self.training, **call)
         y = wkv7_finish(
             y,
             norm=None if self.ln_x is None else GroupNorm(self.ln_x.weight, self.ln_x.bias, self.ln_x.eps),
             scale=self.shape.head_dim**-0.5 if design.output_scale else 1.0,
-            bonus=Bonus(r, operands.k, operands.v, self.r_k) if design.bonus else None,
-            gate_BTA=None if design.gate == "none" else torch.sigmoid(x.g @ self.g1) @ self.g2,
+            bonus=Bonus(r_BTHK, operands.k, operands.v, self.r_k) if design.bonus else None,
+            gate_BTA=None if design.gate == "none" else torch.sigmoid(g) @ self.g2,
             gate_base=1.0 if design.gate == "one_plus" else 0.0,
-            out_gate_BTA=gate,
+            out_gate_BTA=gate_BTA,
         )
-        first = self._first_values(k, v, operands.v) if self.v0 is None else first
-        return MixerOutput(self.o_proj(y), first, None if wkv is None else MixerState(wkv, shift))
+        return self.o_proj(y), operands.v, wkv
 
-    def _values(self, x_BTD: Tensor, first: FirstValues | None) -> Residual | AddedValues | None:
+    def _values(self, low_BTR: Tensor | None, first: FirstValues) -> Residual | AddedValues | None:
         """What is mixed into a layer's values."""
         if self.design.value_lora_scale is not None:
-            return AddedValues(x_BTD @ self.v1 @ self.v2, self.design.value_lora_scale)
+            return AddedValues(low_BTR @ self.v2, self.design.value_lora_scale)
         if self.v0 is None:
             return None
-        if first is None or first.v is None or (self.design.first_keys and first.k is None):
+        if first.v is None or (self.design.first_keys and first.k is None):
             raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
-        return Residual(first.v, x_BTD @ self.v1 @ self.v2, self.v0)
+        return Residual(first.v, low_BTR @ self.v2, self.v0)
 
     def _first_values(self, k_BTGK: Tensor, v_BTGK: Tensor, v_BTHK: Tensor) -> FirstValues:
         """What the first recurrent layer hands to the others."""

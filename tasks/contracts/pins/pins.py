@@ -16,7 +16,9 @@ from radlads.tasks.contracts.identity import Reading, readings
 from radlads.tasks.contracts.pins.content import ContentHashes, hash_of, matching_files, walk_files
 from radlads.tasks.contracts.pins.hub import hub_commit, is_commit
 from radlads.tasks.contracts.pins.places import (
+    COMPRESSED,
     expand_paths,
+    is_gguf,
     resolve_dataset_path,
     resolve_file,
     resolve_task_folder,
@@ -62,12 +64,12 @@ def pin_teacher(
 
 
 def teacher_revision(path: str, revision: str | None, *, trust_remote_code: bool) -> str | None:
-    """The commit of a hub teacher; the given revision for a folder.
+    """The commit of a hub teacher; the given revision for a folder or GGUF file.
 
     Raises UserError if it cannot be reached, has no safetensors, or needs remote code without a pinned commit.
     """
     resolved = resolve_teacher_path(path)
-    if Path(resolved).is_dir():
+    if is_gguf(path) or Path(resolved).is_dir():
         _require_weights(Path(resolved))
         return revision
     commit = hub_commit(resolved, revision, "model")
@@ -80,12 +82,12 @@ def teacher_revision(path: str, revision: str | None, *, trust_remote_code: bool
 
 
 def teacher_fingerprint(path: str, revision: str | None, hashes: ContentHashes) -> str:
-    """Folder: sha256 over config, tokenizer and weights. Hub: `hub:<id>@<commit>`."""
+    """Folder: sha256 over config, tokenizer and weights. GGUF: sha256 of the file. Hub: `hub:<id>@<commit>`."""
     return _teacher((path,), revision, hashes)[0]
 
 
 def tokenizer_fingerprint(path: str, revision: str | None = None, hashes: ContentHashes | None = None) -> str:
-    """Folder: sha256 over the tokenizer files, including chat templates. Hub: `hub:<id>@<commit>`."""
+    """Folder: sha256 over the tokenizer files, including chat templates. GGUF and hub: as teacher_fingerprint."""
     return _tokenizer((path,), revision, hashes or ContentHashes())[0]
 
 
@@ -226,7 +228,7 @@ def _files(place: tuple[str, ...], _: str | None, hashes: ContentHashes) -> _Fou
 def _format(name: str) -> str:
     """The suffix that determines the format of a corpus file, e.g. `.jsonl.gz`."""
     path = PurePosixPath(name)
-    return "".join(PurePosixPath(path.stem).suffixes[-1:]) + ".gz" if path.suffix == ".gz" else path.suffix
+    return ("".join(PurePosixPath(path.stem).suffixes[-1:]) if path.suffix in COMPRESSED else "") + path.suffix
 
 
 def _folder(folder: Path, names: Sequence[str], hashes: ContentHashes, more: Any = None) -> _Found:
@@ -257,27 +259,32 @@ def _task(place: tuple[str, ...], _: str | None, hashes: ContentHashes) -> _Foun
 
 
 def _teacher(place: tuple[str, ...], revision: str | None, hashes: ContentHashes) -> _Found:
-    resolved = resolve_teacher_path(place[0])
-    folder = Path(resolved)
-    if not folder.is_dir():
-        return f"hub:{resolved}@{hub_commit(resolved, revision, 'model')}", ()
+    folder = Path(resolved := resolve_teacher_path(place[0]))
+    if (found := _without_folder(resolved, revision, hashes)) is not None:
+        return found
     _require_weights(folder)
     return _folder(folder, matching_files(folder, {*_MODEL_FILES, *_TOKENIZER_FILES}), hashes)
 
 
 def _tokenizer(place: tuple[str, ...], revision: str | None, hashes: ContentHashes) -> _Found:
-    resolved = resolve_tokenizer_path(place[0])
-    folder = Path(resolved)
-    if not folder.is_dir():
-        return f"hub:{resolved}@{hub_commit(resolved, revision, 'model')}", ()
+    folder = Path(resolved := resolve_tokenizer_path(place[0]))
+    if (found := _without_folder(resolved, revision, hashes)) is not None:
+        return found
     names = matching_files(folder, _TOKENIZER_FILES)
     if not names:
         raise UserError(f"{folder} has no tokenizer files (expected {', '.join(_TOKENIZER_FILES[:4])}, ...)")
     return _folder(folder, names, hashes, more=_class_hints(folder))
 
 
+def _without_folder(resolved: str, revision: str | None, hashes: ContentHashes) -> _Found | None:
+    """The content of a model that is a GGUF file or a hub id; None for a folder."""
+    if is_gguf(resolved):
+        return hashes.of(Path(resolved)), ()
+    return None if Path(resolved).is_dir() else (f"hub:{resolved}@{hub_commit(resolved, revision, 'model')}", ())
+
+
 def _require_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} has no .safetensors weights (pickled .bin files are not supported); convert them first"
         )

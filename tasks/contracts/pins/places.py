@@ -12,6 +12,9 @@ from radlads.tasks.contracts.recipe.chat_templates import SHIPPED, shipped_chat_
 
 DEMO = "demo"
 _DEMO_FILE = "demo:"
+_GGUF = ".gguf"
+COMPRESSED = (".gz", ".xz", ".zst")
+"""Endings of compressed text and JSON lines."""
 
 
 def demo_folder() -> Path:
@@ -19,17 +22,39 @@ def demo_folder() -> Path:
     return Path(str(resources.files("radlads.deployments"))) / "demo"
 
 
+def is_gguf(path: str) -> bool:
+    """Whether a teacher's path names a GGUF file."""
+    return path.lower().endswith(_GGUF)
+
+
 def resolve_teacher_path(path: str) -> str:
-    """`demo` or `demo:NAME` → folder of a shipped teacher; a local folder → its absolute path; else a hub id.
+    """`demo` or `demo:NAME` → folder of a shipped teacher; a local folder or GGUF file → its absolute path; else a hub
+    id.
 
     Raises UserError if a shipped teacher or a path that looks local does not exist.
     """
+    if is_gguf(path):
+        return _gguf_file(path)
     if path == DEMO or path.startswith(_DEMO_FILE):
         folder = demo_folder() / ("teacher" if path == DEMO else path.removeprefix(_DEMO_FILE))
         if not (folder / "config.json").is_file():
             raise UserError(f"there is no shipped teacher at {folder}; reinstall the package, or give your own teacher")
         return str(folder)
-    return _folder_or_hub_id(path, "teacher folder", ", or `demo`")
+    found = _folder_or_hub_id(path, "teacher folder", ", a GGUF file, or `demo`")
+    held = sorted(Path(found).glob(f"*{_GGUF}")) if Path(found).is_dir() else []
+    if held and not Path(found, "config.json").is_file():
+        raise UserError(f"{found} is a folder of GGUF files; name one of them, with gguf_file: {held[0].name}")
+    return found
+
+
+def _gguf_file(path: str) -> str:
+    local = Path(path).expanduser()
+    if not local.is_file():
+        raise UserError(
+            f"there is no GGUF file at {path}; one of the hub is downloaded first (hf download REPOSITORY FILE "
+            "--local-dir FOLDER) and named by its path"
+        )
+    return str(local.resolve())
 
 
 def resolve_tokenizer_path(path: str) -> str:

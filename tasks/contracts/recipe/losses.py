@@ -43,6 +43,12 @@ class Align(Training):
     comprehensive: Comprehensive = Comprehensive()
 
     @model_validator(mode="after")
+    def _rows_are_whole(self) -> Self:
+        if self.sequence_parallel > 1:
+            raise ValueError("align compares outputs over whole rows; leave sequence_parallel out of it")
+        return self
+
+    @model_validator(mode="after")
     def _weights_are_used(self) -> Self:
         if self.loss != "comprehensive" and self.comprehensive != Comprehensive():
             raise ValueError("`comprehensive` sets the weights of `loss: comprehensive`, but another loss is selected")

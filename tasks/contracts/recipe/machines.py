@@ -1,13 +1,13 @@
-"""The machines of a job that does not run on the flow's own: hosts that are reached by ssh, or a Slurm cluster."""
+"""The machines that jobs run on: the flow's own, hosts that are reached by ssh, or a Slurm cluster."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, Place, Section
@@ -75,3 +75,50 @@ def parse_hosts(lines: Iterable[str]) -> tuple[Host, ...]:
     if not hosts:
         raise ValueError("there is no host; a line of a hostfile is `name slots=8`")
     return tuple(hosts.values())
+
+
+class Resources(Section):
+    """Hardware settings of jobs. Not in any digest: the same recipe on more GPUs is the same run."""
+
+    launcher: Literal["local", "hosts", "slurm"] = "local"
+    """What starts the jobs. local: processes of this machine. hosts: of the machines in `hosts`, over ssh. slurm: batch
+    jobs of a cluster."""
+    hosts: Annotated[Place | tuple[str, ...] | None, OPERATIONAL] = None
+    """DeepSpeed's hostfile, or its lines: `name slots=8`, with one rank a slot. The ranks meet at the first host."""
+    slurm: Annotated[Slurm | None, OPERATIONAL] = None
+    remote: Annotated[Remote, OPERATIONAL] = Remote()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What the GPUs share: 1 the optimizer, 2 gradients too, 3 also the weights of student and teacher, frozen ones
+    included, which are then gathered a part of a layer at a time. With bf16, 0 and 1 run as 2."""
+    threads: int | None = Field(default=None, gt=0, le=4096)
+    """CPU threads per process; None: the cores divided by the number of processes."""
+    offload_optimizer: bool = False
+    """Keep fp32 masters and Adam moments in host memory and step there. Slower; frees 12 bytes per parameter."""
+    cuda_graphs: Literal["off", "auto", "on"] = "off"
+    """Record a training pass once and replay it: a model so small that its GPU waits for launches trains faster. Each
+    GPU then holds the whole optimizer. auto: up to a billion parameters, where passes can be recorded; on: an error
+    where they cannot."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one GPU, for planning without a GPU; None: detected."""
+    dollars_per_gpu_hour: float | None = Field(default=None, ge=0)
+    """Price for the cost in the plan and the report."""
+
+    @model_validator(mode="after")
+    def _machines_fit_the_launcher(self) -> Self:
+        if (self.hosts is not None) != (self.launcher == "hosts"):
+            raise ValueError("`hosts` and `launcher: hosts` need each other: a hostfile, or lines as `name slots=8`")
+        if isinstance(self.hosts, tuple):
+            parse_hosts(self.hosts)
+        if (self.slurm is not None) != (self.launcher == "slurm"):
+            raise ValueError("`slurm` and `launcher: slurm` need each other, e.g. slurm: {nodes: 2, gpus_per_node: 8}")
+        if self.launcher == "local" and self.remote != Remote():
+            raise ValueError("`remote` is for launchers that run jobs on other machines: hosts, slurm")
+        if self.launcher != "local" and self.device != "cpu" and self.gpu_memory_gib is None:
+            raise ValueError(
+                f"with `launcher: {self.launcher}` the plan cannot look at the GPUs; set `gpu_memory_gib` to the "
+                "memory of one of them"
+            )
+        return self

@@ -8,7 +8,7 @@ from typing import Any
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
 
-_PATH_LISTS = {"paths", "haystack"}
+_PATH_LISTS = {"paths", "haystack", "prompts"}
 _SINGLE_PLACES = {"path", "tokenizer", "chat_template", "hosts", "ssh_config"}
 
 

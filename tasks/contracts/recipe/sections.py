@@ -23,7 +23,7 @@ from radlads.tasks.contracts.recipe.losses import (
     Phase,
     Pretrain,
 )
-from radlads.tasks.contracts.recipe.machines import Remote, Slurm, parse_hosts
+from radlads.tasks.contracts.recipe.machines import Resources
 from radlads.tasks.contracts.recipe.memory import FrozenBits
 from radlads.tasks.contracts.recipe.training import Optimizer, Rate, Schedule, Training
 from radlads.tasks.contracts.recipe.transplant import TransplantScale
@@ -63,7 +63,9 @@ class Teacher(Section):
     """The frozen softmax-attention model."""
 
     path: Annotated[Place, Reads("teacher")]
-    """A hub id, a local Hugging Face folder, or `demo` for the shipped teacher."""
+    """A hub id, a local Hugging Face folder, a GGUF file, or `demo` for the shipped teacher."""
+    gguf_file: Annotated[str | None, PLACE] = None
+    """Name of a GGUF file in the folder `path`; the same as that file as `path`."""
     revision: Annotated[str | None, PLACE] = None
     """Branch, tag or commit of the hub id. The plan resolves it to a commit and pins that."""
     trust_remote_code: bool = False
@@ -71,6 +73,16 @@ class Teacher(Section):
     the model class is that of its family in transformers."""
     bits: FrozenBits = 16
     """8: layer matrices are int8 during training. Evaluation always uses the original teacher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_of_the_folder(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or not raw.get("gguf_file"):
+            return raw
+        path, name = raw.get("path"), raw["gguf_file"]
+        if not isinstance(name, str) or not name.lower().endswith(".gguf") or not isinstance(path, str):
+            raise ValueError("gguf_file names a file ending in .gguf in the folder `path`")
+        return {**raw, "path": f"{path.rstrip('/')}/{name}", "gguf_file": None}
 
 
 class Student(Section):
@@ -102,7 +114,17 @@ class Student(Section):
         return self
 
 
-class DocumentSource(Section):
+class MixedSource(Section):
+    """Settings that all sources share: their part in a mixture."""
+
+    weight: Annotated[float | None, AddedLater()] = Field(default=None, gt=0)
+    """Its share of the training tokens, over the sum of all weights. Without weights, sources are read to their ends,
+    interleaved by bytes."""
+    repeats: Annotated[int, AddedLater()] = Field(default=1, ge=1, le=1000)
+    """How often its documents are read, at most, to reach its weight."""
+
+
+class DocumentSource(MixedSource):
     """Settings that `hub` and `files` sources share."""
 
     text_field: str = "text"
@@ -147,7 +169,7 @@ class HubSource(DocumentSource):
 
 
 class FilesSource(DocumentSource):
-    """Local parquet, jsonl or text files; jsonl and text also gzipped (.gz)."""
+    """Local parquet, jsonl or text files; jsonl and text also compressed (.gz, .xz, .zst)."""
 
     kind: Literal["files"]
     paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
@@ -158,7 +180,7 @@ class FilesSource(DocumentSource):
     max_documents: int | None = Field(default=None, gt=0)
 
 
-class SampleSource(Section):
+class SampleSource(MixedSource):
     """Text sampled from the teacher, for use without a corpus."""
 
     kind: Literal["sample"]
@@ -168,10 +190,23 @@ class SampleSource(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     batch: int = Field(default=64, gt=0)
     """Documents sampled in parallel. The text depends on it, so it is part of the digest."""
+    prompts: Annotated[tuple[Place, ...], Reads("files"), AddedLater()] = ()
+    """Files (as in `files`) whose documents the teacher continues, in turn; empty: it begins with BOS."""
+    prompts_separator: Annotated[str | None, AddedLater()] = Field(default=None, min_length=1)
+    prompt_tokens: Annotated[int, AddedLater()] = Field(default=32, gt=0)
+    """Tokens of a document's beginning that are given to the teacher."""
+    static_cache: Annotated[bool, AddedLater()] = False
+    """A cache of full length; on a GPU transformers then compiles the step. Rounding, so the text, differs."""
     seed: Seed = 1337
 
+    @model_validator(mode="after")
+    def _prompts_leave_room(self) -> Self:
+        if self.prompts and self.prompt_tokens + 2 > self.context:
+            raise ValueError("context must exceed prompt_tokens by 2: BOS, and one sampled token")
+        return self
 
-class RecallSource(Section):
+
+class RecallSource(MixedSource):
     """Synthetic recall text: a haystack with facts, then questions about them."""
 
     kind: Literal["recall"]
@@ -201,6 +236,21 @@ class Dataset(Section):
     """Prepend the tokenizer's BOS token to each document that does not start with it."""
     seed: Seed = 1337
     """Seed of the document order."""
+
+    @model_validator(mode="after")
+    def _all_have_weights_or_none(self) -> Self:
+        without = [str(index) for index, source in enumerate(self.sources) if source.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(f"give all sources a weight, or none; without one: {', '.join(without)} (from 0)")
+        if without and any(source.repeats > 1 for source in self.sources):
+            raise ValueError("repeats is for mixtures; give every source a weight")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """Share of each source in the training tokens; None without weights."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return tuple(weight / sum(weights) for weight in weights) or None
 
 
 class EvalTask(Section):
@@ -253,49 +303,6 @@ class Publish(Section):
     title: str | None = None
     license: str | None = None
     max_shard_bytes: int = Field(default=4_000_000_000, gt=0)
-
-
-class Resources(Section):
-    """Hardware settings of jobs. Not in any digest: the same recipe on more GPUs is the same run."""
-
-    launcher: Literal["local", "hosts", "slurm"] = "local"
-    """What starts the jobs. local: processes of this machine. hosts: of the machines in `hosts`, over ssh. slurm: batch
-    jobs of a cluster."""
-    hosts: Annotated[Place | tuple[str, ...] | None, OPERATIONAL] = None
-    """DeepSpeed's hostfile, or its lines: `name slots=8`, with one rank a slot. The ranks meet at the first host."""
-    slurm: Annotated[Slurm | None, OPERATIONAL] = None
-    remote: Annotated[Remote, OPERATIONAL] = Remote()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
-    """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What the GPUs share: 1 the optimizer, 2 gradients too, 3 also the weights of student and teacher, frozen ones
-    included, which are then gathered a part of a layer at a time. With bf16, 0 and 1 run as 2."""
-    threads: int | None = Field(default=None, gt=0, le=4096)
-    """CPU threads per process; None: the cores divided by the number of processes."""
-    offload_optimizer: bool = False
-    """Keep fp32 masters and Adam moments in host memory and step there. Slower; frees 12 bytes per parameter."""
-    gpu_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of one GPU, for planning without a GPU; None: detected."""
-    dollars_per_gpu_hour: float | None = Field(default=None, ge=0)
-    """Price for the cost in the plan and the report."""
-
-    @model_validator(mode="after")
-    def _machines_fit_the_launcher(self) -> Self:
-        if (self.hosts is not None) != (self.launcher == "hosts"):
-            raise ValueError("`hosts` and `launcher: hosts` need each other: a hostfile, or lines as `name slots=8`")
-        if isinstance(self.hosts, tuple):
-            parse_hosts(self.hosts)
-        if (self.slurm is not None) != (self.launcher == "slurm"):
-            raise ValueError("`slurm` and `launcher: slurm` need each other, e.g. slurm: {nodes: 2, gpus_per_node: 8}")
-        if self.launcher == "local" and self.remote != Remote():
-            raise ValueError("`remote` is for launchers that run jobs on other machines: hosts, slurm")
-        if self.launcher != "local" and self.device != "cpu" and self.gpu_memory_gib is None:
-            raise ValueError(
-                f"with `launcher: {self.launcher}` the plan cannot look at the GPUs; set `gpu_memory_gib` to the "
-                "memory of one of them"
-            )
-        return self
 
 
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]

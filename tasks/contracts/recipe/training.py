@@ -85,7 +85,12 @@ class Training(Section):
     schedule: Schedule = Schedule()
     freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
     """Parameter groups that do not train. `attention`: the attention layers; `norms` includes the final norm."""
-    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
+    gradient_checkpointing: Annotated[bool | Literal["selective"], OPERATIONAL] = False
+    """Compute activations again in the backward pass. true: every layer's, from its input. selective: what is cheap, in
+    RWKV-7 mixers and Llama MLPs; a layer keeps about half as much, and no projection runs twice."""
+    sequence_parallel: Annotated[int, OPERATIONAL] = Field(default=1, ge=1)
+    """Consecutive processes that share rows, each with as many consecutive tokens of every row: contexts that are too
+    long for the memory of one. Not in the digest: the result is the same up to rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
     decay_dtype: Annotated[Literal["float32", "bfloat16"], AddedLater()] = "float32"
@@ -171,6 +176,11 @@ class Training(Section):
     def _batch_divides(self) -> Self:
         if self.batch % self.micro_batch:
             raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        if self.context % self.sequence_parallel:
+            raise ValueError(
+                f"context ({self.context}) must be a multiple of sequence_parallel ({self.sequence_parallel}): that "
+                "many processes share a row in equal parts"
+            )
         return self
 
     @model_validator(mode="after")

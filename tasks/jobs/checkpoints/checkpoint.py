@@ -14,12 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,6 @@ import torch
 from torch import Tensor, distributed
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.events import event_rows, rollback_target
 from radlads.tasks.contracts.job import SCHEMA_VERSION, FileEntry, Manifest
 from radlads.tasks.contracts.store.errors import older_schema
 from radlads.tasks.contracts.store.names import MANIFEST
@@ -39,6 +36,7 @@ from radlads.tasks.jobs.checkpoints.checkpoint_sheet import VERSION, Checkpoint,
 from radlads.tasks.jobs.checkpoints.host_copy import FILE_ELEMENTS, File, HostCopy
 from radlads.tasks.jobs.checkpoints.parts import PartWriter
 from radlads.tasks.jobs.checkpoints.random_state import read_random_state, seed_everything, write_random_state
+from radlads.tasks.jobs.checkpoints.shelf import RECORD, Shelf, step_name
 from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, into_files
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
@@ -47,8 +45,6 @@ from radlads.tasks.jobs.process_group import same_draw
 from radlads.tasks.jobs.train.engines.engine import Engine
 
 logger = logging.getLogger("radlads")
-
-_STEP = re.compile(r"/step-(\d+)/manifest\.json$")
 
 
 class Checkpoints:
@@ -62,7 +58,8 @@ class Checkpoints:
         """keep: how many of the newest to keep. every: multiples of it are kept for rollbacks, all of the last `reach`
         steps and one before; 0: none."""
         self.job, self.engine, self.seed, self.keep, self.every, self.reach = job, engine, seed, keep, every, reach
-        self.prefix = f"{job.output_prefix}/checkpoints"
+        self.shelf = Shelf(job.store, f"{job.output_prefix}/checkpoints")
+        self._here: int | None = None  # the step whose checkpoint holds the present state
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         on_gpu = job.device.type == "cuda"
@@ -91,15 +88,20 @@ class Checkpoints:
     # Saving
 
     def save(self, step: int) -> None:
-        """Copy the state after `step` optimizer steps and start to write it. Raises errors of the previous save."""
+        """Copy the state after `step` optimizer steps and start to write it. Raises errors of the previous save.
+
+        Right after a restore of this step there is nothing to do: writing it again would risk the only copy."""
         self.wait()
+        if step == self._here:
+            return
+        self._here = None
         began = time.perf_counter()
         if self.job.rank == 0:
             size = ELEMENT_BYTES * sum(parameter.numel() for parameter in self.engine.parameters.values())
             self.job.store.need_space(size, f"the checkpoint of step {step}")
         self._saves += 1
         mark = f"{self._attempt}{self._saves:04d}"
-        writer = PartWriter(self.job.store, f"{self.prefix}/{_name(step)}", mark, self.job.rank)
+        writer = PartWriter(self.job.store, self.shelf.key(step), mark, self.job.rank)
         files = into_files(self.engine.own_state(), FILE_ELEMENTS)
         random, sheets = read_random_state(), self._sheets(step)
         if self._host.fits(files):
@@ -129,8 +131,8 @@ class Checkpoints:
             world_size=self.job.world_size,
             parameters={name: list(parameter.shape) for name, parameter in self.engine.parameters.items()},
         )
-        record = self.job.scratch / "metrics.jsonl"
-        kept = {"metrics.jsonl": record.read_bytes()} if record.is_file() else {}
+        record = self.job.scratch / RECORD
+        kept = {RECORD: record.read_bytes()} if record.is_file() else {}
         return {"checkpoint.json": sheet.model_dump_json().encode(), **kept}
 
     def _write(
@@ -172,26 +174,22 @@ class Checkpoints:
 
     def _commit(self, step: int, entries: Sequence[FileEntry]) -> None:
         """Make the uploaded parts the checkpoint of a step, then delete what it replaces."""
-        store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
+        store, prefix = self.job.store, self.shelf.key(step)
         self.job.confirm_lease()
         store.delete(f"{prefix}/{MANIFEST}")  # of an attempt that could not be resumed; the one before it is intact
         files = tuple(sorted(entries, key=lambda entry: entry.path))
         manifest = self._manifest(step).model_copy(update={"files": files})
         store.adopt(prefix, manifest, guard=self.job.confirm_lease)
         self.job.confirm_lease()
-        store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
+        self.shelf.name_latest(step)
         store.delete(prefix, keep={f"{prefix}/{name}" for name in (MANIFEST, *(entry.path for entry in files))})
-        steps = self._committed_steps()
-        spaced = [one for one in steps if self.every and one % self.every == 0]
-        oldest = next((one for one in spaced if one <= step - self.reach), 0)
-        for old in set(steps[self.keep :]) - {one for one in spaced if one >= oldest}:
-            store.delete(f"{self.prefix}/{_name(old)}")
+        self.shelf.drop_replaced(step, keep=self.keep, every=self.every, reach=self.reach)
 
     def _manifest(self, step: int) -> Manifest:
         spec = self.job.spec
         return Manifest(
             stage=spec.stage,
-            digest=hashlib.sha256(f"{spec.digest}/{_name(step)}".encode()).hexdigest(),
+            digest=hashlib.sha256(f"{spec.digest}/{step_name(step)}".encode()).hexdigest(),
             spec={"checkpoint_of": spec.digest, "step": step},
             files=(),
             mlflow_run_id=spec.tracking.run_id if spec.tracking else None,
@@ -199,18 +197,17 @@ class Checkpoints:
             created_at=datetime.now(UTC),
         )
 
-    def _committed_steps(self) -> list[int]:
-        """Steps with a manifest, newest first."""
-        matches = (_STEP.search(key) for key in self.job.store.list(self.prefix))
-        return sorted((int(match.group(1)) for match in matches if match), reverse=True)
-
     # Restoring
 
     def restore(self) -> int:
         """Load the newest valid checkpoint; returns its step, or 0 if there is none. Sets the random generators.
         Collective: every rank reads what it holds."""
         self.wait()
-        self._finish_rollback()
+        if self.job.rank == 0:
+            self.job.confirm_lease()
+            record = self.job.scratch / RECORD
+            self.shelf.drop_given_up(record.read_bytes() if record.is_file() else b"")
+            self.shelf.drop_remnants()
         step = self.find()
         if step is None:
             seed_everything(self.seed + self.job.rank)
@@ -232,6 +229,7 @@ class Checkpoints:
         else:
             seed_everything(self.seed + self.job.rank + (step << 20))  # more ranks than before
         self._restore_record(folder, step)
+        self._here = step
         self.job.barrier()
         if self.job.local_rank == 0:
             shutil.rmtree(self._marker.parent, ignore_errors=True)
@@ -242,7 +240,7 @@ class Checkpoints:
         none. Rank 0 finds it."""
         chosen = torch.full((1,), -1, dtype=torch.int64, device=self.job.device)
         if self.job.rank == 0:
-            steps = self._committed_steps()
+            steps = self.shelf.committed()
             if latest is not None:
                 steps = [step for step in steps if step <= latest and step % self.every == 0]
             chosen[0] = next((step for step in steps if self._verifies(step)), -1)
@@ -253,27 +251,10 @@ class Checkpoints:
         """Delete the checkpoints of later steps: a rollback has given them up. No upload may be pending."""
         if self.job.rank == 0:
             self.job.confirm_lease()
-            for later in self._committed_steps():
-                if later > step:
-                    self.job.store.delete(f"{self.prefix}/{_name(later)}")
-            self.job.store.put_bytes(f"{self.prefix}/latest", f"{_name(step)}\n".encode())
-
-    def _finish_rollback(self) -> None:
-        """Discard what a rollback on record has given up, if the job was killed before it could. Checkpoints that are
-        younger than the rollback are not meant: they were made after it, perhaps on another machine."""
-        rows = event_rows(self.job.scratch / "metrics.jsonl") if self.job.rank == 0 else []
-        past = [(target, row["time"]) for row in rows if (target := rollback_target(row)) is not None]
-        for step in self._committed_steps() if past else []:
-            key = f"{self.prefix}/{_name(step)}"
-            with suppress(CorruptArtifact):
-                manifest = self.job.store.read_manifest(key)
-                made = 0.0 if manifest is None else manifest.created_at.timestamp() * 1000
-                if any(step > target and made < time for target, time in past):
-                    logger.info("deleting the checkpoint of step %d, which a rollback has given up", step)
-                    self.job.store.delete(key)
+            self.shelf.drop_after(step)
 
     def _verifies(self, step: int) -> bool:
-        store, prefix = self.job.store, f"{self.prefix}/{_name(step)}"
+        store, prefix = self.job.store, self.shelf.key(step)
         try:
             manifest = store.read_manifest(prefix)
             if manifest is not None and manifest.schema_version != SCHEMA_VERSION:
@@ -287,9 +268,9 @@ class Checkpoints:
         return True
 
     def _fetch(self, step: int) -> Path:
-        folder = self.job.scratch / "restoring" / _name(step)
+        folder = self.job.scratch / "restoring" / step_name(step)
         folder.mkdir(parents=True, exist_ok=True)
-        fetched = self.job.store.fetch(f"{self.prefix}/{_name(step)}", folder)
+        fetched = self.job.store.fetch(self.shelf.key(step), folder)
         write_json(self._marker, {"folder": str(fetched)})
         return fetched
 
@@ -306,13 +287,9 @@ class Checkpoints:
 
     def _restore_record(self, folder: Path, step: int) -> None:
         """Restore metrics.jsonl as it was saved, unless this machine's goes on from there."""
-        saved, here = folder / "metrics.jsonl", self.job.scratch / "metrics.jsonl"
+        saved, here = folder / RECORD, self.job.scratch / RECORD
         if self.job.rank != 0 or not saved.is_file():
             return
         # Another machine may have gone on from an earlier step: what this one has on record is then another history.
         if not here.is_file() or not here.read_bytes().startswith(saved.read_bytes()):
             shutil.copyfile(saved, here)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"

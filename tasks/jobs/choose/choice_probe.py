@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,14 @@ def quiz_batches(quizzes: dict[int, list[Quiz]], size: int, *, bos_id: int | Non
     """Batches of quizzes of equal length, padded on the right. bos_id: prepended to each if not None."""
     parts = [part[start : start + size] for part in quizzes.values() for start in range(0, len(part), size)]
     return [_batch(part, [] if bos_id is None else [bos_id]) for part in parts]
+
+
+def own_share(batches: Sequence[ProbeBatch], rank: int, num_ranks: int) -> list[ProbeBatch]:
+    """The batches of a rank, as many as any other's: the last may be another rank's, which does not count here."""
+    mine = list(batches[rank::num_ranks])
+    if len(mine) * num_ranks < len(batches):
+        mine.append(replace(batches[-1], counted=False))
+    return mine
 
 
 def _batch(quizzes: Sequence[Quiz], before: list[int]) -> ProbeBatch:

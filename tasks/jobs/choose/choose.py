@@ -11,8 +11,10 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.convert.layer_choice import LayerScore, Round, difficulty_scores, recall_layers, spaced_layers
@@ -21,19 +23,21 @@ from radlads.model.convert.restore import restore_attention
 from radlads.model.student.export import export_student
 from radlads.model.student.load import load_student
 from radlads.model.student.modeling import RadladsForCausalLM
-from radlads.model.teacher.load import load_teacher
+from radlads.model.teacher.load import find_family, load_teacher
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.choice import Difficulty, RecallProbe
 from radlads.tasks.contracts.specs import ChooseSpec
 from radlads.tasks.jobs.choose.choice_chart import draw_choice
-from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches, text_batches
+from radlads.tasks.jobs.choose.choice_probe import make_quizzes, own_share, quiz_batches, text_batches
 from radlads.tasks.jobs.common import Job, NonFiniteError, run_job, write_json
 from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.judge.divided import hold, is_divided, loading_device
 from radlads.tasks.jobs.judge.judged_models import STUDENT, open_tokenizer
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.plan.choice_plan import difficulty_weights
 from radlads.tasks.jobs.process_group import gather
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import teacher_place
 
 logger = logging.getLogger("radlads")
 
@@ -44,26 +48,23 @@ def main(job: Job) -> dict[str, Any] | None:
     """Write model/, choose.json and choose.png; returns the layers, scores before and after, and the cost."""
     spec: ChooseSpec = job.typed
     choice, reference, started = spec.section, spec.teacher, time.monotonic()
-    folder = job.input("student") / "model"
-    student = load_student(folder, dtype=None, device=job.device)
+    student, teacher = _load(job, loading_device(job))
     if student.config.attention_layers:
         raise UserError("layers can be chosen only after an align of all layers, but this student has attention layers")
-    # In the student's precision: its attention weights are copied into the student.
-    teacher = load_teacher(
-        resolve_teacher_path(reference.path),
-        dtype=student.dtype,
-        device=job.device,
-        revision=reference.revision,
-    )
-    check_judged(job, [STUDENT], reference, open_tokenizer(reference), other_teacher=False)
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=reference.trust_remote_code)
+    check_judged(job, [STUDENT], reference, open_tokenizer(job, reference), other_teacher=False)
+    tokenizer = load_tokenizer(str(_folder(job)), trust_remote_code=reference.trust_remote_code)
     if choice.choose == "recall":
         check_data(open_dataset(job.input("data")).tokenizer_fingerprint, reference.tokenizer_fingerprint)
+        attentions = find_family(teacher.config).attention_modules(teacher).values()
+        teacher = hold(job, teacher, (part for attention in attentions for part in attention.children()))
+        student = hold(job, student)
         choice_result = choose_by_recall(job, student, teacher, tokenizer, choice.count, choice.recall, spec.run_tokens)
     else:
         choice_result = choose_by_difficulty(job, sorted(student.mixers()), choice.count, choice.difficulty)
     if job.rank != 0:
         return None
+    if is_divided(student):
+        student, teacher = _load(job, loading_device(job))
     layers = choice_result["attention_layers"]
     logger.info("layers %s become softmax attention", ", ".join(map(str, layers)))
     tensors = restore_attention(student, teacher, layers, attention_rope=spec.attention_rope)
@@ -93,6 +94,18 @@ def main(job: Job) -> dict[str, Any] | None:
         "seconds": result["seconds"],
         "processes": job.world_size,
     }
+
+
+def _load(job: Job, device: torch.device) -> tuple[RadladsForCausalLM, PreTrainedModel]:
+    """Student and teacher, both in the student's precision: the teacher's attention is copied into the student."""
+    spec: ChooseSpec = job.typed
+    student = load_student(_folder(job), dtype=None, device=device)
+    place = teacher_place(job, spec.teacher)
+    return student, load_teacher(place.path, dtype=student.dtype, device=device, revision=place.revision)
+
+
+def _folder(job: Job) -> Path:
+    return job.input("student") / "model"
 
 
 def choose_by_difficulty(job: Job, layers: Sequence[int], count: int, section: Difficulty) -> dict[str, Any]:
@@ -136,8 +149,8 @@ def choose_by_recall(
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     bos_id = tokenizer.bos_token_id if index.get("add_bos") else None
     quizzes = quiz_batches(make_quizzes(section, tokenizer), section.micro_batch, bos_id=bos_id)
-    batches = [*quizzes, *text_batches(open_dataset(folder).split("heldout"), section)]
-    mine = batches[job.rank :: job.world_size]
+    texts = list(text_batches(open_dataset(folder).split("heldout"), section))
+    mine = [batch for kind in (quizzes, texts) for batch in own_share(kind, job.rank, job.world_size)]
     used, num_layers = TokenCount(), len(student.mixers())
     total = len(mine) * (1 + sum(num_layers - i for i in range(count)))
     done = 0

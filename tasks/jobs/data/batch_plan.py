@@ -41,6 +41,9 @@ class BatchPlan:
     """Sequences of one forward pass of one process; made smaller where the processes would not divide the batch."""
     seed: int
     world_size: int = 1
+    """Processes."""
+    sharing: int = 1
+    """Consecutive processes that share rows (`sequence_parallel`)."""
     document_ids: bool = False
     skip: int = 0
     """Sequences of the order that were read before step 0."""
@@ -59,22 +62,24 @@ class BatchPlan:
                     f"{split.tokens} tokens, fewer than one row of context {self.context}: add data, or choose a "
                     "smaller context"
                 )
-        if self.batch % self.world_size:
-            raise UserError(
-                f"batch ({self.batch}) must be a multiple of the number of processes ({self.world_size}); "
-                "change the recipe's batch, or resources.processes"
-            )
+        if fault := division_fault(self.batch, self.world_size, self.sharing):
+            raise UserError(fault)
+
+    @property
+    def groups(self) -> int:
+        """Groups of processes with rows of their own."""
+        return self.world_size // self.sharing
 
     @cached_property
     def sequences(self) -> int:
         """Sequences of one forward pass of one process: the largest divisor of its share up to micro_batch."""
-        share = self.batch // self.world_size
+        share = self.batch // self.groups
         return next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
 
     @cached_property
     def num_micro(self) -> int:
         """Forward passes of one process in one optimizer step."""
-        return self.batch // self.world_size // self.sequences
+        return self.batch // self.groups // self.sequences
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of optimizer step `step` (counted from 0), [batch]; those of `mixed` count on after the last of
@@ -96,9 +101,10 @@ class BatchPlan:
         return np.concatenate([split.labels(self.context) for split in self._splits])
 
     def micro(self, step: int, rank: int, index: int) -> Batch:
-        """What `rank` sees in its forward pass `index` of step `step`."""
-        start = (index * self.world_size + rank) * self.sequences
-        return self._read(self.rows(step)[start : start + self.sequences])
+        """What `rank` sees in its forward pass `index` of step `step`; see `part_of`."""
+        group, place = divmod(rank, self.sharing)
+        start = (index * self.groups + group) * self.sequences
+        return part_of(self._read(self.rows(step)[start : start + self.sequences]), place, self.sharing)
 
     @property
     def _splits(self) -> tuple[TokenSplit, ...]:
@@ -134,6 +140,27 @@ class BatchPlan:
         return {name: torch.cat([one[name] for one in sequences]) for name in sequences[0] if name in names}
 
 
+def part_of(batch: Batch, place: int, sharing: int) -> Batch:
+    """The part of a batch of whole rows that is at `place` (from 0) of as many equal parts as processes share it: the
+    last label of a part is the first token of the next one. Document ids stay those of whole rows."""
+    length = (batch["input_ids"].shape[1] - 1) // sharing
+    here = slice(place * length, (place + 1) * length + 1)
+    return {name: x if name == "document_ids" else x[:, here] for name, x in batch.items()}
+
+
+def division_fault(batch: int, processes: int, sharing: int) -> str | None:
+    """One line if processes cannot divide a batch, or rows among `sharing` of them."""
+    if processes % sharing:
+        return f"sequence_parallel ({sharing}) must divide the number of processes ({processes}); change one of the two"
+    if batch % (processes // sharing):
+        groups = f" / sequence_parallel ({sharing})" if sharing > 1 else ""
+        return (
+            f"batch ({batch}) must be a multiple of the number of processes ({processes}){groups}; "
+            "change the recipe's batch, or resources.processes"
+        )
+    return None
+
+
 def plan_batches(
     section: Training,
     split: TokenSplit,
@@ -161,6 +188,7 @@ def plan_batches(
             part.micro_batch,
             section.seed,
             world_size,
+            section.sequence_parallel,
             document_ids=section.reset_at_documents,
             skip=read.get(part.context, 0),
             mixed=mixed,

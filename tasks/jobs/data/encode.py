@@ -42,6 +42,16 @@ class Part:
     """Occurrences by kind: special_tokens_as_text, special_tokens_parsed, replaced_characters,
     chats_without_assistant."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return len(self.ids)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the documents that are not held out."""
+        return int(np.asarray(self.lengths)[~np.asarray(self.heldout)].sum())
+
 
 @dataclass
 class _Encoded:

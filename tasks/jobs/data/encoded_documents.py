@@ -51,6 +51,11 @@ class Spool:
         """Number of tokens appended."""
         return self._sizes["ids"]
 
+    @property
+    def train_tokens(self) -> int:
+        """Of those, tokens of documents that are not held out."""
+        return self.read().train_tokens
+
     def append(self, part: Part) -> None:
         """Append a part; it is durable when this returns."""
         for name, dtype in _TYPES.items():

@@ -26,9 +26,10 @@ class Reader:
     """Source index → samples.jsonl, for `sample` sources."""
 
     def batches(
-        self, max_bytes: int, state: dict[str, Any] | None = None
+        self, max_bytes: int, state: dict[str, Any] | None = None, only: int | None = None
     ) -> Iterator[tuple[list[Document], dict[str, Any]]]:
-        """Yield (documents, state after them) of about max_bytes of text each, from `state` on. Raises UserError."""
+        """Yield (documents, state after them) of about max_bytes of text each, from `state` on. only: the index of a
+        source, which is read alone. Raises UserError."""
         documents = list(state["documents"]) if state else [0] * len(self.sources)
         num_bytes = list(state["bytes"]) if state else [0] * len(self.sources)
         open_ones = {
@@ -36,6 +37,7 @@ class Reader:
                 source, tokenizer=self.tokenizer, skip=documents[index], samples=self.samples.get(index)
             )
             for index, source in enumerate(self.sources)
+            if only in (None, index)
         }
         batch: list[Document] = []
         size = 0

@@ -8,11 +8,13 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.recipe.recipe import SampleSource
 from radlads.tasks.contracts.specs import TeacherRef
 from radlads.tasks.jobs.common import Job, write_json
+from radlads.tasks.jobs.data.prompts import first_ids, read_prompts
 from radlads.tasks.jobs.judge.judged_models import continue_ids, open_teacher
 from radlads.tasks.jobs.process_group import gather
 
@@ -37,6 +39,7 @@ def _sample_source(
 ) -> Path:
     folder = job.scratch / "samples" / f"{job.spec.digest[:16]}-{index}"
     folder.mkdir(parents=True, exist_ok=True)
+    prompts = read_prompts(source, tokenizer) if source.prompts else []
     texts: list[str] = []
     tokens = 0
     first = 0
@@ -44,7 +47,7 @@ def _sample_source(
         # One round is one batch per rank. Surplus texts are discarded: the result does not depend on the rank count.
         mine = folder / f"batch-{first + job.rank:06d}.json"
         if not mine.exists():
-            write_json(mine, sample_batch(model, tokenizer, source, batch=first + job.rank))
+            write_json(mine, sample_batch(model, tokenizer, source, prompts, batch=first + job.rank))
         # Gathered, not read: the ranks of another host have their batches there.
         for batch in gather(json.loads(mine.read_text(encoding="utf-8")), job.world_size):
             for row in batch:
@@ -63,36 +66,51 @@ def _sample_source(
 
 @torch.no_grad()
 def sample_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: SampleSource, *, batch: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: SampleSource,
+    prompts: list[list[int]],
+    *,
+    batch: int,
 ) -> list[dict[str, str | int]]:
-    """Sample one batch: [{"text", "tokens"}], a pure function of the source's seed and the batch number.
+    """Sample one batch: [{"text", "tokens"}], a pure function of the source's seed, the prompts and the batch number.
 
-    A row starts from BOS, else from EOS, else from a random token. It ends at EOS or at the context length.
+    A row starts from BOS, else from EOS, else from a random token, and goes on with its prompt (token ids), if there
+    are any. It ends at EOS or at the context length.
     """
     seed = hashlib.sha256(f"{source.seed}:{batch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    mask_BT: Tensor | None = None
     if start is None:
-        first_B1 = torch.randint(model.config.vocab_size, (source.batch, 1), generator=generator)
+        first_BT = torch.randint(model.config.vocab_size, (source.batch, 1), generator=generator)
+    elif prompts:
+        first_BT, mask_BT = first_ids(prompts, batch, source.batch, start, tokenizer.eos_token_id)
     else:
-        first_B1 = torch.full((source.batch, 1), start)
+        first_BT = torch.full((source.batch, 1), start)
+    given = first_BT.shape[1]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int.from_bytes(seed[7:14], "big"))
         rows_BT = continue_ids(
             model,
-            first_B1,
+            first_BT,
+            mask_BT,
             do_sample=True,
             temperature=source.temperature,
             top_p=source.top_p,
             top_k=0,
-            max_new_tokens=source.context - 1,
+            max_new_tokens=source.context - given,
+            cache_implementation="static" if source.static_cache else None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )
     sampled: list[dict[str, str | int]] = []
-    for row in rows_BT[:, 1 if start is not None else 0 :].tolist():
+    begun = 0 if start is None else given
+    for number, row in enumerate(rows_BT[:, begun:].tolist()):
         ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+        if mask_BT is not None:
+            ids = first_BT[number, given - int(mask_BT[number].sum()) + 1 :].tolist() + ids
         # A row truncated at the context length can end in the middle of a character.
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("�").strip()
         if text:

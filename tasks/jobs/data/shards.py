@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -77,21 +76,37 @@ class ShardWriter:
             self.total += len(piece)
 
 
-def write_dataset(
-    corpus: Part,
-    folder: Path,
-    layout: Layout,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+class Written(Protocol):
+    """Numbered documents, as they are written."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> np.ndarray: ...
+
+    def ids(self, number: int) -> np.ndarray: ...
+
+    def mask(self, number: int) -> np.ndarray: ...
+
+    def token_bytes(self, number: int) -> np.ndarray: ...
+
+
+def write_dataset(corpus: Part, folder: Path, layout: Layout) -> dict[str, Any]:
+    """As write_documents, of the documents in reading order up to max_tokens, shuffled with the seed."""
+    documents = Documents(corpus, layout.max_tokens)
+    order = np.random.Generator(np.random.PCG64(layout.seed)).permutation(documents.count)
+    return write_documents(documents, order, documents.heldout_or_smallest(), folder, layout)
+
+
+def write_documents(
+    documents: Written, order: np.ndarray, heldout: np.ndarray, folder: Path, layout: Layout
 ) -> dict[str, Any]:
     """Write shards, boundaries and index.json into an empty folder; returns the index.
 
-    Documents are taken in reading order up to max_tokens, then shuffled with the seed. Raises UserError if the
-    training or the held-out split would be empty.
+    order: numbers of documents. heldout: flag of each document. Raises UserError if the training or the held-out split
+    would be empty.
     """
-    documents = _Documents(corpus, layout.max_tokens)
-    order = np.random.Generator(np.random.PCG64(layout.seed)).permutation(documents.count)
-    heldout = documents.heldout_or_smallest()
-    written = 0
     splits: dict[str, Any] = {}
     for split, prefix, chosen in (
         ("train", "", order[~heldout[order]]),
@@ -103,8 +118,6 @@ def write_dataset(
                 f"`separator` to hold several), or change heldout_fraction"
             )
         splits[split] = _write_split(documents, chosen, folder, layout, split, prefix)
-        written += splits[split]["tokens"]
-        progress(written, documents.total)
     index = {
         "dtype": layout.dtype.name,
         "eos_id": layout.eos_id,
@@ -121,7 +134,7 @@ def write_dataset(
 
 
 def _write_split(
-    documents: _Documents, chosen: np.ndarray, folder: Path, layout: Layout, split: str, prefix: str
+    documents: Written, chosen: np.ndarray, folder: Path, layout: Layout, split: str, prefix: str
 ) -> dict[str, Any]:
     # File names: shard-00000.bin and mask-00000.bin for training, heldout-00000.bin and heldout-mask-00000.bin.
     tokens = ShardWriter(folder, "heldout" if prefix else "shard", layout.dtype, layout.shard_tokens)
@@ -149,13 +162,13 @@ def _write_split(
     }
 
 
-class _Documents:
-    """The documents of a corpus in reading order, truncated at max_tokens."""
+class Documents:
+    """The documents of a corpus in reading order, truncated at max_tokens, or after `count` of them."""
 
-    def __init__(self, corpus: Part, max_tokens: int | None) -> None:
+    def __init__(self, corpus: Part, max_tokens: int | None, count: int | None = None) -> None:
         self.corpus = corpus
         lengths, heldout = np.asarray(corpus.lengths), np.asarray(corpus.heldout)
-        self.count = len(lengths)
+        self.count = len(lengths) if count is None else count
         if max_tokens is not None:
             self.count = int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right"))
             if self.count == 0:
@@ -167,7 +180,6 @@ class _Documents:
         self.byte_starts = _starts(self.lengths * self.heldout)
         self.num_bytes = np.asarray(corpus.num_bytes)[: self.count]
         self.hashes = np.asarray(corpus.hashes)[: self.count]
-        self.total = int(self.lengths.sum())
 
     def heldout_or_smallest(self) -> np.ndarray:
         """Held-out flags, [documents]; if the hash selected none, the document with the smallest hash."""

@@ -10,12 +10,13 @@ import logging
 import multiprocessing
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
@@ -25,13 +26,17 @@ from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.data.encode import Encoder, Part
 from radlads.tasks.jobs.data.encoded_documents import Spool
+from radlads.tasks.jobs.data.mixture import Mixture, mix
 from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.sampling import sample_sources
-from radlads.tasks.jobs.data.shards import Layout, write_dataset
+from radlads.tasks.jobs.data.shards import Layout, write_dataset, write_documents
 from radlads.tasks.jobs.data.text.documents import Document
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
+from radlads.tasks.jobs.teacher.place import TEACHER_INPUT
 
 logger = logging.getLogger("radlads")
+
+Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 
 _PART_BYTES = 4 << 20
 # Smaller corpora are encoded in-process: starting a worker, which imports all libraries, would take longer.
@@ -42,7 +47,9 @@ def main(job: Job) -> dict[str, Any] | None:
     """Write shards and index.json to job.output. All ranks sample; rank 0 tokenizes."""
     spec: TokenizeSpec = job.typed
     started = time.monotonic()
-    tokenizer = open_tokenizer(spec)
+    # Of a GGUF teacher it is read from the folder that was made of it.
+    folder = str(job.input(TEACHER_INPUT) / "model") if TEACHER_INPUT in job.spec.inputs else spec.tokenizer
+    tokenizer = open_tokenizer(spec, folder)
     to_sample = {i: s for i, s in enumerate(spec.dataset.sources) if isinstance(s, SampleSource)}
     if to_sample and spec.teacher is None:
         raise UserError("a `sample` source needs a teacher, and this recipe has none")
@@ -51,37 +58,39 @@ def main(job: Job) -> dict[str, Any] | None:
         return None
 
     reader = Reader(spec.dataset.sources, tokenizer, samples)
-    spool = Spool(job.scratch / "encoded" / job.spec.digest[:16])
-    _encode(job, spec, reader, _make_encoder(spec, tokenizer), spool)
+    spools = _encode_all(job, spec, reader, folder, _make_encoder(spec, tokenizer))
     check_pins(spec, job.hashes)  # the files may have changed while they were read
-    if not spool.tokens:
+    if not any(spool.tokens for spool in spools):
         raise UserError(f"dataset '{spec.name}' has no documents")
-    _warn_of(spool.counts)
+    counts = sum((spool.counts for spool in spools), Counter[str]())
+    _warn_of(counts)
     shutil.rmtree(job.output)
-    index = write_dataset(
-        spool.read(),
-        job.output,
-        Layout(
-            shard_tokens=spec.dataset.shard_tokens,
-            max_tokens=spec.dataset.max_tokens,
-            seed=spec.dataset.seed,
-            eos_id=tokenizer.eos_token_id,
-            bos_id=tokenizer.bos_token_id,
-            add_bos=spec.dataset.add_bos,
-            vocab_size=len(tokenizer),
-            tokenizer_fingerprint=spec.tokenizer_fingerprint,
-            with_mask=_has_chats(spec),
-        ),
+    layout = Layout(
+        shard_tokens=spec.dataset.shard_tokens,
+        max_tokens=spec.dataset.max_tokens,
+        seed=spec.dataset.seed,
+        eos_id=tokenizer.eos_token_id,
+        bos_id=tokenizer.bos_token_id,
+        add_bos=spec.dataset.add_bos,
+        vocab_size=len(tokenizer),
+        tokenizer_fingerprint=spec.tokenizer_fingerprint,
+        with_mask=_has_chats(spec),
     )
+    if spec.dataset.shares is None:
+        index, mixed = write_dataset(spools[0].read(), job.output, layout), dict[str, Any]()
+    else:
+        mixture = _mix(spec, [spool.read() for spool in spools])
+        mixed = {"source_tokens": mixture.tokens, "source_passes": mixture.passes}
+        index = write_documents(mixture, np.arange(mixture.count), mixture.heldout, job.output, layout)
     for number, path in samples.items():
         shutil.copyfile(path, job.output / f"samples-{number}.jsonl")
-    return _metrics(index, time.monotonic() - started) | dict(spool.counts)
+    return _metrics(index, time.monotonic() - started) | mixed | dict(counts)
 
 
-def open_tokenizer(spec: TokenizeSpec) -> PreTrainedTokenizerBase:
-    """Load the tokenizer at its pinned commit. Raises UserError."""
+def open_tokenizer(spec: TokenizeSpec, folder: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from a folder, or at its pinned commit. Raises UserError."""
     revision = pinned_commit(spec.tokenizer_fingerprint)
-    tokenizer = load_tokenizer(spec.tokenizer, revision=revision, trust_remote_code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(folder, revision=revision, trust_remote_code=spec.trust_remote_code)
     if spec.dataset.add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"data.{spec.name}.add_bos is on, but the tokenizer has no BOS token")
     return tokenizer
@@ -96,21 +105,66 @@ def _make_encoder(spec: TokenizeSpec, tokenizer: PreTrainedTokenizerBase) -> Enc
     return Encoder(tokenizer, dataset.add_bos, dataset.heldout_fraction, _has_chats(spec), dataset.sources)
 
 
-def _encode(job: Job, spec: TokenizeSpec, reader: Reader, encoder: Encoder, spool: Spool) -> None:
-    """Append parts to the spool in reading order, after those it holds, until max_tokens is reached."""
-    limit = spec.dataset.max_tokens or float("inf")
+def _encode_all(job: Job, spec: TokenizeSpec, reader: Reader, folder: str, encoder: Encoder) -> list[Spool]:
+    """All sources interleaved in one spool, up to max_tokens; or, with weights, each source in its own, as far as its
+    share needs."""
+    dataset, place = spec.dataset, job.scratch / "encoded"
+    limit, digest = dataset.max_tokens or float("inf"), job.spec.digest[:16]
     total_bytes = max(1, sum(file.size for file in spec.files))
+    with _encoding(spec, folder, encoder, job.spec.resources.threads, total_bytes) as encode:
+        if dataset.shares is None:
+            spools = [Spool(place / digest)]
+            _encode(job, encode, reader, spools[0], limit, total_bytes)
+        else:
+            spools = [Spool(place / f"{digest}-{index}") for index in range(len(dataset.sources))]
+            for index, (spool, share) in enumerate(zip(spools, dataset.shares, strict=True)):
+                _encode(job, encode, reader, spool, limit * share, total_bytes, only=index)
+    return spools
+
+
+def _encode(
+    job: Job, encode: Encode, reader: Reader, spool: Spool, limit: float, total_bytes: int, *, only: int | None = None
+) -> None:
+    """Append parts to the spool in reading order, after those it holds, until it has the tokens. only: the source that
+    is read alone; then training tokens count, and there is one document more."""
+    tokens = spool.tokens if only is None else spool.train_tokens
     if spool.parts:
         logger.info("reusing %d finished parts, %d tokens", spool.parts, spool.tokens)
-    if spool.tokens >= limit:
+
+    def is_enough() -> bool:
+        return tokens >= limit if only is None else tokens > limit
+
+    if is_enough():
         return
-    batches = reader.batches(_PART_BYTES, spool.state)
-    with _encoding(spec, encoder, job.spec.resources.threads, total_bytes) as encode:
-        for part in _in_order(encode, batches):
-            spool.append(part)
-            _report(job, spool.tokens, limit, sum(part.state["bytes"]), total_bytes)
-            if spool.tokens >= limit:
-                break
+    for part in _in_order(encode, reader.batches(_PART_BYTES, spool.state, only)):
+        spool.append(part)
+        tokens += part.tokens if only is None else part.train_tokens
+        _report(job, tokens, limit, sum(part.state["bytes"]), total_bytes)
+        if is_enough():
+            break
+
+
+def _mix(spec: TokenizeSpec, parts: list[Part]) -> Mixture:
+    """Raises UserError where a source has less than its share of max_tokens."""
+    dataset = spec.dataset
+    assert dataset.shares is not None
+    repeats = [source.repeats for source in dataset.sources]
+    mixture = mix(parts, dataset.shares, repeats, max_tokens=dataset.max_tokens, seed=dataset.seed)
+    for index, (tokens, passes) in enumerate(zip(mixture.tokens, mixture.passes, strict=True)):
+        share = tokens / max(1, sum(mixture.tokens))
+        logger.info("source %d: %d training tokens, %.2f %%, read %.2f times", index, tokens, 100 * share, passes)
+    ended = mixture.ended
+    if ended is None:
+        return mixture
+    have = f"source {ended} of data.{spec.name} ends after {mixture.tokens[ended]} training tokens"
+    if dataset.max_tokens is not None:
+        needed = dataset.shares[ended] * dataset.max_tokens
+        raise UserError(
+            f"{have} (repeats: {repeats[ended]}), but its weight asks for about {needed:.0f} of max_tokens; raise its "
+            "repeats, or lower its weight or max_tokens"
+        )
+    logger.info("%s, and with it the mixture", have)
+    return mixture
 
 
 def _warn_of(counts: Mapping[str, int]) -> None:
@@ -134,9 +188,6 @@ def _report(job: Job, tokens: int, limit: float, read_bytes: int, total_bytes: i
     logger.info("tokenized %d tokens of %.1f MB", tokens, read_bytes / 1e6)
 
 
-Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
-
-
 def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, Any]]]) -> Iterator[Part]:
     """Yield encoded parts in order, with a bounded number of batches encoding ahead."""
     ahead: deque[Future[Part]] = deque()
@@ -149,7 +200,7 @@ def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, 
 
 
 @contextmanager
-def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
+def _encoding(spec: TokenizeSpec, folder: str, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
     """Yield a function that encodes a batch: in this process, or in worker processes for a large corpus."""
     hub = any(isinstance(source, HubSource) for source in spec.dataset.sources)
     if threads == 1 or not (hub or total_bytes >= _POOL_FROM_BYTES):
@@ -163,7 +214,7 @@ def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: i
         return
     # Spawn, not fork: the threads of the tokenizer and of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(),))
+    pool = ProcessPoolExecutor(threads, context, _open_worker, (spec.model_dump_json(), folder))
     try:
         yield lambda documents, state: pool.submit(_encode_in_worker, documents, state)
     finally:
@@ -173,9 +224,9 @@ def _encoding(spec: TokenizeSpec, encoder: Encoder, threads: int, total_bytes: i
 _worker_encoder: list[Encoder] = []
 
 
-def _open_worker(spec_json: str) -> None:
+def _open_worker(spec_json: str, folder: str) -> None:
     spec = TokenizeSpec.model_validate_json(spec_json)
-    _worker_encoder.append(_make_encoder(spec, open_tokenizer(spec)))
+    _worker_encoder.append(_make_encoder(spec, open_tokenizer(spec, folder)))
 
 
 def _encode_in_worker(documents: list[Document], state: dict[str, Any]) -> Part:

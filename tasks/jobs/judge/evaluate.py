@@ -18,6 +18,7 @@ from radlads.tasks.contracts.recipe.sections import EvalTask, Evaluate
 from radlads.tasks.contracts.specs import EvaluateSpec
 from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.judge.divided import in_step
 from radlads.tasks.jobs.judge.heldout_scores import (
     Estimate,
     Windows,
@@ -52,7 +53,7 @@ def main(job: Job) -> dict[str, Any] | None:
     started = time.monotonic()
     windows = open_windows(job.input("data"), section.context, section.heldout_tokens)
     check_data(open_dataset(job.input("data")).tokenizer_fingerprint, spec.teacher.tokenizer_fingerprint)
-    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    tokenizer, names = open_tokenizer(job, spec.teacher), student_names(job)
     own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     teacher = open_teacher(job, spec.teacher)
     models: dict[str, dict[str, Estimate]] = {}
@@ -104,14 +105,15 @@ def _score(
     """Scores of all windows, [windows, SUMS], gathered on every rank."""
     mine = range(job.rank, len(windows), job.world_size)
     scores: dict[int, list[float]] = {}
-    own = score_windows(
-        teacher,
-        student,
-        windows,
-        batch=section.batch,
-        mine=mine,
-        progress=lambda count: job.progress(done * len(mine) + count, total * len(mine), "windows"),
-    )
+    with in_step(teacher, student):
+        own = score_windows(
+            teacher,
+            student,
+            windows,
+            batch=section.batch,
+            mine=mine,
+            progress=lambda count: job.progress(done * len(mine) + count, total * len(mine), "windows"),
+        )
     for part in gather(own, job.world_size):
         scores |= part
     return np.array([scores[row] for row in range(len(windows))])
@@ -173,9 +175,10 @@ def sample_texts(
     eos = tokenizer.eos_token_id
     texts = {}
     for name, model in ((TEACHER, teacher), (STUDENT, student)):
-        rows = continue_ids(
-            model, prompts, do_sample=False, max_new_tokens=_SAMPLE_TOKENS, eos_token_id=eos, pad_token_id=eos
-        )
+        with in_step(model):
+            rows = continue_ids(
+                model, prompts, do_sample=False, max_new_tokens=_SAMPLE_TOKENS, eos_token_id=eos, pad_token_id=eos
+            )
         texts[name] = tokenizer.batch_decode(rows[:, prompts.shape[1] :], skip_special_tokens=True)
     starts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [

@@ -14,38 +14,36 @@ from radlads.model.student.load import load_student
 from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.specs import TeacherRef
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.judge.divided import hold, loading_device
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import TEACHER_INPUT, teacher_place
 
 STUDENT = "student"
 TEACHER = "teacher"
 
 
-def student_names(job: Job, *, not_models: tuple[str, ...] = ("data",)) -> list[str]:
+def student_names(job: Job, *, not_models: tuple[str, ...] = ("data", TEACHER_INPUT)) -> list[str]:
     """Input names of the models: the student first, then earlier stages in input order."""
     return [STUDENT, *(name for name in job.spec.inputs if name not in (STUDENT, *not_models))]
 
 
 def open_teacher(job: Job, reference: TeacherRef) -> PreTrainedModel:
-    """Load the frozen teacher on this rank's device."""
-    return as_judged(
-        load_teacher(
-            resolve_teacher_path(reference.path),
-            dtype=job.dtype,
-            device=job.device,
-            revision=reference.revision,
-        )
-    )
+    """Load the frozen teacher on this rank's device, or divided over the ranks. Collective."""
+    place = teacher_place(job, reference)
+    teacher = load_teacher(place.path, dtype=job.dtype, device=loading_device(job), revision=place.revision)
+    return hold(job, as_judged(teacher))
 
 
-def open_tokenizer(reference: TeacherRef) -> PreTrainedTokenizerBase:
-    """Load the teacher's tokenizer."""
-    return load_tokenizer(reference.path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+def open_tokenizer(job: Job, reference: TeacherRef) -> PreTrainedTokenizerBase:
+    """Load the teacher's tokenizer. Collective."""
+    place = teacher_place(job, reference)
+    return load_tokenizer(place.path, revision=place.revision, trust_remote_code=reference.trust_remote_code)
 
 
 @contextmanager
 def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
-    """Load one student on this rank's device; free its memory on exit. Collective."""
-    model = as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=job.device))
+    """Load one student on this rank's device, or divided over the ranks; free its memory on exit. Collective."""
+    model = hold(job, as_judged(load_student(job.input(name) / "model", dtype=job.dtype, device=loading_device(job))))
     try:
         yield model
     finally:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.places import resolve_task_folder
 from radlads.tasks.contracts.recipe.sections import EvalTask
+from radlads.tasks.jobs.judge.divided import in_step
 from radlads.tasks.jobs.judge.task_datasets import PinnedFactory, check_commits, named_datasets
 from radlads.tasks.jobs.process_group import gather
 from radlads.tasks.jobs.sources import first_line
@@ -80,7 +81,9 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
     def _share(self, respond: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
         mine = requests[self._own_rank :: self._num_ranks]
         responses: list[Any] = [None] * len(requests)
-        for rank, part in enumerate(gather(respond(mine, disable_tqdm=True) if mine else [], self._num_ranks)):
+        with in_step(self.model):
+            own = respond(mine, disable_tqdm=True) if mine else []
+        for rank, part in enumerate(gather(own, self._num_ranks)):
             responses[rank :: self._num_ranks] = part
         return responses
 

@@ -24,6 +24,7 @@ from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.data.text.recall import Case, build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import BARE, TokenEncoder, prompt_frame
+from radlads.tasks.jobs.judge.divided import in_step, is_divided
 from radlads.tasks.jobs.judge.heatmap import draw_heatmap
 from radlads.tasks.jobs.judge.judged_models import (
     TEACHER,
@@ -64,7 +65,7 @@ def main(job: Job) -> dict[str, Any] | None:
     spec: NeedleSpec = job.typed
     section = spec.section
     started = time.monotonic()
-    tokenizer, names = open_tokenizer(spec.teacher), student_names(job)
+    tokenizer, names = open_tokenizer(job, spec.teacher), student_names(job)
     own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
     trials = make_trials(section, tokenizer)
     answers: dict[str, list[Answer]] = {}
@@ -147,11 +148,12 @@ def _generate_answers(
     """The model's answers in the order of the trials, on every rank; each rank generates its share."""
     batches = _batches(trials, section.batch)
     own: dict[int, Answer] = {}
-    for count, batch in enumerate(batches[job.rank :: job.world_size], start=1):
-        texts = generate(model, tokenizer, [trials[i].case.prompt_ids for i in batch], section.max_new_tokens)
-        for index, text in zip(batch, texts, strict=True):
-            own[index] = Answer(text, text is not None and is_hit(text, trials[index].case.answer))
-        progress(min(len(trials), count * section.batch * job.world_size))
+    with in_step(model):
+        for count, batch in enumerate(batches[job.rank :: job.world_size], start=1):
+            texts = generate(model, tokenizer, [trials[i].case.prompt_ids for i in batch], section.max_new_tokens)
+            for index, text in zip(batch, texts, strict=True):
+                own[index] = Answer(text, text is not None and is_hit(text, trials[index].case.answer))
+            progress(min(len(trials), count * section.batch * job.world_size))
     answers: dict[int, Answer] = {}
     for part in gather(own, job.world_size):
         answers |= part
@@ -176,7 +178,10 @@ def _batches(trials: Sequence[Trial], size: int) -> list[list[int]]:
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[str | None]:
-    """Greedy continuations with cache, left-padded; None for a prompt that does not fit in memory."""
+    """Greedy continuations with cache, left-padded; None for a prompt that does not fit in memory.
+
+    A divided model raises OutOfMemoryError instead: the other ranks wait in the middle of the pass that failed.
+    """
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids_BT = torch.full((len(prompts), width), pad)
@@ -190,6 +195,8 @@ def generate(
             model, ids_BT, mask_BT, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
         )
     except torch.OutOfMemoryError:
+        if is_divided(model):
+            raise
         torch.cuda.empty_cache()
         if len(prompts) == 1:
             logger.warning("a prompt of %d tokens does not fit in memory; this length is not run", width)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from radlads.kernels.shared.meta import FEWEST_HEADS
 from radlads.model.mixers.shared.attention_shape import read_attention_shape
 from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.modeling import RadladsForCausalLM, norm_names
@@ -31,7 +32,9 @@ class LayerBytes:
     """Bytes of one token and one layer."""
 
     mixer: int
-    """The mixer of a recurrent layer after the first."""
+    """The mixer of a recurrent layer after the first, where a pass has many heads (kernels/shared/meta.py)."""
+    mixer_few: int
+    """Likewise, where it has few, for which other kernels run."""
     attention: int
     mlp: int
     """With weights that train."""
@@ -42,28 +45,25 @@ class LayerBytes:
     """Of a layer that is linear attention in the teacher already, as transformers computes it in plain torch."""
 
 
-def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype) -> LayerBytes:
-    """Count with a student on the meta device, in a dtype. Its parameters need gradients."""
+def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype, *, liger: bool | None = None) -> LayerBytes:
+    """Count with a student on the meta device, in a dtype. Its parameters need gradients. liger: as fuse_modules."""
     cast: Any = student
     student = cast.to(dtype)
-    fuse_modules(student, torch.device("meta"))
+    fuse_modules(student, torch.device("meta"), liger=liger)
     parts, inner = student.parts, student.model
     config: Any = inner.config
     x = torch.empty(1, _TOKENS, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(_TOKENS, device="meta")[None]
     rope = _rotary_positions(getattr(inner, parts.rotary), x, positions, config)
     known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
-    mixer, first = 0, None
-    for module in list(student.mixers().values())[:2]:
-        mixer, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
-        first = mixed.first
-        known |= {_storage(tensor) for tensor in first if tensor is not None}  # kept once, by the first mixer
+    many = -(-FEWEST_HEADS // config.num_attention_heads)
     layer: Any = getattr(inner, parts.layers)[0]
     mlp, norms = getattr(layer, parts.mlp), [getattr(layer, name) for name in norm_names(parts)]
     word = dtype.itemsize
     trained, frozen = _experts_bytes(config, word) if _has_experts(mlp) else _mlp_bytes(mlp, x, known)
     return LayerBytes(
-        mixer=mixer // _TOKENS + config.hidden_size * word,
+        mixer=_mixer_bytes(student, many, rope, x),
+        mixer_few=_mixer_bytes(student, 1, rope, x),
         attention=_attention_bytes(config, word, gated=_has_output_gate(student)),
         mlp=trained,
         frozen_mlp=frozen,
@@ -85,6 +85,18 @@ def linear_attention_bytes(backbone: Any, parts: Any) -> int:
     known = {_storage(tensor) for tensor in (*module.parameters(), x)}
     kept: int = _kept(partial(module, hidden_states=x), known)[0] // _TOKENS
     return kept + x.shape[-1] * x.element_size()
+
+
+def _mixer_bytes(student: RadladsForCausalLM, sequences: int, rope: tuple[Tensor, Tensor], like: Tensor) -> int:
+    """Bytes a token, its input included, of the second mixer, or the only one; 0 without mixers. like: [1,T,D]."""
+    x = like.new_empty(sequences, *like.shape[1:]).requires_grad_()
+    known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
+    kept, first = 0, None
+    for module in list(student.mixers().values())[:2]:
+        kept, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
+        first = mixed.first
+        known |= {_storage(tensor) for tensor in first if tensor is not None}  # kept once, by the first mixer
+    return kept // (x.shape[0] * x.shape[1]) + x.shape[-1] * x.element_size()
 
 
 def _has_output_gate(student: RadladsForCausalLM) -> bool:

@@ -32,18 +32,19 @@ from radlads.tasks.contracts.recipe.sections import (
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import NEEDLE, stage_info
 from radlads.tasks.jobs.data.encode import Encoder, Part
+from radlads.tasks.jobs.data.prompts import read_prompts
 from radlads.tasks.jobs.data.text.chat import open_chat_template
 from radlads.tasks.jobs.data.text.documents import Document, first_documents
 from radlads.tasks.jobs.data.text.recall import build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
-from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION, NO_OFFLOAD
+from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION, NO_OFFLOAD, why_not_recorded
 from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 
 # Documents of each source that are read to check the source and to measure bytes per token.
 _PROBED = 64
 # Ratio of text size to compressed file size; only used for the epochs that the plan shows.
-_EXPANSION = {".gz": 3.0, ".parquet": 2.5}
+_EXPANSION = {".gz": 3.0, ".xz": 4.0, ".zst": 3.5, ".parquet": 2.5}
 
 
 @dataclass
@@ -67,12 +68,13 @@ class Findings:
 def check_dataset(
     name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, findings: Findings
 ) -> dict[str, Any]:
-    """Read the first documents of every source; returns {bytes, bytes_per_token, tokens, assistant}; None: unknown.
+    """Read the first documents of every source; returns {bytes, bytes_per_token, tokens, assistant}, and `passes` of a
+    mixture; None: unknown.
 
-    assistant: whether assistant-only training finds a token that counts.
+    assistant: whether assistant-only training finds a token that counts. passes: how often each source is read.
     """
     total_bytes: float | None = 0.0
-    total_tokens: float | None = 0.0
+    sizes: list[float | None] = []
     ratio = None
     assistant: bool | None = False
     if dataset.add_bos and tokenizer.bos_token_id is None:
@@ -80,8 +82,13 @@ def check_dataset(
     for index, source in enumerate(dataset.sources):
         place = f"data.{name}.sources.{index}"
         if isinstance(source, SampleSource):
-            total_tokens, assistant = _add(total_tokens, source.tokens), True
+            sizes.append(source.tokens)
+            assistant = True
+            with findings.at(place):
+                if source.prompts:
+                    read_prompts(source, tokenizer, _PROBED)
             continue
+        sizes.append(None)
         with findings.at(place):
             documents = first_documents(source, tokenizer=tokenizer, count=_PROBED)
             if not documents:
@@ -96,21 +103,51 @@ def check_dataset(
             read, tokens = int(part.num_bytes.sum()), len(part.ids)
             ratio = read / max(1, tokens)
             if isinstance(source, RecallSource):
-                total_tokens = _add(total_tokens, source.documents * sum(source.lengths) / len(source.lengths))
+                sizes[-1] = source.documents * sum(source.lengths) / len(source.lengths)
                 continue
             size = _size_of(source, read, len(documents))
             total_bytes = _add(total_bytes, size)
-            total_tokens = _add(total_tokens, None if size is None else size / ratio)
-    if total_tokens is not None and dataset.max_tokens is not None:
-        total_tokens = min(total_tokens, dataset.max_tokens)
-    elif total_tokens is None:
-        total_tokens = dataset.max_tokens
-    return {
+            sizes[-1] = None if size is None else size / ratio
+    total_tokens = _total(dataset, sizes)
+    mixed = _passes(name, dataset, sizes, total_tokens, findings)
+    return mixed | {
         "bytes": None if total_bytes is None else round(total_bytes),
         "bytes_per_token": ratio,
         "tokens": None if total_tokens is None else round(total_tokens),
         "assistant": assistant,
     }
+
+
+def _total(dataset: Dataset, sizes: Sequence[float | None]) -> float | None:
+    """Tokens of a dataset, roughly, from those of its sources; None: unknown."""
+    ends: list[float] = [] if dataset.max_tokens is None else [dataset.max_tokens]
+    known = [size for size in sizes if size is not None]
+    if dataset.shares is not None:  # it ends with the first source
+        shares = zip(sizes, dataset.shares, dataset.sources, strict=True)
+        ends += [size * source.repeats / share for size, share, source in shares if size is not None]
+    elif len(known) == len(sizes):
+        ends.append(sum(known))
+    return min(ends, default=None)
+
+
+def _passes(
+    name: str, dataset: Dataset, sizes: Sequence[float | None], total: float | None, findings: Findings
+) -> dict[str, list[float | None]]:
+    """How often a mixture reads each source, roughly; warns of repeats, and of a source that has too little."""
+    if dataset.shares is None or total is None:
+        return {}
+    wanted = total if dataset.max_tokens is None else dataset.max_tokens
+    passes = [None if not size else share * wanted / size for size, share in zip(sizes, dataset.shares, strict=True)]
+    for index, (count, source) in enumerate(zip(passes, dataset.sources, strict=True)):
+        place = f"data.{name}.sources.{index}"
+        if count is not None and count > source.repeats * 1.05:
+            findings.warnings.append(
+                f"{place} would be read about {count:.1f} times for its weight, and repeats allows {source.repeats}: "
+                "tokenize will end with that; raise repeats, or lower its weight or max_tokens"
+            )
+        elif count is not None and count > 1.05:
+            findings.warnings.append(f"{place} is read about {count:.1f} times, as its weight asks")
+    return {"passes": passes}
 
 
 def _encode_beginnings(
@@ -163,8 +200,11 @@ def check_frozen(recipe: Recipe, findings: Findings) -> None:
         findings.faults.append("holding weights in 8 bit needs torchao: pip install 'radlads[quant]'")
 
 
-def check_zero_3(recipe: Recipe, resources: JobResources, findings: Findings) -> None:
-    """ZeRO-3 divides what some settings need whole."""
+def check_engines(recipe: Recipe, resources: JobResources, findings: Findings) -> None:
+    """CUDA graphs need passes that are alike; ZeRO-3 divides what some settings need whole."""
+    for stage in recipe.training_stages if resources.cuda_graphs == "on" else ():
+        if (reason := why_not_recorded(getattr(recipe, stage), resources)) is not None:
+            findings.faults.append(f"resources.cuda_graphs, {stage}: {reason}")
     if resources.zero_stage != 3:
         return
     if resources.offload_optimizer:

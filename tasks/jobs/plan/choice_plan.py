@@ -21,11 +21,11 @@ from radlads.tasks.contracts.recipe.choice import (
     run_tokens,
 )
 from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe, Student
-from radlads.tasks.contracts.stages import ALIGN, CHOOSE
 from radlads.tasks.jobs.choose.choice_probe import check_probe
 from radlads.tasks.jobs.plan.checks import Findings
-from radlads.tasks.jobs.plan.cost import stage_cost
+from radlads.tasks.jobs.plan.cost import passes_cost
 from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
+from radlads.tasks.jobs.plan.timing.passes import Device
 
 
 def planned_layers(student: Student, softmax: Sequence[int]) -> tuple[int, ...]:
@@ -85,9 +85,8 @@ def choice_stage(
     device: dict[str, Any],
     resources: JobResources,
     findings: Findings,
-    stages: dict[str, dict[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """The plan's stages with `choose` after align: tokens of its forward passes, memory, time."""
+) -> dict[str, Any]:
+    """The stage `choose`: tokens of its forward passes, memory, time."""
     probe = choice.recall
     reading = Evaluate(context=max(*probe.lengths, probe.context), batch=probe.micro_batch)
     memory = judging_memory(reading, networks, resources)
@@ -101,11 +100,10 @@ def choice_stage(
     if choice.choose == "recall":
         reading_tokens = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
         tokens = probe_passes(choice.count, networks.num_softmax) * (reading_tokens + probe.heldout_tokens)
-    cost = stage_cost(2.0 * networks.student_parameters * tokens, device["peak_flops"], resources)
-    stage = {"tokens": tokens, "share": tokens / max(1, run_tokens(recipe)), "memory_bytes_per_gpu": memory} | cost
-    planned = {}
-    for name, numbers in stages.items():
-        planned[name] = numbers
-        if name == ALIGN.name:
-            planned[CHOOSE.name] = stage
-    return planned
+    flops, layers = networks.multiplied.forward_flops(probe.context), networks.num_layers
+    computing = Device(device["kind"], resources.processes, resources.threads).forward_seconds(
+        flops, tokens, layers, probe.micro_batch * probe.context
+    )
+    cost = passes_cost(computing, networks, resources, exported=networks.student_parameters)
+    sizes = {"tokens": tokens, "share": tokens / max(1, run_tokens(recipe)), "memory_bytes_per_gpu": memory}
+    return sizes | {"flops": flops * tokens} | cost

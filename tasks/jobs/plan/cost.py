@@ -1,102 +1,122 @@
-"""Time and cost of a stage: an estimate from FLOPs at an assumed utilisation.
-
-FLOPs of a token: 2·N forward, 4·N backward, for the N parameters that a network multiplies with (without embeddings
-that are looked up and experts that a token is not routed to), and in every softmax layer 2·T·W more forward, for the
-half of T tokens that it sees on average and W = heads · head width; gradient checkpointing adds another forward. The
-utilisation is what the published 7B run reached in step 2:
-3,157 tokens a second on an MI300X (2505.03005, table 3) are 15 % of its bf16 peak.
-"""
+"""Time and cost of each stage of a plan: the speed of training by timing/, and all that passes besides."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from radlads.tasks.contracts.job import JobResources
-from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.recipe import Recipe
-from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
-from radlads.tasks.contracts.recipe.training import runs_teacher
-from radlads.tasks.contracts.stages import logits_reference, stage_info
+from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, SampleSource, Training
+from radlads.tasks.contracts.stages import PUBLISH, TOKENIZE, TRANSPLANT
 from radlads.tasks.jobs.plan.memory import NetworkSizes
+from radlads.tasks.jobs.plan.timing.measured import CPU
+from radlads.tasks.jobs.plan.timing.overheads import (
+    light_seconds,
+    ready_seconds,
+    store_seconds,
+    training_overheads,
+    transplant_seconds,
+)
+from radlads.tasks.jobs.plan.timing.passes import Device, judging_flops, judging_seconds, sampling_seconds
+from radlads.tasks.jobs.plan.timing.speed import UNKNOWN_PEAK, expected_speed
+from radlads.tasks.jobs.plan.timing.step_time import CORE_FLOPS, work_of
+from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS, find_kind
 
-UTILISATION = 0.15
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets, by the device's reported name.
-_PEAKS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "MI300X": 1307e12,
-    "MI325X": 1307e12,
-    "MI250": 191e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-_UNKNOWN_GPU = 100e12
-# GiB of memory → the GPU that a plan assumes when only the size is given.
-_BY_MEMORY = ((180, "MI300X"), (140, "H200"), (80, "H100"), (48, "L40S"), (24, "RTX 4090"))
-# Sustained FLOP/s of one core for models small enough to be trained on it (a few hundred thousand to a few million
-# parameters); larger matrix products are several times as fast.
-_CPU_CORE = 8e9
-
-
-def device_peak(name: str | None, resources: JobResources) -> float:
-    """Assumed peak FLOP/s of one process's device; `name`: of the GPU, None on a CPU."""
-    if resources.device == "cpu" or name is None:
-        return _CPU_CORE * resources.threads
-    return next((peak for known, peak in _PEAKS.items() if known in name), _UNKNOWN_GPU)
+LONGEST_ON_A_CPU = 1000 * 3600.0
+"""Seconds beyond which the time of a stage on a CPU is not told: nobody waits for it, and the rates are of small
+models."""
 
 
 def likely_gpu(gibibytes: float) -> str | None:
     """A well-known GPU with that much memory (GB on its data sheet, or GiB), for its speed; None: there is none."""
-    return next((name for size, name in _BY_MEMORY if size * 0.93 <= gibibytes <= size * 1.1), None)
+    kinds = ("MI300X", "H200", "H100", "L40S", "RTX 4090")
+    return next((k for k in kinds if GPU_KINDS[k].gibibytes * 0.93 <= gibibytes <= GPU_KINDS[k].gibibytes * 1.1), None)
 
 
-def training_flops(stage: str, section: Training, networks: NetworkSizes) -> float:
-    """FLOPs of a whole training stage, or of one of its phases."""
-    return float(sum(_token_flops(stage, part, networks) * part.seen_tokens for part in section.parts))
+def device_kind(name: str | None, resources: JobResources) -> tuple[str | None, float]:
+    """(kind of GPU, CPU, or None: unknown; peak FLOP/s) of one process's device. name: of the GPU."""
+    if resources.device == "cpu":
+        return CPU, CORE_FLOPS * resources.threads
+    kind = find_kind(name or "")
+    return kind, UNKNOWN_PEAK if kind is None else GPU_KINDS[kind].peak_flops
 
 
-def _token_flops(stage: str, part: Training, networks: NetworkSizes) -> int:
-    """FLOPs of a token in a part of a training stage."""
-    pair = 2 * part.context * networks.width  # one softmax layer's products of tokens with tokens, forward
-    teacher = 2 * _multiplied(networks.teacher_parameters, networks) + networks.num_softmax * pair
-    if stage_info(stage).layerwise:
-        return teacher + 6 * networks.mixer_parameters
-    kept = networks.num_softmax - networks.num_recurrent + networks.chosen_late
-    student = 2 * _multiplied(networks.student_parameters, networks) + kept * pair
-    return (4 if part.gradient_checkpointing else 3) * student + (teacher if runs_teacher(stage, part) else 0)
+def training_cost(
+    stage: str, section: Training, networks: NetworkSizes, kind: str | None, resources: JobResources
+) -> dict[str, Any]:
+    """{flops, speed, mfu, seconds_by, phases, and as _cost} of a training stage. speed: of each part, in words, where
+    its expected time comes from; seconds_by: {train, start, heldout, checkpoints, export}."""
+    parts = [_part_cost(stage, part, networks, kind, resources) for part in section.parts]
+    training = sum(part["seconds"] for part in parts)
+    device = Device(kind, resources.processes, resources.threads)
+    seconds_by = {"train": training} | training_overheads(stage, section, networks, resources, device, training)
+    flops = sum(part["flops"] for part in parts)
+    peak = GPU_KINDS[kind].peak_flops * resources.processes if kind in GPU_KINDS else None
+    return {
+        "flops": flops,
+        "speed": tuple(dict.fromkeys(part.pop("speed") for part in parts)),
+        "mfu": None if peak is None else flops / training / peak,
+        "seconds_by": seconds_by,
+        "phases": [part | _cost(part["seconds"], resources) for part in parts],
+    } | _cost(sum(seconds_by.values()), resources)
 
 
-def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
-    """FLOPs of scoring teacher and students, without the lm-evaluation-harness tasks.
-
-    evaluate scores every stage's student and, with each, the teacher; needle runs the teacher once, the last student
-    and, if that is finetuned, also the distilled one.
-    """
-    student = _multiplied(networks.student_parameters, networks)
-    teacher = _multiplied(networks.teacher_parameters, networks)
-    if isinstance(section, Evaluate):
-        students = 1 + len(recipe.training_stages) + (late_choice(recipe) is not None)  # transplanted too
-        return 2.0 * students * (teacher + student) * section.heldout_tokens
-    students = 1 if logits_reference(recipe.training_stages) is None else 2
-    prompts = len(section.depths) * section.trials
-    tokens = prompts * sum(length + section.max_new_tokens for length in section.lengths)
-    return 2.0 * (teacher + students * student) * tokens
+def _part_cost(
+    stage: str, part: Training, networks: NetworkSizes, kind: str | None, resources: JobResources
+) -> dict[str, Any]:
+    speed = expected_speed(work_of(stage, part, networks, resources), kind)
+    sizes = {"tokens": part.seen_tokens, "steps": part.num_steps, "context": part.context, "batch": part.batch}
+    flops = networks.flops(stage, part).total * part.seen_tokens
+    return sizes | {"flops": flops, "speed": speed.source, "seconds": speed.step_seconds * part.num_steps}
 
 
-def stage_cost(flops: float, peak: float, resources: JobResources) -> dict[str, Any]:
-    """{flops, seconds, gpu_hours, dollars}; the latter two None on a CPU or without a price."""
-    utilisation = UTILISATION if resources.device == "cuda" else 1.0
-    seconds = flops / (peak * utilisation * resources.processes)
-    gpu_hours = seconds * resources.processes / 3600 if resources.device == "cuda" else None
+def judging_cost(
+    section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe, kind: str | None, resources: JobResources
+) -> dict[str, Any]:
+    """{flops, seconds_by, and as _cost} of evaluate or needle."""
+    device = Device(kind, resources.processes, resources.threads)
+    return {"flops": judging_flops(section, networks, recipe)} | passes_cost(
+        judging_seconds(section, networks, recipe, device), networks, resources
+    )
+
+
+def passes_cost(
+    computing: float, networks: NetworkSizes, resources: JobResources, *, exported: int = 0
+) -> dict[str, Any]:
+    """{seconds_by, and as _cost} of a stage that runs both networks for `computing` seconds."""
+    read = networks.teacher_parameters + networks.student_parameters
+    seconds_by = {"start": ready_seconds(read, resources), "judge": computing}
+    if exported:
+        seconds_by["export"] = store_seconds(exported)
+    return {"seconds_by": seconds_by} | _cost(sum(seconds_by.values()), resources)
+
+
+def light_costs(
+    recipe: Recipe, networks: NetworkSizes, tokens: dict[str, float], kind: str | None, resources: JobResources
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The stages before training and those after it that compute nothing on the device: label → as _cost. The GPUs
+    wait, and are paid for. tokens: dataset → tokens that it will have."""
+    before = {}
+    for name, count in tokens.items():
+        samples = [one for one in recipe.data[name].sources if isinstance(one, SampleSource)]
+        sampling = sum(
+            sampling_seconds(one, networks, Device(kind, resources.processes, resources.threads)) for one in samples
+        )
+        if samples:
+            sampling += ready_seconds(networks.teacher_parameters, resources)
+        cost = _cost(light_seconds(tokens=count) + sampling, resources)
+        before[f"{TOKENIZE.name} {name}"] = {"tokens": round(count)} | cost
+    if recipe.pretrain is not None:
+        return before, {}
+    before[TRANSPLANT.name] = _cost(transplant_seconds(networks), resources)
+    return before, {PUBLISH.name: _cost(light_seconds(written=networks.student_parameters), resources)}
+
+
+def _cost(seconds: float, resources: JobResources) -> dict[str, Any]:
+    """{seconds, gpu_hours, dollars}: seconds None for what would take too long on a CPU, the others on any CPU;
+    dollars also without a price."""
+    if resources.device == "cpu":
+        return {"seconds": seconds if seconds < LONGEST_ON_A_CPU else None, "gpu_hours": None, "dollars": None}
+    gpu_hours = seconds * resources.processes / 3600
     price = resources.dollars_per_gpu_hour
-    dollars = gpu_hours * price if gpu_hours is not None and price is not None else None
-    return {"flops": flops, "seconds": seconds, "gpu_hours": gpu_hours, "dollars": dollars}
-
-
-def _multiplied(parameters: int, networks: NetworkSizes) -> int:
-    """Parameters without the embeddings that are only looked up (tied ones also make the logits, and count)."""
-    looked_up = networks.groups.get("embeddings", 0) if networks.groups.get("head", 0) else 0
-    return max(0, parameters - looked_up - networks.idle)
+    return {"seconds": seconds, "gpu_hours": gpu_hours, "dollars": None if price is None else gpu_hours * price}

@@ -7,10 +7,13 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
-    activations  counted (jobs/activations.py), for the tokens of a forward pass
-    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl)
+    activations  counted (jobs/activations.py), for the tokens of a forward pass; with sequence_parallel of
+                 a part of each row, and a tenth more of a mixer, whose recurrence runs twice
+    logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl), beyond the
+                 activations of the layer whose backward pass comes next
     buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
-                 what the optimizer's step flattens in excess of activations
+                 what the optimizer's step flattens in excess of activations; with CUDA graphs instead of the bucket
+                 and the flattened gradients those of a pass, w P, and the rest as without ZeRO
 
 Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
 gradients are assumed to be as large as what it keeps.
@@ -22,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radlads.kernels.linear_kl.driver import ARENA_BYTES
+from radlads.kernels.shared.meta import FEWEST_HEADS
+from radlads.model.training.mlp_pieces import PIECE
 from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
@@ -30,10 +35,13 @@ from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.activations import LayerBytes
+from radlads.tasks.jobs.train.engines.build import records_passes
 from radlads.tasks.jobs.train.engines.deepspeed_config import BUCKET_ELEMENTS
+from radlads.tasks.jobs.train.flops import Flops, Multiplied
 
 # fp32 master weight and the two moments of Adam.
 _OPTIMIZER_BYTES = 12
+_SHARD_BYTES = 4_000_000_000  # of an exported file, which is gathered in host memory under ZeRO-3 (student/export.py)
 # A margin for fragmentation and for the error of the estimate.
 USABLE = 0.95
 # GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
@@ -71,6 +79,10 @@ class NetworkSizes:
     """Parameters of experts that a token is not routed to."""
     layer_bytes: dict[int, LayerBytes]
     """Bytes of a number → what a token keeps in each part of a layer."""
+    selective_bytes: dict[int, LayerBytes]
+    """Likewise, with selective activation checkpointing."""
+    multiplied: Multiplied
+    """Of the student as most stages train it: with the layers that are chosen after align."""
     num_linear: int = 0
     """Layers that are linear attention in the teacher already; neither recurrent here nor softmax."""
     chosen_late: int = 0
@@ -100,6 +112,16 @@ class NetworkSizes:
             return self.mixer_parameters
         return sum(count for group, count in self.groups.items() if group not in section.freeze)
 
+    def flops(self, stage: str, part: Training) -> Flops:
+        """Of one token in a part of a training stage. With LoRA or `train_only` all mixers are taken to train."""
+        layerwise = stage_info(stage).layerwise
+        alone = layerwise or getattr(part, "lora", None) is not None or bool(getattr(part, "train_only", ()))
+        groups = self.multiplied.student.items()
+        trained = sum(n for group, n in groups if (group == "mixer" if alone else group not in part.freeze))
+        return self.multiplied.stage_flops(
+            part.context, trained=trained, taught=runs_teacher(stage, part), layerwise=layerwise
+        )
+
 
 def training_memory(
     stage: str,
@@ -110,8 +132,8 @@ def training_memory(
     teacher_bits: FrozenBits = 16,
     mlp_bits: FrozenBits = 16,
 ) -> Memory:
-    """Bytes on one device, by kind, and `total`; `host`: host memory of a process, for an offloaded optimizer, or to
-    export under ZeRO-3."""
+    """Bytes on one device, by kind, and `total`; `host`: host memory of a process, for an offloaded optimizer, or for
+    a file of the export under ZeRO-3."""
     word = word_bytes(section.precision, resources)
     trainable = networks.trainable(stage, section)
     shards = resources.processes
@@ -124,18 +146,19 @@ def training_memory(
     teacher = networks.teacher_parameters * word
     if teacher_bits == 8:
         teacher -= _saved_by_8_bit(networks.teacher_matrices, word)
-    activations = max(_activations(stage, part, networks, resources, word) for part in section.parts)
-    logits = 0 if layerwise else _logits(section, networks, resources, word)
-    sharded = word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer
+    activations, logits = _passes(stage, section, networks, resources, word)
+    replicated = records_passes(section, resources, networks.student_parameters)
+    sharded = not replicated and (word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer)
     gradients = 4 * trainable // (shards if sharded else 1)
-    optimizer = _OPTIMIZER_BYTES * trainable // (shards if sharded or resources.zero_stage == 1 else 1)
+    divided = sharded or (resources.zero_stage == 1 and not replicated)
+    optimizer = _OPTIMIZER_BYTES * trainable // (shards if divided else 1)
     host = 0
     if resources.offload_optimizer:
         # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
         host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
     weights, teacher, gathered = sum(groups.values()), teacher if taught else 0, 0
-    if resources.zero_stage == 3:  # what trains is held as masters alone; a process has the whole student to export it
-        host = networks.student_parameters * word
+    if resources.zero_stage == 3:  # what trains is held as masters alone
+        host = min(networks.student_parameters * word, _SHARD_BYTES)
         weights, teacher = max(0, weights - trainable * word) // shards, teacher // shards
         gathered = _gathered(networks, word, taught=taught, shared=shared)
         if all(part.batch <= part.micro_batch * shards for part in section.parts):
@@ -147,9 +170,9 @@ def training_memory(
         "teacher": teacher,
         "activations": activations,
         "logits": logits,
-        "buffers": (gathered or min(BUCKET_ELEMENTS, trainable) * (word + 4))
+        "buffers": (gathered or (0 if replicated else min(BUCKET_ELEMENTS, trainable) * (word + 4)))
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
-        + (0 if gathered else max(0, gradients - activations - logits)),
+        + (0 if gathered else max(0, (word * trainable if replicated else gradients) - activations - logits)),
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values()), "host": host}
@@ -167,13 +190,23 @@ def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources
         logits = section.batch * networks.vocab * 4
     cache = 0 if isinstance(section, Evaluate) else tokens * networks.num_softmax * 2 * networks.kv_width * word
     memory = {
-        "weights": networks.student_parameters * word,
-        "teacher": networks.teacher_parameters * word,
+        "weights": _judged_parameters(networks.student_parameters, networks, resources) * word,
+        "teacher": _judged_parameters(networks.teacher_parameters, networks, resources) * word,
         "activations": tokens * layer + cache,
         "logits": logits,
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values())}
+
+
+def _judged_parameters(parameters: int, networks: NetworkSizes, resources: JobResources) -> int:
+    """That one process holds of a network. ZeRO-3 divides its layers; the current one and the next are whole, and so
+    are embeddings and head (jobs/judge/divided.py)."""
+    if resources.zero_stage < 3 or resources.processes == 1:
+        return parameters
+    ends = sum(networks.groups.get(group, 0) for group in ("embeddings", "head"))
+    in_layers = parameters - ends
+    return ends + in_layers // resources.processes + 2 * in_layers // networks.num_layers
 
 
 def word_bytes(precision: str, resources: JobResources) -> int:
@@ -195,34 +228,63 @@ def _saved_by_8_bit(matrices: int, word: int) -> int:
     return matrices * word - matrices - matrices * word // GROUP
 
 
-def _activations(stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
-    """Bytes that the sequences of one forward pass keep, at most."""
-    sequences = min(part.micro_batch, max(1, part.batch // resources.processes))
-    tokens, of = sequences * part.context, networks.layer_bytes[word]
+def _passes(
+    stage: str, section: Training, networks: NetworkSizes, resources: JobResources, word: int
+) -> tuple[int, int]:
+    """(activations, what the losses take beyond the layer that is worked on next): bytes of the largest pass."""
+    found = []
+    for part in section.parts:
+        kept, transient = _activations(stage, part, networks, resources, word)
+        losses, waiting = (0, 0) if stage_info(stage).layerwise else _logits(part, networks, resources, word)
+        # The losses are done before the last layer's backward pass begins; the head's gradient waits.
+        found.append((kept + transient, max(losses - transient, waiting)))
+    return max(found, key=sum)
+
+
+def _activations(
+    stage: str, part: Training, networks: NetworkSizes, resources: JobResources, word: int
+) -> tuple[int, int]:
+    """(bytes that the sequences of one forward pass keep, bytes of the layer that is worked on), at most."""
+    tokens, of = _tokens(part, resources), networks.layer_bytes[word]
+    whole, selective = part.gradient_checkpointing is True, part.gradient_checkpointing == "selective"
+    kept_of = networks.selective_bytes[word] if selective else of
+    many = _sequences(part, resources) * (networks.width // networks.head_dim) >= FEWEST_HEADS
+    mixer, kept_mixer = (one.mixer if many else one.mixer_few for one in (of, kept_of))
+    if part.sequence_parallel > 1:
+        mixer, kept_mixer = mixer * 11 // 10, kept_mixer * 11 // 10
     recurrent, kept = networks.num_recurrent, networks.num_softmax - networks.num_recurrent
-    mlp = of.frozen_mlp if freezes_mlp(stage, part) else of.mlp
+    frozen = freezes_mlp(stage, part)
+    mlp, kept_mlp = (one.frozen_mlp if frozen else one.mlp for one in (of, kept_of))
     rows = networks.hidden * word
     if stage_info(stage).layerwise:  # all mixers' graphs live until the one backward pass; the teacher layer by layer
         passing = max(of.attention, of.linear) + of.frozen_mlp + of.norms
         target = networks.hidden * (4 + 4)  # the difference to the attention's output, in fp32, and its square
-        each = rows + target if part.gradient_checkpointing else of.mixer + target
-        return tokens * (recurrent * each + passing + of.mixer)
-    largest = max(of.mixer if recurrent else 0, of.attention if kept else 0, of.linear)
-    if part.gradient_checkpointing:  # every layer's input and the first values; one layer twice, the second time as
-        first = 2 * networks.kv_width * word  # gradients
-        return tokens * (networks.num_layers * rows + first + 2 * (largest + mlp + of.norms))
-    each = (
-        networks.num_layers * (mlp + of.norms)
-        + recurrent * of.mixer
-        + kept * of.attention
-        + networks.num_linear * of.linear
-    )
-    return tokens * (each + largest + mlp)
+        each = rows + target if whole else kept_mixer + target
+        return tokens * recurrent * each, tokens * (passing + mixer)
+    largest = max(mixer if recurrent else 0, of.attention if kept else 0, of.linear)
+    if whole:  # every layer's input and the first values; one layer twice, the second time as gradients
+        first = 2 * networks.kv_width * word
+        inner = mlp * (tokens if networks.idle else min(tokens, PIECE))  # experts are not run in pieces
+        return tokens * (networks.num_layers * rows + first), tokens * 2 * (largest + of.norms) + 2 * inner
+    each = networks.num_layers * (kept_mlp + of.norms) + recurrent * kept_mixer + kept * of.attention
+    return tokens * (each + networks.num_linear * of.linear), tokens * (largest + mlp)
 
 
-def _logits(section: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
-    """The losses' arena; where the head trains, its gradient in fp32 and once more in the head's precision."""
-    head = 0 if "head" in section.freeze else networks.vocab * networks.hidden * (4 + word)
-    tokens = max(min(part.micro_batch, part.batch) * part.context for part in section.parts)
-    rows = tokens * networks.vocab * (4 + 4 + word)
-    return min(rows, ARENA_BYTES[resources.device]) + head + tokens * networks.hidden * word
+def _sequences(part: Training, resources: JobResources) -> int:
+    """Rows of one forward pass of one process."""
+    return min(part.micro_batch, max(1, part.batch // max(1, resources.processes // part.sequence_parallel)))
+
+
+def _tokens(part: Training, resources: JobResources) -> int:
+    """Tokens of one forward pass of one process."""
+    return _sequences(part, resources) * part.context // part.sequence_parallel
+
+
+def _logits(part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> tuple[int, int]:
+    """(bytes of the losses, bytes that wait for the backward pass): an arena, and where the head trains its gradient,
+    summed in fp32 and cast by halves once the arena is free (kernels/linear_kl); that of the hidden states."""
+    head = 0 if "head" in part.freeze else networks.vocab * networks.hidden
+    tokens = _tokens(part, resources)
+    arena = min(tokens * networks.vocab * (4 + 4 + word), ARENA_BYTES[resources.device])
+    waiting = tokens * networks.hidden * word
+    return max(arena + head * 4, head * (4 + word // 2)) + waiting, head * word + waiting

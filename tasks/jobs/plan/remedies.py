@@ -29,6 +29,8 @@ class Setting:
     mlp_bits: FrozenBits = 16
     divisible: bool = True
     """Whether ZeRO-3 can train the stage: not where align calibrates."""
+    sharings: tuple[int, ...] = ()
+    """The numbers of processes that can share rows."""
 
     def memory(self, networks: NetworkSizes) -> Memory:
         """As training_memory."""
@@ -74,14 +76,31 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
 def what_would_help_judging(
     stage: str, section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources, limit: float
 ) -> str:
-    """The largest batch with which evaluate or needle stays under `limit` bytes, or the GPU that it needs."""
+    """The largest batch with which evaluate or needle stays under `limit` bytes, ZeRO-3 where that is not enough, or
+    the GPU that it needs."""
     batch = section.batch
     while batch > 1:
         batch //= 2
         if judging_memory(section.model_copy(update={"batch": batch}), networks, resources)["total"] <= limit:
             return f"{stage}.batch: {batch}"
-    least = judging_memory(section.model_copy(update={"batch": 1}), networks, resources)["total"]
+    smallest = section.model_copy(update={"batch": 1})
+    divided = resources.model_copy(update={"zero_stage": 3})
+    if judging_memory(smallest, networks, divided)["total"] <= limit and resources.zero_stage < 3:
+        return f"resources.zero_stage: 3 and {stage}.batch: 1"
+    least = judging_memory(smallest, networks, resources)["total"]
     return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
+
+
+def misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:
+    """One line on a stage that needs more memory than there is."""
+    return (
+        f"{stage} needs about {_gib(memory['total'])} on each {device['device']}, which has "
+        f"{_gib(device['memory_bytes'])}; what would help: {helps}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.1f} GiB"
 
 
 def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
@@ -91,14 +110,23 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
     while size > 1:
         size //= 2
         yield f"{stage}.micro_batch: {size}", replace(setting, section=_with_micro_batch(section, size))
-    if not section.gradient_checkpointing:
+    if section.gradient_checkpointing is not True:
         changed = section.model_copy(update={"gradient_checkpointing": True})
         yield f"{stage}.gradient_checkpointing: true", replace(setting, section=changed)
     if resources.zero_stage < 2 and resources.processes > 1 and word_bytes(section.precision, resources) == 4:
         yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
-    if resources.zero_stage < 3 and resources.processes > 1 and not resources.offload_optimizer and setting.divisible:
+    graphs = resources.cuda_graphs == "on"  # which exclude the next two
+    if (
+        resources.zero_stage < 3
+        and resources.processes > 1
+        and not (resources.offload_optimizer or graphs)
+        and setting.divisible
+    ):
         yield "resources.zero_stage: 3", replace(setting, resources=resources.model_copy(update={"zero_stage": 3}))
-    if not resources.offload_optimizer and resources.zero_stage < 3:
+    for number in setting.sharings:
+        changed = section.model_copy(update={"sequence_parallel": number})
+        yield f"{stage}.sequence_parallel: {number}", replace(setting, section=changed)
+    if not (resources.offload_optimizer or graphs) and resources.zero_stage < 3:
         changed_resources = resources.model_copy(update={"offload_optimizer": True})
         yield "resources.offload_optimizer: true", replace(setting, resources=changed_resources)
     yield from _in_8_bit(setting)

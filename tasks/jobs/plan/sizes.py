@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,19 +15,22 @@ from radlads.model.teacher.load import find_family
 from radlads.model.teacher.weights import build_empty
 from radlads.model.training.lora import linear_names
 from radlads.model.training.quantized import is_matrix
+from radlads.model.training.recompute import recompute_cheap
 from radlads.tasks.contracts.job import JobResources
-from radlads.tasks.contracts.recipe.choice import late_choice
+from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes, linear_attention_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
-from radlads.tasks.jobs.plan.cost import device_peak, likely_gpu
+from radlads.tasks.jobs.plan.cost import device_kind, likely_gpu
 from radlads.tasks.jobs.plan.memory import NetworkSizes
+from radlads.tasks.jobs.train.flops import Multiplied, count_multiplied
 
 _GIB = 1024**3
 
 
-def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
-    """Build teacher and student on the meta device and count. Raises UserError for options that do not fit."""
+def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | None = None) -> NetworkSizes:
+    """Build teacher and student on the meta device and count. liger: whether training will find liger-kernel; None: as
+    this machine has it. Raises UserError for options that do not fit."""
     family, values, late = find_family(config), _values(config), late_choice(recipe)
     teacher, softmax = build_empty(config), family.softmax_layers(config)
     with torch.device("meta"):
@@ -50,6 +54,9 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
     matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
     heads = values.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or values.hidden_size // heads
+    dtypes = (torch.float32, torch.bfloat16)
+    layer_bytes = {dtype.itemsize: _layer_bytes(student, dtype, liger) for dtype in dtypes}
+    recompute_cheap(student.train())
     return NetworkSizes(
         num_layers=values.num_hidden_layers,
         num_recurrent=len(mixers),
@@ -68,15 +75,17 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig) -> NetworkSizes:
         mlp_matrices=sum(count for name, count in matrices.items() if parameter_group(name, family, set()) == "mlp"),
         largest_matrix=max(matrices.values(), default=0),
         idle=_idle(teacher, config),
-        layer_bytes={dtype.itemsize: _layer_bytes(student, dtype) for dtype in (torch.float32, torch.bfloat16)},
+        multiplied=_multiplied(None if recipe.pretrain is not None else teacher, student, late),
+        layer_bytes=layer_bytes,
+        selective_bytes={dtype.itemsize: _layer_bytes(student, dtype, liger) for dtype in dtypes},
         chosen_late=0 if late is None else late.count,
         linear_names=linear_names(student),
     )
 
 
 def describe_device(resources: JobResources) -> dict[str, Any]:
-    """{device, as_fast_as, processes, peak_flops, memory_bytes} of one process's device; on a CPU its part of the
-    machine's resources.
+    """{device, as_fast_as, kind, processes, peak_flops, memory_bytes} of one process's device; on a CPU its part of the
+    machine's resources. kind: of GPU, CPU, or None: unknown.
 
     A GPU whose memory is given need not be present; its speed is that of a well-known one of that size.
     """
@@ -89,16 +98,23 @@ def describe_device(resources: JobResources) -> dict[str, Any]:
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         label, name, memory = resources.device, None, psutil.virtual_memory().total // resources.processes
+    kind, peak = device_kind(name, resources)
     return {
         "device": label,
         "as_fast_as": like,
+        "kind": kind,
         "processes": resources.processes,
-        "peak_flops": device_peak(name, resources),
+        "peak_flops": peak,
         "memory_bytes": memory,
     }
 
 
 _HEAD = "lm_head.weight"
+
+
+def _multiplied(teacher: Any, student: Any, late: AttentionChoice | None) -> Multiplied:
+    counted = count_multiplied(teacher, student)
+    return replace(counted, student_softmax=counted.student_softmax + (0 if late is None else late.count))
 
 
 def _values(config: PreTrainedConfig) -> Any:
@@ -126,12 +142,12 @@ def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
     return idle
 
 
-def _layer_bytes(student: Any, dtype: torch.dtype) -> LayerBytes:
+def _layer_bytes(student: Any, dtype: torch.dtype, liger: bool | None) -> LayerBytes:
     if isinstance(student, RadladsForCausalLM):
-        return count_layer_bytes(student, dtype)
+        return count_layer_bytes(student, dtype, liger=liger)
     values, word = _values(student.config), dtype.itemsize
     norms = len(norm_names(find_family(student.config)))
     mlp = (4 * values.intermediate_size + values.hidden_size) * word
     attention = (values.hidden_size + 7 * values.num_attention_heads * (getattr(values, "head_dim", None) or 0)) * word
     linear = linear_attention_bytes(student.to(dtype).model, find_family(student.config))
-    return LayerBytes(0, attention, mlp, mlp, norms * 3 * values.hidden_size * word, linear)
+    return LayerBytes(0, 0, attention, mlp, mlp, norms * 3 * values.hidden_size * word, linear)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from radlads.model.sequence_parallel.limits import sharing_fault
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
 from radlads.model.training.mixer_parts import has_log_decay
 from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.checkpoints.host_copy import has_room
 from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES
+from radlads.tasks.jobs.data.batch_plan import division_fault
 from radlads.tasks.jobs.plan.checks import Findings
 
 
@@ -44,14 +49,12 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
 
 
 def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:
-    if part.batch % processes:
-        findings.faults.append(
-            f"{place}.batch ({part.batch}) must be a multiple of the {processes} processes; change the batch, "
-            f"or resources.processes"
-        )
-    elif (part.batch // processes) % part.micro_batch:
+    groups = max(1, processes // part.sequence_parallel)
+    if fault := division_fault(part.batch, processes, part.sequence_parallel):
+        findings.faults.append(f"{place}.{fault}")
+    elif (part.batch // groups) % part.micro_batch:
         findings.warnings.append(
-            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // processes} "
+            f"{place}.micro_batch ({part.micro_batch}) does not divide a process's {part.batch // groups} "
             f"sequences; a smaller one is used"
         )
     if part.tokens < part.batch * part.context:
@@ -109,6 +112,27 @@ def check_restarts(recipe: Recipe, config: PreTrainedConfig, findings: Findings)
         section: Training = getattr(recipe, stage)
         if any(part.reset_at_documents for part in section.parts):
             findings.faults.append(f"{stage}.reset_at_documents: {NO_RESTART}")
+
+
+def check_sharing(
+    recipe: Recipe, config: PreTrainedConfig, kept: Collection[int], processes: int, findings: Findings
+) -> dict[str, tuple[int, ...]]:
+    """Rows that processes share, where the networks allow it; returns stage → the numbers, above the present one, of
+    those that could. config: the teacher's; kept: layers that stay softmax attention for certain."""
+    softmax, late, possible = find_family(config).softmax_layers(config), late_choice(recipe) is not None, {}
+    for stage in TRAINING_STAGES:
+        section: Training | None = getattr(recipe, stage)
+        if section is None or stage_info(stage).layerwise:
+            continue
+        every = late or runs_teacher(stage, section) or stage_info(stage).makes == "teacher"
+        context, now = section.longest_context, section.sequence_parallel
+        fault = partial(sharing_fault, config, softmax if every else kept, context=context)
+        if now > 1 and (found := fault(now)):
+            findings.faults.append(f"{stage}.sequence_parallel: {found}")
+        divides = all(part.context % processes == 0 for part in section.parts)
+        numbers = [n for n in (2, 4, 8) if n > now and processes % n == 0 and divides]
+        possible[stage] = tuple(n for n in numbers if fault(n) is None)
+    return possible
 
 
 def _sees_positions(recipe: Recipe) -> bool:

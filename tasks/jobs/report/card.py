@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from radlads.model.student.releases import TESTED
+from radlads.tasks.contracts.pins.places import is_gguf
 from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.stages import CHOOSE, MODEL_STAGES, TRAINING_STAGES, stage_info
@@ -63,7 +64,7 @@ def teacher_name(recipe: Recipe) -> str:
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
+    return is_gguf(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
 
 
 def _metadata(recipe: Recipe) -> dict[str, Any]:
@@ -104,6 +105,8 @@ def _making(products: Products, recipe: Recipe) -> list[Block]:
     if teacher is not None:
         named = f"`{teacher.fingerprint}`, its tokenizer `{teacher.tokenizer_fingerprint}`"
         blocks.append(Text(f"- **teacher**: {teacher_name(recipe)}, by content {named}"))
+    if products.plan is not None and products.plan.gguf is not None:
+        blocks.append(Text(f"- **the teacher's file**: {products.plan.gguf}"))
     for stage in MODEL_STAGES:
         summary = choice_summary(products) if stage == CHOOSE.name else None
         if summary is not None:

@@ -21,6 +21,7 @@ from radlads.tasks.jobs.report.number_format import (
     prompt_note,
     rate_of,
 )
+from radlads.tasks.jobs.report.origin_blocks import origin_blocks
 from radlads.tasks.jobs.report.products import Products, ReportedProduct
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Picture, Table, Text, Verdict
 from radlads.tasks.jobs.report.watch_report import watch_blocks
@@ -40,7 +41,7 @@ def build_report(
     blocks += [*_tasks(products), *_curves(products, pictures), *watch_blocks(products)]
     blocks += [*_samples(products), *_student(products, recipe)]
     blocks += choice_blocks(products, list(pictures))
-    blocks += [*_cost(products, recipe), *_data(products), *_provenance(products), *_recipe(recipe)]
+    blocks += [*_cost(products, recipe), *origin_blocks(products), *_recipe(recipe)]
     return blocks
 
 
@@ -257,7 +258,7 @@ def _cost(products: Products, recipe: Recipe) -> list[Block]:
     if not rows:
         return []
     header = ("stage", "steps", "tokens", "time", "memory", "GPU hours", "cost", _SOURCE)
-    caption = "Time, memory, GPU hours and cost: planned / actual. Planned values are estimates made before the run."
+    caption = "Planned / actual. Planned with start-up, checkpoints, export; actual times of training: its steps alone."
     return [Heading("Planned and actual cost"), Table(header, rows, caption, words=(_SOURCE,))]
 
 
@@ -269,48 +270,6 @@ def gpu_hours(product: ReportedProduct, planned: dict[str, Any]) -> float | None
     if planned.get("gpu_hours") is None or "seconds" not in metrics:
         return None
     return float(metrics["seconds"]) * float(metrics.get("processes", 1)) / 3600
-
-
-def _data(products: Products) -> list[Block]:
-    rows = []
-    for product in products.datasets:
-        numbers = product.manifest.metrics
-        rows.append(
-            (
-                product.manifest.spec.get("name", product.name),
-                count(numbers.get("train_tokens")),
-                count(numbers.get("heldout_tokens")),
-                count(numbers.get("documents")),
-                plain(numbers.get("bytes_per_token"), 2),
-                product.short,
-            )
-        )
-    header = ("dataset", "training tokens", "held-out tokens", "documents", "bytes per token", _SOURCE)
-    return [Heading("Data"), Table(header, rows, words=(_SOURCE,))] if rows else []
-
-
-def _provenance(products: Products) -> list[Block]:
-    rows = []
-    for product in (*products.datasets, *products.stages):
-        manifest = product.manifest
-        code = (manifest.code.sha or "installed package")[:12] + (" (changed)" if manifest.code.dirty else "")
-        rows.append(
-            (
-                manifest.stage,
-                f"`{manifest.digest}`",
-                f"{manifest.created_at:%Y-%m-%d %H:%M} UTC",
-                f"`{manifest.mlflow_run_id}`" if manifest.mlflow_run_id else NONE,
-                code,
-            )
-        )
-    versions = products.final.manifest.code.versions
-    with_versions = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    header = ("stage", "digest", "committed", "MLflow run", "code")
-    return [
-        Heading("Provenance"),
-        Table(header, rows, "A digest covers the settings of a stage and the digests of its inputs.", words=header),
-        Text(f"Versions: {with_versions}."),
-    ]
 
 
 def _recipe(recipe: Recipe) -> list[Block]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from radlads.model.training.objectives import Objective
+from radlads.tasks.jobs.data.batch_plan import part_of
 from radlads.tasks.jobs.data.loader import Batch, TokenSplit
 from radlads.tasks.jobs.train.engines.engine import to_device
 
@@ -28,26 +29,29 @@ def heldout_metrics(
     rank: int,
     world_size: int,
     document_ids: bool,
+    sharing: int = 1,
 ) -> dict[str, float]:
     """`heldout/<metric>` over the first rows of the split, up to max_tokens. Every rank calls it; {} without a label.
 
     forward: the engine's; every rank calls it equally often, with a row that has no weight where it has fewer batches.
     Each batch is weighted by the labels that the objective counts in it, so that the result does not depend on how the
-    rows are distributed.
+    rows are distributed. sharing: consecutive ranks that share rows; a split shorter than a row is cut to what they can
+    divide.
     """
-    context = min(context, split.tokens - 1)
+    group, place = divmod(rank, sharing)
+    context = min(context, split.tokens - 1) // sharing * sharing
     if context < 1:
         logger.warning("the held-out split is empty: no held-out loss")
         return {}
     batches = split.heldout(
-        context, batch_size, max_tokens, rank=rank, world_size=world_size, document_ids=document_ids
+        context, batch_size, max_tokens, rank=group, world_size=world_size // sharing, document_ids=document_ids
     )
     was_training = objective.training
     objective.eval()
     totals: dict[str, torch.Tensor] = {}
     labels = 0
-    own = [batch for batch in batches if objective.num_labels(batch) > 0]
-    filler = split.batch([0], context, document_ids=document_ids)
+    own = [part_of(batch, place, sharing) for batch in batches if objective.num_labels(batch) > 0]
+    filler = part_of(split.batch([0], context, document_ids=document_ids), place, sharing)
     for index in range(_most(len(own), device, world_size)):
         batch = own[index] if index < len(own) else filler
         weight = objective.num_labels(batch) if index < len(own) else 0

@@ -22,11 +22,13 @@ from radlads.tasks.jobs.common import Job, NonFiniteError, Preempted, run_job
 from radlads.tasks.jobs.data.batch_plan import BatchPlan, plan_batches
 from radlads.tasks.jobs.data.loader import TokenDataset, open_dataset
 from radlads.tasks.jobs.origin import check_training
+from radlads.tasks.jobs.process_group import row_group
 from radlads.tasks.jobs.train.calibrate import calibrate_student
 from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.heldout import heldout_metrics
 from radlads.tasks.jobs.train.label_check import check_labels
+from radlads.tasks.jobs.train.mfu import Utilisation
 from radlads.tasks.jobs.train.steps import Step, optimizer_steps
 from radlads.tasks.jobs.train.training_models import Networks, export_model, load_networks
 from radlads.tasks.jobs.train.training_report import memory_bytes, write_report
@@ -54,6 +56,9 @@ def main(job: Job) -> dict[str, Any]:
     batches = partial(plan_batches, split=dataset.split("train"), world_size=job.world_size, mixed=mixed)
     plans = batches(section)
     check_labels(section, plans)
+    if section.sequence_parallel > 1:
+        objective.share_rows(row_group(section.sequence_parallel), section.longest_context)
+    utilisation = Utilisation(job, spec, objective)
     engine = build_engine(job, objective, section, micro_batch=plans[0].sequences, num_micro=plans[0].num_micro)
     heldout = partial(
         heldout_metrics,
@@ -67,6 +72,7 @@ def main(job: Job) -> dict[str, Any]:
         rank=job.rank,
         world_size=job.world_size,
         document_ids=section.reset_at_documents,
+        sharing=section.sequence_parallel,
     )
     every = section.watch.rollback.every if section.watch.rolls_back else 0
     kept = {"keep": section.keep_checkpoints, "every": every, "reach": section.evidence_steps + 1}
@@ -77,14 +83,13 @@ def main(job: Job) -> dict[str, Any]:
             job.record.log(0, heldout())
         if start == 0 and every:
             checkpoints.save(0)
-        _train(job, section, engine, batches, checkpoints, heldout, start)
+        _train(job, section, engine, batches, checkpoints, heldout, start, utilisation)
         final = heldout()
     job.record.log(section.num_steps, final)
-    engine.release(job.rank)
-    if job.rank != 0:
-        return {}
-    merge_lora(networks.student)
-    export_model(networks, job.output / "model")
+    with engine.reading(job.rank) as read:
+        if read is None:
+            return {}
+        export_model(networks, job.output / "model", merge_lora(networks.student, read), dtype=job.dtype)
     return final | calibration | write_report(job, spec, final | calibration)
 
 
@@ -96,6 +101,7 @@ def _train(
     checkpoints: Checkpoints,
     heldout: Callable[[], dict[str, float]],
     start: int,
+    utilisation: Utilisation,
 ) -> None:
     """Train from step `start` to the end, by way of all rollbacks. batches: section → plans. Raises Preempted and
     StoppedByWatch (both after a checkpoint), and NonFiniteError."""
@@ -109,7 +115,7 @@ def _train(
         if watchdog.rollbacks:
             check_labels(changed, plans)
         engine.objective.section = changed
-        event = _run_steps(job, changed, engine, plans, checkpoints, watchdog, heldout, start)
+        event = _run_steps(job, changed, engine, plans, checkpoints, watchdog, heldout, start, utilisation)
         if event is None:
             return
 
@@ -123,6 +129,7 @@ def _run_steps(
     watchdog: Watchdog,
     heldout: Callable[[], dict[str, float]],
     start: int,
+    utilisation: Utilisation,
 ) -> Event | None:
     """Optimizer steps start+1 … num_steps; returns early with what the watchdog must act on. Raises as `_train`."""
     num_steps, reported, done = section.num_steps, time.monotonic(), start
@@ -142,9 +149,9 @@ def _run_steps(
         if done == start + 1:
             launch = time.time() - job.launched
             logger.info("the first step ended %.1f s after the launch, and took %.1f s", launch, step.seconds)
-        numbers = _numbers(section, step, job.device)
+        numbers = _numbers(section, step, job.device, utilisation)
         job.record.log(done, numbers)
-        event = watchdog.see(done, numbers)
+        event = watchdog.see(done, numbers, is_last=done == num_steps)
         job.progress(done, num_steps, "steps")
         if time.monotonic() - reported >= _TELL_SECONDS or done in (start + 1, num_steps):
             reported = time.monotonic()
@@ -171,7 +178,7 @@ def _must_stop(job: Job, watchdog: Watchdog) -> bool:
     return job.stop_requested or watchdog.slow is not None
 
 
-def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, float]:
+def _numbers(section: Training, step: Step, device: torch.device, utilisation: Utilisation) -> dict[str, float]:
     """One row of the record."""
     index, own = section.place(step.number - 1)
     *before, part = section.parts[: index + 1]
@@ -186,6 +193,7 @@ def _numbers(section: Training, step: Step, device: torch.device) -> dict[str, f
         **{f"lr/{group}": rate for group, rate in step.rates.items()},
         "tokens": earlier + (own + 1) * tokens,
         "tokens_per_second": tokens / step.seconds,
+        **utilisation.of(part, tokens / step.seconds),
         "seconds": step.seconds,
         "memory_bytes": memory_bytes(device),
     }

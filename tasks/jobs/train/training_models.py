@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.model.student.export import export_student
@@ -17,15 +19,18 @@ from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import load_teacher
 from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.mixer_parts import round_log_decay
+from radlads.model.training.mlp_pieces import run_mlps_in_pieces
+from radlads.model.training.recompute import recompute_cheap
 from radlads.model.weights.finite import check_finite
 from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.disk import need_space
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.recipe import Pretrain
-from radlads.tasks.contracts.recipe.training import runs_teacher
+from radlads.tasks.contracts.recipe.training import Training, runs_teacher
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
+from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.teacher.place import teacher_place
 from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
 
 logger = logging.getLogger("radlads")
@@ -61,9 +66,20 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
         originals = open_weight_files(str(folder))
     for network in (student, *([] if teacher is None else [teacher])):
         fuse_modules(network, job.device)
-    if spec.section.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run_mlps_in_pieces(network, recomputed=network is student and spec.section.gradient_checkpointing is True)
+    checkpoint_activations(student, spec.section)
     return Networks(student, teacher, tokenizer, originals)
+
+
+def checkpoint_activations(student: Any, section: Training) -> None:
+    """Let the student compute activations again, as the section says; after `fuse_modules`."""
+    if section.gradient_checkpointing == "selective":
+        recompute_cheap(student)
+    elif section.gradient_checkpointing:
+        # Without dropout there is no random state to save, which a CUDA graph could not record.
+        random = any("drop" in name and value for name, value in student.config.to_dict().items())
+        how = {"use_reentrant": False, "preserve_rng_state": random}
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
@@ -71,11 +87,8 @@ def _teacher(job: Job, spec: TrainSpec) -> PreTrainedModel | None:
         return None
     if spec.teacher is None:
         raise UserError(f"the stage {spec.objective} needs a teacher, and this job names none")
-    teacher = load_teacher(
-        resolve_teacher_path(spec.teacher.path),
-        dtype=job.dtype,
-        revision=spec.teacher.revision,
-    )
+    place = teacher_place(job, spec.teacher)
+    teacher = load_teacher(place.path, dtype=job.dtype, revision=place.revision)
     return hold_teacher(teacher, spec, _place(job))
 
 
@@ -102,18 +115,28 @@ def _fresh_model(section: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTr
     return model
 
 
-def export_model(networks: Networks, folder: Path) -> None:
-    """Write the trained network as a Hugging Face folder."""
+def export_model(networks: Networks, folder: Path, read: Callable[[str], Tensor], *, dtype: torch.dtype) -> None:
+    """Write the trained network as a Hugging Face folder. read: name → the tensor, whole, on the CPU, of this dtype."""
     student: Any = networks.student
     student.eval()
     shutil.rmtree(folder, ignore_errors=True)  # remains of an attempt that failed here
-    size = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
-    need_space(folder.parent, size, "the model")
+    need_space(folder.parent, student.num_parameters() * dtype.itemsize, "the model")
     if isinstance(student, RadladsForCausalLM):
-        export_student(student, networks.tokenizer, folder, originals=networks.originals)
+        export_student(student, networks.tokenizer, folder, dtype=dtype, originals=networks.originals, read=read)
         return
+    _make_whole(student, read)
     for name, tensor in student.state_dict().items():
         check_finite(f"the model's tensor {name}", tensor, mend="no model was written")
     student.config.use_cache = True
     student.save_pretrained(folder, max_shard_size=4_000_000_000)
     networks.tokenizer.save_pretrained(folder)
+
+
+def _make_whole(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Replace the parameters by whole ones, those of a tied matrix by one."""
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in whole:
+            whole[parameter] = nn.Parameter(read(name), requires_grad=False)
+        place, _, own = name.rpartition(".")
+        model.get_submodule(place)._parameters[own] = whole[parameter]

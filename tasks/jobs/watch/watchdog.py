@@ -40,10 +40,11 @@ class Watchdog:
         """The steps that were gone back to, in the order of time."""
         return tuple(event.to for event in self.events if event.to is not None)
 
-    def see(self, step: int, row: Mapping[str, float]) -> Event | None:
-        """Judge a step that is on record. Returns what must be acted on before the next step."""
+    def see(self, step: int, row: Mapping[str, float], *, is_last: bool = False) -> Event | None:
+        """Judge a step that is on record. Returns what must be acted on before the next step. is_last: of the stage;
+        the throughput, for which only the next step could stop the job, is not judged any more."""
         self._rows.append({name: value for name, value in {"step": step, **row}.items() if name in _JUDGED})
-        if self.job.rank == 0 and self.slow is None:
+        if self.job.rank == 0 and self.slow is None and not is_last:
             for event in judge_throughput(self.watch.throughput, self._rows, self.events, began=self._began):
                 self.slow = event if event.action == "stop" else self.slow
                 self._note(event)
@@ -62,11 +63,10 @@ class Watchdog:
 
     def not_finite(self, step: int) -> Event | None:
         """What must be acted on after a step that raised NonFiniteError; None where that error must end the job."""
-        policy = self.watch.nonfinite.policy
-        event = Event(kind="nonfinite", step=step, first=step, action=policy, number="loss")
-        if policy == "rollback" and not self._is_exhausted:
+        event = Event(kind="nonfinite", step=step, first=step, action=self.watch.nonfinite.policy, number="loss")
+        if event.action == "rollback":
             return event
-        self._note(event.model_copy(update={"action": "stop"}))
+        self._note(event)
         return None
 
     def act(self, event: Event, checkpoints: Checkpoints) -> int:
@@ -78,8 +78,8 @@ class Watchdog:
             target = None if self._is_exhausted else checkpoints.find(self._latest_good(event))
             if target is not None:
                 self._note(event.model_copy(update={"to": target, "seconds": self._seconds_after(target)}))
+                checkpoints.discard_after(target)  # before the record is rewound: it tells which they are
                 self.job.record.rewind(target)
-                checkpoints.discard_after(target)
                 checkpoints.load(target)
                 self._read_record()
                 return target
@@ -99,9 +99,12 @@ class Watchdog:
 
     def _latest_good(self, event: Event) -> int:
         """The last step at which a checkpoint is good for a rollback. The loss of a step tells of the parameters before
-        it, so the step after a good checkpoint was in order; where an earlier rollback went back to, it had been."""
+        it, so the step after a good checkpoint was in order; where an earlier rollback went back to, it had been. A
+        step with a CE spike was not judged, except for being finite."""
         proven = [step for step in self.rollbacks[-1:] if step < event.first]
-        return max([event.first - 2, *proven])
+        spiked = {row["step"] for row in self._rows if row.get("ce_spike")} if event.kind != "nonfinite" else ()
+        in_order = next(step for step in range(event.first - 1, -2, -1) if step not in spiked)
+        return max([in_order - 1, *proven])
 
     def _note(self, event: Event) -> None:
         """Put an event on record, unless it was before the job ended at this very step."""

@@ -31,6 +31,7 @@ def machines_resources(requested: Resources, ranks: int, source: str) -> JobReso
         zero_stage=requested.zero_stage,
         threads=requested.threads or 1,
         offload_optimizer=requested.offload_optimizer,
+        cuda_graphs=requested.cuda_graphs,
         gpu_memory_gib=requested.gpu_memory_gib,
         dollars_per_gpu_hour=requested.dollars_per_gpu_hour,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.places import COMPRESSED
 from radlads.tasks.contracts.recipe.recipe import FilesSource, HubSource, RecallSource, SampleSource, Source
 from radlads.tasks.jobs.data.text.messages import read_messages
 from radlads.tasks.jobs.data.text.recall import build_document, load_filler
@@ -132,12 +133,12 @@ def _file_documents(source: FilesSource) -> Iterator[Document]:
 
 
 def read_file(name: str, reader: RowReader, *, separator: str | None = None) -> Iterator[Document]:
-    """Documents of one parquet, jsonl or text file, the latter two plain or gzipped.
+    """Documents of one parquet, jsonl or text file, the latter two plain or compressed.
 
     Raises UserError for unreadable input and for a file without documents.
     """
     path = resolve_file(name)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     if suffix == ".parquet":
         documents = reader.documents(parquet_rows(path, reader.field), name, "row")
     elif suffix in JSON_SUFFIXES:
@@ -151,7 +152,8 @@ def read_file(name: str, reader: RowReader, *, separator: str | None = None) -> 
         )
     else:
         known = ", ".join((".parquet", *JSON_SUFFIXES, *TEXT_SUFFIXES))
-        raise UserError(f"{name}: unknown kind of file; known endings are {known} (all but parquet also with .gz)")
+        packed = ", ".join(COMPRESSED)
+        raise UserError(f"{name}: unknown kind of file; known endings are {known} (all but parquet also with {packed})")
     first = next(documents, None)
     if first is None:
         raise UserError(f"{name}: the file contains no document; remove it from the source")

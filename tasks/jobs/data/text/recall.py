@@ -86,7 +86,7 @@ class Quiz:
 
 
 def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
-    """Sentences of the given text files (plain or .gz), in order; the built-in filler if no file is given.
+    """Sentences of the given text files (plain or compressed), in order; the built-in filler if no file is given.
 
     separator: the text between documents; never part of a sentence. Raises UserError for an unreadable file and for a
     file without sentences.

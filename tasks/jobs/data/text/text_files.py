@@ -9,11 +9,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _READ_CHARACTERS = 1 << 20
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-_UNREADABLE = (OSError, EOFError, zlib.error)
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _REPLACEMENT = "\ufffd"
 
 
@@ -70,12 +71,24 @@ def _name_of(character: str) -> str:
 
 @contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a plain or gzipped UTF-8 file as text, without byte-order mark. Raises UserError for UTF-16 and UTF-32."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as binary:
+    """Open a plain or compressed UTF-8 file as text, without byte-order mark. Raises UserError for UTF-16, UTF-32."""
+    with _open_binary(path) as binary:
         beginning = binary.peek(4)[:4]
         if beginning.startswith(_WIDE_MARKS):
             raise UserError(f"{path}: this is UTF-16 or UTF-32, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
         yield io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _open_binary(path: Path) -> io.BufferedReader:
+    if path.suffix == ".gz":
+        return cast(io.BufferedReader, gzip.open(path, "rb"))
+    if path.suffix == ".xz":
+        return cast(io.BufferedReader, lzma.open(path, "rb"))
+    if path.suffix == ".zst":
+        if not pa.Codec.is_available("zstd"):
+            raise UserError(f"{path}: this build of pyarrow reads no .zst; unpack it (unzstd), or use .gz or .xz")
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
 
 
 def text_documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:

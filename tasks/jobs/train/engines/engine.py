@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +106,8 @@ class Engine:
             tokens = self.micro_batch * (batch["input_ids"].shape[1] - 1)
             share = self.objective.num_labels(batch) / tokens
             labelled += share
-            loss, metrics = self.forward(
-                {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            )
-            for name, value in ({"loss": loss} | metrics).items():
-                seen[name] = seen.get(name, 0) + share * value.detach().double() / self.num_micro
-            self._backward(share * loss)
+            for name, value in self._pass(batch, share).items():
+                seen[name] = seen.get(name, 0) + value
             if index < self.num_micro - 1:
                 self._between()
         result, share = self._agree(seen, labelled, stop)
@@ -129,6 +126,15 @@ class Engine:
             group["lr"] = rates[group["name"]] * group["multiplier"]
         self._move()
         return result
+
+    def _pass(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        """Forward and backward of a batch on the CPU: adds its gradient, returns loss and metrics, fp64. Both are
+        weighted by its share of a pass's tokens that are labels, over num_micro."""
+        loss, metrics = self.forward({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
+        self._backward(share * loss)
+        return {
+            name: share * value.detach().double() / self.num_micro for name, value in ({"loss": loss} | metrics).items()
+        }
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's `(loss, metrics)` of a batch on the device. Every rank calls it as often."""
@@ -193,15 +199,18 @@ class Engine:
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _scale(self, factor: float) -> None:
-        """Multiply this rank's part of the gradient."""
-        if factor != 1:
-            torch._foreach_mul_(self._gradients(), factor)
+        """Multiply the gradient by a factor as the optimizer's step reads it: its fused form divides by a tensor."""
+        adam: Any = self._adam
+        adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=self.device)
 
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def release(self, rank: int) -> None:
-        """After the last step: make the student whole on rank 0, to be exported. Every rank calls it."""
+    def reading(self, rank: int) -> AbstractContextManager[Callable[[str], Tensor] | None]:
+        """After the last step: on rank 0, name in the student's state dict → that tensor, whole and on the CPU; None on
+        the others. Every rank enters it."""
+        state = self.objective.student.state_dict()
+        return nullcontext((lambda name: state[name].cpu()) if rank == 0 else None)
 
     # State, as slices of flattened parameters
 

@@ -10,7 +10,8 @@ Every parameter is divided along its first dimension, so a rank's part is one pi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,22 +29,31 @@ from radlads.model.training.quantized import hold_as_buffers, hold_as_parameters
 
 _REPLICATED = 1 << 20
 """Elements below which a module that both networks share is held whole by every rank: a norm, not a matrix."""
+_NO_MORE = -1
 
 
 class Partitioned(nn.Module):
     """An objective with its networks divided over the ranks. Call it in place of the objective, on every rank alike."""
 
-    def __init__(self, objective: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, objective: Any, *, device: torch.device, dtype: torch.dtype, gathered_once: bool = False
+    ) -> None:
         """objective: its networks are on the CPU, trained parameters are known by `requires_grad`. They are moved to
-        the device as they are divided; those that train become fp32 (the masters), and are gathered in `dtype`."""
+        the device as they are divided; those that train become fp32 (the masters), and are gathered in `dtype`.
+
+        gathered_once: only what trains is divided, and stays gathered until `free_gathered`: ZeRO-2's communication.
+        """
         super().__init__()
         self.objective, self.teacher, self.dtype = objective, objective._teacher[0], dtype
         student = objective.student
         self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        self._device = device
+        self.device = device
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         self._whole: set[nn.Parameter] = set()
-        shared = [] if self.teacher is None else join_shared(student, self.teacher)
+        networks = [network for network in (student, self.teacher) if network is not None]
+        if gathered_once:
+            self._whole |= {p for network in networks for p in network.parameters() if not p.requires_grad}
+        shared = [] if self.teacher is None or gathered_once else join_shared(student, self.teacher)
         for module in shared:
             for part in module.modules():
                 hold_as_parameters(part)
@@ -52,10 +62,11 @@ class Partitioned(nn.Module):
             else:
                 self._divide(module)
         alone = objective.mixes_outside_layers
-        for network in (student, self.teacher):
-            for layer in [] if network is None else layers(network):
+        for network in networks:
+            for layer in layers(network):
                 for module in layer.modules():
-                    hold_as_parameters(module)
+                    if not gathered_once:
+                        hold_as_parameters(module)
                     if alone and isinstance(module, Mixer):
                         self._divide(module)
                         register_fsdp_forward_method(module, "mix")
@@ -63,16 +74,20 @@ class Partitioned(nn.Module):
         self._divide(self, reshard_after_forward=False)
         for parameter in self._whole:
             parameter.data = parameter.data.to(device)
+        if gathered_once:
+            root: Any = self
+            root.set_reshard_after_forward(False)
+            root.set_reshard_after_backward(False)
 
     def forward(self, batch: Any) -> Any:
         """The objective's."""
         return self.objective(batch)
 
     def _divide(self, module: nn.Module, **options: Any) -> None:
-        own = {p for part in _outside_units(module) for p in part.parameters(recurse=False)} - self._whole
-        if own:
+        own = {p for part in outside_units(module) for p in part.parameters(recurse=False)} - self._whole
+        if own or module is self:
             for parameter in own:  # unit by unit: loaded weights are pages of their files, which all ranks share
-                parameter.data = parameter.data.to(self._device, torch.float32 if parameter.requires_grad else None)
+                parameter.data = parameter.data.to(self.device, torch.float32 if parameter.requires_grad else None)
             fully_shard(module, mesh=self._mesh, mp_policy=self._policy, ignored_params=self._whole or None, **options)
 
 
@@ -120,31 +135,46 @@ def free_gathered(module: Partitioned) -> None:
             part.reshard()
 
 
-def gather_student(module: Partitioned, rank: int) -> None:
-    """Make the student whole again, in its compute dtype on the CPU of rank 0, to be exported there. It cannot run
-    afterwards."""
+@contextmanager
+def gather_student(module: Partitioned, rank: int) -> Iterator[Callable[[str], Tensor] | None]:
+    """On rank 0, yields a function: name in the student's state dict → that tensor whole, in its compute dtype, on the
+    CPU. On the others it yields None, once rank 0 has left. The student cannot run afterwards."""
     free_gathered(module)
-    gathered: dict[Any, nn.Parameter] = {}  # a tied matrix stays one
     for part in module.objective.student.modules():
         hold_as_buffers(part)  # exported from their originals
-        parameters: Any = part._parameters
-        for name, parameter in list(parameters.items()):
-            if not isinstance(parameter, DTensor):
-                continue
-            if parameter not in gathered:
-                whole: Any = parameter.detach()
-                full = whole.full_tensor()
-                full = full.to("cpu", module.dtype) if rank == 0 else full[:0]
-                gathered[parameter] = nn.Parameter(full, requires_grad=False)
-            parameters[name] = gathered[parameter]
+    state: dict[str, Any] = module.objective.student.state_dict()
+    divided = [name for name, tensor in state.items() if isinstance(tensor, DTensor)]
+
+    def ask(number: int) -> int:
+        """Rank 0's number, on every rank."""
+        asked = torch.tensor(number, device=module.device)
+        distributed.broadcast(asked, src=0)
+        return int(asked)
+
+    def read(name: str) -> Tensor:
+        if name in places:
+            ask(places[name])
+        tensor: Tensor = state[name].full_tensor().to(module.dtype) if name in places else state[name]
+        return tensor.cpu()
+
+    if rank != 0:
+        while (number := ask(_NO_MORE)) != _NO_MORE:
+            state[divided[number]].full_tensor()
+        yield None
+        return
+    places = {name: number for number, name in enumerate(divided)}
+    try:
+        yield read
+    finally:
+        ask(_NO_MORE)
 
 
-def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and its submodules, without those of units that were made before."""
+def outside_units(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and its submodules, without those of units that `fully_shard` has made."""
     yield module
     for child in module.children():
         if not isinstance(child, FSDPModule):
-            yield from _outside_units(child)
+            yield from outside_units(child)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ clip and the check for finite numbers are the other engine's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,10 +32,11 @@ class ShardedEngine(Engine):
         dtype: torch.dtype,
         micro_batch: int,
         num_micro: int,
+        gathered_once: bool = False,
     ) -> None:
-        """As Engine; the objective's networks are on the CPU."""
+        """As Engine; the objective's networks are on the CPU. gathered_once: as in Partitioned."""
         chosen = select_trainable(objective, section)
-        self.module = Partitioned(objective, device=device, dtype=dtype)
+        self.module = Partitioned(objective, device=device, dtype=dtype, gathered_once=gathered_once)
         self.device, self.clip, self.objective = device, section.optimizer.clip, objective
         self.micro_batch, self.num_micro = micro_batch, num_micro
         divided: dict[str, Any] = dict(objective.student.named_parameters())
@@ -63,6 +66,7 @@ class ShardedEngine(Engine):
         self._adam.step()
         for parameter, part in self._parts.items():
             parameter.grad = part.grad = None
+        self.settle()
 
     def _gradients(self) -> list[Tensor]:
         for parameter, part in self._parts.items():
@@ -76,8 +80,8 @@ class ShardedEngine(Engine):
     def accumulate(self, micro_batch: int, num_micro: int) -> None:
         self.micro_batch, self.num_micro = micro_batch, num_micro
 
-    def release(self, rank: int) -> None:
-        gather_student(self.module, rank)
+    def reading(self, rank: int) -> AbstractContextManager[Callable[[str], Tensor] | None]:
+        return gather_student(self.module, rank)
 
     def held_state(self) -> list[StateSlice]:
         rank, num_ranks = distributed.get_rank(), distributed.get_world_size()

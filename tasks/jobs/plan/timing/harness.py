@@ -1,0 +1,45 @@
+"""How much the lm-evaluation-harness tasks of a recipe make a model read: from the sizes of the public test sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from radlads.tasks.contracts.recipe.sections import EvalTask
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """Of a task without examples in the prompt."""
+
+    items: int
+    requests: int
+    """Of an item: one for each choice."""
+    tokens: int
+    """Of a request, on average; an example in the prompt adds about as many."""
+    generated: int = 0
+
+
+_SIZES = {
+    "arc_challenge": TaskSize(1172, 4, 45),
+    "arc_easy": TaskSize(2376, 4, 40),
+    "boolq": TaskSize(3270, 2, 140),
+    "commonsense_qa": TaskSize(1221, 5, 60),
+    "copa": TaskSize(100, 2, 20),
+    "gsm8k": TaskSize(1319, 1, 150, generated=256),
+    "hellaswag": TaskSize(10042, 4, 110),
+    "lambada_openai": TaskSize(5153, 1, 90),
+    "lambada_standard": TaskSize(5153, 1, 90),
+    "mmlu": TaskSize(14042, 4, 130),
+    "openbookqa": TaskSize(500, 4, 30),
+    "piqa": TaskSize(1838, 2, 60),
+    "winogrande": TaskSize(1267, 2, 35),
+    "wikitext": TaskSize(62, 1, 4800),
+}
+_OTHER = TaskSize(2000, 4, 100)  # assumed of a task that is not listed
+
+
+def task_size(task: EvalTask) -> TaskSize:
+    """Of a task with its examples and its limit."""
+    size = _SIZES.get(task.name, _OTHER)
+    items = size.items if task.limit is None else min(task.limit, size.items)
+    return TaskSize(items, size.requests, size.tokens * (1 + (task.num_fewshot or 0)), size.generated)

@@ -1,0 +1,106 @@
+"""Seconds of what is not training: forward passes and generation, in held-out passes, choose, evaluate and needle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from radlads.tasks.contracts.recipe.choice import late_choice
+from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Recipe, SampleSource
+from radlads.tasks.contracts.stages import logits_reference
+from radlads.tasks.jobs.plan.memory import NetworkSizes
+from radlads.tasks.jobs.plan.timing.harness import task_size
+from radlads.tasks.jobs.plan.timing.measured import CPU
+from radlads.tasks.jobs.plan.timing.speed import ASSUMED, UNKNOWN_PEAK
+from radlads.tasks.jobs.plan.timing.step_time import CORE_FLOPS, HOST_SECONDS
+from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS
+
+_SHARE = 0.40  # assumed: of the peak, in forward passes through transformers' modules
+_DECODE_SECONDS = 3.5e-3  # of a layer for one generated token: transformers, eager, 100 ms a step with 28 layers
+_SAMPLE_TOKENS = 48  # that evaluate generates from three prompts, of teacher and student
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes a stage. kind: of GPU, CPU, None: unknown."""
+
+    kind: str | None
+    processes: int
+    threads: int
+
+    def forward_seconds(self, flops: float, tokens: float, layers: int, at_once: int) -> float:
+        """Of `tokens` tokens, over all processes. flops: of a token; at_once: tokens of one pass."""
+        own = tokens / self.processes
+        if self.kind == CPU:
+            return own * flops / (self.threads * CORE_FLOPS)
+        gpu = GPU_KINDS.get(self.kind or "")
+        share = ASSUMED if gpu is None or not gpu.nvidia else _SHARE
+        computing = own * flops / (share * (UNKNOWN_PEAK if gpu is None else gpu.peak_flops))
+        return max(computing, own / at_once * layers * HOST_SECONDS)
+
+    def decode_seconds(self, flops: float, steps: float, layers: int, sequences: int) -> float:
+        """Of `steps` generated tokens of as many sequences at once, on one process."""
+        computing = self.forward_seconds(flops, steps * sequences * self.processes, layers, sequences)
+        return computing if self.kind == CPU else max(computing, steps * layers * _DECODE_SECONDS)
+
+
+def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
+    """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks.
+
+    evaluate scores every stage's student and, with each, the teacher; needle runs the teacher once, the last student
+    and, if that is finetuned, also the distilled one.
+    """
+    of = networks.multiplied
+    if isinstance(section, Evaluate):
+        both = of.teacher_flops(section.context) + of.forward_flops(section.context)
+        return _students(recipe) * both * section.heldout_tokens
+    prompts, students = len(section.depths) * section.trials, _needle_students(recipe)
+    return sum(
+        prompts * (length + section.max_new_tokens) * (of.teacher_flops(length) + students * of.forward_flops(length))
+        for length in section.lengths
+    )
+
+
+def judging_seconds(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe, device: Device) -> float:
+    """Of the passes and the generation of evaluate (harness tasks included) or needle."""
+    if isinstance(section, Evaluate):
+        return _evaluate_seconds(section, networks, recipe, device)
+    of, layers, seconds = networks.multiplied, networks.num_layers, 0.0
+    prompts, models = len(section.depths) * section.trials, 1 + _needle_students(recipe)
+    for length in section.lengths:
+        flops = max(of.teacher_flops(length), of.forward_flops(length))
+        at_once = min(section.batch, prompts)
+        batches = -(-prompts // at_once) / device.processes
+        reading = device.forward_seconds(flops, prompts * length, layers, at_once * length)
+        writing = device.decode_seconds(flops, section.max_new_tokens * max(1.0, batches), layers, at_once)
+        seconds += models * (reading + writing)
+    return seconds
+
+
+def _evaluate_seconds(section: Evaluate, networks: NetworkSizes, recipe: Recipe, device: Device) -> float:
+    of, layers, at_once = networks.multiplied, networks.num_layers, section.batch * section.context
+    both = of.teacher_flops(section.context) + of.forward_flops(section.context)
+    seconds = _students(recipe) * device.forward_seconds(both, section.heldout_tokens, 2 * layers, at_once)
+    seconds += 2 * device.decode_seconds(both / 2, _SAMPLE_TOKENS, layers, 3)
+    for size in map(task_size, section.tasks):
+        requests, flops = size.items * size.requests, of.teacher_flops(size.tokens) + of.forward_flops(size.tokens)
+        read = requests * size.tokens
+        seconds += device.forward_seconds(flops, read, 2 * layers, section.batch * size.tokens)
+        steps = size.generated * size.items / section.batch / device.processes
+        seconds += 2 * device.decode_seconds(flops / 2, steps, layers, section.batch) if steps else 0.0
+    return seconds
+
+
+def sampling_seconds(source: SampleSource, networks: NetworkSizes, device: Device) -> float:
+    """Of text that the teacher writes; each process writes its part."""
+    flops = networks.multiplied.teacher_flops(source.context)
+    steps = source.tokens / source.batch / device.processes
+    return device.decode_seconds(flops, steps, networks.num_layers, source.batch)
+
+
+def _students(recipe: Recipe) -> int:
+    """That evaluate judges: the transplanted one, each stage's, and the one with chosen layers."""
+    return 1 + len(recipe.training_stages) + (late_choice(recipe) is not None)
+
+
+def _needle_students(recipe: Recipe) -> int:
+    return 1 if logits_reference(recipe.training_stages) is None else 2

@@ -1,0 +1,188 @@
+"""The times of a plan: near what was measured, and everything counted that a run spends time on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from radlads.tasks.contracts.job import JobResources
+from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Recipe, parse_recipe
+from radlads.tasks.contracts.recipe.sections import EvalTask
+from radlads.tasks.jobs.plan.cost import judging_cost, light_costs, training_cost
+from radlads.tasks.jobs.plan.memory import NetworkSizes
+from radlads.tasks.jobs.plan.sizes import count_networks
+from radlads.tasks.jobs.plan.timing.harness import task_size
+from radlads.tasks.jobs.plan.timing.measured import CPU, TABLE, SpeedRow, measured_rows, read_rows, record_row
+from radlads.tasks.jobs.plan.timing.speed import expected_speed
+from radlads.tasks.jobs.plan.timing.step_time import work_of
+
+ROWS = measured_rows()
+SIZES = {
+    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+STEPS = {"tokens": 100 * 4 * 512, "context": 512, "batch": 4}
+
+
+def gpus(count: int = 1, **changes: Any) -> JobResources:
+    return JobResources(device="cuda", processes=count, threads=8, gpu_memory_gib=80.0, **changes)
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    files = {"sources": [{"kind": "files", "paths": ["a.txt"]}]}
+    raw = {"name": "tiny", "teacher": {"path": "/teacher"}, "data": {"train": files}, "align": STEPS}
+    return parse_recipe(raw | sections)
+
+
+@pytest.fixture(scope="module")
+def networks() -> NetworkSizes:
+    return count_networks(recipe_of(), AutoConfig.for_model("qwen3", **SIZES))
+
+
+def of_h100(shape: str) -> SpeedRow:
+    return next(row for row in ROWS if row.kind == "H100" and row.shape.startswith(shape))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_plan_expects_what_was_measured_and_nearly_so_without_that_row(row: SpeedRow) -> None:
+    told = expected_speed(row.work, row.kind)
+    assert told.step_seconds == pytest.approx(row.step_seconds, rel=0.15)
+    assert told.source == f"measured on {row}"
+    others = [one for one in ROWS if one is not row]
+    assert expected_speed(row.work, row.kind, others).step_seconds == pytest.approx(row.step_seconds, rel=0.25)
+
+
+def test_every_row_says_where_it_comes_from(project_root: Path) -> None:
+    for row in ROWS:
+        page = (project_root / row.file).read_text(encoding="utf-8")
+        assert f"{row.tokens_per_second:,.0f}" in page, row
+        assert row.date in page
+
+
+def test_the_memory_and_the_work_of_a_measured_case_are_as_the_plan_counts_them(
+    monkeypatch: pytest.MonkeyPatch, project_root: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(project_root / "benchmarks"))
+    from training_bench.recording import case_memory, case_networks, recorded_case
+
+    cases = [(row, recorded_case(row)) for row in ROWS if row.shape == "qwen2.5-7b, 6 layers"]
+    sizes = case_networks(cases[0][1], liger=True)
+    assert len(cases) > 1
+    for row, case in cases:
+        assert work_of(case.stage, case.section(), sizes, case.resources(threads=1)) == row.work
+        memory = case_memory(case, sizes)
+        assert row.peak_gib is not None
+        assert (memory["total"] - memory["overhead"]) / 2**30 == pytest.approx(row.peak_gib, rel=0.10)
+
+
+def test_what_was_not_measured_is_told_as_an_estimate_or_an_assumption() -> None:
+    work = of_h100("qwen2.5-7b").work
+    other = expected_speed(work, "H200")
+    assert other.source.startswith("estimated; the nearest measurement is of H100, qwen2.5-7b")
+    assert other.step_seconds == pytest.approx(expected_speed(work, "H100").step_seconds, rel=0.1)
+    assert expected_speed(work, "B200").step_seconds < 0.6 * other.step_seconds
+    assert expected_speed(work, None).source.startswith("assumed: 15% of 100 TFLOP/s, a GPU of unknown kind")
+    assert expected_speed(work, "H100", []).source.startswith("computed")
+    far = work.model_copy(update={"context": 16384, "devices": 4, "recomputed": work.flops / 4, "passes": 2})
+    assert expected_speed(far, "H100").source.startswith("estimated")
+
+
+def test_time_follows_what_a_step_does() -> None:
+    work = of_h100("qwen2.5-7b").work
+
+    def seconds(**changes: Any) -> float:
+        return expected_speed(work.model_copy(update=changes), "H100").step_seconds
+
+    assert 1.1 < seconds(recomputed=work.flops / 4) / seconds() < 1.3
+    assert 1.6 < seconds(passes=2) / seconds() < 1.95  # one optimizer for two passes
+    assert seconds(offload=True) > 5 * seconds()
+    assert 0.9 * seconds() < seconds(devices=8) < 1.2 * seconds()
+    small = of_h100("smollm2").work.model_copy(update={"tokens": 512})
+    bound = expected_speed(small, "H100").step_seconds  # by launches: fewer tokens take as long
+    assert bound == pytest.approx(of_h100("smollm2").step_seconds, rel=0.15)
+
+
+def test_a_stage_counts_what_it_does_besides_training(networks: NetworkSizes) -> None:
+    section = Distill(**STEPS)
+
+    def parts(section: Any) -> dict[str, float]:
+        cost = training_cost("distill", section, networks, "H100", gpus(2))
+        assert cost["seconds"] == pytest.approx(sum(cost["seconds_by"].values()))
+        assert cost["gpu_hours"] == pytest.approx(2 * cost["seconds"] / 3600)
+        return cost["seconds_by"]
+
+    plain = parts(section)
+    assert plain["start"] > 10
+    assert plain["checkpoints"] == 0  # a hundred steps, one in five hundred
+    assert plain["export"] == pytest.approx(2 * networks.student_parameters / 0.4e9)
+    often = parts(section.model_copy(update={"heldout_every": 10, "checkpoint_every": 10}))
+    assert often["heldout"] == pytest.approx(
+        11 * plain["heldout"]
+    )  # before the first step, nine along the way, at the end
+    assert often["checkpoints"] > 0
+    phases = Distill(**STEPS, phases=[{"tokens": 50 * 2048}, {"tokens": 50 * 2048}])
+    both = training_cost("distill", phases, networks, "H100", gpus(2))
+    assert sum(part["seconds"] for part in both["phases"]) == pytest.approx(both["seconds_by"]["train"])
+
+
+def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: NetworkSizes) -> None:
+    tasks = {"tasks": [{"name": "mmlu", "num_fewshot": 5}], "context": 512}
+    recipes = [recipe_of(evaluate={"context": 512}), recipe_of(evaluate=tasks), recipe_of(needle={})]
+    bare, tested, needle = (
+        judging_cost(one.evaluate or one.needle, networks, one, "H100", gpus())["seconds"] for one in recipes
+    )
+    assert tested > 2 * bare
+    assert needle > 30
+    assert task_size(EvalTask(name="mmlu", limit=10)).items == 10
+    assert task_size(EvalTask(name="mmlu", num_fewshot=5)).tokens == 6 * task_size(EvalTask(name="mmlu")).tokens
+    before, after = light_costs(recipes[0], networks, {"train": 1e9}, "H100", gpus())
+    assert list(before) == ["tokenize train", "transplant"]
+    assert list(after) == ["publish"]
+    assert before["tokenize train"]["seconds"] > 1000
+    sample = {"sources": [{"kind": "sample", "tokens": 1_000_000}]}
+    sampled, _ = light_costs(recipe_of(data={"train": sample}), networks, {"train": 1e6}, "H100", gpus())
+    assert sampled["tokenize train"]["seconds"] > 1_000_000 / 64 * 4 * 3e-3
+
+
+def test_a_cpu_is_told_no_absurd_number(networks: NetworkSizes) -> None:
+    cpu = JobResources(device="cpu", processes=1, threads=2)
+    short = training_cost("align", Align(**STEPS), networks, CPU, cpu)
+    assert short["seconds"] < 3600
+    assert short["gpu_hours"] is short["mfu"] is None
+    endless = Finetune(tokens=10**11, context=512, batch=4)
+    assert training_cost("finetune", endless, networks, CPU, cpu)["seconds"] is None
+
+
+def test_a_row_replaces_the_earlier_one_of_the_same_case(tmp_path: Path) -> None:
+    path = tmp_path / "speeds.json"
+    row = ROWS[0].model_copy(update={"tokens_per_second": 1.0})
+    record_row(row, path)
+    assert len(read_rows(path)) == len(ROWS)
+    record_row(row.model_copy(update={"shape": "another"}), path)
+    assert [one.tokens_per_second for one in read_rows(path)[-2:]] == [1.0, 1.0]
+    assert len(read_rows(path)) == len(read_rows(TABLE)) + 1
+
+
+def test_rows_are_made_of_what_the_benchmark_measured(monkeypatch: pytest.MonkeyPatch, project_root: Path) -> None:
+    monkeypatch.syspath_prepend(str(project_root / "benchmarks"))
+    from training_bench.case import Case
+    from training_bench.recording import recorded_case, speed_row
+    from training_bench.report import Row
+    from training_bench.shapes import CaseFlops
+
+    case = Case("tiny", "distill", micro_batch=2, batch=8, gpus=2, gradient_checkpointing=True, freeze=("mlp",))
+    rank = {"seconds": 0.5, "peak_bytes": 3 << 29, "marks": {"first step begins": 12.3}, "save_seconds": 0.25}
+    made = speed_row(
+        Row(case, "product", CaseFlops(1.0, 1.0), [rank, rank | {"seconds": 1.0}]),
+        gpu="NVIDIA H200", command="python", file=project_root / "benchmarks" / "results" / "training_h200.md",
+    )  # fmt: skip
+    assert (made.kind, made.shape, made.file) == ("H200", "tiny", "benchmarks/results/training_h200.md")
+    assert (made.tokens_per_second, made.peak_gib, made.startup_seconds, made.stall_seconds) == (2048, 1.5, 12.3, 0.25)
+    assert (made.work.tokens, made.work.passes, made.work.devices) == (1024, 2, 2)
+    assert made.step_seconds == 1.0
+    again = SpeedRow.model_validate_json(made.model_dump_json())
+    assert again == made
+    assert recorded_case(made) == case
