@@ -71,7 +71,8 @@ class Bench:
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.case = Case(
             options.shape, options.stage, options.layers, options.variant, context=options.context,
-            micro_batch=micro_batch, batch=micro_batch, device=options.device, checkpoint=False,
+            micro_batch=micro_batch, batch=micro_batch, steps=options.steps, warmup=NUM_EAGER + 2,
+            device=options.device, checkpoint=False,
         )  # fmt: skip
         self.tokens = micro_batch * options.context
 
@@ -191,8 +192,8 @@ class Bench:
 
     def steps(self, *, graphs: bool) -> None:
         """Part 4."""
-        engine, warmup = self.engine(graphs=graphs), NUM_EAGER + 2
-        for number in range(warmup + self.options.steps):
+        engine, warmup = self.engine(graphs=graphs), self.case.warmup
+        for number in range(self.case.num_steps):
             if number == warmup:
                 self.wait()
                 began = time.perf_counter()

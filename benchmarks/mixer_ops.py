@@ -4,7 +4,7 @@ the backward pass beyond inputs and outputs.
     python benchmarks/mixer_ops.py
 
 Shapes are those of training steps: 7B at 12 × 512 (rad_rwkv7, in both of its forms), Reka Flash at 2 × 4096 (hxa079),
-SmolLM2-135M at 96 × 512.
+SmolLM2-135M at 96 × 512. RMSNorm of several widths beside them, which decides `fused_modules.NARROW`.
 """
 
 import sys
@@ -14,8 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import triton
+from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from torch import Tensor
+from torch.func import functional_call
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from radlads.kernels.mixer_ops import Bonus, GroupNorm, Residual, StockKeys, wkv7_finish, wkv7_operands
 
@@ -40,6 +44,7 @@ SHAPES = {
     "Reka Flash, hxa079": Shape(2, 4096, 8, 8, 96, values="kv", hxa079=True),
     "SmolLM2-135M, rad_rwkv7": Shape(96, 512, 3, 3, 64),
 }
+NORMS = ((98304, 256), (49152, 576), (24576, 1024), (16384, 2048), (8192, 3584), (8192, 6144))  # tokens, width
 Call = tuple[Callable[..., Any], list[Tensor], dict[str, Any]]
 
 
@@ -96,6 +101,16 @@ def measure(operator: Callable[..., Any], own: list[Tensor], options: dict[str, 
     return *times, kept / 2**20
 
 
+def norm_forms(width: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Forms of Llama's RMSNorm: (x, weight) to its output."""
+    own = LlamaRMSNorm(width).bfloat16().cuda()
+    return {
+        "transformers": lambda x, weight: functional_call(own, {"weight": weight}, (x,)),
+        "liger-kernel": lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False),
+        "torch": lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6),
+    }
+
+
 def main() -> None:
     """Print the table."""
     lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", ""]
@@ -106,6 +121,10 @@ def main() -> None:
             for form in ("torch", "triton"):
                 forward, both, kept = measure(partial(operator, backend=form), own, options)
                 lines.append(f"| {name} | {operator.__name__} | {form} | {forward:.3f} | {both:.3f} | {kept:.0f} |")
+    for tokens, width in NORMS:
+        for form, norm in norm_forms(width).items():
+            forward, both, kept = measure(norm, [normal(tokens, width), normal(width)], {})
+            lines.append(f"| {tokens:,} × {width:,} | rms_norm | {form} | {forward:.3f} | {both:.3f} | {kept:.0f} |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -83,6 +83,7 @@ def parse() -> argparse.ArgumentParser:
         "--record", type=Path, nargs="?", const=TABLE, metavar="JSON", help="add the product's rows to the plan's table"
     )
     parser.add_argument("--no-checkpoint", action="store_true", help="do not measure the stall of a checkpoint")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="end a run that takes longer")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of a process; default: the cores, divided evenly")
     parser.add_argument("--work", type=Path, help="folder to keep, so that later runs find teacher and student")
@@ -151,15 +152,15 @@ def run_case(case: Case, work: Path, number: int, options: argparse.Namespace) -
     inputs = Inputs(work, case)
     name = f"{number:03d}-{case.stage}"
     rows = []
-    threads = options.threads or max(1, (os.cpu_count() or 1) // case.gpus)
+    threads, limit = options.threads or max(1, (os.cpu_count() or 1) // case.gpus), options.timeout
     try:
         job = inputs.make(name, threads)
-        rows.append(_row(case, "product", flops, lambda: run_product(job, case.to_json())))
+        rows.append(_row(case, "product", flops, lambda: run_product(job, case.to_json(), limit)))
         if options.compare_unfused:
             torch_forms, again = dataclasses.replace(case, fused=False), inputs.make(f"{name}-unfused", threads)
-            rows.append(_row(torch_forms, "product", flops, lambda: run_product(again, torch_forms.to_json())))
+            rows.append(_row(torch_forms, "product", flops, lambda: run_product(again, torch_forms.to_json(), limit)))
         if options.compare_plain:
-            rows.append(_row(case, "plain", flops, lambda: run_plain(job, case.to_json(), inputs.teacher)))
+            rows.append(_row(case, "plain", flops, lambda: run_plain(job, case.to_json(), inputs.teacher, limit)))
     except UserError as error:
         rows.append(Row(case, "its files", flops, [], str(error)))
     finally:

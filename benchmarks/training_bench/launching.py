@@ -23,8 +23,8 @@ _TAIL_LINES = 25
 _RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Exhausted|Resources)\b.*)")
 
 
-def run_product(job: JobSpec, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measurements of each rank of a training job, started as the product starts it.
+def run_product(job: JobSpec, case: dict[str, Any], limit: float | None = None) -> list[dict[str, Any]]:
+    """Measurements of each rank of a training job, started as the product starts it. limit: seconds it may take.
 
     The command is the local launcher's own; only its module, the training program, is replaced by `product.py`, which
     runs that program's `main` and measures it. Raises UserError with the reason if it fails.
@@ -38,11 +38,11 @@ def run_product(job: JobSpec, case: dict[str, Any]) -> list[dict[str, Any]]:
     place = command.index("--module")
     command[place : place + 2] = [str(HERE / "product.py")]
     environment = job_environment(os.environ, job.resources)
-    _run(command, environment, scratch, case, scratch / "exit.json")
+    _run(command, environment, scratch, case, scratch / "exit.json", limit)
     return read_ranks(scratch, case["gpus"])
 
 
-def run_plain(job: JobSpec, case: dict[str, Any], teacher: Path) -> list[dict[str, Any]]:
+def run_plain(job: JobSpec, case: dict[str, Any], teacher: Path, limit: float | None = None) -> list[dict[str, Any]]:
     """Measurements of each rank of the plain build on the same files. Raises UserError if it fails."""
     scratch = Path(f"{job.scratch}-plain")
     scratch.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def run_plain(job: JobSpec, case: dict[str, Any], teacher: Path) -> list[dict[st
     (scratch / "places.json").write_text(json.dumps(places), encoding="utf-8")
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['gpus']}"]
     command = [sys.executable, *ranks, str(HERE / "plain.py"), str(scratch)]
-    _run(command, job_environment(os.environ, job.resources), scratch, case, scratch / "exit.json")
+    _run(command, job_environment(os.environ, job.resources), scratch, case, scratch / "exit.json", limit)
     return read_ranks(scratch, case["gpus"])
 
 
@@ -60,7 +60,14 @@ def read_ranks(scratch: Path, gpus: int) -> list[dict[str, Any]]:
     return [json.loads((scratch / f"measured-{rank}.json").read_text(encoding="utf-8")) for rank in range(gpus)]
 
 
-def _run(command: list[str], environment: dict[str, str], scratch: Path, case: dict[str, Any], ending: Path) -> None:
+def _run(
+    command: list[str],
+    environment: dict[str, str],
+    scratch: Path,
+    case: dict[str, Any],
+    ending: Path,
+    limit: float | None,
+) -> None:
     """Run a program to its end; it finds the case, and when it was launched, in case.json of its folder."""
     for stale in [ending, *scratch.glob("measured-*.json")]:
         stale.unlink(missing_ok=True)
@@ -79,7 +86,9 @@ def _run(command: list[str], environment: dict[str, str], scratch: Path, case: d
             start_new_session=True,
         )
         try:
-            code = process.wait()
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"it was ended after {limit:.0f} s (--timeout)\n{_end_of(log)}") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -108,8 +117,12 @@ def _why(code: int, log: Path, ending: Path) -> str:
     if any("out of memory" in line.lower() for line in lines):
         return "out-of-memory"
     raised = [found[1] for line in lines if (found := _RAISED.search(line)) and "ChildFailedError" not in line]
-    tail = "\n".join(lines[-_TAIL_LINES:])
-    return f"{raised[0][:200] if raised else f'it exited with {code}'}\nThe end of {log}:\n{tail}"
+    return f"{raised[0][:200] if raised else f'it exited with {code}'}\n{_end_of(log)}"
+
+
+def _end_of(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"The end of {log}:", *lines[-_TAIL_LINES:]])
 
 
 def _free_port() -> int:

@@ -1,8 +1,9 @@
 """Norms, MLPs and rotary positions of a network through fused kernels, for training on a GPU: in place of modules of
 transformers that compute the same, word for word.
 
-Norms and MLPs are liger-kernel's (an optional package), rotary positions of mixers are kernels/mixer_ops. Parameters,
-their names and classes for `isinstance` stay, so that checkpoints and exports are not affected.
+Norms and MLPs are liger-kernel's (an optional package), norms of narrow rows torch's; rotary positions of mixers and of
+softmax attention are kernels/mixer_ops. Parameters, their names and classes for `isinstance` stay, so that checkpoints
+and exports are not affected.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, update_wrapper
 from importlib.metadata import version
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ from radlads.kernels.shared.backends import installed, not_on_gpu
 from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.shared.meta import KeptForBackward
 from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
+
+_ROTARY = "apply_rotary_pos_emb"
+NARROW = 1024
+"""Up to this width torch's norm is used: liger's backward pass walks over rows with one program a multiprocessor, which
+leaves a GPU waiting for memory where rows are short (benchmarks/mixer_ops.py)."""
 
 
 def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None = None) -> None:
@@ -45,9 +52,12 @@ def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None =
         if found and device.type != "meta":
             form = "transformers" if reason else f"liger-kernel {version('liger-kernel')}"
             note_kernel(name, form, lambda: reason or "")
-    for module in model.modules():
-        if on_gpu and isinstance(module, Mixer) and is_llama_rotary(module.shape.rotary):
-            module.shape = replace(module.shape, rotary=rotate_halves)
+    for module in model.modules() if on_gpu else ():
+        if isinstance(module, Mixer):
+            if is_llama_rotary(module.shape.rotary):
+                module.shape = replace(module.shape, rotary=rotate_halves)
+        elif turns_as_llama(module):
+            module.__class__ = _with_forward(type(module), _turned(type(module).forward))
 
 
 def is_llama_norm(module: nn.Module) -> bool:
@@ -66,6 +76,31 @@ def is_llama_rotary(rotary: Callable[..., Any] | None) -> bool:
     """Whether a family's `apply_rotary_pos_emb` turns whole heads, half against half, in the dtype of q and k."""
     own = sys.modules[getattr(rotary, "__module__", None) or __name__]
     return _same(rotary, llama.apply_rotary_pos_emb) and _same(getattr(own, "rotate_half", None), llama.rotate_half)
+
+
+def turns_as_llama(module: nn.Module) -> bool:
+    """Whether a module is a family's softmax attention that calls such a function by its global name."""
+    forward = getattr(type(module), "forward", None)
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return False
+    return is_llama_rotary(forward.__globals__.get(_ROTARY))
+
+
+@cache
+def _turned(forward: FunctionType) -> FunctionType:
+    """The same function with the fused rotary positions under that name; its module stays as it is."""
+    given = {**forward.__globals__, _ROTARY: rotate_rows}
+    made = FunctionType(forward.__code__, given, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return update_wrapper(made, forward)
+
+
+def rotate_rows(
+    q_BHTK: Tensor, k_BGTK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` of Llama, for heads before tokens."""
+    turned = rotate_halves(q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2), cos_BTP, sin_BTP)
+    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
 def _same(function: Any, other: Any) -> bool:
@@ -92,7 +127,11 @@ def _with_forward(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
-    return (norm_meta if hidden_states.is_meta else _liger_norm)(hidden_states, self.weight, self.variance_epsilon)
+    if hidden_states.is_meta:
+        return norm_meta(hidden_states, self.weight, self.variance_epsilon)
+    if hidden_states.shape[-1] <= NARROW:  # multiplies by the weight before it rounds: no less exact
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+    return _liger_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:

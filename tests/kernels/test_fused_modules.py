@@ -1,6 +1,7 @@
 """Which modules of a network are replaced by fused ones, that they compute the same, and what the log says."""
 
 import copy
+import sys
 from collections import Counter
 
 import pytest
@@ -8,13 +9,21 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from radlads.kernels.mixer_ops import rotate_heads
 from radlads.kernels.shared.backends import installed
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
 from radlads.kernels.shared.testing import relative_rms
+from radlads.model.mixers.shared import mixer
 from radlads.model.mixers.shared.mixer import rotate_halves
 from radlads.model.student.load import build_student
 from radlads.model.training import fused_modules
-from radlads.model.training.fused_modules import fuse_modules, is_llama_mlp, is_llama_norm, is_llama_rotary
+from radlads.model.training.fused_modules import (
+    fuse_modules,
+    is_llama_mlp,
+    is_llama_norm,
+    is_llama_rotary,
+    turns_as_llama,
+)
 
 NEITHER = {"olmo2", "olmo3", "gemma3_text", "qwen3_5_text", "cohere2"}  # their norms round, or are, otherwise
 OTHER_MLP = {"phi3", "glm4", "gemma3_text", "qwen3_moe", "seed_oss"}  # one matrix for both, GELU, experts, dropout
@@ -66,6 +75,27 @@ def test_on_a_cpu_nothing_changes(family_config):
     assert chosen_kernels() == {"rms_norm": why, "swiglu": why}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "glm4", "phi3"])
+def test_softmax_attention_turns_by_the_fused_operator(family, family_config, monkeypatch):
+    """The same logits, the operator called twice a layer with positions; the module of transformers stays as it is."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family_config(family)).eval()
+    tokens = torch.arange(3, 43).view(2, 20)
+    expected, before = model(tokens).logits, vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"]
+    layers = model.model.layers
+    turning = [layer.self_attn for layer in layers if turns_as_llama(layer.self_attn)]
+    assert bool(turning) == (family in TURNS)
+    calls = []
+    monkeypatch.setattr(mixer, "rotate_heads", lambda *args: calls.append(args) or rotate_heads(*args))
+    monkeypatch.setattr(fused_modules, "installed", lambda package: False)
+    fuse_modules(model, torch.device("cuda"))
+    torch.testing.assert_close(model(tokens).logits, expected)
+    count = len(layers) if family != "smollm3" else sum(model.config.no_rope_layers)
+    assert len(calls) == (2 * count if family in TURNS else 0)
+    assert all(isinstance(layer.self_attn, type(own)) for layer, own in zip(layers, turning, strict=False))
+    assert vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"] is before
+
+
 def test_without_the_package_the_log_says_so(family_config, monkeypatch):
     monkeypatch.setattr(fused_modules, "installed", lambda package: False)
     config = family_config("qwen3")
@@ -102,3 +132,24 @@ def test_a_teacher_on_the_gpu_is_no_further_from_the_truth(family, family_config
         assert relative_rms(ours, wanted) <= 1.3 * relative_rms(theirs, wanted) + 2**-9
     if family != "gemma3_text" and installed("liger_kernel"):
         assert chosen_kernels()["rms_norm"].startswith("liger-kernel")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not installed("liger_kernel"), reason="liger-kernel is not installed")
+@pytest.mark.parametrize("width", [fused_modules.NARROW - 64, fused_modules.NARROW + 64])
+def test_norms_of_narrow_and_wide_rows_are_no_further_from_the_truth(width):
+    torch.manual_seed(0)
+    own = LlamaRMSNorm(width).bfloat16().cuda()
+    own.weight.data.normal_(1.0, 0.1)
+    x, dy = (torch.randn(3, 50, width, device="cuda").bfloat16() for _ in range(2))
+
+    def run(norm, x, dy):
+        x = x.clone().requires_grad_()
+        y = norm(x)
+        y.backward(dy)
+        return y.detach(), x.grad, norm.weight.grad
+
+    exact, plain = run(copy.deepcopy(own).double(), x.double(), dy.double()), run(copy.deepcopy(own), x, dy)
+    fuse_modules(own, torch.device("cuda"))
+    for ours, theirs, wanted in zip(run(own, x, dy), plain, exact, strict=True):
+        assert relative_rms(ours, wanted) <= 1.1 * relative_rms(theirs, wanted) + 1e-4
