@@ -75,7 +75,9 @@ def solve_kernel(
     g, ge = centred_gates(load_tile(w, at, inside, MASK), C, CUMULATE_BY_DOT)
     reach = largest(tl.maximum(tl.abs(g), tl.abs(ge)))
     if (reach > LIMIT) | (reach != reach):
-        tl.atomic_max(widest, tl.where(reach == reach, reach, 1e30))
+        # A NaN is no decay out of range, and shows in the output. The sums of an infinite one are NaN too.
+        endless = largest(load_tile(w, at, inside, MASK)) == float("inf")
+        tl.atomic_max(widest, tl.where(reach == reach, reach, tl.where(endless, float("inf"), 0.0)))
     xa, xb = load_tile(a, at, inside, MASK), load_tile(b, at, inside, MASK)
     sa, una = power_of_two(largest(xa), 0)
     sb, unb = power_of_two(largest(xb), 0)

@@ -1,9 +1,10 @@
 """Norms, MLPs and rotary positions of a network through fused kernels, for training on a GPU: in place of modules of
 transformers that compute the same, word for word.
 
-Norms and MLPs are liger-kernel's (an optional package), norms of narrow rows torch's; rotary positions of mixers and of
-softmax attention are kernels/mixer_ops. Parameters, their names and classes for `isinstance` stay, so that checkpoints
-and exports are not affected.
+Norms are torch's fused operator, MLPs liger-kernel's (an optional package); rotary positions of mixers and of softmax
+attention are kernels/mixer_ops. liger's norm takes up to 14 times as long as torch's: its backward pass walks over rows
+with one program a multiprocessor (benchmarks/results/mixer_ops_h100.md). Parameters, their names and classes for
+`isinstance` stay, so that checkpoints and exports are not affected.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, update_wrapper
+from functools import cache, partial, update_wrapper
 from importlib.metadata import version
 from types import FunctionType
 from typing import Any
@@ -30,9 +31,6 @@ from radlads.kernels.shared.meta import KeptForBackward
 from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
 
 _ROTARY = "apply_rotary_pos_emb"
-NARROW = 1024
-"""Up to this width torch's norm is used: liger's backward pass walks over rows with one program a multiprocessor, which
-leaves a GPU waiting for memory where rows are short (benchmarks/mixer_ops.py)."""
 
 
 def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None = None) -> None:
@@ -40,18 +38,18 @@ def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None =
     meta device the network stands for one on a GPU, and nothing is recorded; liger: whether liger-kernel is installed
     there, None: as it is here."""
     on_gpu = device.type in ("cuda", "meta")
-    if not on_gpu:
-        reason: str | None = not_on_gpu(torch.empty(0, device=device))
-    else:
-        there = installed("liger_kernel") if liger is None else liger
-        reason = None if there else "liger-kernel is not installed"
-    for name, is_same, forward in (("rms_norm", is_llama_norm, _norm), ("swiglu", is_llama_mlp, _mlp)):
+    no_gpu = None if on_gpu else not_on_gpu(torch.empty(0, device=device))
+    there = on_gpu and (installed("liger_kernel") if liger is None else liger)
+    no_liger = no_gpu or (None if there else "liger-kernel is not installed")
+    for name, is_same, forward, fused, reason in (
+        ("rms_norm", is_llama_norm, _norm, lambda: "torch, fused", no_gpu),
+        ("swiglu", is_llama_mlp, _mlp, lambda: f"liger-kernel {version('liger-kernel')}", no_liger),
+    ):
         found = [module for module in model.modules() if is_same(module)]
         for module in found if reason is None else ():
             module.__class__ = _with_forward(type(module), forward)
         if found and device.type != "meta":
-            form = "transformers" if reason else f"liger-kernel {version('liger-kernel')}"
-            note_kernel(name, form, lambda: reason or "")
+            note_kernel(name, "transformers" if reason else fused(), partial(str, reason or ""))
     for module in model.modules() if on_gpu else ():
         if isinstance(module, Mixer):
             if is_llama_rotary(module.shape.rotary):
@@ -127,11 +125,7 @@ def _with_forward(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.is_meta:
-        return norm_meta(hidden_states, self.weight, self.variance_epsilon)
-    if hidden_states.shape[-1] <= NARROW:  # multiplies by the weight before it rounds: no less exact
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-    return _liger_norm(hidden_states, self.weight, self.variance_epsilon)
+    return (norm_meta if hidden_states.is_meta else _torch_norm)(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
@@ -148,12 +142,8 @@ def finish_mlp(module: Any, gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _liger_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    # Not in place: the residual stream may hold the same gradient.
-    out: Tensor = LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
-    return out
+def _torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return nn.functional.rms_norm(x, weight.shape, weight, eps)  # rounds after it multiplies: no less exact
 
 
 def _liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -165,7 +155,7 @@ def _liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def norm_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What liger's norm keeps, for plans (kernels/shared/meta.py): its input, and a number a token."""
+    """What torch's norm keeps, for plans (kernels/shared/meta.py): its input, and a number a token."""
     out: Tensor = KeptForBackward.apply([x.new_empty(x.shape[:-1], dtype=torch.float32)], x)
     return out
 

@@ -99,6 +99,15 @@ def test_the_engine_trains_as_plain_torch_does(zero_stage, dtype):
         assert torch.allclose(master, wanted, atol=2e-6 if dtype == torch.float32 else 3e-2), name
 
 
+def test_the_factor_of_the_gradient_is_where_the_optimizer_reads_it():
+    """On another device torch copies it without waiting, and AdamW on the CPU divides by what was there before."""
+    engine = make_engine(Toy(), "offload")
+    engine.device = torch.device("meta")
+    engine._scale(0.5)
+    assert engine._adam.grad_scale.device == CPU
+    assert float(engine._adam.grad_scale) == 2.0
+
+
 @pytest.mark.parametrize("zero_stage", [1, "replicated"])
 def test_bf16_parameters_have_masters_that_hold_more(zero_stage):
     engine = make_engine(Toy(), zero_stage, torch.bfloat16)

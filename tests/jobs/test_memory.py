@@ -203,7 +203,7 @@ def test_activations_are_near_what_autograd_keeps(
     monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
     monkeypatch.setattr(mixer_ops, "_choose", lambda *args: "meta")
     monkeypatch.setattr(fused_modules, "installed", lambda package: liger)
-    monkeypatch.setattr(fused_modules, "_liger_norm", fused_modules.norm_meta)
+    monkeypatch.setattr(fused_modules, "_torch_norm", fused_modules.norm_meta)
     monkeypatch.setattr(fused_modules, "_liger_swiglu", fused_modules.swiglu_meta)
     fused_modules.fuse_modules(student, torch.device("meta"))
     kept: dict[int, torch.Tensor] = {}

@@ -4,6 +4,8 @@ Triton decides when a kernel is defined whether it will be interpreted.
 The interpreter rounds to bf16 by cutting off, so bf16 has an allowance of its own.
 """
 
+import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -168,6 +170,18 @@ def test_fused_refuses_a_decay_beyond_its_range():
     inputs[1] = torch.full_like(inputs[1], -0.7)
     wkv7_triton(*inputs, tuning=FUSED)
     with pytest.raises(LogDecayRangeError, match=r"log decay of -0\.7; the Triton kernels take at most 0\.67"):
+        WATCH.settle()
+
+
+@pytest.mark.parametrize(("value", "told"), [(-math.inf, "-inf"), (math.nan, None)])
+def test_fused_tells_an_endless_decay_from_no_number(value, told):
+    """A NaN comes of weights that are none: it shows in the output, and is no matter of the range."""
+    WATCH.settle()
+    inputs = wkv7_inputs(1, 64, 1, 16)
+    inputs[1] = torch.full_like(inputs[1], -0.2).index_fill(1, torch.tensor([20]), value)
+    out, _ = wkv7_triton(*inputs, tuning=FUSED)
+    assert out.isnan().any()
+    with pytest.raises(LogDecayRangeError, match=f"had a log decay of {told};") if told else nullcontext():
         WATCH.settle()
 
 

@@ -51,9 +51,9 @@ class Session:
         )
         assert self._process.stdin is not None
         self._sender = Sender(self._process.stdin)
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._read_errors)]
-        for thread in self._threads:
-            thread.start()
+        self._error_reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._error_reader.start()  # first: the other waits for its end
+        threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, **message: object) -> None:
         """Send the agent a message."""
@@ -83,7 +83,7 @@ class Session:
                 if not message.get("beat"):
                     self._inbox.put((self._number, message))
         code = self._process.wait()
-        self._threads[1].join(_CLOSE_SECONDS)
+        self._error_reader.join(_CLOSE_SECONDS)
         last = self._errors[-1] if self._errors else f"ssh ended with exit code {code}"
         self._inbox.put((self._number, {"lost": last}))
 

@@ -201,7 +201,9 @@ class Engine:
     def _scale(self, factor: float) -> None:
         """Multiply the gradient by a factor as the optimizer's step reads it: its fused form divides by a tensor."""
         adam: Any = self._adam
-        adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=self.device)
+        # Where its parameters are: torch would copy it there without waiting for the copy.
+        place = adam.param_groups[0]["params"][0].device
+        adam.grad_scale = None if factor == 1 else torch.full((), 1 / factor, device=place)
 
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
