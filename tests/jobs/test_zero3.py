@@ -196,7 +196,9 @@ def test_an_export_reads_a_shard_at_a_time_and_writes_the_same_bytes(training, t
     networks = load_networks(job, spec)
     export_student(networks.student, None, tmp_path / "whole", max_shard_bytes=limit)
     objective = build_objective(spec, networks.student, networks.teacher)
+    before = [*networks.student.parameters(), *networks.teacher.parameters()]
     engine = build_engine(job, objective, spec.section, micro_batch=2, num_micro=1)
+    assert not any(parameter.numel() for parameter in before if parameter.ndim > 1)  # whoever refers to them still
     alive: list[weakref.ref[torch.Tensor]] = []
     sizes: list[tuple[int, int]] = []
     with engine.reading(0) as read:

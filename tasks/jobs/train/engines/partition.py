@@ -89,6 +89,8 @@ class Partitioned(nn.Module):
             for parameter in own:  # unit by unit: loaded weights are pages of their files, which all ranks share
                 parameter.data = parameter.data.to(self.device, torch.float32 if parameter.requires_grad else None)
             fully_shard(module, mesh=self._mesh, mp_policy=self._policy, ignored_params=self._whole or None, **options)
+            for parameter in own:  # replaced; what still refers to it must not keep the whole tensor
+                parameter.data = parameter.data.new_empty(0)
 
 
 def join_shared(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.Module]:
