@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training_bench.case import SECTIONS, Case, recipe_settings
+from training_bench.case import ENGINES, SECTIONS, Case, recipe_settings
 from training_bench.inputs import Inputs, case_flops
 from training_bench.launching import run_plain, run_product
 from training_bench.recording import check_recordable, speed_row
@@ -65,7 +65,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-parallel", type=int, metavar="GPUS", help="GPUs that share rows")
     parser.add_argument("--zero", type=int)
     parser.add_argument("--offload", action="store_true")
-    parser.add_argument("--engine", choices=("product", "fsdp"), default="product", help="of ZeRO-2: also by torch")
+    parser.add_argument("--engine", choices=ENGINES, default="product", help="candidates for ZeRO-2, see product.py")
     parser.add_argument("--grad-checkpointing", action=argparse.BooleanOptionalAction)
     parser.add_argument("--selective-checkpointing", action="store_true", help="recompute only what is cheap")
     parser.add_argument("--cuda-graphs", choices=("off", "auto", "on"), help="record passes and replay them")

@@ -17,6 +17,7 @@ from radlads.tasks.contracts.recipe.training import Training
 from training_bench.shapes import SHAPE_OF_TEACHER, SHAPES
 
 SECTIONS: dict[str, type[Training]] = {"align": Align, "distill": Distill, "finetune": Finetune}
+ENGINES = ("product", "overlap", "overlap-reduce", "fsdp", "fsdp-bf16")
 NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only", "train_only")
 
 
@@ -24,8 +25,8 @@ NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only
 class Case:
     """Settings of one run. layers: None for the shape's own depth. batch: sequences of an optimizer step over all
     GPUs. sequence_parallel: GPUs that share rows. mlp_bits, teacher_bits: 8 or 16. gradient_checkpointing: or
-    "selective". fused: False for the torch forms of what surrounds the recurrence. engine: "product", or "fsdp" for a
-    candidate, see product.py."""
+    "selective". fused: False for the torch forms of what surrounds the recurrence. engine: "product", or a candidate,
+    see product.py."""
 
     shape: str
     stage: str
@@ -119,7 +120,7 @@ class Case:
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
         self.resources(threads=1)
         if self.engine != "product" and (self.zero != 2 or self.offload):
-            raise UserError(f"--engine {self.engine} communicates as ZeRO-2 does: give --zero 2, without --offload")
+            raise UserError(f"--engine {self.engine} is a form of ZeRO-2: give --zero 2, without --offload")
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):
             raise UserError("--mlp-bits 8 needs --freeze mlp: only frozen weights can be held in 8 bit")
 

@@ -27,7 +27,7 @@ class Watch:
         self.launched = json.loads((folder / "case.json").read_text(encoding="utf-8"))["launched"]
         self.found: dict[str, Any] = {"marks": {}, "losses": []}
         self.profile: Profile | None = None
-        self._began = 0.0
+        self._began, self._retries = 0.0, 0
 
     def mark(self, what: str) -> None:
         """Record the seconds since the launch."""
@@ -42,6 +42,7 @@ class Watch:
             self._wait()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+                self._retries = torch.cuda.memory_stats(self.device)["num_alloc_retries"]
             self._began = time.perf_counter()
         if case.profile_steps and step == case.warmup + case.steps + 1:
             self.profile = Profile(self.device, case.profile_steps, keep=self.rank == 0)
@@ -59,6 +60,8 @@ class Watch:
             if self.device.type == "cuda":
                 self.found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
                 self.found["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+                retries = torch.cuda.memory_stats(self.device)["num_alloc_retries"] - self._retries
+                self.found["retries"] = retries
                 if case.cuda_graphs != "off":  # what a graph works with is reserved for it, and not allocated again
                     self.found["peak_bytes"] = self.found["reserved_bytes"]
         if self.profile is not None and step == case.num_steps:

@@ -24,6 +24,9 @@ from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.common import Job, execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
 from radlads.tasks.jobs.train import train, training_models
+from radlads.tasks.jobs.train.engines import deepspeed_config, partition
+from radlads.tasks.jobs.train.engines import engine as engine_module
+from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 from training_bench.case import Case
@@ -49,16 +52,36 @@ def watch_engine(engine: Engine, watch: Watch) -> Engine:
     return engine
 
 
-def build_fsdp(job: Job, objective: Any, section: Any, **sizes: int) -> Engine:
-    """An engine in place of the product's: torch's partitioning with the communication of ZeRO-2."""
-    return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=True, **sizes)
+def build_candidate(kind: str, job: Job, objective: Any, section: Any, **sizes: int) -> Engine:
+    """An engine in place of the product's, of ZeRO-2.
+
+    fsdp: torch's partitioning, what trains gathered once a step, gradients reduced in fp32; fsdp-bf16: in bf16, as
+    DeepSpeed does. overlap: DeepSpeed's reductions on a stream of their own; overlap-reduce: and each to the rank that
+    holds the part, which halves what they send.
+    """
+    if kind.startswith("fsdp"):
+        reduced = torch.bfloat16 if kind == "fsdp-bf16" else torch.float32
+        with mock.patch.object(partition, "REDUCED", reduced):
+            return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=True, **sizes)
+    build_config = deepspeed_config.build_config
+
+    def overlapped(*args: Any) -> dict[str, Any]:
+        config = build_config(*args)
+        config["zero_optimization"] |= {"overlap_comm": True}
+        config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": kind != "overlap-reduce"}
+        return config
+
+    with mock.patch.object(engine_module, "build_config", overlapped):
+        return build_engine(job, objective, section, **sizes)
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """The training program's parts, reporting their progress to the watch."""
     load, save, wait = train.load_networks, train.Checkpoints.save, train.Checkpoints.wait
-    loop, build = train._train, build_fsdp if watch.case.engine == "fsdp" else train.build_engine
+    loop, build = train._train, train.build_engine
+    if watch.case.engine != "product":
+        build = partial(build_candidate, watch.case.engine)
 
     def load_networks(*args: Any) -> Any:
         watch.mark("imported, joined and checked")
@@ -83,7 +106,7 @@ def watched(watch: Watch) -> Iterator[None]:
             parameter.grad = None
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
-        if watch.case.zero < 3 and watch.case.engine == "product":  # else no rank holds a mixer whole
+        if watch.case.zero < 3 and not watch.case.engine.startswith("fsdp"):  # else no rank holds a mixer whole
             watch.found["mixer"] = product_mixer_memory(engine.objective.student, watch.case)
         raise Measured
 

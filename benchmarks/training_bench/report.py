@@ -91,7 +91,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     case = row.case
-    passes = case.batch // case.micro_batch // case.gpus
+    passes = case.batch * case.sequence_parallel // case.micro_batch // case.gpus
     about = [case.name, str(case.gpus), str(case.context), f"{case.micro_batch} × {passes}", _options(case), row.build]
     if row.failed:
         return [*about, f"**{row.failed.splitlines()[0]}**", *[""] * (len(COLUMNS) - len(about) - 1)]
@@ -125,7 +125,7 @@ def _cells(row: Row) -> list[str]:
 
 def _options(case: Case) -> str:
     words = [f"ZeRO-{case.zero}"] + [f"rows on {case.sequence_parallel}"] * (case.sequence_parallel > 1)
-    words += ["torch's partitioning"] * (case.engine == "fsdp")
+    words += [f"engine {case.engine}"] * (case.engine != "product")
     if case.gradient_checkpointing:
         words.append("selective" if case.gradient_checkpointing == "selective" else "checkpointed")
     words += [f"CUDA graphs {case.cuda_graphs}"] * (case.cuda_graphs != "off") + ["offload"] * case.offload
@@ -163,6 +163,10 @@ def details(row: Row) -> str:
         f"Seconds since the launch: {marks}.",
         "",
     ]
+    if "reserved_bytes" in first:
+        reserved = max(rank["reserved_bytes"] for rank in row.measured) / 2**30
+        retries = sum(rank["retries"] for rank in row.measured)
+        lines += [f"Reserved at most {reserved:.1f} GiB; {retries} times torch gave memory back to ask again.", ""]
     if first.get("notes"):
         lines += [f"Build: {first['notes']}.", ""]
     if first.get("mixer"):

@@ -348,7 +348,7 @@ def test_the_published_7b_run_is_estimated_near_what_it_took(shared_data: Path, 
     section = one.distill.model_copy(update={"micro_batch": 12, "gradient_checkpointing": True})
     need = memory.training_memory("distill", section, networks, GPUS)
     # Known to run with ZeRO-1 on cards of 80 GB at a smaller micro-batch, and of 192 GB at this one.
-    assert 60e9 < need["total"] < 192e9
+    assert 55e9 < need["total"] < 192e9
     assert need["weights"] == pytest.approx(2 * 8.4e9, rel=0.05)
 
 

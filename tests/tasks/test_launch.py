@@ -84,7 +84,12 @@ def test_environment():
     assert env["HF_TOKEN"] == "t"
     assert env["AWS_ACCESS_KEY_ID"] == "k"
     assert not {"PREFECT_API_KEY", "RANK", "PYTHONPATH"} & set(env)
-    assert "DS_ACCELERATOR" not in job_environment(base, CPU.model_copy(update={"device": "cuda"}))
+    on_gpu = CPU.model_copy(update={"device": "cuda"})
+    assert "DS_ACCELERATOR" not in job_environment(base, on_gpu)
+    assert job_environment(base, on_gpu)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in job_environment(
+        base | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, on_gpu
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ P parameters that train, N processes, w bytes of a number in the precision of th
                  and the flattened gradients those of a pass, w P, and the rest as without ZeRO
 
 Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
-gradients are assumed to be as large as what it keeps.
+gradients are assumed to be half as large as what it keeps (states have none), and an MLP's as large.
 """
 
 from __future__ import annotations
@@ -262,10 +262,10 @@ def _activations(
         each = rows + target if whole else kept_mixer + target
         return tokens * recurrent * each, tokens * (passing + mixer)
     largest = max(mixer if recurrent else 0, of.attention if kept else 0, of.linear)
-    if whole:  # every layer's input and the first values; one layer twice, the second time as gradients
+    if whole:  # every layer's input and the first values; what is worked on again as gradients
         first = 2 * networks.kv_width * word
         inner = mlp * (tokens if networks.idle else min(tokens, PIECE))  # experts are not run in pieces
-        return tokens * (networks.num_layers * rows + first), tokens * 2 * (largest + of.norms) + 2 * inner
+        return tokens * (networks.num_layers * rows + first), tokens * 3 * (largest + of.norms) // 2 + 2 * inner
     each = networks.num_layers * (kept_mlp + of.norms) + recurrent * kept_mixer + kept * of.attention
     return tokens * (each + networks.num_linear * of.linear), tokens * (largest + mlp)
 

@@ -1,8 +1,8 @@
 """Seconds of a stage besides its computation: start, weights read, held-out passes, checkpoints, the model written.
 
-Rates are rough: 9 to 12 s for 9.6 GB of weights (benchmarks/results/training_h100.md), 6 to 11 s for models of 1.3 and
-2.4 GB through export, hash and store (recipes_gpu_h100.md); those marked so are assumed. A store on a slow network
-takes longer.
+Rates are rough: start-up is of benchmarks/results/training_h100.md and training_h100_4gpus.md (31 GB of weights in 13 s,
+from files in memory), 6 to 11 s are of models of 1.3 and 2.4 GB through export, hash and store (recipes_gpu_h100.md);
+those marked so are assumed. A store on a slow network takes longer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.passes import Device
 
-_START = {"cuda": 25.0, "cpu": 12.0}  # from the launch until weights are read: imports, and ranks that meet
-_COMPILE = {"cuda": 10.0, "cpu": 0.0}  # assumed: kernels at the first step
+_START = {"cuda": 10.0, "cpu": 12.0}  # from the launch until weights are read: imports, and ranks that meet
+_COMPILE = {"cuda": 20.0, "cpu": 0.0}  # kernels at the first step: 16 to 26 s, then kept in the work folder
 _LIGHT_START = 4.0  # of a program on the CPU, for plan, tokenize and publish
-_READ = 1.0e9  # bytes/s of weights, from files to the device
+_READ = {"cuda": 2.0e9, "cpu": 1.0e9}  # bytes/s of weights, from files to the device
 _WRITE = 0.4e9  # bytes/s of a model, exported, hashed and stored
 _COPY = {"cuda": 10e9, "cpu": 0.85e9}  # bytes/s of a checkpoint's copy to host memory; assumed for GPUs
 _PIN = {"cuda": 1.0e9, "cpu": 0.15e9}  # bytes/s at the first one, which allocates that memory; assumed for GPUs
@@ -27,7 +27,7 @@ _WORD = 2  # bytes of a stored weight
 
 def start_seconds(weights: int, resources: JobResources) -> float:
     """From the launch of a job that computes until its first step begins. weights: parameters that it reads."""
-    return _START[resources.device] + weights * _WORD / _READ
+    return _START[resources.device] + weights * _WORD / _READ[resources.device]
 
 
 def ready_seconds(weights: int, resources: JobResources) -> float:
@@ -47,7 +47,9 @@ def light_seconds(*, tokens: float = 0.0, written: int = 0) -> float:
 
 def transplant_seconds(networks: NetworkSizes) -> float:
     """To read the teacher and write the student."""
-    return _LIGHT_START + networks.teacher_parameters * _WORD / _READ + store_seconds(networks.student_parameters)
+    return (
+        _LIGHT_START + networks.teacher_parameters * _WORD / _READ["cpu"] + store_seconds(networks.student_parameters)
+    )
 
 
 def training_overheads(

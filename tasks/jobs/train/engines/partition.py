@@ -27,6 +27,8 @@ from radlads.model.teacher.family import backbone
 from radlads.model.teacher.load import find_family
 from radlads.model.training.quantized import hold_as_buffers, hold_as_parameters
 
+REDUCED = torch.float32
+"""In which gradients are averaged over the ranks."""
 _REPLICATED = 1 << 20
 """Elements below which a module that both networks share is held whole by every rank: a norm, not a matrix."""
 _NO_MORE = -1
@@ -46,7 +48,7 @@ class Partitioned(nn.Module):
         super().__init__()
         self.objective, self.teacher, self.dtype = objective, objective._teacher[0], dtype
         student = objective.student
-        self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=REDUCED, cast_forward_inputs=False)
         self.device = device
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         self._whole: set[nn.Parameter] = set()
