@@ -1,8 +1,8 @@
 """Seconds of a stage besides its computation: start, weights read, held-out passes, checkpoints, the model written.
 
-Rates are rough: start-up is of benchmarks/results/training_h100.md and training_h100_4gpus.md (31 GB of weights in 13 s,
-from files in memory), 6 to 11 s are of models of 1.3 and 2.4 GB through export, hash and store (recipes_gpu_h100.md);
-those marked so are assumed. A store on a slow network takes longer.
+Rates are rough: start-up is of benchmarks/results/training_h100.md and training_h100_4gpus.md (31 GB of weights in
+13 s, from files in memory), 6 to 11 s are of models of 1.3 and 2.4 GB through export, hash and store
+(recipes_gpu_h100.md); those marked so are assumed. A store on a slow network takes longer.
 """
 
 from __future__ import annotations
