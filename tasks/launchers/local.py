@@ -200,8 +200,9 @@ def job_environment(base: Mapping[str, str], resources: JobResources, interface:
         # glibc returns large tensors to the kernel at every free and faults them in again at every use, which makes
         # training on a CPU take 1.5 times as long. Keep the pages; the peak is the same.
         env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-    elif not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
+    elif resources.cuda_graphs == "off" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
         # Else memory is lost between blocks of other sizes, and passes near the limit give memory back and ask again.
+        # With graphs, which have memory of their own, it was not tried.
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return env
 
