@@ -346,6 +346,19 @@ def test_host_memory_stays_within_its_bound(ref, tmp_path, monkeypatch, caplog, 
     assert all(torch.equal(back.flat[name][kind], whole_state()[name][kind]) for name in SHAPES for kind in KINDS)
 
 
+def test_memory_that_is_allocated_ahead_is_what_the_first_checkpoint_takes(monkeypatch):
+    files = into_files(filled(0, 1, "partitions").own_state(), 300)
+    host = host_copy.HostCopy(1)
+    host.prepare(files)
+    assert host.allocated == ELEMENTS * ELEMENT_BYTES
+    places = [buffer.data_ptr() for buffer in host._buffers]
+    assert [copy.data_ptr() for copy in host.take(files)] == places
+    monkeypatch.setattr(host_copy, "spare_memory", lambda: 0)
+    none = host_copy.HostCopy(1)
+    none.prepare(files)
+    assert none.allocated == 0
+
+
 def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     files = into_files(filled(0, 1, "partitions").own_state(), 300)
     monkeypatch.setattr(host_copy, "spare_memory", lambda: 3 * ELEMENTS * ELEMENT_BYTES)

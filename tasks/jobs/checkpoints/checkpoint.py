@@ -87,6 +87,11 @@ class Checkpoints:
 
     # Saving
 
+    def prepare(self) -> None:
+        """Begin to allocate host memory for the first checkpoint of a GPU's state."""
+        if self.job.device.type == "cuda":
+            self._host.prepare(into_files(self.engine.own_state(), FILE_ELEMENTS))
+
     def save(self, step: int) -> None:
         """Copy the state after `step` optimizer steps and start to write it. Raises errors of the previous save.
 

@@ -7,6 +7,8 @@ is one buffer, which each file passes through while training waits.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,11 +33,20 @@ class HostCopy:
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._buffers: list[Tensor] = []
+        self._allocating: threading.Thread | None = None
 
     @property
     def allocated(self) -> int:
         """Bytes of host memory held."""
+        self._wait()
         return sum(buffer.nbytes for buffer in self._buffers)
+
+    def prepare(self, files: Sequence[File]) -> None:
+        """Begin to allocate what `take` will need, if it fits. Pinning takes about a second for a gigabyte, for which
+        training would stand still at its first checkpoint; kernels are compiled meanwhile."""
+        if self.fits(files):
+            self._allocating = threading.Thread(target=self._allocate, args=(files,), daemon=True)
+            self._allocating.start()
 
     def fits(self, files: Sequence[File]) -> bool:
         """Whether all files have a buffer, or may be given one beside those of the machine's other ranks."""
@@ -44,6 +55,7 @@ class HostCopy:
 
     def take(self, files: Sequence[File]) -> list[Tensor]:
         """Copy everything; the copies are complete on return. One tensor a file: of each slice master and moments."""
+        self._wait()
         copies = [self._copy(file, index) for index, file in enumerate(files)]
         for file in files:
             _finish(file)
@@ -51,18 +63,32 @@ class HostCopy:
 
     def stream(self, files: Sequence[File]) -> Iterator[Tensor]:
         """The same copies one after the other, in one buffer: each is valid until the next is asked for."""
+        self._wait()
         for file in files:
             copied = self._copy(file, 0)
             _finish(file)
             yield copied
 
-    def _copy(self, file: File, index: int) -> Tensor:
+    def _allocate(self, files: Sequence[File]) -> None:
+        with contextlib.suppress(RuntimeError):  # no memory: raised when `take` asks for it
+            for index, file in enumerate(files):
+                self._buffer(file, index)
+
+    def _wait(self) -> None:
+        if self._allocating is not None:
+            self._allocating.join()
+            self._allocating = None
+
+    def _buffer(self, file: File, index: int) -> Tensor:
         count = _numbers(file)
         if index == len(self._buffers):
             self._buffers.append(torch.empty(0))
         if self._buffers[index].numel() < count:
             self._buffers[index] = torch.empty(count, pin_memory=file[0].tensors["param"].is_cuda)
-        copied, place = self._buffers[index][:count], 0
+        return self._buffers[index][:count]
+
+    def _copy(self, file: File, index: int) -> Tensor:
+        copied, place = self._buffer(file, index), 0
         for piece in file:
             for kind in KINDS:
                 copied[place : place + piece.numel].copy_(piece.tensors[kind], non_blocking=True)

@@ -79,6 +79,8 @@ def main(job: Job) -> dict[str, Any]:
     with Checkpoints(job, engine, seed=section.seed, **kept) as checkpoints:
         start = checkpoints.restore()
         job.record.rewind(start)
+        if section.num_steps // section.checkpoint_every > start // section.checkpoint_every:
+            checkpoints.prepare()
         if start == 0 and section.heldout_every:
             job.record.log(0, heldout())
         if start == 0 and every:
