@@ -2,6 +2,7 @@
 
     python benchmarks/recipes_gpu.py --out benchmarks/results/recipes_gpu.md
     python benchmarks/recipes_gpu.py --recipes hrwkv7-reka-flash-3.1 --layers 2 --steps 1
+    python benchmarks/recipes_gpu.py --training '{"decay_dtype": "bfloat16"}' --resources '{"zero_stage": 3}'
 
 The teacher has random weights in its published shape. Every stage is the product's own job: plan, tokenize,
 transplant, align, choose, distill with every phase, finetune, evaluate, needle, publish; then the exported folder is
@@ -316,6 +317,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="the rows as JSON")
     parser.add_argument("--vocab", type=int, help="entries of the vocabulary; default: the teacher's own")
     parser.add_argument("--lanes", type=int, default=1, help="recipes at a time, on the one GPU")
+    parser.add_argument(
+        "--training", type=json.loads, default={}, metavar="JSON", help="keys of every training section"
+    )
+    parser.add_argument("--resources", type=json.loads, default={}, metavar="JSON", help="keys of `resources`")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lanes share the GPU's memory
@@ -356,6 +361,7 @@ def _lanes(names: Sequence[str], options: argparse.Namespace) -> tuple[list[Row]
     """As `_sequence`, with the recipes divided among concurrent processes."""
     given = ["--layers", str(options.layers), "--steps", str(options.steps), "--spikes", *options.spikes]
     given += ["--vocab", str(options.vocab)] if options.vocab else []
+    given += ["--training", json.dumps(options.training), "--resources", json.dumps(options.resources)]
     rows: list[Row] = []
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -384,6 +390,10 @@ def _convert_one(raw: dict[str, Any], work: Path, options: argparse.Namespace, r
     began = time.monotonic()
     shape = SHAPES[raw["teacher"]["path"]]
     cut = cut_recipe(raw, folder, layers=options.layers, steps=options.steps)
+    cut["resources"] |= options.resources
+    for stage in TRAINING_STAGES:
+        if stage in cut:
+            cut[stage] |= options.training
     if raw["name"] in options.spikes:
         for phase in cut["distill"].get("phases", [cut["distill"]]):
             phase["ce_spikes"] = {"every": 1, "weight": 0.1}
