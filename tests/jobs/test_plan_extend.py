@@ -91,8 +91,11 @@ def test_memory_is_that_of_the_longest_context(tmp_path: Path) -> None:
 
 def test_sharing_rows_is_advised_where_processes_can(tmp_path: Path) -> None:
     (misfit,) = planned(tmp_path, gibibytes=40).misfits
-    assert "extend.sequence_parallel: 4 (then" in misfit
-    shared = planned(tmp_path, gibibytes=40, sequence_parallel=4)
+    assert "extend.sequence_parallel: 2 (then" in misfit
+    recorded = GPUS.model_copy(update={"cuda_graphs": "on"})
+    (misfit,) = planned(tmp_path, gibibytes=40, resources=recorded).misfits
+    assert "sequence_parallel" not in misfit, "the plan would refuse it"
+    shared = planned(tmp_path, gibibytes=40, sequence_parallel=2)
     assert shared.misfits == ()
     with pytest.raises(UserError, match=r"extend.sequence_parallel: 32 processes cannot divide the 16 heads"):
         planned(tmp_path, resources=GPUS.model_copy(update={"processes": 32}), sequence_parallel=32)
