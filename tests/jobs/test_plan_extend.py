@@ -121,8 +121,8 @@ def test_the_teacher_takes_memory_and_time_only_where_it_is_asked_for(tmp_path: 
     assert after[1:] == before[1:]
     alone = GPUS.model_copy(update={"processes": 1, "offload_optimizer": True})
     one = {"phases": [], "context": 32768, "batch": 32, "resources": alone}
-    assert "teacher.bits: 8" in planned(tmp_path, gibibytes=20, teacher_kl=0.1, **one).misfits[0]
-    assert "teacher.bits" not in planned(tmp_path, gibibytes=20, **one).misfits[0]
+    assert "teacher.bits: 8" in planned(tmp_path, gibibytes=15, teacher_kl=0.1, **one).misfits[0]
+    assert "teacher.bits" not in planned(tmp_path, gibibytes=15, **one).misfits[0]
 
 
 def test_a_teacher_beyond_its_positions_is_refused_and_nothing_else(tmp_path: Path) -> None:
