@@ -27,8 +27,9 @@ PIECE = 8192
 
 
 def run_mlps_in_pieces(network: PreTrainedModel, *, recomputed: bool) -> None:
-    """Let a network's MLPs run in pieces, in place. recomputed: it trains with gradient checkpointing. Experts, among
-    which tokens are distributed, are left as they are."""
+    """Let a network's MLPs run in pieces, in place. recomputed: what trains does with gradient checkpointing; a teacher
+    is told as its student is, which may run its modules. Experts, among which tokens are distributed, are left as they
+    are."""
     parts = family_parts(network)
     for layer in getattr(backbone(network), parts.layers):
         mlp = getattr(layer, parts.mlp)

@@ -293,9 +293,9 @@ class ExtendObjective(NextTokenObjective):
         expected = self.teacher_hidden(tokens[:, :-1], **rows)
         hidden = self.student.hidden(tokens[:, :-1], **rows)
         loss, metrics = linear_kl(
-            hidden.flatten(0, 1),
+            head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
-            expected.flatten(0, 1),
+            head_inputs(self.teacher, expected).flatten(0, 1),
             self.teacher.get_output_embeddings().weight,
             labels_N=labels.flatten(),
             weight_N=None if counts is None else counts.flatten().float(),

@@ -202,6 +202,11 @@ def quantized_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name.removesuffix(_VALUES): values.shape for name, values in named if name.endswith(_VALUES)}
 
 
+def num_weights(model: nn.Module) -> int:
+    """Parameters of a model, those that are held in 8 bit included."""
+    return sum(map(torch.numel, model.parameters())) + sum(map(torch.Size.numel, quantized_shapes(model).values()))
+
+
 def is_matrix(model: nn.Module, name: str) -> bool:
     """Whether a parameter can be held in 8 bit: the matrix of a linear map that is no router, or a stack of experts'
     matrices (one parameter in transformers 5)."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,10 +28,12 @@ def recompute_cheap(model: nn.Module) -> None:
             region.recur = partial(_again, module, module.recur)
         elif is_llama_mlp(module):
             region = module
-            region.forward = partial(_mlp, module)
+            region.forward = partial(_mlp, module, module.forward)
 
 
-def _mlp(module: Any, x: Tensor) -> Tensor:
+def _mlp(module: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return run(x)
     out: Tensor = _again(module, partial(finish_mlp, module), module.gate_proj(x), module.up_proj(x))
     return out
 

@@ -315,6 +315,10 @@ def test_remedies_do_what_they_say(published):
     four = one.model_copy(update={"processes": 4})
     helps = what_would_help_judging("evaluate", section, published["7B"], four, 20 * GIB)
     assert helps == "resources.zero_stage: 3 and evaluate.batch: 1"
+    for excluding, divisible in (({"offload_optimizer": True}, True), ({"cuda_graphs": "on"}, True), ({}, False)):
+        other = four.model_copy(update=excluding)
+        helps = what_would_help_judging("evaluate", section, published["7B"], other, 20 * GIB, divisible=divisible)
+        assert helps.startswith("GPUs of 3")
     whole, divided = (
         judging_memory(section, published["7B"], four.model_copy(update={"zero_stage": stage})) for stage in (2, 3)
     )

@@ -96,6 +96,18 @@ def test_what_was_not_measured_is_told_as_an_estimate_or_an_assumption() -> None
     assert expected_speed(far, "H100").source.startswith("estimated")
 
 
+def test_rows_that_are_shared_were_not_measured_by_those_that_are_not(networks: NetworkSizes) -> None:
+    """Two rows by two GPUs are as many tokens and passes as a row by each."""
+    one, two = (
+        work_of("distill", Distill(**{**STEPS, "micro_batch": n, "sequence_parallel": n}), networks, gpus(2))
+        for n in (1, 2)
+    )
+    assert (one.tokens, one.passes) == (two.tokens, two.passes)
+    row = of_h100("qwen2.5-7b").model_copy(update={"work": one})
+    assert expected_speed(one, "H100", [row]).source.startswith("measured")
+    assert expected_speed(two, "H100", [row]).source.startswith("estimated")
+
+
 def test_time_follows_what_a_step_does() -> None:
     work = of_h100("qwen2.5-7b").work
 

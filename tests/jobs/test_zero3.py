@@ -134,6 +134,27 @@ def test_shared_mlps_in_pieces_of_the_tokens(training, monkeypatch):
     assert run(training, pieces) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.parametrize(("how", "again"), [(True, [24, 24, 16]), ("selective", [64])])
+def test_shared_mlps_are_computed_again_as_the_students_own(training, monkeypatch, how, again):
+    """The teacher's modules take their place; its own passes are in pieces as before."""
+    monkeypatch.setattr(mlp_pieces, "PIECE", 24)
+    monkeypatch.setattr(partition, "_REPLICATED", 0)
+    options = {"freeze": ("mlp",), "gradient_checkpointing": how, **RATES}
+    job = training.job("distill", f"zero3-again-{how}", resources={"zero_stage": 3}, **options)
+    job.open_process_group()
+    networks = load_networks(job, job.typed)
+    objective = build_objective(job.typed, networks.student, networks.teacher)
+    engine = build_engine(job, objective, job.typed.section, micro_batch=2, num_micro=1)
+    objective.train()
+    mlp, rows = networks.student.model.layers[0].mlp, list[int]()
+    mlp.act_fn.register_forward_hook(lambda _module, args, _out: rows.append(args[0].shape[:-1].numel()))
+    loss, _ = engine.forward(open_dataset(training.root / "data").split("heldout").batch([0, 1], 32))
+    assert rows == [24, 24, 16, *again]
+    rows.clear()
+    loss.backward()
+    assert rows == again
+
+
 def test_lora_in_bf16_is_merged_into_an_export_of_bf16(training):
     options = {**SHORT, **RATES, "precision": "bf16", "lora": Lora(targets=("q_proj", "o_proj"), rank=4)}
     divided = training.job("finetune", "zero3-lora", resources={"zero_stage": 3}, **options)

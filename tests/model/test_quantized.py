@@ -14,7 +14,14 @@ from radlads.model.convert.transplant import transplant
 from radlads.model.student.export import export_student
 from radlads.model.student.load import build_student, load_student
 from radlads.model.student.modeling import RadladsForCausalLM
-from radlads.model.training.quantized import Int8Weight, quantize, quantize_frozen, quantized_names, share_frozen
+from radlads.model.training.quantized import (
+    Int8Weight,
+    num_weights,
+    quantize,
+    quantize_frozen,
+    quantized_names,
+    share_frozen,
+)
 from radlads.model.weights.weight_files import open_weight_files
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
@@ -127,6 +134,13 @@ def test_a_model_keeps_its_names_its_dtype_and_what_was_not_selected(mlp_bias: b
     assert torch.equal(copied(ids).logits, out)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+def test_what_is_held_in_8_bit_counts_in_the_size_of_a_model():
+    model = dense()
+    size = num_weights(model)
+    quantize_frozen(model, 8, of_mlp)
+    assert num_weights(model) == size > sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_matrix_moves_with_its_module():

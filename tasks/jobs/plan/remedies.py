@@ -74,10 +74,16 @@ def what_would_help(setting: Setting, networks: NetworkSizes, limit: float) -> s
 
 
 def what_would_help_judging(
-    stage: str, section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources, limit: float
+    stage: str,
+    section: Evaluate | Needle,
+    networks: NetworkSizes,
+    resources: JobResources,
+    limit: float,
+    *,
+    divisible: bool = True,
 ) -> str:
     """The largest batch with which evaluate or needle stays under `limit` bytes, ZeRO-3 where that is not enough, or
-    the GPU that it needs."""
+    the GPU that it needs. divisible: as in Setting."""
     batch = section.batch
     while batch > 1:
         batch //= 2
@@ -85,7 +91,8 @@ def what_would_help_judging(
             return f"{stage}.batch: {batch}"
     smallest = section.model_copy(update={"batch": 1})
     divided = resources.model_copy(update={"zero_stage": 3})
-    if judging_memory(smallest, networks, divided)["total"] <= limit and resources.zero_stage < 3:
+    divisible = divisible and not (resources.offload_optimizer or resources.cuda_graphs == "on")
+    if divisible and judging_memory(smallest, networks, divided)["total"] <= limit and resources.zero_stage < 3:
         return f"resources.zero_stage: 3 and {stage}.batch: 1"
     least = judging_memory(smallest, networks, resources)["total"]
     return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
@@ -115,7 +122,7 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield f"{stage}.gradient_checkpointing: true", replace(setting, section=changed)
     if resources.zero_stage < 2 and resources.processes > 1 and word_bytes(section.precision, resources) == 4:
         yield "resources.zero_stage: 2", replace(setting, resources=resources.model_copy(update={"zero_stage": 2}))
-    graphs = resources.cuda_graphs == "on"  # which exclude the next two
+    graphs = resources.cuda_graphs == "on"  # which exclude the next three
     if (
         resources.zero_stage < 3
         and resources.processes > 1
@@ -123,7 +130,7 @@ def _steps(setting: Setting) -> Iterator[tuple[str, Setting]]:
         and setting.divisible
     ):
         yield "resources.zero_stage: 3", replace(setting, resources=resources.model_copy(update={"zero_stage": 3}))
-    for number in setting.sharings:
+    for number in () if graphs else setting.sharings:
         changed = section.model_copy(update={"sequence_parallel": number})
         yield f"{stage}.sequence_parallel: {number}", replace(setting, section=changed)
     if not (resources.offload_optimizer or graphs) and resources.zero_stage < 3:

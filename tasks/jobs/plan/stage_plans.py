@@ -50,7 +50,8 @@ def plan_stages(
             continue
         memory = judging_memory(section, networks, resources)
         if memory["total"] > limit:
-            helps = what_would_help_judging(stage, section, networks, resources, limit)
+            divisible = recipe.student.calibrate is None
+            helps = what_would_help_judging(stage, section, networks, resources, limit, divisible=divisible)
             findings.misfits.append(misfit(stage, memory, device, helps))
         cost = judging_cost(section, networks, recipe, device["kind"], resources)
         stages[stage] = {"memory_bytes_per_gpu": memory} | cost

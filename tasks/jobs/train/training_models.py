@@ -66,15 +66,19 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
         originals = open_weight_files(str(folder))
     for network in (student, *([] if teacher is None else [teacher])):
         fuse_modules(network, job.device)
-        run_mlps_in_pieces(network, recomputed=network is student and spec.section.gradient_checkpointing is True)
-    checkpoint_activations(student, spec.section)
+        run_mlps_in_pieces(network, recomputed=spec.section.gradient_checkpointing is True)
+    checkpoint_activations(student, spec.section, teacher)
     return Networks(student, teacher, tokenizer, originals)
 
 
-def checkpoint_activations(student: Any, section: Training) -> None:
-    """Let the student compute activations again, as the section says; after `fuse_modules`."""
+def checkpoint_activations(student: Any, section: Training, teacher: PreTrainedModel | None = None) -> None:
+    """Let the student compute activations again, as the section says; after `fuse_modules`.
+
+    teacher: whose modules the student runs where both share them (ZeRO-3); its own passes have no gradients.
+    """
     if section.gradient_checkpointing == "selective":
-        recompute_cheap(student)
+        for network in filter(None, (student, teacher)):
+            recompute_cheap(network)
     elif section.gradient_checkpointing:
         # Without dropout there is no random state to save, which a CUDA graph could not record.
         random = any("drop" in name and value for name, value in student.config.to_dict().items())

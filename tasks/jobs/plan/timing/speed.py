@@ -69,6 +69,7 @@ def distance(one: Work, other: Work) -> float:
         + (kinds[0] != kinds[1])
         + 0.5 * (bool(one.recomputed) != bool(other.recomputed))
         + 0.5 * (bool(one.gathered) != bool(other.gathered))
+        + 0.5 * (one.sharing != other.sharing)
         + 2.0 * (one.offload != other.offload)
         + 2.0 * (one.recorded != other.recorded)
     )

@@ -55,6 +55,8 @@ class Work(Sheet):
     offload: bool = False
     recorded: bool = False
     """Passes are replayed as CUDA graphs."""
+    sharing: int = 1
+    """Devices that share rows; what they exchange is not in the computed time."""
 
     @property
     def step_tokens(self) -> int:
@@ -85,6 +87,7 @@ def work_of(stage: str, part: Training, networks: NetworkSizes, resources: JobRe
         threads=resources.threads,
         offload=resources.offload_optimizer,
         recorded=records_passes(part, resources, networks.student_parameters),
+        sharing=part.sequence_parallel,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from radlads.model.training.quantized import num_weights
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import Training
@@ -33,7 +34,7 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
     strict, reason = resources.cuda_graphs == "on", why_not_recorded(section, resources)
     if strict and reason is not None:
         raise UserError(f"resources.cuda_graphs: {reason}")
-    if records_passes(section, resources, sum(parameter.numel() for parameter in objective.student.parameters())):
+    if records_passes(section, resources, num_weights(objective.student)):
         logger.info("passes are recorded as CUDA graphs; every GPU holds the whole optimizer")
         recorder = partial(CudaRecorder, job.device)
         return ReplicatedEngine(

@@ -158,13 +158,6 @@ class ReplicatedEngine(Engine):
         if self._graphs is not None:
             self._graphs.clear()  # another phase: its passes are others
 
-    def release(self, rank: int) -> None:
-        """Parameters become tensors of their own again, and what was recorded is freed."""
-        if self._graphs is not None:
-            self._graphs.clear()
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.clone()
-
 
 def _room(parameter: nn.Parameter) -> int:
     """Elements that a parameter takes in its buffer."""
