@@ -159,7 +159,7 @@ def _mix(spec: TokenizeSpec, parts: list[Part]) -> Mixture:
     if ended is None:
         if mixture.total < _LEAST_FILLED * dataset.max_tokens:
             raise UserError(
-                f"data.{spec.name} would end after {mixture.total} tokens: the next document, of source {mixture.turn}, "
+                f"data.{spec.name} ends after {mixture.total} tokens: the next document, of source {mixture.turn}, "
                 f"is too long for what remains of max_tokens ({dataset.max_tokens}); raise it, or split long documents"
             )
         return mixture
