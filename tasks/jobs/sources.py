@@ -32,6 +32,8 @@ __all__ = [
     "tokenizer_fingerprint",
 ]
 
+_OTHER_FORM = "give another GGUF file of the model, or its Hugging Face folder"
+
 
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
@@ -53,7 +55,8 @@ def load_tokenizer(
     except UserError:
         raise
     except Exception as error:  # any error of its files: the tokenizers library raises nothing narrower
-        raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
+        mend = f"; {_OTHER_FORM}" if is_gguf(resolved) else ""
+        raise UserError(f"no usable tokenizer in {path}: {first_line(error).rstrip('.')}{mend}") from error
     own = _own_classes(config)
     loaded = type(tokenizer).__name__
     if own and trust_remote_code and loaded not in own:
@@ -64,7 +67,8 @@ def load_tokenizer(
             "the model's tokenizer.json and tokenizer_config.json there"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {path} has no EOS token; set `eos_token` in its tokenizer_config.json")
+        mend = _OTHER_FORM if is_gguf(resolved) else "set `eos_token` in its tokenizer_config.json"
+        raise UserError(f"the tokenizer of {path} has no EOS token; {mend}")
     return tokenizer
 
 

@@ -98,6 +98,8 @@ def write(tmp_path: Path, tokenizer_folder: Path, weights: dict[str, np.ndarray]
         if "parts" in changes:
             writer.add_uint16("split.count", changes["parts"])
         add_tokenizer(writer, tokenizer_folder)
+        for key in changes.get("without_settings", ()):
+            del writer.kv_data[0][f"tokenizer.{key}"]
         for name, values in weights.items():
             if name != changes.get("without"):
                 add_tensor(writer, *as_stored(name, values, kind))
@@ -311,6 +313,9 @@ def test_places_and_packages_are_named_where_they_lack(write, stories, tmp_path,
     file = write()
     with pytest.raises(UserError, match=r"is a folder of GGUF files; name one of them, with gguf_file: tiny\.gguf"):
         planned(tmp_path, stories, tmp_path)
+    with_config = Path(shutil.copytree(teacher_folder, tmp_path / "with", ignore=lambda *_: ["model.safetensors"]))
+    with pytest.raises(UserError, match=r"has no \.safetensors weights; .*, or name a GGUF file with gguf_file$"):
+        planned(with_config, stories, tmp_path)
     with pytest.raises(UserError, match=r"there is no GGUF file at some/thing\.gguf; one of the hub is downloaded"):
         planned(Path("some"), stories, tmp_path, gguf_file="thing.gguf")
     with pytest.raises(UserError, match=r"gguf_file names a file ending in \.gguf in the folder"):
@@ -323,6 +328,15 @@ def test_places_and_packages_are_named_where_they_lack(write, stories, tmp_path,
     monkeypatch.setattr(gguf_teacher, "is_gguf_available", lambda: False)
     with pytest.raises(UserError, match=r"needs the package gguf: pip install 'radlads\[gguf\]'"):
         planned(file, stories, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("ggml.model", "no usable tokenizer in .*tiny.gguf: .*"), ("ggml.eos_token_id", "has no EOS token")],
+)
+def test_a_file_whose_tokenizer_lacks_something_is_mended_by_another(key, words, write) -> None:
+    with pytest.raises(UserError, match=f"{words}; give another GGUF file of the model, or its Hugging Face folder$"):
+        load_tokenizer(str(write(without_settings=[key])))
 
 
 def test_the_card_names_the_file_alone(tmp_path) -> None:

@@ -173,6 +173,17 @@ def test_a_source_that_is_too_small_is_said_in_one_line(spec, sources, make_job,
     assert [line for line in findings.warnings if "sources.1 is read about" in line]
 
 
+def test_a_document_longer_than_the_limit_is_said_in_one_line(spec, sources, make_job, stories, tmp_path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(stories), encoding="utf-8")
+    sources[1] = {"kind": "files", "paths": [str(book)], "weight": 1}
+    job = make_job("tokenize", spec(max_tokens=3000))
+    assert execute(tokens.main, job) == "config"
+    said = json.loads((job.scratch / "exit.json").read_text(encoding="utf-8"))["message"]
+    assert "the next document, of source 1, is too long for what remains of max_tokens (3000)" in said
+    assert "\n" not in said
+
+
 def test_weights_are_of_all_sources_and_younger_than_datasets_without_them(spec, sources) -> None:
     plain = [{key: value for key, value in source.items() if key not in ("weight", "repeats")} for source in sources]
     with pytest.raises(ValueError, match="give all sources a weight, or none; without one: 1"):

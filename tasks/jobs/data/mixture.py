@@ -30,6 +30,8 @@ class Mixture:
     """How often each source's training tokens were read; above 1 are repeats."""
     ended: int | None
     """The source that had no more documents; None if the limit of tokens was reached before."""
+    turn: int
+    """The source whose turn it was at the end."""
 
     @property
     def count(self) -> int:
@@ -104,7 +106,7 @@ def mix(
     heldout, kept = _split(sources, source, document_N)
     own = [int(s.lengths[~s.heldout].sum()) for s in sources]
     passes = tuple(read / max(1, have) for read, have in zip(train, own, strict=True))
-    return Mixture(sources, source[kept], document_N[kept], heldout[kept], passes, ended)
+    return Mixture(sources, source[kept], document_N[kept], heldout[kept], passes, ended, index)
 
 
 def _needed(part: Part, train_tokens: float | None) -> int:

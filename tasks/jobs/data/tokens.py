@@ -41,6 +41,8 @@ Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 _PART_BYTES = 4 << 20
 # Smaller corpora are encoded in-process: starting a worker, which imports all libraries, would take longer.
 _POOL_FROM_BYTES = 64 << 20
+# Share of max_tokens that a mixture has at least: it ends where a document would exceed them.
+_LEAST_FILLED = 0.9
 
 
 def main(job: Job) -> dict[str, Any] | None:
@@ -145,7 +147,7 @@ def _encode(
 
 
 def _mix(spec: TokenizeSpec, parts: list[Part]) -> Mixture:
-    """Raises UserError where a source has less than its share of max_tokens."""
+    """Raises UserError where a source has less than its share of max_tokens, or a long document keeps all from it."""
     dataset = spec.dataset
     assert dataset.shares is not None
     repeats = [source.repeats for source in dataset.sources]
@@ -155,6 +157,11 @@ def _mix(spec: TokenizeSpec, parts: list[Part]) -> Mixture:
         logger.info("source %d: %d training tokens, %.2f %%, read %.2f times", index, tokens, 100 * share, passes)
     ended = mixture.ended
     if ended is None:
+        if mixture.total < _LEAST_FILLED * dataset.max_tokens:
+            raise UserError(
+                f"data.{spec.name} ends after {mixture.total} tokens: the next document, of source {mixture.turn}, "
+                f"is too long for what remains of max_tokens ({dataset.max_tokens}); raise it, or split long documents"
+            )
         return mixture
     have = f"source {ended} of data.{spec.name} ends after {mixture.tokens[ended]} training tokens"
     if dataset.max_tokens is not None:

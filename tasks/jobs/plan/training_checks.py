@@ -14,7 +14,7 @@ from radlads.model.teacher.load import find_family
 from radlads.model.training.mixer_parts import has_log_decay
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import late_choice
-from radlads.tasks.contracts.recipe.sections import Recipe, Training
+from radlads.tasks.contracts.recipe.sections import Recipe, SampleSource, Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import STUDENT_STAGES, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.checkpoints.host_copy import has_room
@@ -46,6 +46,13 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
         findings.warnings.append(
             f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
         )
+    for name in recipe.datasets_used if positions is not None else ():
+        for index, source in enumerate(recipe.data[name].sources):
+            if isinstance(source, SampleSource) and source.context > positions:
+                findings.faults.append(
+                    f"data.{name}.sources.{index}.context ({source.context}) is beyond the {positions} positions that "
+                    "the teacher was made for, and what it writes there is no text; shorten it"
+                )
 
 
 def _check_part(place: str, part: Training, processes: int, findings: Findings) -> None:

@@ -27,6 +27,7 @@ MAX_CHARACTERS = 64 << 20
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _READ_CHARACTERS = 1 << 20
+_READ_BYTES = 1 << 16
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _REPLACEMENT = "\ufffd"
@@ -83,12 +84,47 @@ def _open_binary(path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
         return cast(io.BufferedReader, gzip.open(path, "rb"))
     if path.suffix == ".xz":
-        return cast(io.BufferedReader, lzma.open(path, "rb"))
+        return io.BufferedReader(_XzFile(path))
     if path.suffix == ".zst":
         if not pa.Codec.is_available("zstd"):
             raise UserError(f"{path}: this build of pyarrow reads no .zst; unpack it (unzstd), or use .gz or .xz")
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
+
+
+class _XzFile(io.RawIOBase):
+    """All streams of a .xz file. lzma.open ignores what follows a stream and does not begin one, which may be a damaged
+    second part, and refuses the padding with zeros that the format allows."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._decoder, self._rest = path.open("rb"), lzma.LZMADecompressor(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view, data = memoryview(buffer).cast("B"), b""
+        while not data:
+            if self._decoder.eof:
+                self._rest = self._rest.lstrip(b"\0")
+                if self._rest:
+                    self._decoder = lzma.LZMADecompressor()
+                    continue
+            if not self._rest and self._decoder.needs_input | self._decoder.eof:
+                self._rest = self._file.read(_READ_BYTES)
+                if not self._rest and self._decoder.eof:
+                    return 0
+                if not self._rest:
+                    raise EOFError("it ends within a compressed stream")
+                continue
+            data = self._decoder.decompress(self._rest, len(view))
+            self._rest = self._decoder.unused_data
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def text_documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
