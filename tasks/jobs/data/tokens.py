@@ -157,6 +157,7 @@ def _mix(spec: TokenizeSpec, parts: list[Part]) -> Mixture:
         logger.info("source %d: %d training tokens, %.2f %%, read %.2f times", index, tokens, 100 * share, passes)
     ended = mixture.ended
     if ended is None:
+        assert dataset.max_tokens is not None  # else a mixture goes on until a source ends
         if mixture.total < _LEAST_FILLED * dataset.max_tokens:
             raise UserError(
                 f"data.{spec.name} ends after {mixture.total} tokens: the next document, of source {mixture.turn}, "

@@ -46,9 +46,9 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
         findings.warnings.append(
             f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
         )
-    for name in recipe.datasets_used if positions is not None else ():
+    for name in recipe.datasets_used:
         for index, source in enumerate(recipe.data[name].sources):
-            if isinstance(source, SampleSource) and source.context > positions:
+            if positions is not None and isinstance(source, SampleSource) and source.context > positions:
                 findings.faults.append(
                     f"data.{name}.sources.{index}.context ({source.context}) is beyond the {positions} positions that "
                     "the teacher was made for, and what it writes there is no text; shorten it"
