@@ -209,8 +209,9 @@ class Rwkv7Mixer(Mixer):
     def _reduce(self, x: Branches) -> list[Tensor | None]:
         """Each branch [B,T,D] times the first factor of its low-rank map, in the order of `recur`; None for those that
         the variant lacks."""
-        factors = {name: getattr(self, f"{name}1") for name in _LOW if hasattr(self, f"{name}1")}
-        if self.training and not self.design.token_shift:  # of one input: one product, and one gradient of it
+        factors = {name: getattr(self, f"{name}1", None) for name in _LOW}
+        factors = {name: factor for name, factor in factors.items() if factor is not None}
+        if self.training and not self.design.token_shift and factors:  # of one input: one product, one gradient of it
             product = x.w @ torch.cat(list(factors.values()), 1)
             parts = product.split([factor.shape[1] for factor in factors.values()], -1)
             found = dict(zip(factors, parts, strict=True))
