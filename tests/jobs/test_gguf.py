@@ -314,7 +314,7 @@ def test_places_and_packages_are_named_where_they_lack(write, stories, tmp_path,
     with pytest.raises(UserError, match=r"is a folder of GGUF files; name one of them, with gguf_file: tiny\.gguf"):
         planned(tmp_path, stories, tmp_path)
     with_config = Path(shutil.copytree(teacher_folder, tmp_path / "with", ignore=lambda *_: ["model.safetensors"]))
-    with pytest.raises(UserError, match=r"has no \.safetensors weights; .*, or name a GGUF file with gguf_file$"):
+    with pytest.raises(UserError, match=r"has no \.safetensors weights .*; name its GGUF file with gguf_file$"):
         planned(with_config, stories, tmp_path)
     with pytest.raises(UserError, match=r"there is no GGUF file at some/thing\.gguf; one of the hub is downloaded"):
         planned(Path("some"), stories, tmp_path, gguf_file="thing.gguf")

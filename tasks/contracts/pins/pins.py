@@ -285,9 +285,8 @@ def _without_folder(resolved: str, revision: str | None, hashes: ContentHashes) 
 
 def _require_weights(folder: Path) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has no .safetensors weights; convert pickled .bin files, or name a GGUF file with gguf_file"
-        )
+        mend = "name its GGUF file with gguf_file" if any(folder.glob("*.gguf")) else "convert them first"
+        raise UserError(f"{folder} has no .safetensors weights (pickled .bin files are not supported); {mend}")
 
 
 def _class_hints(folder: Path) -> dict[str, Any] | None:
