@@ -314,6 +314,7 @@ def test_places_and_packages_are_named_where_they_lack(write, stories, tmp_path,
     with pytest.raises(UserError, match=r"is a folder of GGUF files; name one of them, with gguf_file: tiny\.gguf"):
         planned(tmp_path, stories, tmp_path)
     with_config = Path(shutil.copytree(teacher_folder, tmp_path / "with", ignore=lambda *_: ["model.safetensors"]))
+    shutil.copy(file, with_config)
     with pytest.raises(UserError, match=r"has no \.safetensors weights .*; name its GGUF file with gguf_file$"):
         planned(with_config, stories, tmp_path)
     with pytest.raises(UserError, match=r"there is no GGUF file at some/thing\.gguf; one of the hub is downloaded"):
