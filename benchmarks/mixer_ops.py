@@ -4,7 +4,8 @@ the backward pass beyond inputs and outputs.
     python benchmarks/mixer_ops.py
 
 Shapes are those of training steps: 7B at 12 × 512 (rad_rwkv7, in both of its forms), Reka Flash at 2 × 4096 (hxa079),
-SmolLM2-135M at 96 × 512. RMSNorm of several widths beside them, which decides `fused_modules.NARROW`.
+SmolLM2-135M at 96 × 512. RMSNorm of several widths beside them, which decides whose
+`model/training/fused_modules.py` takes.
 """
 
 import sys

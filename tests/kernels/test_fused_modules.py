@@ -83,8 +83,8 @@ def test_softmax_attention_turns_by_the_fused_operator(family, family_config, mo
     tokens = torch.arange(3, 43).view(2, 20)
     expected, before = model(tokens).logits, vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"]
     layers = model.model.layers
-    turning = [layer.self_attn for layer in layers if turns_as_llama(layer.self_attn)]
-    assert bool(turning) == (family in TURNS)
+    kinds = [type(layer.self_attn) for layer in layers]
+    assert {turns_as_llama(layer.self_attn) for layer in layers} == {family in TURNS}
     calls = []
     monkeypatch.setattr(mixer, "rotate_heads", lambda *args: calls.append(args) or rotate_heads(*args))
     monkeypatch.setattr(fused_modules, "installed", lambda package: False)
@@ -92,7 +92,7 @@ def test_softmax_attention_turns_by_the_fused_operator(family, family_config, mo
     torch.testing.assert_close(model(tokens).logits, expected)
     count = len(layers) if family != "smollm3" else sum(model.config.no_rope_layers)
     assert len(calls) == (2 * count if family in TURNS else 0)
-    assert all(isinstance(layer.self_attn, type(own)) for layer, own in zip(layers, turning, strict=False))
+    assert all(isinstance(layer.self_attn, kind) for layer, kind in zip(layers, kinds, strict=True))
     assert vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"] is before
 
 

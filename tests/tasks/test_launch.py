@@ -87,9 +87,10 @@ def test_environment():
     on_gpu = CPU.model_copy(update={"device": "cuda"})
     assert "DS_ACCELERATOR" not in job_environment(base, on_gpu)
     assert job_environment(base, on_gpu)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in job_environment(
-        base | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, on_gpu
-    )
+    own = base | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in job_environment(own, on_gpu)
+    graphs = on_gpu.model_copy(update={"cuda_graphs": "on"})
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in job_environment(base, graphs)
 
 
 @pytest.mark.parametrize(

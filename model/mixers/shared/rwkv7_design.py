@@ -198,26 +198,14 @@ class Rwkv7Mixer(Mixer):
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         x, shift = self._branches(x_BTD, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part)
         r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
-        low = self._reduce(x)
+        firsts = (getattr(self, f"{name}1", None) for name in _LOW)
+        low = [None if one is None else getattr(x, name) @ one for name, one in zip(_LOW, firsts, strict=True)]
         out, values, wkv = self.recur(
             r, k, v, gate, *(first or FirstValues()), *low,
             state=state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, output_state=output_state, row_part=row_part,
         )  # fmt: skip
         first = self._first_values(k, v, values) if self.v0 is None else first
         return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
-
-    def _reduce(self, x: Branches) -> list[Tensor | None]:
-        """Each branch [B,T,D] times the first factor of its low-rank map, in the order of `recur`; None for those that
-        the variant lacks."""
-        factors = {name: getattr(self, f"{name}1", None) for name in _LOW}
-        factors = {name: factor for name, factor in factors.items() if factor is not None}
-        if self.training and not self.design.token_shift and factors:  # of one input: one product, one gradient of it
-            product = x.w @ torch.cat(list(factors.values()), 1)
-            parts = product.split([factor.shape[1] for factor in factors.values()], -1)
-            found = dict(zip(factors, parts, strict=True))
-        else:
-            found = {name: getattr(x, name) @ factor for name, factor in factors.items()}
-        return [found.get(name) for name in _LOW]
 
     def recur(
         self,
