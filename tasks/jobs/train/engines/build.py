@@ -11,6 +11,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.train.engines.deepspeed_config import usable_stage
 from radlads.tasks.jobs.train.engines.engine import Engine
 from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder
 from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
@@ -27,8 +28,8 @@ NO_CALIBRATION = "calibration needs whole networks, and resources.zero_stage: 3 
 
 
 def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: int, num_micro: int) -> Engine:
-    """The engine that trains an objective: DeepSpeed's under ZeRO-0 to 2, torch's partitioning under ZeRO-3, whole
-    replicas for CUDA graphs. Raises UserError for settings that exclude each other."""
+    """The engine that trains an objective: torch's partitioning under ZeRO-2 and 3, DeepSpeed's below and with the
+    optimizer in host memory, whole replicas for CUDA graphs. Raises UserError for settings that exclude each other."""
     resources = job.spec.resources
     sizes = {"micro_batch": micro_batch, "num_micro": num_micro}
     strict, reason = resources.cuda_graphs == "on", why_not_recorded(section, resources)
@@ -42,21 +43,15 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
         )
     if resources.cuda_graphs == "auto":
         logger.info("no CUDA graphs: %s", reason or "the student has more than a billion parameters")
-    if resources.zero_stage == 3:
-        if resources.offload_optimizer:
+    if resources.offload_optimizer:
+        if resources.zero_stage == 3:
             raise UserError(f"resources: {NO_OFFLOAD}")
-        return ShardedEngine(
-            objective, section, device=job.device, dtype=job.dtype, micro_batch=micro_batch, num_micro=num_micro
-        )
-    return Engine(
-        objective,
-        section,
-        device=job.device,
-        dtype=job.dtype,
-        zero_stage=resources.zero_stage,
-        offload=resources.offload_optimizer,
-        **sizes,
-    )
+        return Engine(objective, section, device=job.device, dtype=job.dtype, zero_stage=2, offload=True, **sizes)
+    stage = usable_stage(resources.zero_stage, job.dtype)
+    if stage >= 2:
+        once = stage == 2
+        return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=once, **sizes)
+    return Engine(objective, section, device=job.device, dtype=job.dtype, zero_stage=stage, **sizes)
 
 
 def why_not_recorded(section: Training, resources: JobResources) -> str | None:
