@@ -6,7 +6,7 @@
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
     python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
         --grad-checkpointing                                                   # long rows, shared by GPUs
-    python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine fsdp   # beside DeepSpeed's ZeRO-2
+    python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine deepspeed   # its ZeRO-2
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing
     python benchmarks/training.py --sweep-file cases.txt --compare-plain       # a line of options for every case
     python benchmarks/training.py --shape qwen2.5-7b --gpus 4 --micro-batch 12 --record    # rows for the plan

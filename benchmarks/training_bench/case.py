@@ -17,7 +17,7 @@ from radlads.tasks.contracts.recipe.training import Training
 from training_bench.shapes import SHAPE_OF_TEACHER, SHAPES
 
 SECTIONS: dict[str, type[Training]] = {"align": Align, "distill": Distill, "finetune": Finetune}
-ENGINES = ("product", "overlap", "overlap-reduce", "fsdp", "fsdp-bf16")
+ENGINES = ("product", "deepspeed", "overlap", "overlap-reduce")
 NOT_MEASURED = ("phases", "ce_spikes", "tokens", "data", "lora", "assistant_only", "train_only")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from radlads.kernels.mixer_ops import wkv7_finish, wkv7_operands
 from radlads.model.mixers.shared import rwkv7_design
@@ -24,11 +25,9 @@ from radlads.tasks.jobs import process_group as group
 from radlads.tasks.jobs.common import Job, execute, open_job
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES
 from radlads.tasks.jobs.train import train, training_models
-from radlads.tasks.jobs.train.engines import deepspeed_config, partition
+from radlads.tasks.jobs.train.engines import deepspeed_config
 from radlads.tasks.jobs.train.engines import engine as engine_module
-from radlads.tasks.jobs.train.engines.build import build_engine
 from radlads.tasks.jobs.train.engines.engine import Engine
-from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 from training_bench.case import Case
 from training_bench.measuring import Watch, product_mixer_memory
 
@@ -53,26 +52,22 @@ def watch_engine(engine: Engine, watch: Watch) -> Engine:
 
 
 def build_candidate(kind: str, job: Job, objective: Any, section: Any, **sizes: int) -> Engine:
-    """An engine in place of the product's, of ZeRO-2.
+    """DeepSpeed's ZeRO-2 in place of the product's engine.
 
-    fsdp: torch's partitioning, what trains gathered once a step, gradients reduced in fp32; fsdp-bf16: in bf16, as
-    DeepSpeed does. overlap: DeepSpeed's reductions on a stream of their own; overlap-reduce: and each to the rank that
-    holds the part, which halves what they send.
+    deepspeed: gradients reduced on the stream of the backward pass, each whole on every rank. overlap: on a stream of
+    their own. overlap-reduce: and each to the rank that holds the part, which halves what they send.
     """
-    if kind.startswith("fsdp"):
-        reduced = torch.bfloat16 if kind == "fsdp-bf16" else torch.float32
-        with mock.patch.object(partition, "REDUCED", reduced):
-            return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=True, **sizes)
     build_config = deepspeed_config.build_config
 
-    def overlapped(*args: Any) -> dict[str, Any]:
+    def configured(*args: Any) -> dict[str, Any]:
         config = build_config(*args)
-        config["zero_optimization"] |= {"overlap_comm": True}
-        config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": kind != "overlap-reduce"}
+        if kind != "deepspeed":
+            config["zero_optimization"] |= {"overlap_comm": True}
+            config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": kind != "overlap-reduce"}
         return config
 
-    with mock.patch.object(engine_module, "build_config", overlapped):
-        return build_engine(job, objective, section, **sizes)
+    with mock.patch.object(engine_module, "build_config", configured):
+        return Engine(objective, section, device=job.device, dtype=job.dtype, zero_stage=2, **sizes)
 
 
 @contextmanager
@@ -106,7 +101,10 @@ def watched(watch: Watch) -> Iterator[None]:
             parameter.grad = None
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
-        if watch.case.zero < 3 and not watch.case.engine.startswith("fsdp"):  # else no rank holds a mixer whole
+        if watch.case.zero < 3:  # else no rank holds a mixer whole
+            for part in engine.objective.student.modules():
+                if isinstance(part, FSDPModule):
+                    part.unshard()
             watch.found["mixer"] = product_mixer_memory(engine.objective.student, watch.case)
         raise Measured
 
