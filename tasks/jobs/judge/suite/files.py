@@ -21,7 +21,7 @@ _EXAMPLES = "_(?:train|dev)"
 
 
 def items_file(folder: Path, stems: tuple[str, ...]) -> Path:
-    """The file of a task's items: `STEM.jsonl`, `STEM_test.jsonl.gz`, ... Raises UserError unless there is exactly one."""
+    """The file of a task's items: `STEM.jsonl`, `STEM_test.jsonl.gz`, ... Raises UserError unless there is one."""
     found = _files(folder, stems, _ITEMS)
     if not found:
         raise UserError(
@@ -32,7 +32,7 @@ def items_file(folder: Path, stems: tuple[str, ...]) -> Path:
 
 
 def examples_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    """The file of examples for prompts: `STEM_train.jsonl`, `STEM_dev.jsonl`, ...; None without one. Raises UserError."""
+    """The file of examples for prompts: `STEM_train.jsonl`, `STEM_dev.jsonl`, ..., or None. Raises UserError."""
     found = _files(folder, stems, _EXAMPLES)
     return _only(found, "examples") if found else None
 
@@ -67,17 +67,13 @@ def read_rows(path: Path, forms: tuple[type[Columns], ...]) -> tuple[list[dict[s
 
 def _converted(row: dict[str, Any], form: type[Columns], where: str) -> dict[str, Any]:
     try:
-        converted = form.model_validate(row).row()
-        json.dumps(converted, ensure_ascii=False).encode()
+        return form.model_validate(row).row()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: bytes that are not UTF-8; write the file anew as UTF-8") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise UserError(": ".join((where, *(str(part) for part in first["loc"][:1]), said))) from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    return converted
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

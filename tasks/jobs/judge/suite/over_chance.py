@@ -29,7 +29,7 @@ def over_chance(teacher: np.ndarray, student: np.ndarray, chance: np.ndarray) ->
 def relative_score(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """{value, stderr, tasks, left_out}: the mean of the suite's relative scores; None without a suite.
 
-    tasks: as judge_suite returned them, among others. left_out: names of tasks on which the teacher is not clearly above
+    tasks: as judge_suite returned them, among others. left_out: names of tasks where the teacher is not clearly above
     chance. value: None where that is all of them. Tasks count equally, and their errors are independent.
     """
     scores = {name: sheet["suite"]["relative"] for name, sheet in tasks.items() if "suite" in sheet}

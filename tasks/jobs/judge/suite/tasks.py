@@ -14,7 +14,6 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
-from lm_eval.tasks.hellaswag.utils import preprocess
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.places import resolve_task_folder
@@ -87,21 +86,25 @@ class LocalTask:
 def load_suite(suite: EvalSuite) -> tuple[list[LocalTask], list[str]]:
     """The tasks in the suite's order, and an error, one line each, for those that cannot be built."""
     built, faults = [], []
+    try:
+        folder = resolve_task_folder(suite.path)
+    except UserError as error:
+        return [], [f"evaluate.suite: {error}"]
     for name in suite.tasks:
         try:
-            built.append(_load(name, suite))
+            built.append(_load(name, folder, suite.num_fewshot.get(name)))
         except UserError as error:
             faults.append(f"evaluate.suite: {name}: {error}")
     return built, faults
 
 
-def _load(name: SuiteTask, suite: EvalSuite) -> LocalTask:
-    benchmark, folder = BENCHMARKS[name], resolve_task_folder(suite.path)
+def _load(name: SuiteTask, folder: Path, shots: int | None) -> LocalTask:
+    benchmark = BENCHMARKS[name]
     stems = (name, *benchmark.stems)
     path, more = items_file(folder, stems), examples_file(folder, stems)
     items, form = read_rows(path, benchmark.forms)
     examples = read_rows(more, (form,))[0] if more is not None else None
-    factory = _LocalFactory(path, items, examples, suite.num_fewshot.get(name))
+    factory = _LocalFactory(path, items, examples, shots)
     if form is columns.HellaSwagCopy:
         factory.change(process_docs=None)
         factory.notes.append("the file has no activities, which the harness writes before each text")
@@ -179,7 +182,7 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]
     def _prompted(self, items: _Rows, examples: _Rows | None) -> dict[str, _Rows]:
         """The split of the examples, unless they are items."""
         if examples is None:
-            self.notes.append("examples in the prompt are other items of the same file, as there is no file of examples")
+            self.notes.append("examples in the prompt are other items, as there is no file of examples")
         present = len(items) - 1 if examples is None else len(examples)
         if present < self.shots:
             raise UserError(f"{self._path}: {self.shots} examples are needed for a prompt, and there are {present}")
