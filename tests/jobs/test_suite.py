@@ -164,6 +164,15 @@ def test_copies_give_the_same_prompts(name: SuiteTask, write: Any):
     assert ours.files == (f"{name}_1.jsonl.gz",)
 
 
+def test_examples_may_have_the_other_form(write: Any):
+    folder = write("arc_easy.jsonl", [OWN["arc_easy"]])
+    write("arc_easy_train.jsonl.gz", [COPIES["arc_easy"] | {"query": "Question: Why?"}])
+    task = built(folder, "arc_easy", num_fewshot={"arc_easy": 1})
+    prompt = "Question: Why?\nAnswer: was a red ball.\n\nQuestion: What did Tim do?\nAnswer:"
+    assert requests(task.loaded["tasks"])[0] == (prompt, " sat.")
+    assert task.files == ("arc_easy.jsonl", "arc_easy_train.jsonl.gz")
+
+
 def test_what_a_file_lacks_is_said(write: Any):
     four = {"query": "Question: Where?\nChoices:\nA. park\nB. home\nC. bed\nD. car\nAnswer:",
             "choices": ["A", "B", "C", "D"], "gold": 2}  # fmt: skip

@@ -103,7 +103,9 @@ def _load(name: SuiteTask, folder: Path, shots: int | None) -> LocalTask:
     stems = (name, *benchmark.stems)
     path, more = items_file(folder, stems), examples_file(folder, stems)
     items, form = read_rows(path, benchmark.forms)
-    examples = read_rows(more, (form,))[0] if more is not None else None
+    # Only HellaSwag's two forms have different columns in the end.
+    forms = (form,) if name == "hellaswag" else benchmark.forms
+    examples = read_rows(more, forms)[0] if more is not None else None
     factory = _LocalFactory(path, items, examples, shots)
     if form is columns.HellaSwagCopy:
         factory.change(process_docs=None)
@@ -171,7 +173,7 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]
         self._used.add(subject)
         self.shots = config["num_fewshot"] = (config.get("num_fewshot") or 0) if self._asked is None else self._asked
         if config["task"] == "commonsense_qa":
-            self._list_choices(config, items)
+            self._list_choices(config, [*items, *(examples or [])])
         splits = {_ITEMS: items}
         if self.shots:
             splits |= self._prompted(items, examples)
@@ -189,7 +191,7 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]
         return {} if examples is None else {_EXAMPLES: examples}
 
     def _list_choices(self, config: dict[str, Any], items: _Rows) -> None:
-        """Leave out the letters of the prompt for which the items have no choice."""
+        """Leave out the letters of the prompt for which the items (with examples) have no choice."""
         letters, counts = config["doc_to_choice"], {len(item["choices"]["text"]) for item in items}
         count = max(counts)
         if len(counts) > 1 or count > len(letters):
