@@ -321,6 +321,12 @@ def test_teacher_and_student_are_judged_and_reported(write: Any, teacher_folder:
     assert page.count("not above chance by two standard errors: lambada_openai") == 2
     assert "Prompts begin without BOS, the tokenizer's default." in page
     assert suite_row(products.evaluation, "abc")[0][0] == "1 benchmarks, over chance"
+    products.evaluation["relative_score"] = relative_score({"lambada_openai": sheet["lambada_openai"]})
+    assert suite_row(products.evaluation, "abc") == []
+    assert [verdict.text[:15] for verdict in suite_verdicts(products.evaluation)] == ["Not in the mean"]
+    none = suite_table(products)
+    assert none is not None
+    assert "mean of" not in render_markdown("t", [none])
 
 
 COUNTS = {"lambada_openai": 5153, "arc_easy": 2376, "arc_challenge": 1172, "piqa": 1838, "hellaswag": 2000,

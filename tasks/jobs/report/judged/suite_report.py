@@ -35,7 +35,8 @@ def suite_table(products: Products) -> Table | None:
             )
         )
     mean = evaluation["relative_score"]
-    rows.append((f"mean of {len(mean['tasks'])}", "", "", "", _times(mean), "", "", judged.short))
+    if mean["value"] is not None:
+        rows.append((f"mean of {len(mean['tasks'])}", "", "", "", _times(mean), "", "", judged.short))
     header = ("benchmark", "teacher", "student", "chance", "over chance", "few-shot", "items", _SOURCE)
     return Table(header, rows, _caption(tasks, mean), words=(_SOURCE,))
 
