@@ -48,9 +48,7 @@ class Partitioned(nn.Module):
         super().__init__()
         self.objective, self.teacher, self.dtype = objective, objective._teacher[0], dtype
         student = objective.student
-        self._policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=dtype if gathered_once else REDUCED, cast_forward_inputs=False
-        )
+        self._policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype if gathered_once else REDUCED, cast_forward_inputs=False)
         self.device = device
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         self._whole: set[nn.Parameter] = set()
