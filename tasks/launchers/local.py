@@ -191,6 +191,8 @@ def job_environment(base: Mapping[str, str], resources: JobResources, interface:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(resources.threads),
         "TOKENIZERS_PARALLELISM": "false",
+        # The harness's bootstrap forks the job, and waits for ever for a child that takes SIGTERM as the job does.
+        "DISABLE_MULTIPROC": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",

@@ -26,6 +26,7 @@ _SCORES = {
         "kl": ("KL", False),
         "bits_per_byte_ratio": ("bits per byte ratio", False),
         "top1_agreement": ("top-1 agreement", True),
+        "relative_score": ("benchmarks over chance", True),
     },
     NEEDLE.name: {"student/needle": ("needle", True)},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -190,6 +191,19 @@ def test_a_broken_task_file_is_one_line(tmp_path: Path):
     assert "no YAML file" in faults[1]
 
 
+def write_suite(folder: Path) -> Path:
+    """Two benchmarks; on one the teacher is above chance, as short continuations are likelier."""
+    folder.mkdir()
+    copa = [
+        {"query": f"Tim {n} sat, because", "choices": ["he.", "a zq zqx xqz qqz."], "gold": int(n % 4 == 0)}
+        for n in range(40)
+    ]
+    words = [{"context": f"Tim {n} sat and", "continuation": "ran"} for n in range(5)]
+    for name, rows in (("copa", copa), ("lambada_openai", words)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 ALL = """
 import sys
 from pathlib import Path
@@ -207,8 +221,14 @@ def test_two_ranks_give_what_one_gives(
     write_tasks(tmp_path / "mine")
     inputs = {"student": student(), "data": data}
     tasks = [{"name": n, "path": str(tmp_path / "mine")} for n in ("tiny_choice", "tiny_write")]
-    one, _ = judge(inputs, tasks=tasks)
-    section = Evaluate(context=32, heldout_tokens=1024, batch=5, tasks=tasks)
+    suite = {"path": str(write_suite(tmp_path / "suite")), "tasks": ["copa", "lambada_openai"]}
+    one, metrics = judge(inputs, tasks=tasks, suite=suite)
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "suite").iterdir()}
+    for name in ("copa", "lambada_openai"):
+        assert one["tasks"][name]["suite"]["files"] == {f"{name}.jsonl": sums[f"{name}.jsonl"]}
+    assert one["relative_score"]["tasks"] == ["copa"]
+    assert one["relative_score"]["value"] == metrics["relative_score"] == metrics["relative_score/copa"]
+    section = Evaluate(context=32, heldout_tokens=1024, batch=5, tasks=tasks, suite=suite)
     spec = EvaluateSpec(section=section, teacher=pin_teacher(str(teacher_folder)))
     jobs: list[Job] = []
     for zero_stage in (1, 3):
@@ -222,6 +242,7 @@ def test_two_ranks_give_what_one_gives(
         two = json.loads((Path(job.spec.output_uri) / "evaluate.json").read_text())
         assert two["processes"] == 2
         assert two["tasks"] == one["tasks"]
+        assert two["relative_score"] == one["relative_score"]
         assert two["samples"] == one["samples"]
         for name, numbers in one["models"].items():
             for key, estimate in numbers.items():

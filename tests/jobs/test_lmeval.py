@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import perplexity, stderr_for_metric
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.sections import Evaluate
 from radlads.tasks.jobs.judge import evaluate
 from radlads.tasks.jobs.judge.lmeval import SharedHFLM, max_length_of
+from radlads.tasks.launchers.local import job_environment
 
 STORY = "Once upon a time there was a little dog named Tim. " * 4
 PAIRS = [
@@ -133,3 +137,10 @@ def test_the_tokenizers_habit_decides_and_the_numbers_say_so(
         found[add_bos] = sheet["teacher"]["perplexity"]["value"]
     assert found[None] == found[True]
     assert (found[None] != found[False]) is habit
+
+
+def test_a_job_that_bootstraps_does_not_fork(monkeypatch: pytest.MonkeyPatch):
+    environment = job_environment({}, JobResources(device="cpu", processes=1, threads=1))
+    monkeypatch.setenv("DISABLE_MULTIPROC", environment["DISABLE_MULTIPROC"])
+    monkeypatch.setattr(multiprocessing, "Pool", lambda *_: pytest.fail("forked"))
+    assert stderr_for_metric(perplexity, 100)([-1.0, -2.0, -3.0]) > 0

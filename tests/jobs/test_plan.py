@@ -87,7 +87,11 @@ def test_a_good_recipe_is_added_up(
 def test_everything_that_is_read_is_pinned(recipe: Callable[..., Recipe], tmp_path: Path, teacher_folder: Path):
     hay = [str(tmp_path / "stories.txt")]
     choice = {"count": 1, "choose": "recall", "recall": {"haystack": hay, "lengths": [128], "documents": 4}}
+    (tmp_path / "evals").mkdir()
+    item = {"query": "Tim sat, because", "choices": ["he ran.", "he fell."], "gold": 1}
+    (tmp_path / "evals" / "copa.jsonl").write_text(json.dumps(item))
     asked = recipe(
+        evaluate__suite={"path": str(tmp_path / "evals"), "tasks": ["copa"]},
         needle__haystack=hay,
         student__attention_layers=choice,
         data__unused={"sources": [{"kind": "files", "paths": ["nowhere.txt"]}]},
@@ -97,10 +101,12 @@ def test_everything_that_is_read_is_pinned(recipe: Callable[..., Recipe], tmp_pa
     where = {
         "teacher.path",
         "data.train.sources.0.paths",
+        "evaluate.suite.path",
         "needle.haystack",
         "student.attention_layers.recall.haystack",
     }
     assert set(report.pins) == where
+    assert [file.path for file in report.pins["evaluate.suite.path"].files] == ["copa.jsonl"]
     assert report.teacher == pin_teacher(str(teacher_folder))
     assert report.pins["teacher.path"].content == report.teacher.fingerprint
     assert report.tokenizer_fingerprint == report.teacher.tokenizer_fingerprint
@@ -144,6 +150,7 @@ def test_nothing_is_read_whole_before_all_else_is_checked(recipe: Callable[..., 
         ),
         ({"evaluate__tasks": [{"name": "no_such_task"}]}, "the harness has no task 'no_such_task'"),
         ({"evaluate__tasks": [{"name": "t", "path": "/nowhere"}]}, "there is no folder /nowhere"),
+        ({"evaluate__suite": {"path": "/nowhere", "tasks": ["copa"]}}, "evaluate.suite: there is no folder /nowhere"),
     ],
 )
 def test_faults_are_one_clear_line(recipe: Callable[..., Recipe], changes: dict[str, Any], message: str):

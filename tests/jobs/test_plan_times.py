@@ -154,7 +154,13 @@ def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: Netwo
     )
     assert tested > 2 * bare
     assert needle > 30
-    assert task_size(EvalTask(name="mmlu", limit=10)).items == 10
+    assert task_size(EvalTask(name="piqa", limit=10)).items == 10
+    assert task_size(EvalTask(name="mmlu", limit=10)).items == 570
+    assert task_size(EvalTask(name="gsm8k")) == task_size(EvalTask(name="gsm8k", num_fewshot=5))
+    suite = recipe_of(evaluate={"context": 512, "suite": {"path": "x", "tasks": ["piqa", "gsm8k"]}})
+    listed = recipe_of(evaluate={"context": 512, "tasks": [{"name": "piqa"}, {"name": "gsm8k"}]})
+    same = [judging_cost(one.evaluate, networks, one, "H100", gpus())["seconds"] for one in (suite, listed)]
+    assert same[0] == same[1] > bare
     assert task_size(EvalTask(name="mmlu", num_fewshot=5)).tokens == 6 * task_size(EvalTask(name="mmlu")).tokens
     before, after = light_costs(recipes[0], networks, {"train": 1e9}, "H100", gpus())
     assert list(before) == ["tokenize train", "transplant"]

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
+from radlads.tasks.contracts.recipe.judging.suite import EvalSuite
 from radlads.tasks.contracts.recipe.losses import (
     Align,
     Comprehensive,
@@ -34,6 +35,7 @@ __all__ = [
     "Comprehensive",
     "Dataset",
     "Distill",
+    "EvalSuite",
     "EvalTask",
     "Evaluate",
     "Extend",
@@ -271,10 +273,26 @@ class Evaluate(Section):
     context: int = Field(default=512, gt=1)
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
+    suite: Annotated[EvalSuite | None, AddedLater()] = None
     add_bos: bool | None = None
     """Prepend BOS to task prompts, as `add_bos_token` of the harness's `hf` model. None: the tokenizer's default, which
     published scores use."""
     seed: Seed = 1234
+
+    @model_validator(mode="after")
+    def _tasks_have_one_name(self) -> Self:
+        twice = {task.name for task in self.tasks} & set(self.suite.tasks if self.suite is not None else ())
+        if twice:
+            raise ValueError(f"{', '.join(sorted(twice))}: in `tasks` and in `suite`; leave it out of one of them")
+        return self
+
+    @property
+    def all_tasks(self) -> tuple[EvalTask, ...]:
+        """Those of the suite too, without their files."""
+        if self.suite is None:
+            return self.tasks
+        shots, limit = self.suite.num_fewshot, self.suite.limit
+        return *self.tasks, *(EvalTask(name=n, num_fewshot=shots.get(n), limit=limit) for n in self.suite.tasks)
 
 
 class Needle(Section):

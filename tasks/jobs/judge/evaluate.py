@@ -36,6 +36,7 @@ from radlads.tasks.jobs.judge.judged_models import (
     opened_student,
     student_names,
 )
+from radlads.tasks.jobs.judge.suite.over_chance import relative_score
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.process_group import gather
 
@@ -72,6 +73,7 @@ def main(job: Job) -> dict[str, Any] | None:
                 tasks = run_tasks(job, both, tokenizer, section)
     if job.rank != 0:
         return None
+    relative = relative_score(tasks)
     result = {
         "teacher": spec.teacher.model_dump(mode="json"),
         "other_teacher": not own,
@@ -82,12 +84,13 @@ def main(job: Job) -> dict[str, Any] | None:
         "dtype": str(job.dtype).removeprefix("torch."),
         "models": models,
         "tasks": tasks,
+        "relative_score": relative,
         "samples": samples,
         "seconds": time.monotonic() - started,
         "processes": job.world_size,
     }
     write_json(job.output / "evaluate.json", result)
-    numbers = flatten(models, tasks)
+    numbers = flatten(models, tasks, relative)
     job.record.log(0, numbers)
     return numbers | {"seconds": result["seconds"], "processes": job.world_size}
 
@@ -125,9 +128,9 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
 ) -> dict[str, dict[str, Any]]:
-    """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}.
-    Collective."""
-    if not section.tasks:
+    """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}, and
+    `suite` (judge_suite) for tasks of the suite. Collective."""
+    if not section.all_tasks:
         return {}
     from radlads.tasks.jobs.judge.lmeval import (  # the harness takes seconds to import
         SharedHFLM,
@@ -138,8 +141,8 @@ def run_tasks(
     # The student's config has no length limit, so the teacher's limit applies to both.
     max_length = max_length_of(models[TEACHER], tokenizer)
     results: dict[str, dict[str, Any]] = {task.name: _task_settings(task) for task in section.tasks}
-    for name, model in models.items():
-        lm = SharedHFLM(
+    lms = {
+        name: SharedHFLM(
             model,
             tokenizer,
             batch=section.batch,
@@ -148,11 +151,25 @@ def run_tasks(
             rank=job.rank,
             num_ranks=job.world_size,
         )
+        for name, model in models.items()
+    }
+    for name, lm in lms.items():
         for task, commits in zip(section.tasks, _commits(job), strict=True):
-            results[task.name] |= {"add_bos": section.add_bos, "begins_with_bos": lm.begins_with_bos}
             results[task.name][name] = run_task(lm, task, seed=section.seed, commits=commits)
             logger.info("%s on %s: %s", name, task.name, results[task.name][name])
+    if section.suite is not None:
+        from radlads.tasks.jobs.judge.suite.scores import judge_suite
+
+        results |= judge_suite(lms, section.suite, _suite_files(job), seed=section.seed)
+    for sheet in results.values():
+        sheet |= {"add_bos": section.add_bos, "begins_with_bos": lms[TEACHER].begins_with_bos}
     return results
+
+
+def _suite_files(job: Job) -> dict[str, str]:
+    """sha256 of each file in the suite's folder."""
+    spec: EvaluateSpec = job.typed
+    return {file.path: file.sha256 for file in spec.pins["section.suite.path"].files}
 
 
 def _commits(job: Job) -> list[dict[str, str]]:
@@ -187,8 +204,11 @@ def sample_texts(
     ]
 
 
-def flatten(models: dict[str, dict[str, Estimate]], tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The numbers under their MLflow names: `kl`, `kl/align`, `student/bits_per_byte`, `student/<task>/acc`."""
+def flatten(
+    models: dict[str, dict[str, Estimate]], tasks: dict[str, dict[str, Any]], relative: dict[str, Any] | None
+) -> dict[str, float]:
+    """The numbers under their MLflow names: `kl`, `kl/align`, `student/bits_per_byte`, `student/<task>/acc`,
+    `relative_score`, `relative_score/<task>`. relative: as relative_score returned it."""
     flat: dict[str, float] = {}
 
     def put(key: str, estimate: Estimate) -> None:
@@ -209,6 +229,10 @@ def flatten(models: dict[str, dict[str, Estimate]], tasks: dict[str, dict[str, A
         for name in (TEACHER, STUDENT):
             for metric, estimate in results.get(name, {}).items():
                 put(f"{name}/{task}/{metric}", estimate)
+        if "suite" in results and results["suite"]["relative"] is not None:
+            put(f"relative_score/{task}", results["suite"]["relative"])
+    if relative is not None:
+        put("relative_score", relative)
     return flat
 
 

@@ -128,7 +128,18 @@ def run_task(
     loaded = _load_offline(task, commits) if task.path else _load_shipped(task, commits)
     for built in loaded["tasks"].values():
         check_commits(task.name, built, commits)
-        shots = built.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+    return flatten(task.name, run_loaded(lm, loaded, task.num_fewshot, task.limit, seed=seed)["results"])
+
+
+def run_loaded(
+    lm: SharedHFLM, loaded: Any, num_fewshot: int | None, limit: int | None, *, seed: int, with_items: bool = False
+) -> dict[str, Any]:
+    """The harness's results of a TaskDict. Collective; the same result on every rank.
+
+    num_fewshot: None: as its YAML has it. with_items: also `samples`, the requests and scores of each item, by task.
+    """
+    for built in loaded["tasks"].values():
+        shots = built.get_config("num_fewshot") if num_fewshot is None else num_fewshot
         built.set_config(key="num_fewshot", value=shots or 0)
         built.set_fewshot_seed(seed=seed)
     # Tasks may use any of the three generators.
@@ -136,14 +147,14 @@ def run_task(
     np.random.seed(seed)
     torch.manual_seed(seed)
     # Not simple_evaluate: it indexes all shipped tasks and collects machine details on every call.
-    results = evaluate(
+    results: dict[str, Any] = evaluate(
         lm=lm,
         task_dict=loaded,
-        limit=task.limit,
+        limit=limit,
         bootstrap_iters=_BOOTSTRAP,
-        log_samples=False,
+        log_samples=with_items,
     )
-    return _flatten(task.name, results["results"])
+    return results
 
 
 @cache
@@ -182,7 +193,8 @@ def _load_offline(task: EvalTask, commits: Mapping[str, str]) -> Any:
             raise UserError(f"task '{task.name}' in {folder} cannot be built: {first_line(error)}") from error
 
 
-def _flatten(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+def flatten(name: str, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Metric → {value, stderr} of the harness's `results` for a task; `subtask/metric` for the tasks of a group."""
     flat: dict[str, dict[str, float | None]] = {}
     for task, metrics in results.items():
         for key, value in metrics.items():

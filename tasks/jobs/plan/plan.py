@@ -171,6 +171,12 @@ def _check_texts(
 
         found = [pins.get(f"evaluate.tasks.{index}.path") for index in range(len(recipe.evaluate.tasks))]
         findings.faults += check_tasks(recipe.evaluate.tasks, [pin.commits if pin else {} for pin in found])
+    if recipe.evaluate is not None and recipe.evaluate.suite is not None:
+        from radlads.tasks.jobs.judge.suite.scores import check_suite  # imports the harness
+
+        faults, notes = check_suite(recipe.evaluate.suite)
+        findings.faults += faults
+        findings.warnings += notes
     return data
 
 

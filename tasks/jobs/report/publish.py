@@ -106,6 +106,7 @@ def _metrics(products: Products) -> dict[str, Any]:
     names = (
         "kl",
         "top1_agreement",
+        "relative_score",
         "bits_per_byte_ratio",
         "student/bits_per_byte",
         "teacher/bits_per_byte",

@@ -9,6 +9,7 @@ from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.choice_report import choice_blocks
+from radlads.tasks.jobs.report.judged.suite_report import suite_row, suite_table
 from radlads.tasks.jobs.report.number_format import (
     NONE,
     count,
@@ -62,6 +63,7 @@ def summary_table(products: Products) -> Table | None:
             ),
             ("KL(teacher‖student), nats per token", "0", measured(student["kl"]), "", judged.short),
             ("same most likely token", "100 %", percent(student["top1_agreement"]["value"]), "", judged.short),
+            *suite_row(evaluation, judged.short),
         ]
     needle, searched = products.needle, products.of_stage(NEEDLE.name)
     if needle is not None and searched is not None:
@@ -167,12 +169,13 @@ def _needle(products: Products, pictures: Sequence[str]) -> list[Block]:
 
 
 def tasks_table(products: Products) -> Table | None:
-    """lm-evaluation-harness tasks; None without any."""
+    """lm-evaluation-harness tasks but those of the suite; None without any."""
     evaluation, judged = products.evaluation, products.of_stage(EVALUATE.name)
-    if evaluation is None or judged is None or not evaluation["tasks"]:
+    tasks = {} if evaluation is None else {k: v for k, v in evaluation["tasks"].items() if "suite" not in v}
+    if judged is None or not tasks:
         return None
     rows = []
-    for name, task in evaluation["tasks"].items():
+    for name, task in tasks.items():
         shots = "default" if task["num_fewshot"] is None else str(task["num_fewshot"])
         limit = "all" if task["limit"] is None else str(task["limit"])
         rows += [
@@ -180,12 +183,12 @@ def tasks_table(products: Products) -> Table | None:
             for metric, theirs in task["teacher"].items()
         ]
     header = ("task", "teacher", "student", "few-shot", "examples", _SOURCE)
-    return Table(header, rows, prompt_note(next(iter(evaluation["tasks"].values()))), words=(_SOURCE,))
+    return Table(header, rows, prompt_note(next(iter(tasks.values()))), words=(_SOURCE,))
 
 
 def _tasks(products: Products) -> list[Block]:
-    table = tasks_table(products)
-    return [] if table is None else [Heading("Benchmark tasks"), table]
+    tables = [table for table in (suite_table(products), tasks_table(products)) if table is not None]
+    return [Heading("Benchmark tasks"), *tables] if tables else []
 
 
 def _curves(products: Products, pictures: Sequence[str]) -> list[Block]:

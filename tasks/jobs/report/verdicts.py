@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from radlads.tasks.contracts.stages import STAGES, STUDENT_STAGES, TRANSPLANT
+from radlads.tasks.jobs.report.judged.suite_report import suite_verdicts
 from radlads.tasks.jobs.report.number_format import percent
 from radlads.tasks.jobs.report.report_blocks import Verdict
 
@@ -52,6 +53,7 @@ def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Ver
     verdicts += _judge_stages(evaluation["models"], final_stage)
     if not evaluation["tasks"]:
         verdicts.append(Verdict("note", "No harness task was run; losses alone can hide errors that generation shows."))
+    verdicts += suite_verdicts(evaluation)
     verdicts += [verdict for name, task in evaluation["tasks"].items() for verdict in _judge_task(name, task)]
     return verdicts
 

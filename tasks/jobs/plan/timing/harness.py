@@ -15,8 +15,12 @@ class TaskSize:
     requests: int
     """Of an item: one for each choice."""
     tokens: int
-    """Of a request, on average; an example in the prompt adds about as many."""
+    """Of a request without examples, on average; an example in the prompt adds about as many."""
     generated: int = 0
+    examples: int = 0
+    """In the prompt, where a recipe does not say how many."""
+    parts: int = 1
+    """Subjects, each of which a limit holds for."""
 
 
 _SIZES = {
@@ -25,11 +29,11 @@ _SIZES = {
     "boolq": TaskSize(3270, 2, 140),
     "commonsense_qa": TaskSize(1221, 5, 60),
     "copa": TaskSize(100, 2, 20),
-    "gsm8k": TaskSize(1319, 1, 150, generated=256),
+    "gsm8k": TaskSize(1319, 1, 150, generated=256, examples=5),
     "hellaswag": TaskSize(10042, 4, 110),
     "lambada_openai": TaskSize(5153, 1, 90),
     "lambada_standard": TaskSize(5153, 1, 90),
-    "mmlu": TaskSize(14042, 4, 130),
+    "mmlu": TaskSize(14042, 4, 130, parts=57),
     "openbookqa": TaskSize(500, 4, 30),
     "piqa": TaskSize(1838, 2, 60),
     "winogrande": TaskSize(1267, 2, 35),
@@ -41,5 +45,6 @@ _OTHER = TaskSize(2000, 4, 100)  # assumed of a task that is not listed
 def task_size(task: EvalTask) -> TaskSize:
     """Of a task with its examples and its limit."""
     size = _SIZES.get(task.name, _OTHER)
-    items = size.items if task.limit is None else min(task.limit, size.items)
-    return TaskSize(items, size.requests, size.tokens * (1 + (task.num_fewshot or 0)), size.generated)
+    items = size.items if task.limit is None else min(task.limit * size.parts, size.items)
+    examples = size.examples if task.num_fewshot is None else task.num_fewshot
+    return TaskSize(items, size.requests, size.tokens * (1 + examples), size.generated)

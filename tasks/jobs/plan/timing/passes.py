@@ -81,7 +81,7 @@ def _evaluate_seconds(section: Evaluate, networks: NetworkSizes, recipe: Recipe,
     both = of.teacher_flops(section.context) + of.forward_flops(section.context)
     seconds = _students(recipe) * device.forward_seconds(both, section.heldout_tokens, 2 * layers, at_once)
     seconds += 2 * device.decode_seconds(both / 2, _SAMPLE_TOKENS, layers, 3)
-    for size in map(task_size, section.tasks):
+    for size in map(task_size, section.all_tasks):
         requests, flops = size.items * size.requests, of.teacher_flops(size.tokens) + of.forward_flops(size.tokens)
         read = requests * size.tokens
         seconds += device.forward_seconds(flops, read, 2 * layers, section.batch * size.tokens)
