@@ -74,7 +74,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--freeze", nargs="*", help="parameter groups that do not train")
     parser.add_argument("--steps", type=int, default=5, help="measured optimizer steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--decay-dtype", choices=("float32", "bfloat16"), help="of the log decay of wkv7")
+    parser.add_argument("--decay-dtype", choices=("auto", "float32", "bfloat16"), help="of the log decay")
     parser.add_argument("--unfused", action="store_true", help="mixers in torch around their recurrence")
     parser.add_argument("--compare-unfused", action="store_true", help="a second run of the product, unfused")
     parser.add_argument("--compare-plain", action="store_true")

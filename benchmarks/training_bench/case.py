@@ -48,7 +48,7 @@ class Case:
     teacher_bits: int = 16
     freeze: tuple[str, ...] = ()
     loss: str = "l2"
-    decay_dtype: str = "float32"
+    decay_dtype: str = "auto"
     fused: bool = True
     steps: int = 5
     warmup: int = 2

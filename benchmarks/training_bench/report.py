@@ -132,7 +132,7 @@ def _options(case: Case) -> str:
     words += [f"MLP {case.mlp_bits} bit"] * (case.mlp_bits != 16)
     words += [f"teacher {case.teacher_bits} bit"] * (case.teacher_bits != 16)
     words += [f"frozen: {' '.join(case.freeze)}"] * bool(case.freeze)
-    words += ["unfused"] * (not case.fused) + [f"log decay {case.decay_dtype}"] * (case.decay_dtype != "float32")
+    words += ["unfused"] * (not case.fused) + [f"log decay {case.decay_dtype}"] * (case.decay_dtype != "auto")
     words += [f"kept: {' '.join(map(str, case.attention_layers))}"] * bool(case.attention_layers)
     return ", ".join(words)
 

@@ -36,6 +36,7 @@ def has_log_decay(variant: str) -> bool:
 
 
 def round_log_decay(student: Any, dtype: torch.dtype) -> None:
-    """Give the recurrences of a student their log decay in `dtype`. Only of a variant that `has_log_decay`."""
+    """Give the recurrences of a student their log decay in `dtype`, where its variant `has_log_decay`."""
     for mixer in student.mixers().values():
-        mixer.decay_dtype = dtype
+        if hasattr(mixer, "decay_dtype"):
+            mixer.decay_dtype = dtype

@@ -64,7 +64,8 @@ def _identity(value: Any, dumped: Any, pins: Mapping[str, Pinned] | None, prefix
             mark, item, location = _reads(field), getattr(value, name), f"{prefix}{name}"
             if any(isinstance(one, Undigested) and not one.unless(item) for one in field.metadata):
                 continue
-            if item == field.default and any(isinstance(one, AddedLater) for one in field.metadata):
+            later = next((one for one in field.metadata if isinstance(one, AddedLater)), None)
+            if later is not None and item == (field.default if later.made_with is None else later.made_with):
                 continue
             if mark is None:
                 kept[name] = _identity(item, dumped[name], pins, f"{location}.")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import SCHEMA_VERSION, FileEntry, InputRef, JobSpec, Manifest, first_fault
 from radlads.tasks.contracts.specs import PlanSpec, StageSpec, parse_spec
+from radlads.tasks.contracts.stages import stage_info
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.layout import RUNS
 from radlads.tasks.contracts.store.names import place_of
@@ -95,7 +96,10 @@ def _left_in_scratch(store: Store, prefix: str, work: Path) -> bytes | None:
 
 def spec_of_today(former: Former) -> StageSpec:
     """The spec in its current form: newer keys have their defaults. Raises UserError."""
-    spec = parse_spec(former.stage, dict(former._sheet.spec))
+    given = dict(former._sheet.spec)
+    if stage_info(former.stage).trains:
+        given["section"] = {"decay_dtype": "float32"} | given["section"]  # it had no other
+    spec = parse_spec(former.stage, given)
     return spec.model_copy(update={"run": former.run}) if isinstance(spec, PlanSpec) else spec
 
 

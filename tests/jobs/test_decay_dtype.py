@@ -7,6 +7,7 @@ import torch
 
 from radlads.kernels.wkv7 import wkv7
 from radlads.model.mixers.shared import recurrence_wkv7
+from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.recipe.recipe import parse_recipe
 from radlads.tasks.jobs.common import execute
 from radlads.tasks.jobs.plan.checks import Findings
@@ -34,12 +35,29 @@ def test_the_recurrence_gets_what_the_recipe_says(training, monkeypatch, stage):
     assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=1e-2)
 
 
-def test_only_the_rounded_one_is_in_the_digest(training):
-    digests = [
-        training.job("align", "digest", tokens=128, **more).spec.digest
-        for more in ({}, {"decay_dtype": "float32"}, {"decay_dtype": "bfloat16"})
-    ]
-    assert digests[0] == digests[1] != digests[2]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_auto_is_the_precision_of_the_stage(training, monkeypatch, precision):
+    seen = set()
+
+    def spied(r, log_decay, *others, **options):
+        seen.add((r.dtype, log_decay.dtype))
+        return wkv7(r, log_decay, *others, **options)
+
+    monkeypatch.setattr(recurrence_wkv7, "wkv7", spied)
+    job = training.job("align", f"decay-auto-{precision}", tokens=128, precision=precision)
+    assert execute(train.main, job) == "done", training.ending(job)
+    assert seen == {(torch.float32, torch.float32) if precision == "fp32" else (torch.bfloat16, torch.bfloat16)}
+
+
+def test_the_digest_without_the_key_is_of_what_such_products_were_made_with(training):
+    """They had a decay of 32 bits on a GPU; today's default has another one there, and another digest."""
+    sections = ({"decay_dtype": "float32"}, {}, {"decay_dtype": "auto"}, {"decay_dtype": "bfloat16"})
+    jobs = [training.job("align", "digest", tokens=128, **more) for more in sections]
+    digests = [job.spec.digest for job in jobs]
+    assert digests[1] == digests[2]
+    assert len({digests[0], digests[1], digests[3]}) == 3
+    from_before = identity(jobs[0].typed, jobs[0].typed.pins)
+    assert "decay_dtype" not in from_before["section"]
 
 
 @pytest.mark.parametrize(("variant", "faults"), [("hxa079", 0), ("rad_rwkv6", 1), ("gated_deltanet", 1)])

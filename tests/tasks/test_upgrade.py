@@ -39,6 +39,8 @@ class OldStore:
     def __init__(self, store):
         self.store = store
         self.recipe = json.loads(parse_recipe(RECIPE).model_dump_json())
+        for stage in ("align", "distill"):
+            del self.recipe[stage]["decay_dtype"]  # a key that there was not
 
     def spec(self, stage, **changes):
         train = {"pins": {}, "teacher": TEACHER, "trust_remote_code": False, "teacher_bits": 16, "mlp_bits": 16}
@@ -131,7 +133,10 @@ def expected(old):
     """Digests of today: specs as today's models read them, and inputs by their digests of today."""
 
     def digest(stage, inputs=(), **changes):
-        spec = parse_spec(stage, old.spec(stage, **changes))
+        given = old.spec(stage, **changes)
+        if stage in ("align", "distill"):
+            given["section"] = given["section"] | {"decay_dtype": "float32"}  # as they trained
+        spec = parse_spec(stage, given)
         return spec_digest(stage, spec, {name: ref(digest) for name, digest in inputs})
 
     def ref(digest):

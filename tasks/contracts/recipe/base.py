@@ -27,8 +27,10 @@ PLACE = Undigested("it is a location; the content at it is pinned separately")
 
 @dataclass(frozen=True)
 class AddedLater:
-    """Marks a field that is younger than products made without it: no digest is made of its default, which is what they
-    were made with."""
+    """Marks a field that is younger than products made without it: no digest is made of what they were made with, which
+    is its default or, where the default is another one since then, `made_with`."""
+
+    made_with: Any = None
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ class Training(Section):
     long for the memory of one. Not in the digest: the result is the same up to rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
-    decay_dtype: Annotated[Literal["float32", "bfloat16"], AddedLater()] = "float32"
-    """Of the log decay that RWKV-7's recurrence is given. bfloat16: the kernels for Hopper GPUs can run, but the decay
-    is rounded to 8 bits of mantissa in training, and not in the exported model."""
+    decay_dtype: Annotated[Literal["auto", "float32", "bfloat16"], AddedLater(made_with="float32")] = "auto"
+    """Of the log decay that RWKV-7's recurrence is given in training; auto: the stage's precision, as in RWKV's own
+    kernels and fla's. The kernels for Hopper GPUs take 16 bits; an exported model computes it in float32."""
     seed: Seed = 1337
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""

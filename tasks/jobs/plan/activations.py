@@ -22,6 +22,7 @@ from radlads.model.mixers.shared.attention_shape import read_attention_shape
 from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.modeling import RadladsForCausalLM, norm_names
 from radlads.model.training.fused_modules import fuse_modules
+from radlads.model.training.mixer_parts import round_log_decay
 
 # A multiple of the kernels' chunk, so that the bytes per token are exact.
 _TOKENS = 128
@@ -50,6 +51,7 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype, *, liger:
     cast: Any = student
     student = cast.to(dtype)
     fuse_modules(student, torch.device("meta"), liger=liger)
+    round_log_decay(student, dtype)  # decay_dtype: auto
     parts, inner = student.parts, student.model
     config: Any = inner.config
     x = torch.empty(1, _TOKENS, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)

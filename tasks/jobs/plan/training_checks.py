@@ -71,7 +71,7 @@ def _check_part(place: str, part: Training, processes: int, findings: Findings) 
 
 
 def _check_decay(recipe: Recipe, stage: str, section: Training, findings: Findings) -> None:
-    if section.decay_dtype == "float32":
+    if section.decay_dtype in ("auto", "float32"):
         return
     plain = stage_info(stage).makes == "teacher"
     if plain or not has_log_decay(recipe.student.variant):

@@ -61,8 +61,8 @@ def load_networks(job: Job, spec: TrainSpec) -> Networks:
         folder = job.input("student") / "model"
         tokenizer = load_tokenizer(str(folder), trust_remote_code=spec.trust_remote_code)
         student = hold_student(load_student(folder, dtype=job.dtype), teacher, spec, _place(job))
-        if spec.section.decay_dtype != "float32":
-            round_log_decay(student, getattr(torch, spec.section.decay_dtype))
+        decay = job.dtype if spec.section.decay_dtype == "auto" else getattr(torch, spec.section.decay_dtype)
+        round_log_decay(student, decay)
         originals = open_weight_files(str(folder))
     for network in (student, *([] if teacher is None else [teacher])):
         fuse_modules(network, job.device)
