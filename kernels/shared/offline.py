@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
 from radlads.kernels.mixer_ops import triton_finish, triton_operands, triton_rotate
+from radlads.kernels.row_distance import triton_distance
 from radlads.kernels.shared.triton_launch import ChunkPlan, power
 from radlads.kernels.wkv6 import triton_backward as wkv6_backward
 from radlads.kernels.wkv6 import triton_forward as wkv6_forward
@@ -208,8 +209,8 @@ def compile_wkv6(
 
 
 def compile_mixer_ops(name: str, K: int, R: int, *, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Compile the kernels of mixer_ops for `name`, a key of TARGETS, with heads of K, R of them to a kv head: how many
-    were compiled. Raises what Triton raises."""
+    """Compile the kernels of mixer_ops and row_distance for `name`, a key of TARGETS: how many were compiled. Heads of
+    K, R of them to a kv head. Raises what Triton raises."""
     driver.set_active(_Driver(TARGETS[name]))
     x, f = torch.empty(64, dtype=dtype), torch.empty(64)
     tile = triton_operands.tile_of(K) | {"grid": (1,), "num_warps": 4}
@@ -230,7 +231,9 @@ def compile_mixer_ops(name: str, K: int, R: int, *, dtype: torch.dtype = torch.b
         sizes = {"K": K, "P": K // 2, "BN": 32, "BP": triton.next_power_of_2(K // 4), "REST": 64, "BACK": back}
         triton_rotate.rotate_kernel.warmup(x, x, x, x, 64, 4, 16, 0, **sizes, grid=(1,))
         made += 1
-    return made
+    triton_distance.distance_kernel.warmup(x, x, f, 3584, BLOCK=4096, grid=(1,))
+    triton_distance.distance_gradient_kernel.warmup(x, x, f, x, 3584, BLOCK=4096, grid=(1,))
+    return made + 2
 
 
 def _fused_launches(

@@ -1,7 +1,7 @@
 """Losses of stage 1, between an attention's output T (the teacher's) and its mixer's output S, [B,T,D] after o_proj.
 
-Every loss is [B], one value a sequence and layer, in the dtype of its inputs (the probe uses fp32); a stage's loss
-is the mean over sequences and layers. No sequence's value depends on another one, so the result does not depend on how
+Every loss is [B], one value a sequence and layer, computed in fp32 (in fp64 for such inputs); a stage's loss is the
+mean over sequences and layers. No sequence's value depends on another one, so the result does not depend on how
 a step is divided into forward passes and ranks. Sources: 2505.03005, and the revisions V0 to V3 of
 rwkv7_variants §7.2; published statistics of a whole micro-batch are statistics of each sequence here,
 which is equal at a micro-batch of one.
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from radlads.kernels.row_distance import squared_distance
 from radlads.model.training.settings import AlignSettings, ComprehensiveSettings
 
 LayerLoss = Callable[[Tensor, Tensor, int], Tensor]
@@ -30,12 +31,12 @@ _SCALED_MSE = 175 / 64
 
 def l2_loss(out_BTD: Tensor, wanted_BTD: Tensor, layer: int = 0) -> Tensor:
     """V0. Mean over tokens of ‖T − S‖₂ · D^(−1/2): not squared, it reads like an RMS error (2505.03005)."""
-    return torch.linalg.vector_norm(wanted_BTD - out_BTD, dim=-1).mean(-1) * out_BTD.shape[-1] ** -0.5
+    return _sqrt(squared_distance(out_BTD, wanted_BTD)).mean(-1) * out_BTD.shape[-1] ** -0.5
 
 
 def mse_loss(out_BTD: Tensor, wanted_BTD: Tensor, layer: int = 0) -> Tensor:
     """V2. Mean over all elements of (T − S)² (hxa079; 2601.22156)."""
-    return _mse(out_BTD, wanted_BTD)
+    return squared_distance(out_BTD, wanted_BTD).mean(-1) / out_BTD.shape[-1]
 
 
 class ScaledMse:
@@ -53,7 +54,7 @@ class ScaledMse:
         self._norm: tuple[int, Tensor] | None = None
 
     def __call__(self, out_BTD: Tensor, wanted_BTD: Tensor, layer: int) -> Tensor:
-        norm_B = torch.linalg.vector_norm(wanted_BTD, dim=-1).mean(-1).detach()
+        norm_B = torch.linalg.vector_norm(wanted_BTD, dim=-1, dtype=_wide(wanted_BTD)).mean(-1).detach()
         if self._norm is None or layer >= self._norm[0]:
             self._norm = (layer, norm_B)
         return mse_loss(out_BTD, wanted_BTD) / norm_B.square()
@@ -93,6 +94,7 @@ class ComprehensiveLoss:
 
     def __call__(self, out_BTD: Tensor, wanted_BTD: Tensor, layer: int) -> Tensor:
         weights, q = self.weights, layer / self.num_layers
+        out_BTD, wanted_BTD = (x.to(_wide(x)) for x in (out_BTD, wanted_BTD))
         terms = {
             "content": (weights.content * (1 + _DEPTH_CONTENT * q), _content),
             "cosine": (weights.cosine, _cosine),
@@ -143,6 +145,10 @@ def gram_difference_norm(first_BNM: Tensor, second_BNM: Tensor) -> Tensor:
     cross = middle @ error.mT
     square = 2 * ((middle @ middle.mT) * (error @ error.mT)).sum((-2, -1)) + 2 * (cross * cross.mT).sum((-2, -1))
     return _sqrt(square)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _sqrt(square: Tensor) -> Tensor:

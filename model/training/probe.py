@@ -70,7 +70,7 @@ class AttentionProbe:
 
         def run(x: Tensor, first: FirstValues | None) -> tuple[Tensor, FirstValues]:
             mixed = mixer.mix(x, rope=rope, first=first, cu_seqlens=self._cu_seqlens)
-            return self._loss(mixed.out.float(), wanted_BTD.float(), layer), mixed.first
+            return self._loss(mixed.out, wanted_BTD, layer), mixed.first
 
         x_BTD, wanted_BTD = x_BTD.detach(), wanted_BTD.detach()
         with torch.enable_grad():

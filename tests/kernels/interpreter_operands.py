@@ -30,6 +30,7 @@ from radlads.kernels.mixer_ops.reference import (
 from radlads.kernels.mixer_ops.triton_finish import wkv7_finish_triton
 from radlads.kernels.mixer_ops.triton_operands import wkv7_operands_triton
 from radlads.kernels.mixer_ops.triton_rotate import rotate_heads_triton
+from radlads.kernels.row_distance import squared_distance
 from radlads.kernels.shared.testing import assert_autograd_rules, poisoned_memory, relative_rms
 from radlads.model.mixers.shared import mixer as shared_mixer
 from radlads.model.mixers.shared import rwkv7_design
@@ -143,3 +144,23 @@ def test_autograd_may_use_them_as_it_likes():
     assert_autograd_rules(lambda y, gate: (wkv7_finish_triton(y, gate_BTA=gate), None), [y, options["gate_BTA"]])
     x, angles = make_turn(TURNS[0], torch.float32)
     assert_autograd_rules(lambda x: (rotate_heads_triton(x, **angles), None), [x])
+
+
+@pytest.mark.parametrize("width", [40, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squared_distance(width, dtype):
+    """Rows of a part of a block, and of more than one; the gradient rounded once."""
+    generator = torch.Generator().manual_seed(width)
+    out, wanted = (torch.randn(2, 3, width, generator=generator).to(dtype) for _ in range(2))
+    factors = torch.rand(2, 3, generator=generator)
+    out.requires_grad_()
+    found = squared_distance(out, wanted, backend="triton")
+    (gradient,) = torch.autograd.grad((found * factors).sum(), out)
+    exact = (out.double() - wanted.double()).square().sum(-1)
+    (wanted_gradient,) = torch.autograd.grad((exact * factors).sum(), out)
+    assert found.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    x, y = (torch.randn(1, 2, 8, generator=generator) for _ in range(2))
+    assert_autograd_rules(lambda x: (squared_distance(x, y, backend="triton"), None), [x.requires_grad_()])

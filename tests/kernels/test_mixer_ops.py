@@ -136,7 +136,7 @@ def test_interpreted(interpret):
 @pytest.mark.parametrize(("target", "size", "repeats"), [("sm_90", 128, 7), ("gfx942", 96, 8)])
 def test_compiles(target, size, repeats, compiler):
     code = "from radlads.kernels.shared.offline import compile_mixer_ops as run\n"
-    compiler(f"{code}assert run('{target}', {size}, {repeats}) == 20")
+    compiler(f"{code}assert run('{target}', {size}, {repeats}) == 22")
 
 
 SEVEN = {"B": 1, "T": 300, "K": 128}  # as a model of 7B has them
