@@ -27,7 +27,7 @@ _SCORES = {
         "bits_per_byte_ratio": ("bits per byte ratio", False),
         "top1_agreement": ("top-1 agreement", True),
     },
-    NEEDLE.name: {"student/needle": ("needle", True)},
+    NEEDLE.name: {"student/needle": ("needle", True), "student/ruler": ("RULER", True)},
 }
 _STUDENT = "student/"
 _MORE_IS_BETTER = ("acc", "exact_match", "f1", "bleu", "rouge", "mcc", "pass@")

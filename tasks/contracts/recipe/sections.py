@@ -13,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
+from radlads.tasks.contracts.recipe.judging.needle import Needle
+from radlads.tasks.contracts.recipe.judging.ruler import Ruler
 from radlads.tasks.contracts.recipe.losses import (
     Align,
     Comprehensive,
@@ -50,6 +52,7 @@ __all__ = [
     "RecallSource",
     "Recipe",
     "Resources",
+    "Ruler",
     "SampleSource",
     "Schedule",
     "Source",
@@ -274,26 +277,6 @@ class Evaluate(Section):
     add_bos: bool | None = None
     """Prepend BOS to task prompts, as `add_bos_token` of the harness's `hf` model. None: the tokenizer's default, which
     published scores use."""
-    seed: Seed = 1234
-
-
-class Needle(Section):
-    """Needle in a haystack: retrieval of a fact at a given depth, by greedy generation and string match."""
-
-    lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
-    """Prompt lengths in tokens, including the question."""
-    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
-    trials: int = Field(default=5, ge=5)
-    batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
-    max_new_tokens: int = Field(default=16, gt=0)
-    training_length: int | None = Field(default=None, gt=0)
-    """Training length in tokens, drawn as a dashed line; None: the longest context of the training stages."""
-    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
-    haystack_separator: str | None = None
-    chat_template: bool = False
-    """Put the prompt into a user message with the tokenizer's chat template, whose tokens are added to the length."""
-    add_bos: bool | None = None
-    """Prepend BOS to the prompts. None: the tokenizer's default."""
     seed: Seed = 1234
 
 
