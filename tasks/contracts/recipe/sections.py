@@ -14,7 +14,7 @@ from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, 
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
 from radlads.tasks.contracts.recipe.judging.needle import Needle
-from radlads.tasks.contracts.recipe.judging.ruler import Ruler
+from radlads.tasks.contracts.recipe.judging.ruler import Ruler, SyntheticTask
 from radlads.tasks.contracts.recipe.losses import (
     Align,
     Comprehensive,
@@ -126,6 +126,11 @@ class MixedSource(Section):
     repeats: Annotated[int, AddedLater()] = Field(default=1, ge=1, le=1000)
     """How often its documents are read, at most, to reach its weight."""
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether its documents are chats, whose assistant can be trained alone."""
+        return False
+
 
 class DocumentSource(MixedSource):
     """Settings that `hub` and `files` sources share."""
@@ -143,6 +148,10 @@ class DocumentSource(MixedSource):
     documents, set `separator` instead."""
     bad_characters: Literal["error", "replace"] = "error"
     """Handling of invalid UTF-8, lone surrogates and NUL: an error with the line, or replacement by U+FFFD."""
+
+    @property
+    def has_chats(self) -> bool:
+        return self.messages_field is not None
 
     @field_validator("chat_template")
     @classmethod
@@ -210,7 +219,7 @@ class SampleSource(MixedSource):
 
 
 class RecallSource(MixedSource):
-    """Synthetic recall text: a haystack with facts, then questions about them."""
+    """Synthetic recall text: a haystack with facts, then questions about them, or tasks of RULER with their answers."""
 
     kind: Literal["recall"]
     documents: int = Field(gt=0, le=10**9)
@@ -222,6 +231,24 @@ class RecallSource(MixedSource):
     """Files (as in `files`) with the filler sentences; empty: the built-in filler."""
     haystack_separator: str | None = None
     seed: Seed = 1337
+    ruler: Annotated[tuple[SyntheticTask, ...], AddedLater()] = ()
+    """Tasks of RULER: a document is a prompt with its answer, of each task in turn. It shares no key, value, variable
+    or word with what `needle.ruler` asks. Empty: facts."""
+    chat: Annotated[bool, AddedLater()] = False
+    """Prompts of `ruler` are the user's message and answers the assistant's, in the tokenizer's chat template, so that
+    `assistant_only` trains the answers alone."""
+
+    @property
+    def has_chats(self) -> bool:
+        return self.chat
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> Self:
+        if self.chat and not self.ruler:
+            raise ValueError("chat is for tasks of RULER; name them in ruler, or leave chat out")
+        if self.facts is not None and self.ruler:
+            raise ValueError("facts is for documents of facts; leave it out beside ruler, or use two sources")
+        return self
 
 
 Source = Annotated[HubSource | FilesSource | SampleSource | RecallSource, Field(discriminator="kind")]

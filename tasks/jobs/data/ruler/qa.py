@@ -83,8 +83,8 @@ def _questions_of(row: dict[str, Any], where: str) -> Iterator[Question]:
 def _question(row: dict[str, Any], where: str) -> Question:
     given = row.get("answers", row.get("answer"))
     given = given.get("text") if isinstance(given, dict) else given
-    answers = [one.get("text") if isinstance(one, dict) else one for one in _listed(given)]
-    documents = [_document(one) for one in _listed(row.get("context"))]
+    answers: Any = [one.get("text") if isinstance(one, dict) else one for one in _listed(given)]
+    documents: Any = [_document(one) for one in _listed(row.get("context"))]
     question = row.get("question")
     if not isinstance(question, str) or given is None or not _are_texts(answers) or not _are_texts(documents):
         raise UserError(

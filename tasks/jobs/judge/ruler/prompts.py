@@ -48,7 +48,8 @@ def check_ruler(section: Needle, tokenizer: PreTrainedTokenizerBase, positions: 
         return []
     for length in {min(asked.lengths), max(asked.lengths)}:
         list(_trials(section, asked, tokenizer, [length], 1, all_questions=True))
-    warnings = [f"needle.ruler leaves out {task}: {why}" for task, why in asked.left_out.items()]
+    why = "; ".join(f"{task}: {reason}" for task, reason in asked.left_out.items())
+    warnings = [f"needle.ruler judges {len(asked.judged)} of 13 tasks ({why})"] if why and not asked.tasks else []
     beyond = [length for length in asked.lengths if positions is not None and length > positions]
     if beyond:
         warnings.append(
