@@ -40,7 +40,7 @@ def make(
     def cost(puzzle: Puzzle) -> int:
         return len(text_ids(tokenizer, [puzzle.text])[0]) + TASKS[task].new_tokens
 
-    puzzle = make_puzzle(task, length=length, cost=cost, seed=seed, half=half, material=Material(ESSAYS))
+    puzzle = make_puzzle(task, length=length, cost=cost, seed=seed, half=half, material=Material(ESSAYS)).puzzle
     assert 0.92 * length < cost(puzzle) <= length
     return puzzle
 

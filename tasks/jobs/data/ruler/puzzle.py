@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _MOST_TRIES = 16
 # A prompt is long enough if at most this share of its length is left.
 _SLACK = 1 / 50
+_AIM = 0.99  # of what is left: a little too long is a try lost
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class Fitted:
 
 
 def fit(
-    build: Callable[[int], Puzzle], cost: Callable[[Puzzle], int], room: int, *, least: int, most: int | None = None
+    build: Callable[[int], Puzzle],
+    cost: Callable[[Puzzle], int],
+    room: int,
+    *,
+    least: int,
+    most: int | None = None,
+    guess: int | None = None,
 ) -> Fitted:
     """The puzzle with the most units of haystack, from `least` to `most`, that costs at most `room` tokens, or 98 %
     of it.
 
-    By interpolation, because the cost grows evenly. If `least` costs more than `room`, it is what is returned.
+    By interpolation, because the cost grows evenly; guess: where to look first. If `least` costs more than `room`, it
+    is what is returned.
     """
 
     def at(units: int) -> Fitted:
@@ -64,7 +72,7 @@ def fit(
             break
         if high is not None:
             rate = (high.cost - low.cost) / (high.units - low.units)
-        step = int((room - low.cost) / rate) if rate > 0 else 2 * least + 8
+        step = int(_AIM * (room - low.cost) / rate) if rate > 0 else (guess or 3 * least + 8) - low.units
         units = low.units + max(1, step)
         units = min(units, *((high.units - 1,) if high else ()), *((most,) if most else ()), 1 << 40)
         found = at(units)

@@ -69,10 +69,18 @@ class Material:
 
 
 def make_puzzle(
-    task: RulerTask, *, length: int, cost: Callable[[Puzzle], int], seed: str, half: Half, material: Material
-) -> Puzzle:
+    task: RulerTask,
+    *,
+    length: int,
+    cost: Callable[[Puzzle], int],
+    seed: str,
+    half: Half,
+    material: Material,
+    guess: int | None = None,
+) -> Fitted:
     """A prompt of a task other than qa that costs at most `length` tokens, and not much less; a function of its
-    arguments. cost: tokens of prompt and answer. Raises UserError if the length is too short, or the haystack."""
+    arguments. cost: tokens of prompt and answer. guess: of its units. Raises UserError if the length is too short, or
+    the haystack."""
     niah = TASKS[task].niah
 
     def build(units: int) -> Puzzle:
@@ -85,7 +93,8 @@ def make_puzzle(
     most = len(material.essays) if TASKS[task].needs_essays else None
     if most is not None and most < least:
         raise UserError(f"{task} hides needles in essays; give text files in `haystack`, or leave the task out")
-    return _checked(task, fit(build, cost, length, least=least, most=most), most, "sentences of the haystack")
+    found = fit(build, cost, length, least=least, most=most, guess=guess)
+    return _checked(task, found, most, "sentences of the haystack")
 
 
 def make_qa_puzzles(
@@ -107,7 +116,7 @@ def make_qa_puzzles(
     found: list[Puzzle] = []
     for one in fitted():
         if one.cost <= length:
-            found.append(_checked(task, one, most, "documents of its questions"))
+            found.append(_checked(task, one, most, "documents of its questions").puzzle)
         if len(found) == count:
             return found
     raise UserError(
@@ -124,7 +133,7 @@ def score(task: RulerTask, reply: str, answers: Sequence[str]) -> float:
     return float(any(found)) if TASKS[task].group == "qa" else sum(found) / len(found)
 
 
-def _checked(task: RulerTask, fitted: Fitted, most: int | None, what: str) -> Puzzle:
+def _checked(task: RulerTask, fitted: Fitted, most: int | None, what: str) -> Fitted:
     if fitted.cost > fitted.room:
         raise UserError(
             f"{task} does not fit in {fitted.room} tokens: its shortest prompt and answer take {fitted.cost}; use "
@@ -135,7 +144,7 @@ def _checked(task: RulerTask, fitted: Fitted, most: int | None, what: str) -> Pu
             f"{task}: all {most} {what} fill only {fitted.cost} of {fitted.room} tokens; give more text, or use "
             "shorter lengths"
         )
-    return fitted.puzzle
+    return fitted
 
 
 _BUILDERS: dict[RulerTask, Callable[[Draw, int, int], Puzzle]] = {

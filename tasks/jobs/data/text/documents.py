@@ -219,7 +219,7 @@ def _ruler_documents(
             seed=f"recall:{source.seed}:{index}",
             half="training",
             material=Material(essays),
-        )
+        ).puzzle
         where = f"recall {index}"
         if source.chat:
             said = (("user", puzzle.prompt), ("assistant", f"{puzzle.prefix}{puzzle.reply}".lstrip()))

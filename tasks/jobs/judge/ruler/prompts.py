@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -69,7 +70,8 @@ def _trials(
     all_questions: bool = False,
 ) -> Iterator[RulerTrial]:
     """all_questions: as many of qa as the section asks for, whatever `samples` is."""
-    encode, material = _encoder(section, asked, tokenizer), _material(section, asked)
+    material = _material(section, asked)
+    encode = lru_cache(maxsize=16)(_encoder(section, asked, tokenizer))  # what fits is asked for again
     for length in lengths:
         for task in asked.judged:
             new_tokens = TASKS[task].new_tokens
@@ -82,10 +84,19 @@ def _trials(
                 count = asked.samples if all_questions else samples
                 puzzles = make_qa_puzzles(task, count=count, length=length, cost=cost, seed=seed, material=material)
             else:
-                puzzles = [
-                    make_puzzle(task, length=length, cost=cost, seed=f"{seed}:{i}", half="judging", material=material)
-                    for i in range(samples)
-                ]
+                puzzles, guess = [], None
+                for i in range(samples):
+                    found = make_puzzle(
+                        task,
+                        length=length,
+                        cost=cost,
+                        seed=f"{seed}:{i}",
+                        half="judging",
+                        material=material,
+                        guess=guess,
+                    )
+                    guess = guess or found.units  # prompts of a task and length are of nearly equal size
+                    puzzles.append(found.puzzle)
             for puzzle in puzzles:
                 yield RulerTrial(task, length, puzzle.answers, Prompt(encode(puzzle), length, new_tokens))
 

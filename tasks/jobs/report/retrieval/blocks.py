@@ -59,7 +59,7 @@ def ruler_table(products: Products) -> Table | None:
     caption = (
         f"Scores in %, {' / '.join(names)}, ± one standard error of the last; {ruler['samples']} prompts a task and "
         f"length{', in the chat template' if ruler['chat'] else ''}, greedy, with RULER's string match (2404.06654); "
-        f"prompt and answer fit in the length. {left_out(ruler)}."
+        "prompt and answer fit in the length."
     )
     return Table(("task", *(f"{n} tokens" for n in lengths), _SOURCE), rows, caption, words=(_SOURCE,))
 
