@@ -434,3 +434,15 @@ def test_rulers_prompts_are_planned_and_their_files_pinned(recipe: Callable[...,
     short = ruler | {"tasks": ["qa_1"], "squad": str(tmp_path / "questions.jsonl"), "lengths": [300]}
     with pytest.raises(UserError, match=r"(?m)^needle\.ruler: qa_1: all 1 documents of its questions fill"):
         plan.make_plan(recipe(needle__ruler=short), CPU)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_recall_text_as_chats_serves_assistant_only(recipe: Callable[..., Recipe], chat: bool):
+    source = {"kind": "recall", "documents": 9, "lengths": [700], "ruler": ["niah_single_1"], "chat": chat}
+    changes: dict[str, Any] = {"data__sums": {"sources": [source]}, "finetune__data": "sums"}
+    asked = recipe(**changes, finetune__assistant_only=True)
+    if chat:
+        assert plan.make_plan(asked, CPU).data["sums"]["assistant"] is True
+    else:
+        with pytest.raises(UserError, match=r"no source of data\.sums has messages_field \(or is recall with chat\)"):
+            plan.make_plan(asked, CPU)

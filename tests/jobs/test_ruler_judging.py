@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.recipe.judging.ruler import SYNTHETIC_TASKS
-from radlads.tasks.contracts.recipe.sections import Needle, Ruler, Student
+from radlads.tasks.contracts.recipe.sections import Needle, RecallSource, Ruler, Student
 from radlads.tasks.contracts.specs import NeedleSpec, TransplantSpec, spec_digest
 from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.data.ruler.tasks import TASKS
@@ -208,9 +209,11 @@ def test_a_recipe_names_tasks_that_can_be_judged(changes: dict[str, Any], words:
         Ruler(**changes)
 
 
-def test_a_recipe_without_ruler_keeps_its_digest_and_one_with_it_plans_more():
+def test_a_recipe_without_ruler_keeps_its_digests():
     plain = NeedleSpec(section=SMALL, teacher={"path": "t", "fingerprint": "f"}, training_length=9)  # type: ignore[arg-type]
     judged = plain.model_copy(update={"section": asked_for(tasks=("vt",))})
-    assert "ruler" not in plain.section.model_dump(exclude_defaults=True)
+    recall = RecallSource(kind="recall", documents=1)
+    for one, added in ((plain.section, {"ruler"}), (recall, {"ruler", "chat"})):
+        assert not added & identity(one, {}).keys()
     assert spec_digest("needle", plain, {}) != spec_digest("needle", judged, {})
     assert (plain.section.longest, judged.section.longest) == (160, 4096)
