@@ -31,9 +31,10 @@ from radlads.tasks.jobs.data.encoded_documents import Spool
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.shards import Layout, write_dataset
+from radlads.tasks.jobs.judge.generation import generate
 from radlads.tasks.jobs.judge.heldout_scores import open_windows, score_windows, summarize
 from radlads.tasks.jobs.judge.judged_models import as_judged
-from radlads.tasks.jobs.judge.needle import generate, is_hit, make_trials
+from radlads.tasks.jobs.judge.needle import is_hit, make_trials
 from radlads.tasks.jobs.process_group import join_group
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path, tokenizer_fingerprint
 from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches

@@ -28,7 +28,7 @@ _SCORES = {
         "top1_agreement": ("top-1 agreement", True),
         "relative_score": ("benchmarks over chance", True),
     },
-    NEEDLE.name: {"student/needle": ("needle", True)},
+    NEEDLE.name: {"student/needle": ("needle", True), "student/ruler": ("RULER", True)},
 }
 _STUDENT = "student/"
 _MORE_IS_BETTER = ("acc", "exact_match", "f1", "bleu", "rouge", "mcc", "pass@")

@@ -19,7 +19,7 @@ from radlads.tasks.contracts.recipe.sections import Needle, Student
 from radlads.tasks.contracts.specs import NeedleSpec, TransplantSpec
 from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job
-from radlads.tasks.jobs.judge import needle
+from radlads.tasks.jobs.judge import generation, needle
 from radlads.tasks.jobs.judge.heatmap import draw_heatmap
 from radlads.tasks.jobs.judge.needle_grid import flatten, make_cells, summarize
 from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher
@@ -147,8 +147,8 @@ def test_batched_generation_is_that_of_each_prompt_alone(teacher_folder: Path):
     tokenizer = load_tokenizer(str(teacher_folder))
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     prompts = [list(range(10, 10 + n)) for n in (7, 12, 3)]
-    alone = [needle.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
-    assert needle.generate(model, tokenizer, prompts, 6) == alone
+    alone = [generation.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+    assert generation.generate(model, tokenizer, prompts, 6) == alone
 
 
 def test_out_of_memory_halves_the_batch_and_then_gives_up(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -165,7 +165,7 @@ def test_out_of_memory_halves_the_batch_and_then_gives_up(teacher_folder: Path, 
                 raise torch.OutOfMemoryError("full")
             return torch.cat([ids, ids[:, :1]], dim=1)
 
-    texts = needle.generate(Small(), tokenizer, [[40, 41], [42] * 9], 1)  # type: ignore[arg-type]
+    texts = generation.generate(Small(), tokenizer, [[40, 41], [42] * 9], 1)  # type: ignore[arg-type]
     assert texts == [tokenizer.decode([40]), None]
     assert sizes == [2, 1, 1]
 
@@ -192,7 +192,7 @@ def test_a_model_that_finds_everything_is_all_green(judge: Any, teacher_folder: 
     def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], _new: int) -> list[str]:
         return [answers[tuple(prompt)] for prompt in prompts]
 
-    monkeypatch.setattr(needle, "generate", oracle)
+    monkeypatch.setattr(generation, "generate", oracle)
     _, metrics = judge({"student": {}})
     assert metrics["student/needle"] == metrics["needle_ratio"] == metrics["needle_at_training_length_ratio"] == 1
 

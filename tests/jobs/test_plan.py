@@ -419,3 +419,37 @@ def test_what_cuda_graphs_exclude_is_a_fault(
     with pytest.raises(UserError, match=told):
         plan.make_plan(recipe(**section), asked)
     plan.make_plan(recipe(**section), asked.model_copy(update={"cuda_graphs": "auto"}))
+
+
+def test_rulers_prompts_are_planned_and_their_files_pinned(recipe: Callable[..., Recipe], tmp_path: Path):
+    (tmp_path / "questions.jsonl").write_text(
+        '{"context": "It is blue.", "question": "Which?", "answers": ["blue"]}\n' * 9
+    )
+    ruler = {"haystack": [str(tmp_path / "stories.txt")], "tasks": ["niah_single_2", "fwe"], "lengths": [1000, 2000]}
+    plain, judged = (plan.make_plan(recipe(**changes), CPU) for changes in ({}, {"needle__ruler": ruler}))
+    assert judged.pins.keys() - plain.pins.keys() == {"needle.ruler.haystack"}
+    flops, seconds = (
+        [pick(report.stages["needle"]) for report in (plain, judged)]
+        for pick in (lambda stage: stage["flops"], lambda stage: stage["seconds_by"]["judge"])
+    )
+    assert flops[1] > 2 * flops[0]
+    assert seconds[1] > 2 * seconds[0]
+    longest = [report.stages["needle"]["memory_bytes_per_gpu"]["activations"] for report in (plain, judged)]
+    assert longest[1] / longest[0] == pytest.approx(2000 / 300)
+    (spec,) = [needle_spec(recipe(needle__ruler=ruler), judged)]
+    assert list(spec.pins) == ["section.ruler.haystack"]
+    short = ruler | {"tasks": ["qa_1"], "squad": str(tmp_path / "questions.jsonl"), "lengths": [300]}
+    with pytest.raises(UserError, match=r"(?m)^needle\.ruler: qa_1: all 1 documents of its questions fill"):
+        plan.make_plan(recipe(needle__ruler=short), CPU)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_recall_text_as_chats_serves_assistant_only(recipe: Callable[..., Recipe], chat: bool):
+    source = {"kind": "recall", "documents": 9, "lengths": [700], "ruler": ["niah_single_1"], "chat": chat}
+    changes: dict[str, Any] = {"data__sums": {"sources": [source]}, "finetune__data": "sums"}
+    asked = recipe(**changes, finetune__assistant_only=True)
+    if chat:
+        assert plan.make_plan(asked, CPU).data["sums"]["assistant"] is True
+    else:
+        with pytest.raises(UserError, match=r"no source of data\.sums has messages_field \(or is recall with chat\)"):
+            plan.make_plan(asked, CPU)

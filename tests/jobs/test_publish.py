@@ -198,7 +198,10 @@ def evaluation(ratio: float = 1.01, tasks: dict[str, Any] | None = None, **kl: f
 
 def found(mean: float, stderr: float = 0.02, not_run: tuple[int, ...] = ()) -> dict[str, Any]:
     cell = {"length": 1024, "mean": mean, "stderr": stderr}
-    return {"mean": mean, "stderr": stderr, "not_run": list(not_run), "at_training_length": cell}
+    lengths = {"1024": cell} | {str(length): None for length in not_run}
+    return {
+        "mean": mean, "stderr": stderr, "not_run": list(not_run), "at_training_length": cell, "by_length": lengths
+    }  # fmt: skip
 
 
 def say(evaluated: Any, needles: Any = None, stage: str = "distill", **metrics: float) -> dict[str, str]:
@@ -242,9 +245,6 @@ def test_needle_verdicts():
     assert any("retrieves too little" in text and level == "warning" for text, level in bad.items())
     blind = say(None, {"models": {"teacher": found(0.1), "student": found(0.1)}}, needle_at_training_length_ratio=1.0)
     assert any("too few to compare the retrieval" in text and level == "note" for text, level in blind.items())
-    lost = {"teacher": found(1.0), "student": found(0.94), "distill": found(1.0, 0.01)}
-    said = say(None, {"models": lost}, "finetune", needle_at_training_length_ratio=0.94)
-    assert any("Retrieval decreased after distill" in text and level == "warning" for text, level in said.items())
     partly = {"teacher": found(1.0), "student": found(1.0, not_run=(4096,))}
     said = say(None, {"models": partly}, needle_at_training_length_ratio=1.0)
     assert any("was not run at 4096 tokens" in text for text in said)
@@ -263,3 +263,37 @@ def test_both_renderings_escape_what_they_must(tmp_path: Path):
     assert "<code>code &lt;b&gt;</code>" in page
     assert '<h2 id="a-b">A &amp; B</h2>' in page
     assert "2\\|3" in render_markdown("T", blocks)
+
+
+def ruler_of(**means: float) -> dict[str, Any]:
+    return {"models": {name: found(mean) for name, mean in means.items()}, "tasks": ["vt"], "left_out": {}}
+
+
+@pytest.mark.parametrize(
+    ("needles", "ruler", "words"),
+    [
+        ({"teacher": 1.0, "student": 0.98}, {"teacher": 0.5, "student": 0.49}, None),
+        ({"teacher": 1.0, "student": 0.9}, None, "needles 90.0 %, not 100.0 % (−10.0 ± 2.8 points; teacher)"),
+        ({"teacher": 1.0, "student": 0.97}, None, "(−3.0 ± 2.8 points, within two standard errors; teacher)"),
+        ({"teacher": 1.0, "student": 1.0}, {"teacher": 0.6, "student": 0.4}, "RULER 40.0 %, not 60.0 % (−20.0"),
+        ({"teacher": 0.5, "student": 0.9, "distill": 1.0}, None, "after distill, so what followed it caused this"),
+    ],
+)
+def test_recall_that_was_lost_is_said_first(needles: Any, ruler: Any, words: str | None):
+    sheet = {"models": {name: found(mean) for name, mean in needles.items()}}
+    if ruler:
+        sheet["ruler"] = ruler_of(**ruler)
+    said = say(evaluation(1.5, student=0.1), sheet, needle_at_training_length_ratio=1.0)
+    first = next(iter(said))
+    assert first.startswith("Recall gate: the student lost more than 2 points of recall") == (words is not None)
+    if words:
+        assert words in first
+        assert "`kind: recall`" in first
+        assert said[first] == "warning"
+
+
+def test_the_gate_compares_at_lengths_that_both_ran():
+    teacher, student = found(0.5), found(0.5)
+    teacher["by_length"] |= {"4096": None}
+    student["by_length"] |= {"4096": {"mean": 0.0, "stderr": 0.1}}
+    assert not any("gate" in text for text in say(None, {"models": {"teacher": teacher, "student": student}}))

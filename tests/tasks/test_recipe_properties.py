@@ -125,3 +125,13 @@ def test_an_override_changes_one_use_of_an_anchor(tmp_path):
     path = write(tmp_path / "a", TEXT + stages)
     recipe = load_recipe(path, {"align.tokens": 128})
     assert (recipe.align.tokens, recipe.distill.tokens) == (128, 64)
+
+
+def test_question_files_are_anchored(tmp_path):
+    data = "data: {a: {sources: [{kind: recall, documents: 1}]}}"
+    needle = "needle: {ruler: {squad: q.jsonl, haystack: [e.txt]}}"
+    path = write(tmp_path / "a", f"name: x\nteacher: {{path: t}}\n{data}\n{needle}\n")
+    for name in ("q.jsonl", "e.txt"):
+        (tmp_path / "a" / name).write_text("x")
+    found = anchor_recipe(load_recipe(path), path, tmp_path).needle.ruler
+    assert (found.squad, found.haystack) == (f"{tmp_path}/a/q.jsonl", (f"{tmp_path}/a/e.txt",))

@@ -9,7 +9,7 @@ from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
 
 _PATH_LISTS = {"paths", "haystack", "prompts"}
-_SINGLE_PLACES = {"path", "tokenizer", "chat_template", "hosts", "ssh_config"}
+_SINGLE_PLACES = {"path", "tokenizer", "chat_template", "hosts", "ssh_config", "squad", "hotpotqa"}
 
 
 def anchor_recipe(recipe: Recipe, name_or_path: str, here: Path) -> Recipe:

@@ -13,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
+from radlads.tasks.contracts.recipe.judging.needle import Needle
+from radlads.tasks.contracts.recipe.judging.ruler import Ruler, SyntheticTask
 from radlads.tasks.contracts.recipe.judging.suite import EvalSuite
 from radlads.tasks.contracts.recipe.losses import (
     Align,
@@ -52,6 +54,7 @@ __all__ = [
     "RecallSource",
     "Recipe",
     "Resources",
+    "Ruler",
     "SampleSource",
     "Schedule",
     "Source",
@@ -125,6 +128,11 @@ class MixedSource(Section):
     repeats: Annotated[int, AddedLater()] = Field(default=1, ge=1, le=1000)
     """How often its documents are read, at most, to reach its weight."""
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether its documents are chats, whose assistant can be trained alone."""
+        return False
+
 
 class DocumentSource(MixedSource):
     """Settings that `hub` and `files` sources share."""
@@ -142,6 +150,10 @@ class DocumentSource(MixedSource):
     documents, set `separator` instead."""
     bad_characters: Literal["error", "replace"] = "error"
     """Handling of invalid UTF-8, lone surrogates and NUL: an error with the line, or replacement by U+FFFD."""
+
+    @property
+    def has_chats(self) -> bool:
+        return self.messages_field is not None
 
     @field_validator("chat_template")
     @classmethod
@@ -209,7 +221,7 @@ class SampleSource(MixedSource):
 
 
 class RecallSource(MixedSource):
-    """Synthetic recall text: a haystack with facts, then questions about them."""
+    """Synthetic recall text: a haystack with facts, then questions about them, or tasks of RULER with their answers."""
 
     kind: Literal["recall"]
     documents: int = Field(gt=0, le=10**9)
@@ -221,6 +233,24 @@ class RecallSource(MixedSource):
     """Files (as in `files`) with the filler sentences; empty: the built-in filler."""
     haystack_separator: str | None = None
     seed: Seed = 1337
+    ruler: Annotated[tuple[SyntheticTask, ...], AddedLater()] = ()
+    """Tasks of RULER: a document is a prompt with its answer, of each task in turn. It shares no key, value, variable
+    or word with what `needle.ruler` asks. Empty: facts."""
+    chat: Annotated[bool, AddedLater()] = False
+    """Prompts of `ruler` are the user's message and answers the assistant's, in the tokenizer's chat template, so that
+    `assistant_only` trains the answers alone."""
+
+    @property
+    def has_chats(self) -> bool:
+        return self.chat
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> Self:
+        if self.chat and not self.ruler:
+            raise ValueError("chat is for tasks of RULER; name them in ruler, or leave chat out")
+        if self.facts is not None and self.ruler:
+            raise ValueError("facts is for documents of facts; leave it out beside ruler, or use two sources")
+        return self
 
 
 Source = Annotated[HubSource | FilesSource | SampleSource | RecallSource, Field(discriminator="kind")]
@@ -293,26 +323,6 @@ class Evaluate(Section):
             return self.tasks
         shots, limit = self.suite.num_fewshot, self.suite.limit
         return *self.tasks, *(EvalTask(name=n, num_fewshot=shots.get(n), limit=limit) for n in self.suite.tasks)
-
-
-class Needle(Section):
-    """Needle in a haystack: retrieval of a fact at a given depth, by greedy generation and string match."""
-
-    lengths: tuple[Length, ...] = Field(default=(256, 512, 1024), min_length=1)
-    """Prompt lengths in tokens, including the question."""
-    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
-    trials: int = Field(default=5, ge=5)
-    batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
-    max_new_tokens: int = Field(default=16, gt=0)
-    training_length: int | None = Field(default=None, gt=0)
-    """Training length in tokens, drawn as a dashed line; None: the longest context of the training stages."""
-    haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
-    haystack_separator: str | None = None
-    chat_template: bool = False
-    """Put the prompt into a user message with the tokenizer's chat template, whose tokens are added to the length."""
-    add_bos: bool | None = None
-    """Prepend BOS to the prompts. None: the tokenizer's default."""
-    seed: Seed = 1234
 
 
 class Publish(Section):

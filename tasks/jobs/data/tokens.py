@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.pins import check_pins
-from radlads.tasks.contracts.recipe.recipe import FilesSource, HubSource, SampleSource
+from radlads.tasks.contracts.recipe.recipe import HubSource, SampleSource
 from radlads.tasks.contracts.specs import TokenizeSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.data.encode import Encoder, Part
@@ -99,7 +99,7 @@ def open_tokenizer(spec: TokenizeSpec, folder: str) -> PreTrainedTokenizerBase:
 
 
 def _has_chats(spec: TokenizeSpec) -> bool:
-    return any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in spec.dataset.sources)
+    return any(source.has_chats for source in spec.dataset.sources)
 
 
 def _make_encoder(spec: TokenizeSpec, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-Hits = list[bool | None]
-"""One entry per trial; None: not run."""
+Hits = Sequence[float | None]
+"""One entry per trial, a hit or a score from 0 to 1; None: not run."""
 
 
 class Placed(Protocol):
@@ -20,7 +20,7 @@ class Placed(Protocol):
     def depth(self) -> float: ...
 
 
-def make_cells(trials: Sequence[Placed], hits: dict[str, Hits]) -> list[dict[str, Any]]:
+def make_cells(trials: Sequence[Placed], hits: Mapping[str, Hits]) -> list[dict[str, Any]]:
     """[{length, depth, <model>: {mean, stderr, trials}}]; None for a model not run on every trial of a cell."""
     places = list(dict.fromkeys((trial.length, trial.depth) for trial in trials))
     members = {place: [i for i, t in enumerate(trials) if (t.length, t.depth) == place] for place in places}
@@ -31,7 +31,7 @@ def make_cells(trials: Sequence[Placed], hits: dict[str, Hits]) -> list[dict[str
     ]
 
 
-def summarize(trials: Sequence[Placed], hits: dict[str, Hits], training_length: int) -> dict[str, Any]:
+def summarize(trials: Sequence[Placed], hits: Mapping[str, Hits], training_length: int) -> dict[str, Any]:
     """Model → {mean, stderr, trials, by_length, not_run, at_training_length}.
 
     mean: over the trials of all completely run lengths. at_training_length: the longest such length that is no longer
@@ -55,11 +55,11 @@ def summarize(trials: Sequence[Placed], hits: dict[str, Hits], training_length: 
 
 def rate(hits: Hits) -> dict[str, Any] | None:
     """{mean, stderr, trials}; None if a trial was not run. stderr: of a proportion, by Agresti and Coull, which is not
-    zero for all hits or no hits."""
-    if not hits or any(hit is None for hit in hits):
+    zero for all hits or no hits; an upper bound for scores between 0 and 1."""
+    count, run = len(hits), [hit for hit in hits if hit is not None]
+    if not hits or len(run) < count:
         return None
-    count = len(hits)
-    successes = sum(bool(hit) for hit in hits)
+    successes = sum(run)
     shifted = (successes + 2) / (count + 4)
     return {"mean": successes / count, "stderr": math.sqrt(shifted * (1 - shifted) / (count + 4)), "trials": count}
 
@@ -78,13 +78,13 @@ def flatten(sheet: dict[str, Any]) -> dict[str, float]:
     teacher, student = (sheet["models"].get(name) for name in ("teacher", "student"))
     if teacher and student:
         both = [n for n, cell in teacher["by_length"].items() if cell and student["by_length"][n]]
-        _put_ratio(flat, "needle_ratio", teacher, student, both)
+        put_ratio(flat, "needle_ratio", teacher, student, both)
         trained = [n for n in both if int(n) <= sheet["training_length"]]
-        _put_ratio(flat, "needle_at_training_length_ratio", teacher, student, trained[-1:])
+        put_ratio(flat, "needle_at_training_length_ratio", teacher, student, trained[-1:])
     return flat
 
 
-def _put_ratio(flat: dict[str, float], key: str, teacher: Any, student: Any, lengths: list[str]) -> None:
+def put_ratio(flat: dict[str, float], key: str, teacher: Any, student: Any, lengths: list[str]) -> None:
     """Put student / teacher over the given lengths; no entry if the teacher's rate is 0."""
     theirs, ours = (sum(numbers["by_length"][n]["mean"] for n in lengths) for numbers in (teacher, student))
     if theirs:

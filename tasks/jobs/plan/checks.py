@@ -245,9 +245,10 @@ def check_masks(recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findi
 
 
 def _check_mask(stage: str, name: str, recipe: Recipe, data: dict[str, dict[str, Any]], findings: Findings) -> None:
-    sources = recipe.data[name].sources
-    if not any(isinstance(s, HubSource | FilesSource) and s.messages_field for s in sources):
-        findings.faults.append(f"{stage}.assistant_only is on, but no source of data.{name} has messages_field")
+    if not any(source.has_chats for source in recipe.data[name].sources):
+        findings.faults.append(
+            f"{stage}.assistant_only is on, but no source of data.{name} has messages_field (or is recall with chat)"
+        )
         return
     if name not in data or any(fault.startswith(f"data.{name}.sources.") for fault in findings.faults):
         return  # not read

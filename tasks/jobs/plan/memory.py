@@ -181,7 +181,7 @@ def training_memory(
 def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources) -> Memory:
     """Bytes on one device while the teacher and one student are scored together."""
     word = word_bytes("auto", resources)
-    length = section.context if isinstance(section, Evaluate) else max(section.lengths)
+    length = section.context if isinstance(section, Evaluate) else section.longest
     tokens = section.batch * length
     layer = (8 * networks.hidden + 6 * networks.width + 3 * networks.intermediate) * word
     if isinstance(section, Evaluate):

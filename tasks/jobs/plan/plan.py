@@ -20,6 +20,7 @@ from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.specs import GgufFile, Pin, PlanReport, PlanSpec, TeacherRef
 from radlads.tasks.jobs.common import Job, run_job
+from radlads.tasks.jobs.judge.ruler.prompts import check_ruler
 from radlads.tasks.jobs.plan.checks import (
     Findings,
     check_align,
@@ -165,7 +166,10 @@ def _check_texts(
     check_tokenizer(tokenizer, config, findings)
     check_heldout(recipe, data, findings)
     if recipe.needle is not None:
-        check_needle(recipe.needle, tokenizer, getattr(config, "max_position_embeddings", None), findings)
+        positions = getattr(config, "max_position_embeddings", None)
+        check_needle(recipe.needle, tokenizer, positions, findings)
+        with findings.at("needle.ruler"):
+            findings.warnings += check_ruler(recipe.needle, tokenizer, positions)
     if recipe.evaluate is not None and recipe.evaluate.tasks:
         from radlads.tasks.jobs.judge.lmeval import check_tasks  # the harness takes seconds to import
 

@@ -19,6 +19,7 @@ from radlads.tasks.jobs.report.number_format import count, percent
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Text, Verdict, render_markdown
 from radlads.tasks.jobs.report.report_body import stages_table, summary_table, tasks_table
+from radlads.tasks.jobs.report.retrieval.blocks import ruler_table
 
 _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +35,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], *, title: str) -> str:
     """README.md: YAML metadata, verdicts, numbers with sources, usage, training, limits, recipe."""
     blocks: list[Block] = [Text(_introduction(products, recipe)), *verdicts]
-    tables = [table(products) for table in (summary_table, stages_table, suite_table, tasks_table, choice_table)]
+    makers = (summary_table, stages_table, suite_table, ruler_table, tasks_table, choice_table)
+    tables = [table(products) for table in makers]
     if any(table is not None for table in tables):
         blocks.append(Heading("Numbers"))
         blocks += [table for table in tables if table is not None]

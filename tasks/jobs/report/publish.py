@@ -114,6 +114,9 @@ def _metrics(products: Products) -> dict[str, Any]:
         "teacher/needle",
         "needle_ratio",
         "needle_at_training_length_ratio",
+        "student/ruler",
+        "teacher/ruler",
+        "ruler_ratio",
     )
     metrics: dict[str, Any] = {}
     for stage in JUDGING_STAGES:

@@ -11,7 +11,6 @@ from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, TR
 from radlads.tasks.jobs.report.choice_report import choice_blocks
 from radlads.tasks.jobs.report.judged.suite_report import suite_row, suite_table
 from radlads.tasks.jobs.report.number_format import (
-    NONE,
     count,
     dollars,
     duration,
@@ -21,10 +20,12 @@ from radlads.tasks.jobs.report.number_format import (
     plain,
     prompt_note,
     rate_of,
+    times,
 )
 from radlads.tasks.jobs.report.origin_blocks import origin_blocks
 from radlads.tasks.jobs.report.products import Products, ReportedProduct
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Picture, Table, Text, Verdict
+from radlads.tasks.jobs.report.retrieval.blocks import retrieval_blocks, ruler_rows
 from radlads.tasks.jobs.report.watch_report import watch_blocks
 
 _SOURCE = "source"
@@ -38,7 +39,7 @@ def build_report(
     if recipe.description:
         blocks.append(Text(recipe.description))
     blocks += verdicts
-    blocks += [*_summary(products), *_stages(products), *_needle(products, pictures)]
+    blocks += [*_summary(products), *_stages(products), *retrieval_blocks(products, pictures)]
     blocks += [*_tasks(products), *_curves(products, pictures), *watch_blocks(products)]
     blocks += [*_samples(products), *_student(products, recipe)]
     blocks += choice_blocks(products, list(pictures))
@@ -70,7 +71,8 @@ def summary_table(products: Products) -> Table | None:
         models = needle["models"]
         for label, pick in (("needles found", lambda m: m), ("… at the training length", _trained)):
             theirs, ours = pick(models["teacher"]), pick(models["student"])
-            rows.append((label, rate_of(theirs), rate_of(ours), _times(theirs, ours), searched.short))
+            rows.append((label, rate_of(theirs), rate_of(ours), times(theirs, ours), searched.short))
+        rows += ruler_rows(needle.get("ruler"), searched.short)
     if not rows:
         return None
     return Table(
@@ -88,12 +90,6 @@ def _trained(numbers: dict[str, Any]) -> dict[str, Any] | None:
 
 def _pair(teacher: dict[str, Any], student: dict[str, Any], key: str) -> tuple[str, str]:
     return measured(teacher[key]), measured(student[key])
-
-
-def _times(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
-    if not theirs or not ours or not theirs["mean"] or ours["mean"] is None:
-        return NONE
-    return f"× {ours['mean'] / theirs['mean']:.2f}"
 
 
 def _summary(products: Products) -> list[Block]:
@@ -140,32 +136,6 @@ def stages_table(products: Products) -> Table | None:
 def _stages(products: Products) -> list[Block]:
     table = stages_table(products)
     return [] if table is None else [Heading("Stage by stage"), table]
-
-
-def _needle(products: Products, pictures: Sequence[str]) -> list[Block]:
-    sheet, product = products.needle, products.of_stage(NEEDLE.name)
-    if sheet is None or product is None:
-        return []
-    names = list(sheet["models"])
-    rows = [
-        (
-            f"{length} tokens",
-            *(rate_of(sheet["models"][name]["by_length"][str(length)]) for name in names),
-            product.short,
-        )
-        for length in sorted(set(sheet["lengths"]))
-    ]
-    blocks: list[Block] = [Heading("Needle in a haystack")]
-    if "needle.png" in pictures:
-        caption = (
-            f"Share of facts found by greedy generation and string match, {sheet['trials']} trials per cell. Dashed: "
-            f"the training length, {sheet['training_length']} tokens. Grey: not run."
-        )
-        blocks.append(
-            Picture("needle.png", "Heatmap of needles found by length and depth, one panel per model", caption)
-        )
-    blocks.append(Table(("length", *names, _SOURCE), rows, "Mean over depths.", words=(_SOURCE,)))
-    return blocks
 
 
 def tasks_table(products: Products) -> Table | None:

@@ -9,6 +9,8 @@ from radlads.tasks.contracts.stages import STAGES, STUDENT_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.judged.suite_report import suite_verdicts
 from radlads.tasks.jobs.report.number_format import percent
 from radlads.tasks.jobs.report.report_blocks import Verdict
+from radlads.tasks.jobs.report.retrieval.blocks import left_out
+from radlads.tasks.jobs.report.retrieval.gate import recall_gate
 
 # Targets of a working conversion, relative to the teacher.
 BITS_PER_BYTE_RATIO = 1.03
@@ -28,8 +30,12 @@ def judge(
     needle_metrics: dict[str, Any],
     final_stage: str,
 ) -> list[Verdict]:
-    """The verdicts, warnings first. final_stage: the stage that made the student."""
-    verdicts = [*_judge_text(evaluation, final_stage), *_judge_needle(needle, needle_metrics)]
+    """The verdicts: the recall gate first, then warnings. final_stage: the stage that made the student."""
+    verdicts = [
+        *recall_gate(needle),
+        *_judge_text(evaluation, final_stage),
+        *_judge_needle(needle, needle_metrics),
+    ]
     order = {"warning": 0, "good": 1, "note": 2}
     return sorted(verdicts, key=lambda verdict: order[verdict.level])
 
@@ -134,30 +140,13 @@ def _judge_needle(needle: dict[str, Any] | None, metrics: dict[str, Any]) -> lis
                     f"Softmax layers (`student.attention_layers`) and training text that needs recall improve it.",
                 )
             )
-    verdicts += _judge_recall_drop(models)
     for name, numbers in models.items():
         if numbers["not_run"]:
             lengths = ", ".join(map(str, numbers["not_run"]))
             verdicts.append(
                 Verdict("note", f"The {name} was not run at {lengths} tokens; the means exclude these lengths.")
             )
-    return verdicts
-
-
-def _judge_recall_drop(models: dict[str, Any]) -> list[Verdict]:
-    """Warn if retrieval decreased after a stage: finetuning can erase it without a change in loss (2606.11052)."""
-    verdicts = []
-    student = models["student"]
-    for name, numbers in models.items():
-        if name in ("teacher", "student") or numbers["mean"] is None or student["mean"] is None:
-            continue
-        drop = numbers["mean"] - student["mean"]
-        if drop > 2 * (numbers["stderr"] ** 2 + student["stderr"] ** 2) ** 0.5:
-            verdicts.append(
-                Verdict(
-                    "warning",
-                    f"Retrieval decreased after {name}: {percent(numbers['mean'], 0)} of the needles then, "
-                    f"{percent(student['mean'], 0)} now. The later stages caused this.",
-                )
-            )
+    ruler = needle.get("ruler")
+    if ruler and ruler["left_out"]:
+        verdicts.append(Verdict("note", f"RULER: {left_out(ruler)}."))
     return verdicts

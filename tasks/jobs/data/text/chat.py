@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED, shipped_chat_templates
-from radlads.tasks.jobs.data.text.token_encoder import Control, TokenEncoder
+from radlads.tasks.jobs.data.text.token_encoder import BARE, Control, TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import first_line, resolve_file
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -72,6 +72,14 @@ class ChatTemplate:
         """Render one user message and the generation prompt. Raises UserError."""
         messages = self._hide([{"role": "user", "content": content}])
         return self._reveal(self._text(messages, add_generation_prompt=True), ())
+
+    def prompt_ids(self, content: str, *, add_bos: bool | None = None) -> tuple[str, list[int]]:
+        """(text, ids) of one user message and the generation prompt, with BOS before it if add_bos is set and the
+        template writes none. Raises UserError."""
+        rendered = self.prompt(content)
+        ids, _, _ = self.encode(rendered)
+        before, _ = (prompt_frame(self.encoder.tokenizer, True) if add_bos else BARE).around(ids)
+        return rendered.text, [*before, *ids]
 
     def encode(self, rendered: Rendered) -> tuple[list[int], np.ndarray, list[int]]:
         """(ids, spans [tokens, 2], mask [tokens]): mask is 1 for tokens of the assistant. Raises UserError."""

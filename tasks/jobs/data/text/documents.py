@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.places import COMPRESSED
 from radlads.tasks.contracts.recipe.recipe import FilesSource, HubSource, RecallSource, SampleSource, Source
+from radlads.tasks.jobs.data.ruler.puzzle import Puzzle
+from radlads.tasks.jobs.data.ruler.tasks import Material, make_puzzle
 from radlads.tasks.jobs.data.text.messages import read_messages
 from radlads.tasks.jobs.data.text.recall import build_document, load_filler
 from radlads.tasks.jobs.data.text.text_files import (
@@ -27,6 +29,7 @@ from radlads.tasks.jobs.data.text.text_files import (
     no_field,
     parquet_rows,
 )
+from radlads.tasks.jobs.data.text.token_encoder import text_ids
 from radlads.tasks.jobs.sources import expand_paths, first_line, resolve_file
 
 
@@ -184,12 +187,45 @@ def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[int, 
 def _recall_documents(source: RecallSource, tokenizer: PreTrainedTokenizerBase, skip: int) -> Iterator[Document]:
     paths = [resolve_file(name) for name in expand_paths(source.haystack)]
     filler = load_filler(paths, source.haystack_separator)
+    if source.ruler:
+        yield from _ruler_documents(source, tokenizer, filler if paths else [], skip)
+        return
     for index in range(skip, source.documents):
         # One seed per document, so that any document can be built without the earlier ones.
         rng = random.Random(f"{source.seed}:{index}")
         length = source.lengths[index % len(source.lengths)]
         text = build_document(tokenizer, filler, length=length, rng=rng, most_facts=source.facts)
         yield Document(text=text, where=f"recall {index}")
+
+
+def _ruler_documents(
+    source: RecallSource, tokenizer: PreTrainedTokenizerBase, essays: Sequence[str], skip: int
+) -> Iterator[Document]:
+    """Prompts with their answers, as many tokens as the source's lengths; a chat's control tokens come on top."""
+    if source.chat and not tokenizer.chat_template:
+        raise UserError("chat is on, but the tokenizer has no chat template; leave chat out")
+
+    def cost(puzzle: Puzzle) -> int:
+        return len(text_ids(tokenizer, [puzzle.text + puzzle.reply])[0])
+
+    for index in range(skip, source.documents):
+        # Every length of one task, then of the next: no length goes with one task alone.
+        turn, step = divmod(index, len(source.lengths))
+        task, length = source.ruler[turn % len(source.ruler)], source.lengths[step]
+        puzzle = make_puzzle(
+            task,
+            length=length,
+            cost=cost,
+            seed=f"recall:{source.seed}:{index}",
+            half="training",
+            material=Material(essays),
+        ).puzzle
+        where = f"recall {index}"
+        if source.chat:
+            said = (("user", puzzle.prompt), ("assistant", f"{puzzle.prefix}{puzzle.reply}".lstrip()))
+            yield Document(messages=tuple({"role": role, "content": text} for role, text in said), where=where)
+        else:
+            yield Document(text=puzzle.text + puzzle.reply, where=where)
 
 
 def first_documents(source: Source, *, tokenizer: PreTrainedTokenizerBase, count: int) -> Sequence[Document]:

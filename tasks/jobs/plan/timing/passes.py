@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Recipe, SampleSource
 from radlads.tasks.contracts.stages import logits_reference
+from radlads.tasks.jobs.data.ruler.tasks import TASKS
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.harness import task_size
 from radlads.tasks.jobs.plan.timing.measured import CPU
@@ -44,7 +47,7 @@ class Device:
 
 
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
-    """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks.
+    """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks; RULER is part of needle.
 
     evaluate scores every stage's student and, with each, the teacher; needle runs the teacher once, the last student
     and, if that is finetuned, also the distilled one.
@@ -53,10 +56,10 @@ def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Re
     if isinstance(section, Evaluate):
         both = of.teacher_flops(section.context) + of.forward_flops(section.context)
         return _students(recipe) * both * section.heldout_tokens
-    prompts, students = len(section.depths) * section.trials, _needle_students(recipe)
+    students = _needle_students(recipe)
     return sum(
-        prompts * (length + section.max_new_tokens) * (of.teacher_flops(length) + students * of.forward_flops(length))
-        for length in section.lengths
+        prompts * (length + new_tokens) * (of.teacher_flops(length) + students * of.forward_flops(length))
+        for prompts, length, new_tokens in _answered(section)
     )
 
 
@@ -65,15 +68,25 @@ def judging_seconds(section: Evaluate | Needle, networks: NetworkSizes, recipe: 
     if isinstance(section, Evaluate):
         return _evaluate_seconds(section, networks, recipe, device)
     of, layers, seconds = networks.multiplied, networks.num_layers, 0.0
-    prompts, models = len(section.depths) * section.trials, 1 + _needle_students(recipe)
-    for length in section.lengths:
+    models = 1 + _needle_students(recipe)
+    for prompts, length, new_tokens in _answered(section):
         flops = max(of.teacher_flops(length), of.forward_flops(length))
         at_once = min(section.batch, prompts)
         batches = -(-prompts // at_once) / device.processes
         reading = device.forward_seconds(flops, prompts * length, layers, at_once * length)
-        writing = device.decode_seconds(flops, section.max_new_tokens * max(1.0, batches), layers, at_once)
+        writing = device.decode_seconds(flops, new_tokens * max(1.0, batches), layers, at_once)
         seconds += models * (reading + writing)
     return seconds
+
+
+def _answered(section: Needle) -> Iterator[tuple[int, int, int]]:
+    """(prompts, length, tokens generated) of the needle's prompts and RULER's."""
+    for length in section.lengths:
+        yield len(section.depths) * section.trials, length, section.max_new_tokens
+    if section.ruler is not None:
+        for length, task in itertools.product(section.ruler.lengths, section.ruler.judged):
+            new_tokens = TASKS[task].new_tokens
+            yield section.ruler.samples, length - new_tokens, new_tokens
 
 
 def _evaluate_seconds(section: Evaluate, networks: NetworkSizes, recipe: Recipe, device: Device) -> float:
