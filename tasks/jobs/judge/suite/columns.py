@@ -67,7 +67,7 @@ class _Answered(Columns):
         return self
 
 
-class Question(_Answered):
+class ChoiceQuestion(_Answered):
     question: _Word
 
 

@@ -52,8 +52,8 @@ class Benchmark:
 
 BENCHMARKS: Mapping[SuiteTask, Benchmark] = {
     "lambada_openai": Benchmark("lambada", (columns.Lambada, columns.LambadaCopy), guessing=False),
-    "arc_easy": Benchmark("arc", (columns.Question, columns.QuestionCopy)),
-    "arc_challenge": Benchmark("arc", (columns.Question, columns.QuestionCopy), "acc_norm"),
+    "arc_easy": Benchmark("arc", (columns.ChoiceQuestion, columns.QuestionCopy)),
+    "arc_challenge": Benchmark("arc", (columns.ChoiceQuestion, columns.QuestionCopy), "acc_norm"),
     "piqa": Benchmark("piqa", (columns.Piqa, columns.PiqaCopy), "acc_norm"),
     "hellaswag": Benchmark("hellaswag", (columns.HellaSwag, columns.HellaSwagCopy), "acc_norm"),
     "winogrande": Benchmark("winogrande", (columns.WinoGrande, columns.WinoGrandeCopy)),
@@ -61,7 +61,7 @@ BENCHMARKS: Mapping[SuiteTask, Benchmark] = {
     "openbookqa": Benchmark(
         "openbookqa", (columns.QuestionStem, columns.QuestionStemCopy), "acc_norm", stems=("openbook_qa",)
     ),
-    "commonsense_qa": Benchmark("commonsense_qa", (columns.Question, columns.CommonsenseCopy)),
+    "commonsense_qa": Benchmark("commonsense_qa", (columns.ChoiceQuestion, columns.CommonsenseCopy)),
     "copa": Benchmark("super_glue/copa", (columns.Copa, columns.CopaCopy)),
     "mmlu": Benchmark("mmlu/default", (columns.Mmlu,)),
     "gsm8k": Benchmark("gsm8k", (columns.Gsm8k,), "exact_match", "strict-match", guessing=False),
