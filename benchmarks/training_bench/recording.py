@@ -26,8 +26,8 @@ def check_recordable(cases: list[Case], gpu: str) -> None:
     """Raises UserError, one line, for runs that the plan's table has no place for."""
     if any(case.device != "cuda" for case in cases) or find_kind(gpu) is None:
         raise UserError(f"--record is for runs on a GPU of tasks/jobs/train/gpu_kinds.py, and this is '{gpu}'")
-    if not all(case.fused for case in cases):
-        raise UserError("--record is for what the product runs; drop --unfused")
+    if not all(case.fused and case.engine == "product" for case in cases):
+        raise UserError("--record is for what the product runs; drop --unfused and --engine")
 
 
 def speed_row(row: Row, *, gpu: str, command: str, file: Path) -> SpeedRow:

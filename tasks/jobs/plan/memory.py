@@ -4,14 +4,16 @@ P parameters that train, N processes, w bytes of a number in the precision of th
 
     weights      student · w; 8-bit matrices 1 + w/128 each; nothing for tensors shared with the teacher
     weights and teacher divided by N under ZeRO-3, where parameters that train are held as masters alone
-    gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it
+    gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it. In a
+                 step of one pass they take the place of activations, which are freed as they are made
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass; with sequence_parallel of
                  a part of each row, and a tenth more of a mixer, whose recurrence runs twice
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl), beyond the
                  activations of the layer whose backward pass comes next
-    buffers      DeepSpeed's bucket, or what ZeRO-3 gathers (train/engines/partition.py); one dequantised matrix,
+    buffers      DeepSpeed's bucket; what ZeRO-3 gathers, or two layers' gradients as ZeRO-2 reduces them
+                 (train/engines/partition.py); one dequantised matrix,
                  what the optimizer's step flattens in excess of activations; with CUDA graphs instead of the bucket
                  and the flattened gradients those of a pass, w P, and the rest as without ZeRO
 
@@ -161,8 +163,10 @@ def training_memory(
         host = min(networks.student_parameters * word, _SHARD_BYTES)
         weights, teacher = max(0, weights - trainable * word) // shards, teacher // shards
         gathered = _gathered(networks, word, taught=taught, shared=shared)
-        if all(part.batch <= part.micro_batch * shards for part in section.parts):
-            gradients = max(0, gradients - activations - logits)  # of a single pass: made as the activations are freed
+    elif sharded and not resources.offload_optimizer:  # all is gathered; a layer's gradients, and as they are reduced
+        gathered = (trainable // networks.num_layers) * 2 * (word + 4)
+    if gathered and all(part.batch <= part.micro_batch * shards for part in section.parts):
+        gradients = max(0, gradients - activations - logits)  # of a single pass: made as the activations are freed
     memory = {
         "weights": weights,
         "gradients": gradients,
