@@ -13,9 +13,9 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl), beyond the
                  activations of the layer whose backward pass comes next
     buffers      DeepSpeed's bucket; what ZeRO-3 gathers, or two layers' gradients as ZeRO-2 reduces them
-                 (train/engines/partition.py); one dequantised matrix,
-                 what the optimizer's step flattens in excess of activations; with CUDA graphs instead of the bucket
-                 and the flattened gradients those of a pass, w P, and the rest as without ZeRO
+                 (train/engines/partition.py); one dequantised matrix; what DeepSpeed's step flattens in excess of
+                 activations; with CUDA graphs instead of the bucket and the flattened gradients those of a pass, w P,
+                 and the rest as without ZeRO
 
 Weights, gradients and optimizer are exact sums; activations are accurate to about 20 %; a recomputed layer's own
 gradients are assumed to be half as large as what it keeps (states have none), and an MLP's as large.

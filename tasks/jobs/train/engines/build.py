@@ -51,7 +51,15 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
     if stage >= 2:
         once = stage == 2
         return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=once, **sizes)
-    return Engine(objective, section, device=job.device, dtype=job.dtype, zero_stage=stage, **sizes)
+    return Engine(
+        objective,
+        section,
+        device=job.device,
+        dtype=job.dtype,
+        zero_stage=stage,
+        micro_batch=micro_batch,
+        num_micro=num_micro,
+    )
 
 
 def why_not_recorded(section: Training, resources: JobResources) -> str | None:

@@ -1,15 +1,17 @@
-"""ZeRO-3: the parameters of student and teacher divided over the ranks, and gathered a part of a layer at a time.
+"""ZeRO-2 and 3: what trains is divided over the ranks, under ZeRO-3 all parameters of student and teacher.
 
-torch's `fully_shard` does it. A unit is gathered before it runs, forward and backward, and freed after it. In every
-layer of both networks, each module whose weights both networks share is a unit (held once), and so is the rest of the
-layer; where mixers run outside their layers (align), each mixer. Embeddings, final norms and heads are one unit, which
-is gathered for the whole pass: the losses read the heads' weights.
+torch's `fully_shard` does it. Under ZeRO-2 each layer is a unit, gathered once a step. Under ZeRO-3 a unit is
+gathered before it runs, forward and backward, and freed after it: in every layer of both networks, each module whose
+weights both networks share is a unit (held once), and so is the rest of the layer. Where mixers run outside their
+layers (align), each mixer is one. Embeddings, final norms and heads are one unit, which is gathered for the whole
+pass: the losses read the heads' weights.
 
 Every parameter is divided along its first dimension, so a rank's part is one piece of the flattened parameter.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +68,8 @@ class Partitioned(nn.Module):
             else:
                 self._divide(module)
         alone = objective.mixes_outside_layers
+        # Outputs of mixers are views; nothing is written into them.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
         for network in networks:
             for layer in layers(network):
                 for module in layer.modules():

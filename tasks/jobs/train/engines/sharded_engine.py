@@ -1,7 +1,7 @@
-"""The engine under ZeRO-3: parameters, gradients and optimizer divided over the ranks by torch's `fully_shard`.
+"""The engine under ZeRO-2 and 3: parameters, gradients and optimizer divided over the ranks by torch's `fully_shard`.
 
-Each rank's AdamW moves its own parts, fp32 masters. Gradients are averaged over the ranks and added up in fp32. Step,
-clip and the check for finite numbers are the other engine's.
+Each rank's AdamW moves its own parts, fp32 masters. Gradients are averaged over the ranks in fp32, under ZeRO-2 in the
+precision of the pass, and added up in fp32. Step, clip and the check for finite numbers are the other engine's.
 """
 
 from __future__ import annotations
