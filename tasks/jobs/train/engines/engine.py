@@ -1,8 +1,9 @@
 """One optimizer step over DeepSpeed: forward, backward, check for finite values on all ranks, clip, AdamW.
 
 DeepSpeed shares the gradients and the optimizer among the ranks (ZeRO-0 and 1, and 2 with an offloaded optimizer) and
-keeps fp32 masters of bf16 parameters. The norm, the clip and the check for finite numbers are ours: one small all-reduce and one transfer to the
-host a step carry the norm, the loss, the metrics, the count of labels and the request to stop.
+keeps fp32 masters of bf16 parameters. The norm, the clip and the check for finite numbers are ours: one small all-
+reduce and one transfer to the host a step carry the norm, the loss, the metrics, the count of labels and the request to
+stop.
 
 Loss and gradient of a step are the means over its labels, whichever forward pass of whichever rank held them. DeepSpeed
 gives every forward pass the same part, so each is weighed by the share of its tokens that are labels, which is
