@@ -122,8 +122,8 @@ def find_victim(place: Place, victim: str, flow: int) -> int | None:
             continue
         if "radlads.tasks.launchers.supervise" in words:
             found["supervisor"] = pid
-        elif any("deepspeed" in word for word in words):
-            found["launcher"] = pid  # the innermost: the runner starts it
+        elif "radlads.tasks.jobs.train.engines.ranks" in words:
+            found["launcher"] = pid
         elif "radlads.tasks.jobs.train.train" in words:
             found["rank"] = pid
     return found.get(victim)
