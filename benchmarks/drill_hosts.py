@@ -112,7 +112,7 @@ def _of_job(machine: Machine) -> dict[str, int]:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
         if "radlads.tasks.launchers.supervise" in words:
             found.setdefault("supervisor", pid)
-        elif "radlads.tasks.jobs.train.train" in words and not any("deepspeed" in word for word in words):
+        elif "radlads.tasks.jobs.train.train" in words and "radlads.tasks.jobs.train.engines.ranks" not in words:
             found["rank"] = pid
     return found
 
