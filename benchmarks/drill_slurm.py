@@ -104,7 +104,7 @@ def _job(cluster: Cluster) -> str:
 def _pids(place: Place, program: str, variable: str) -> int:
     """The process of a program of this case that has a variable in its environment."""
     for pid, words in place.processes().items():
-        inside = program in words and not any("deepspeed" in word or "supervise" in word for word in words)
+        inside = program in words and not any("engines.ranks" in word or "supervise" in word for word in words)
         if inside and variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return pid
     raise RuntimeError(f"there is no {program} with {variable}")
