@@ -187,7 +187,7 @@ class Drill:
 
     def _kill(self, place: Place, kill: Kill) -> str:
         done, flows = threading.Event(), []
-        requests = place.proxy is not None and kill.moment in MOMENTS[3:]
+        requests = place.proxy is not None and kill.moment in MOMENTS[2:]
         if place.proxy is not None and requests:
             act = "drop" if kill.drop else "call"
             place.proxy.rules.append(rule_for(kill.moment, kill.step, act, hook(place, flows, kill.victim, done)))

@@ -239,6 +239,7 @@ def rule_for(moment: str, step: int, act: str, kill: Callable[[], None]) -> Rule
     """The proxy's rule for a moment that only requests show."""
     place = f"checkpoints/step-{step:06d}/"
     pattern = {
+        "save": rf"^[^?]*{place}",
         "upload": rf"^[^?]*{place}(state|random|metrics|checkpoint)",
         "checkpoint's manifest": rf"^[^?]*{place}manifest",
         "commit": rf"^[^?]*{STAGE}/[0-9a-f]+/(model/|train\.json|metrics\.jsonl)",
