@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from radlads.model.convert.layer_choice import recall_layers
-from radlads.model.convert.layer_scores import BEFORE, ProbeBatch, TokenCount, sum_layers, teacher_recall
+from radlads.model.convert.layer_scores import ProbeBatch, TokenCount, sum_layers, teacher_recall
+from radlads.model.convert.layer_search import search_layers
 from radlads.model.convert.restore import restore_attention, restored
 from radlads.model.mixers.shared.registry import list_variants
 from radlads.model.student.export import export_student
@@ -160,20 +160,14 @@ def probe(num_answers=3, T=24, seed=3):
     return [ProbeBatch(ids, answers), ProbeBatch(torch.randint(3, 64, (3, T), generator=generator))]
 
 
-def score_layers(student, teacher, batches, *, kept=(), candidates=None):
-    """The student with `kept` restored, and with each candidate as well; None: every other layer."""
-    layers = [i for i in student.mixers() if i not in kept] if candidates is None else candidates
-    sums = sum_layers(student, teacher, batches, kept=kept, candidates=[BEFORE, *layers])
-    scores = {layer: found.score() for layer, found in sums.items()}
-    return scores.pop(BEFORE), scores
+def scorer(student, teacher, batches):
+    return lambda sets: {found: sums.score() for found, sums in sum_layers(student, teacher, batches, sets).items()}
 
 
 def test_scores_are_those_of_plain_forward_passes(teacher, make_student):
     student = make_student(teacher)
     recall, text = batches = probe()
-    before, scores = score_layers(student, teacher, batches, kept=(2,))
-    assert set(scores) == {0, 1}
-    for layers, found in (((2,), before), ((1, 2), scores[1])):
+    for layers, found in scorer(student, teacher, batches)([(2,), (1, 2)]).items():
         with restored(student, teacher, layers), torch.no_grad():
             ours = student(recall.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
             told = student(text.input_ids[:, :-1], use_cache=False).logits.log_softmax(-1)
@@ -191,16 +185,17 @@ def test_scores_are_those_of_plain_forward_passes(teacher, make_student):
 def test_parts_of_the_probe_add_up(teacher, make_student):
     student = make_student(teacher)
     batches = probe()
-    whole = sum_layers(student, teacher, batches, kept=(), candidates=[-1, 1])
-    parts = [sum_layers(student, teacher, [batch], kept=(), candidates=[-1, 1]) for batch in batches]
-    for layer in (-1, 1):
-        assert vars(parts[0][layer] + parts[1][layer]) == pytest.approx(vars(whole[layer]))
-    assert (whole[1].answers, whole[1].answer_tokens, whole[1].text_tokens) == (6, 12, 69)
+    sets = [(), (1,)]
+    whole = sum_layers(student, teacher, batches, sets)
+    parts = [sum_layers(student, teacher, [batch], sets) for batch in batches]
+    for layers in sets:
+        assert vars(parts[0][layers] + parts[1][layers]) == pytest.approx(vars(whole[layers]))
+    assert (whole[1,].answers, whole[1,].answer_tokens, whole[1,].text_tokens) == (6, 12, 69)
 
 
 def test_every_token_is_counted(teacher, make_student):
     count = TokenCount()
-    sum_layers(make_student(teacher), teacher, probe(), kept=(), candidates=[-1, 0, 1, 2], count=count)
+    sum_layers(make_student(teacher), teacher, probe(), [(), (0,), (1,), (2,)], count=count)
     teacher_recall(teacher, probe(), count=count)
     assert count.student == 4 * (2 * 23 + 3 * 23)
     assert count.teacher == 3 * 23 + 2 * 23
@@ -214,13 +209,14 @@ def test_the_only_layer_that_matters_is_chosen(teacher, make_student, needed):
             teacher.model.layers[layer].self_attn.o_proj.weight.zero_()
     student = make_student(teacher)
     batches = [sharpened(teacher), *probe()[1:]]
-    chosen, rounds = recall_layers(
-        lambda kept, left: score_layers(student, teacher, batches, kept=kept, candidates=left), 1, range(3)
-    )
-    assert chosen == (needed,)
-    assert rounds[0].scores[needed].kl == pytest.approx(0.0, abs=1e-5)
-    assert rounds[0].scores[needed].accuracy == 1.0
-    assert rounds[0].before.kl > 1e-3
+    score = scorer(student, teacher, batches)
+    for search in ("one_at_a_time", "greedy"):
+        chosen, rounds = search_layers(score, 1, range(3), search=search)
+        assert chosen == (needed,)
+        assert rounds[0].scores[needed,].kl == pytest.approx(0.0, abs=1e-5)
+        assert rounds[0].scores[needed,].accuracy == 1.0
+        assert rounds[0].before.kl > 1e-3
+    assert needed in search_layers(score, 2, range(3), search="pairs", candidates=3)[0]
 
 
 def sharpened(teacher):
@@ -237,9 +233,7 @@ def test_choices_are_the_same_again(teacher, make_student):
     batches = probe()
 
     def run():
-        return recall_layers(
-            lambda kept, left: score_layers(student, teacher, batches, kept=kept, candidates=left), 2, range(3)
-        )
+        return search_layers(scorer(student, teacher, batches), 2, range(3))
 
     first, second = run(), run()
     assert first == second
