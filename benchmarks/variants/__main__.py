@@ -41,7 +41,7 @@ from pool import follow_ups, run_units
 from rows import NUM_LAYERS, ROWS, Record, Settings, Unit
 from table import tables
 
-from radlads.tasks.contracts.recipe.choice import RecallProbe, fit_probe, run_tokens
+from radlads.tasks.contracts.recipe.choice import AttentionChoice, RecallProbe, fit_probe, run_tokens
 from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe
 
 logger = logging.getLogger("variants")
@@ -92,8 +92,8 @@ def settings_of(parsed: argparse.Namespace) -> Settings:
     if parsed.quick:
         probe = RecallProbe(**hay, lengths=(64,), documents=8, heldout_tokens=512, context=128)
     else:
-        probe = RecallProbe(**hay, micro_batch=32)
-        probe = fit_probe(probe, count=1, num_candidates=NUM_LAYERS, tokens=run_tokens(recipe))
+        choice = AttentionChoice(count=1, choose="recall", recall=RecallProbe(**hay, micro_batch=32))
+        probe = fit_probe(choice, num_layers=NUM_LAYERS, tokens=run_tokens(recipe)).recall
     large = tuple(map(int, parsed.large.split("x")))
     return Settings(recipe, probe, parsed.device, parsed.work.absolute(), (large[0], large[1]), parsed.speed_steps)
 

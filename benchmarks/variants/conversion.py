@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from rows import ROWS, Record, Row, Settings, Unit
 from safetensors.torch import load_file, save_file
 
-from radlads.model.convert.layer_choice import difficulty_scores, even_layers, last_layers, recall_layers, spaced_layers
-from radlads.model.convert.layer_scores import BEFORE, TokenCount, sum_layers
+from radlads.model.convert.layer_choice import difficulty_scores, even_layers, last_layers, spaced_layers
+from radlads.model.convert.layer_scores import TokenCount, sum_layers
+from radlads.model.convert.layer_search import Layers, LayerScore, search_layers
 from radlads.model.convert.restore import restore_attention
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import build_student
@@ -211,16 +212,15 @@ class Bench:
         quizzes = quiz_batches(make_quizzes(probe, self.tokenizer), probe.micro_batch, bos_id=None)
         batches = [*quizzes, *text_batches(self.data.split("heldout"), probe)]
 
-        def score(kept: tuple[int, ...], left: tuple[int, ...]) -> tuple[Any, dict[int, Any]]:
-            sums = sum_layers(student, self.teacher, batches, kept=kept, candidates=[BEFORE, *left], count=used)
-            found = {layer: total.score() for layer, total in sums.items()}
-            return found.pop(BEFORE), found
+        def score(sets: Sequence[Layers]) -> dict[Layers, LayerScore]:
+            sums = sum_layers(student, self.teacher, batches, sets, count=used)
+            return {layers: total.score() for layers, total in sums.items()}
 
         chosen = {
             "even": even_layers(count, num_layers),
             "last": last_layers(count, num_layers),
             "difficulty": spaced_layers(difficulty_scores(curves), count, num_layers=num_layers),
-            "recall": recall_layers(score, count, range(num_layers))[0],
+            "recall": search_layers(score, count, range(num_layers))[0],
         }
         return chosen, used.student + used.teacher
 

@@ -1,12 +1,11 @@
-"""Which layers stay softmax attention: pure functions from numbers to layers, counted from 0.
+"""Which layers stay softmax attention, by position or difficulty: pure functions from numbers to layers, from 0 on.
 
 Dims: L layers of the model. Ties go to the lower layer, so that a choice follows from its numbers alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,69 +122,6 @@ def spaced_layers(
             "attention_layers.count, or raise max_consecutive"
         )
     return max(sorted(best.values(), key=lambda found: found[1]), key=lambda found: found[0])[1]
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    """Scores of a student with some layers restored; `layers` are those restored in addition to the kept ones."""
-
-    recall: float
-    """Mean log-probability of an answer's token, nats; the facts and their questions precede it."""
-    accuracy: float
-    """Share of the answers all of whose tokens are the most likely ones."""
-    kl: float
-    """KL(teacher ‖ student) on held-out text, nats a token."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One step of a greedy choice."""
-
-    before: LayerScore
-    scores: dict[int, LayerScore]
-    """Candidate → the student with it restored as well."""
-    values: dict[int, float]
-    """Candidate → recall gained per KL."""
-    chosen: int
-
-
-def recall_layers(
-    score: Callable[[tuple[int, ...], tuple[int, ...]], tuple[LayerScore, dict[int, LayerScore]]],
-    count: int,
-    candidates: Sequence[int],
-) -> tuple[tuple[int, ...], list[Round]]:
-    """Greedy forward selection: in every round the candidate whose restored attention gains most recall per KL.
-
-    score: (kept, candidates) → the score with `kept` restored, and with each candidate restored as well. A layer's
-    gain depends on the layers already kept, so the chosen layers complement each other: two layers that restore the
-    same recall are not both chosen. Returns the layers in ascending order and the rounds. Raises UserError.
-    """
-    if not 0 < count <= len(candidates):
-        raise UserError(f"{count} of {len(candidates)} candidate layers cannot be chosen")
-    kept: tuple[int, ...] = ()
-    rounds: list[Round] = []
-    for _ in range(count):
-        left = tuple(layer for layer in sorted(candidates) if layer not in kept)
-        before, scores = score(kept, left)
-        values = {layer: recall_per_kl(before, scores[layer]) for layer in left}
-        chosen = max(left, key=lambda layer: (values[layer], -layer))
-        rounds.append(Round(before, scores, values, chosen))
-        kept = (*kept, chosen)
-    return tuple(sorted(kept)), rounds
-
-
-def recall_per_kl(before: LayerScore, after: LayerScore) -> float:
-    """Recall gained, in nats a token of the answer, per nat of held-out KL that the restored student still has.
-
-    The divisor is the remaining KL, not the reduction of KL (the ratio of drops in 2601.22156): the reduction is a
-    small difference that can be zero or negative, the remaining KL is positive, and a larger reduction still scores
-    higher. A loss of recall is multiplied by the KL, so that it counts more with a larger KL.
-    """
-    gained = after.recall - before.recall
-    if not (math.isfinite(gained) and math.isfinite(after.kl)):
-        return -math.inf
-    kl = max(after.kl, 1e-6)
-    return gained / kl if gained > 0 else gained * kl
 
 
 def _matrix(curves: Mapping[int, Sequence[float]], layers: Sequence[int]) -> np.ndarray:

@@ -13,13 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from radlads.kernels.linear_kl import linear_kl
-from radlads.model.convert.layer_choice import LayerScore
+from radlads.model.convert.layer_search import Layers, LayerScore
 from radlads.model.convert.restore import restored
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.training.hidden_states import head_inputs, plain_hidden
-
-BEFORE = -1
-"""Key for no candidate: the student with the kept layers alone."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,27 @@ def sum_layers(
     student: RadladsForCausalLM,
     teacher: PreTrainedModel,
     batches: Iterable[ProbeBatch],
+    sets: Sequence[Layers],
     *,
-    kept: Sequence[int],
-    candidates: Sequence[int],
     count: TokenCount | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> dict[int, Sums]:
-    """Candidate (or BEFORE) → sums over the batches. count: receives numbers of tokens; progress: called after each
+) -> dict[Layers, Sums]:
+    """Set of restored layers → sums over the batches. count: receives numbers of tokens; progress: called after each
     pass."""
     was_training = student.training
     student.eval()
-    totals = {layer: Sums() for layer in candidates}
+    totals = {layers: Sums() for layers in sets}
     for batch in batches:
         ids = batch.input_ids.to(student.device)
         teacher_state = plain_hidden(teacher, ids[:, :-1], None) if batch.answers is None else None
         tokens = ids[:, :-1].numel() if batch.counted else 0
         if count is not None and teacher_state is not None:
             count.teacher += tokens
-        for layer in candidates:
-            with restored(student, teacher, [*kept, layer] if layer != BEFORE else kept):
+        for layers in totals:
+            with restored(student, teacher, layers):
                 hidden = student.hidden(ids[:, :-1])
             if batch.counted:
-                totals[layer] += _compare(student, teacher, batch, hidden, teacher_state)
+                totals[layers] += _compare(student, teacher, batch, hidden, teacher_state)
             if count is not None:
                 count.student += tokens
             progress()

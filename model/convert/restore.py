@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from radlads.model.mixers.shared.mixer import Mixer
+from radlads.model.student.configuration import FIRST_LAYER
+from radlads.model.student.first_values import hand_on_first_values
 from radlads.model.student.forward_pass import keep_attention
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
@@ -21,18 +23,18 @@ def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
     """Context in which the given layers use the teacher's attention, in addition to the student's kept layers.
 
     Rotary positions are on, whatever the student's config says: untrained softmax attention without them is not the
-    function that the teacher learned, and a score would measure that difference. If the first recurrent layer is
-    restored, the next one takes its role, as in the product. Weights are shared, nothing is copied.
+    function that the teacher learned, and a score would measure that difference. If the layer that hands on first
+    values is restored, its attention hands them on, as in the product. Weights are shared, nothing is copied.
     """
     config = student.config
-    before = (list(config.attention_layers), config.attention_rope)
+    before = (list(config.attention_layers), config.attention_rope, config.first_values)
     modules = {i: getattr(student._layers()[i], student.parts.attention) for i in config.softmax_layers()}
     try:
         _restore(student, teacher, layers)
         config.attention_rope = True
         yield
     finally:
-        config.attention_layers, config.attention_rope = before
+        config.attention_layers, config.attention_rope, config.first_values = before
         for i, module in modules.items():
             setattr(student._layers()[i], student.parts.attention, module)
 
@@ -47,7 +49,7 @@ def restore_attention(
     """
     names = set(student.state_dict())
     first = _restore(student, teacher, layers)
-    for hidden in vars(first).keys() & first._parameters.keys():
+    for hidden in () if first is None else vars(first).keys() & first._parameters.keys():
         del vars(first)[hidden]
         first._parameters[hidden] = None
     attentions = student._layers()
@@ -64,8 +66,8 @@ def restore_attention(
     return {"restored": sorted(came), "dropped": sorted(names - now)}
 
 
-def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> Mixer:
-    """Returns the mixer that is the first recurrent one now."""
+def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> Mixer | None:
+    """Returns the mixer that hands on first values now; None where the attention of the first softmax layer does."""
     attentions = find_family(teacher.config).attention_modules(teacher)
     places, softmax = student._layers(), student.config.softmax_layers()
     kept = set(student.config.attention_layers) | set(layers)
@@ -75,13 +77,18 @@ def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
             f"layers {sorted(kept)} cannot all be softmax attention: of the student's {len(places)} "
             f"layers {len(softmax)} can be, and at least one stays converted"
         )
+    if softmax[0] in set(layers) - set(student.config.attention_layers):
+        student.config.first_values = FIRST_LAYER  # they came from this layer until now
+    student.config.attention_layers = sorted(kept)
     for i in layers:
         attention = copy.copy(attentions[i])
         attention.config = student.model.config  # the student's config determines how masks are made
         keep_attention(attention)
+        hand_on_first_values(attention, student.config, i)
         setattr(places[i], student.parts.attention, attention)
-    student.config.attention_layers = sorted(kept)
-    first = min(set(softmax) - kept)
+    first = student.config.first_layer()
+    if first is None or first in kept:
+        return None
     mixer = _as_first(student, first, getattr(places[first], student.parts.attention))
     setattr(places[first], student.parts.attention, mixer)
     return mixer

@@ -30,6 +30,10 @@ _MIRRORED = (
 )
 
 
+FIRST_LAYER = "first_layer"
+FIRST_MIXER = "first_mixer"
+
+
 class RadladsConfig(transformers.PreTrainedConfig):
     """Everything that defines a converted model.
 
@@ -37,6 +41,9 @@ class RadladsConfig(transformers.PreTrainedConfig):
     variant, options, constants: the mixer and all that defines its function, ranks written out. initial_values: how its
     parameters started; of no meaning once there are weights. attention_layers: layers that stay softmax;
     attention_rope: whether those use rotary positions. Layers that the teacher has linear are not among them.
+    first_values: the layer whose values (and keys) mixers blend into their own: the first softmax layer of the teacher,
+    also where it stays attention (`first_layer`); or the first converted one (`first_mixer`, in configs without the
+    key). Both are the same layer where that one is converted.
     """
 
     model_type = "radlads"
@@ -52,6 +59,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
         initial_values: dict[str, Any] | None = None,
         attention_layers: tuple[int, ...] | list[int] = (),
         attention_rope: bool = False,
+        first_values: str = FIRST_MIXER,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -63,6 +71,9 @@ class RadladsConfig(transformers.PreTrainedConfig):
         self.initial_values = dict(initial_values or {})
         self.attention_layers = sorted(attention_layers)
         self.attention_rope = attention_rope
+        if first_values not in (FIRST_LAYER, FIRST_MIXER):
+            raise ValueError(f"first_values is '{first_values}', and must be {FIRST_LAYER} or {FIRST_MIXER}")
+        self.first_values = first_values
         self.use_cache = use_cache
         if kwargs.get("vocab_size") is not None:  # changed by resize_token_embeddings, which only changes this level
             teacher["vocab_size"] = kwargs["vocab_size"]
@@ -99,6 +110,17 @@ class RadladsConfig(transformers.PreTrainedConfig):
     def converted_layers(self) -> list[int]:
         """Layers whose softmax attention is replaced by a mixer."""
         return [i for i in self.softmax_layers() if i not in self.attention_layers]
+
+    def first_layer(self) -> int | None:
+        """The layer that hands on first values; None where no layer is converted."""
+        converted = self.converted_layers()
+        if not converted:
+            return None
+        return self.softmax_layers()[0] if self.first_values == FIRST_LAYER else converted[0]
+
+    def first_attention(self) -> int | None:
+        """The layer that hands on first values if that layer stays attention; else None."""
+        return next((layer for layer in self.attention_layers if layer == self.first_layer()), None)
 
     def teacher_config(self) -> transformers.PreTrainedConfig:
         """The teacher's config as an instance of its own class."""

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from radlads.model.mixers.shared.registry import find_variant, mixer_class, validate_options
-from radlads.model.student.configuration import RadladsConfig
+from radlads.model.student.configuration import FIRST_LAYER, RadladsConfig
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
 from radlads.model.teacher.refusals import named_weights, stored_refusal
@@ -60,6 +60,7 @@ def student_config(
         initial_values=initial,
         attention_layers=tuple(attention_layers),
         attention_rope=attention_rope,
+        first_values=FIRST_LAYER,
         tie_word_embeddings=bool(teacher_config.tie_word_embeddings) and not untie_embeddings,
     )
 

@@ -20,6 +20,7 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
+from radlads.model.student.first_values import hand_on_first_values
 from radlads.model.student.forward_pass import ForwardPass, keep_attention, keep_linear_attention
 from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.student.releases import cache_keyword, check_calls
@@ -32,7 +33,7 @@ def build_mixer(config: RadladsConfig, layer: int, shape: AttentionShape) -> Mix
         SimpleNamespace(**config.initial_values | config.options),
         layer=layer,
         num_layers=config.num_hidden_layers,
-        first=layer == config.converted_layers()[0],
+        first=layer == config.first_layer(),
     )
 
 
@@ -57,6 +58,7 @@ def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
             check_calls(backbone, layer, attention)
         if i in config.attention_layers:
             keep_attention(attention)
+            hand_on_first_values(attention, config, i)
         else:
             shape = read_attention_shape(attention, parts, getattr(backbone.config, "rms_norm_eps", 1e-6))
             setattr(layer, parts.attention, build_mixer(config, i, shape))
@@ -126,6 +128,11 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         """Layer → its mixer, for the converted layers."""
         modules = {i: getattr(layer, self.parts.attention, None) for i, layer in enumerate(self._layers())}
         return {i: module for i, module in modules.items() if isinstance(module, Mixer)}
+
+    def attention(self, layer: int) -> nn.Module:
+        """A layer's attention, or the mixer in its place."""
+        module: nn.Module = getattr(self._layers()[layer], self.parts.attention)
+        return module
 
     def parameter_group(self, name: str) -> str:
         """mixer, attention, mlp, norms, embeddings or head, for a name of `named_parameters()`."""

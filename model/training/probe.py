@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from radlads.model.mixers.shared.mixer import FirstValues, Mixer
+from radlads.model.student.first_values import attention_first_values
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
 from radlads.model.training.align_losses import LayerLoss, ScaledMse, l2_loss
@@ -53,6 +54,10 @@ class AttentionProbe:
 
     def __enter__(self) -> Self:
         attentions = find_family(self._teacher.config).attention_modules(self._teacher)
+        first = self._student.config.first_attention()
+        if first is not None:
+            hand_on = _HandOn(self, self._student.attention(first))
+            self._hooks.append(attentions[first].register_forward_pre_hook(hand_on, with_kwargs=True))
         for layer, mixer in self._student.mixers().items():
             hook = _Hook(self, layer, mixer)
             self._hooks.append(attentions[layer].register_forward_hook(hook, with_kwargs=True))
@@ -64,6 +69,11 @@ class AttentionProbe:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def hand_on(self, attention: nn.Module, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+        """Take first values from the student's own attention, where its first layer stays that."""
+        with torch.enable_grad():
+            self._first = attention_first_values(self._student.config, attention, x_BTD.detach(), rope)
 
     def compare(self, layer: int, mixer: Mixer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], wanted_BTD: Tensor) -> None:
         """Run one mixer and store its loss of every sequence."""
@@ -91,3 +101,14 @@ class _Hook:
         x = args[0] if args else kwargs["hidden_states"]
         teacher_output = output[0] if isinstance(output, tuple) else output
         self.probe.compare(self.layer, self.mixer, x, kwargs["position_embeddings"], teacher_output)
+
+
+class _HandOn:
+    """Forward pre-hook of the teacher's attention in the first layer. attention: the student's."""
+
+    def __init__(self, probe: AttentionProbe, attention: nn.Module) -> None:
+        self.probe, self.attention = probe, attention
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        self.probe.hand_on(self.attention, x, kwargs["position_embeddings"])

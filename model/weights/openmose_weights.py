@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from radlads.model.student.configuration import FIRST_MIXER
 from radlads.model.student.load import student_config
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
@@ -68,6 +69,7 @@ def load_openmose(
         attention_rope=attention_rope,
         untie_embeddings=bool(head),
     )
+    config.first_values = FIRST_MIXER  # as there
     parts = SimpleNamespace(**config.family)
     with torch.device("meta"):
         expected = {
@@ -97,6 +99,12 @@ def openmose_tensors(student: RadladsForCausalLM, *, marker: bool = False) -> It
     if marker and variant not in PUBLISHED_MARKERS:
         known = ", ".join(PUBLISHED_MARKERS)
         raise UserError(f"the architecture marker of {variant} is not known; known: {known}")
+    first = student.config.first_attention()
+    if first is not None and getattr(student.mixers()[min(student.mixers())], "v0", None) is not None:
+        raise UserError(
+            f"OpenMOSE's models take first values from the first recurrent layer, this student from layer {first}, "
+            "which is softmax attention; keep other layers than this one"
+        )
     parts, mixers = student.parts, set(student.mixers())
     tied = set(student.all_tied_weights_keys)
     for name, tensor in student.state_dict().items():

@@ -76,6 +76,28 @@ def test_the_ratio_stands_beside_its_parts():
     assert table.rows[1][1:5] == ("0.3000", "0.1000", "1.0000", "0.3000")
 
 
+def scored(**values: float) -> dict[str, Any]:
+    return {layers.removeprefix("l").replace("_", "+"): {"score": value} for layers, value in values.items()}
+
+
+def test_every_round_of_a_search_is_told():
+    rounds = [
+        {"round": 1, "kept": [], "candidates": scored(l0=0.1, l1=0.4, l2=0.0, l3=0.3), "chosen": []},
+        {"round": 2, "kept": [], "candidates": scored(l1_3=0.5, l0_1=0.6), "chosen": [1, 3]},
+    ]
+    text = render_markdown("t", choice_blocks(products({**RECALL, "search": "pairs", "rounds": rounds}), []))
+    assert "| 1 | none | 4 | 1 (0.4000), 3 (0.3000), 0 (0.1000) | none | abc123 |" in text
+    assert "| 2 | none | 2 | 0+1 (0.6000), 1+3 (0.5000) | 1, 3 | abc123 |" in text
+    assert "The search: pairs." in text
+    assert "restored in all" not in render_markdown("t", choice_blocks(products(RECALL), []))  # a former sheet
+
+
+def test_a_teacher_that_fails_the_probe_is_told():
+    failed = {**RECALL, "numbers": {**NUMBERS, "accuracy_teacher": 0.21}}
+    assert "The teacher itself answers only 21" in (choice_summary(products(failed)) or "")
+    assert "itself" not in (choice_summary(products(RECALL)) or "")
+
+
 def test_nothing_is_said_where_nothing_was_chosen():
     assert choice_blocks(products(None), ["choose.png"]) == []
 

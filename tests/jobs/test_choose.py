@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import InputRef
-from radlads.tasks.contracts.recipe.choice import AttentionChoice, RecallProbe
+from radlads.tasks.contracts.recipe.choice import AttentionChoice, NeedleProbe, RecallProbe
 from radlads.tasks.contracts.specs import ChooseSpec
-from radlads.tasks.jobs.choose import choose
+from radlads.tasks.jobs.choose import choose, recall_choice
 from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches
+from radlads.tasks.jobs.choose.needle_probe import make_needles
 from radlads.tasks.jobs.common import Job, execute
+from radlads.tasks.jobs.data.ruler.draw import half_of
 from radlads.tasks.jobs.data.text.recall import build_quiz, load_filler
 from radlads.tasks.jobs.train import train
 
@@ -36,10 +38,12 @@ def aligned(training: Any) -> Job:
 
 @pytest.fixture
 def choose_job(training: Any, aligned: Job, make_job: Callable[..., Job]) -> Callable[..., Job]:
-    def make(way: str = "recall", run_tokens: int = RUN_TOKENS, **probe: Any) -> Job:
+    def make(
+        way: str = "recall", run_tokens: int = RUN_TOKENS, more: dict[str, Any] | None = None, **probe: Any
+    ) -> Job:
         recall = RecallProbe(**{**PROBE, **probe}) if way == "recall" else RecallProbe()
         spec = ChooseSpec(
-            section=AttentionChoice(count=1, choose=way, recall=recall),
+            section=AttentionChoice(count=1, choose=way, recall=recall, **(more or {})),
             teacher=training.reference,
             attention_rope=False,
             run_tokens=run_tokens,
@@ -115,6 +119,53 @@ def test_two_ranks_choose_as_one(choose_job: Callable[..., Job], run_main: Any, 
     assert together.metrics["tokens"] == alone.metrics["tokens"]
     for key in ("recall_before", "kl_before", "recall_after", "kl_after", "recall_teacher"):
         assert together.metrics[key] == pytest.approx(alone.metrics[key], rel=1e-5)
+
+
+def test_a_teacher_that_fails_the_probe_ends_the_stage_before_a_layer_is_tried(
+    choose_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recall_choice, "sum_layers", lambda *args, **given: pytest.fail("a layer was tried"))
+    job = choose_job(more={"probe": {"tasks": ["niah_single_1"]}}, lengths=(480,))
+    assert execute(choose.main, job) == "config"
+    message = json.loads((job.scratch / "exit.json").read_text())["message"]
+    assert "the teacher answers 0.0% of the probe's needles, less than the 80%" in message
+    assert "shorten recall.lengths, set probe.chat: true" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("search", ["one_at_a_time", "greedy"])
+def test_a_search_by_needles_is_told_round_by_round(choose_job: Callable[..., Job], run_main: Any, search: str):
+    probe = {"tasks": ["niah_single_1", "niah_multikey_2"], "chat": search == "greedy", "least": 0}
+    job = choose_job(more={"probe": probe, "search": search}, lengths=(480,), run_tokens=1_000_000)
+    metrics = run_main(choose.main, job).metrics
+    sheet = json.loads((Path(job.spec.output_uri) / "choose.json").read_text())
+    assert (sheet["search"], sheet["probe"]["needles"], sheet["probe"]["answers"]) == (search, probe, 4)
+    (told,) = sheet["rounds"]
+    assert (told["round"], told["kept"], set(told["candidates"])) == (1, [], {"0", "1"})
+    assert told["chosen"] == metrics["attention_layers"] == sheet["attention_layers"]
+    assert metrics["tokens"] <= job.typed.section.passes(2) * (4 * 480 + 128)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_needles_mark_their_answers_and_keep_their_length(tokenizer_folder: Path, tmp_path: Path, chat: bool):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    (tmp_path / "book.txt").write_text(" ".join(f"Here is sentence {i}." for i in range(200)), encoding="utf-8")
+    section = RecallProbe(**{**PROBE, "documents": 6, "lengths": (640, 720), "haystack": (str(tmp_path / "book.txt"),)})
+    probe = NeedleProbe(tasks=("niah_single_2", "niah_multikey_1", "niah_multikey_3"), chat=chat)
+    quizzes = make_needles(section, probe, tokenizer, add_bos=True)
+    assert {length: len(part) for length, part in quizzes.items()} == {640: 3, 720: 3}
+    for length, part in quizzes.items():
+        for number, quiz in enumerate(part):
+            assert 0.9 * length < len(quiz.ids) == len(quiz.answers) <= length
+            assert (quiz.ids[0], quiz.ids.count(tokenizer.bos_token_id)) == (tokenizer.bos_token_id, 1)
+            assert set(quiz.answers) == {0, 1}
+            answer = tokenizer.decode([i for i, n in zip(quiz.ids, quiz.answers, strict=True) if n]).strip(" .")
+            before = tokenizer.decode(quiz.ids[: quiz.answers.index(1)])
+            assert f"is: {answer}." in before
+            assert ("Here is sentence" in before) == (number < 2)
+            assert half_of(answer) == "training"
+            assert ("<|assistant|>" in before) == chat
+    assert make_needles(section, probe, tokenizer, add_bos=True) == quizzes
 
 
 def test_without_a_record_difficulty_says_so(choose_job: Callable[..., Job], training: Any):

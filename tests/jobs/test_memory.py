@@ -170,6 +170,14 @@ def test_parameters_are_those_of_real_models(family_config, model_type: str):
     assert (networks.num_linear, networks.num_softmax) == ((1, 3) if linear else (0, networks.num_layers))
 
 
+def test_a_mixer_keeps_as_much_behind_attention_that_hands_on_first_values():
+    for variant in ("rad_rwkv7", "hxa079"):
+        kept = [
+            count_networks(recipe_of(variant=variant, attention_layers=layers), config_of()) for layers in ([0], [1])
+        ]
+        assert kept[0].layer_bytes == kept[1].layer_bytes
+
+
 OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4", "cohere2", "exaone4", "qwen3_5_text")]
 
 

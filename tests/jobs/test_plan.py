@@ -223,6 +223,19 @@ def test_a_choice_is_planned(recipe: Callable[..., Recipe], way: str, layers: tu
         assert report.stages["choose"]["memory_bytes_per_gpu"]["total"] > 0
 
 
+def test_a_probe_of_needles_is_planned_with_what_can_be_known(recipe: Callable[..., Recipe]):
+    sizes = {f"{stage}__tokens": 2_000_000 for stage in ("align", "distill", "finetune")}
+    choice = {"count": 1, "choose": "recall", "search": "one_at_a_time", "probe": {"tasks": ["niah_single_1"]}}
+    choice["recall"] = {"lengths": [480], "documents": 16, "context": 64, "heldout_tokens": 640}
+    report = plan.make_plan(recipe(student__attention_layers=choice, **sizes), CPU)
+    assert report.choice is not None
+    assert report.stages["choose"]["tokens"] == (1 + 2 + 1 + 2) * (16 * 480 + 640)
+    assert [text for text in report.warnings if "80% of 16 answers, with a standard error of 10 points" in text]
+    short = choice | {"recall": {"lengths": [64], "context": 64}}
+    with pytest.raises(UserError, match="niah_single_1 does not fit in 64 tokens"):
+        plan.make_plan(recipe(student__attention_layers=short, **sizes), CPU)
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [

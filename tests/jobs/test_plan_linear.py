@@ -18,6 +18,7 @@ from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
 from radlads.tasks.contracts.specs import PlanReport
 from radlads.tasks.jobs.choose.choose import choose_by_difficulty
 from radlads.tasks.jobs.plan import plan
+from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.choice_plan import plan_choice
 from radlads.tasks.jobs.report import card
 
@@ -99,12 +100,12 @@ def test_a_late_choice_is_among_softmax_layers(tmp_path: Path) -> None:
     for count in (3, 4):
         recipe = linear_recipe(tmp_path, {"count": count, "choose": "difficulty"})
         if count < len(SOFTMAX):
-            choice = plan_choice(recipe, config, tokenizer)
+            choice = plan_choice(recipe, config, tokenizer, Findings())
             assert choice is not None
             assert choice.count == count
         else:
             with pytest.raises(UserError, match="count is 4, of 4 layers"):
-                plan_choice(recipe, config, tokenizer)
+                plan_choice(recipe, config, tokenizer, Findings())
 
 
 def test_gaps_are_counted_among_softmax_layers(tmp_path: Path) -> None:

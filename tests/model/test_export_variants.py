@@ -50,7 +50,7 @@ print("RESULT" + json.dumps(seen))
 # Name of the folder → variant, options, layers kept.
 CASES = {
     **{name: (name, {}, (1,) if name.startswith("hxa") else ()) for name in list_variants()},
-    "hxa079-published": ("hxa079", {"key_scaling": "log_log_decay"}, ()),
+    "hxa079-published": ("hxa079", {"key_scaling": "log_log_decay"}, (0,)),
     "arwkv": ("rwkv7", {"gate": False, "group_norm": False}, (0,)),
     "rad_rwkv6-groupnorm": ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank"}, (2,)),
     "gated_deltanet-conv": ("gated_deltanet", {"short_conv": 4, "gate": "full"}, (0,)),

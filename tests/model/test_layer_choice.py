@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 
 from radlads.model.convert.layer_choice import (
     DifficultyWeights,
-    LayerScore,
     difficulty_scores,
     even_layers,
     last_layers,
-    recall_layers,
-    recall_per_kl,
     spaced_layers,
 )
+from radlads.model.convert.layer_search import LayerScore, recall_per_kl, search_layers
 from radlads.tasks.contracts.errors import UserError
 
 
@@ -159,13 +157,19 @@ def score(recall, kl=1.0):
     return LayerScore(recall=recall, accuracy=0.0, kl=kl)
 
 
+def scripted(value, asked=None):
+    """value: set of layers → recall. asked: receives every set."""
+
+    def ask(sets):
+        if asked is not None:
+            asked.extend(sets)
+        return {layers: score(value(set(layers))) for layers in sets}
+
+    return ask
+
+
 def greedy(value, count, num_layers):
-    """value: set of layers → recall."""
-
-    def ask(kept, left):
-        return score(value(set(kept))), {layer: score(value({*kept, layer})) for layer in left}
-
-    return recall_layers(ask, count, range(num_layers))
+    return search_layers(scripted(value), count, range(num_layers))
 
 
 def test_layers_that_complement_each_other_are_chosen():
@@ -176,10 +180,46 @@ def test_layers_that_complement_each_other_are_chosen():
 
     chosen, rounds = greedy(value, 2, 5)
     assert chosen == (1, 3)
-    assert [found.chosen for found in rounds] == [1, 3]
-    assert rounds[0].values[1] == rounds[0].values[2] > rounds[0].values[3]
+    assert [found.chosen for found in rounds] == [(1,), (3,)]
+    assert rounds[0].values[1,] == rounds[0].values[2,] > rounds[0].values[3,]
     assert rounds[1].before.recall == -3.0
-    assert set(rounds[1].scores) == {0, 2, 3, 4}
+    assert set(rounds[1].scores) == {(0,), (2,), (3,), (4,)}
+    # Alone, 1 and 2 are the best; pairs see that they restore the same.
+    assert search_layers(scripted(value), 2, range(5), search="one_at_a_time")[0] == (1, 2)
+    assert search_layers(scripted(value), 2, range(5), search="pairs", candidates=4)[0] == (1, 3)
+
+
+def test_layers_that_only_help_jointly_are_found_by_pairs_alone():
+    """1 and 4 restore recall together and nothing alone; 0 and 3 a little each."""
+
+    def value(layers):
+        return -9.0 + 0.5 * (0 in layers) + 0.5 * (3 in layers) + 4.0 * ({1, 4} <= layers)
+
+    ask = scripted(value)
+    assert search_layers(ask, 2, range(6), search="one_at_a_time")[0] == (0, 3)
+    assert search_layers(ask, 2, range(6))[0] == (0, 3)
+    chosen, (alone, together) = search_layers(ask, 2, range(6), search="pairs", candidates=6)
+    assert chosen == together.chosen == (1, 4)
+    assert alone.chosen == ()
+    assert (alone.values[1,], together.values[1, 4], len(together.scores)) == (0.0, 4.0, 15)
+    assert search_layers(ask, 3, range(6), search="pairs", candidates=6)[0] == (0, 1, 4)
+    # Among too few candidates they are not measured together.
+    assert search_layers(ask, 2, range(6), search="pairs", candidates=2)[0] == (0, 3)
+    with pytest.raises(UserError, match="too few to choose 3 layers"):
+        search_layers(ask, 3, range(6), search="pairs", candidates=2)
+
+
+def test_later_rounds_measure_only_the_best_candidates():
+    asked = []
+
+    def value(layers):
+        return -9.0 + sum(layers)
+
+    chosen, rounds = search_layers(scripted(value, asked), 3, range(6), candidates=2)
+    assert chosen == (3, 4, 5)
+    assert [sorted(found.scores) for found in rounds] == [[(i,) for i in range(6)], [(3,), (4,)], [(2,), (3,)]]
+    assert [found.kept for found in rounds] == [(), (5,), (4, 5)]
+    assert set(asked[-2:]) == {(2, 4, 5), (3, 4, 5)}
 
 
 def test_ties_of_recall_go_to_the_lower_layer():
@@ -196,7 +236,8 @@ def test_recall_is_weighed_against_the_kl_that_is_left():
 
 
 def test_a_broken_candidate_is_never_chosen():
-    def ask(kept, left):
-        return score(-3.0), {layer: score(math.nan if layer == 0 else -4.0 + layer / 10) for layer in left}
+    def ask(sets):
+        return {s: score(math.nan if 0 in s else -3.0 if not s else -4.0 + sum(s) / 10) for s in sets}
 
-    assert recall_layers(ask, 1, range(3))[0] == (2,)
+    assert search_layers(ask, 1, range(3))[0] == (2,)
+    assert search_layers(ask, 2, range(3), search="pairs", candidates=3)[0] == (1, 2)

@@ -110,6 +110,16 @@ def test_hybrid_with_what_a_real_file_has_too_much(make_teacher, make_student, t
     assert torch.equal(untied.lm_head.weight, held["lm_head.weight"].bfloat16())
 
 
+def test_first_values_of_a_kept_first_layer_have_no_names_there(make_teacher, make_student, tmp_path: Path) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher, variant="hxa079", options=FAITHFUL, attention_layers=(0,))
+    with pytest.raises(UserError, match="this student from layer 0, which is softmax attention"):
+        list(openmose_tensors(student))
+    student.config.first_values = "first_mixer"
+    folder = save(dict(openmose_tensors(student)), tmp_path / "theirs")
+    assert load_openmose(folder, teacher.config).config.first_values == "first_mixer"
+
+
 def test_what_the_folder_says_of_itself_counts(make_teacher, make_student, tmp_path: Path) -> None:
     teacher = make_teacher("llama")
     student = make_student(teacher, variant="hxa07c", attention_layers=(1,))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
 
-from radlads.model.convert.layer_choice import recall_layers
-from radlads.model.convert.layer_scores import BEFORE, ProbeBatch, TokenCount, sum_layers, teacher_recall
+from radlads.model.convert.layer_scores import ProbeBatch, TokenCount, sum_layers, teacher_recall
+from radlads.model.convert.layer_search import search_layers
 from radlads.model.convert.restore import restore_attention, restored
 from radlads.model.mixers.shared.registry import list_variants
 from radlads.model.student.export import export_student
 from radlads.model.student.load import load_student
+from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.tasks.contracts.errors import UserError
 
 
@@ -42,8 +46,8 @@ def test_restored_for_good_survives_export(make_teacher, make_student, tokens, t
     report = restore_attention(student, teacher, [0, 2], attention_rope=True)
     assert torch.equal(student(tokens, use_cache=False).logits, wanted)
     assert any("layers.0" in name for name in report["restored"])
-    # Layer 1 is the first recurrent one now, and loses what took values from layer 0.
-    assert {name.split(".")[2] for name in report["dropped"]} == {"0", "1", "2"}
+    # Layer 1 goes on to take first values from layer 0.
+    assert {name.split(".")[2] for name in report["dropped"]} == {"0", "2"}
     export_student(student, None, tmp_path)
     again = load_student(tmp_path)
     assert again.config.attention_layers == [0, 2]
@@ -57,17 +61,68 @@ def test_restored_for_good_survives_export(make_teacher, make_student, tokens, t
 
 
 @pytest.mark.parametrize("variant", list_variants())
-def test_the_next_layer_plays_the_first_ones_part(teacher, make_student, tokens, variant):
-    """With layer 0 softmax again, layer 1 hands its values on; it does not use what took them from layer 0."""
+def test_restoring_the_first_layer_changes_only_its_mixing(teacher, make_student, tokens, variant):
+    """Where layer 0's attention says nothing to the others but by first values, the student stays what it was."""
+    with torch.no_grad():
+        teacher.model.layers[0].self_attn.o_proj.weight.zero_()
     student = make_student(teacher, variant=variant)
-    built = make_student(teacher, variant=variant, attention_layers=(0,), attention_rope=True)
+    shift = getattr(student.mixers()[0], "x_v", None)
+    if shift is not None:  # attention has no token shift
+        shift.data.zero_()
+    wanted, names = student(tokens, use_cache=False).logits, set(student.state_dict())
     with restored(student, teacher, [0]):
-        state = student.state_dict()
-        built.load_state_dict({name: state[name] for name in built.state_dict()})
-        assert torch.equal(student(tokens, use_cache=False).logits, built(tokens, use_cache=False).logits)
-    restore_attention(student, teacher, [0], attention_rope=True)
-    assert set(student.state_dict()) == set(built.state_dict())
-    assert torch.isfinite(student(tokens, use_cache=False).logits).all()
+        torch.testing.assert_close(student(tokens, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+    report = restore_attention(student, teacher, [0], attention_rope=False)
+    torch.testing.assert_close(student(tokens, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert all(name.startswith("model.layers.0.") for name in report["dropped"])
+    assert {n for n in names if ".layers.0." not in n} == {n for n in student.state_dict() if ".layers.0." not in n}
+    built = make_student(teacher, variant=variant, attention_layers=(0,))
+    built.load_state_dict(student.state_dict())
+    assert torch.equal(built(tokens, use_cache=False).logits, student(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_a_step_hands_on_what_the_whole_text_does(make_teacher, make_student, tokens, family):
+    """First keys as well; the values of a fused projection too."""
+    teacher = make_teacher(family)
+    student = make_student(teacher, variant="hxa079")
+    restore_attention(student, teacher, [0], attention_rope=False)
+    with torch.no_grad():
+        wanted = student(tokens, use_cache=False).logits
+        begun = student(tokens[:, :9], use_cache=True)
+        got = [begun.logits]
+        for t in range(9, tokens.shape[1]):
+            got.append(student(tokens[:, t : t + 1], past_key_values=begun.past_key_values).logits)
+    torch.testing.assert_close(torch.cat(got, 1), wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_students_exported_before_keep_their_first_values(teacher, make_student, tokens, tmp_path):
+    """Their config has no such key: the first mixer hands on its values, and has nothing that would take others."""
+    student = make_student(teacher)
+    student.config.first_values = "first_mixer"
+    with torch.device("meta"):
+        mixer = student.mixers()[1]
+        student.config.attention_layers = [0]
+        former = student.build_mixer(1, mixer.shape).state_dict().keys()
+    config = copy.deepcopy(student.config)
+    old = RadladsForCausalLM(config).eval()
+    state = student.state_dict() | {
+        f"model.layers.0.self_attn.{name}": tensor
+        for name, tensor in teacher.model.layers[0].self_attn.state_dict().items()
+    }
+    old.load_state_dict({name: state[name] for name in old.state_dict()})
+    assert set(old.mixers()[1].state_dict()) == former < set(mixer.state_dict())
+    export_student(old, None, tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    raw.pop("first_values", None)
+    path.write_text(json.dumps(raw))
+    again = load_student(tmp_path)
+    assert again.config.first_attention() is None
+    assert torch.equal(again(tokens).logits, old(tokens).logits)
+    assert torch.isfinite(old(tokens).logits).all()
+    with pytest.raises(ValueError, match="must be first_layer or first_mixer"):
+        type(config)(teacher=config.teacher, family=config.family, first_values="other")
 
 
 def test_generation_goes_on_as_the_whole_text_says(teacher, make_student, tokens):
@@ -105,20 +160,14 @@ def probe(num_answers=3, T=24, seed=3):
     return [ProbeBatch(ids, answers), ProbeBatch(torch.randint(3, 64, (3, T), generator=generator))]
 
 
-def score_layers(student, teacher, batches, *, kept=(), candidates=None):
-    """The student with `kept` restored, and with each candidate as well; None: every other layer."""
-    layers = [i for i in student.mixers() if i not in kept] if candidates is None else candidates
-    sums = sum_layers(student, teacher, batches, kept=kept, candidates=[BEFORE, *layers])
-    scores = {layer: found.score() for layer, found in sums.items()}
-    return scores.pop(BEFORE), scores
+def scorer(student, teacher, batches):
+    return lambda sets: {found: sums.score() for found, sums in sum_layers(student, teacher, batches, sets).items()}
 
 
 def test_scores_are_those_of_plain_forward_passes(teacher, make_student):
     student = make_student(teacher)
     recall, text = batches = probe()
-    before, scores = score_layers(student, teacher, batches, kept=(2,))
-    assert set(scores) == {0, 1}
-    for layers, found in (((2,), before), ((1, 2), scores[1])):
+    for layers, found in scorer(student, teacher, batches)([(2,), (1, 2)]).items():
         with restored(student, teacher, layers), torch.no_grad():
             ours = student(recall.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
             told = student(text.input_ids[:, :-1], use_cache=False).logits.log_softmax(-1)
@@ -136,16 +185,17 @@ def test_scores_are_those_of_plain_forward_passes(teacher, make_student):
 def test_parts_of_the_probe_add_up(teacher, make_student):
     student = make_student(teacher)
     batches = probe()
-    whole = sum_layers(student, teacher, batches, kept=(), candidates=[-1, 1])
-    parts = [sum_layers(student, teacher, [batch], kept=(), candidates=[-1, 1]) for batch in batches]
-    for layer in (-1, 1):
-        assert vars(parts[0][layer] + parts[1][layer]) == pytest.approx(vars(whole[layer]))
-    assert (whole[1].answers, whole[1].answer_tokens, whole[1].text_tokens) == (6, 12, 69)
+    sets = [(), (1,)]
+    whole = sum_layers(student, teacher, batches, sets)
+    parts = [sum_layers(student, teacher, [batch], sets) for batch in batches]
+    for layers in sets:
+        assert vars(parts[0][layers] + parts[1][layers]) == pytest.approx(vars(whole[layers]))
+    assert (whole[1,].answers, whole[1,].answer_tokens, whole[1,].text_tokens) == (6, 12, 69)
 
 
 def test_every_token_is_counted(teacher, make_student):
     count = TokenCount()
-    sum_layers(make_student(teacher), teacher, probe(), kept=(), candidates=[-1, 0, 1, 2], count=count)
+    sum_layers(make_student(teacher), teacher, probe(), [(), (0,), (1,), (2,)], count=count)
     teacher_recall(teacher, probe(), count=count)
     assert count.student == 4 * (2 * 23 + 3 * 23)
     assert count.teacher == 3 * 23 + 2 * 23
@@ -159,13 +209,14 @@ def test_the_only_layer_that_matters_is_chosen(teacher, make_student, needed):
             teacher.model.layers[layer].self_attn.o_proj.weight.zero_()
     student = make_student(teacher)
     batches = [sharpened(teacher), *probe()[1:]]
-    chosen, rounds = recall_layers(
-        lambda kept, left: score_layers(student, teacher, batches, kept=kept, candidates=left), 1, range(3)
-    )
-    assert chosen == (needed,)
-    assert rounds[0].scores[needed].kl == pytest.approx(0.0, abs=1e-5)
-    assert rounds[0].scores[needed].accuracy == 1.0
-    assert rounds[0].before.kl > 1e-3
+    score = scorer(student, teacher, batches)
+    for search in ("one_at_a_time", "greedy"):
+        chosen, rounds = search_layers(score, 1, range(3), search=search)
+        assert chosen == (needed,)
+        assert rounds[0].scores[needed,].kl == pytest.approx(0.0, abs=1e-5)
+        assert rounds[0].scores[needed,].accuracy == 1.0
+        assert rounds[0].before.kl > 1e-3
+    assert needed in search_layers(score, 2, range(3), search="pairs", candidates=3)[0]
 
 
 def sharpened(teacher):
@@ -182,9 +233,7 @@ def test_choices_are_the_same_again(teacher, make_student):
     batches = probe()
 
     def run():
-        return recall_layers(
-            lambda kept, left: score_layers(student, teacher, batches, kept=kept, candidates=left), 2, range(3)
-        )
+        return search_layers(scorer(student, teacher, batches), 2, range(3))
 
     first, second = run(), run()
     assert first == second

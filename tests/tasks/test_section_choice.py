@@ -8,7 +8,6 @@ from radlads.tasks.contracts.recipe.choice import (
     RecallProbe,
     fit_probe,
     late_choice,
-    probe_passes,
     run_tokens,
 )
 from radlads.tasks.contracts.recipe.recipe import RecipeError, dump_recipe, parse_recipe
@@ -55,6 +54,16 @@ def test_a_list_is_what_it_was():
         ({"count": 1, "choose": "recall", "recall": {"data": "no"}}, "recall.data is 'no'"),
         ({"count": 1, "choose": "recall", "recall": {"budget": 0.5}}, "less than or equal to 0.05"),
         ({"count": 1, "choose": "recall", "recall": {"heldout_tokens": 64}}, "fewer than one window of 512"),
+        ({"count": 1, "choose": "last", "search": "pairs", "candidates": 3}, "`search` is given, but `choose` is last"),
+        (
+            {"count": 2, "choose": "recall", "probe": {}},
+            "name text files in recall.haystack, or list other probe.tasks",
+        ),
+        ({"count": 1, "choose": "recall", "search": "pairs"}, "chooses two layers or more among `candidates`"),
+        ({"count": 3, "choose": "recall", "search": "pairs", "candidates": 2}, "not 3 among 2; change count"),
+        ({"count": 1, "choose": "recall", "search": "one_at_a_time", "candidates": 2}, "measures all layers once"),
+        ({"count": 1, "choose": "recall", "probe": {"tasks": ["vt"]}}, "probe.tasks"),
+        ({"count": 1, "choose": "recall", "probe": {"least": 2}}, "less than or equal to 1"),
         ({"count": 1, "choose": "difficulty", "difficulty": {"min_gap": 9}}, "min_gap must not be larger"),
         ("even", "give a list of layers, or {count: N, choose:"),
         ([-1], "counted from 0"),
@@ -87,28 +96,41 @@ def test_a_dataset_for_the_probe_alone_is_made():
     assert run_tokens(made) == 2 * 40960
 
 
-@pytest.mark.parametrize("tokens", [500_000, 1_000_000, 500_000_000])
-@pytest.mark.parametrize(("count", "layers"), [(1, 4), (6, 44), (7, 28)])
-def test_the_probe_keeps_within_its_budget(tokens, count, layers):
+def by_recall(count, **changes):
+    return AttentionChoice(count=count, choose="recall", **changes)
+
+
+@pytest.mark.parametrize("search", ["one_at_a_time", "greedy", "pairs"])
+@pytest.mark.parametrize("tokens", [1_000_000, 500_000_000])
+@pytest.mark.parametrize(("count", "layers"), [(2, 4), (6, 44), (7, 28)])
+def test_the_probe_keeps_within_its_budget(tokens, count, layers, search):
     probe = RecallProbe(lengths=(32, 64), context=32, documents=1000, heldout_tokens=1 << 20)
-    fitted = fit_probe(probe, count=count, num_candidates=layers, tokens=tokens * count)
-    reading = sum(fitted.lengths[i % 2] for i in range(fitted.documents)) + fitted.heldout_tokens
-    cost = probe_passes(count, layers) * reading
+    choice = by_recall(count, recall=probe, search=search)
+    fitted = fit_probe(choice, num_layers=layers, tokens=tokens * count).recall
+    cost = choice.passes(layers) * (fitted.quiz_tokens + fitted.heldout_tokens)
     assert cost <= 0.05 * tokens * count
     assert fitted.documents >= 4
     assert fitted.heldout_tokens >= fitted.context
     if fitted != probe:  # all of the budget is used, but for what the parts do not divide
-        assert cost > 0.05 * tokens * count - probe_passes(count, layers) * (32 + 2)
+        assert cost > 0.05 * tokens * count - choice.passes(layers) * (32 + 2)
+
+
+def test_a_search_costs_the_passes_that_it_makes():
+    """The student as it is, every set of layers, and a teacher's pass for every call."""
+    assert by_recall(3).passes(8) == 1 + (8 + 7 + 6) + 3
+    assert by_recall(3, candidates=2).passes(8) == 1 + (8 + 2 + 2) + 3
+    assert by_recall(3, search="one_at_a_time").passes(8) == 1 + 8 + 1 + 2
+    assert by_recall(3, search="pairs").passes(8) == 1 + 8 + 15 + 1 + 3
+    assert by_recall(3, search="pairs", candidates=4).passes(8) == 1 + 8 + 6 + 1 + 3
 
 
 def test_a_probe_within_its_budget_is_left_alone():
-    probe = RecallProbe()
-    assert fit_probe(probe, count=4, num_candidates=28, tokens=500_000_000) == probe
+    assert fit_probe(by_recall(4), num_layers=28, tokens=500_000_000) == by_recall(4)
 
 
 def test_too_few_tokens_are_refused_with_what_would_help():
     with pytest.raises(ValueError, match=r"train on more tokens, shorten recall.lengths"):
-        fit_probe(RecallProbe(), count=7, num_candidates=28, tokens=100_000)
+        fit_probe(by_recall(7), num_layers=28, tokens=100_000)
 
 
 def test_the_digest_is_of_what_the_choice_is():
@@ -118,5 +140,23 @@ def test_the_digest_is_of_what_the_choice_is():
         spec = ChooseSpec(section=choice, teacher=teacher, attention_rope=False, run_tokens=run)
         return spec_digest("choose", spec, {})
 
+    # That of a recipe before probe, search and candidates.
+    assert digest() == "419a00bc18f72dbe4f0e20469c34c036e18e2a08e8c5130e1c3c5a1869ecc880"
     assert digest() == digest(run=2000) == digest(micro_batch=1)
     assert len({digest(), digest(seed=1), digest(documents=64), digest(lengths=(64,))}) == 4
+
+
+def test_search_and_probe_make_another_choice():
+    def digest(**changes):
+        teacher = TeacherRef(path="demo", fingerprint="f")
+        spec = ChooseSpec(section=by_recall(2, **changes), teacher=teacher, attention_rope=False, run_tokens=1)
+        return spec_digest("choose", spec, {})
+
+    assert digest() == digest(search="greedy", candidates=None, probe=None)
+    others = [
+        {"search": "pairs"},
+        {"search": "one_at_a_time"},
+        {"candidates": 3},
+        {"probe": {"tasks": ["niah_single_1"]}},
+    ]
+    assert len({digest(), *(digest(**one) for one in others)}) == 5

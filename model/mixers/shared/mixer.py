@@ -6,6 +6,7 @@ A = H·K, R low rank, N packed sequences. Needs torch only: an exported model ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from radlads.model.mixers.shared.attention_shape import AttentionShape
 
 
 class FirstValues(NamedTuple):
-    """Outputs of the first recurrent layer for the deeper ones, passed as values so that the gradient reaches it.
+    """Outputs of the first layer for the deeper ones, passed as values so that the gradient reaches it.
 
     [B,T,H,V] and [B,T,H,K] where a variant mixes them after the repeat, [B,T,G,V] and [B,T,G,K] where before.
     """
@@ -58,7 +59,7 @@ class MixerContext:
     row_part: Any = None
     """In training by several ranks that share rows: this rank's part (`before` and `run`); None elsewhere."""
     first: FirstValues | None = None
-    """Set by the first recurrent layer: tensors of its graph, so that gradients of deeper layers reach it."""
+    """Set by the first layer, mixer or attention: tensors of its graph, so that gradients of deeper layers reach it."""
 
 
 class Mixer(nn.Module):
@@ -67,7 +68,7 @@ class Mixer(nn.Module):
     A decoder layer calls it as it calls the attention that it replaces; `mix` is what a variant defines. A variant is
     made as `Mixer(shape, options, layer=, num_layers=, first=)`. options: resolved, attributes as in the variant's
     `Options`; those that say how parameters start may be missing on the meta device. first: whether this is the
-    model's first recurrent layer.
+    layer that hands on first values.
     """
 
     CONSTANTS: ClassVar[dict[str, float | str]] = {}
@@ -91,6 +92,14 @@ class Mixer(nn.Module):
         norm, per_head = shape.norm or HeadNorm, not shape.norm_all_heads
         self.q_norm = norm(shape.head_dim if per_head else A, shape.norm_eps) if shape.qk_norm else None
         self.k_norm = norm(shape.head_dim if per_head else kv, shape.norm_eps) if shape.qk_norm else None
+
+    @classmethod
+    def first_values_of(
+        cls, options: Any, shape: AttentionShape, project: Callable[[bool], tuple[Tensor, Tensor]]
+    ) -> FirstValues:
+        """What the first layer hands to the others where it stays softmax attention. project: whether keys are rotated
+        → its keys and values [B,T,G,K]."""
+        return FirstValues()
 
     def start(self) -> None:
         """Give the parameters their initial values; on the meta device, where models are loaded, there are none."""
@@ -132,15 +141,7 @@ class Mixer(nn.Module):
 
     def to_heads(self, r_BTA: Tensor, k_BTA: Tensor, v_BTA: Tensor, rope: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs of the projections as `project` returns them."""
-        r, k, v, shape = r_BTA, k_BTA, v_BTA, self.shape
-        if self.q_norm is not None and self.k_norm is not None and shape.norm_all_heads:
-            r, k = self.q_norm(r), self.k_norm(k)
-        r, k, v = (z.unflatten(-1, (-1, shape.head_dim)) for z in (r, k, v))
-        if self.q_norm is not None and self.k_norm is not None and not shape.norm_all_heads:
-            r, k = self.q_norm(r), self.k_norm(k)
-        if rope is not None and shape.rotates:
-            r, k = (shape.rotary or rotate_halves)(r, k, *rope, unsqueeze_dim=2)
-        return (r if shape.q_scale == 1 else r * shape.q_scale), k, v
+        return to_heads(self.shape, self.q_norm, self.k_norm, r_BTA, k_BTA, v_BTA, rope)
 
     def repeat(self, x_BTGK: Tensor) -> Tensor:
         return repeat_kv(x_BTGK, self.shape.num_heads // self.shape.num_kv_heads)
@@ -210,6 +211,27 @@ class Mixer(nn.Module):
         row_part: as in `MixerContext`, with the same bounds.
         """
         raise NotImplementedError
+
+
+def to_heads(
+    shape: AttentionShape,
+    q_norm: nn.Module | None,
+    k_norm: nn.Module | None,
+    r_BTA: Tensor,
+    k_BTA: Tensor,
+    v_BTA: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of projections in heads, `(r [B,T,H,K], k [B,T,G,K], v [B,T,G,V])`: normed, rotated and scaled."""
+    r, k, v = r_BTA, k_BTA, v_BTA
+    if q_norm is not None and k_norm is not None and shape.norm_all_heads:
+        r, k = q_norm(r), k_norm(k)
+    r, k, v = (z.unflatten(-1, (-1, shape.head_dim)) for z in (r, k, v))
+    if q_norm is not None and k_norm is not None and not shape.norm_all_heads:
+        r, k = q_norm(r), k_norm(k)
+    if rope is not None and shape.rotates:
+        r, k = (shape.rotary or rotate_halves)(r, k, *rope, unsqueeze_dim=2)
+    return (r if shape.q_scale == 1 else r * shape.q_scale), k, v
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

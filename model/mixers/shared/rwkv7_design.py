@@ -23,6 +23,7 @@ Needs torch only: an exported model carries this file. In the order of computati
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -47,6 +48,7 @@ from radlads.model.mixers.shared.mixer import (
     MixerState,
     init_low_rank_out,
     low_rank,
+    repeat_kv,
     rising_decay,
     start_gate_at_one,
 )
@@ -204,7 +206,7 @@ class Rwkv7Mixer(Mixer):
             r, k, v, gate, *(first or FirstValues()), *low,
             state=state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, output_state=output_state, row_part=row_part,
         )  # fmt: skip
-        first = self._first_values(k, v, values) if self.v0 is None else first
+        first = _first_values(self.design, k, v, values) if self.v0 is None else first
         return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
 
     def recur(
@@ -262,13 +264,24 @@ class Rwkv7Mixer(Mixer):
             raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
         return Residual(first.v, low_BTR @ self.v2, self.v0)
 
-    def _first_values(self, k_BTGK: Tensor, v_BTGK: Tensor, v_BTHK: Tensor) -> FirstValues:
-        """What the first recurrent layer hands to the others."""
-        design = self.design
+    @classmethod
+    def first_values_of(
+        cls, options: Any, shape: AttentionShape, project: Callable[[bool], tuple[Tensor, Tensor]]
+    ) -> FirstValues:
+        """See `radlads.model.mixers.shared.mixer.Mixer.first_values_of`."""
+        design = cls.design_of(options, shape)
         if design.first_values == "none":
             return FirstValues()
-        mine = FirstValues(v_BTHK if design.first_values == "heads" else v_BTGK, k_BTGK if design.first_keys else None)
-        return mine if design.first_values_gradient else FirstValues(*(None if z is None else z.detach() for z in mine))
+        k, v = project(options.rope)
+        return _first_values(design, k, v, repeat_kv(v, shape.num_heads // shape.num_kv_heads))
+
+
+def _first_values(design: Design, k_BTGK: Tensor, v_BTGK: Tensor, v_BTHK: Tensor) -> FirstValues:
+    """What the first layer hands to the others."""
+    if design.first_values == "none":
+        return FirstValues()
+    mine = FirstValues(v_BTHK if design.first_values == "heads" else v_BTGK, k_BTGK if design.first_keys else None)
+    return mine if design.first_values_gradient else FirstValues(*(None if z is None else z.detach() for z in mine))
 
 
 class HeadRamps(NamedTuple):

@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from radlads.tasks.contracts.recipe.base import OPERATIONAL, Length, Place, Reads, Section, Seed
+from radlads.tasks.contracts.recipe.base import OPERATIONAL, AddedLater, Length, Place, Reads, Section, Seed
 
 if TYPE_CHECKING:
     from radlads.tasks.contracts.recipe.sections import Recipe, Student
 
 _LEAST_DOCUMENTS = 4
+_MOST_IN_PAIRS = 20
+"""Layers of which all pairs may be measured: all sets of them are compared."""
+_HAYSTACK_NEEDED = ("niah_single_2", "niah_single_3", "niah_multikey_1")
+
+ProbeTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+]
+"""RULER's tasks with one needle to find, whose answer is one text."""
+Search = Literal["one_at_a_time", "greedy", "pairs"]
 
 
 class Difficulty(Section):
@@ -73,10 +87,35 @@ class RecallProbe(Section):
     """Maximum tokens of the forward passes of the choice, as a fraction of the run's training tokens."""
     seed: Seed = 1234
 
+    @property
+    def quiz_tokens(self) -> int:
+        """Tokens of all quiz documents."""
+        return sum(self.lengths[i % len(self.lengths)] for i in range(self.documents))
+
     @model_validator(mode="after")
     def _a_window_fits(self) -> Self:
         if self.heldout_tokens < self.context:
             raise ValueError(f"heldout_tokens ({self.heldout_tokens}) is fewer than one window of {self.context}")
+        return self
+
+
+class NeedleProbe(Section):
+    """`probe` of `choose: recall`: quiz documents are prompts of RULER's needles, of strings that judging never draws.
+
+    The stage first judges the teacher on them, and fails before it tries a layer if the teacher does not pass.
+    """
+
+    tasks: tuple[ProbeTask, ...] = Field(default=("niah_single_2", "niah_multikey_1"), min_length=1)
+    """Used in turn, each at all of `recall.lengths`."""
+    chat: bool = False
+    """Put the prompt into a user message with the tokenizer's chat template; the answer prefix begins the reply."""
+    least: float = Field(default=0.8, ge=0, le=1)
+    """Share of the answers that the teacher must get right, all tokens of each by greedy choice."""
+
+    @model_validator(mode="after")
+    def _tasks_differ(self) -> Self:
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError("tasks has a task twice")
         return self
 
 
@@ -91,13 +130,62 @@ class AttentionChoice(Section):
     choose: Literal["even", "last", "difficulty", "recall"]
     difficulty: Difficulty = Difficulty()
     recall: RecallProbe = RecallProbe()
+    probe: Annotated[NeedleProbe | None, AddedLater()] = None
+    """Of recall: what the quiz documents are; None: facts, as in the text of `recall` sources, whoever fails them."""
+    search: Annotated[Search, AddedLater()] = "greedy"
+    """Of recall. one_at_a_time: the layers that gain most alone. greedy: round by round, former choices restored.
+    pairs: by what all pairs of the best layers gain (`model/convert/layer_search.py` has the rule)."""
+    candidates: Annotated[int | None, AddedLater()] = Field(default=None, ge=1, le=10_000)
+    """greedy: layers measured in each round after the first, those of the largest values known; None: all. pairs: the
+    best layers alone, of which all pairs are measured; None: twice `count`, from 4 to 20."""
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> Self:
+        of_recall = {"probe": None, "search": "greedy", "candidates": None}
+        if self.choose != "recall" and (given := [k for k, v in of_recall.items() if getattr(self, k) != v]):
+            raise ValueError(f"`{given[0]}` is given, but `choose` is {self.choose}; remove it")
         for way, default in (("difficulty", Difficulty()), ("recall", RecallProbe())):
             if self.choose != way and getattr(self, way) != default:
                 raise ValueError(f"settings of `{way}` are given, but `choose` is {self.choose}; remove them")
         return self
+
+    @model_validator(mode="after")
+    def _search_is_possible(self) -> Self:
+        if self.candidates is not None and self.search == "one_at_a_time":
+            raise ValueError("candidates is given, but search: one_at_a_time measures all layers once; remove it")
+        pool = self.candidate_layers or 0
+        if self.search == "pairs" and not 2 <= self.count <= pool <= _MOST_IN_PAIRS:
+            raise ValueError(
+                f"search: pairs chooses two layers or more among `candidates`, at most {_MOST_IN_PAIRS}, not "
+                f"{self.count} among {pool}; change count or candidates, or use search: greedy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _probe_has_a_haystack(self) -> Self:
+        needing = [task for task in self.probe.tasks if task in _HAYSTACK_NEEDED] if self.probe else []
+        if needing and not self.recall.haystack:
+            raise ValueError(
+                f"probe: {', '.join(needing)} hide needles in text, and there is none; name text files in "
+                "recall.haystack, or list other probe.tasks (niah_single_1, niah_multikey_2)"
+            )
+        return self
+
+    @property
+    def candidate_layers(self) -> int | None:
+        """`candidates`, with the default of `pairs`; None: all."""
+        if self.search == "pairs" and self.candidates is None:
+            return min(max(4, 2 * self.count), _MOST_IN_PAIRS)
+        return self.candidates
+
+    def passes(self, num_layers: int) -> int:
+        """Maximum forward passes over the probe: the initial student, each set of layers, the teacher."""
+        most = num_layers if self.candidate_layers is None else min(self.candidate_layers, num_layers)
+        if self.search == "greedy":
+            later = sum(min(most, num_layers - chosen) for chosen in range(1, self.count))
+            return 1 + num_layers + later + self.count
+        pairs = most * (most - 1) // 2 if self.search == "pairs" else 0
+        return 1 + num_layers + pairs + 1 + (3 if pairs else 2)
 
     @property
     def after_align(self) -> bool:
@@ -175,34 +263,29 @@ def run_tokens(recipe: Recipe) -> int:
     return sum(getattr(recipe, stage).seen_tokens for stage in recipe.training_stages)
 
 
-def probe_passes(count: int, num_candidates: int) -> int:
-    """Maximum forward passes over the probe: the initial student, each candidate in each round, the teacher."""
-    return 1 + sum(num_candidates - chosen for chosen in range(count)) + count
-
-
-def fit_probe(probe: RecallProbe, *, count: int, num_candidates: int, tokens: int) -> RecallProbe:
+def fit_probe(choice: AttentionChoice, *, num_layers: int, tokens: int) -> AttentionChoice:
     """Reduce the probe's documents and held-out tokens to its budget. tokens: training tokens of the run.
 
     Raises ValueError if the budget is too small.
     """
-    passes = probe_passes(count, num_candidates)
+    probe, passes = choice.recall, choice.passes(num_layers)
     allowed = int(probe.budget * tokens) // passes
-    reading = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
-    if allowed >= reading + probe.heldout_tokens:
-        return probe
+    if allowed >= probe.quiz_tokens + probe.heldout_tokens:
+        return choice
     # Half of the tokens for each kind; one kind may use what the other does not need.
     documents = min(
         probe.documents, _documents_within(probe.lengths, max(allowed // 2, allowed - probe.heldout_tokens))
     )
-    reading = sum(probe.lengths[i % len(probe.lengths)] for i in range(documents))
-    windows = min(probe.heldout_tokens, allowed - reading) // probe.context
+    fitted = probe.model_copy(update={"documents": documents})
+    windows = min(probe.heldout_tokens, allowed - fitted.quiz_tokens) // probe.context
     if windows < 1 or documents < _LEAST_DOCUMENTS:
         raise ValueError(
-            f"choosing {count} of {num_candidates} layers by recall takes {passes} passes, and {probe.budget:.0%} of "
-            f"the run's {tokens} tokens allow {allowed} tokens per pass, too few to compare layers; train on more "
-            "tokens, shorten recall.lengths or recall.context, or choose even, last or difficulty"
+            f"choosing {choice.count} of {num_layers} layers by recall takes {passes} passes, and {probe.budget:.0%} "
+            f"of the run's {tokens} tokens allow {allowed} tokens per pass, too few to compare layers; train on more "
+            "tokens, shorten recall.lengths or recall.context, lower candidates, or choose even, last or difficulty"
         )
-    return probe.model_copy(update={"documents": documents, "heldout_tokens": windows * probe.context})
+    fitted = fitted.model_copy(update={"heldout_tokens": windows * probe.context})
+    return choice.model_copy(update={"recall": fitted})
 
 
 def _documents_within(lengths: Sequence[int], tokens: int) -> int:

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 
 from radlads.kernels.shared.meta import FEWEST_HEADS
 from radlads.model.mixers.shared.attention_shape import read_attention_shape
-from radlads.model.mixers.shared.mixer import Mixer
+from radlads.model.mixers.shared.mixer import FirstValues, Mixer
+from radlads.model.student.first_values import attention_first_values
 from radlads.model.student.modeling import RadladsForCausalLM, norm_names
 from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.mixer_parts import round_log_decay
@@ -93,7 +94,11 @@ def _mixer_bytes(student: RadladsForCausalLM, sequences: int, rope: tuple[Tensor
     """Bytes a token, its input included, of the second mixer, or the only one; 0 without mixers. like: [1,T,D]."""
     x = like.new_empty(sequences, *like.shape[1:]).requires_grad_()
     known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
-    kept, first = 0, None
+    kept, attention, first = 0, student.config.first_attention(), None
+    if attention is not None:
+        given = attention_first_values(student.config, student.attention(attention), x, rope)
+        first = FirstValues(*(None if z is None else z.detach().requires_grad_() for z in given))
+        known |= {_storage(tensor) for tensor in first if tensor is not None}  # kept once, by the attention
     for module in list(student.mixers().values())[:2]:
         kept, mixed = _kept(partial(module.mix, x, rope=rope, first=first), known)
         first = mixed.first

@@ -17,7 +17,6 @@ from radlads.tasks.contracts.recipe.choice import (
     Difficulty,
     fit_probe,
     late_choice,
-    probe_passes,
     run_tokens,
 )
 from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe, Student
@@ -42,7 +41,9 @@ def planned_layers(student: Student, softmax: Sequence[int]) -> tuple[int, ...]:
     return ()
 
 
-def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> AttentionChoice | None:
+def plan_choice(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, findings: Findings
+) -> AttentionChoice | None:
     """The choice after align, with its probe fitted to its budget; None if nothing is chosen then.
 
     Raises UserError if no choice is possible: too many layers, gaps that cannot be met, a probe that cannot be made.
@@ -66,11 +67,11 @@ def plan_choice(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedT
         spaced_layers(alike, choice.count, num_layers=len(softmax), weights=weights)
         return choice
     try:
-        fitted = fit_probe(choice.recall, count=choice.count, num_candidates=len(softmax), tokens=run_tokens(recipe))
+        fitted = fit_probe(choice, num_layers=len(softmax), tokens=run_tokens(recipe))
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_probe(fitted, tokenizer, getattr(config, "max_position_embeddings", None))
-    return choice.model_copy(update={"recall": fitted})
+    findings.warnings += check_probe(fitted, tokenizer, getattr(config, "max_position_embeddings", None))
+    return fitted
 
 
 def difficulty_weights(section: Difficulty) -> DifficultyWeights:
@@ -98,8 +99,7 @@ def choice_stage(
         )
     tokens = 0
     if choice.choose == "recall":
-        reading_tokens = sum(probe.lengths[i % len(probe.lengths)] for i in range(probe.documents))
-        tokens = probe_passes(choice.count, networks.num_softmax) * (reading_tokens + probe.heldout_tokens)
+        tokens = choice.passes(networks.num_softmax) * (probe.quiz_tokens + probe.heldout_tokens)
     flops, layers = networks.multiplied.forward_flops(probe.context), networks.num_layers
     computing = Device(device["kind"], resources.processes, resources.threads).forward_seconds(
         flops, tokens, layers, probe.micro_batch * probe.context

@@ -86,7 +86,7 @@ def make_plan(
     check_masks(recipe, data, findings)
     networks = choice = None
     with findings.at("student"):
-        choice = _choice(recipe, subject)
+        choice = _choice(recipe, subject, findings)
         networks = count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
@@ -184,10 +184,10 @@ def _check_texts(
     return data
 
 
-def _choice(recipe: Recipe, subject: Subject) -> AttentionChoice | None:
+def _choice(recipe: Recipe, subject: Subject, findings: Findings) -> AttentionChoice | None:
     if subject.tokenizer is None:
         return late_choice(recipe)
-    return plan_choice(recipe, subject.config, subject.tokenizer)
+    return plan_choice(recipe, subject.config, subject.tokenizer, findings)
 
 
 def _sum(values: Any) -> float | None:
