@@ -33,6 +33,7 @@ from radlads.tasks.jobs.judge.written.repetition import distinct, ends_in_loop, 
 from radlads.tasks.jobs.judge.written.samples import judge_samples, sample_prompts
 from radlads.tasks.jobs.judge.written.sampling import GumbelNoise, Sampling
 from radlads.tasks.jobs.judge.written.scores import check_generation, flatten_writing, judge_writing
+from radlads.tasks.jobs.report.judged.writing_report import writing_verdicts
 from radlads.tasks.jobs.sources import load_tokenizer
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
@@ -316,3 +317,25 @@ def test_writing_and_speed_of_both_models(models: Any, tokenizer: Any, chats: An
     }  # fmt: skip
     assert wanted <= flat.keys()
     assert not [key for key in flat if "speed/32/memory" in key or key.startswith("teacher/speed/600")]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "loops", "gap", "wanted"),
+    [
+        (1.02, 0.1, -0.01, ["good", "note"]),
+        (1.2, 0.1, -0.3, ["warning", "warning"]),
+        (0.8, 0.5, 0.1, ["note", "warning", "note"]),
+    ],
+)
+def test_verdicts(ratio: float, loops: float, gap: float, wanted: list[str]):
+    def row(share: float) -> dict[str, Any]:
+        return {"loops": {"value": share, "stderr": 0.02}}
+
+    answers = {"answers": {"mean": 0.5}}
+    temperature = {
+        "temperature": 0.7, "nats_ratio": {"value": ratio, "stderr": 0.01}, "teacher": row(0.1), "student": row(loops),
+    }  # fmt: skip
+    obeyed = {"teacher": answers, "student": answers, "gap": {"value": gap, "stderr": 0.05}}
+    told = writing_verdicts({"generation": {"temperatures": [temperature], "instructions": obeyed}})
+    assert [one.level for one in told] == wanted
+    assert writing_verdicts({}) == []

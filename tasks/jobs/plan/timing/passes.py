@@ -120,10 +120,10 @@ def written_seconds(section: Evaluate, networks: NetworkSizes, device: Device) -
             seconds += _writing_seconds(
                 networks, device, given.questions, section.batch, given.longest, given.new_tokens
             )
-    for length in () if measured is None else measured.lengths:
-        alone, total = replace(device, processes=1), length + measured.new_tokens
-        one = _writing_seconds(networks, alone, measured.batch, measured.batch, total, measured.new_tokens)
-        seconds += (1 + REPEATS) * one
+    if measured is not None:
+        rows, new_tokens, alone = measured.batch, measured.new_tokens, replace(device, processes=1)
+        runs = (_writing_seconds(networks, alone, rows, rows, n + new_tokens, new_tokens) for n in measured.lengths)
+        seconds += (1 + REPEATS) * sum(runs)
     return seconds
 
 
