@@ -21,7 +21,7 @@ _LONG_WORD = 5  # characters, of a word that is worth forbidding
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _ConstraintKind:
     """One kind of constraint."""
 
     takes: type | None
@@ -66,57 +66,57 @@ def _unwanted_word(rng: random.Random, question: str) -> str:
     return rng.choice(sorted(found, key=len)[-3:] or list(_WORDS))
 
 
-_KINDS: dict[str, _Kind] = {
-    "max_words": _Kind(
+_KINDS: dict[str, _ConstraintKind] = {
+    "max_words": _ConstraintKind(
         int,
         lambda n: f"Use at most {n} words.",
         lambda answer, n: _words(answer) <= n,
         lambda rng, _: rng.choice((20, 30, 50)),
         ("min_words",),
     ),
-    "min_words": _Kind(
+    "min_words": _ConstraintKind(
         int,
         lambda n: f"Use at least {n} words.",
         lambda answer, n: _words(answer) >= n,
         lambda rng, _: rng.choice((30, 50, 80)),
         ("max_words", "json"),
     ),
-    "sentences": _Kind(
+    "sentences": _ConstraintKind(
         int,
         lambda n: f"Answer in exactly {n} sentence{'s' if n > 1 else ''}.",
         lambda answer, n: _sentences(answer) == n,
         lambda rng, _: rng.randint(1, 4),
         ("bullets", "json"),
     ),
-    "keyword": _Kind(str, lambda w: f"Use the word “{w}” in your answer.", _has_word, _wanted_word),
-    "forbidden": _Kind(
+    "keyword": _ConstraintKind(str, lambda w: f"Use the word “{w}” in your answer.", _has_word, _wanted_word),
+    "forbidden": _ConstraintKind(
         str,
         lambda w: f"Do not use the word “{w}” in your answer.",
         lambda answer, w: not _has_word(answer, w),
         _unwanted_word,
     ),
-    "lower_case": _Kind(
+    "lower_case": _ConstraintKind(
         None,
         lambda _: "Write your whole answer in lower case letters.",
         lambda answer, _: answer == answer.lower() and any(map(str.isalpha, answer)),
         not_with=("starts_with",),
     ),
-    "json": _Kind(
+    "json": _ConstraintKind(
         None,
         lambda _: "Give your answer as one valid JSON object and write nothing else.",
         lambda answer, _: _is_json(answer),
         not_with=("min_words", "sentences", "starts_with", "bullets"),
     ),
-    "starts_with": _Kind(
+    "starts_with": _ConstraintKind(
         str,
-        lambda phrase: f"Begin your answer with the words “{phrase}”",
+        lambda phrase: f"Your answer must begin with exactly “{phrase}” and go on from there.",
         str.startswith,
         lambda rng, _: rng.choice(_PHRASES),
         ("lower_case", "json"),
     ),
-    "bullets": _Kind(
+    "bullets": _ConstraintKind(
         int,
-        lambda n: f"Answer with a list of exactly {n} bullet point{'s' if n > 1 else ''}, lines that begin with “- ”.",
+        lambda n: f"Answer with a list of exactly {n} bullet points, lines that begin with “- ”.",
         lambda answer, n: len(_BULLET.findall(answer)) == n,
         lambda rng, _: rng.randint(2, 5),
         ("sentences", "json"),

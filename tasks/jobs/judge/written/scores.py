@@ -75,8 +75,8 @@ def judge_writing(
 
 
 def flatten_writing(sheet: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers under their MLflow names: `nats_ratio/0.7`, `student/nats/0.7`, `student/loops/0.7`,
-    `student/instructions`, `student/instructions/json`, `instructions_gap`, `student/speed/4096/prompt_seconds`."""
+    """The numbers under their MLflow names: `nats_ratio/0.7`, `generation/0.7/student/loops`, `student/instructions`,
+    `instructions_gap`, `instructions/student/json`, `speed/4096/student/prompt_seconds`."""
     flat: dict[str, float | None] = {}
 
     def put(key: str, estimate: Estimate) -> None:
@@ -88,15 +88,15 @@ def flatten_writing(sheet: Mapping[str, Any]) -> dict[str, float]:
         put(f"nats_ratio/{at}", row["nats_ratio"])
         for name in (TEACHER, STUDENT):
             for key, estimate in row[name].items():
-                put(f"{name}/{key}/{at}", estimate)
+                put(f"generation/{at}/{name}/{key}", estimate)
     if generation and generation["instructions"]:
         obeyed = generation["instructions"]
         put("instructions_gap", obeyed["gap"])
         for name in (TEACHER, STUDENT):
             answers = obeyed[name]["answers"]
             flat |= {f"{name}/instructions": answers["mean"], f"{name}/instructions_stderr": answers["stderr"]}
-            flat |= {f"{name}/instructions/{kind}": cell["mean"] for kind, cell in obeyed[name]["kinds"].items()}
+            flat |= {f"instructions/{name}/{kind}": cell["mean"] for kind, cell in obeyed[name]["kinds"].items()}
     for row in sheet["speed"]["lengths"] if "speed" in sheet else ():
         for name in (TEACHER, STUDENT):
-            flat |= {f"{name}/speed/{row['length']}/{key}": value for key, value in (row[name] or {}).items()}
+            flat |= {f"speed/{row['length']}/{name}/{key}": value for key, value in (row[name] or {}).items()}
     return {key: value for key, value in flat.items() if value is not None}
