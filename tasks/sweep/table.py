@@ -27,10 +27,12 @@ _SCORES = {
         "bits_per_byte_ratio": ("bits per byte ratio", False),
         "top1_agreement": ("top-1 agreement", True),
         "relative_score": ("benchmarks over chance", True),
+        "student/instructions": ("instructions obeyed", True),
     },
     NEEDLE.name: {"student/needle": ("needle", True), "student/ruler": ("RULER", True)},
 }
 _STUDENT = "student/"
+_NATS_RATIO = "nats_ratio/"  # and a temperature
 _MORE_IS_BETTER = ("acc", "exact_match", "f1", "bleu", "rouge", "mcc", "pass@")
 Score = tuple[str, float, bool | None]
 """Heading, number, whether more of it is better (None: not known)."""
@@ -153,6 +155,8 @@ def _scores(made: Mapping[str, Manifest]) -> list[Score]:
         for name, (heading, direction) in known.items():
             if name in metrics:
                 found.append((heading, float(metrics[name]), direction))
+        ratios = [name for name in metrics if name.startswith(_NATS_RATIO) and not name.endswith("_stderr")]
+        found += [(f"nats ratio, {name.removeprefix(_NATS_RATIO)}", float(metrics[name]), False) for name in ratios]
         tasks = [name for name in metrics if name.startswith(_STUDENT) and name.count("/") > 1]
         for name in tasks if stage == EVALUATE.name else []:
             if not name.endswith("_stderr"):

@@ -222,13 +222,17 @@ def test_two_ranks_give_what_one_gives(
     inputs = {"student": student(), "data": data}
     tasks = [{"name": n, "path": str(tmp_path / "mine")} for n in ("tiny_choice", "tiny_write")]
     suite = {"path": str(write_suite(tmp_path / "suite")), "tasks": ["copa", "lambada_openai"]}
-    one, metrics = judge(inputs, tasks=tasks, suite=suite)
+    question = json.dumps({"messages": [{"role": "user", "content": "Who?"}]}) + "\n"
+    (tmp_path / "chat.jsonl").write_text(3 * question)
+    chat = {"paths": [str(tmp_path / "chat.jsonl")], "new_tokens": 4}
+    generation = {"samples": 7, "new_tokens": 16, "temperatures": [0.7], "instructions": chat}
+    one, metrics = judge(inputs, tasks=tasks, suite=suite, generation=generation)
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "suite").iterdir()}
     for name in ("copa", "lambada_openai"):
         assert one["tasks"][name]["suite"]["files"] == {f"{name}.jsonl": sums[f"{name}.jsonl"]}
     assert one["relative_score"]["tasks"] == ["copa"]
     assert one["relative_score"]["value"] == metrics["relative_score"] == metrics["relative_score/copa"]
-    section = Evaluate(context=32, heldout_tokens=1024, batch=5, tasks=tasks, suite=suite)
+    section = Evaluate(context=32, heldout_tokens=1024, batch=5, tasks=tasks, suite=suite, generation=generation)
     spec = EvaluateSpec(section=section, teacher=pin_teacher(str(teacher_folder)))
     jobs: list[Job] = []
     for zero_stage in (1, 3):
@@ -244,6 +248,11 @@ def test_two_ranks_give_what_one_gives(
         assert two["tasks"] == one["tasks"]
         assert two["relative_score"] == one["relative_score"]
         assert two["samples"] == one["samples"]
+        assert two["generation"]["instructions"] == one["generation"]["instructions"]
+        assert two["generation"]["temperatures"][0]["examples"] == one["generation"]["temperatures"][0]["examples"]
+        told, same = (sheet["generation"]["temperatures"][0]["student"] for sheet in (one, two))
+        for key, estimate in told.items():
+            assert same[key]["value"] == pytest.approx(estimate["value"], rel=1e-5)
         for name, numbers in one["models"].items():
             for key, estimate in numbers.items():
                 assert two["models"][name][key]["value"] == pytest.approx(estimate["value"], rel=1e-5)

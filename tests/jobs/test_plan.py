@@ -90,8 +90,11 @@ def test_everything_that_is_read_is_pinned(recipe: Callable[..., Recipe], tmp_pa
     (tmp_path / "evals").mkdir()
     item = {"query": "Tim sat, because", "choices": ["he ran.", "he fell."], "gold": 1}
     (tmp_path / "evals" / "copa.jsonl").write_text(json.dumps(item))
+    question = json.dumps({"messages": [{"role": "user", "content": "Who?"}]}) + "\n"
+    (tmp_path / "q.jsonl").write_text(2 * question)
     asked = recipe(
         evaluate__suite={"path": str(tmp_path / "evals"), "tasks": ["copa"]},
+        evaluate__generation={"prompts": hay, "new_tokens": 64, "instructions": {"paths": [str(tmp_path / "q.jsonl")]}},
         needle__haystack=hay,
         student__attention_layers=choice,
         data__unused={"sources": [{"kind": "files", "paths": ["nowhere.txt"]}]},
@@ -102,6 +105,8 @@ def test_everything_that_is_read_is_pinned(recipe: Callable[..., Recipe], tmp_pa
         "teacher.path",
         "data.train.sources.0.paths",
         "evaluate.suite.path",
+        "evaluate.generation.prompts",
+        "evaluate.generation.instructions.paths",
         "needle.haystack",
         "student.attention_layers.recall.haystack",
     }
@@ -151,6 +156,7 @@ def test_nothing_is_read_whole_before_all_else_is_checked(recipe: Callable[..., 
         ({"evaluate__tasks": [{"name": "no_such_task"}]}, "the harness has no task 'no_such_task'"),
         ({"evaluate__tasks": [{"name": "t", "path": "/nowhere"}]}, "there is no folder /nowhere"),
         ({"evaluate__suite": {"path": "/nowhere", "tasks": ["copa"]}}, "evaluate.suite: there is no folder /nowhere"),
+        ({"evaluate__generation": {"prompts": ["/no.txt"]}}, "evaluate.generation: no file matches '/no.txt'"),
     ],
 )
 def test_faults_are_one_clear_line(recipe: Callable[..., Recipe], changes: dict[str, Any], message: str):

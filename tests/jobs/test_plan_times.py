@@ -163,6 +163,13 @@ def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: Netwo
     same = [judging_cost(one.evaluate, networks, one, "H100", gpus())["seconds"] for one in (suite, listed)]
     assert same[0] == same[1] > bare
     assert task_size(EvalTask(name="mmlu", num_fewshot=5)).tokens == 6 * task_size(EvalTask(name="mmlu")).tokens
+    asked = {"generation": {"instructions": {"paths": ["x"]}}}, {"generation": {}}, {"speed": {"lengths": [65536]}}
+    told = [recipe_of(evaluate={"context": 512} | one) for one in asked]
+    taught, written, timed = (judging_cost(one.evaluate, networks, one, "H100", gpus())["seconds"] for one in told)
+    # 128 samples, 8 at once, of two models at two temperatures: 16 × 4 × 256 steps of 4 layers.
+    assert written - bare == pytest.approx(16 * 4 * 256 * 4 * 3.5e-3, rel=0.1)
+    assert taught - written == pytest.approx(25 * 2 * 256 * 4 * 3.5e-3, rel=0.1)
+    assert timed > bare + 4 * 2 * 64 * 4 * 3.5e-3
     before, after = light_costs(recipes[0], networks, {"train": 1e9}, "H100", gpus())
     assert list(before) == ["tokenize train", "transplant"]
     assert list(after) == ["publish"]

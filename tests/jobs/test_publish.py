@@ -43,6 +43,14 @@ def recipe(teacher_folder: Path, tmp_path: Path, stories: list[str]) -> Recipe:
     (tmp_path / "stories.txt").write_text("\n---\n".join(stories), encoding="utf-8")
     source = {"kind": "files", "paths": [str(tmp_path / "stories.txt")], "separator": "\n---\n"}
     training = {"tokens": 2048, "context": 64, "batch": 4}
+    chat = json.dumps({"messages": [{"role": "user", "content": "Who has a ball?"}]}) + "\n"
+    (tmp_path / "chat.jsonl").write_text(chat * 2, encoding="utf-8")
+    writing = {
+        "samples": 2,
+        "temperatures": [0.7],
+        "new_tokens": 16,
+        "instructions": {"paths": [str(tmp_path / "chat.jsonl")], "new_tokens": 2},
+    }
     return parse_recipe(
         {
             "name": "tiny",
@@ -52,7 +60,12 @@ def recipe(teacher_folder: Path, tmp_path: Path, stories: list[str]) -> Recipe:
             "data": {"train": {"sources": [source], "heldout_fraction": 0.1}},
             "align": training,
             "distill": training,
-            "evaluate": {"context": 32, "heldout_tokens": 512},
+            "evaluate": {
+                "context": 32,
+                "heldout_tokens": 512,
+                "generation": writing,
+                "speed": {"lengths": [16], "new_tokens": 2},
+            },
             "needle": {"lengths": [160], "depths": [0.0, 1.0], "max_new_tokens": 4},
             "publish": {"license": "mit"},
         }
@@ -144,6 +157,13 @@ def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe,
     assert row in markdown
     assert "| nonfinite | loss | not finite | – | – | – | rolled back to step 2 |" in markdown
     assert "| throughput | tokens_per_second | 40.0000 | 50.0000 | 100.0000 | – | reported |" in markdown
+    nats = judged["generation"]["temperatures"][0]["student"]["nats"]["value"]
+    assert "| 0.7: teacher's nats per token | " in markdown
+    assert f"| {nats:.4f} ± " in markdown
+    assert "| all constraints of an answer | " in markdown
+    assert "| 16 tokens: reading the prompt, ms | " in markdown
+    assert "Memory is measured on GPUs alone." in page
+    assert "student obeys all constraints in " in page
     assert {"losses.png", "layers.png", "needle.png", "recipe.yaml"} <= {p.name for p in folder.iterdir()}
     assert manifest.metrics["kl"] == judged["models"]["student"]["kl"]["value"]
     assert load_recipe(str(folder / "recipe.yaml")) == recipe
@@ -170,6 +190,8 @@ def test_the_model_is_the_last_stages_with_a_card(run_all: Any, teacher_folder: 
     assert values["license"] == "mit"
     assert values["pipeline_tag"] == "text-generation"
     assert "base_model" not in values
+    for word in ("samples that end in a loop", "tokens written per second", "constraint obeyed"):
+        assert word in body
     for word in ("trust_remote_code=True", "arXiv 2505.03005", inputs["evaluate"].digest[:12], "Limits", "```yaml"):
         assert word in body
     # The recipe is the user's own and holds their paths; the rest of the card must not.

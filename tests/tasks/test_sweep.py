@@ -247,6 +247,7 @@ def test_the_table_marks_the_best_and_keeps_failures_as_rows(store, tmp_path):
         scores = {"kl": kl, "kl_stderr": 0.1, "kl/align": 0.1, "bits_per_byte_ratio": 1.5 - kl,
                   "student/arc|easy/acc": recall, "student/arc|easy/acc_stderr": 0.1, "student/bits_per_byte": 1.0,
                   "teacher/arc|easy/acc": 1.0, "student/lambada/perplexity": 10 * kl,
+                  "nats_ratio/0.7": 1 + kl, "nats_ratio/0.7_stderr": 0.1,
                   "student/odd/thing": kl}  # fmt: skip
         make(store, tmp_path, name, "evaluate", scores)
         make(store, tmp_path, name, "needle", {"student/needle": 1 - kl})
@@ -255,18 +256,18 @@ def test_the_table_marks_the_best_and_keeps_failures_as_rows(store, tmp_path):
     make(store, tmp_path, four, "align", {"seconds": 1.0}, of=one)
     table = make_table(store, "first", record, {})
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.markdown().splitlines()]
-    assert cells[0] == ["run", "tokens", "status", "KL", "bits per byte ratio", "arc\\|easy/acc", "lambada/perplexity",
-                        "odd/thing", "needle", "hours"]  # fmt: skip
-    assert cells[2] == [one, "1000000", "done", "0.4", "**1.1**", "0.9", "4", "0.4", "0.6", "1.5"]
-    assert cells[3] == [two, "2000000", "done", "**0.3**", "1.2", "0.9", "**3**", "0.3", "**0.7**", "0.5"]
-    assert cells[4] == [three, "3000000", "failed: distill: no luck \\| today", *[""] * 7]
+    assert cells[0] == ["run", "tokens", "status", "KL", "bits per byte ratio", "nats ratio, 0.7", "arc\\|easy/acc",
+                        "lambada/perplexity", "odd/thing", "needle", "hours"]  # fmt: skip
+    assert cells[2] == [one, "1000000", "done", "0.4", "**1.1**", "1.4", "0.9", "4", "0.4", "0.6", "1.5"]
+    assert cells[3] == [two, "2000000", "done", "**0.3**", "1.2", "**1.3**", "0.9", "**3**", "0.3", "**0.7**", "0.5"]
+    assert cells[4] == [three, "3000000", "failed: distill: no luck \\| today", *[""] * 8]
     assert cells[5][2] == "unfinished"
     assert cells[6][:3] == [five, "5000000", "not started"]
     assert len({len(line) for line in table.markdown().splitlines()}) == 1, "aligned"
     keep_table(store, table)
     assert store.get_bytes("sweeps/first/table.md").decode() == f"# Sweep first\n\n{table.markdown()}\n"
     rows = {row["member"]: row for row in json.loads(store.get_bytes("sweeps/first/table.json"))["rows"]}
-    assert rows[two]["best"] == ["KL", "lambada/perplexity", "needle"]
+    assert rows[two]["best"] == ["KL", "nats ratio, 0.7", "lambada/perplexity", "needle"]
     assert rows[one]["values"] == {TOKENS: 1_000_000}
     assert kept_failures(store, "first") == {three: "distill: no luck | today"}
     store.put_bytes("sweeps/first/table.json", b'{"rows": 1}')

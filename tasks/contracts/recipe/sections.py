@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
 from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
+from radlads.tasks.contracts.recipe.judging.generation import EvalGeneration, EvalSpeed
 from radlads.tasks.contracts.recipe.judging.needle import Needle
 from radlads.tasks.contracts.recipe.judging.ruler import Ruler, SyntheticTask
 from radlads.tasks.contracts.recipe.judging.suite import EvalSuite
@@ -304,6 +305,8 @@ class Evaluate(Section):
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
     suite: Annotated[EvalSuite | None, AddedLater()] = None
+    generation: Annotated[EvalGeneration | None, AddedLater()] = None
+    speed: Annotated[EvalSpeed | None, AddedLater()] = None
     add_bos: bool | None = None
     """Prepend BOS to task prompts, as `add_bos_token` of the harness's `hf` model. None: the tokenizer's default, which
     published scores use."""
@@ -315,6 +318,13 @@ class Evaluate(Section):
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))}: in `tasks` and in `suite`; leave it out of one of them")
         return self
+
+    @property
+    def longest(self) -> int:
+        """The longest row, in tokens, without those of harness tasks."""
+        asked = self.generation
+        written = 0 if asked is None else max(asked.longest, 0 if (i := asked.instructions) is None else i.longest)
+        return max(self.context, written)
 
     @property
     def all_tasks(self) -> tuple[EvalTask, ...]:

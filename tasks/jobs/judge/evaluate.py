@@ -1,7 +1,7 @@
 """The evaluate job: teacher and student in one run on held-out loss, bits per byte, KL, agreement and harness tasks.
 
 All models are scored on the same windows, so the KL values of the stages are comparable. The lm-evaluation-harness
-tasks are run for the teacher and the final student. The work is split over the ranks.
+tasks, generation and speed are of the teacher and the final student. The work is split over the ranks.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from radlads.tasks.jobs.judge.judged_models import (
     student_names,
 )
 from radlads.tasks.jobs.judge.suite.over_chance import relative_score
+from radlads.tasks.jobs.judge.written.scores import flatten_writing, judge_writing
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.process_group import gather
 
@@ -60,6 +61,7 @@ def main(job: Job) -> dict[str, Any] | None:
     models: dict[str, dict[str, Estimate]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, str]] = []
+    written: dict[str, Any] = {}
     for number, name in enumerate(names):
         with opened_student(job, name) as student:
             scores = _score(job, teacher, student, windows, section, done=number, total=len(names))
@@ -71,6 +73,7 @@ def main(job: Job) -> dict[str, Any] | None:
                 samples = sample_texts(teacher, student, tokenizer, windows)
                 both = {TEACHER: teacher, STUDENT: student}
                 tasks = run_tasks(job, both, tokenizer, section)
+                written = judge_writing(job, both, tokenizer, section)
     if job.rank != 0:
         return None
     relative = relative_score(tasks)
@@ -86,11 +89,12 @@ def main(job: Job) -> dict[str, Any] | None:
         "tasks": tasks,
         "relative_score": relative,
         "samples": samples,
+        **written,
         "seconds": time.monotonic() - started,
         "processes": job.world_size,
     }
     write_json(job.output / "evaluate.json", result)
-    numbers = flatten(models, tasks, relative)
+    numbers = flatten(models, tasks, relative) | flatten_writing(written)
     job.record.log(0, numbers)
     return numbers | {"seconds": result["seconds"], "processes": job.world_size}
 

@@ -1,20 +1,24 @@
-"""Greedy answers of a model to many prompts, divided over the ranks."""
+"""Continuations by a model of many prompts, greedy or sampled, divided over the ranks."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.judge.divided import in_step, is_divided
 from radlads.tasks.jobs.judge.judged_models import continue_ids
+from radlads.tasks.jobs.judge.written.sampling import GumbelNoise, Sampling
 from radlads.tasks.jobs.process_group import gather
 
 logger = logging.getLogger("radlads")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,34 @@ def answer_prompts(
     batch: int,
     progress: Callable[[int], None],
 ) -> list[str | None]:
-    """The model's answers in the order of the prompts, on every rank; each rank generates its share. None: does not fit
-    in memory. Collective."""
-    batches = _batches(prompts, batch)
-    own: dict[int, str | None] = {}
+    """The model's greedy answers in the order of the prompts, on every rank; each rank generates its share. None: does
+    not fit in memory. Collective."""
+
+    def run(chosen: Sequence[int]) -> list[str | None]:
+        return generate(model, tokenizer, [prompts[i].ids for i in chosen], prompts[chosen[0]].new_tokens)
+
+    return run_batches(job, model, prompts, batch, run, progress)
+
+
+def run_batches(
+    job: Job,
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    batch: int,
+    run: Callable[[Sequence[int]], list[Result]],
+    progress: Callable[[int], None],
+) -> list[Result]:
+    """One result for each prompt, in order, on every rank. run: indices of prompts that are alike → their results, by
+    passes of the model; batches are the same on any number of ranks. Collective."""
+    own: dict[int, Result] = {}
     with in_step(model):
-        for count, chosen in enumerate(batches[job.rank :: job.world_size], start=1):
-            new_tokens = prompts[chosen[0]].new_tokens
-            texts = generate(model, tokenizer, [prompts[i].ids for i in chosen], new_tokens)
-            own |= dict(zip(chosen, texts, strict=True))
+        for count, chosen in enumerate(_batches(prompts, batch)[job.rank :: job.world_size], start=1):
+            own |= dict(zip(chosen, run(chosen), strict=True))
             progress(min(len(prompts), count * batch * job.world_size))
-    answers: dict[int, str | None] = {}
+    results: dict[int, Result] = {}
     for part in gather(own, job.world_size):
-        answers |= part
-    return [answers[index] for index in range(len(prompts))]
+        results |= part
+    return [results[index] for index in range(len(prompts))]
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
@@ -61,11 +79,25 @@ def _batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     return batches
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[str | None]:
-    """Greedy continuations with cache, left-padded; None for a prompt that does not fit in memory.
+    """Greedy continuations as text; None for a prompt that does not fit in memory."""
+    rows = continuations(model, tokenizer, prompts, max_new_tokens)
+    texts = iter(tokenizer.batch_decode([row for row in rows if row is not None], skip_special_tokens=True))
+    return [None if row is None else next(texts) for row in rows]
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+) -> list[list[int] | None]:
+    """New tokens of each prompt up to EOS, which is the last one if it came, with cache, left-padded; None for a prompt
+    that does not fit in memory. sampling None: greedy.
 
     A divided model raises OutOfMemoryError instead: the other ranks wait in the middle of the pass that failed.
     """
@@ -77,10 +109,10 @@ def generate(
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
     eos = tokenizer.eos_token_id
+    given = {} if sampling is None else {"logits_processor": LogitsProcessorList([GumbelNoise(sampling, model.device)])}
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
     try:
-        rows = continue_ids(
-            model, ids_BT, mask_BT, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
-        )
+        rows_BT = continue_ids(model, ids_BT, mask_BT, given=given, **options)
     except torch.OutOfMemoryError:
         if is_divided(model):
             raise
@@ -89,6 +121,8 @@ def generate(
             logger.warning("a prompt of %d tokens does not fit in memory; this length is not run", width)
             return [None]
         half = len(prompts) // 2
-        first = generate(model, tokenizer, prompts[:half], max_new_tokens)
-        return first + generate(model, tokenizer, prompts[half:], max_new_tokens)
-    return list(tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True))
+        parts = (slice(half), slice(half, None))
+        halves = [(prompts[part], None if sampling is None else sampling.of(part)) for part in parts]
+        return [row for some, how in halves for row in continuations(model, tokenizer, some, max_new_tokens, how)]
+    rows: list[list[int]] = rows_BT[:, width:].tolist()
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,14 +54,23 @@ def opened_student(job: Job, name: str) -> Iterator[PreTrainedModel]:
 
 
 def continue_ids(
-    model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, **options: Any
+    model: PreTrainedModel,
+    ids_BT: torch.Tensor,
+    mask_BT: torch.Tensor | None = None,
+    *,
+    given: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """Prompts and their continuations by `generate`. options: of GenerationConfig, replacing all model defaults."""
+    """Prompts and their continuations by `generate`. given: further arguments of it; options: of GenerationConfig,
+    replacing all model defaults."""
     generate: Any = model.generate
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
     config = GenerationConfig(use_cache=True, **options)
     rows: torch.Tensor = generate(
-        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
+        ids_BT.to(model.device),
+        attention_mask=mask_BT.to(model.device),
+        generation_config=config,
+        **(given or {}),
     )
     return rows
 

@@ -185,14 +185,15 @@ def training_memory(
 def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources) -> Memory:
     """Bytes on one device while the teacher and one student are scored together."""
     word = word_bytes("auto", resources)
-    length = section.context if isinstance(section, Evaluate) else section.longest
+    length = section.longest
     tokens = section.batch * length
     layer = (8 * networks.hidden + 6 * networks.width + 3 * networks.intermediate) * word
     if isinstance(section, Evaluate):
         logits = tokens * networks.vocab * 2 * word + 3 * length * networks.vocab * 4
     else:
         logits = section.batch * networks.vocab * 4
-    cache = 0 if isinstance(section, Evaluate) else tokens * networks.num_softmax * 2 * networks.kv_width * word
+    writes = isinstance(section, Needle) or section.generation is not None
+    cache = 0 if not writes else tokens * networks.num_softmax * 2 * networks.kv_width * word
     memory = {
         "weights": _judged_parameters(networks.student_parameters, networks, resources) * word,
         "teacher": _judged_parameters(networks.teacher_parameters, networks, resources) * word,

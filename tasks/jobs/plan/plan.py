@@ -17,10 +17,12 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.pins import pin_teacher, with_commits
 from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
-from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe
 from radlads.tasks.contracts.specs import GgufFile, Pin, PlanReport, PlanSpec, TeacherRef
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.judge.ruler.prompts import check_ruler
+from radlads.tasks.jobs.judge.speed import check_speed
+from radlads.tasks.jobs.judge.written.scores import check_generation
 from radlads.tasks.jobs.plan.checks import (
     Findings,
     check_align,
@@ -83,6 +85,7 @@ def make_plan(
     check_restarts(recipe, subject.config, findings)
     hub = {} if sizes_only else pin_hub(recipe, findings)
     data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)
+    _check_written(recipe.evaluate, subject.tokenizer, positions, resources, findings)
     check_masks(recipe, data, findings)
     networks = choice = None
     with findings.at("student"):
@@ -182,6 +185,24 @@ def _check_texts(
         findings.faults += faults
         findings.warnings += notes
     return data
+
+
+def _check_written(
+    section: Evaluate | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    positions: int | None,
+    resources: JobResources,
+    findings: Findings,
+) -> None:
+    """What `evaluate` lets the models write, and their speed."""
+    if section is None:
+        return
+    if section.generation is not None and tokenizer is not None:
+        with findings.at("evaluate.generation"):
+            findings.warnings += check_generation(section.generation, tokenizer, section.add_bos, positions)
+    if section.speed is not None:
+        with findings.at("evaluate.speed"):
+            findings.warnings += check_speed(section.speed, positions, resources)
 
 
 def _choice(recipe: Recipe, subject: Subject, findings: Findings) -> AttentionChoice | None:

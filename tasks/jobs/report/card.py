@@ -14,7 +14,9 @@ from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.stages import CHOOSE, MODEL_STAGES, TRAINING_STAGES, stage_info
 from radlads.tasks.jobs.report.choice_report import choice_summary, choice_table
+from radlads.tasks.jobs.report.judged.speed_report import speed_table
 from radlads.tasks.jobs.report.judged.suite_report import suite_table
+from radlads.tasks.jobs.report.judged.writing_report import instructions_table, samples_table
 from radlads.tasks.jobs.report.number_format import count, percent
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Block, Code, Heading, Text, Verdict, render_markdown
@@ -35,7 +37,17 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 def write_card(products: Products, recipe: Recipe, verdicts: Sequence[Verdict], *, title: str) -> str:
     """README.md: YAML metadata, verdicts, numbers with sources, usage, training, limits, recipe."""
     blocks: list[Block] = [Text(_introduction(products, recipe)), *verdicts]
-    makers = (summary_table, stages_table, suite_table, ruler_table, tasks_table, choice_table)
+    makers = (
+        summary_table,
+        stages_table,
+        suite_table,
+        ruler_table,
+        samples_table,
+        instructions_table,
+        speed_table,
+        tasks_table,
+        choice_table,
+    )
     tables = [table(products) for table in makers]
     if any(table is not None for table in tables):
         blocks.append(Heading("Numbers"))

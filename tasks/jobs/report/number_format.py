@@ -33,6 +33,18 @@ def percent(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
+def ratio(estimate: Mapping[str, float | None] | None) -> str:
+    """× 1.0234 ± 0.0012."""
+    shown = measured(estimate)
+    return shown if shown == NONE else f"× {shown}"
+
+
+def share(estimate: Mapping[str, float | None]) -> str:
+    """97.3 % ± 0.4."""
+    value, error = estimate["value"], estimate["stderr"]
+    return percent(value) if value is None or error is None else f"{percent(value)} ± {100 * error:.1f}"
+
+
 def rate_of(cell: Mapping[str, float] | None) -> str:
     """80 % ± 7 for a needle cell, or "not run"."""
     if not cell:

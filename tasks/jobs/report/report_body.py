@@ -9,7 +9,9 @@ from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe
 from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.choice_report import choice_blocks
+from radlads.tasks.jobs.report.judged.speed_report import speed_blocks
 from radlads.tasks.jobs.report.judged.suite_report import suite_row, suite_table
+from radlads.tasks.jobs.report.judged.writing_report import writing_blocks, writing_rows
 from radlads.tasks.jobs.report.number_format import (
     count,
     dollars,
@@ -40,7 +42,8 @@ def build_report(
         blocks.append(Text(recipe.description))
     blocks += verdicts
     blocks += [*_summary(products), *_stages(products), *retrieval_blocks(products, pictures)]
-    blocks += [*_tasks(products), *_curves(products, pictures), *watch_blocks(products)]
+    blocks += [*_tasks(products), *writing_blocks(products), *speed_blocks(products)]
+    blocks += [*_curves(products, pictures), *watch_blocks(products)]
     blocks += [*_samples(products), *_student(products, recipe)]
     blocks += choice_blocks(products, list(pictures))
     blocks += [*_cost(products, recipe), *origin_blocks(products), *_recipe(recipe)]
@@ -65,6 +68,7 @@ def summary_table(products: Products) -> Table | None:
             ("KL(teacher‖student), nats per token", "0", measured(student["kl"]), "", judged.short),
             ("same most likely token", "100 %", percent(student["top1_agreement"]["value"]), "", judged.short),
             *suite_row(evaluation, judged.short),
+            *writing_rows(evaluation, judged.short),
         ]
     needle, searched = products.needle, products.of_stage(NEEDLE.name)
     if needle is not None and searched is not None:

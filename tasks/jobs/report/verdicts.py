@@ -7,6 +7,7 @@ from typing import Any
 
 from radlads.tasks.contracts.stages import STAGES, STUDENT_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.judged.suite_report import suite_verdicts
+from radlads.tasks.jobs.report.judged.writing_report import writing_verdicts
 from radlads.tasks.jobs.report.number_format import percent
 from radlads.tasks.jobs.report.report_blocks import Verdict
 from radlads.tasks.jobs.report.retrieval.blocks import left_out
@@ -59,7 +60,7 @@ def _judge_text(evaluation: dict[str, Any] | None, final_stage: str) -> list[Ver
     verdicts += _judge_stages(evaluation["models"], final_stage)
     if not evaluation["tasks"]:
         verdicts.append(Verdict("note", "No harness task was run; losses alone can hide errors that generation shows."))
-    verdicts += suite_verdicts(evaluation)
+    verdicts += [*suite_verdicts(evaluation), *writing_verdicts(evaluation)]
     verdicts += [verdict for name, task in evaluation["tasks"].items() for verdict in _judge_task(name, task)]
     return verdicts
 

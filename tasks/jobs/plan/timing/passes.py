@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Recipe, SampleSource
 from radlads.tasks.contracts.stages import logits_reference
 from radlads.tasks.jobs.data.ruler.tasks import TASKS
+from radlads.tasks.jobs.judge.speed import REPEATS
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.harness import task_size
 from radlads.tasks.jobs.plan.timing.measured import CPU
@@ -47,7 +48,8 @@ class Device:
 
 
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
-    """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks; RULER is part of needle.
+    """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks and without what they write; RULER
+    is part of needle.
 
     evaluate scores every stage's student and, with each, the teacher; needle runs the teacher once, the last student
     and, if that is finetuned, also the distilled one.
@@ -100,6 +102,41 @@ def _evaluate_seconds(section: Evaluate, networks: NetworkSizes, recipe: Recipe,
         seconds += device.forward_seconds(flops, read, 2 * layers, section.batch * size.tokens)
         steps = size.generated * size.items / section.batch / device.processes
         seconds += 2 * device.decode_seconds(flops / 2, steps, layers, section.batch) if steps else 0.0
+    return seconds + written_seconds(section, networks, device)
+
+
+def written_seconds(section: Evaluate, networks: NetworkSizes, device: Device) -> float:
+    """Of what both models write, of the teacher's reading of the samples, and of the measurement of speed."""
+    asked, measured, seconds = section.generation, section.speed, 0.0
+    if asked is not None:
+        samples, times = asked.samples, len(asked.temperatures)
+        writing = _writing_seconds(networks, device, samples, section.batch, asked.longest, asked.new_tokens)
+        flops = networks.multiplied.teacher_flops(asked.longest)
+        at_once = section.batch * asked.longest
+        reading = device.forward_seconds(flops, 2 * samples * asked.longest, networks.num_layers, at_once)
+        seconds += times * (writing + reading)
+        if asked.instructions is not None:
+            given = asked.instructions
+            seconds += _writing_seconds(
+                networks, device, given.questions, section.batch, given.longest, given.new_tokens
+            )
+    if measured is not None:
+        rows, new_tokens, alone = measured.batch, measured.new_tokens, replace(device, processes=1)
+        runs = (_writing_seconds(networks, alone, rows, rows, n + new_tokens, new_tokens) for n in measured.lengths)
+        seconds += (1 + REPEATS) * sum(runs)
+    return seconds
+
+
+def _writing_seconds(
+    networks: NetworkSizes, device: Device, rows: int, batch: int, length: int, new_tokens: int
+) -> float:
+    """Of both models writing to `rows` prompts. length: in tokens, of prompt and answer."""
+    of, layers, at_once = networks.multiplied, networks.num_layers, min(batch, rows)
+    batches = max(1.0, -(-rows // at_once) / device.processes)
+    seconds = 0.0
+    for flops in (of.teacher_flops(length), of.forward_flops(length)):
+        seconds += device.forward_seconds(flops, rows * (length - new_tokens), layers, at_once * length)
+        seconds += device.decode_seconds(flops, new_tokens * batches, layers, at_once)
     return seconds
 
 

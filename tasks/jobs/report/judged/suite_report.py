@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from radlads.tasks.contracts.stages import EVALUATE
-from radlads.tasks.jobs.report.number_format import NONE, count, measured, percent, plain, prompt_note
+from radlads.tasks.jobs.report.number_format import count, measured, percent, plain, prompt_note, ratio
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Table, Verdict
 
@@ -28,7 +28,7 @@ def suite_table(products: Products) -> Table | None:
                 measured(task["teacher"][metric]),
                 measured(task["student"][metric]),
                 plain(scored["chance"]),
-                _times(scored["relative"]),
+                ratio(scored["relative"]),
                 str(task["num_fewshot"]),
                 count(scored["items"]) if task["limit"] is None else f"{count(scored['items'])} (limited)",
                 judged.short,
@@ -36,14 +36,9 @@ def suite_table(products: Products) -> Table | None:
         )
     mean = evaluation["relative_score"]
     if mean["value"] is not None:
-        rows.append((f"mean of {len(mean['tasks'])}", "", "", "", _times(mean), "", "", judged.short))
+        rows.append((f"mean of {len(mean['tasks'])}", "", "", "", ratio(mean), "", "", judged.short))
     header = ("benchmark", "teacher", "student", "chance", "over chance", "few-shot", "items", _SOURCE)
     return Table(header, rows, _caption(tasks, mean), words=(_SOURCE,))
-
-
-def _times(estimate: dict[str, Any] | None) -> str:
-    shown = measured(estimate)
-    return shown if shown == NONE else f"× {shown}"
 
 
 def _caption(tasks: dict[str, dict[str, Any]], mean: dict[str, Any]) -> str:
@@ -64,7 +59,7 @@ def suite_row(evaluation: dict[str, Any], source: str) -> list[tuple[str, str, s
     mean = evaluation.get("relative_score")
     if mean is None or mean["value"] is None:
         return []
-    return [(f"{len(mean['tasks'])} benchmarks, over chance", "1", measured(mean), _times(mean), source)]
+    return [(f"{len(mean['tasks'])} benchmarks, over chance", "1", measured(mean), ratio(mean), source)]
 
 
 def suite_verdicts(evaluation: dict[str, Any]) -> list[Verdict]:
