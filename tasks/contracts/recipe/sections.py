@@ -322,9 +322,7 @@ class Evaluate(Section):
     @property
     def longest(self) -> int:
         """The longest row, in tokens, without those of harness tasks."""
-        asked = self.generation
-        written = 0 if asked is None else max(asked.longest, 0 if (i := asked.instructions) is None else i.longest)
-        return max(self.context, written)
+        return max(self.context, 0 if self.generation is None else self.generation.longest_row)
 
     @property
     def all_tasks(self) -> tuple[EvalTask, ...]:

@@ -62,6 +62,11 @@ class EvalGeneration(Section):
         """Tokens of the longest sample with its prompt, BOS included."""
         return (self.prompt_tokens if self.prompts else 0) + 1 + self.new_tokens
 
+    @property
+    def longest_row(self) -> int:
+        """About the tokens of the longest row, questions included."""
+        return max(self.longest, 0 if self.instructions is None else self.instructions.longest)
+
 
 class EvalSpeed(Section):
     """Time and memory of teacher and student, each alone on one device."""
