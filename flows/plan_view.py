@@ -131,5 +131,7 @@ def print_plan(out: Console, recipe: Recipe, report: PlanReport) -> None:
     if report.gpu_hours is not None:
         price = f", about {report.dollars:,.2f} dollars" if report.dollars is not None else ""
         out.print(f"in all    {report.gpu_hours:,.1f} GPU hours{price} (estimated)")
+    for line in report.advice:
+        out.print(f"faster    {escape(line)}")
     for warning in report.warnings:
         out.print(f"[yellow]warning[/]   {escape(warning)}")

@@ -160,6 +160,8 @@ class PlanReport(Sheet):
     warnings: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
     """Stages that do not fit into memory, with remedies; only in a preview."""
+    advice: tuple[str, ...] = ()
+    """Settings that fit too and would take less time, by the same estimates."""
 
 
 class DequantizeSpec(Sheet):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ def planned(tmp_path: Path) -> Callable[..., PlanReport]:
         return plan.make_plan(recipe, JobResources(**machine), sizes_only=True)
 
     return make
+
+
+def test_the_plan_says_where_less_need_be_recomputed(planned: Callable[..., PlanReport]) -> None:
+    """Only what fits: with its own passes, with smaller ones, or not at all."""
+    machine = {"processes": 8, "gpu_memory_gib": 80.0}
+    (found,) = planned("qwen3-8b-hybrid", **machine).advice
+    assert re.fullmatch(
+        r"distill.gradient_checkpointing: selective fits \(7\d GiB\) and would take 1\d% less time", found
+    )
+    (found,) = planned("qwen3-8b-hybrid", **machine | {"gpu_memory_gib": 70.0}).advice
+    assert found.startswith("distill.gradient_checkpointing: selective with distill.micro_batch: 6 fits")
+    assert planned("qwen3-8b-hybrid", **machine | {"gpu_memory_gib": 58.0}).advice == ()
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -55,6 +55,8 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
     """Stages that need more memory than the device has."""
+    advice: list[str] = field(default_factory=list)
+    """What would take less time."""
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:

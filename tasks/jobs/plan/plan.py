@@ -137,6 +137,7 @@ def make_plan(
         assumptions=device,
         warnings=tuple(findings.warnings),
         misfits=tuple(findings.misfits),
+        advice=tuple(findings.advice),
     )
 
 

@@ -14,7 +14,13 @@ from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.choice_plan import choice_stage
 from radlads.tasks.jobs.plan.cost import LONGEST_ON_A_CPU, judging_cost, light_costs, training_cost
 from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
-from radlads.tasks.jobs.plan.remedies import Setting, misfit, what_would_help, what_would_help_judging
+from radlads.tasks.jobs.plan.remedies import (
+    Setting,
+    misfit,
+    what_would_be_faster,
+    what_would_help,
+    what_would_help_judging,
+)
 from radlads.tasks.jobs.plan.training_checks import plan_checkpoint
 
 Rows = dict[str, dict[str, Any]]
@@ -81,7 +87,14 @@ def _training_row(
     if memory["total"] > limit:
         findings.misfits.append(misfit(stage, memory, device, what_would_help(setting, networks, limit)))
     trainable = networks.trainable(stage, section)
-    cost = training_cost(stage, section, networks, device["kind"], resources)
+
+    def cost_of(changed: Training) -> dict[str, Any]:
+        return training_cost(stage, changed, networks, device["kind"], resources)
+
+    cost = cost_of(section)
+    if memory["total"] <= limit and resources.device == "cuda":
+        faster = what_would_be_faster(setting, networks, limit, lambda changed: cost_of(changed)["seconds"])
+        findings.advice += [] if faster is None else [faster]
     if len(section.parts) == 1:
         del cost["phases"]
     return {
