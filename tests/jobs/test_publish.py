@@ -267,6 +267,10 @@ def test_needle_verdicts():
     assert any("retrieves too little" in text and level == "warning" for text, level in bad.items())
     blind = say(None, {"models": {"teacher": found(0.1), "student": found(0.1)}}, needle_at_training_length_ratio=1.0)
     assert any("too few to compare the retrieval" in text and level == "note" for text, level in blind.items())
+    beyond = {name: found(0.4) | {"at_training_length": None} for name in ("teacher", "student")}
+    said = say(None, {"models": beyond})
+    assert said["No needle was asked for within the training length."] == "note"
+    assert not any("itself finds" in text for text in said)
     partly = {"teacher": found(1.0), "student": found(1.0, not_run=(4096,))}
     said = say(None, {"models": partly}, needle_at_training_length_ratio=1.0)
     assert any("was not run at 4096 tokens" in text for text in said)

@@ -121,12 +121,14 @@ def _judge_needle(needle: dict[str, Any] | None, metrics: dict[str, Any]) -> lis
     models = needle["models"]
     reached = models["teacher"]["at_training_length"]
     ratio = metrics.get("needle_at_training_length_ratio")
-    if reached is None or reached["mean"] < _TEACHER_RETRIEVES or ratio is None:
-        rate = "none" if not reached else percent(reached["mean"], 0)
+    if reached is None:
+        verdicts.append(Verdict("note", "No needle was asked for within the training length."))
+    elif reached["mean"] < _TEACHER_RETRIEVES or ratio is None:
         verdicts.append(
             Verdict(
                 "note",
-                f"The teacher itself finds {rate} of the needles, too few to compare the retrieval of the student.",
+                f"The teacher itself finds {percent(reached['mean'], 0)} of the needles, too few to compare the "
+                "retrieval of the student.",
             )
         )
     else:
