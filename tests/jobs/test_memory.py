@@ -357,3 +357,15 @@ def test_real_configs_are_planned_on_the_meta_device(shared_data: Path, name: st
     assert low < networks.teacher_parameters < high
     assert networks.new_parameters < 0.1 * networks.student_parameters
     assert (networks.idle > 0.5 * networks.teacher_parameters) == ("MoE" in name)
+
+
+def test_a_row_that_processes_share_is_one_pass_of_them() -> None:
+    """Four rows are four passes, whose gradients are kept; a single one frees activations as it makes gradients."""
+    networks = count_networks(recipe_of(), config_of())
+    shared = {"tokens": 4096, "context": 64, "micro_batch": 1, "sequence_parallel": 4}
+    one, four = (
+        training_memory("distill", Distill(batch=batch, **shared), networks, gpus(4, 80, zero_stage=2))
+        for batch in (1, 4)
+    )
+    assert one["activations"] == four["activations"]
+    assert one["gradients"] < four["gradients"] == 4 * networks.student_parameters // 4

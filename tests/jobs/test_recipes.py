@@ -78,6 +78,12 @@ def test_the_plan_says_where_less_need_be_recomputed(planned: Callable[..., Plan
     (found,) = planned("qwen3-8b-hybrid", **machine | {"gpu_memory_gib": 70.0}).advice
     assert found.startswith("distill.gradient_checkpointing: selective with distill.micro_batch: 6 fits")
     assert planned("qwen3-8b-hybrid", **machine | {"gpu_memory_gib": 58.0}).advice == ()
+    # Half of the passes is advised only where it divides the batch, and where no phase has a number of its own.
+    odd = {"distill.micro_batch": 3, "distill.batch": 72}
+    assert not any("micro_batch" in line for line in planned("qwen3-8b-hybrid", odd, **machine).advice)
+    phases = [{"tokens": 500_000_000, "micro_batch": 24, "batch": 192}, {"tokens": 500_000_000}]
+    found = planned("qwen3-8b-hybrid", {"distill.phases": phases}, **machine | {"gpu_memory_gib": 84.0}).advice
+    assert found == (), "selective would keep 24 sequences"
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -210,6 +210,7 @@ GSM8K = OWN["gsm8k"]
         ("piqa", {"piqa.jsonl": [OWN["piqa"] | {"label": "1"}]}, "item 1: label: "),
         ("piqa", {"piqa.jsonl": [OWN["piqa"] | {"goal": "\ud800"}]}, "item 1: goal: "),
         ("piqa", {"piqa.jsonl": ""}, "has no items"),
+        ("piqa", {"piqa.jsonl": '{\n"test": [], "train": []}'}, "are judged, and train is for training"),
         ("piqa", {"piqa.jsonl": "{"}, "not valid JSON"),
         ("arc_easy", {"arc_easy.jsonl": [OWN["arc_easy"] | {"answerKey": "E"}]}, "answerKey must be one of them"),
         ("copa", {"copa.jsonl": [COPIES["copa"] | {"query": "Tim sat"}]}, "must end with ', because'"),

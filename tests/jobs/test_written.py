@@ -27,7 +27,7 @@ from radlads.tasks.contracts.recipe.sections import Evaluate
 from radlads.tasks.jobs.judge import generation
 from radlads.tasks.jobs.judge.speed import check_speed
 from radlads.tasks.jobs.judge.written import samples
-from radlads.tasks.jobs.judge.written.constraints import CONSTRAINTS, Constraint, draw_constraints
+from radlads.tasks.jobs.judge.written.constraints import CONSTRAINTS, Constraint, draw_constraints, read_constraint
 from radlads.tasks.jobs.judge.written.instructions import judge_instructions, read_instructions
 from radlads.tasks.jobs.judge.written.repetition import distinct, ends_in_loop, repeated_share
 from radlads.tasks.jobs.judge.written.samples import judge_samples, sample_prompts
@@ -191,8 +191,10 @@ def _writer(model: Any, tokenizer: Any, section: EvalGeneration, prompts: Any) -
         ("lower_case", None, "all small, é 1", "Not small"),
         ("json", None, '{"a": [1]}', '"text alone"'),
         ("json", None, '```json\n{"a": 1}\n```', 'Here it is: {"a": 1}'),
+        ("json", None, '{"a": 1}', '{"a": NaN}'),
         ("starts_with", "In short,", " In short, yes", "in short, yes"),
         ("bullets", 2, "Two:\n- one\n  * two\n-no", "- one\n- two\n- three"),
+        ("bullets", 1, "- one", "intro\n-\n\nend"),
     ],
 )
 def test_constraints_by_hand(kind: str, value: Any, right: str, wrong: str):
@@ -201,6 +203,17 @@ def test_constraints_by_hand(kind: str, value: Any, right: str, wrong: str):
     assert not constraint.holds(wrong)
     assert not constraint.holds(" ")
     assert str(value or "") in constraint.text
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [{"kind": ["json"]}, {"kind": {}}, {"kind": "keyword", "value": " river "}, {"kind": "starts_with", "value": ""}],
+)
+def test_a_constraint_that_says_nothing_is_one_line(raw: Any):
+    with pytest.raises(
+        UserError, match=r"^here: a constraint has no `kind` of|^here: the constraint \w+ needs a `value`"
+    ):
+        read_constraint(raw, "here")
 
 
 def test_every_kind_is_drawn_and_two_never_exclude_each_other():
@@ -287,7 +300,10 @@ def test_what_the_plan_refuses_and_says(chats: Any, tokenizer: Any, texts: str, 
     assert "[4096] are beyond the teacher's 4096 positions" in check_speed(speed, 4096, CPU)[0]
     with pytest.raises(UserError, match="zero_stage: 3 divides them"):
         check_speed(speed, None, CPU.model_copy(update={"processes": 2, "zero_stage": 3}))
-    for bad in ({"temperatures": (1, 1.0)}, {"temperatures": (0,)}, {"new_tokens": 3}):
+    for bad in (
+        {"temperatures": (1, 1.0)}, {"temperatures": (0.7, 0.7000000001)}, {"temperatures": (0,)}, {"new_tokens": 3},
+        {"samples": 10**9},
+    ):  # fmt: skip
         with pytest.raises(ValidationError):
             EvalGeneration(**bad)
 

@@ -165,7 +165,7 @@ def training_memory(
         gathered = _gathered(networks, word, taught=taught, shared=shared)
     elif sharded and not resources.offload_optimizer:  # all is gathered; a layer's gradients, and as they are reduced
         gathered = (trainable // networks.num_layers) * 2 * (word + 4)
-    if gathered and all(part.batch <= part.micro_batch * shards for part in section.parts):
+    if gathered and all(part.batch <= part.micro_batch * (shards // part.sequence_parallel) for part in section.parts):
         gradients = max(0, gradients - activations - logits)  # of a single pass: made as the activations are freed
     memory = {
         "weights": weights,

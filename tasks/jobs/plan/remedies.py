@@ -85,15 +85,16 @@ def what_would_be_faster(
     found: list[tuple[float, str, int]] = []
     kinds: tuple[bool | Literal["selective"], ...] = (False, "selective")
     for kept in kinds[: 1 if section.gradient_checkpointing == "selective" else 2]:
-        whole = f"{setting.stage}.gradient_checkpointing: {str(kept).lower()}"
-        for size in (section.micro_batch, section.micro_batch // 2):  # smaller passes than these were not measured
-            if size < 1:
-                break
-            changed = _with_micro_batch(section.model_copy(update={"gradient_checkpointing": kept}), size)
-            need = replace(setting, section=changed).need(networks)
+        label = f"{setting.stage}.gradient_checkpointing: {str(kept).lower()}"
+        changed = section.model_copy(update={"gradient_checkpointing": kept})
+        trials = [(label, changed)]
+        if section.micro_batch % 2 == 0 and {part.micro_batch for part in section.parts} == {section.micro_batch}:
+            half = section.micro_batch // 2  # smaller passes than these were not measured
+            trials.append((f"{label} with {setting.stage}.micro_batch: {half}", _with_micro_batch(changed, half)))
+        for words, trial in trials:
+            need = replace(setting, section=trial).need(networks)
             if need <= limit:
-                label = whole + (f" with {setting.stage}.micro_batch: {size}" if size < section.micro_batch else "")
-                found.append((seconds(changed) or now, label, need))
+                found.append((seconds(trial) or now, words, need))
                 break
     if not found or (best := min(found))[0] > (1 - _FASTER) * now:
         return None

@@ -43,7 +43,7 @@ class EvalGeneration(Section):
     text_field: str = "text"
     prompt_tokens: int = Field(default=32, gt=0)
     """Tokens of a document's beginning that are given to the models."""
-    samples: int = Field(default=128, ge=2)
+    samples: int = Field(default=128, ge=2, le=100_000)
     """Of each model at each temperature."""
     new_tokens: int = Field(default=256, ge=16)
     """Of a sample, at most."""
@@ -53,7 +53,7 @@ class EvalGeneration(Section):
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:
-        if len(set(self.temperatures)) < len(self.temperatures):
+        if len({f"{one:g}" for one in self.temperatures}) < len(self.temperatures):
             raise ValueError("temperatures has a temperature twice")
         return self
 

@@ -91,7 +91,7 @@ class HellaSwag(Columns):
 
     @model_validator(mode="after")
     def _label_is_an_ending(self) -> HellaSwag:
-        if not 0 <= int(self.label) < len(self.endings):
+        if not str(self.label).isdecimal() or int(self.label) >= len(self.endings):
             raise ValueError("label must be the number of an ending, from 0")
         self.label = str(self.label)
         return self

@@ -77,12 +77,15 @@ def _converted(row: dict[str, Any], form: type[Columns], where: str) -> dict[str
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, object): one a line, or those in the lists of one JSON object, {split: [...]}."""
+    """(number from 1, object): one a line, or those in all lists of one JSON object, {split: [...]}."""
     splits = _one_object(path)
     if splits is None:
         yield from enumerate((row for _, row in json_rows(path)), 1)
         return
-    items = [item for split in splits.values() if isinstance(split, list) for item in split]
+    lists = {name: split for name, split in splits.items() if isinstance(split, list)}
+    if trained := [name for name in lists if name.startswith("train")]:
+        raise UserError(f"{path}: all lists of a JSON object are judged, and {trained[0]} is for training; take it out")
+    items = [item for split in lists.values() for item in split]
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise UserError(f"{path}, item {number}: expected a JSON object with columns")

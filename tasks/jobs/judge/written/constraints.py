@@ -13,7 +13,7 @@ from radlads.tasks.contracts.errors import UserError, did_you_mean
 
 _WORD = re.compile(r"\w+(?:[’'-]\w+)*")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"”’')\]]*(?:\s+|$)")
-_BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]*[-*•][ \t]+\S", re.MULTILINE)
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _WORDS = ("river", "window", "garden", "silver", "morning", "bridge", "winter", "music", "market", "orange")
 _PHRASES = ("In short,", "Certainly,", "Here is my answer:", "Good question.")
@@ -50,9 +50,13 @@ def _sentences(answer: str) -> int:
 def _is_json(answer: str) -> bool:
     fenced = _FENCED.fullmatch(answer)
     try:
-        return isinstance(json.loads(fenced[1] if fenced else answer), dict | list)
+        return isinstance(json.loads(fenced[1] if fenced else answer, parse_constant=_no_number), dict | list)
     except (ValueError, RecursionError):
         return False
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")  # which Python reads all the same
 
 
 def _wanted_word(rng: random.Random, question: str) -> str:
@@ -159,14 +163,14 @@ def draw_constraints(question: str, index: int, rng: random.Random) -> tuple[Con
 def read_constraint(raw: Any, where: str) -> Constraint:
     """A constraint of a file, {kind, value}. Raises UserError."""
     kind, value = (raw.get("kind"), raw.get("value")) if isinstance(raw, Mapping) else (None, None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         hint = did_you_mean(str(kind), list(CONSTRAINTS), cutoff=0.5)
         raise UserError(f"{where}: a constraint has no `kind` of {', '.join(CONSTRAINTS)}{hint}")
     takes = _KINDS[kind].takes
     if takes is int and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         raise UserError(f"{where}: the constraint {kind} needs a `value`, a whole number from 1")
-    if takes is str and not (isinstance(value, str) and value.strip()):
-        raise UserError(f"{where}: the constraint {kind} needs a `value`, a text")
+    if takes is str and not (isinstance(value, str) and value and value == value.strip()):
+        raise UserError(f"{where}: the constraint {kind} needs a `value`, a text without white space at its ends")
     if takes is None and value is not None:
         raise UserError(f"{where}: the constraint {kind} has no value; leave it out")
     return Constraint(kind, value)
