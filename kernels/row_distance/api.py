@@ -45,6 +45,6 @@ def _why_not_fused(out: Tensor, wanted: Tensor) -> str | None:
         return "triton is not installed" if out.is_cuda else not_on_gpu(out)
     from radlads.kernels.shared.triton_launch import current_backend, why_not_in_triton
 
-    if reason := why_not_in_triton(out[..., :1], 1, current_backend()):
+    if reason := why_not_in_triton(out[..., :1], 1, current_backend()):  # a row may have any width
         return reason
     return None if out.dtype == wanted.dtype else f"the tensors differ in dtype: {out.dtype}, {wanted.dtype}"

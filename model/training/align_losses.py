@@ -152,8 +152,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _sqrt(square: Tensor) -> Tensor:
-    """√x, with 0 and a gradient of 0 where rounding or equality leaves x ≤ 0."""
-    positive = square > 0
+    """√x, with 0 and a gradient of 0 where rounding or equality leaves x ≤ 0. What is no number stays none."""
+    positive = ~(square <= 0)
     return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
 
 

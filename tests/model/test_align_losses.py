@@ -185,5 +185,15 @@ def test_l2_is_a_mean_of_norms() -> None:
     agree(l2_loss(out, wanted).mean(), (wanted - out).norm(dim=-1).mean() / 4, out)
 
 
+@pytest.mark.parametrize("kind", ["l2", "mse", "scaled_mse", "comprehensive"])
+def test_what_is_no_number_is_not_told_as_a_perfect_mixer(kind: str) -> None:
+    """The check for finite numbers before a step must see it."""
+    out, wanted = outputs(2, 8, 16)
+    out.data[0, 3, 5] = float("nan")
+    values = build_align_loss(section(loss=kind), 4)(out, wanted, 1)
+    assert values[0].isnan()
+    assert values[1].isfinite()
+
+
 def section(**changes: object) -> Align:
     return Align(tokens=100, context=20, batch=2, **changes)

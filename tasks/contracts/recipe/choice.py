@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, AddedLater, Length, Place, Reads, Section, Seed
+from radlads.tasks.contracts.recipe.judging.ruler import OneNeedle
 
 if TYPE_CHECKING:
     from radlads.tasks.contracts.recipe.sections import Recipe, Student
@@ -17,15 +18,6 @@ _MOST_IN_PAIRS = 20
 """Layers of which all pairs may be measured: all sets of them are compared."""
 _HAYSTACK_NEEDED = ("niah_single_2", "niah_single_3", "niah_multikey_1")
 
-ProbeTask = Literal[
-    "niah_single_1",
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-]
-"""RULER's tasks with one needle to find, whose answer is one text."""
 Search = Literal["one_at_a_time", "greedy", "pairs"]
 
 
@@ -105,7 +97,7 @@ class NeedleProbe(Section):
     The stage first judges the teacher on them, and fails before it tries a layer if the teacher does not pass.
     """
 
-    tasks: tuple[ProbeTask, ...] = Field(default=("niah_single_2", "niah_multikey_1"), min_length=1)
+    tasks: tuple[OneNeedle, ...] = Field(default=("niah_single_2", "niah_multikey_1"), min_length=1)
     """Used in turn, each at all of `recall.lengths`."""
     chat: bool = False
     """Put the prompt into a user message with the tokenizer's chat template; the answer prefix begins the reply."""

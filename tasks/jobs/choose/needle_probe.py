@@ -8,7 +8,8 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.choice import NeedleProbe, ProbeTask, RecallProbe
+from radlads.tasks.contracts.recipe.choice import NeedleProbe, RecallProbe
+from radlads.tasks.contracts.recipe.judging.ruler import OneNeedle
 from radlads.tasks.jobs.data.ruler.puzzle import Puzzle
 from radlads.tasks.jobs.data.ruler.tasks import TASKS, Material, make_puzzle
 from radlads.tasks.jobs.data.text.chat import open_chat_template
@@ -28,7 +29,7 @@ def make_needles(
             [resolve_file(name) for name in expand_paths(section.haystack)], section.haystack_separator
         )
     encode = lru_cache(maxsize=16)(_encoder(probe, tokenizer, add_bos))  # what fits is asked for again
-    guesses: dict[tuple[ProbeTask, int], int] = {}
+    guesses: dict[tuple[OneNeedle, int], int] = {}
     quizzes: dict[int, list[Quiz]] = {}
     for number in range(section.documents):
         turn, step = divmod(number, len(section.lengths))

@@ -8,19 +8,16 @@ from pydantic import Field, model_validator
 
 from radlads.tasks.contracts.recipe.base import Length, Place, Reads, Section, Seed
 
-SyntheticTask = Literal[
+OneNeedle = Literal[
     "niah_single_1",
     "niah_single_2",
     "niah_single_3",
     "niah_multikey_1",
     "niah_multikey_2",
     "niah_multikey_3",
-    "niah_multivalue",
-    "niah_multiquery",
-    "vt",
-    "cwe",
-    "fwe",
 ]
+"""Tasks with one needle to find, whose answer is one text."""
+SyntheticTask = Literal[OneNeedle, "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"]
 """Tasks whose prompts are generated: needles, variable tracking, common words, frequent words."""
 RulerTask = SyntheticTask | Literal["qa_1", "qa_2"]
 SYNTHETIC_TASKS: tuple[SyntheticTask, ...] = get_args(SyntheticTask)

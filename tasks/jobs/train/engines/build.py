@@ -31,7 +31,7 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
     """The engine that trains an objective: torch's partitioning under ZeRO-2 and 3, DeepSpeed's below and with the
     optimizer in host memory, whole replicas for CUDA graphs. Raises UserError for settings that exclude each other."""
     resources = job.spec.resources
-    sizes = {"micro_batch": micro_batch, "num_micro": num_micro}
+    sizes: dict[str, Any] = {"micro_batch": micro_batch, "num_micro": num_micro}
     strict, reason = resources.cuda_graphs == "on", why_not_recorded(section, resources)
     if strict and reason is not None:
         raise UserError(f"resources.cuda_graphs: {reason}")
@@ -51,15 +51,7 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
     if stage >= 2:
         once = stage == 2
         return ShardedEngine(objective, section, device=job.device, dtype=job.dtype, gathered_once=once, **sizes)
-    return Engine(
-        objective,
-        section,
-        device=job.device,
-        dtype=job.dtype,
-        zero_stage=stage,
-        micro_batch=micro_batch,
-        num_micro=num_micro,
-    )
+    return Engine(objective, section, device=job.device, dtype=job.dtype, zero_stage=stage, **sizes)
 
 
 def why_not_recorded(section: Training, resources: JobResources) -> str | None:
