@@ -66,9 +66,9 @@ def run_batch(batch: Batch, settings: RowSettings) -> Found:
     theirs = None if teacher is None else Operand(batch.teacher_head, teacher.dtype, dtype)
     losses = RowLosses(*(torch.zeros(N, dtype=dtype, device=hidden.device) for _ in RowLosses._fields))
     grad_dtype = ours.grad_dtype if batch.want_hidden or batch.want_head else None
-    fused, add_outer = choose_products(batch) or (None, None)
+    fused, add_outer = (choose_products(batch) if settings.divergence == "forward" else None) or (None, None)
     form = _form(batch, fused is not None, dtype)
-    note_kernel("linear_kl", form, None if fused else partial(_why_slower, batch))
+    note_kernel("linear_kl", form, None if fused else partial(_why_slower, batch, settings))
     longest = MAX_BLOCK if fused is None else FUSED_BLOCK["trained" if batch.want_head else "frozen"]
     tiles = _Tiles(
         N, V, hidden.device, torch.float16 if fused else batch.logits_dtype or dtype, grad_dtype,
@@ -160,7 +160,7 @@ def _form(batch: Batch, fused: bool, dtype: torch.dtype) -> str:
     return f"library products, rows by {rows}"
 
 
-def _why_slower(batch: Batch) -> str:
+def _why_slower(batch: Batch, settings: RowSettings) -> str:
     """Why this batch does not use the fused products."""
     device = batch.hidden.device
     if device.type != "cuda":
@@ -169,6 +169,8 @@ def _why_slower(batch: Batch) -> str:
         return "triton is not installed"
     if not is_hopper(device):
         return "the GPU is not Hopper"
+    if settings.divergence != "forward":
+        return "reverse KL needs the teacher's logits, which the fused products do not keep"
     if batch.logits_dtype is not None:
         return "logits_dtype is set"
     return f"the fused products do not support {batch.hidden.dtype} operands or this alignment"

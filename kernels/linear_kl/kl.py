@@ -1,9 +1,12 @@
-"""Distillation loss from hidden states: both heads, forward KL, optional cross entropy and all gradients in one pass.
+"""Distillation loss from hidden states: both heads, KL in either direction, optional cross entropy and all gradients in
+one pass.
 
 Dims: N tokens, D student width, E teacher width, V vocabulary. Mathematics: README.md.
 """
 
 from __future__ import annotations
+
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.linear_kl.driver import Batch, run_batch
 from radlads.kernels.linear_kl.products import accumulate_dtype, under_autocast
-from radlads.kernels.linear_kl.rows import RowSettings
+from radlads.kernels.linear_kl.rows import Divergence, RowSettings
 
 
 def linear_kl(
@@ -29,9 +32,13 @@ def linear_kl(
     ignore_index: int = -100,
     weight_N: Tensor | None = None,
     l2wrap: float = 0.0,
+    divergence: Divergence = "forward",
     logits_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """kl_weight · τ² KL(teacher ‖ student) + ce_weight · CE, means over tokens; never materialises the logits [N,V].
+    """kl_weight · τ² KL + ce_weight · CE, means over tokens; never materialises the logits [N,V].
+
+    KL is KL(teacher ‖ student), or with `divergence="reverse"` KL(student ‖ teacher) (MiniLLM, 2306.08543), which is
+    large where the student gives mass to what the teacher excludes.
 
     KL compares softmax(teacher logits / teacher_temperature) with softmax(student logits / student_temperature). Both
     temperatures default to `temperature`; τ is the student's, so the gradient scale is independent of it. CE has
@@ -40,11 +47,12 @@ def linear_kl(
     `l2wrap` adds l2wrap · z to the gradient of each token's largest logit z (RWKV's L2Wrap), weighted like the KL; it
     is not in the loss.
 
-    Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`; the metrics are detached, `kl` includes τ², `ce` is 0
-    without labels. Gradients go to the student's hidden states and head only. bf16 and fp16 operands are multiplied
-    with fp32 sums (fp64 stays fp64). `logits_dtype` is the dtype of logits in memory. None: fp32, except on NVIDIA
-    Hopper, where logits are not stored (README.md). The operands' dtype rounds logits as a plain head does.
-    Raises ValueError for mismatched shapes.
+    Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`, with "reverse_kl" among the metrics where that is the
+    loss. The metrics are detached; `kl` is the forward one in any case, and both include τ²; `ce` is 0 without labels.
+    Gradients go to the student's hidden states and head only. bf16 and fp16 operands are multiplied with fp32 sums
+    (fp64 stays fp64). `logits_dtype` is the dtype of logits in memory. None: fp32, except on NVIDIA Hopper, where the
+    logits of forward KL are not stored (README.md). The operands' dtype rounds logits as a plain head does.
+    Raises ValueError for mismatched shapes and an unknown divergence.
     """
     _check(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, labels_N, weight_N)
     tau = temperature if student_temperature is None else student_temperature
@@ -53,14 +61,17 @@ def linear_kl(
         raise ValueError(f"linear_kl: temperature must be positive, got {temperature}, {tau} and {teacher_tau}")
     if ce_weight != 0 and labels_N is None:
         raise ValueError("linear_kl: ce_weight needs labels_N")
+    if divergence not in get_args(Divergence):
+        raise ValueError(f"linear_kl: divergence must be one of {', '.join(get_args(Divergence))}, got {divergence!r}")
     student, head = under_autocast(student_hidden_ND, student_head_VD)
     teacher, teacher_head = under_autocast(teacher_hidden_NE.detach(), teacher_head_VE.detach())
-    settings = RowSettings(tau, teacher_tau, kl_weight * tau, 0.0, l2wrap, ignore_index)
-    loss, kl, ce, agreement = _LinearKl.apply(
+    settings = RowSettings(tau, teacher_tau, kl_weight * tau, 0.0, l2wrap, ignore_index, divergence)
+    loss, kl, ce, agreement, reverse = _LinearKl.apply(
         student, head, teacher, teacher_head, labels_N, weight_N, (kl_weight, ce_weight), settings,
         logits_dtype, torch.is_grad_enabled(),
     )  # fmt: skip
-    return loss, {"kl": kl, "ce": ce, "top1_agreement": agreement}
+    trained = {"reverse_kl": reverse} if divergence == "reverse" else {}
+    return loss, {"kl": kl, **trained, "ce": ce, "top1_agreement": agreement}
 
 
 class _LinearKl(torch.autograd.Function):
@@ -77,7 +88,7 @@ class _LinearKl(torch.autograd.Function):
         settings: RowSettings,
         logits_dtype: torch.dtype | None,
         grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         N = student_ND.shape[0]
         scale_N = _normalised(weight_N, N, accumulate_dtype(student_ND, teacher_NE), student_ND.device)
         # CE is a mean over other tokens; ratio_N converts a row's scale to that of its CE term
@@ -98,11 +109,14 @@ class _LinearKl(torch.autograd.Function):
         result = run_batch(batch, settings)
         ctx.save_for_backward(result.grad_hidden, *result.grad_head)
         ctx.dtypes = student_ND.dtype, head_VD.dtype
-        kl = (result.losses.kl @ scale_N) * settings.student_temperature**2
+        kl, reverse = (
+            (x @ scale_N) * settings.student_temperature**2 for x in (result.losses.kl, result.losses.reverse)
+        )
         ce = kl.new_zeros(()) if ratio_N is None else result.losses.nll @ (scale_N * ratio_N)
         agreement = result.losses.same @ scale_N
-        ctx.mark_non_differentiable(kl, ce, agreement)
-        return kl_weight * kl + ce_weight * ce, kl, ce, agreement
+        ctx.mark_non_differentiable(kl, ce, agreement, reverse)
+        trained = kl if settings.divergence == "forward" else reverse
+        return kl_weight * trained + ce_weight * ce, kl, ce, agreement, reverse
 
     @staticmethod
     @once_differentiable

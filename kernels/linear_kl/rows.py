@@ -5,16 +5,20 @@ Dims: n rows (tokens), V vocabulary. Mathematics: README.md.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Divergence = Literal["forward", "reverse"]
 
 
 class RowSettings(NamedTuple):
     """Settings of all rows. The gradient of a row is
 
-    kl_factor (q - p) + ce_factor_n (softmax(z) - (1 - smoothing) onehot - smoothing / V) + l2wrap · z_top onehot(top)
+    kl_factor g + ce_factor_n (softmax(z) - (1 - smoothing) onehot - smoothing / V) + l2wrap · z_top onehot(top)
+
+    with g = q - p (forward) or q (log q - log p - KL(q ‖ p)) (reverse).
     """
 
     student_temperature: float = 1.0
@@ -23,16 +27,19 @@ class RowSettings(NamedTuple):
     smoothing: float = 0.0
     l2wrap: float = 0.0
     ignore_index: int = -100
+    divergence: Divergence = "forward"
 
 
 class RowLosses(NamedTuple):
     """Unweighted losses per row, [n], in the accumulation dtype. nll: negative log likelihood; smooth: mean over the
-    vocabulary of -log softmax; same: whether the top token equals the teacher's, or the label without a teacher."""
+    vocabulary of -log softmax; same: whether the top token equals the teacher's, or the label without a teacher;
+    reverse: KL(student ‖ teacher), where the settings' divergence is that, else as it was."""
 
     kl: Tensor
     nll: Tensor
     smooth: Tensor
     same: Tensor
+    reverse: Tensor
 
 
 def torch_rows(
@@ -68,13 +75,9 @@ def torch_rows(
     if y_nV is not None:
         y = y_nV.to(dtype)
         losses.same.copy_((top == y.argmax(-1, keepdim=True))[:, 0])
-        z, y = z.div_(tau), y.div_(settings.teacher_temperature)
-        z -= z.logsumexp(-1, keepdim=True)
-        y -= y.logsumexp(-1, keepdim=True)
-        p = y.exp()
-        losses.kl.copy_(y.sub_(z).mul_(p).sum(-1))
+        difference = _diverge(z.div_(tau), y.div_(settings.teacher_temperature), settings.divergence, losses)
         if grad_nV is not None and settings.kl_factor:
-            difference = z.exp_().sub_(p).mul_(settings.kl_factor)
+            difference.mul_(settings.kl_factor)
             pull = difference if pull is None else pull.add_(difference)
     if grad_nV is None:
         return
@@ -83,3 +86,19 @@ def torch_rows(
     if top_value is not None:
         pull.scatter_add_(1, top, top_value * settings.l2wrap)
     grad_nV.copy_(pull)
+
+
+def _diverge(z_nV: Tensor, y_nV: Tensor, divergence: Divergence, losses: RowLosses) -> Tensor:
+    """Write the divergences of logits over temperatures, which it overwrites. Returns the gradient g of `RowSettings`,
+    [n,V]."""
+    z = z_nV.sub_(z_nV.logsumexp(-1, keepdim=True))
+    y = y_nV.sub_(y_nV.logsumexp(-1, keepdim=True))
+    p, gap = y.exp(), y.sub_(z)
+    if divergence == "forward":
+        losses.kl.copy_(gap.mul_(p).sum(-1))
+        return z.exp_().sub_(p)
+    losses.kl.copy_(p.mul_(gap).sum(-1))
+    q = z.exp_()
+    reverse = torch.mul(q, gap, out=p).sum(-1, keepdim=True).neg_()
+    losses.reverse.copy_(reverse[:, 0])
+    return gap.add_(reverse).mul_(q).neg_()

@@ -34,8 +34,8 @@ _WARPS = 4
 _PROGRAMS = 6  # per multiprocessor, if they fit
 _REGISTERS = 80  # maximum per thread, so that six programs of four warps fit on an NVIDIA multiprocessor
 _LAG = 1  # rounds between the two passes of a part; more if a row has more parts than there are programs
-FACTS = tl.constexpr(9)  # values per part of a row
-RESULTS = tl.constexpr(6)  # values per row
+FACTS = tl.constexpr(10)  # values per part of a row
+RESULTS = tl.constexpr(7)  # values per row
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -55,6 +55,11 @@ def _three_sums(a, b, c, d, e, f):
 
 
 @triton.jit
+def _four_sums(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
 def _top_place(facts, PARTS: tl.constexpr, POWER: tl.constexpr):
     """Position of the first of a model's largest logits."""
     infinity = float("inf")
@@ -66,9 +71,10 @@ def _top_place(facts, PARTS: tl.constexpr, POWER: tl.constexpr):
 
 @triton.jit
 def combine(
-    row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, facts, results, V, cold_s, cold_t, ignore_index,
+    row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, reverse, facts, results, V, cold_s, cold_t,
+    ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr, TEMPERED: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    SMOOTH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Compute losses and results of a row from the facts of its parts, the label's logit (any value without a label)
     and the positions of both models' largest logits."""
@@ -101,6 +107,10 @@ def combine(
             tl.store(smooth + row, tl.where(counted, level - plain / V, 0.0))
         if not TEACHER:
             tl.store(same + row, (counted & (top_at.to(tl.int32) == label)).to(tl.float32))
+    if REVERSE:
+        backs = tl.load(theirs + 9 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
+        back = tl.sum(backs * tl.exp2((tops - top) * (cold_s * LOG2E)), 0) / total
+        tl.store(out + 6, back)
     if TEACHER:
         tops = tl.load(theirs + 5 * PARTS, mask=real, other=-infinity, cache_modifier=".cg")
         totals = tl.load(theirs + 6 * PARTS, mask=real, other=0.0, cache_modifier=".cg")
@@ -113,19 +123,21 @@ def combine(
         tl.store(out + 5, tl.log2(total_y))
         shift = (top_y * cold_t + tl.log(total_y)) - (top * cold_s + tl.log(total))
         tl.store(kl + row, cross / total_y - shift)
+        if REVERSE:
+            tl.store(reverse + row, back + shift)
         tl.store(same + row, (top_at == top_y_at).to(tl.float32))
 
 
 @triton.jit
 def pull_of(
-    q, p, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap,
+    difference, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap,
     TEACHER: tl.constexpr, FACTORS: tl.constexpr, SMOOTH: tl.constexpr, WRAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits `x` of a row, from the student's distributions (at its temperature and at 1) and the
-    teacher's."""
+    """The gradient of the logits `x` of a row, from that of the divergence (g of `RowSettings`) and the student's
+    distribution at temperature 1."""
     pull = tl.zeros_like(x).to(tl.float32)
     if TEACHER:
-        pull = kl_factor * (q - p)
+        pull = kl_factor * difference
     if FACTORS:
         label = tl.load(labels + row)
         label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
@@ -141,10 +153,10 @@ def pull_of(
 
 @triton.jit
 def _publish(
-    task, z, y, labels, kl, nll, smooth, same, facts, results, arrived,
+    task, z, y, labels, kl, nll, smooth, same, reverse, facts, results, arrived,
     V, stride_z, stride_y, cold_s, cold_t, ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
-    TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
+    TEMPERED: tl.constexpr, SMOOTH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """First pass of a task: publish the facts of the part. The last program of a row combines them."""
     row = (task // PARTS).to(tl.int64)
@@ -161,7 +173,12 @@ def _publish(
         q = tl.exp2((zx - top) * (cold_s * LOG2E))
         p = tl.exp2((yx - top_y) * (cold_t * LOG2E))
         cross = tl.where(inside, p * (yx * cold_t - zx * cold_s), 0.0)
-        total, total_y, cross = tl.reduce((q, p, cross), 0, _three_sums)
+        if REVERSE:
+            back = tl.where(inside, q * (zx * cold_s - yx * cold_t), 0.0)
+            total, total_y, cross, back = tl.reduce((q, p, cross, back), 0, _four_sums)
+            tl.store(mine + 9 * PARTS, back)
+        else:
+            total, total_y, cross = tl.reduce((q, p, cross), 0, _three_sums)
         tl.store(mine + 5 * PARTS, top_y)
         tl.store(mine + 6 * PARTS, total_y)
         tl.store(mine + 7 * PARTS, cross)
@@ -189,8 +206,8 @@ def _publish(
         if TEACHER:
             top_y_at = _top_place(mine - part + 5 * PARTS, PARTS, POWER)
         combine(
-            row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, facts, results, V, cold_s, cold_t,
-            ignore_index, PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH,
+            row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, reverse, facts, results, V, cold_s, cold_t,
+            ignore_index, PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH, REVERSE,
         )  # fmt: skip
         tl.debug_barrier()  # all threads have read the label's logit, which the gradient may overwrite
         tl.atomic_add(arrived + row, 1, sem="release")
@@ -201,7 +218,7 @@ def _write_gradient(
     task, z, y, labels, factors, grad, results, arrived,
     V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, FACTORS: tl.constexpr, TEMPERED: tl.constexpr,
-    SMOOTH: tl.constexpr, WRAP: tl.constexpr,
+    SMOOTH: tl.constexpr, WRAP: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Second pass of a task: write the gradient of the part."""
     row = (task // PARTS).to(tl.int64)
@@ -217,30 +234,35 @@ def _write_gradient(
     out = results + row * RESULTS
     top = tl.load(out, cache_modifier=".cg")
     q = tl.zeros([BLOCK], tl.float32)
-    p = q
+    difference = q
     if TEACHER or not TEMPERED:
         q = tl.exp2((zx - top) * (cold_s * LOG2E) - tl.load(out + 1, cache_modifier=".cg"))
-    if TEACHER:  # normalise p and q in the exponent, so that equal logits have gradient exactly 0
+    if REVERSE:  # the terms of both normalisations cancel
+        difference = q * ((zx * cold_s - yx * cold_t) - tl.load(out + 6, cache_modifier=".cg"))
+    elif TEACHER:  # normalise p and q in the exponent, so that equal logits have gradient exactly 0
         top_y = tl.load(out + 4, cache_modifier=".cg")
         p = tl.exp2((yx - top_y) * (cold_t * LOG2E) - tl.load(out + 5, cache_modifier=".cg"))
+        difference = q - p
     q_ce = q
     if FACTORS and TEMPERED:
         q_ce = tl.exp2((zx - top) * LOG2E - tl.load(out + 2, cache_modifier=".cg"))
     pull = pull_of(
-        q, p, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap, TEACHER, FACTORS, SMOOTH, WRAP
-    )
+        difference, q_ce, x, row, labels, factors, results, V, kl_factor, smoothing, l2wrap, TEACHER, FACTORS, SMOOTH,
+        WRAP,
+    )  # fmt: skip
     tl.store(grad + row * stride_grad + x, pull.to(grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tasks"])
 def rows_kernel(
-    z, y, labels, factors, grad, kl, nll, smooth, same, facts, results, arrived,
+    z, y, labels, factors, grad, kl, nll, smooth, same, reverse, facts, results, arrived,
     tasks, V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap, ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, LAG: tl.constexpr, TEACHER: tl.constexpr,
     LABELS: tl.constexpr, FACTORS: tl.constexpr, GRAD: tl.constexpr, TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
-    WRAP: tl.constexpr,
+    WRAP: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """All tasks of one program. cold_s, cold_t: 1 / temperature; TEMPERED: the student's temperature is not 1."""
+    """All tasks of one program. cold_s, cold_t: 1 / temperature; TEMPERED: the student's temperature is not 1;
+    REVERSE (with TEACHER alone): the gradient is that of KL(student ‖ teacher)."""
     programs = tl.num_programs(0)
     end = tasks
     if GRAD:
@@ -249,9 +271,9 @@ def rows_kernel(
     while task < end:
         if task < tasks:
             _publish(
-                task, z, y, labels, kl, nll, smooth, same, facts, results, arrived,
+                task, z, y, labels, kl, nll, smooth, same, reverse, facts, results, arrived,
                 V, stride_z, stride_y, cold_s, cold_t, ignore_index,
-                PARTS, POWER, BLOCK, TEACHER, LABELS, TEMPERED, SMOOTH,
+                PARTS, POWER, BLOCK, TEACHER, LABELS, TEMPERED, SMOOTH, REVERSE,
             )  # fmt: skip
         if GRAD:
             earlier = task - LAG * programs
@@ -259,7 +281,7 @@ def rows_kernel(
                 _write_gradient(
                     earlier, z, y, labels, factors, grad, results, arrived,
                     V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap,
-                    PARTS, BLOCK, TEACHER, FACTORS, TEMPERED, SMOOTH, WRAP,
+                    PARTS, BLOCK, TEACHER, FACTORS, TEMPERED, SMOOTH, WRAP, REVERSE,
                 )  # fmt: skip
         task += programs
 
@@ -308,7 +330,8 @@ def triton_rows(
             PARTS=parts, POWER=triton.next_power_of_2(parts), BLOCK=block,
             LAG=max(lag or _LAG, triton.cdiv(parts, grid)), TEACHER=y_nV is not None, LABELS=labels_n is not None,
             FACTORS=ce_factor_n is not None, GRAD=grad_nV is not None, TEMPERED=settings.student_temperature != 1,
-            SMOOTH=settings.smoothing != 0, WRAP=settings.l2wrap != 0, **options,
+            SMOOTH=settings.smoothing != 0, WRAP=settings.l2wrap != 0,
+            REVERSE=y_nV is not None and settings.divergence == "reverse", **options,
         )  # fmt: skip
 
 

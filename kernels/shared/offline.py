@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
+from radlads.kernels.linear_kl.rows import RowLosses
 from radlads.kernels.mixer_ops import triton_finish, triton_operands, triton_rotate
 from radlads.kernels.row_distance import triton_distance
 from radlads.kernels.shared.triton_launch import ChunkPlan, power
@@ -120,15 +121,19 @@ def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
     if TARGETS[name].backend == "cuda":
         shared["maxnreg"] = triton_rows._REGISTERS
     numbers = (4096, V, V, V, V, 0.5, 0.5, 1.0, 0.1, 0.1, -100)
-    kernel = triton_rows.rows_kernel
+    kernel, losses = triton_rows.rows_kernel, [f] * len(RowLosses._fields)
     return {
         "kl": kernel.warmup(
-            f, f, long, f, x, f, f, f, f, f, f, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, **shared
+            f, f, long, f, x, *losses, f, f, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, REVERSE=False, **shared
+        ),
+        "reverse": kernel.warmup(
+            f, f, long, f, x, *losses, f, f, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, REVERSE=True, **shared
         ),
         "ce": kernel.warmup(
-            x, None, long, f, x, f, f, f, f, f, f, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, **shared
+            x, None, long, f, x, *losses, f, f, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, REVERSE=False,
+            **shared,
         ),
-    }
+    }  # fmt: skip
 
 
 def compile_products(V: int, *, tempered: bool = True) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def compile_products(V: int, *, tempered: bool = True) -> dict[str, Any]:
         "outer": triton_outer.outer_kernel.warmup(g, y, t, tokens, part, 512, BEGUN=True, **tile),
         "label": product.label_kernel.warmup(x.base, w.base, long, f, V, 512, 512, D=512, BLOCK=512, grid=(1,)),
         "combine": product.combine_kernel.warmup(
-            h, h, long, f, f, f, f, f, f, f, V, width, width, 0.5, 0.5, -100, **losses
+            h, h, long, f, f, f, f, f, f, f, f, V, width, width, 0.5, 0.5, -100, **losses
         ),
         "gradient": product.gradient_kernel.warmup(
             h, h, torch.empty(64, dtype=torch.bfloat16), long, f, f, f, V, width, width, width, 0.5, 0.5, 2.0,

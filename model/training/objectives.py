@@ -92,7 +92,7 @@ class Objective(nn.Module):
             exchange_heads(network, group.size(), context)
 
     def begin_step(self, step: int) -> None:
-        """Called before every optimizer step (counted from 0), for objectives that change during training."""
+        """Called before every optimizer step (counted from 0)."""
 
     def fixed_settings(self) -> Hashable:
         """The values that `forward` reads of what changes between steps: passes with equal ones run the same kernels
@@ -178,10 +178,10 @@ class AlignObjective(Objective):
 
 
 class DistillObjective(Objective):
-    """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy.
+    """Stage 2: a KL between teacher and student over the vocabulary, at every position, with an optional cross entropy.
 
-    In training the step's phase sets temperature and weights; in eval mode temperature is 1 and the weights are
-    the last phase's.
+    In training the step's phase sets divergence, temperature and weights; in eval mode temperature is 1 and the rest
+    the last phase's. Among the metrics `kl` is KL(teacher ‖ student) whatever trains, so that runs compare.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -201,15 +201,9 @@ class DistillObjective(Objective):
         """The current settings of the loss, in the form of linear_kl's argument."""
         if not self.training:
             last = self.section.parts[-1]
-            return {"kl_weight": last.kl_weight, "ce_weight": last.ce_weight}
-        phase = self._phase
-        return {
-            "temperature": phase.temperature,
-            "teacher_temperature": phase.teacher_temperature,
-            "l2wrap": phase.l2wrap,
-            "kl_weight": phase.kl_weight,
-            "ce_weight": self._ce_weight,
-        }
+            return {"divergence": last.divergence, "kl_weight": last.kl_weight, "ce_weight": last.ce_weight}
+        read = ("divergence", "temperature", "teacher_temperature", "l2wrap", "kl_weight")
+        return {name: getattr(self._phase, name) for name in read} | {"ce_weight": self._ce_weight}
 
     def fixed_settings(self) -> Hashable:
         return tuple(self._settings().items())

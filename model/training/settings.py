@@ -66,6 +66,10 @@ class SpikeSettings(Protocol):
 
 class DistillPhase(Protocol):
     @property
+    def divergence(self) -> str:
+        """forward or reverse."""
+
+    @property
     def temperature(self) -> float: ...
     @property
     def teacher_temperature(self) -> float | None: ...

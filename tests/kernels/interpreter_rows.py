@@ -27,7 +27,9 @@ SETTINGS = {
     "kl": RowSettings(kl_factor=0.7),
     "tempered": RowSettings(2.0, 0.5, kl_factor=1.3, l2wrap=0.1),
     "smoothed": RowSettings(smoothing=0.2),
+    "reverse": RowSettings(2.0, 0.5, kl_factor=0.9, l2wrap=0.1, divergence="reverse"),
 }
+FORWARD = [name for name, settings in SETTINGS.items() if settings.divergence == "forward"]
 
 
 @pytest.fixture(params=RUNS)
@@ -82,7 +84,10 @@ def test_programs_share_the_parts(name, programs):
     torch_rows(z.clone(), y.clone(), labels, factors, expected_grad, settings, expected)
     found, grad = empty_losses(), torch.empty(ROWS, V)
     parts = -(-V // block)
-    facts, results = torch.full((ROWS * parts * 9,), float("nan")), torch.full((ROWS * 6,), float("nan"))
+    facts, results = (
+        torch.full((count,), float("nan"))
+        for count in (ROWS * parts * triton_rows.FACTS.value, ROWS * triton_rows.RESULTS.value)
+    )
     arrived = torch.zeros(ROWS, dtype=torch.int32)
     for with_gradient in (False, True):
         triton_rows.rows_kernel[(programs,)](
@@ -91,16 +96,18 @@ def test_programs_share_the_parts(name, programs):
             settings.smoothing, settings.l2wrap, settings.ignore_index, PARTS=parts, POWER=8, BLOCK=block,
             LAG=-(-parts // programs), TEACHER=True, LABELS=True, FACTORS=True, GRAD=with_gradient,
             TEMPERED=settings.student_temperature != 1, SMOOTH=settings.smoothing != 0, WRAP=settings.l2wrap != 0,
+            REVERSE=settings.divergence == "reverse",
         )  # fmt: skip
         assert (arrived == parts + 1 + parts * with_gradient).all()
     assert_same(found, expected, grad, expected_grad)
 
 
-def test_equal_logits_have_exactly_no_divergence(run_rows):
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_equal_logits_have_exactly_no_divergence(run_rows, divergence):
     z, y, *_ = logits(50)
     found, grad = empty_losses(), torch.empty(ROWS, 50)
-    run_rows(z, y, None, None, grad, RowSettings(kl_factor=1.0), found)
-    assert found.kl[3] == 0
+    run_rows(z, y, None, None, grad, RowSettings(kl_factor=1.0, divergence=divergence), found)
+    assert found.kl[3] == found.reverse[3] == 0
     assert (grad[3] == 0).all()
     assert found.same[3] == 1
 
@@ -114,15 +121,36 @@ def test_a_label_outside_the_vocabulary_shows(run_rows):
     assert found.nll[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_a_row_is_as_good_as_in_torch(run_rows, divergence):
+    """Against fp64: losses and gradients of fp32 logits, near the teacher, where they are small differences."""
+    z, y, *_ = logits(77)
+    z = y + 0.01 * z
+    settings = RowSettings(1.5, 1.5, kl_factor=1.0, divergence=divergence)
+    exact, exact_grad = RowLosses(*(x.double() for x in empty_losses())), torch.empty(ROWS, 77).double()
+    torch_rows(z.double(), y.double(), None, None, exact_grad, settings, exact)
+    errors = []
+    for rows in (torch_rows, run_rows):
+        found, grad = empty_losses(), torch.empty(ROWS, 77)
+        rows(z.clone(), y.clone(), None, None, grad, settings, found)
+        pairs = ((grad, exact_grad), (found.kl, exact.kl), (found.reverse, exact.reverse))
+        errors.append([relative_rms(x, wanted) for x, wanted in pairs if wanted.any()])
+    for baseline, ours in zip(*errors, strict=True):
+        assert ours <= 2 * baseline + 1e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whole_losses(monkeypatch, run_rows, dtype):
+def test_whole_losses(monkeypatch, run_rows, dtype, divergence):
     generator = torch.Generator().manual_seed(1)
     hidden, teacher, head = (torch.randn(n, 16, generator=generator).to(dtype) for n in (11, 11, 60))
     hidden.requires_grad_()
     labels = torch.randint(0, 60, (11,), generator=generator)
 
     def both():
-        kl, metrics = linear_kl(hidden, head, teacher, head, temperature=2.0, labels_N=labels, ce_weight=0.5)
+        kl, metrics = linear_kl(
+            hidden, head, teacher, head, temperature=2.0, labels_N=labels, ce_weight=0.5, divergence=divergence
+        )
         ce, others = linear_ce(hidden, head, labels, label_smoothing=0.1)
         return [kl, *metrics.values(), ce, *others.values(), *torch.autograd.grad(kl + ce, hidden)]
 
@@ -170,7 +198,7 @@ def empty_product(rows, V, dtype, *, teacher=True):
 
 
 @SHAPES
-@pytest.mark.parametrize("name", [*SETTINGS, "cold"])
+@pytest.mark.parametrize("name", [*FORWARD, "cold"])
 def test_product_equals_torch(small_parts, V, name, taught, labelled):
     settings = RowSettings(0.6, 1.5, kl_factor=0.8) if name == "cold" else SETTINGS[name]
     if not taught:
@@ -187,7 +215,7 @@ def test_product_equals_torch(small_parts, V, name, taught, labelled):
     triton_product.product_rows(hidden, head, teacher, other, labels, factors, ours, theirs, grad, settings, found)
     for field in RowLosses._fields:
         wanted = {"kl": taught, "nll": labelled, "same": taught or labelled, "smooth": labelled and settings.smoothing}
-        if wanted[field]:
+        if wanted.get(field):
             x, y = getattr(found, field), getattr(expected, field)
             torch.testing.assert_close(x, y, rtol=5e-4, atol=5e-4, msg=lambda text, field=field: f"{field}: {text}")
     rounding = relative_rms(exact.to(grad.dtype), exact)
@@ -197,6 +225,15 @@ def test_product_equals_torch(small_parts, V, name, taught, labelled):
     triton_product.product_rows(hidden, head, teacher, other, labels, factors, ours, theirs, None, settings, without)
     for x, y in zip(without, found, strict=True):
         assert torch.equal(x, y) or (x.isnan().all() and y.isnan().all())
+
+
+def test_the_product_refuses_reverse_kl(small_parts):
+    hidden, head, teacher, other, *_ = operands(64)
+    ours, theirs, grad, found = empty_product(len(hidden), 64, hidden.dtype)
+    with pytest.raises(ValueError, match="forward KL alone, not reverse"):
+        triton_product.product_rows(
+            hidden, head, teacher, other, None, None, ours, theirs, grad, SETTINGS["reverse"], found
+        )
 
 
 def test_equal_models_have_exactly_no_divergence_by_the_product(small_parts):

@@ -8,6 +8,7 @@ from radlads.kernels.linear_kl import driver, linear_ce, linear_kl
 from radlads.kernels.shared.testing import relative_rms
 
 N, D, E, V = 37, 16, 24, 50
+DIVERGENCES = ("forward", "reverse")
 
 
 @pytest.fixture(autouse=True)
@@ -28,30 +29,45 @@ def operands(dtype=torch.float64, seed=0):
     return student.requires_grad_(), head.requires_grad_(), teacher, teacher_head, labels, weight
 
 
-def plain_kl(student, head, teacher, teacher_head, tau, labels, ce_weight, kl_weight, weight):
+def plain_kl(
+    student, head, teacher, teacher_head, tau, labels, ce_weight, kl_weight, weight, divergence="forward"
+):  # fmt: skip
     z, y = student @ head.T, teacher @ teacher_head.T
     weight = torch.ones(N, dtype=z.dtype) if weight is None else weight
-    kl_n = functional.kl_div((z / tau).log_softmax(-1), (y / tau).log_softmax(-1), log_target=True, reduction="none")
-    kl = (kl_n.sum(-1) * weight).sum() / weight.sum() * tau**2
+    log_q, log_p = (z / tau).log_softmax(-1), (y / tau).log_softmax(-1)
+
+    def mean_kl(of, to):
+        kl_n = functional.kl_div(to, of, log_target=True, reduction="none")
+        return (kl_n.sum(-1) * weight).sum() / weight.sum() * tau**2
+
+    kl, reverse = mean_kl(log_p, log_q), mean_kl(log_q, log_p)
     counted = (labels != -100) * weight
     ce = (functional.cross_entropy(z, labels, reduction="none") * counted).sum() / counted.sum()
     same = ((z.argmax(-1) == y.argmax(-1)) * weight).sum() / weight.sum()
-    return kl_weight * kl + ce_weight * ce, {"kl": kl, "ce": ce, "top1_agreement": same}
+    metrics = {"kl": kl, "ce": ce, "top1_agreement": same}
+    if divergence == "forward":
+        return kl_weight * kl + ce_weight * ce, metrics
+    return kl_weight * reverse + ce_weight * ce, {**metrics, "reverse_kl": reverse}
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("tau", "ce_weight", "kl_weight"), [(1.0, 0.0, 1.0), (2.0, 0.3, 0.7), (0.5, 1.0, 0.0), (1.0, 0.5, 1.0)]
 )
-def test_kl_equals_the_plain_loss(tau, ce_weight, kl_weight, weighted):
+def test_kl_equals_the_plain_loss(tau, ce_weight, kl_weight, weighted, divergence):
     student, head, teacher, teacher_head, labels, weight = operands()
     weight = weight if weighted else None
     loss, metrics = linear_kl(
         student, head, teacher, teacher_head,
         temperature=tau, labels_N=labels, ce_weight=ce_weight, kl_weight=kl_weight, weight_N=weight,
+        divergence=divergence,
     )  # fmt: skip
-    plain, expected = plain_kl(student, head, teacher, teacher_head, tau, labels, ce_weight, kl_weight, weight)
+    plain, expected = plain_kl(
+        student, head, teacher, teacher_head, tau, labels, ce_weight, kl_weight, weight, divergence
+    )
     torch.testing.assert_close(loss, plain)
+    assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value.detach().to(metrics[name].dtype))
         assert not metrics[name].requires_grad
@@ -60,9 +76,10 @@ def test_kl_equals_the_plain_loss(tau, ce_weight, kl_weight, weighted):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
 
 
-def test_identical_models_have_no_divergence_and_no_gradient():
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_identical_models_have_no_divergence_and_no_gradient(divergence):
     student, head, *_ = operands()
-    loss, metrics = linear_kl(student, head, student.detach(), head.detach(), temperature=2.0)
+    loss, metrics = linear_kl(student, head, student.detach(), head.detach(), temperature=2.0, divergence=divergence)
     assert loss.abs() < 1e-14
     assert metrics["top1_agreement"] == 1
     assert metrics["ce"] == 0
@@ -85,17 +102,18 @@ def test_ce_equals_torch(smoothing):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_plain(dtype):
+def test_low_precision_is_as_good_as_plain(dtype, divergence):
     """Against fp64 on the same rounded operands: never worse than twice the plain loss in that dtype."""
     student, head, teacher, teacher_head, labels, _ = operands(dtype)
-    arguments = (1.0, labels, 0.5, 1.0, None)
+    arguments = (1.0, labels, 0.5, 1.0, None, divergence)
     wide = [x.detach().double().requires_grad_() for x in (student, head)]
     exact, _ = plain_kl(*wide, teacher.double(), teacher_head.double(), *arguments)
     exact_grads = torch.autograd.grad(exact, wide)
     plain, _ = plain_kl(student, head, teacher, teacher_head, *arguments)
     plain_grads = torch.autograd.grad(plain, (student, head))
-    loss, _ = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.5)
+    loss, _ = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.5, divergence=divergence)
     grads = torch.autograd.grad(loss, (student, head))
     assert loss.dtype == torch.float32
     pairs = [(loss, plain, exact), *zip(grads, plain_grads, exact_grads, strict=True)]
@@ -147,22 +165,27 @@ def test_no_tokens_give_zero_not_nan():
     assert torch.autograd.grad(loss, student)[0].abs().max() == 0
 
 
-def test_extreme_logits_stay_finite():
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extreme_logits_stay_finite(divergence):
     student, head, teacher, teacher_head, labels, _ = operands(torch.float32)
-    loss, _ = linear_kl(student * 1e3, head, teacher * 1e3, teacher_head, labels_N=labels, ce_weight=1.0)
+    loss, _ = linear_kl(
+        student * 1e3, head, teacher * 1e3, teacher_head, labels_N=labels, ce_weight=1.0, divergence=divergence
+    )
     assert loss.isfinite()
     assert torch.autograd.grad(loss, student)[0].isfinite().all()
 
 
-def test_gradient_check():
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_check(divergence):
     student, head, teacher, teacher_head, labels, weight = operands()
     student, head = student.detach()[:5, :3].requires_grad_(), head.detach()[:7, :3].requires_grad_()
     teacher, teacher_head, labels, weight = teacher[:5], teacher_head[:7], labels[:5] % 7, weight[:5]
 
     def loss(x, y):
-        return linear_kl(x, y, teacher, teacher_head, temperature=1.5, labels_N=labels, ce_weight=0.4, weight_N=weight)[
-            0
-        ]
+        return linear_kl(
+            x, y, teacher, teacher_head,
+            temperature=1.5, labels_N=labels, ce_weight=0.4, weight_N=weight, divergence=divergence,
+        )[0]  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (student, head))
 
@@ -197,6 +220,7 @@ def test_the_incoming_scalar_is_not_rounded(dtype):
         ({"labels_N": torch.zeros(3, dtype=torch.long)}, "labels_N must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"ce_weight": 1.0}, "ce_weight needs labels_N"),
+        ({"divergence": "backward"}, "divergence must be one of forward, reverse, got 'backward'"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):
@@ -220,12 +244,15 @@ def test_a_temperature_of_the_teacher_alone_is_another_target(ce_weight):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
 
 
-def test_a_temperature_for_each_side():
-    """KL(softmax(y / τ_t) ‖ softmax(z / τ_s)) times the square of the student's."""
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_temperature_for_each_side(divergence):
+    """Between softmax(y / τ_t) and softmax(z / τ_s), times the square of the student's."""
     student, head, teacher, teacher_head, labels, _ = operands(seed=3)
-    both = {"student_temperature": 2.0, "teacher_temperature": 0.7}
+    both = {"student_temperature": 2.0, "teacher_temperature": 0.7, "divergence": divergence}
     loss, metrics = linear_kl(student, head, teacher, teacher_head, labels_N=labels, ce_weight=0.3, **both)
-    plain, expected = plain_kl(student, head, teacher * (2 / 0.7), teacher_head, 2.0, labels, 0.3, 1.0, None)
+    plain, expected = plain_kl(
+        student, head, teacher * (2 / 0.7), teacher_head, 2.0, labels, 0.3, 1.0, None, divergence
+    )
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(metrics["kl"], expected["kl"].detach())
     ours = torch.autograd.grad(loss, (student, head))
@@ -233,6 +260,20 @@ def test_a_temperature_for_each_side():
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
     same, _ = linear_kl(student, head, teacher, teacher_head, student_temperature=1.5, teacher_temperature=1.5)
     torch.testing.assert_close(same, linear_kl(student, head, teacher, teacher_head, temperature=1.5)[0])
+
+
+def test_a_product_that_lacks_the_teachers_logits_is_not_chosen_for_reverse_kl(monkeypatch):
+    """On a GPU where the fused products would run otherwise."""
+    student, head, teacher, teacher_head, *_ = operands(torch.float32)
+
+    def fused(*_):
+        raise AssertionError("chosen")
+
+    expected = linear_kl(student, head, teacher, teacher_head, divergence="reverse")[0]
+    monkeypatch.setattr(driver, "choose_products", lambda batch: (fused, fused))
+    with pytest.raises(AssertionError, match="chosen"):
+        linear_kl(student, head, teacher, teacher_head)
+    assert linear_kl(student, head, teacher, teacher_head, divergence="reverse")[0] == expected
 
 
 @pytest.mark.parametrize("budget", [2 * V * 16, 8 * V * 50, 8 * V * 700])

@@ -21,7 +21,7 @@ def test_interpreted(interpret):
 @pytest.mark.parametrize("V", [100, 152064])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(target, V, compiler):
-    code = f"from radlads.kernels.shared.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 2"
+    code = f"from radlads.kernels.shared.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 3"
     compiler(code)
 
 
@@ -63,7 +63,8 @@ def test_what_the_products_take():
 @pytest.mark.parametrize("logits", [None, torch.float32])
 @pytest.mark.parametrize("V", [1000, 50257, 152064])
 @pytest.mark.parametrize("tau", [1.0, 2.0, 0.7])
-def test_on_the_gpu(V, tau, logits):
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_on_the_gpu(V, tau, logits, divergence):
     """Rows of one part to 75, an odd vocabulary, several tiles; logits in memory, and (on Hopper) never."""
     generator = torch.Generator("cuda").manual_seed(0)
     N, D = 2500, 72
@@ -73,18 +74,21 @@ def test_on_the_gpu(V, tau, logits):
     labels[::7] = -100
     leaves = [hidden.requires_grad_(), head.requires_grad_()]
     kl, metrics = linear_kl(
-        hidden, head, teacher, other, temperature=tau, labels_N=labels, ce_weight=0.5, logits_dtype=logits
-    )
+        hidden, head, teacher, other, temperature=tau, labels_N=labels, ce_weight=0.5, logits_dtype=logits,
+        divergence=divergence,
+    )  # fmt: skip
     ce, _ = linear_ce(hidden, head, labels, label_smoothing=0.1, logits_dtype=logits)
     ours = torch.autograd.grad(kl + ce, leaves)
     wide = [x.detach().float().requires_grad_() for x in leaves]
     z, y = wide[0] @ wide[1].t(), teacher.float() @ other.float().t()
-    divergence = functional.kl_div(
-        (z / tau).log_softmax(-1), (y / tau).log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    plain = divergence * tau**2 + 0.5 * functional.cross_entropy(z, labels)
+    q, p = (z / tau).log_softmax(-1), (y / tau).log_softmax(-1)
+    forward = functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    reverse = functional.kl_div(p, q, log_target=True, reduction="batchmean")
+    plain = (forward if divergence == "forward" else reverse) * tau**2 + 0.5 * functional.cross_entropy(z, labels)
     plain = plain + functional.cross_entropy(z, labels, label_smoothing=0.1)
-    torch.testing.assert_close(metrics["kl"], divergence.detach() * tau**2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["kl"], forward.detach() * tau**2, rtol=1e-4, atol=1e-5)
+    if divergence == "reverse":
+        torch.testing.assert_close(metrics["reverse_kl"], reverse.detach() * tau**2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((kl + ce).detach(), plain.detach(), rtol=1e-4, atol=1e-5)
     agreement = (z.argmax(-1) == y.argmax(-1)).float().mean()
     assert (metrics["top1_agreement"] - agreement).abs() < 0.01

@@ -61,6 +61,31 @@ def test_each_phase_has_its_temperature_and_judging_has_none(make_teacher, make_
     torch.testing.assert_close(built({"input_ids": tokens})[0], judged, atol=1e-5, rtol=1e-4)
 
 
+def test_each_phase_has_its_divergence_and_kl_is_always_the_forward_one(make_teacher, make_student, tokens) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher)
+    phases = (Phase(tokens=200), Phase(tokens=200, divergence="reverse", temperature=2.0))
+    built = objective("distill", student, teacher, phases=phases)
+    ids = tokens[:, :-1]
+
+    def reverse(tau: float) -> torch.Tensor:
+        return tau**2 * kl(teacher, student, ids, tau, tau)
+
+    loss, metrics = built({"input_ids": tokens})
+    torch.testing.assert_close(loss, kl(student, teacher, ids, 1.0, 1.0), atol=1e-5, rtol=1e-4)
+    assert "reverse_kl" not in metrics
+    built.begin_step(5)
+    loss, metrics = built({"input_ids": tokens})
+    torch.testing.assert_close(loss, reverse(2.0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(metrics["reverse_kl"], loss.detach())
+    torch.testing.assert_close(metrics["kl"], 4 * kl(student, teacher, ids, 2.0, 2.0).detach(), atol=1e-5, rtol=1e-4)
+    built.begin_step(0)
+    built.eval()
+    loss, metrics = built({"input_ids": tokens})
+    torch.testing.assert_close(loss, reverse(1.0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(metrics["kl"], kl(student, teacher, ids, 1.0, 1.0).detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_cross_entropy_comes_in_spikes(make_teacher, make_student, tokens) -> None:
     teacher = make_teacher("llama")
     built = objective("distill", make_student(teacher), teacher, ce_spikes={"every": 3, "weight": 2.0})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from radlads.tasks.contracts.recipe.base import Place, Reads, Section
+from radlads.tasks.contracts.recipe.base import AddedLater, Place, Reads, Section
 from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
 from radlads.tasks.contracts.recipe.training import MixedRows, PhasedTraining, Rate, Schedule, Training, TrainingPhase
 from radlads.tasks.contracts.recipe.watch import NO_ROLLBACK, Rollback, Watch
@@ -97,9 +97,13 @@ class Lora(Section):
     scale: float = Field(default=0.5, gt=0)
 
 
+Divergence = Literal["forward", "reverse"]
+
+
 class Phase(TrainingPhase):
     """One part of a distill stage."""
 
+    divergence: Annotated[Divergence | None, AddedLater()] = None
     temperature: float | None = Field(default=None, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     kl_weight: float | None = Field(default=None, ge=0)
@@ -108,11 +112,14 @@ class Phase(TrainingPhase):
 
 
 class Distill(PhasedTraining):
-    """Stage 2: KL(teacher ‖ student) of the logits."""
+    """Stage 2: a KL between teacher and student of the logits."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
     schedule: Schedule = Schedule(kind="constant")
+    divergence: Annotated[Divergence, AddedLater()] = "forward"
+    """forward: KL(teacher ‖ student). reverse: KL(student ‖ teacher) (2306.08543), which a student with too little
+    capacity for all of the teacher's modes meets by dropping some. Held-out `kl` is the forward one in both cases."""
     temperature: float = Field(default=1.0, gt=0)
     """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1."""
     teacher_temperature: float | None = Field(default=None, gt=0)
