@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from radlads.model.student.documents import document_bounds
 from radlads.model.training.align_losses import l2_loss
-from radlads.model.training.objectives import OBJECTIVES, Objective, build_objective, document_bounds
+from radlads.model.training.objectives import OBJECTIVES, Objective, build_objective
 from radlads.model.training.probe import AttentionProbe
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.losses import ExtendPhase

@@ -31,7 +31,7 @@ SEARCHED = ("flows", "tasks", "model", "deployments", "benchmarks")
 # File → the stages that it may write as a literal, and why. Everything else asks the table.
 LITERALS = {
     "tasks/contracts/stages.py": NAMES,  # the table
-    "model/training/objectives.py": set(TRAINING_STAGES),  # objectives by stage
+    "model/training/objectives/__init__.py": set(TRAINING_STAGES),  # objectives by stage
     "flows/cli/evaluate.py": {"evaluate"},  # the command `radlads evaluate`
     "tasks/jobs/choose/choose.py": {"choose"},  # the key of choose.json, the recipe's own
     "tasks/jobs/choose/choice_chart.py": {"choose"},
