@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from radlads.model.student.documents import document_positions
@@ -29,6 +29,12 @@ def family_parts(model: PreTrainedModel) -> Any:
     return (
         model.parts if isinstance(model, RadladsForCausalLM) else SimpleNamespace(**find_family(model.config).names())
     )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a student, or of a model of a known family."""
+    layers: nn.ModuleList = getattr(backbone(model), family_parts(model).layers)
+    return layers
 
 
 def plain_hidden(

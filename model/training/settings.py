@@ -81,6 +81,9 @@ class DistillPhase(Protocol):
     def ce_spikes(self) -> SpikeSettings | None: ...
     @property
     def l2wrap(self) -> float: ...
+    @property
+    def hidden_weight(self) -> float:
+        """Of the distance of the hidden states; 0: none is computed."""
 
 
 class DistillSettings(SectionSettings, Protocol):

@@ -26,7 +26,7 @@ CUDA = torch.device("cuda", 0)
 SIZES = {"context": 128, "batch": 4, "micro_batch": 2}
 PHASES = (
     Phase(tokens=6 * 512, temperature=2.0, ce_spikes={"every": 2, "weight": 0.5}),
-    Phase(tokens=6 * 1024, context=256, ce_weight=0.1),
+    Phase(tokens=6 * 1024, context=256, ce_weight=0.1, divergence="reverse", hidden_weight=0.1),
 )
 SECTIONS: dict[str, Training] = {
     "align": Align(tokens=8 * 512, **SIZES),

@@ -72,7 +72,7 @@ def objective_of(case: dict[str, Any]) -> Objective:
             for mixer in student.mixers().values():
                 for parameter in mixer.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        name, section = "distill", Distill(ce_weight=0.3, **given)
+        name, section = "distill", Distill(ce_weight=0.3, hidden_weight=0.5, **given)
         teacher = copy.deepcopy(teacher).requires_grad_(False)
     if case.get("checkpointing"):
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -17,6 +17,7 @@ from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import RadladsForCausalLM, build_student
 from radlads.model.teacher.load import list_families
 from radlads.model.training import fused_modules
+from radlads.model.training.objectives import build_objective
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import (
     Align,
@@ -230,6 +231,30 @@ def test_activations_are_near_what_autograd_keeps(
     of = networks.layer_bytes[4]
     transient = 128 * (max(of.mixer, of.attention) + (of.frozen_mlp if frozen else of.mlp))
     assert told - transient == pytest.approx(actual, rel=0.15)
+
+
+@pytest.mark.parametrize("attention_layers", [(), (1, 2)])
+def test_hidden_states_of_the_teacher_are_counted(attention_layers):
+    """What a pass of the objective keeps with `hidden_weight` beyond one without."""
+    config = config_of()
+    teacher, student = pair(config, attention_layers)
+    kept = []
+    for hidden_weight in (0.0, 0.5):
+        section = Distill(tokens=9999, context=128, batch=2, hidden_weight=hidden_weight)
+        built = build_objective(TrainSpec(objective="distill", section=section, teacher=TEACHER), student, teacher)
+        saved: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            built({"input_ids": torch.randint(0, 96, (1, 129), generator=torch.Generator().manual_seed(0))})
+        told = training_memory("distill", section, count_networks(recipe_of(), config), CPU)["activations"]
+        kept.append((told, sum(tensor.untyped_storage().nbytes() for tensor in saved.values())))
+    (told, actual), (told_more, actual_more) = kept
+    assert told_more - told == pytest.approx(actual_more - actual, rel=0.3)
+    assert told_more - told >= 4 * 128 * 128 * 4
 
 
 def test_checkpointing_sharding_and_offload_shrink_what_they_should():

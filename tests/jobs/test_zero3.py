@@ -100,8 +100,8 @@ def test_a_stage_trains_as_under_deepspeed(training, stage):
 
 
 def test_what_is_gathered_once_a_step_is_read_between_steps(training):
-    """Held-out passes without gradients, and MLPs that stay whole on every rank."""
-    options = {**SHORT, **RATES, "freeze": ("mlp",), "heldout_every": 2}
+    """Held-out passes without gradients, MLPs that stay whole on every rank, and hidden states of every layer."""
+    options = {**SHORT, **RATES, "freeze": ("mlp",), "heldout_every": 2, "hidden_weight": 0.3}
     plain = training.job("distill", "zero1-frozen", resources=WHOLE, **options)
     other = training.job("distill", "zero2-frozen", resources={"zero_stage": 2}, **options)
     assert run(training, other) == pytest.approx(run(training, plain), rel=1e-5)
@@ -110,7 +110,8 @@ def test_what_is_gathered_once_a_step_is_read_between_steps(training):
 
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hybrid, run_ranks, stage):
-    rates = MIXERS if stage == "align" else {**RATES, "freeze": ("mlp", "embeddings")}
+    kept = {"freeze": ("mlp", "embeddings"), "hidden_weight": 0.3, "divergence": "reverse"}
+    rates = MIXERS if stage == "align" else {**RATES, **kept}
     bits = {"teacher_bits": 8, "mlp_bits": 8 if stage == "distill" else 16}
     options = {**SHORT, **rates, "micro_batch": 1}
     two = {"processes": 2, "zero_stage": 3}
@@ -123,8 +124,8 @@ def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hyb
 
 
 def test_shared_mlps_in_pieces_of_the_tokens(training, monkeypatch):
-    """Units of their own, whose recomputation ends at their input."""
-    options = {**SHORT, **RATES, "freeze": ("mlp",)}
+    """Units of their own, whose recomputation ends at their input; their sums are compared after every layer."""
+    options = {**SHORT, **RATES, "freeze": ("mlp",), "hidden_weight": 0.3}
     whole = run(training, training.job("distill", "zero1-whole-mlps", resources=WHOLE, **options))
     monkeypatch.setattr(mlp_pieces, "PIECE", 24)
     monkeypatch.setattr(partition, "_REPLICATED", 0)

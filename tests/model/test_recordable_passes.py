@@ -75,6 +75,7 @@ CASES = {
     "align, seven terms": ("align", "llama", {}, {"loss": "comprehensive"}),
     "align, scaled": ("align", "llama", {}, {"loss": "scaled_mse"}),
     "distill": ("distill", "llama", {}, {"ce_weight": 0.1, "l2wrap": 1e-4, "temperature": 2.0}),
+    "distill, reverse, hidden states": ("distill", "llama", {}, {"divergence": "reverse", "hidden_weight": 0.1}),
     "distill, hybrid": ("distill", "qwen3", {"attention_layers": (1,), "attention_rope": True}, {}),
     "distill, hxa079": ("distill", "qwen3", {"variant": "hxa079"}, {}),
     "distill, rwkv6": ("distill", "qwen2", {"variant": "rad_rwkv6"}, {}),
@@ -126,6 +127,12 @@ def test_settings_that_change_a_pass_are_told(make_teacher: Any, make_student: A
         distill.begin_step(step)
         seen.append(distill.fixed_settings())
     assert seen[0] == seen[1] != seen[2]
+    for change in ({"divergence": "reverse"}, {"hidden_weight": 0.1}):
+        phases = (Phase(tokens=80), Phase(tokens=320, **change))
+        distill = objective("distill", make_student(teacher), teacher, phases=phases)
+        first = distill.fixed_settings()
+        distill.begin_step(2)
+        assert distill.fixed_settings() != first
     extend = objective(
         "extend",
         make_student(teacher),

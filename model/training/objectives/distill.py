@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,11 +12,13 @@ from transformers import PreTrainedModel
 from radlads.kernels.linear_kl import linear_kl
 from radlads.model.training.hidden_states import head_inputs
 from radlads.model.training.objectives.base import Metrics, Objective
+from radlads.model.training.objectives.hidden_distance import HiddenDistance, check_comparable
 from radlads.model.training.settings import DistillSettings
 
 
 class DistillObjective(Objective):
-    """Stage 2: a KL between teacher and student over the vocabulary, at every position, with an optional cross entropy.
+    """Stage 2: a KL between teacher and student over the vocabulary, at every position; optionally a cross entropy, and
+    the distance of the hidden states after every layer.
 
     In training the step's phase sets divergence, temperature and weights; in eval mode temperature is 1 and the rest
     the last phase's. Among the metrics `kl` is KL(teacher ‖ student) whatever trains, so that runs compare.
@@ -25,6 +28,8 @@ class DistillObjective(Objective):
 
     def __init__(self, section: DistillSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__(section, student, teacher)
+        if any(part.hidden_weight for part in section.parts):
+            check_comparable(student, self.teacher)
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
@@ -35,26 +40,33 @@ class DistillObjective(Objective):
         self._ce_weight = spikes.weight if spiked else self._phase.ce_weight
 
     def _settings(self) -> dict[str, Any]:
-        """The current settings of the loss, in the form of linear_kl's argument."""
+        """The current settings of the loss: `hidden_weight`, and the rest in the form of linear_kl's arguments."""
         if not self.training:
             last = self.section.parts[-1]
-            return {"divergence": last.divergence, "kl_weight": last.kl_weight, "ce_weight": last.ce_weight}
-        read = ("divergence", "temperature", "teacher_temperature", "l2wrap", "kl_weight")
+            return {name: getattr(last, name) for name in ("divergence", "kl_weight", "ce_weight", "hidden_weight")}
+        read = ("divergence", "temperature", "teacher_temperature", "l2wrap", "kl_weight", "hidden_weight")
         return {name: getattr(self._phase, name) for name in read} | {"ce_weight": self._ce_weight}
 
     def fixed_settings(self) -> Hashable:
         return tuple(self._settings().items())
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        tokens, rows = batch["input_ids"], self.rows(batch)
-        teacher_state = self.teacher_hidden(tokens[:, :-1], **rows)
-        hidden = self.student.hidden(tokens[:, :-1], **rows)
+        tokens, rows, settings = batch["input_ids"], self.rows(batch), self._settings()
+        hidden_weight = settings.pop("hidden_weight")
+        distance = HiddenDistance() if hidden_weight else None
+        with nullcontext() if distance is None else distance.watch_teacher(self.teacher):
+            teacher_state = self.teacher_hidden(tokens[:, :-1], **rows)
+        with nullcontext() if distance is None else distance.watch_student(self.student):
+            hidden = self.student.hidden(tokens[:, :-1], **rows)
         loss, metrics = linear_kl(
             head_inputs(self.student, hidden).flatten(0, 1),
             self.student.get_output_embeddings().weight,
             head_inputs(self.teacher, teacher_state).flatten(0, 1),
             self.teacher.get_output_embeddings().weight,
             labels_N=tokens[:, 1:].flatten(),
-            **self._settings(),
+            **settings,
         )
+        if distance is not None:
+            mean = distance.mean()
+            loss, metrics = loss + hidden_weight * mean, metrics | {"hidden": mean.detach()}
         return loss, {"loss": loss.detach(), **metrics}

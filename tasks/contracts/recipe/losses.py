@@ -109,6 +109,7 @@ class Phase(TrainingPhase):
     kl_weight: float | None = Field(default=None, ge=0)
     ce_weight: float | None = Field(default=None, ge=0)
     ce_spikes: CeSpikes | None = None
+    hidden_weight: Annotated[float | None, AddedLater()] = Field(default=None, ge=0)
 
 
 class Distill(PhasedTraining):
@@ -130,6 +131,9 @@ class Distill(PhasedTraining):
     l2wrap: float = Field(default=0.0, ge=0)
     """RWKV's L2Wrap: adds l2wrap·z to the gradient of the largest logit z of each position; not included in the
     reported loss. Published: 1e-4."""
+    hidden_weight: Annotated[float, AddedLater()] = Field(default=0.0, ge=0)
+    """Weight of the mean over layers and tokens of ‖h − t‖² / ‖t‖², h and t the residual streams of student and teacher
+    after a decoder layer. Holds all of the teacher's t from its pass to the student's backward pass."""
     lora: Lora | None = None
     phases: tuple[Phase, ...] = ()
     watch: Annotated[DistillWatch, NO_ROLLBACK] = DistillWatch()

@@ -9,7 +9,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass; with sequence_parallel of
-                 a part of each row, and a tenth more of a mixer, whose recurrence runs twice
+                 a part of each row, and a tenth more of a mixer, whose recurrence runs twice; with hidden_weight the
+                 teacher's hidden states after every layer
     logits       the arena of linear_kl, and the head's gradient as it is summed up (kernels/linear_kl), beyond the
                  activations of the layer whose backward pass comes next
     buffers      DeepSpeed's bucket; what ZeRO-3 gathers, or two layers' gradients as ZeRO-2 reduces them
@@ -240,6 +241,7 @@ def _passes(
     found = []
     for part in section.parts:
         kept, transient = _activations(stage, part, networks, resources, word)
+        kept += _hidden_targets(part, networks, resources, word)
         losses, waiting = (0, 0) if stage_info(stage).layerwise else _logits(part, networks, resources, word)
         # The losses are done before the last layer's backward pass begins; the head's gradient waits.
         found.append((kept + transient, max(losses - transient, waiting)))
@@ -273,6 +275,15 @@ def _activations(
         return tokens * (networks.num_layers * rows + first), tokens * 3 * (largest + of.norms) // 2 + 2 * inner
     each = networks.num_layers * (kept_mlp + of.norms) + recurrent * kept_mixer + kept * of.attention
     return tokens * (each + networks.num_linear * of.linear), tokens * (largest + mlp)
+
+
+def _hidden_targets(part: Training, networks: NetworkSizes, resources: JobResources, word: int) -> int:
+    """What `hidden_weight` keeps of one pass for the backward pass: the teacher's states after every layer (without
+    Triton their differences in fp32), and the student's after the last one."""
+    if not getattr(part, "hidden_weight", 0):
+        return 0
+    each = word if resources.device == "cuda" else 4
+    return _tokens(part, resources) * networks.hidden * (networks.num_layers * each + word)
 
 
 def _sequences(part: Training, resources: JobResources) -> int:
