@@ -67,6 +67,13 @@ class CeSpikes(Section):
         return (step + 1) % self.every == 0
 
 
+class Average(Section):
+    """Exponential moving average of what trains, which is exported in place of the last weights."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Of an optimizer step; in the first steps (1 + n) / (10 + n) if that is less."""
+
+
 class DistillRollback(Rollback):
     """Rollback, with CE spikes from there on, in place of those of the stage and its phases."""
 
@@ -131,6 +138,7 @@ class Distill(PhasedTraining):
     l2wrap: float = Field(default=0.0, ge=0)
     """RWKV's L2Wrap: adds l2wrap·z to the gradient of the largest logit z of each position; not included in the
     reported loss. Published: 1e-4."""
+    average: Annotated[Average | None, AddedLater()] = None
     hidden_weight: Annotated[float, AddedLater()] = Field(default=0.0, ge=0)
     """Weight of the mean over layers and tokens of ‖h − t‖² / ‖t‖², h and t the residual streams of student and teacher
     after a decoder layer. Holds all of the teacher's t from its pass to the student's backward pass."""

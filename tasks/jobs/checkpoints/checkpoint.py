@@ -37,7 +37,7 @@ from radlads.tasks.jobs.checkpoints.host_copy import FILE_ELEMENTS, File, HostCo
 from radlads.tasks.jobs.checkpoints.parts import PartWriter
 from radlads.tasks.jobs.checkpoints.random_state import read_random_state, seed_everything, write_random_state
 from radlads.tasks.jobs.checkpoints.shelf import RECORD, Shelf, step_name
-from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, into_files
+from radlads.tasks.jobs.checkpoints.state_slices import KINDS, StateSlice, into_files, kinds_of
 from radlads.tasks.jobs.code_version import code_version
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.exit_reasons import write_json
@@ -90,7 +90,7 @@ class Checkpoints:
     def prepare(self) -> None:
         """Begin to allocate host memory for the first checkpoint of a GPU's state."""
         if self.job.device.type == "cuda":
-            self._host.prepare(into_files(self.engine.own_state(), FILE_ELEMENTS))
+            self._host.prepare(_files_of(self.engine.own_state()))
 
     def save(self, step: int) -> None:
         """Copy the state after `step` optimizer steps and start to write it. Raises errors of the previous save.
@@ -100,14 +100,14 @@ class Checkpoints:
         if step == self._here:
             return
         self._here = None
-        began = time.perf_counter()
+        began, own = time.perf_counter(), self.engine.own_state()
         if self.job.rank == 0:
-            size = ELEMENT_BYTES * sum(parameter.numel() for parameter in self.engine.parameters.values())
+            size = 4 * len(kinds_of(own)) * sum(parameter.numel() for parameter in self.engine.parameters.values())
             self.job.store.need_space(size, f"the checkpoint of step {step}")
         self._saves += 1
         mark = f"{self._attempt}{self._saves:04d}"
         writer = PartWriter(self.job.store, self.shelf.key(step), mark, self.job.rank)
-        files = into_files(self.engine.own_state(), FILE_ELEMENTS)
+        files = _files_of(own)
         random, sheets = read_random_state(), self._sheets(step)
         if self._host.fits(files):
             copies = self._host.take(files)
@@ -224,9 +224,10 @@ class Checkpoints:
         """Load a checkpoint that `find` has found, between any two steps. Sets the random generators."""
         folder = self._fetched(step)
         shapes = {name: parameter.shape for name, parameter in self.engine.parameters.items()}
-        with Checkpoint(folder, step, shapes) as checkpoint:
+        held = self.engine.held_state()
+        with Checkpoint(folder, step, shapes, kinds_of(held)) as checkpoint:
             self.engine.set_adam_steps(checkpoint.sheet.adam_steps)
-            checkpoint.load(self.engine.held_state())
+            checkpoint.load(held)
             state = checkpoint.random_state(self.job.rank)
         self.engine.settle()
         if state is not None:
@@ -298,3 +299,8 @@ class Checkpoints:
         # Another machine may have gone on from an earlier step: what this one has on record is then another history.
         if not here.is_file() or not here.read_bytes().startswith(saved.read_bytes()):
             shutil.copyfile(saved, here)
+
+
+def _files_of(own: Sequence[StateSlice]) -> list[list[StateSlice]]:
+    """A rank's part of the state, divided over files of one size in bytes."""
+    return into_files(own, FILE_ELEMENTS * len(KINDS) // len(kinds_of(own)))

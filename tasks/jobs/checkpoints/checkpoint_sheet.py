@@ -50,8 +50,11 @@ class _Piece:
 class Checkpoint:
     """An open checkpoint, verified against the parameters that are trained; a context manager."""
 
-    def __init__(self, folder: Path, step: int, shapes: Mapping[str, Sequence[int]]) -> None:
-        """shapes: parameter name → shape. Raises UserError on any mismatch."""
+    def __init__(
+        self, folder: Path, step: int, shapes: Mapping[str, Sequence[int]], kinds: Sequence[str] = KINDS
+    ) -> None:
+        """shapes: parameter name → shape. kinds: what there is of each element. Raises UserError on any mismatch."""
+        self._kinds = kinds
         self.sheet = _read_sheet(folder, step, shapes)
         self._step, self._stack = step, ExitStack()
         try:
@@ -81,7 +84,7 @@ class Checkpoint:
                 count = min(wanted.start + wanted.numel, piece.start + piece.numel) - first
                 if count <= 0:
                     continue
-                for kind in KINDS:
+                for kind in wanted.kinds:
                     stored = piece.file.get_tensor(f"{kind}/{piece.key}").view(-1)  # a map of the file, not a copy
                     target = wanted.tensors[kind].narrow(0, first - wanted.start, count)
                     target.copy_(stored.narrow(0, first - piece.start, count))
@@ -101,7 +104,7 @@ class Checkpoint:
             if file not in self._files:
                 raise _refused(self._step, f"it has no file {file}")
             opened = self._files[str(file)]
-            for kind in KINDS:
+            for kind in self._kinds:
                 self._check(opened, f"{kind}/{name}", f"{kind} of {name}", list(shapes[name]))
             pieces[name] = [_Piece(0, prod(shapes[name]), opened, name)]
         return pieces
@@ -117,7 +120,7 @@ class Checkpoint:
                 if name not in pieces or not start.isdecimal():
                     raise _refused(self._step, f"it holds {key}, which is no part of a trained parameter")
                 numel = prod(opened.get_slice(key).get_shape())
-                for one in KINDS:
+                for one in self._kinds:
                     self._check(opened, f"{one}/{rest}", f"{one} of {name} from {start}", [numel])
                 pieces[name].append(_Piece(int(start), numel, opened, rest))
         for name, found in pieces.items():

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, KINDS, StateSlice
+from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES, StateSlice
 
 FILE_BYTES = 512 << 20
 """Of a file and of its buffer. A power of two: torch rounds pinned allocations up to one."""
@@ -54,7 +54,7 @@ class HostCopy:
         return missing <= 0 or has_room(missing, self._ranks)
 
     def take(self, files: Sequence[File]) -> list[Tensor]:
-        """Copy everything; the copies are complete on return. One tensor a file: of each slice master and moments."""
+        """Copy everything; the copies are complete on return. One tensor a file: of each slice all kinds."""
         self._wait()
         copies = [self._copy(file, index) for index, file in enumerate(files)]
         for file in files:
@@ -90,8 +90,8 @@ class HostCopy:
     def _copy(self, file: File, index: int) -> Tensor:
         copied, place = self._buffer(file, index), 0
         for piece in file:
-            for kind in KINDS:
-                copied[place : place + piece.numel].copy_(piece.tensors[kind], non_blocking=True)
+            for tensor in piece.tensors.values():
+                copied[place : place + piece.numel].copy_(tensor, non_blocking=True)
                 place += piece.numel
         return copied
 
@@ -120,4 +120,4 @@ def _finish(file: File) -> None:
 
 
 def _numbers(file: File) -> int:
-    return len(KINDS) * sum(piece.numel for piece in file)
+    return sum(len(piece.kinds) * piece.numel for piece in file)

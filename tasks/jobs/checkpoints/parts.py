@@ -20,7 +20,7 @@ from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.store.errors import StoreError
 from radlads.tasks.contracts.store.files import Block
 from radlads.tasks.contracts.store.open import Store
-from radlads.tasks.jobs.checkpoints.state_slices import KINDS, StateSlice
+from radlads.tasks.jobs.checkpoints.state_slices import StateSlice
 
 _POLL_SECONDS = 0.2
 # Longer than any upload. A rank that died is noticed by the launcher, which ends the others.
@@ -106,7 +106,7 @@ def _header(file: Sequence[StateSlice], extra: dict[str, Tensor]) -> bytes:
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for piece in file:
-        for kind in KINDS:
+        for kind in piece.kinds:
             end = place + 4 * piece.numel
             described[f"{kind}/{piece.name}/{piece.start}"] = _tensor("F32", piece.numel, place, end)
             place = end

@@ -1,7 +1,8 @@
 """The trained state as slices of flattened parameters, whoever holds them: every ZeRO stage, offloaded or not.
 
-A rank's part of the state is a list of slices, each a run of elements of one parameter with its fp32 master and its two
-moments. Adam works elementwise, so any other division of the same elements over ranks is the same state.
+A rank's part of the state is a list of slices, each a run of elements of one parameter with its fp32 master, its two
+moments and, where one is kept, its average. Adam works elementwise, so any other division of the same elements over
+ranks is the same state.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("param", *MOMENTS)
 """Of each element: the fp32 master and the two moments of Adam."""
 ELEMENT_BYTES = 4 * len(KINDS)
+AVERAGE = "average"
+"""The kind that a stage with `average` has besides, fp32."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class StateSlice:
     name: str
     start: int
     tensors: Mapping[str, Tensor]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """KINDS, and what there is besides, in one order."""
+        return tuple(self.tensors)
 
     @property
     def numel(self) -> int:
@@ -78,6 +86,11 @@ def equal_share(slices: Iterable[StateSlice], rank: int, ranks: int) -> list[Sta
             share.append(one.narrow(begin, end - begin))
         place += one.numel
     return share
+
+
+def kinds_of(slices: Sequence[StateSlice]) -> tuple[str, ...]:
+    """The kinds of a rank's part of the state."""
+    return slices[0].kinds if slices else KINDS
 
 
 def into_files(slices: Sequence[StateSlice], file_elements: int) -> list[list[StateSlice]]:

@@ -6,7 +6,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     weights and teacher divided by N under ZeRO-3, where parameters that train are held as masters alone
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it. In a
                  step of one pass they take the place of activations, which are freed as they are made
-    optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded
+    optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded; 4 more
+                 bytes of each where an average is kept
     teacher      teacher · w, the matrices of its layers in 8 bit where set
     activations  counted (jobs/activations.py), for the tokens of a forward pass; with sequence_parallel of
                  a part of each row, and a tenth more of a mixer, whose recurrence runs twice; with hidden_weight the
@@ -154,7 +155,7 @@ def training_memory(
     sharded = not replicated and (word == 2 or resources.zero_stage >= 2 or resources.offload_optimizer)
     gradients = 4 * trainable // (shards if sharded else 1)
     divided = sharded or (resources.zero_stage == 1 and not replicated)
-    optimizer = _OPTIMIZER_BYTES * trainable // (shards if divided else 1)
+    optimizer = (_OPTIMIZER_BYTES + average_bytes(section)) * trainable // (shards if divided else 1)
     host = 0
     if resources.offload_optimizer:
         # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
@@ -213,6 +214,11 @@ def _judged_parameters(parameters: int, networks: NetworkSizes, resources: JobRe
     ends = sum(networks.groups.get(group, 0) for group in ("embeddings", "head"))
     in_layers = parameters - ends
     return ends + in_layers // resources.processes + 2 * in_layers // networks.num_layers
+
+
+def average_bytes(section: Training) -> int:
+    """Of an average that a stage keeps, for each parameter that trains."""
+    return 0 if getattr(section, "average", None) is None else 4
 
 
 def word_bytes(precision: str, resources: JobResources) -> int:

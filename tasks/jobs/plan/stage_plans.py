@@ -104,7 +104,7 @@ def _training_row(
         "batch": section.batch,
         "trainable_parameters": trainable,
         "memory_bytes_per_gpu": memory,
-        "checkpoint": plan_checkpoint(stage, trainable, resources, findings),
+        "checkpoint": plan_checkpoint(stage, section, trainable, resources, findings),
     } | cost
 
 

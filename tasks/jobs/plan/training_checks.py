@@ -21,6 +21,7 @@ from radlads.tasks.jobs.checkpoints.host_copy import has_room
 from radlads.tasks.jobs.checkpoints.state_slices import ELEMENT_BYTES
 from radlads.tasks.jobs.data.batch_plan import division_fault
 from radlads.tasks.jobs.plan.checks import Findings
+from radlads.tasks.jobs.plan.memory import average_bytes
 
 
 def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
@@ -98,10 +99,12 @@ def _check_context(recipe: Recipe, stage: str, section: Training, positions: int
         )
 
 
-def plan_checkpoint(stage: str, trainable: int, resources: JobResources, findings: Findings) -> dict[str, int]:
+def plan_checkpoint(
+    stage: str, section: Training, trainable: int, resources: JobResources, findings: Findings
+) -> dict[str, int]:
     """{bytes, host_bytes}: of a checkpoint in the store, and of the copy of its part that a process keeps in host
     memory while it is written. Warns if this machine, where it is the one that trains, has no room for the copies."""
-    size = ELEMENT_BYTES * trainable
+    size = (ELEMENT_BYTES + average_bytes(section)) * trainable
     copied = -(-size // resources.processes)
     if resources.gpu_memory_gib is None and not has_room(copied, resources.processes):
         findings.warnings.append(

@@ -60,6 +60,9 @@ def main(job: Job) -> dict[str, Any]:
         objective.share_rows(row_group(section.sequence_parallel), section.longest_context)
     utilisation = Utilisation(job, spec, objective)
     engine = build_engine(job, objective, section, micro_batch=plans[0].sequences, num_micro=plans[0].num_micro)
+    average = getattr(section, "average", None)
+    if average is not None:
+        engine.keep_average(average.decay)
     heldout = partial(
         heldout_metrics,
         objective,
@@ -86,13 +89,25 @@ def main(job: Job) -> dict[str, Any]:
         if start == 0 and every:
             checkpoints.save(0)
         _train(job, section, engine, batches, checkpoints, heldout, start, utilisation)
-        final = heldout()
-    job.record.log(section.num_steps, final)
+        final, before = _final_heldout(engine, heldout)
+    job.record.log(section.num_steps, final | before)
     with engine.reading(job.rank) as read:
         if read is None:
             return {}
         export_model(networks, job.output / "model", merge_lora(networks.student, read), dtype=job.dtype)
     return final | calibration | write_report(job, spec, final | calibration)
+
+
+def _final_heldout(
+    engine: Engine, heldout: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Held-out metrics of what is exported; where that is an average, also `heldout_unaveraged/<metric>` of the
+    weights that trained."""
+    if engine.average is None:
+        return heldout(), {}
+    before = {f"heldout_unaveraged/{name.removeprefix('heldout/')}": value for name, value in heldout().items()}
+    engine.use_average()
+    return heldout(), before
 
 
 def _train(

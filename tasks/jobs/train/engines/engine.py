@@ -35,6 +35,7 @@ from radlads.tasks.jobs.checkpoints.state_slices import (
 from radlads.tasks.jobs.exit_reasons import NonFiniteError
 from radlads.tasks.jobs.train.engines.deepspeed_config import build_config, initialize, offloaded, usable_stage
 from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
+from radlads.tasks.jobs.train.engines.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from radlads.tasks.jobs.data.loader import Batch
@@ -62,6 +63,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 class Engine:
     """A DeepSpeed engine around an Objective."""
+
+    average: WeightAverage | None = None
 
     def __init__(
         self,
@@ -126,6 +129,8 @@ class Engine:
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]] * group["multiplier"]
         self._move()
+        if self.average is not None:
+            self.average.update(number)
         return result
 
     def _pass(self, batch: Batch, share: float) -> dict[str, Tensor]:
@@ -209,6 +214,16 @@ class Engine:
     def _elements(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    def keep_average(self, decay: float) -> None:
+        """From the next step on keep an average of what trains (weight_average.py). Before any restore."""
+        self.average = WeightAverage(self._held(), decay)
+
+    def use_average(self) -> None:
+        """Put the average in the place of the weights, after the last step. Collective."""
+        assert self.average is not None, "kept since the start"
+        self.average.replace_masters()
+        self.settle()
+
     def reading(self, rank: int) -> AbstractContextManager[Callable[[str], Tensor] | None]:
         """After the last step: on rank 0, name in the student's state dict → that tensor, whole and on the CPU; None on
         the others. Every rank enters it."""
@@ -222,7 +237,13 @@ class Engine:
         return max((int(state["step"]) for state in self._adam.state.values()), default=0)
 
     def held_state(self) -> list[StateSlice]:
-        """The masters and moments that this rank holds. Writing to them restores the state, see `settle`."""
+        """The masters and moments that this rank holds, and the average if one is kept. Writing to them restores the
+        state, see `settle`."""
+        held = self._held()
+        return held if self.average is None else self.average.beside(held)
+
+    def _held(self) -> list[StateSlice]:
+        """The masters and moments alone."""
         if self._sharded:
             return partition_slices(self.parameters)
         return whole_slices(self.parameters, self._adam)

@@ -141,7 +141,7 @@ class ReplicatedEngine(Engine):
     def _link_state(self) -> None:
         """Nothing to link: the optimizer's own state is the state."""
 
-    def held_state(self) -> list[StateSlice]:
+    def _held(self) -> list[StateSlice]:
         slices = []
         for name, parameter in self.parameters.items():
             master, _ = self._places[parameter]

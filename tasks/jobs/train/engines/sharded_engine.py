@@ -83,7 +83,7 @@ class ShardedEngine(Engine):
     def reading(self, rank: int) -> AbstractContextManager[Callable[[str], Tensor] | None]:
         return gather_student(self.module, rank)
 
-    def held_state(self) -> list[StateSlice]:
+    def _held(self) -> list[StateSlice]:
         rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
         slices = []
         for name, parameter in self.parameters.items():
