@@ -170,7 +170,7 @@ def _why_slower(batch: Batch, settings: RowSettings) -> str:
     if not is_hopper(device):
         return "the GPU is not Hopper"
     if settings.divergence != "forward":
-        return "reverse KL needs the teacher's logits, which the fused products do not keep"
+        return "of the divergences the fused products compute forward KL alone: they do not keep the teacher's logits"
     if batch.logits_dtype is not None:
         return "logits_dtype is set"
     return f"the fused products do not support {batch.hidden.dtype} operands or this alignment"

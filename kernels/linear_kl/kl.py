@@ -33,12 +33,15 @@ def linear_kl(
     weight_N: Tensor | None = None,
     l2wrap: float = 0.0,
     divergence: Divergence = "forward",
+    jsd_beta: float = 0.5,
     logits_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """kl_weight · τ² KL + ce_weight · CE, means over tokens; never materialises the logits [N,V].
 
     KL is KL(teacher ‖ student), or with `divergence="reverse"` KL(student ‖ teacher) (MiniLLM, 2306.08543), which is
-    large where the student gives mass to what the teacher excludes.
+    large where the student gives mass to what the teacher excludes, or with "jsd" the generalized Jensen-Shannon
+    divergence (GKD, 2306.13649) β KL(teacher ‖ m) + (1 - β) KL(student ‖ m), m = β teacher + (1 - β) student, β
+    `jsd_beta` in (0, 1).
 
     KL compares softmax(teacher logits / teacher_temperature) with softmax(student logits / student_temperature). Both
     temperatures default to `temperature`; τ is the student's, so the gradient scale is independent of it. CE has
@@ -47,11 +50,12 @@ def linear_kl(
     `l2wrap` adds l2wrap · z to the gradient of each token's largest logit z (RWKV's L2Wrap), weighted like the KL; it
     is not in the loss.
 
-    Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`, with "reverse_kl" among the metrics where that is the
-    loss. The metrics are detached; `kl` is the forward one in any case, and both include τ²; `ce` is 0 without labels.
-    Gradients go to the student's hidden states and head only. bf16 and fp16 operands are multiplied with fp32 sums
-    (fp64 stays fp64). `logits_dtype` is the dtype of logits in memory. None: fp32, except on NVIDIA Hopper, where the
-    logits of forward KL are not stored (README.md). The operands' dtype rounds logits as a plain head does.
+    Returns `(scalar fp32 loss, {"kl", "ce", "top1_agreement"})`, with "reverse_kl" or "jsd" among the metrics where
+    that is the loss. The metrics are detached; `kl` is the forward one in any case, and all include τ²; `ce` is 0
+    without labels. Gradients go to the student's hidden states and head only. bf16 and fp16 operands are multiplied
+    with fp32 sums (fp64 stays fp64). `logits_dtype` is the dtype of logits in memory. None: fp32, except on NVIDIA
+    Hopper, where the logits of forward KL are not stored (README.md). The operands' dtype rounds logits as a plain head
+    does.
     Raises ValueError for mismatched shapes and an unknown divergence.
     """
     _check(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, labels_N, weight_N)
@@ -63,15 +67,17 @@ def linear_kl(
         raise ValueError("linear_kl: ce_weight needs labels_N")
     if divergence not in get_args(Divergence):
         raise ValueError(f"linear_kl: divergence must be one of {', '.join(get_args(Divergence))}, got {divergence!r}")
+    if not 0 < jsd_beta < 1:
+        raise ValueError(f"linear_kl: jsd_beta must lie between 0 and 1, got {jsd_beta}")
     student, head = under_autocast(student_hidden_ND, student_head_VD)
     teacher, teacher_head = under_autocast(teacher_hidden_NE.detach(), teacher_head_VE.detach())
-    settings = RowSettings(tau, teacher_tau, kl_weight * tau, 0.0, l2wrap, ignore_index, divergence)
-    loss, kl, ce, agreement, reverse = _LinearKl.apply(
+    settings = RowSettings(tau, teacher_tau, kl_weight * tau, 0.0, l2wrap, ignore_index, divergence, jsd_beta)
+    loss, kl, ce, agreement, other = _LinearKl.apply(
         student, head, teacher, teacher_head, labels_N, weight_N, (kl_weight, ce_weight), settings,
         logits_dtype, torch.is_grad_enabled(),
     )  # fmt: skip
-    trained = {"reverse_kl": reverse} if divergence == "reverse" else {}
-    return loss, {"kl": kl, **trained, "ce": ce, "top1_agreement": agreement}
+    named = {"forward": {}, "reverse": {"reverse_kl": other}, "jsd": {"jsd": other}}[divergence]
+    return loss, {"kl": kl, **named, "ce": ce, "top1_agreement": agreement}
 
 
 class _LinearKl(torch.autograd.Function):
@@ -109,14 +115,12 @@ class _LinearKl(torch.autograd.Function):
         result = run_batch(batch, settings)
         ctx.save_for_backward(result.grad_hidden, *result.grad_head)
         ctx.dtypes = student_ND.dtype, head_VD.dtype
-        kl, reverse = (
-            (x @ scale_N) * settings.student_temperature**2 for x in (result.losses.kl, result.losses.reverse)
-        )
+        kl, other = ((x @ scale_N) * settings.student_temperature**2 for x in (result.losses.kl, result.losses.trained))
         ce = kl.new_zeros(()) if ratio_N is None else result.losses.nll @ (scale_N * ratio_N)
         agreement = result.losses.same @ scale_N
-        ctx.mark_non_differentiable(kl, ce, agreement, reverse)
-        trained = kl if settings.divergence == "forward" else reverse
-        return kl_weight * trained + ce_weight * ce, kl, ce, agreement, reverse
+        ctx.mark_non_differentiable(kl, ce, agreement, other)
+        trained = kl if settings.divergence == "forward" else other
+        return kl_weight * trained + ce_weight * ce, kl, ce, agreement, other
 
     @staticmethod
     @once_differentiable

@@ -179,7 +179,7 @@ def label_kernel(
 
 @triton.jit
 def combine_kernel(
-    ours, theirs, labels, of_label, kl, nll, smooth, same, reverse, facts, results, V, stride_ours, stride_theirs,
+    ours, theirs, labels, of_label, kl, nll, smooth, same, trained, facts, results, V, stride_ours, stride_theirs,
     cold_s, cold_t, ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, BN: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
@@ -195,7 +195,7 @@ def combine_kernel(
     if TEACHER:
         top_y_at = _top_place(theirs, stride_theirs, mine + _TEACHER * PARTS, row, V, PARTS, POWER, BN)
     combine(
-        row, logit, top_at, top_y_at, labels, kl, nll, smooth, same, reverse, facts, results, V, cold_s, cold_t,
+        row, logit, top_at, top_y_at, labels, kl, nll, smooth, same, trained, facts, results, V, cold_s, cold_t,
         ignore_index, PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH, False,
     )  # fmt: skip
 
@@ -275,8 +275,9 @@ def product_rows(
     """Write the losses of n tokens from their hidden states and, if given, the gradient of their logits.
 
     `ours_nV` and `theirs_nV` (fp16) are buffers for the exponentials, views of rows padded to whole parts; `grad_nV`
-    may share memory with `ours_nV`. A label outside the vocabulary gives a NaN loss. Raises ValueError for reverse KL:
-    the teacher's log probabilities cannot be had back from its exponentials, where these are small.
+    may share memory with `ours_nV`. A label outside the vocabulary gives a NaN loss. Raises ValueError for other
+    divergences than forward KL: the teacher's log probabilities cannot be had back from its exponentials, where these
+    are small.
     """
     if settings.divergence != "forward":
         raise ValueError(f"the products that sum their rows compute forward KL alone, not {settings.divergence}")

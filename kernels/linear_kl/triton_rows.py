@@ -71,7 +71,7 @@ def _top_place(facts, PARTS: tl.constexpr, POWER: tl.constexpr):
 
 @triton.jit
 def combine(
-    row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, reverse, facts, results, V, cold_s, cold_t,
+    row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, trained, facts, results, V, cold_s, cold_t,
     ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr, TEMPERED: tl.constexpr,
     SMOOTH: tl.constexpr, REVERSE: tl.constexpr,
@@ -124,7 +124,7 @@ def combine(
         shift = (top_y * cold_t + tl.log(total_y)) - (top * cold_s + tl.log(total))
         tl.store(kl + row, cross / total_y - shift)
         if REVERSE:
-            tl.store(reverse + row, back + shift)
+            tl.store(trained + row, back + shift)
         tl.store(same + row, (top_at == top_y_at).to(tl.float32))
 
 
@@ -153,7 +153,7 @@ def pull_of(
 
 @triton.jit
 def _publish(
-    task, z, y, labels, kl, nll, smooth, same, reverse, facts, results, arrived,
+    task, z, y, labels, kl, nll, smooth, same, trained, facts, results, arrived,
     V, stride_z, stride_y, cold_s, cold_t, ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTH: tl.constexpr, REVERSE: tl.constexpr,
@@ -206,7 +206,7 @@ def _publish(
         if TEACHER:
             top_y_at = _top_place(mine - part + 5 * PARTS, PARTS, POWER)
         combine(
-            row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, reverse, facts, results, V, cold_s, cold_t,
+            row, of_label, top_at, top_y_at, labels, kl, nll, smooth, same, trained, facts, results, V, cold_s, cold_t,
             ignore_index, PARTS, POWER, TEACHER, LABELS, TEMPERED, SMOOTH, REVERSE,
         )  # fmt: skip
         tl.debug_barrier()  # all threads have read the label's logit, which the gradient may overwrite
@@ -255,7 +255,7 @@ def _write_gradient(
 
 @triton.jit(do_not_specialize=["tasks"])
 def rows_kernel(
-    z, y, labels, factors, grad, kl, nll, smooth, same, reverse, facts, results, arrived,
+    z, y, labels, factors, grad, kl, nll, smooth, same, trained, facts, results, arrived,
     tasks, V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, smoothing, l2wrap, ignore_index,
     PARTS: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, LAG: tl.constexpr, TEACHER: tl.constexpr,
     LABELS: tl.constexpr, FACTORS: tl.constexpr, GRAD: tl.constexpr, TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
@@ -271,7 +271,7 @@ def rows_kernel(
     while task < end:
         if task < tasks:
             _publish(
-                task, z, y, labels, kl, nll, smooth, same, reverse, facts, results, arrived,
+                task, z, y, labels, kl, nll, smooth, same, trained, facts, results, arrived,
                 V, stride_z, stride_y, cold_s, cold_t, ignore_index,
                 PARTS, POWER, BLOCK, TEACHER, LABELS, TEMPERED, SMOOTH, REVERSE,
             )  # fmt: skip
@@ -284,6 +284,73 @@ def rows_kernel(
                     PARTS, BLOCK, TEACHER, FACTORS, TEMPERED, SMOOTH, WRAP, REVERSE,
                 )  # fmt: skip
         task += programs
+
+
+@triton.jit
+def _expm1(x):
+    """For x <= 0, near 0 as well."""
+    u = tl.exp(x)
+    plain = (u == 1) | (u < 0.5)
+    return tl.where(plain, tl.where(u == 1, x, u - 1), (u - 1) * x / tl.where(plain, 1.0, tl.log(u)))
+
+
+@triton.jit
+def _log1p(x):
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * x / tl.where(u == 1, 1.0, u - 1))
+
+
+@triton.jit
+def _against_mixture(z, y, row, x, inside, results, stride_z, stride_y, cold_s, cold_t, beta):
+    """(q, p, log q - log m, log p - log m) of entries `x` of a row, m = beta p + (1 - beta) q; and the logits z."""
+    out = results + row * RESULTS
+    zx = tl.load(z + row * stride_z + x, mask=inside, other=0.0).to(tl.float32)
+    yx = tl.load(y + row * stride_y + x, mask=inside, other=0.0).to(tl.float32)
+    log_q = (zx - tl.load(out)) * (cold_s * LOG2E) - tl.load(out + 1)
+    log_p = (yx - tl.load(out + 4)) * (cold_t * LOG2E) - tl.load(out + 5)
+    q = tl.where(inside, tl.exp2(log_q), 0.0)
+    p = tl.where(inside, tl.exp2(log_p), 0.0)
+    gap = tl.where(inside, (log_p - log_q) / LOG2E, 0.0)
+    least = -_log1p(tl.where(gap > 0, 1 - beta, beta) * _expm1(-tl.abs(gap)))
+    return q, p, least - tl.maximum(gap, 0.0), least + tl.minimum(gap, 0.0), zx
+
+
+@triton.jit
+def jsd_kernel(
+    z, y, labels, factors, grad, trained, results, V, stride_z, stride_y, stride_grad, cold_s, cold_t, kl_factor, beta,
+    smoothing, l2wrap,
+    BLOCK: tl.constexpr, FACTORS: tl.constexpr, GRAD: tl.constexpr, TEMPERED: tl.constexpr, SMOOTH: tl.constexpr,
+    WRAP: tl.constexpr,
+):  # fmt: skip
+    """The generalized Jensen-Shannon divergence of a row and its gradient, which may overwrite z, after `rows_kernel`
+    has made the row's results. Two more reads of the row: both distributions must be known before their mixture."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        x = start + tl.arange(0, BLOCK)
+        q, p, of_q, of_p, _zx = _against_mixture(
+            z, y, row, x, x < V, results, stride_z, stride_y, cold_s, cold_t, beta
+        )  # fmt: skip
+        total += beta * p * of_p + (1 - beta) * q * of_q
+        mean += q * of_q
+    tl.store(trained + row, tl.sum(total))
+    if GRAD:
+        centre = tl.sum(mean)
+        for start in range(0, V, BLOCK):
+            x = start + tl.arange(0, BLOCK)
+            q, p, of_q, of_p, zx = _against_mixture(
+                z, y, row, x, x < V, results, stride_z, stride_y, cold_s, cold_t, beta
+            )  # fmt: skip
+            q_ce = q
+            if FACTORS and TEMPERED:
+                q_ce = tl.exp2((zx - tl.load(results + row * RESULTS)) * LOG2E - tl.load(results + row * RESULTS + 2))
+            pull = pull_of(
+                (1 - beta) * q * (of_q - centre), q_ce, x, row, labels, factors, results, V, kl_factor, smoothing,
+                l2wrap, True, FACTORS, SMOOTH, WRAP,
+            )  # fmt: skip
+            tl.debug_barrier()  # all threads have read their logits, which the gradient may overwrite
+            tl.store(grad + row * stride_grad + x, pull.to(grad.dtype.element_ty), mask=x < V)
 
 
 def triton_rows(
@@ -317,6 +384,9 @@ def triton_rows(
         options["launch_cooperative_grid"] = True
         if torch.version.hip is None:
             options["maxnreg"] = registers
+    jsd, tempered = y_nV is not None and settings.divergence == "jsd", settings.student_temperature != 1
+    wraps, smooths = settings.l2wrap != 0, settings.smoothing != 0
+    cold_s, cold_t = 1 / settings.student_temperature, 1 / settings.teacher_temperature
     facts = torch.empty(n * parts * FACTS.value, dtype=torch.float32, device=device)
     results = torch.empty(n * RESULTS.value, dtype=torch.float32, device=device)
     arrived = torch.zeros(n, dtype=torch.int32, device=device)
@@ -325,14 +395,19 @@ def triton_rows(
             z_nV, y_nV, labels_n, ce_factor_n, grad_nV, *losses, facts, results, arrived,
             n * parts, V, z_nV.stride(0), 0 if y_nV is None else y_nV.stride(0),
             0 if grad_nV is None else grad_nV.stride(0),
-            1 / settings.student_temperature, 1 / settings.teacher_temperature, settings.kl_factor,
-            settings.smoothing, settings.l2wrap, settings.ignore_index,
+            cold_s, cold_t, settings.kl_factor, settings.smoothing, settings.l2wrap, settings.ignore_index,
             PARTS=parts, POWER=triton.next_power_of_2(parts), BLOCK=block,
             LAG=max(lag or _LAG, triton.cdiv(parts, grid)), TEACHER=y_nV is not None, LABELS=labels_n is not None,
-            FACTORS=ce_factor_n is not None, GRAD=grad_nV is not None, TEMPERED=settings.student_temperature != 1,
-            SMOOTH=settings.smoothing != 0, WRAP=settings.l2wrap != 0,
-            REVERSE=y_nV is not None and settings.divergence == "reverse", **options,
+            FACTORS=ce_factor_n is not None, GRAD=grad_nV is not None and not jsd, TEMPERED=tempered, SMOOTH=smooths,
+            WRAP=wraps, REVERSE=y_nV is not None and settings.divergence == "reverse", **options,
         )  # fmt: skip
+        if jsd:
+            jsd_kernel[(n,)](
+                z_nV, y_nV, labels_n, ce_factor_n, grad_nV, losses.trained, results, V, z_nV.stride(0), y_nV.stride(0),
+                0 if grad_nV is None else grad_nV.stride(0), cold_s, cold_t, settings.kl_factor, settings.jsd_beta,
+                settings.smoothing, settings.l2wrap, BLOCK=block, FACTORS=ce_factor_n is not None,
+                GRAD=grad_nV is not None, TEMPERED=tempered, SMOOTH=smooths, WRAP=wraps, num_warps=warps,
+            )  # fmt: skip
 
 
 def _together(device: torch.device, programs: int, warps: int, registers: int) -> int:

@@ -129,6 +129,10 @@ def compile_rows(name: str, V: int, *, tempered: bool = True) -> dict[str, Any]:
         "reverse": kernel.warmup(
             f, f, long, f, x, *losses, f, f, i, *numbers, grid=(1,), TEACHER=True, SMOOTH=False, REVERSE=True, **shared
         ),
+        "jsd": triton_rows.jsd_kernel.warmup(
+            f, f, long, f, x, f, f, V, V, V, V, 0.5, 0.5, 1.0, 0.5, 0.1, 0.1, BLOCK=block, FACTORS=True, GRAD=True,
+            TEMPERED=tempered, SMOOTH=False, WRAP=True, num_warps=triton_rows._WARPS, grid=(1,),
+        ),
         "ce": kernel.warmup(
             x, None, long, f, x, *losses, f, f, i, *numbers, grid=(1,), TEACHER=False, SMOOTH=True, REVERSE=False,
             **shared,

@@ -67,7 +67,10 @@ class SpikeSettings(Protocol):
 class DistillPhase(Protocol):
     @property
     def divergence(self) -> str:
-        """forward or reverse."""
+        """forward, reverse or jsd."""
+
+    @property
+    def jsd_beta(self) -> float: ...
 
     @property
     def temperature(self) -> float: ...

@@ -1,5 +1,7 @@
 """linear_kl and linear_ce against the same losses written plainly over whole logits."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -8,7 +10,7 @@ from radlads.kernels.linear_kl import driver, linear_ce, linear_kl
 from radlads.kernels.shared.testing import relative_rms
 
 N, D, E, V = 37, 16, 24, 50
-DIVERGENCES = ("forward", "reverse")
+DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,11 @@ def plain_kl(
     metrics = {"kl": kl, "ce": ce, "top1_agreement": same}
     if divergence == "forward":
         return kl_weight * kl + ce_weight * ce, metrics
-    return kl_weight * reverse + ce_weight * ce, {**metrics, "reverse_kl": reverse}
+    if divergence == "reverse":
+        return kl_weight * reverse + ce_weight * ce, {**metrics, "reverse_kl": reverse}
+    log_m = torch.stack([log_p, log_q]).logsumexp(0) - math.log(2)
+    jsd = (mean_kl(log_p, log_m) + mean_kl(log_q, log_m)) / 2
+    return kl_weight * jsd + ce_weight * ce, {**metrics, "jsd": jsd}
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -220,7 +226,8 @@ def test_the_incoming_scalar_is_not_rounded(dtype):
         ({"labels_N": torch.zeros(3, dtype=torch.long)}, "labels_N must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"ce_weight": 1.0}, "ce_weight needs labels_N"),
-        ({"divergence": "backward"}, "divergence must be one of forward, reverse, got 'backward'"),
+        ({"divergence": "backward"}, "divergence must be one of forward, reverse, jsd, got 'backward'"),
+        ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta must lie between 0 and 1"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):
@@ -260,6 +267,20 @@ def test_a_temperature_for_each_side(divergence):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-14)
     same, _ = linear_kl(student, head, teacher, teacher_head, student_temperature=1.5, teacher_temperature=1.5)
     torch.testing.assert_close(same, linear_kl(student, head, teacher, teacher_head, temperature=1.5)[0])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_the_mixture_has_beta_of_the_teacher(beta):
+    student, head, teacher, teacher_head, *_ = operands()
+    loss, metrics = linear_kl(student, head, teacher, teacher_head, divergence="jsd", jsd_beta=beta)
+    q, p = ((x @ w.T).softmax(-1) for x, w in ((student, head), (teacher, teacher_head)))
+    m = beta * p + (1 - beta) * q
+    plain = (beta * p * (p / m).log() + (1 - beta) * q * (q / m).log()).sum(-1).mean()
+    torch.testing.assert_close(loss, plain)
+    assert metrics["jsd"] == loss
+    ours = torch.autograd.grad(loss, (student, head))
+    for grad, reference in zip(ours, torch.autograd.grad(plain, (student, head)), strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-9, atol=1e-14)
 
 
 def test_a_product_that_lacks_the_teachers_logits_is_not_chosen_for_reverse_kl(monkeypatch):

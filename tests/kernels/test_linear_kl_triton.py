@@ -1,6 +1,8 @@
 """The fused kernel of linear_kl and linear_ce: interpreted on the CPU, compiled for GPUs that are not here, run on one
 that is."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -21,7 +23,7 @@ def test_interpreted(interpret):
 @pytest.mark.parametrize("V", [100, 152064])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(target, V, compiler):
-    code = f"from radlads.kernels.shared.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 3"
+    code = f"from radlads.kernels.shared.offline import compile_rows; assert len(compile_rows('{target}', {V})) == 4"
     compiler(code)
 
 
@@ -63,7 +65,7 @@ def test_what_the_products_take():
 @pytest.mark.parametrize("logits", [None, torch.float32])
 @pytest.mark.parametrize("V", [1000, 50257, 152064])
 @pytest.mark.parametrize("tau", [1.0, 2.0, 0.7])
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_on_the_gpu(V, tau, logits, divergence):
     """Rows of one part to 75, an odd vocabulary, several tiles; logits in memory, and (on Hopper) never."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -84,11 +86,14 @@ def test_on_the_gpu(V, tau, logits, divergence):
     q, p = (z / tau).log_softmax(-1), (y / tau).log_softmax(-1)
     forward = functional.kl_div(q, p, log_target=True, reduction="batchmean")
     reverse = functional.kl_div(p, q, log_target=True, reduction="batchmean")
-    plain = (forward if divergence == "forward" else reverse) * tau**2 + 0.5 * functional.cross_entropy(z, labels)
+    m = torch.stack([q, p]).logsumexp(0) - math.log(2)
+    mixed = sum(functional.kl_div(m, x, log_target=True, reduction="batchmean") for x in (p, q)) / 2
+    trained = {"forward": forward, "reverse": reverse, "jsd": mixed}[divergence]
+    plain = trained * tau**2 + 0.5 * functional.cross_entropy(z, labels)
     plain = plain + functional.cross_entropy(z, labels, label_smoothing=0.1)
     torch.testing.assert_close(metrics["kl"], forward.detach() * tau**2, rtol=1e-4, atol=1e-5)
-    if divergence == "reverse":
-        torch.testing.assert_close(metrics["reverse_kl"], reverse.detach() * tau**2, rtol=1e-4, atol=1e-5)
+    name = {"forward": "kl", "reverse": "reverse_kl", "jsd": "jsd"}[divergence]
+    torch.testing.assert_close(metrics[name], trained.detach() * tau**2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((kl + ce).detach(), plain.detach(), rtol=1e-4, atol=1e-5)
     agreement = (z.argmax(-1) == y.argmax(-1)).float().mean()
     assert (metrics["top1_agreement"] - agreement).abs() < 0.01

@@ -86,6 +86,19 @@ def test_each_phase_has_its_divergence_and_kl_is_always_the_forward_one(make_tea
     torch.testing.assert_close(metrics["kl"], kl(student, teacher, ids, 1.0, 1.0).detach(), atol=1e-5, rtol=1e-4)
 
 
+def test_the_jensen_shannon_divergence_of_a_phase(make_teacher, make_student, tokens) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher)
+    built = objective("distill", student, teacher, phases=(Phase(tokens=400, divergence="jsd", jsd_beta=0.3),))
+    loss, metrics = built({"input_ids": tokens})
+    p, q = (model(tokens[:, :-1]).logits.softmax(-1) for model in (teacher, student))
+    m = 0.3 * p + 0.7 * q
+    wanted = (0.3 * p * (p / m).log() + 0.7 * q * (q / m).log()).sum(-1).mean()
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(metrics["jsd"], loss.detach())
+    torch.testing.assert_close(metrics["kl"], kl(student, teacher, tokens[:, :-1], 1.0, 1.0), atol=1e-5, rtol=1e-4)
+
+
 def test_cross_entropy_comes_in_spikes(make_teacher, make_student, tokens) -> None:
     teacher = make_teacher("llama")
     built = objective("distill", make_student(teacher), teacher, ce_spikes={"every": 3, "weight": 2.0})
@@ -182,6 +195,7 @@ def test_the_final_norm_can_stay_while_the_others_train(make_teacher, make_stude
         ({"phases": [{"tokens": 1}]}, "phases' tokens add up to 1"),
         ({"phases": [{"tokens": 400, "micro_batch": 3}]}, "phase 1: batch .2. must be a multiple"),
         ({"temperature": 2.0, "teacher_temperature": 2.0}, "not both"),
+        ({"divergence": "jsd", "jsd_beta": 1.0}, "less than 1"),
         ({"lora": {"targets": ["up_proj"]}, "freeze": ["mlp"]}, "freeze has mlp"),
         ({"mixer_rate": {"start": 1e-4, "final": 0.0}, "schedule": {"kind": "exponential"}}, "rate of 0"),
     ],

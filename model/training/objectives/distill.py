@@ -15,6 +15,9 @@ from radlads.model.training.objectives.base import Metrics, Objective
 from radlads.model.training.objectives.hidden_distance import HiddenDistance, check_comparable
 from radlads.model.training.settings import DistillSettings
 
+_ALWAYS = ("divergence", "jsd_beta", "kl_weight", "hidden_weight")
+"""Settings of a phase that hold in eval mode as well."""
+
 
 class DistillObjective(Objective):
     """Stage 2: a KL between teacher and student over the vocabulary, at every position; optionally a cross entropy, and
@@ -43,8 +46,8 @@ class DistillObjective(Objective):
         """The current settings of the loss: `hidden_weight`, and the rest in the form of linear_kl's arguments."""
         if not self.training:
             last = self.section.parts[-1]
-            return {name: getattr(last, name) for name in ("divergence", "kl_weight", "ce_weight", "hidden_weight")}
-        read = ("divergence", "temperature", "teacher_temperature", "l2wrap", "kl_weight", "hidden_weight")
+            return {name: getattr(last, name) for name in (*_ALWAYS, "ce_weight")}
+        read = (*_ALWAYS, "temperature", "teacher_temperature", "l2wrap")
         return {name: getattr(self._phase, name) for name in read} | {"ce_weight": self._ce_weight}
 
     def fixed_settings(self) -> Hashable:

@@ -104,13 +104,14 @@ class Lora(Section):
     scale: float = Field(default=0.5, gt=0)
 
 
-Divergence = Literal["forward", "reverse"]
+Divergence = Literal["forward", "reverse", "jsd"]
 
 
 class Phase(TrainingPhase):
     """One part of a distill stage."""
 
     divergence: Annotated[Divergence | None, AddedLater()] = None
+    jsd_beta: Annotated[float | None, AddedLater()] = Field(default=None, gt=0, lt=1)
     temperature: float | None = Field(default=None, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     kl_weight: float | None = Field(default=None, ge=0)
@@ -127,7 +128,10 @@ class Distill(PhasedTraining):
     schedule: Schedule = Schedule(kind="constant")
     divergence: Annotated[Divergence, AddedLater()] = "forward"
     """forward: KL(teacher ‖ student). reverse: KL(student ‖ teacher) (2306.08543), which a student with too little
-    capacity for all of the teacher's modes meets by dropping some. Held-out `kl` is the forward one in both cases."""
+    capacity for all of the teacher's modes meets by dropping some. jsd: the generalized Jensen-Shannon divergence
+    (2306.13649) β KL(teacher ‖ m) + (1 − β) KL(student ‖ m), m = β teacher + (1 − β) student. Held-out `kl` is the
+    forward one in all cases."""
+    jsd_beta: Annotated[float, AddedLater()] = Field(default=0.5, gt=0, lt=1)
     temperature: float = Field(default=1.0, gt=0)
     """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1."""
     teacher_temperature: float | None = Field(default=None, gt=0)
