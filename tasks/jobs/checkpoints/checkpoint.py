@@ -1,8 +1,8 @@
 """Step checkpoints: the complete state that a killed job needs to resume exactly.
 
-A checkpoint is a product under `<output>/checkpoints/step-000500/`, as safetensors and JSON: slices of the fp32 masters
-and Adam moments by parameter name (readable by any number of processes, at any ZeRO stage), the random states of all
-ranks, the step, and the metrics so far. Its manifest is written last, then `latest`.
+A checkpoint is a product under `<output>/checkpoints/step-000500/`, as safetensors and JSON: slices of fp32 masters,
+Adam moments and (where one is kept) the average by parameter name (readable by any number of processes, at any ZeRO
+stage), the random states of all ranks, the step, and the metrics so far. Its manifest is written last, then `latest`.
 
 Every rank writes its own part. Training waits for a copy of it in host memory (`host_copy.py`); a thread hashes and
 uploads that copy while training goes on (`parts.py`), and the first rank's thread commits once all parts are there.
