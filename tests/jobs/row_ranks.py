@@ -39,11 +39,16 @@ CASES: dict[str, dict[str, Any]] = {
     "token shift, documents": {"variant": "rwkv7", "documents": True},
     "kept layer without positions": HYBRID | {"checkpointing": True},
     "kept layer with positions, documents": HYBRID | {"attention_rope": True, "documents": True},
+    "kept layer with scaled scores, documents": HYBRID | {"attention_log_scale": 3, "documents": True},
     "rad_rwkv6, documents": {"variant": "rad_rwkv6", "documents": True},
     "short convolution, documents": {"variant": "gated_deltanet", "options": {"short_conv": 4}, "documents": True},
     "a plain model, documents": {"documents": True, "checkpointing": True},
 }
-OF_FOUR = ("kept layer with positions, documents", "short convolution, documents")
+OF_FOUR = (
+    "kept layer with positions, documents",
+    "kept layer with scaled scores, documents",
+    "short convolution, documents",
+)
 
 
 def batch_of(*, documents: bool) -> dict[str, Tensor]:
@@ -65,7 +70,8 @@ def objective_of(case: dict[str, Any]) -> Objective:
     if "variant" not in case:
         student, name, section = teacher, "pretrain", Pretrain(config={}, tokenizer="none", **given)
     else:
-        options = {"options": {}, "attention_layers": (), "attention_rope": False, "variant": case["variant"]}
+        options = {"options": {}, "attention_layers": (), "attention_rope": False, "attention_log_scale": None}
+        options["variant"] = case["variant"]
         student = build_student(config, **{name: case.get(name, value) for name, value in options.items()})
         transplant(teacher, student)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.recipe.choice import (
     AttentionChoice,
     RecallProbe,
@@ -10,8 +11,8 @@ from radlads.tasks.contracts.recipe.choice import (
     late_choice,
     run_tokens,
 )
-from radlads.tasks.contracts.recipe.recipe import RecipeError, dump_recipe, parse_recipe
-from radlads.tasks.contracts.specs import ChooseSpec, TeacherRef, spec_digest
+from radlads.tasks.contracts.recipe.recipe import RecipeError, Student, dump_recipe, parse_recipe
+from radlads.tasks.contracts.specs import ChooseSpec, TeacherRef, TransplantSpec, spec_digest
 
 TRAINING = {"tokens": 40960, "context": 64, "batch": 4}
 
@@ -41,6 +42,18 @@ def test_a_list_is_what_it_was():
     assert made.student.attention_layers == (3, 1)
     assert late_choice(made) is None
     assert "attention_layers:\n  - 3\n  - 1" in dump_recipe(made)
+
+
+def test_scaled_scores_need_kept_layers_and_leave_other_digests():
+    def told(**changes):
+        student = Student(attention_layers=(1,), **changes)
+        return identity(TransplantSpec(student=student, teacher=TeacherRef(path="demo", fingerprint="f")), None)
+
+    assert "attention_log_scale" not in str(told())
+    assert "'attention_log_scale': 512" in str(told(attention_log_scale=512))
+    with pytest.raises(ValueError, match="attention_layers names none"):
+        Student(attention_log_scale=512)
+    assert recipe({"count": 1, "choose": "recall"}, student={"attention_log_scale": 512}).student.attention_log_scale
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ class MixerContext:
     """int64 [N+1], document bounds in the flattened [B·T], row bounds included."""
     attention_rope: bool = False
     """Whether the layers that stayed softmax attention rotate their queries and keys."""
+    score_scale: Tensor | None = None
+    """[1 or B,T], by which those multiply the scores of each query; None: not at all."""
+    faded: Any = None
+    """Rotary positions that those use although `attention_rope` is off (`FadedPositions`), in training; None: none."""
     cached: bool = False
     """Whether the pass continues from a cache, or fills one."""
     row_part: Any = None

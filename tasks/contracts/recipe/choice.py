@@ -220,6 +220,19 @@ def listed_layers(student: Student) -> tuple[int, ...]:
     return () if isinstance(student.attention_layers, AttentionChoice) else student.attention_layers
 
 
+def check_layers(student: Student) -> None:
+    """Raises ValueError for listed layers that cannot be, and where a setting of kept layers has none."""
+    layers = listed_layers(student)
+    if any(layer < 0 for layer in layers):
+        raise ValueError(
+            "attention_layers are counted from 0 and cannot be negative; use an empty list for a pure student"
+        )
+    if len(set(layers)) != len(layers):
+        raise ValueError("attention_layers has a layer twice")
+    if student.attention_log_scale is not None and not student.attention_layers:
+        raise ValueError("attention_log_scale is for layers that stay attention, and attention_layers names none")
+
+
 def late_choice(recipe: Recipe) -> AttentionChoice | None:
     """The choice to make after align; None if the layers are listed or resolved by the plan."""
     layers = recipe.student.attention_layers
