@@ -19,6 +19,7 @@ from radlads.kernels.linear_kl import linear_ce, linear_kl
 from radlads.model.sequence_parallel.attention import exchange_heads
 from radlads.model.sequence_parallel.row_part import row_part
 from radlads.model.student.documents import document_bounds
+from radlads.model.student.forward_pass import ROPE_FACTOR
 from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.teacher.family import NO_RESTART
@@ -68,8 +69,7 @@ class Objective(nn.Module):
         self._row_group: distributed.ProcessGroup | None = None
         if section.reset_at_documents and getattr(family_parts(student), "linear_attention", None):
             raise UserError(f"reset_at_documents: {NO_RESTART}")
-        tied = student.config.tie_word_embeddings
-        if tied and len(self._frozen & {"embeddings", "head"}) == 1:
+        if student.config.tie_word_embeddings and len(self._frozen & {"embeddings", "head"}) == 1:
             raise UserError("the head is the embedding matrix (tied): freeze both `embeddings` and `head`, or neither")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -148,6 +148,15 @@ class Objective(nn.Module):
         with torch.no_grad():
             return plain_hidden(self.teacher, input_ids, **rows)
 
+    def compare(self, hidden: Tensor, expected: Tensor, labels: Tensor, **settings: Any) -> tuple[Tensor, Metrics]:
+        """`forward`'s result of the student's and the teacher's last hidden states. settings: linear_kl's."""
+        ours, theirs = (
+            (head_inputs(network, state).flatten(0, 1), network.get_output_embeddings().weight)
+            for network, state in ((self.student, hidden), (self.teacher, expected))
+        )
+        loss, metrics = linear_kl(*ours, *theirs, labels_N=labels.flatten(), **settings)
+        return loss, {"loss": loss.detach(), **metrics}
+
 
 class AlignObjective(Objective):
     """Stage 1: each mixer's output compared with its attention's, on the teacher's own inputs; only mixers train."""
@@ -181,21 +190,28 @@ class DistillObjective(Objective):
     """Stage 2: KL(teacher ‖ student) over the vocabulary, at every position, with an optional cross entropy.
 
     In training the step's phase sets temperature and weights; in eval mode temperature is 1 and the weights are
-    the last phase's.
+    the last phase's. With `rope_fade` kept layers have faded rotary positions in training, and none in eval mode.
     """
 
     needs_teacher: ClassVar[bool] = True
 
     def __init__(self, section: DistillSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__(section, student, teacher)
+        factor = None if section.rope_fade is None else torch.ones(())
+        if factor is not None and (student.config.attention_rope or not student.config.attention_layers):
+            raise UserError(
+                "rope_fade needs softmax layers that lose their rotary positions, and this student has none"
+            )
+        self.register_buffer("rope_factor", factor, persistent=False)  # changed in place: a recorded pass reads it
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
+        if self.rope_factor is not None:
+            self.rope_factor.fill_(self.section.rope_factor(step))
         index, own = self.section.place(step)
         self._phase = self.section.parts[index]
         spikes = self._phase.ce_spikes
-        spiked = spikes is not None and spikes.has(own)
-        self._ce_weight = spikes.weight if spiked else self._phase.ce_weight
+        self._ce_weight = spikes.weight if spikes is not None and spikes.has(own) else self._phase.ce_weight
 
     def _settings(self) -> dict[str, Any]:
         """The current settings of the loss, in the form of linear_kl's argument."""
@@ -217,16 +233,10 @@ class DistillObjective(Objective):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         tokens, rows = batch["input_ids"], self.rows(batch)
         teacher_state = self.teacher_hidden(tokens[:, :-1], **rows)
+        if self.training and self.rope_factor is not None:
+            rows[ROPE_FACTOR] = self.rope_factor
         hidden = self.student.hidden(tokens[:, :-1], **rows)
-        loss, metrics = linear_kl(
-            head_inputs(self.student, hidden).flatten(0, 1),
-            self.student.get_output_embeddings().weight,
-            head_inputs(self.teacher, teacher_state).flatten(0, 1),
-            self.teacher.get_output_embeddings().weight,
-            labels_N=tokens[:, 1:].flatten(),
-            **self._settings(),
-        )
-        return loss, {"loss": loss.detach(), **metrics}
+        return self.compare(hidden, teacher_state, tokens[:, 1:], **self._settings())
 
 
 class NextTokenObjective(Objective):
@@ -289,20 +299,10 @@ class ExtendObjective(NextTokenObjective):
         if kl_weight == 0:
             return super().forward(batch)
         tokens, counts, rows = batch["input_ids"], self._counts(batch), self.rows(batch)
-        labels = tokens[:, 1:]
         expected = self.teacher_hidden(tokens[:, :-1], **rows)
         hidden = self.student.hidden(tokens[:, :-1], **rows)
-        loss, metrics = linear_kl(
-            head_inputs(self.student, hidden).flatten(0, 1),
-            self.student.get_output_embeddings().weight,
-            head_inputs(self.teacher, expected).flatten(0, 1),
-            self.teacher.get_output_embeddings().weight,
-            labels_N=labels.flatten(),
-            weight_N=None if counts is None else counts.flatten().float(),
-            kl_weight=kl_weight,
-            ce_weight=1.0,
-        )
-        return loss, {"loss": loss.detach(), **metrics}
+        weight_N = None if counts is None else counts.flatten().float()
+        return self.compare(hidden, expected, tokens[:, 1:], weight_N=weight_N, kl_weight=kl_weight, ce_weight=1.0)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -56,6 +56,24 @@ def test_scaled_scores_need_kept_layers_and_leave_other_digests():
     assert recipe({"count": 1, "choose": "recall"}, student={"attention_log_scale": 512}).student.attention_log_scale
 
 
+def test_positions_fade_where_there_are_some_to_lose():
+    def fading(layers, tokens=4096, **student):
+        return recipe(layers, student=student, distill={**TRAINING, "rope_fade": {"tokens": tokens}})
+
+    assert fading({"count": 1, "choose": "recall"}).distill.rope_factor(8) == 0.5
+    assert fading([1]).distill.rope_factor(16) == 0
+    assert "rope_fade" not in str(identity(recipe([1]).distill, None))
+    for made, words in (
+        (lambda: fading([1], attention_rope=True), "attention_rope keeps them; drop one"),
+        (lambda: fading([]), "student.attention_layers names none"),
+        (lambda: fading([1], tokens=40961), "more than the stage has (40960)"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            made()
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
