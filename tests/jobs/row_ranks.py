@@ -43,10 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
     "kept layer with scaled scores, documents": HYBRID | {"attention_log_scale": 3, "documents": True},
     "kept layer with fading positions, documents": HYBRID | {"fade": True, "documents": True, "checkpointing": True},
     "rad_rwkv6, documents": {"variant": "rad_rwkv6", "documents": True},
+    "window": {"variant": "sliding_window", "options": {"window": 5, "sinks": 2}, "checkpointing": True},
+    "window, documents": {"variant": "sliding_window", "options": {"window": 3, "sinks": 2}, "documents": True},
     "short convolution, documents": {"variant": "gated_deltanet", "options": {"short_conv": 4}, "documents": True},
     "a plain model, documents": {"documents": True, "checkpointing": True},
 }
 OF_FOUR = (
+    "window, documents",
     "kept layer with positions, documents",
     "kept layer with scaled scores, documents",
     "short convolution, documents",

@@ -154,6 +154,9 @@ def test_a_name_is_the_same_part_in_every_variant(variant: str) -> None:
             if any(fnmatchcase(word, pattern) for word in name.split(".") for pattern in own[part])
         }
         assert names == declared, part
+    if variant == "sliding_window":  # of the teacher's parameters alone
+        assert not any(found.values())
+        return
     assert found["decay_base"]
     assert found["decay_base"] < found["decay"]
 

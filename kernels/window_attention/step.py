@@ -1,0 +1,37 @@
+"""One token of windowed softmax attention, on a state that is updated in place (decoding)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def window_attention_step_torch(
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    memory_BGSC: Tensor,
+    seen_B: Tensor,
+    *,
+    sinks: int,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Advance memory [B,G,S+W,K+V] and seen [B] by one token in place; returns the output [B,H,V] in v's dtype.
+
+    For inference: nothing here is differentiable. No host synchronisation, fixed shapes, so a graph can capture it.
+    """
+    slot = torch.where(seen_B < sinks, seen_B, sinks + (seen_B - sinks) % window)
+    token = torch.cat([k_BGK, v_BGV], -1).to(memory_BGSC.dtype)[:, :, None]
+    memory_BGSC.scatter_(2, slot[:, None, None, None].expand_as(token), token)
+    seen_B += 1
+    slots = torch.arange(sinks + window, device=seen_B.device)
+    filled = (slots < seen_B[:, None])[:, None, None]
+    K, G = k_BGK.shape[-1], k_BGK.shape[1]
+    dtype = torch.float64 if memory_BGSC.dtype == torch.float64 else torch.float32
+    with torch.autocast(memory_BGSC.device.type, enabled=False):
+        held = memory_BGSC.to(dtype)
+        scores = (q_BHK.to(dtype).unflatten(1, (G, -1)) @ held[..., :K].mT) * scale
+        weights = scores.masked_fill(~filled, -torch.inf).softmax(-1)
+        return (weights @ held[..., K:]).flatten(1, 2).to(v_BGV.dtype)
