@@ -88,8 +88,10 @@ def window_attention_step(
     sinks: int,
     window: int,
     scale: float,
+    keep_B: Tensor | None = None,
 ) -> Tensor:
     """One token for every sequence: updates memory and seen in place and returns the output [B,H,V] in v's dtype.
+    keep_B: bool, False where the token is padding, which changes nothing.
 
     For inference: not differentiable, no host synchronisation. Raises ValueError for shapes that do not fit the state.
     """
@@ -97,7 +99,7 @@ def window_attention_step(
     shape = (*k_BGK.shape[:2], sinks + window, k_BGK.shape[-1] + v_BGV.shape[-1])
     _check_state("window_attention_step", (memory_BGSC, seen_B), shape)
     sizes = {"sinks": sinks, "window": window, "scale": scale}
-    return window_attention_step_torch(q_BHK, k_BGK, v_BGV, memory_BGSC, seen_B, **sizes)
+    return window_attention_step_torch(q_BHK, k_BGK, v_BGV, memory_BGSC, seen_B, **sizes, keep_B=keep_B)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: int, window: int) -> None:

@@ -89,9 +89,10 @@ class Mixer(BaseMixer):
                 raise ValueError("packed documents (cu_seqlens) and a recurrent state exclude each other")
             flat = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
             o = window_attention(*flat, cu_seqlens=cu_seqlens, **sizes)[0].view(q.shape)
-        elif is_step(x_BTD, state, training=self.training) and keep_BT is None:
-            assert state is not None
-            o = window_attention_step(*(x[:, 0] for x in (q, k, v)), state.recurrent, state.seen, **sizes)[:, None]
+        elif is_step(x_BTD, state, training=self.training):
+            keep = None if keep_BT is None else keep_BT[:, 0]
+            token = (x[:, 0] for x in (q, k, v))
+            o = window_attention_step(*token, state.recurrent, state.seen, **sizes, keep_B=keep)[:, None]
             after = state
         else:
             before = None if state is None else (state.recurrent, state.seen)

@@ -144,6 +144,23 @@ def test_a_block_is_as_long_as_the_window_so_that_work_grows_with_the_tokens():
     assert 0 < counts[1] <= 2 * counts[0]
 
 
+@pytest.mark.parametrize(("sinks", "window"), SIZES)
+def test_a_step_of_padding_changes_nothing(sinks, window):
+    args = [x.detach() for x in inputs(3, 25)]
+    keep = torch.rand(3, 25, generator=torch.Generator().manual_seed(2)) < 0.7
+    keep[0, :3] = False
+    run = operator(sinks, window)
+    expected, (memory, seen) = run(*args, keep_BT=keep, output_final_state=True)
+    state = torch.zeros_like(memory), torch.zeros_like(seen)
+    sizes = {"sinks": sinks, "window": window, "scale": SCALE}
+    for t in range(25):
+        out = window_attention_step(*(x[:, t] for x in args), *state, **sizes, keep_B=keep[:, t])
+        assert out.isfinite().all()
+        torch.testing.assert_close(out[keep[:, t]], expected[keep[:, t], t], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state[0], memory)
+    assert torch.equal(state[1], seen)
+
+
 def test_rules_of_autograd():
     assert_autograd_rules(lambda *args: (operator(3, 8)(*args)[0], None), inputs(1, 40))
     packed = partial(operator(3, 8), cu_seqlens=torch.tensor([0, 3, 3, 17, 40]))

@@ -75,6 +75,17 @@ def test_packed_documents_are_separate_runs(student: RadladsForCausalLM, tokens:
             close(packed[start:stop], student(flat[None, start:stop]).logits[0])
 
 
+@torch.no_grad()
+def test_a_window_has_the_memory_of_a_recurrent_state(make_teacher, make_student, tokens: Tensor) -> None:
+    """In bf16, sinks and the count of tokens apart."""
+    teacher, sizes = make_teacher("qwen3"), []
+    for variant, options in (("sliding_window", {"sinks": 0}), ("hxa079", {})):
+        student = make_student(teacher, variant=variant, options=options).bfloat16()
+        layers = student(tokens, use_cache=True).past_key_values.layers
+        sizes.append([layer.state.recurrent.nbytes for layer in layers])
+    assert sizes[0] == sizes[1] == [2 * 4 * 16 * 16 * 4] * 3
+
+
 @pytest.mark.parametrize("variant", list_variants())
 def test_saved_and_loaded(make_teacher, make_student, tokens: Tensor, tmp_path, variant: str) -> None:
     student = make_student(make_teacher("qwen3"), variant=variant, attention_layers=(1,))
