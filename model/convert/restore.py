@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.configuration import FIRST_LAYER
 from radlads.model.student.first_values import hand_on_first_values
-from radlads.model.student.forward_pass import keep_attention
+from radlads.model.student.kept_attention import keep_attention
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import find_family
 from radlads.tasks.contracts.errors import UserError
@@ -22,19 +22,20 @@ from radlads.tasks.contracts.errors import UserError
 def restored(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
     """Context in which the given layers use the teacher's attention, in addition to the student's kept layers.
 
-    Rotary positions are on, whatever the student's config says: untrained softmax attention without them is not the
-    function that the teacher learned, and a score would measure that difference. If the layer that hands on first
-    values is restored, its attention hands them on, as in the product. Weights are shared, nothing is copied.
+    Rotary positions are on and scores are not scaled, whatever the student's config says: untrained softmax attention
+    without positions is not the function that the teacher learned, and a score would measure that difference. If the
+    layer that hands on first values is restored, its attention hands them on, as in the product. Weights are shared,
+    nothing is copied.
     """
     config = student.config
-    before = (list(config.attention_layers), config.attention_rope, config.first_values)
+    before = (list(config.attention_layers), config.attention_rope, config.first_values, config.attention_log_scale)
     modules = {i: getattr(student._layers()[i], student.parts.attention) for i in config.softmax_layers()}
     try:
         _restore(student, teacher, layers)
-        config.attention_rope = True
+        config.attention_rope, config.attention_log_scale = True, None
         yield
     finally:
-        config.attention_layers, config.attention_rope, config.first_values = before
+        config.attention_layers, config.attention_rope, config.first_values, config.attention_log_scale = before
         for i, module in modules.items():
             setattr(student._layers()[i], student.parts.attention, module)
 
@@ -83,7 +84,7 @@ def _restore(student: RadladsForCausalLM, teacher: PreTrainedModel, layers: Sequ
     for i in layers:
         attention = copy.copy(attentions[i])
         attention.config = student.model.config  # the student's config determines how masks are made
-        keep_attention(attention)
+        keep_attention(attention, student.config, i)
         hand_on_first_values(attention, student.config, i)
         setattr(places[i], student.parts.attention, attention)
     first = student.config.first_layer()

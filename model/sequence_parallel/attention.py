@@ -36,10 +36,10 @@ def exchange_heads(network: PreTrainedModel, ranks: int, context: int) -> None:
     Raises UserError if it cannot.
     """
     config: Any = backbone(network).config
-    kept = (
-        network.config.attention_layers if isinstance(network, RadladsForCausalLM) else range(config.num_hidden_layers)
-    )
-    if fault := sharing_fault(config, kept, ranks, context=context):
+    is_student = isinstance(network, RadladsForCausalLM)
+    kept = network.config.attention_layers if is_student else range(config.num_hidden_layers)
+    by_heads = is_student and any(mixer.SHARES_ROWS_BY_HEADS for mixer in network.mixers().values())
+    if fault := sharing_fault(config, kept, ranks, context=context, by_heads=by_heads):
         raise UserError(f"sequence_parallel: {fault}")
     inner = config._attn_implementation
     if inner not in ("sdpa", "flash_attention_2", "flash_attention_3"):

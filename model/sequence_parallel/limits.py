@@ -11,15 +11,18 @@ from radlads.model.student.configuration import windowed_layers
 from radlads.model.teacher.load import find_family, rotary_settings
 
 
-def sharing_fault(config: PreTrainedConfig, layers: Collection[int], ranks: int, *, context: int) -> str | None:
+def sharing_fault(
+    config: PreTrainedConfig, layers: Collection[int], ranks: int, *, context: int, by_heads: bool = False
+) -> str | None:
     """One line on why `ranks` ranks cannot share rows of `context` tokens in a network; None if they can.
 
     config: the teacher's, whose family the student has too. layers: those that run as softmax attention.
+    by_heads: whether mixers exchange heads as well (`SHARES_ROWS_BY_HEADS`).
     """
     family, sizes = find_family(config), _values(config)
     if len(family.softmax_layers(config)) < sizes.num_hidden_layers:
         return "the layers that are linear attention in the teacher already need whole rows; leave it out"
-    if layers and sizes.num_attention_heads % ranks:
+    if (layers or by_heads) and sizes.num_attention_heads % ranks:
         return (
             f"{ranks} processes cannot divide the {sizes.num_attention_heads} heads of softmax attention; choose a "
             "number that divides them"

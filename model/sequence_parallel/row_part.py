@@ -5,15 +5,17 @@ Dims: B rows, T tokens of a row, L = T/P tokens of a rank's part, P ranks of a g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from radlads.kernels.shared.split import Operator, run_part
-from radlads.model.sequence_parallel.exchange import EnteringState, FromRankBefore
+from radlads.model.sequence_parallel.exchange import AllToAll, EnteringState, FromRankBefore
 from radlads.model.student.documents import document_bounds, document_positions
 
 
@@ -40,6 +42,23 @@ class RowPart:
         """The outputs [B,L,H,V] of a recurrence over whole rows; inputs are this part's, in the operator's order."""
         part = run_part(operator, inputs, cu_seqlens=self.cu_seqlens, continues_B=self.continues)
         return part.outputs(EnteringState.apply(self.group, part.A, part.B))
+
+    def run_by_heads(
+        self, operator: Callable[..., tuple[Tensor, Any]], inputs: tuple[Tensor, ...], **options: Any
+    ) -> Tensor:
+        """The outputs [B,L,H,V] of an operator over whole rows, each rank with H/P heads of them (DeepSpeed-Ulysses,
+        arXiv 2309.14509). inputs [B,L,H,·]; options: the operator's."""
+        ranks, widths = self.group.size(), [x.shape[-1] for x in inputs]
+        sent = torch.cat(inputs, -1).unflatten(2, (ranks, -1)).movedim(2, 0)  # [P,B,L,H/P,·]
+        whole = AllToAll.apply(self.group, sent).movedim(0, 1).flatten(1, 2)  # [B,T,H/P,·]
+        rows = whole.split(widths, -1)
+        if self.whole_bounds is None:
+            out = operator(*rows, **options)[0]
+        else:
+            flat = (x.reshape(1, -1, *x.shape[2:]) for x in rows)
+            out = operator(*flat, cu_seqlens=self.whole_bounds, **options)[0].view(*whole.shape[:3], -1)
+        received = AllToAll.apply(self.group, out.unflatten(1, (ranks, -1)).movedim(1, 0))
+        return received.movedim(0, 2).flatten(2, 3)
 
     @cached_property
     def documents(self) -> list[tuple[int, int]] | None:

@@ -40,7 +40,8 @@ class RadladsConfig(transformers.PreTrainedConfig):
     teacher: the teacher's Hugging Face config, model_type included. family: where that family keeps its parts.
     variant, options, constants: the mixer and all that defines its function, ranks written out. initial_values: how its
     parameters started; of no meaning once there are weights. attention_layers: layers that stay softmax;
-    attention_rope: whether those use rotary positions. Layers that the teacher has linear are not among them.
+    attention_rope: whether those use rotary positions. attention_log_scale: a, where those multiply the scores of a
+    query at position t by log_a(t + a); None: not at all. Layers that the teacher has linear are not among them.
     first_values: the layer whose values (and keys) mixers blend into their own: the first softmax layer of the teacher,
     also where it stays attention (`first_layer`); or the first converted one (`first_mixer`, in configs without the
     key). Both are the same layer where that one is converted.
@@ -59,6 +60,7 @@ class RadladsConfig(transformers.PreTrainedConfig):
         initial_values: dict[str, Any] | None = None,
         attention_layers: tuple[int, ...] | list[int] = (),
         attention_rope: bool = False,
+        attention_log_scale: int | None = None,
         first_values: str = FIRST_MIXER,
         use_cache: bool = True,
         **kwargs: Any,
@@ -71,6 +73,9 @@ class RadladsConfig(transformers.PreTrainedConfig):
         self.initial_values = dict(initial_values or {})
         self.attention_layers = sorted(attention_layers)
         self.attention_rope = attention_rope
+        if attention_log_scale is not None and attention_log_scale < 2:
+            raise ValueError(f"attention_log_scale is {attention_log_scale}, and must be 2 or more")
+        self.attention_log_scale = attention_log_scale
         if first_values not in (FIRST_LAYER, FIRST_MIXER):
             raise ValueError(f"first_values is '{first_values}', and must be {FIRST_LAYER} or {FIRST_MIXER}")
         self.first_values = first_values

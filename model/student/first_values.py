@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from radlads.model.mixers.shared.attention_shape import read_attention_shape
 from radlads.model.mixers.shared.mixer import FirstValues, MixerContext, to_heads
 from radlads.model.mixers.shared.registry import mixer_class
-from radlads.model.student.forward_pass import CONTEXT
+from radlads.model.student.kept_attention import CONTEXT
 
 
 def hand_on_first_values(attention: nn.Module, config: Any, layer: int) -> None:

@@ -7,7 +7,6 @@ additions are hooks, so that no method of transformers is replaced. Dims: B batc
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,12 +20,12 @@ from transformers.utils import TransformersKwargs
 from radlads.model.mixers.shared.mixer import FirstValues, MixerContext
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.documents import check_bounds, document_bounds, document_positions, restart_bounds
+from radlads.model.student.kept_attention import CONTEXT, ROW_PART, FadedPositions, log_scale
 from radlads.model.student.releases import CACHE_NAMES, cache_keyword
 
-CONTEXT = "mixer_context"
-"""The keyword that decoder layers pass to attention."""
-ROW_PART = "row_part"
-"""The keyword of a pass over rows that several ranks share, in training (`MixerContext`)."""
+ROPE_FACTOR = "rope_factor"
+"""The keyword of a pass in training whose kept layers lose their rotary positions by and by: a scalar tensor
+(`FadedPositions`)."""
 # Keywords that family models accept besides their named parameters: options of attention and of the loss.
 _PASSED_ON = {*TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters, "return_dict"}
 _PASSED_ON |= {"debug_io", "debug_io_dir", "prune_layers"}
@@ -50,7 +49,7 @@ class ForwardPass:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self._refuse_unknown(given)
         cache, cu_seqlens = self._take_cache(given), given.pop("cu_seqlens", None)
-        row_part = given.pop(ROW_PART, None)
+        row_part, rope_factor = given.pop(ROW_PART, None), given.pop(ROPE_FACTOR, None)
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if inputs is None:
             return (), given  # the family's code reports what is missing
@@ -103,11 +102,30 @@ class ForwardPass:
             attention_rope=self.config.attention_rope,
             cached=cache is not None,
             row_part=row_part,
+            **self._of_kept_layers(backbone, given, inputs, rope_factor),
         )
         return (), given
 
+    def _of_kept_layers(
+        self, backbone: nn.Module, given: Mapping[str, Any], inputs: Tensor, rope_factor: Tensor | None
+    ) -> dict[str, Any]:
+        """What the context says of scores and faded positions, from the completed arguments."""
+        base = self.config.attention_log_scale
+        if base is None and rope_factor is None:
+            return {}
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = _positions(inputs, given[self.cache_name], given.get("attention_mask"))
+        found: dict[str, Any] = {}
+        if base is not None:  # of several kinds of positions (vision-language models), text has all alike
+            found["score_scale"] = log_scale(positions if positions.ndim == 2 else positions[0], base)
+        if rope_factor is not None:
+            rotary, kinds = getattr(backbone, self.config.family["rotary"]), self.config.teacher.get("layer_types")
+            found["faded"] = FadedPositions(rotary, kinds, positions, rope_factor)
+        return found
+
     def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
-        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens", ROW_PART}
+        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens", ROW_PART, ROPE_FACTOR}
         if unknown:
             raise TypeError(f"forward() got an unexpected keyword argument '{min(unknown)}'")
 
@@ -126,6 +144,15 @@ class ForwardPass:
             raise ValueError(
                 f"{self.cache_name} must be a RadladsCache(config): recurrent layers keep a state, not keys and values"
             )
+
+
+def _positions(inputs: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+    """Positions [1 or B,T] of the tokens of a pass, padding not counted."""
+    T = inputs.shape[1]
+    if mask is not None and mask.ndim == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    seen = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(seen, seen + T, device=inputs.device)[None]
 
 
 def _explicit_bounds(given: dict[str, Any], cu_seqlens: Tensor | None, B: int, T: int) -> Tensor | None:
@@ -192,34 +219,3 @@ class LayerCheckpoint:
         if v is not None or k is not None:  # else no recurrent layer yet, or a variant without first values
             context.first = FirstValues(v, k)
         return out
-
-
-def keep_attention(attention: nn.Module) -> None:
-    """Let a softmax attention module accept the mixers' context, which determines whether it uses rotary positions."""
-    attention._forward_pre_hooks = OrderedDict()
-    attention._forward_pre_hooks_with_kwargs = OrderedDict()
-    attention.register_forward_pre_hook(_rotate_or_not, with_kwargs=True)
-
-
-def keep_linear_attention(attention: nn.Module) -> None:
-    """Let a module that is linear attention in the teacher already be called with the mixers' context."""
-    attention.register_forward_pre_hook(_without_context, with_kwargs=True)
-
-
-def _without_context(
-    attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {name: value for name, value in kwargs.items() if name != CONTEXT}
-
-
-def _rotate_or_not(
-    attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = dict(kwargs)
-    context: MixerContext | None = given.pop(CONTEXT, None)
-    if context is not None and context.row_part is not None:
-        given[ROW_PART] = context.row_part
-    if context is not None and not context.attention_rope:
-        cos, sin = given["position_embeddings"]
-        given["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-    return args, given

@@ -31,6 +31,7 @@ def student_config(
     options: Mapping[str, Any],
     attention_layers: Sequence[int],
     attention_rope: bool,
+    attention_log_scale: int | None = None,
     untie_embeddings: bool = False,
 ) -> RadladsConfig:
     """The config of a student, with every option and rank filled in. Raises UserError if it cannot be built.
@@ -60,6 +61,7 @@ def student_config(
         initial_values=initial,
         attention_layers=tuple(attention_layers),
         attention_rope=attention_rope,
+        attention_log_scale=attention_log_scale,
         first_values=FIRST_LAYER,
         tie_word_embeddings=bool(teacher_config.tie_word_embeddings) and not untie_embeddings,
     )
@@ -72,6 +74,7 @@ def build_student(
     options: Mapping[str, Any],
     attention_layers: Sequence[int],
     attention_rope: bool,
+    attention_log_scale: int | None = None,
     untie_embeddings: bool = False,
     dtype: torch.dtype | None = None,
 ) -> RadladsForCausalLM:
@@ -85,6 +88,7 @@ def build_student(
         options=options,
         attention_layers=attention_layers,
         attention_rope=attention_rope,
+        attention_log_scale=attention_log_scale,
         untie_embeddings=untie_embeddings,
     )
     before = torch.get_default_dtype()

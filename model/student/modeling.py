@@ -21,7 +21,8 @@ from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
 from radlads.model.student.first_values import hand_on_first_values
-from radlads.model.student.forward_pass import ForwardPass, keep_attention, keep_linear_attention
+from radlads.model.student.forward_pass import ForwardPass
+from radlads.model.student.kept_attention import keep_attention, keep_linear_attention
 from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.student.releases import cache_keyword, check_calls
 
@@ -57,7 +58,7 @@ def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
         if i == softmax[0]:
             check_calls(backbone, layer, attention)
         if i in config.attention_layers:
-            keep_attention(attention)
+            keep_attention(attention, config, i)
             hand_on_first_values(attention, config, i)
         else:
             shape = read_attention_shape(attention, parts, getattr(backbone.config, "rms_norm_eps", 1e-6))
@@ -142,7 +143,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         """The last hidden state [B,T,D], after the final norm, without a cache.
 
         given: `cu_seqlens`, int [N+1], document bounds in the flattened [B·T], row bounds included: state, attention
-        and positions restart there; or `row_part` (forward_pass.py).
+        and positions restart there; or `row_part`; and `rope_factor` (forward_pass.py).
         """
         hidden: Tensor = self.model(input_ids=input_ids, **given, use_cache=False).last_hidden_state
         return hidden

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from radlads.model.student.documents import document_positions
-from radlads.model.student.forward_pass import ROW_PART
+from radlads.model.student.kept_attention import ROW_PART
 from radlads.model.student.modeling import RadladsForCausalLM, logit_factor
 from radlads.model.teacher.family import backbone
 from radlads.model.teacher.load import find_family

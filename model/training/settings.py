@@ -94,6 +94,13 @@ class DistillSettings(SectionSettings, Protocol):
     def parts(self) -> Sequence[DistillPhase]:
         """The phases; the section itself where it has none."""
 
+    @property
+    def rope_fade(self) -> object | None:
+        """Not None: kept layers lose their rotary positions by and by, as `rope_factor` says."""
+
+    def rope_factor(self, step: int) -> float:
+        """By which a step, counted from 0, multiplies their rotary angles: from 1 to 0."""
+
     def place(self, step: int) -> tuple[int, int]:
         """Phase of an optimizer step, counted from 0, and the step's number in it."""
 

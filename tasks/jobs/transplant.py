@@ -20,6 +20,7 @@ from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import load_generation_config, load_teacher, load_teacher_config
 from radlads.model.teacher.weights import TeacherWeights, open_teacher_weights
 from radlads.tasks.contracts.recipe.choice import listed_layers
+from radlads.tasks.contracts.recipe.recipe import Student
 from radlads.tasks.contracts.specs import TransplantSpec
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.origin import write_origin
@@ -54,6 +55,7 @@ def main(job: Job) -> dict[str, Any]:
             options=student_spec.options,
             attention_layers=listed_layers(student_spec),
             attention_rope=student_spec.attention_rope,
+            attention_log_scale=student_spec.attention_log_scale,
             untie_embeddings=student_spec.untie_embeddings,
             dtype=weights.dtype,
         )
@@ -75,7 +77,7 @@ def main(job: Job) -> dict[str, Any]:
     sheet |= {"seed": _SEED, "multipliers": scale, "teacher": reference.model_dump(mode="json")}
     if not student.mixers():
         teacher = load_teacher(path, revision=revision)
-        sheet["logits"] = compare_logits(teacher, load_student(folder), required=student_spec.attention_rope)
+        sheet["logits"] = compare_logits(teacher, load_student(folder), required=_as_the_teachers(student_spec))
         logger.info("no layer is converted; %s", sheet["logits"]["verdict"])
     (job.output / "transplant.json").write_text(json.dumps(sheet, indent=1), encoding="utf-8")
     totals = sheet["parameters"]
@@ -107,11 +109,17 @@ def describe(report: TransplantReport, weights: TeacherWeights, student: Radlads
     }
 
 
+def _as_the_teachers(student: Student) -> bool:
+    """Whether softmax attention that is kept computes what the teacher's does."""
+    return student.attention_rope and student.attention_log_scale is None
+
+
 @torch.no_grad()
 def compare_logits(teacher: PreTrainedModel, student: RadladsForCausalLM, *, required: bool) -> dict[str, Any]:
     """Check whether an unconverted student computes its teacher's logits bit for bit.
 
-    required: the kept attention layers have their rotary positions; without them the student is another network.
+    required: the kept attention layers are the teacher's; without rotary positions, or with scaled scores, the student
+    is another network.
     Raises RuntimeError when the logits must be equal and are not.
     """
     generator = torch.Generator().manual_seed(_SEED)
@@ -121,7 +129,8 @@ def compare_logits(teacher: PreTrainedModel, student: RadladsForCausalLM, *, req
     difference = (ours.float() - theirs.float()).abs().max().item()
     if required and not equal:
         raise RuntimeError(f"no layer is converted, yet the logits differ from the teacher's by up to {difference:.3g}")
-    verdict = "its logits equal the teacher's bit for bit" if equal else "its logits differ: attention_rope is off"
+    why = "attention_rope is off" if not student.config.attention_rope else "attention_log_scale is on"
+    verdict = "its logits equal the teacher's bit for bit" if equal else f"its logits differ: {why}"
     return {"bit_equal": equal, "largest_difference": difference, "verdict": verdict}
 
 

@@ -15,6 +15,7 @@ from radlads.model.student.load import build_student
 from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.objectives import build_objective
 from radlads.model.training.recompute import recompute_cheap
+from radlads.tasks.contracts.recipe.losses import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Phase, Training
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.process_group import join_group
@@ -33,16 +34,20 @@ SECTIONS: dict[str, Training] = {
     "distill": Distill(tokens=6 * 512 + 6 * 1024, phases=PHASES, **SIZES),
     "finetune": Finetune(tokens=8 * 512, assistant_only=True, **SIZES),
 }
+FADING = Distill(tokens=8 * 512, rope_fade=RopeFade(tokens=6 * 512), **SIZES)
 
 
-def build(stage: str, *, graphs: bool, selective: bool = False, full: bool = False) -> ReplicatedEngine:
+def build(
+    stage: str, *, graphs: bool, selective: bool = False, full: bool = False, fades: bool = False
+) -> ReplicatedEngine:
     """A fresh engine in bf16; equal ones at each call."""
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "tie_word_embeddings": True}
     config = AutoConfig.for_model("llama", **shape, initializer_range=0.1, dtype="bfloat16")
     teacher: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    options = {"options": {}, "attention_layers": (1,), "attention_rope": True}
+    options = {"options": {}, "attention_layers": (1,), "attention_rope": not fades}
+    options |= {"attention_log_scale": 16} if fades else {}
     student: Any = build_student(config, variant="rad_rwkv7", **options)
     transplant(teacher, student)
     for network in (teacher, student):
@@ -52,7 +57,7 @@ def build(stage: str, *, graphs: bool, selective: bool = False, full: bool = Fal
     if full:
         how = {"use_reentrant": False, "preserve_rng_state": False}
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-    section = SECTIONS[stage]
+    section = FADING if fades else SECTIONS[stage]
     spec = TrainSpec(objective=stage, section=section, teacher=TeacherRef(path="x", fingerprint="y"))
     join_group(CUDA, 0, 1)
     return ReplicatedEngine(
@@ -107,6 +112,23 @@ def test_a_replay_is_the_pass(stage: str, how: dict[str, bool]) -> None:
         assert (theirs - gradient).norm() <= 3 * noise + 1e-5 * gradient.norm()
     kinds = recorded._graphs._kinds
     assert [kind.replay is not None for kind in kinds.values()] == [True]
+
+
+@pytest.mark.gpu
+def test_a_replay_follows_positions_that_fade() -> None:
+    eager, recorded = (build("distill", graphs=graphs, fades=True) for graphs in (False, True))
+    losses: list[float] = []
+    for step in (0, 0, 0, 2, 4, 6, 0):
+        found = []
+        for engine in (eager, recorded):
+            engine.objective.train()
+            engine.objective.begin_step(step)
+            found.append(engine._pass(batches(0, 128)[0], 0.7)["loss"].item())
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+        losses.append(found[1])
+    assert [kind.replay is not None for kind in recorded._graphs._kinds.values()] == [True]
+    assert losses[-1] == losses[2]
+    assert len(set(losses[2:6])) == 4
 
 
 @pytest.mark.gpu

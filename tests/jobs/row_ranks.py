@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import build_student
 from radlads.model.training.objectives import OBJECTIVES, Objective
+from radlads.tasks.contracts.recipe.losses import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Distill, Pretrain
 from radlads.tasks.jobs.data.batch_plan import part_of
 from radlads.tasks.jobs.process_group import join_group, row_group
@@ -39,11 +40,20 @@ CASES: dict[str, dict[str, Any]] = {
     "token shift, documents": {"variant": "rwkv7", "documents": True},
     "kept layer without positions": HYBRID | {"checkpointing": True},
     "kept layer with positions, documents": HYBRID | {"attention_rope": True, "documents": True},
+    "kept layer with scaled scores, documents": HYBRID | {"attention_log_scale": 3, "documents": True},
+    "kept layer with fading positions, documents": HYBRID | {"fade": True, "documents": True, "checkpointing": True},
     "rad_rwkv6, documents": {"variant": "rad_rwkv6", "documents": True},
+    "window": {"variant": "sliding_window", "options": {"window": 5, "sinks": 2}, "checkpointing": True},
+    "window, documents": {"variant": "sliding_window", "options": {"window": 3, "sinks": 2}, "documents": True},
     "short convolution, documents": {"variant": "gated_deltanet", "options": {"short_conv": 4}, "documents": True},
     "a plain model, documents": {"documents": True, "checkpointing": True},
 }
-OF_FOUR = ("kept layer with positions, documents", "short convolution, documents")
+OF_FOUR = (
+    "window, documents",
+    "kept layer with positions, documents",
+    "kept layer with scaled scores, documents",
+    "short convolution, documents",
+)
 
 
 def batch_of(*, documents: bool) -> dict[str, Tensor]:
@@ -65,18 +75,23 @@ def objective_of(case: dict[str, Any]) -> Objective:
     if "variant" not in case:
         student, name, section = teacher, "pretrain", Pretrain(config={}, tokenizer="none", **given)
     else:
-        options = {"options": {}, "attention_layers": (), "attention_rope": False, "variant": case["variant"]}
+        options = {"options": {}, "attention_layers": (), "attention_rope": False, "attention_log_scale": None}
+        options["variant"] = case["variant"]
         student = build_student(config, **{name: case.get(name, value) for name, value in options.items()})
         transplant(teacher, student)
         with torch.no_grad():
             for mixer in student.mixers().values():
                 for parameter in mixer.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        name, section = "distill", Distill(ce_weight=0.3, hidden_weight=0.5, **given)
+        fade = RopeFade(tokens=4 * T) if case.get("fade") else None
+        given |= {"tokens": 4 * T}
+        name, section = "distill", Distill(ce_weight=0.3, hidden_weight=0.5, rope_fade=fade, **given)
         teacher = copy.deepcopy(teacher).requires_grad_(False)
     if case.get("checkpointing"):
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return OBJECTIVES[name](section, student.double(), None if student is teacher else teacher.double()).train()
+    made = OBJECTIVES[name](section, student.double(), None if student is teacher else teacher.double()).train()
+    made.begin_step(1 if case.get("fade") else 0)
+    return made
 
 
 def step(objective: Objective, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +114,8 @@ def check(name: str, group: distributed.ProcessGroup) -> None:
         distributed.all_reduce(found, group=group)
         error = (found / ranks - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9)
         assert error < 2e-6, (name, key, error)
+    if case.get("fade"):  # judged without positions
+        return
     objective.eval()
     with torch.no_grad():
         found = objective(part_of(batch, group.rank(), ranks))[0].double()

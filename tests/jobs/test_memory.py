@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from radlads.kernels.mixer_ops import api as mixer_ops
 from radlads.kernels.shared.backends import Forms
+from radlads.kernels.window_attention import api as window_attention
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import RadladsForCausalLM, build_student
 from radlads.model.teacher.load import list_families
@@ -187,7 +188,14 @@ OTHER_BLOCKS = [("rad_rwkv7", name) for name in ("gemma3_text", "olmo3", "glm4",
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("variant", "model_type"),
-    [("rad_rwkv7", "qwen3"), ("hxa079", "qwen3"), ("rwkv7", "qwen3"), ("gated_deltanet", "qwen3"), *OTHER_BLOCKS],
+    [
+        ("rad_rwkv7", "qwen3"),
+        ("hxa079", "qwen3"),
+        ("rwkv7", "qwen3"),
+        ("gated_deltanet", "qwen3"),
+        ("sliding_window", "qwen3"),
+        *OTHER_BLOCKS,
+    ],
 )
 def test_activations_are_near_what_autograd_keeps(
     monkeypatch: pytest.MonkeyPatch,
@@ -210,6 +218,7 @@ def test_activations_are_near_what_autograd_keeps(
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not (frozen and ".mlp." in name))
     monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
+    monkeypatch.setitem(window_attention._FORMS, "chunked", window_attention.window_attention_meta)
     monkeypatch.setattr(mixer_ops, "_choose", lambda *args: "meta")
     monkeypatch.setattr(fused_modules, "installed", lambda package: liger)
     monkeypatch.setattr(fused_modules, "_torch_norm", fused_modules.norm_meta)

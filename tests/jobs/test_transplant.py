@@ -65,6 +65,13 @@ def test_without_rope_it_says_that_it_differs(run_transplant: Any):
     assert "attention_rope is off" in sheet["logits"]["verdict"]
 
 
+def test_scaled_scores_are_exported_and_told(run_transplant: Any):
+    folder, _ = run_transplant(attention_layers=(0, 1), attention_rope=True, attention_log_scale=3)
+    sheet = json.loads((folder / "transplant.json").read_text())
+    assert "attention_log_scale is on" in sheet["logits"]["verdict"]
+    assert load_student(folder / "model").config.attention_log_scale == 3
+
+
 def test_fresh_parameters_are_seeded(run_transplant: Any):
     folder, first = run_transplant()
     (folder / "manifest.json").unlink()

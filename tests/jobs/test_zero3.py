@@ -60,20 +60,29 @@ def assert_same_models(one: Job, other: Job, tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def hybrid(training: Any) -> Any:
     """hybrid(job): the job, on a student whose second layer is the teacher's attention."""
+    return with_kept_layer(training, "hybrid", attention_rope=True)
+
+
+@pytest.fixture(scope="module")
+def without_positions(training: Any) -> Any:
+    """Likewise, where that layer has no rotary positions, and scaled scores."""
+    return with_kept_layer(training, "without-positions", attention_rope=False, attention_log_scale=8)
+
+
+def with_kept_layer(training: Any, name: str, **settings: Any) -> Any:
     teacher = load_teacher(str(training.teacher))
-    student = build_student(
-        teacher.config, variant="hxa079", options={}, attention_layers=(1,), attention_rope=True, untie_embeddings=True
-    )
+    settings |= {"variant": "hxa079", "options": {}, "attention_layers": (1,), "untie_embeddings": True}
+    student = build_student(teacher.config, **settings)
     transplant(teacher, student)
     write_origin(student.config, training.reference)
     from transformers import AutoTokenizer
 
-    export_student(student, AutoTokenizer.from_pretrained(training.teacher), training.root / "hybrid" / "model")
-    manifest = Manifest(stage="student", digest="hybrid", spec={}, files=(), code=code_version(), created_at=NOW)
-    open_store(training.store).commit("hybrid", training.root / "hybrid", manifest)
+    export_student(student, AutoTokenizer.from_pretrained(training.teacher), training.root / name / "model")
+    manifest = Manifest(stage="student", digest=name, spec={}, files=(), code=code_version(), created_at=NOW)
+    open_store(training.store).commit(name, training.root / name, manifest)
 
     def change(job: Job, **spec: Any) -> Job:
-        given = dict(job.spec.inputs) | {"student": training._input("hybrid")}
+        given = dict(job.spec.inputs) | {"student": training._input(name)}
         changed = job.spec.spec | spec
         typed = type(job.typed).model_validate(changed)
         digest = spec_digest(job.spec.stage, typed, given)
@@ -121,6 +130,23 @@ def test_two_ranks_with_frozen_weights_in_8_bit_and_kept_attention(training, hyb
     wanted = run(training, plain)
     assert [loss for _, loss in training.curve(divided)] == pytest.approx(wanted, rel=1e-4)
     assert_same_models(divided, plain, 1e-3)
+
+
+def test_positions_fade_on_two_ranks_as_on_one(training, without_positions, run_ranks):
+    options = {**SHORT, **RATES, "micro_batch": 1, "rope_fade": {"tokens": 4 * 128}}
+    curves = []
+    for name, processes, zero in (("one", 1, 1), ("two", 2, 3), ("replicated", 1, 2)):
+        resources = {"processes": processes, "zero_stage": zero}
+        job = without_positions(training.job("distill", f"fading-{name}", resources=resources, **options))
+        if processes > 1:
+            run_ranks(TRAIN, job, processes)
+        else:
+            run(training, job)
+        curves.append([loss for _, loss in training.curve(job)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+    at_once = without_positions(training.job("distill", "fading-not", resources=WHOLE, **options | {"rope_fade": None}))
+    assert run(training, at_once)[0] != pytest.approx(curves[0][0], rel=1e-3)
 
 
 def test_shared_mlps_in_pieces_of_the_tokens(training, monkeypatch):

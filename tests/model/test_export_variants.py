@@ -53,9 +53,10 @@ CASES = {
     "hxa079-published": ("hxa079", {"key_scaling": "log_log_decay"}, (0,)),
     "arwkv": ("rwkv7", {"gate": False, "group_norm": False}, (0,)),
     "rad_rwkv6-groupnorm": ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank"}, (2,)),
+    "sliding_window-few": ("sliding_window", {"window": 3, "sinks": 2}, (1,)),
     "gated_deltanet-conv": ("gated_deltanet", {"short_conv": 4, "gate": "full"}, (0,)),
 }
-KERNELS = {"rad_rwkv6": "wkv6", "gated_deltanet": "gated_delta"}  # the others: wkv7
+KERNELS = {"rad_rwkv6": "wkv6", "gated_deltanet": "gated_delta", "sliding_window": "window_attention"}  # else: wkv7
 
 
 def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens, tmp_path: Path) -> None:
@@ -88,7 +89,9 @@ def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens,
 
 @pytest.mark.parametrize("variant", list_variants())
 def test_a_folder_carries_the_kernel_that_it_runs(variant: str) -> None:
-    kernels = {name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta|mixer_ops)_", name)}
+    kernels = {
+        name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta|window_attention|mixer_ops)_", name)
+    }
     own = KERNELS.get(variant, "wkv7")
     around = {"mixer_ops_radlads.py", "mixer_ops_plain_radlads.py"}
     assert kernels == {f"{own}_radlads.py", f"{own}_chunked_radlads.py", f"{own}_step_radlads.py"} | around

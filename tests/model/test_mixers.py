@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from radlads.kernels.gated_delta import gated_delta
 from radlads.kernels.mixer_ops import rotate_heads
+from radlads.kernels.window_attention import window_attention
 from radlads.kernels.wkv6 import wkv6
 from radlads.kernels.wkv7 import wkv7
 from radlads.model import list_variants
-from radlads.model.mixers import gated_deltanet, rad_rwkv6
+from radlads.model.mixers import gated_deltanet, rad_rwkv6, sliding_window
 from radlads.model.mixers.shared import mixer as shared
 from radlads.model.mixers.shared import recurrence_wkv7
 from radlads.model.mixers.shared.mixer import AttentionShape, FirstValues, Mixer
@@ -32,6 +33,8 @@ EXTRA = [
     ("cxa073", {"rope": True}),
     ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank"}),
     ("rad_rwkv6", {"token_shift": False, "gate": "none", "rope": True}),
+    ("sliding_window", {"window": 5, "sinks": 2}),
+    ("sliding_window", {"window": 40, "sinks": 0, "rope": False}),
     ("gated_deltanet", {"short_conv": 4, "gate": "full"}),
     ("gated_deltanet", {"short_conv": 2, "gate": "none", "norm": False, "rope": False}),
 ]
@@ -40,6 +43,7 @@ OPERATORS = [
     (recurrence_wkv7, "wkv7", wkv7),
     (rad_rwkv6, "wkv6", wkv6),
     (gated_deltanet, "gated_delta", gated_delta),
+    (sliding_window, "window_attention", window_attention),
 ]
 CASES = [(name, {}) for name in list_variants()] + EXTRA
 D, H, G, K, T = 24, 4, 2, 8, 37
@@ -116,7 +120,9 @@ def test_no_output_sees_the_future(mixer: Mixer) -> None:
     changed["x_BTD"][:, 20] += 1.0
     after = mixer.mix(**changed).out
     close(after[:, :20], before[:, :20], 2e-6)  # rounding: the chunks that a pass is cut into depend on the decays
-    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 2e-5
+    sees = slice(20, 20 + getattr(mixer, "window", T))
+    assert (before[:, sees] - after[:, sees]).abs().amax(-1).min() > 2e-5
+    assert torch.equal(before[:, sees.stop :], after[:, sees.stop :])
 
 
 @torch.no_grad()

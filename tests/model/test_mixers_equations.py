@@ -171,17 +171,41 @@ def gated_deltanet_by_hand(m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], giv
     return m.o_proj(y)
 
 
+def sliding_window_by_hand(m: Mixer, x: Tensor, rope: tuple[Tensor, Tensor], given: dict) -> Tensor:
+    """Each token with the first ones and the last ones, one by one."""
+    B, time, _ = x.shape
+    q, k, v = (projection(x).view(B, time, -1, K) for projection in (m.q_proj, m.k_proj, m.v_proj))
+    if given.get("rope", True):
+        q, k = rotate_heads(q, *rope), rotate_heads(k, *rope)
+    sinks, window = given.get("sinks", 4), given.get("window", K * H // G)
+    y = torch.zeros(B, time, H, K, dtype=x.dtype)
+    for b in range(B):
+        for h in range(H):
+            for t in range(time):
+                sees = [j for j in range(t + 1) if j < sinks or t - j < window]
+                scores = torch.stack([q[b, t, h] @ k[b, j, h * G // H] for j in sees]) / math.sqrt(K)
+                weights = torch.exp(scores) / torch.exp(scores).sum()
+                y[b, t, h] = sum(w * v[b, j, h * G // H] for w, j in zip(weights, sees, strict=True))
+    return m.o_proj(y.reshape(B, time, H * K))
+
+
 CASES = [
     *[(name, {}) for name in list_variants() if name != "rad_rwkv7"],
     *[(name, {"key_scaling": "log_log_decay"}) for name in ("hxa079", "hxa07a", "hxa07b")],
     ("rwkv7", {"token_shift": False, "gate": False, "group_norm": False}),
     ("rad_rwkv6", {"form": "groupnorm", "gate": "low_rank", "rope": True}),
     ("rad_rwkv6", {"token_shift": False, "gate": "none"}),
+    ("sliding_window", {"window": 3, "sinks": 2}),
+    ("sliding_window", {"window": 4, "sinks": 0, "rope": False}),
     ("gated_deltanet", {"short_conv": 4, "gate": "full", "rope": False}),
     ("gated_deltanet", {"short_conv": 2, "gate": "none", "norm": False}),
 ]
 # Those that are no RWKV-7.
-BY_HAND = {"rad_rwkv6": rad_rwkv6_by_hand, "gated_deltanet": gated_deltanet_by_hand}
+BY_HAND = {
+    "rad_rwkv6": rad_rwkv6_by_hand,
+    "gated_deltanet": gated_deltanet_by_hand,
+    "sliding_window": sliding_window_by_hand,
+}
 
 
 @pytest.mark.parametrize(("variant", "options"), CASES, ids=str)

@@ -13,6 +13,8 @@ from radlads.model.mixers.shared.registry import find_variant, list_variants
 from radlads.model.training.lora import add_lora
 from radlads.model.training.mixer_parts import is_decay_base, mixer_parts
 from radlads.model.training.objectives import build_objective
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.losses import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Distill, Finetune, Lora, Phase
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 
@@ -99,6 +101,31 @@ def test_the_jensen_shannon_divergence_of_a_phase(make_teacher, make_student, to
     torch.testing.assert_close(metrics["kl"], kl(student, teacher, tokens[:, :-1], 1.0, 1.0), atol=1e-5, rtol=1e-4)
 
 
+def test_positions_of_kept_layers_fade_with_the_steps(make_teacher, make_student, tokens) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher, attention_layers=(0, 1, 2))
+    # Steps of 40, 40, 60 and 60 tokens; the factor says how many were seen before a step.
+    phases = (Phase(tokens=80), Phase(tokens=120, context=30))
+    built = objective("distill", student, teacher, phases=phases, tokens=200, rope_fade=RopeFade(tokens=160))
+    assert [built.section.rope_factor(step) for step in range(4)] == [1, 0.75, 0.5, 0.125]
+    assert objective("distill", student, teacher).section.rope_factor(0) == 0
+    losses, address = [], built.rope_factor.data_ptr()
+    for step in range(4):
+        built.begin_step(step)
+        losses.append(float(built({"input_ids": tokens})[0].detach()))
+    assert abs(losses[0]) < 1e-6  # still its teacher
+    assert losses == sorted(losses)
+    assert built.rope_factor.data_ptr() == address  # a recorded pass reads it there
+    assert len({built.begin_step(step) or built.fixed_settings() for step in (0, 1)}) == 1
+    without = objective("distill", student, teacher)
+    assert torch.equal(built.eval()({"input_ids": tokens})[0], without.eval()({"input_ids": tokens})[0])
+    assert not [name for name in built.state_dict() if "rope_factor" in name]
+    assert built.bfloat16().rope_factor.dtype == torch.float32
+    for other in ({"attention_layers": (1,), "attention_rope": True}, {}):
+        with pytest.raises(UserError, match="this student has none"):
+            objective("distill", make_student(teacher, **other), teacher, rope_fade=RopeFade(tokens=160))
+
+
 def test_cross_entropy_comes_in_spikes(make_teacher, make_student, tokens) -> None:
     teacher = make_teacher("llama")
     built = objective("distill", make_student(teacher), teacher, ce_spikes={"every": 3, "weight": 2.0})
@@ -165,6 +192,9 @@ def test_a_name_is_the_same_part_in_every_variant(variant: str) -> None:
             if any(fnmatchcase(word, pattern) for word in name.split(".") for pattern in own[part])
         }
         assert names == declared, part
+    if variant == "sliding_window":  # of the teacher's parameters alone
+        assert not any(found.values())
+        return
     assert found["decay_base"]
     assert found["decay_base"] < found["decay"]
 

@@ -77,6 +77,8 @@ CASES = {
     "distill": ("distill", "llama", {}, {"ce_weight": 0.1, "l2wrap": 1e-4, "temperature": 2.0}),
     "distill, reverse, hidden states": ("distill", "llama", {}, {"divergence": "reverse", "hidden_weight": 0.1}),
     "distill, hybrid": ("distill", "qwen3", {"attention_layers": (1,), "attention_rope": True}, {}),
+    "distill, fading positions": ("distill", "qwen3", {"attention_layers": (1,)}, {"rope_fade": {"tokens": 100}}),
+    "distill, scaled scores": ("distill", "llama", {"attention_layers": (1,), "attention_log_scale": 3}, {}),
     "distill, hxa079": ("distill", "qwen3", {"variant": "hxa079"}, {}),
     "distill, rwkv6": ("distill", "qwen2", {"variant": "rad_rwkv6"}, {}),
     "distill, gated deltanet": ("distill", "qwen3", {"variant": "gated_deltanet"}, {}),

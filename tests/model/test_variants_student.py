@@ -75,6 +75,17 @@ def test_packed_documents_are_separate_runs(student: RadladsForCausalLM, tokens:
             close(packed[start:stop], student(flat[None, start:stop]).logits[0])
 
 
+@torch.no_grad()
+def test_a_window_has_the_memory_of_a_recurrent_state(make_teacher, make_student, tokens: Tensor) -> None:
+    """In bf16, sinks and the count of tokens apart."""
+    teacher, sizes = make_teacher("qwen3"), []
+    for variant, options in (("sliding_window", {"sinks": 0}), ("hxa079", {})):
+        student = make_student(teacher, variant=variant, options=options).bfloat16()
+        layers = student(tokens, use_cache=True).past_key_values.layers
+        sizes.append([layer.state.recurrent.nbytes for layer in layers])
+    assert sizes[0] == sizes[1] == [2 * 4 * 16 * 16 * 4] * 3
+
+
 @pytest.mark.parametrize("variant", list_variants())
 def test_saved_and_loaded(make_teacher, make_student, tokens: Tensor, tmp_path, variant: str) -> None:
     student = make_student(make_teacher("qwen3"), variant=variant, attention_layers=(1,))
@@ -83,13 +94,14 @@ def test_saved_and_loaded(make_teacher, make_student, tokens: Tensor, tmp_path, 
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, student(tokens).logits)
     ranks = [value for name, value in loaded.config.options.items() if name.endswith("_rank")]
-    assert ranks
+    assert ranks or variant == "sliding_window"
     assert all(isinstance(rank, int) for rank in ranks)
     constants = loaded.config.constants
     assert constants == dict(student.mixers()[0].CONSTANTS)
-    assert "output_scale" in constants or variant == "rad_rwkv7"
-    # Gated DeltaNet's decay has no constant: all of it is learned.
-    assert {"decay_offset", "decay_scale", "least_log_decay"} & constants.keys() or variant == "gated_deltanet"
+    assert {"output_scale", "score_scale"} & constants.keys() or variant == "rad_rwkv7"
+    # Gated DeltaNet's decay has no constant: all of it is learned. A window has no decay.
+    without = ("gated_deltanet", "sliding_window")
+    assert {"decay_offset", "decay_scale", "least_log_decay"} & constants.keys() or variant in without
 
 
 @pytest.mark.parametrize("variant", list_variants())
@@ -139,7 +151,8 @@ def test_first_values_carry_the_gradient(make_teacher, make_student, tokens, var
 @pytest.mark.parametrize("variant", list_variants())
 def test_twenty_steps_of_alignment(make_teacher, make_student, variant: str, model_type: str) -> None:
     teacher = make_teacher(model_type)
-    student = make_student(teacher, variant=variant, scrambled=False).train()
+    options = {"window": 4} if variant == "sliding_window" else {}  # else it sees all of these rows, as the teacher
+    student = make_student(teacher, variant=variant, options=options, scrambled=False).train()
     parameters = [p for mixer in student.mixers().values() for p in mixer.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
     tokens = torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(1))

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.recipe.choice import (
     AttentionChoice,
     RecallProbe,
@@ -10,8 +11,8 @@ from radlads.tasks.contracts.recipe.choice import (
     late_choice,
     run_tokens,
 )
-from radlads.tasks.contracts.recipe.recipe import RecipeError, dump_recipe, parse_recipe
-from radlads.tasks.contracts.specs import ChooseSpec, TeacherRef, spec_digest
+from radlads.tasks.contracts.recipe.recipe import RecipeError, Student, dump_recipe, parse_recipe
+from radlads.tasks.contracts.specs import ChooseSpec, TeacherRef, TransplantSpec, spec_digest
 
 TRAINING = {"tokens": 40960, "context": 64, "batch": 4}
 
@@ -41,6 +42,36 @@ def test_a_list_is_what_it_was():
     assert made.student.attention_layers == (3, 1)
     assert late_choice(made) is None
     assert "attention_layers:\n  - 3\n  - 1" in dump_recipe(made)
+
+
+def test_scaled_scores_need_kept_layers_and_leave_other_digests():
+    def told(**changes):
+        student = Student(attention_layers=(1,), **changes)
+        return identity(TransplantSpec(student=student, teacher=TeacherRef(path="demo", fingerprint="f")), None)
+
+    assert "attention_log_scale" not in str(told())
+    assert "'attention_log_scale': 512" in str(told(attention_log_scale=512))
+    with pytest.raises(ValueError, match="attention_layers names none"):
+        Student(attention_log_scale=512)
+    assert recipe({"count": 1, "choose": "recall"}, student={"attention_log_scale": 512}).student.attention_log_scale
+
+
+def test_positions_fade_where_there_are_some_to_lose():
+    def fading(layers, tokens=4096, **student):
+        return recipe(layers, student=student, distill={**TRAINING, "rope_fade": {"tokens": tokens}})
+
+    assert fading({"count": 1, "choose": "recall"}).distill.rope_factor(8) == 0.5
+    assert fading([1]).distill.rope_factor(16) == 0
+    assert "rope_fade" not in str(identity(recipe([1]).distill, None))
+    for made, words in (
+        (lambda: fading([1], attention_rope=True), "attention_rope keeps them; drop one"),
+        (lambda: fading([]), "student.attention_layers names none"),
+        (lambda: fading([1], tokens=40961), "more than the stage has (40960)"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            made()
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

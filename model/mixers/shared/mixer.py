@@ -31,9 +31,11 @@ class MixerState(NamedTuple):
     """Recurrent memory of one layer between calls."""
 
     recurrent: Tensor
-    """[B,H,K,V], fp32."""
+    """[B,H,K,V], fp32; of sliding_window, keys and values of the tokens that it sees."""
     shift: Tensor | None = None
     """The last inputs, for variants that mix neighbours: [B,D] of a token shift, [B,W-1,·] of a short convolution."""
+    seen: Tensor | None = None
+    """[B] int64, the tokens read so far, for variants that count them."""
 
 
 class MixerOutput(NamedTuple):
@@ -54,6 +56,10 @@ class MixerContext:
     """int64 [N+1], document bounds in the flattened [B·T], row bounds included."""
     attention_rope: bool = False
     """Whether the layers that stayed softmax attention rotate their queries and keys."""
+    score_scale: Tensor | None = None
+    """[1 or B,T], by which those multiply the scores of each query; None: not at all."""
+    faded: Any = None
+    """Rotary positions that those use although `attention_rope` is off (`FadedPositions`), in training; None: none."""
     cached: bool = False
     """Whether the pass continues from a cache, or fills one."""
     row_part: Any = None
@@ -79,6 +85,9 @@ class Mixer(nn.Module):
     none."""
     PARTS: ClassVar = {"decay_base": ("w0",), "decay": ("w0", "w1", "w2"), "token_shift": ("x_?",)}
     """Parts that recipes name (train_only, decay_base_rate) → patterns of names, which mean the same in any variant."""
+
+    SHARES_ROWS_BY_HEADS: ClassVar[bool] = False
+    """Whether ranks that share rows exchange heads for tokens here, so that their number must divide the heads."""
 
     def __init__(self, shape: AttentionShape, layer: int, num_layers: int) -> None:
         super().__init__()
@@ -300,12 +309,6 @@ def init_low_rank_out(weight_RA: Tensor, scale: float = 0.1) -> None:
     nn.init.orthogonal_(wide, gain=gain)
     with torch.no_grad():
         weight_RA.copy_(wide)
-
-
-def start_gate_at_one(g2_RA: Tensor) -> None:
-    """Shift every column so that it sums to two: with g1 = 0 the gate σ(x g1) g2 is half of those sums."""
-    with torch.no_grad():
-        g2_RA.add_((2 - g2_RA.float().sum(0)) / g2_RA.shape[0])
 
 
 def rising_decay(width: int, depth: float, device: torch.device | None = None) -> Tensor:

@@ -50,7 +50,6 @@ from radlads.model.mixers.shared.mixer import (
     low_rank,
     repeat_kv,
     rising_decay,
-    start_gate_at_one,
 )
 from radlads.model.mixers.shared.recurrence import is_step
 from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
@@ -303,3 +302,9 @@ def head_ramps(num_heads: int, head_dim: int, depth: float, device: torch.device
     part = n / max(1, num_heads * head_dim - 1)
     zigzag = u * u.abs()
     return HeadRamps(zigzag, part - 0.5, -5.5 + 6 * part ** (1 + depth**0.3) + 2.5 * zigzag)
+
+
+def start_gate_at_one(g2_RA: Tensor) -> None:
+    """Shift every column so that it sums to two: with g1 = 0 the gate σ(x g1) g2 is half of those sums."""
+    with torch.no_grad():
+        g2_RA.add_((2 - g2_RA.float().sum(0)) / g2_RA.shape[0])

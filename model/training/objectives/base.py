@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
+from radlads.kernels.linear_kl import linear_kl
 from radlads.model.sequence_parallel.attention import exchange_heads
 from radlads.model.sequence_parallel.row_part import row_part
 from radlads.model.student.documents import document_bounds
 from radlads.model.student.modeling import RadladsForCausalLM, parameter_group
 from radlads.model.student.precision import remember_buffers, restore_buffers
 from radlads.model.teacher.family import NO_RESTART
-from radlads.model.training.hidden_states import family_parts, plain_hidden
+from radlads.model.training.hidden_states import family_parts, head_inputs, plain_hidden
 from radlads.model.training.lora import lora_trains
 from radlads.model.training.mixer_parts import mixer_parts
 from radlads.model.training.settings import HasLora, HasTrainOnly, SectionSettings
@@ -134,3 +135,12 @@ class Objective(nn.Module):
         """The teacher's last hidden state [B,T,D], after its final norm, without gradient."""
         with torch.no_grad():
             return plain_hidden(self.teacher, input_ids, **rows)
+
+    def compare(self, hidden: Tensor, expected: Tensor, labels: Tensor, **settings: Any) -> tuple[Tensor, Metrics]:
+        """`forward`'s result of the student's and the teacher's last hidden states. settings: linear_kl's."""
+        ours, theirs = (
+            (head_inputs(network, state).flatten(0, 1), network.get_output_embeddings().weight)
+            for network, state in ((self.student, hidden), (self.teacher, expected))
+        )
+        loss, metrics = linear_kl(*ours, *theirs, labels_N=labels.flatten(), **settings)
+        return loss, {"loss": loss.detach(), **metrics}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from radlads.kernels.linear_kl import linear_ce, linear_kl
+from radlads.kernels.linear_kl import linear_ce
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.training.hidden_states import head_inputs, plain_hidden
 from radlads.model.training.objectives.base import Metrics, Objective
@@ -78,17 +78,7 @@ class ExtendObjective(NextTokenObjective):
         if kl_weight == 0:
             return super().forward(batch)
         tokens, counts, rows = batch["input_ids"], self._counts(batch), self.rows(batch)
-        labels = tokens[:, 1:]
         expected = self.teacher_hidden(tokens[:, :-1], **rows)
         hidden = self.student.hidden(tokens[:, :-1], **rows)
-        loss, metrics = linear_kl(
-            head_inputs(self.student, hidden).flatten(0, 1),
-            self.student.get_output_embeddings().weight,
-            head_inputs(self.teacher, expected).flatten(0, 1),
-            self.teacher.get_output_embeddings().weight,
-            labels_N=labels.flatten(),
-            weight_N=None if counts is None else counts.flatten().float(),
-            kl_weight=kl_weight,
-            ce_weight=1.0,
-        )
-        return loss, {"loss": loss.detach(), **metrics}
+        weight_N = None if counts is None else counts.flatten().float()
+        return self.compare(hidden, expected, tokens[:, 1:], weight_N=weight_N, kl_weight=kl_weight, ce_weight=1.0)

@@ -11,6 +11,7 @@ from radlads.tasks.contracts.recipe.base import OPERATIONAL, AddedLater, Length,
 from radlads.tasks.contracts.recipe.judging.ruler import OneNeedle
 
 if TYPE_CHECKING:
+    from radlads.tasks.contracts.recipe.losses import Distill
     from radlads.tasks.contracts.recipe.sections import Recipe, Student
 
 _LEAST_DOCUMENTS = 4
@@ -220,6 +221,19 @@ def listed_layers(student: Student) -> tuple[int, ...]:
     return () if isinstance(student.attention_layers, AttentionChoice) else student.attention_layers
 
 
+def check_layers(student: Student) -> None:
+    """Raises ValueError for listed layers that cannot be, and where a setting of kept layers has none."""
+    layers = listed_layers(student)
+    if any(layer < 0 for layer in layers):
+        raise ValueError(
+            "attention_layers are counted from 0 and cannot be negative; use an empty list for a pure student"
+        )
+    if len(set(layers)) != len(layers):
+        raise ValueError("attention_layers has a layer twice")
+    if student.attention_log_scale is not None and not student.attention_layers:
+        raise ValueError("attention_log_scale is for layers that stay attention, and attention_layers names none")
+
+
 def late_choice(recipe: Recipe) -> AttentionChoice | None:
     """The choice to make after align; None if the layers are listed or resolved by the plan."""
     layers = recipe.student.attention_layers
@@ -235,7 +249,8 @@ def choice_data(recipe: Recipe) -> str | None:
 
 
 def check_choice(recipe: Recipe) -> None:
-    """Raises ValueError if a choice after align or a calibration lacks its align stage or dataset."""
+    """Raises ValueError if a choice after align or a calibration lacks its align stage or dataset, and where rotary
+    positions are to fade that are not there, or stay."""
     choice = late_choice(recipe)
     if choice is not None and recipe.align is None:
         raise ValueError(
@@ -244,10 +259,26 @@ def check_choice(recipe: Recipe) -> None:
         )
     if recipe.student.calibrate is not None and recipe.align is None:
         raise ValueError("student.calibrate needs an align stage, and the recipe has none; remove it")
+    if recipe.distill is not None and recipe.distill.rope_fade is not None:
+        _check_fade(recipe.student, recipe.distill)
     data = choice_data(recipe)
     if data is not None and data not in recipe.data:
         known = " and ".join(f"'{name}'" for name in recipe.data)
         raise ValueError(f"student.attention_layers.recall.data is '{data}', but `data` has {known}")
+
+
+def _check_fade(student: Student, distill: Distill) -> None:
+    if student.attention_rope:
+        raise ValueError(
+            "distill.rope_fade takes rotary positions away, and student.attention_rope keeps them; drop one"
+        )
+    if not student.attention_layers:
+        raise ValueError("distill.rope_fade is for layers that stay attention, and student.attention_layers names none")
+    if distill.rope_fade is not None and distill.rope_fade.tokens > distill.tokens:
+        raise ValueError(
+            f"distill.rope_fade.tokens is {distill.rope_fade.tokens}, more than the stage has ({distill.tokens}): it "
+            "would end with positions that its product does not have"
+        )
 
 
 def run_tokens(recipe: Recipe) -> int:

@@ -104,6 +104,15 @@ class Lora(Section):
     scale: float = Field(default=0.5, gt=0)
 
 
+class RopeFade(Section):
+    """Rotary positions of kept layers fade over the stage's first tokens: their angles are multiplied by a factor that
+    falls from 1 to 0 in a straight line, a step at a time. Held-out losses are of layers without positions, as the
+    product is."""
+
+    tokens: int = Field(gt=0)
+    """From there on the layers have none."""
+
+
 Divergence = Literal["forward", "reverse", "jsd"]
 
 
@@ -147,6 +156,8 @@ class Distill(PhasedTraining):
     """Weight of the mean over layers and tokens of ‖h − t‖² / ‖t‖², h and t the residual streams of student and teacher
     after a decoder layer. Holds all of the teacher's t from its pass to the student's backward pass."""
     lora: Lora | None = None
+    rope_fade: Annotated[RopeFade | None, AddedLater()] = None
+    """None: `student.attention_rope: false` takes the positions away before the first step."""
     phases: tuple[Phase, ...] = ()
     watch: Annotated[DistillWatch, NO_ROLLBACK] = DistillWatch()
 
@@ -155,6 +166,16 @@ class Distill(PhasedTraining):
         part = self.parts[index]
         spikes = part.ce_spikes if isinstance(part, Distill) else None
         return spikes is not None and spikes.every > 1 and spikes.has(own)
+
+    def rope_factor(self, step: int) -> float:
+        """By which an optimizer step, counted from 0, multiplies the rotary angles of kept layers."""
+        if self.rope_fade is None:
+            return 0.0
+        seen = 0
+        for part in self.parts:
+            seen += min(step, part.own_steps) * part.batch * part.context
+            step -= min(step, part.own_steps)
+        return max(0.0, 1 - seen / self.rope_fade.tokens)
 
     @property
     def evidence_steps(self) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, AddedLater, Length, Place, Reads, Section, Seed
 from radlads.tasks.contracts.recipe.chat_templates import SHIPPED
-from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, choice_data, listed_layers
+from radlads.tasks.contracts.recipe.choice import AttentionLayers, Calibration, check_choice, check_layers, choice_data
 from radlads.tasks.contracts.recipe.judging.generation import EvalGeneration, EvalSpeed
 from radlads.tasks.contracts.recipe.judging.needle import Needle
 from radlads.tasks.contracts.recipe.judging.ruler import Ruler, SyntheticTask
@@ -101,6 +101,9 @@ class Student(Section):
     """Indices (from 0) of the layers that keep softmax attention, or a rule to choose them. Empty: a pure student."""
     attention_rope: bool = False
     """Whether attention layers use rotary positions after align. NoPE extrapolates far better (2601.22156)."""
+    attention_log_scale: Annotated[int | None, AddedLater()] = Field(default=None, ge=2)
+    """a, where attention layers multiply the scores of a query at position t of its document by log_a(t + a)
+    (2601.22156): 1 at its first token, slowly more beyond a tokens. None: not at all. Layers with a window do not."""
     mlp_bits: FrozenBits = 16
     """8: stages that freeze the MLPs (experts included) hold them as int8. The export has the teacher's weights."""
     untie_embeddings: bool = False
@@ -110,13 +113,7 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _layers_are_sane(self) -> Self:
-        layers = listed_layers(self)
-        if any(layer < 0 for layer in layers):
-            raise ValueError(
-                "attention_layers are counted from 0 and cannot be negative; use an empty list for a pure student"
-            )
-        if len(set(layers)) != len(layers):
-            raise ValueError("attention_layers has a layer twice")
+        check_layers(self)
         return self
 
 

@@ -60,6 +60,7 @@ def plan_choice(
         options=student.options,
         attention_layers=softmax[: choice.count],
         attention_rope=student.attention_rope,
+        attention_log_scale=student.attention_log_scale,
     )
     if choice.choose == "difficulty":
         weights = difficulty_weights(choice.difficulty)

@@ -43,6 +43,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | No
                 options=recipe.student.options,
                 attention_layers=planned_layers(recipe.student, softmax),
                 attention_rope=recipe.student.attention_rope,
+                attention_log_scale=recipe.student.attention_log_scale,
                 untie_embeddings=recipe.student.untie_embeddings,
             )
             mixers = set(student.mixers())

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.sequence_parallel.limits import sharing_fault
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
@@ -136,7 +137,8 @@ def check_sharing(
             continue
         every = late or runs_teacher(stage, section) or stage_info(stage).makes == "teacher"
         context, now = section.longest_context, section.sequence_parallel
-        fault = partial(sharing_fault, config, softmax if every else kept, context=context)
+        by_heads = mixer_class(recipe.student.variant).SHARES_ROWS_BY_HEADS
+        fault = partial(sharing_fault, config, softmax if every else kept, context=context, by_heads=by_heads)
         if now > 1 and (found := fault(now)):
             findings.faults.append(f"{stage}.sequence_parallel: {found}")
         divides = all(part.context % processes == 0 for part in section.parts)

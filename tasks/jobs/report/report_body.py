@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from radlads.tasks.contracts.recipe.recipe import dump_recipe
-from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.contracts.recipe.sections import Recipe, Student
 from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.choice_report import choice_blocks
 from radlads.tasks.jobs.report.judged.speed_report import speed_blocks
@@ -199,7 +199,7 @@ def _student(products: Products, recipe: Recipe) -> list[Block]:
     rows.append(("all", *(count(sheet["parameters"][kind]) for kind in ("copied", "fresh", "dropped"))))
     text = (
         f"Variant `{recipe.student.variant}`; layers that stay softmax attention: {kept}"
-        f"{'' if recipe.student.attention_rope or kept == 'none' else ' (without rotary positions)'}. "
+        f"{'' if kept == 'none' else _of_kept_layers(recipe.student)}. "
         f"Source: {product.short}."
     )
     caption = "Parameters copied from the teacher, newly initialised and dropped in transplant."
@@ -207,6 +207,14 @@ def _student(products: Products, recipe: Recipe) -> list[Block]:
         caption += " In the layers chosen after align, the teacher's attention then replaced the new parameters."
     table = Table(("parameters", "copied", "fresh", "dropped"), rows, caption)
     return [Heading("The student"), Text(text), table]
+
+
+def _of_kept_layers(student: Student) -> str:
+    """How softmax attention that is kept differs from the teacher's."""
+    base = student.attention_log_scale
+    scaled = None if base is None else f"scores at position t times the logarithm of t + {base} to the base {base}"
+    told = [text for text in (None if student.attention_rope else "without rotary positions", scaled) if text]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _cost(products: Products, recipe: Recipe) -> list[Block]:
