@@ -79,6 +79,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--compare-unfused", action="store_true", help="a second run of the product, unfused")
     parser.add_argument("--compare-plain", action="store_true")
     parser.add_argument("--profile", type=int, nargs="?", const=2, default=0, metavar="STEPS", help="and profile some")
+    parser.add_argument("--memory", action="store_true", help="and tell what fills a GPU at a step's peak")
     parser.add_argument(
         "--record", type=Path, nargs="?", const=TABLE, metavar="JSON", help="add the product's rows to the plan's table"
     )
@@ -132,6 +133,7 @@ def build_case(options: argparse.Namespace) -> Case:
         steps=options.steps,
         warmup=options.warmup,
         profile_steps=options.profile,
+        memory=options.memory,
         checkpoint=not options.no_checkpoint,
         device=options.device,
     )

@@ -53,6 +53,8 @@ class Case:
     steps: int = 5
     warmup: int = 2
     profile_steps: int = 0
+    memory: bool = False
+    """Whether the last step before the measured ones is recorded by the allocator."""
     checkpoint: bool = True
     device: str = "cuda"
 

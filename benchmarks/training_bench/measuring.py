@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from radlads.model.mixers.shared.mixer import FirstValues
 from training_bench.case import Case
+from training_bench.memory import begin_record, end_record
 from training_bench.profiling import Profile
 
 
@@ -28,6 +29,7 @@ class Watch:
         self.found: dict[str, Any] = {"marks": {}, "losses": []}
         self.profile: Profile | None = None
         self._began, self._retries = 0.0, 0
+        self._held: int | None = None
 
     def mark(self, what: str) -> None:
         """Record the seconds since the launch."""
@@ -38,6 +40,9 @@ class Watch:
         if step == 1:
             self._wait()
             self.mark("first step begins")
+        if case.memory and step == case.warmup and self.device.type == "cuda":
+            self._held = torch.cuda.memory_allocated(self.device)
+            begin_record()
         if step == case.warmup + 1:
             self._wait()
             if self.device.type == "cuda":
@@ -54,6 +59,8 @@ class Watch:
         if step == 1:
             self._wait()
             self.mark("first step ended")
+        if step == case.warmup and self._held is not None:
+            self.found["memory"] = end_record(self.device, self._held)
         if step == case.warmup + case.steps:
             self._wait()
             self.found["seconds"] = (time.perf_counter() - self._began) / case.steps

@@ -172,9 +172,21 @@ def details(row: Row) -> str:
     if first.get("mixer"):
         saved = sorted(first["mixer"]["saved"].items(), key=lambda item: -item[1])
         lines += ["Saved by one mixer, bytes a token: " + "; ".join(f"{k}: {v:,.0f}" for k, v in saved) + ".", ""]
+    if first.get("memory"):
+        lines += _memory(first["memory"])
     if first.get("profile"):
         lines += _profile(first["profile"])
     return "\n".join(lines) + "\n"
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    peak, held = found["peak_bytes"] / 2**30, found["held_bytes"] / 2**30
+    lines = [
+        f"At a step's peak {peak:.2f} GiB are allocated, {held:.2f} of them since before the step; the others:",
+        "",
+    ]
+    lines += ["| GiB | allocations | asked for by |", "| --: | --: | :-- |"]
+    return [*lines, *(f"| {size / 2**30:.2f} | {count} | `{place}` |" for size, count, place in found["places"]), ""]
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:

@@ -108,3 +108,38 @@ def test_kernels_are_grouped_by_name_and_part(bench: None, kernel: str, part: st
     from training_bench.profiling import group_of
 
     assert group_of(kernel, part) == group
+
+
+def test_what_is_allocated_at_a_peak(bench: None) -> None:
+    """By place; what was freed before the peak, or allocated after it, is not told."""
+    from training_bench.memory import at_peak
+
+    mixer = [{"filename": "/lib/torch/nn.py", "line": 1, "name": "linear"}]
+    mixer.append({"filename": f"{ROOT}/model/mixers/rwkv7.py", "line": 7, "name": "mix"})
+    family = [{"filename": "/lib/site-packages/transformers/models/llama.py", "line": 9, "name": "forward"}]
+
+    def event(action: str, addr: int, size: int, frames: object = ()) -> dict[str, object]:
+        return {"action": action, "addr": addr, "size": size, "frames": frames}
+
+    trace = [
+        event("alloc", 1, 50, mixer),
+        event("free_requested", 1, 50),
+        event("free_completed", 1, 50),
+        event("free_requested", 99, 10),  # allocated before the record
+        event("alloc", 1, 40, mixer),
+        event("alloc", 2, 30, family),
+        event("alloc", 3, 5),
+        event("alloc", 4, 2, mixer),
+        event("free_requested", 2, 30),
+        event("alloc", 5, 20, mixer),
+    ]
+    found = at_peak(trace, 100)
+    assert found["peak_bytes"] == 100 - 10 + 40 + 30 + 5 + 2
+    assert found["held_bytes"] == 90
+    places = {place: (size, count) for size, count, place in found["places"]}
+    assert places == {
+        "model/mixers/rwkv7.py:7 mix": (42, 2),
+        "/lib/site-packages/transformers/models/llama.py:9 forward": (30, 1),
+        "backward pass of torch's own operators": (5, 1),
+    }
+    assert at_peak([], 7) == {"peak_bytes": 7, "held_bytes": 7, "places": []}
