@@ -5,7 +5,8 @@ P parameters that train, N processes, w bytes of a number in the precision of th
     weights      student · w; 8-bit matrices 1 + w/128 each; nothing for tensors shared with the teacher
     weights and teacher divided by N under ZeRO-3, where parameters that train are held as masters alone
     gradients    4 P / N under ZeRO-2: fp32 sums of a shard; bf16 always runs so (train/engines). 4 P below it. In a
-                 step of one pass they take the place of activations, which are freed as they are made
+                 step of one pass they take the place of activations, which are freed as they are made. With an
+                 offloaded optimizer they are on the device in bf16, in host memory in fp32
     optimizer    12 P / N: fp32 master and two moments; 12 P without ZeRO; in host memory where it is offloaded; 4 more
                  bytes of each where an average is kept
     teacher      teacher · w, the matrices of its layers in 8 bit where set
@@ -158,8 +159,10 @@ def training_memory(
     optimizer = (_OPTIMIZER_BYTES + average_bytes(section)) * trainable // (shards if divided else 1)
     host = 0
     if resources.offload_optimizer:
-        # Gradients twice (the sums and the optimizer's copy), and the updated weights before they are copied back.
-        host, gradients, optimizer = optimizer + 2 * gradients + trainable * word // shards, 0, 0
+        # The optimizer's gradients, and the updated weights before they are copied back. In bf16 DeepSpeed sums
+        # gradients up on the device; in fp32 beside the optimizer's.
+        host = optimizer + (1 if word == 2 else 2) * gradients + trainable * word // shards
+        gradients, optimizer = gradients if word == 2 else 0, 0
     weights, teacher, gathered = sum(groups.values()), teacher if taught else 0, 0
     if resources.zero_stage == 3:  # what trains is held as masters alone
         host = min(networks.student_parameters * word, _SHARD_BYTES)
@@ -169,6 +172,7 @@ def training_memory(
         gathered = (trainable // networks.num_layers) * 2 * (word + 4)
     if gathered and all(part.batch <= part.micro_batch * (shards // part.sequence_parallel) for part in section.parts):
         gradients = max(0, gradients - activations - logits)  # of a single pass: made as the activations are freed
+    flattened = word * trainable if replicated else (0 if resources.offload_optimizer else gradients)
     memory = {
         "weights": weights,
         "gradients": gradients,
@@ -178,7 +182,7 @@ def training_memory(
         "logits": logits,
         "buffers": (gathered or (0 if replicated else min(BUCKET_ELEMENTS, trainable) * (word + 4)))
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
-        + (0 if gathered else max(0, (word * trainable if replicated else gradients) - activations - logits)),
+        + (0 if gathered else max(0, flattened - activations - logits)),
         "overhead": _OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values()), "host": host}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from radlads.tasks.contracts.job import JobResources, Sheet
 from radlads.tasks.contracts.recipe.training import Training, runs_teacher
 from radlads.tasks.contracts.stages import stage_info
-from radlads.tasks.jobs.plan.memory import NetworkSizes
+from radlads.tasks.jobs.plan.memory import NetworkSizes, word_bytes
 from radlads.tasks.jobs.train.engines.build import records_passes
 from radlads.tasks.jobs.train.gpu_kinds import GpuKind
 
@@ -55,6 +55,8 @@ class Work(Sheet):
     offload: bool = False
     recorded: bool = False
     """Passes are replayed as CUDA graphs."""
+    wide_decay: bool = False
+    """A log decay of 32 bits in a stage of 16: other kernels run where heads are few."""
     sharing: int = 1
     """Devices that share rows; what they exchange is not in the computed time."""
 
@@ -87,6 +89,7 @@ def work_of(stage: str, part: Training, networks: NetworkSizes, resources: JobRe
         threads=resources.threads,
         offload=resources.offload_optimizer,
         recorded=records_passes(part, resources, networks.student_parameters),
+        wide_decay=part.decay_dtype == "float32" and word_bytes(part.precision, resources) == 2,
         sharing=part.sequence_parallel,
     )
 
