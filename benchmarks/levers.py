@@ -33,6 +33,7 @@ from convert import convert_recipe, hardware
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.yaml_reader import parse_value, read_yaml
+from radlads.tasks.contracts.process_tree import end_with_me
 from radlads.tasks.launchers.launcher import JobCrashed
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 
@@ -214,11 +215,13 @@ def _start(unit: Unit, gpu: str, command: list[str], work: Path) -> tuple[subpro
     logger.info("%s: started on %s, log %s", unit.key, gpu, log)
     with log.open("ab") as stream:
         one = [*command, "--one", unit.key, "--one-out", str(out)]
-        return subprocess.Popen(one, env=environment, stdout=stream, stderr=stream), out
+        process = subprocess.Popen(one, env=environment, stdout=stream, stderr=stream)
+    end_with_me(process.pid)
+    return process, out
 
 
 def _note(unit: Unit, status: int, out: Path, results: Results) -> None:
-    if status == STOPPED:
+    if status in (STOPPED, -signal.SIGTERM):  # the latter before it listens
         logger.info("%s: stopped in time; the next call goes on", unit.key)
         return
     numbers = json.loads(out.read_text()) if out.is_file() else {"error": f"its process ended with status {status}"}

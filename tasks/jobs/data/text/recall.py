@@ -90,8 +90,8 @@ def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> li
     """Sentences of the given files (plain or compressed), in order; the built-in filler if no file is given. Of JSON
     lines the field `text` is taken.
 
-    separator: the text between documents of a text file; never part of a sentence. Raises UserError for an unreadable file and for a
-    file without sentences.
+    separator: the text between documents of a text file; never part of a sentence. Raises UserError for an unreadable
+    file and for a file without sentences.
     """
     if not paths:
         return list(_BUILT_IN_FILLER)
