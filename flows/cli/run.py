@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from radlads.flows import services
 from radlads.flows.cli.application import (
     ERR,
+    FetchTeacher,
     Overrides,
     RecipeName,
     StorePlace,
@@ -19,8 +21,11 @@ from radlads.flows.cli.application import (
     parse_overrides,
     say,
 )
+from radlads.flows.fetch_teacher import fetch_teacher
 from radlads.flows.foreground import command_line, run_in_foreground
+from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
 from radlads.tasks.contracts.recipe.recipe import load_recipe
+from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 from radlads.tasks.contracts.store.layout import check_layout
 from radlads.tasks.contracts.store.open import open_store
@@ -34,6 +39,7 @@ def run(
     store: StorePlace = None,
     tracking: TrackingPlace = None,
     work: WorkPlace = None,
+    fetch: FetchTeacher = False,
 ) -> None:
     """Run the pipeline in this process, with the services if they are up. Run it again to continue after a failure."""
     changes = parse_overrides(overrides)
@@ -41,6 +47,10 @@ def run(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
+    here = anchor_recipe(asked, recipe, Path.cwd())
+    if fetch:
+        fetch_teacher(here, settings.home, say)
+    at_fetched_teacher(here, settings.home)  # a missing teacher is reported before Prefect is started, too
     check_layout(open_store(settings.store))  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)

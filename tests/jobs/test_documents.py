@@ -298,6 +298,15 @@ def test_haystacks_are_read_by_the_same_rules(tmp_path: Path):
         load_filler([path])
 
 
+def test_a_haystack_of_json_lines_is_its_texts(tmp_path: Path):
+    path = tmp_path / "hay.jsonl.gz"
+    path.write_bytes(compress(b'{"text": "One cat.\\nTwo dogs.", "title": "A tale."}\n{"text": "Three."}\n'))
+    assert load_filler([path]) == ["One cat.", "Two dogs.", "Three."]
+    path.write_bytes(compress(b'{"text": "One cat."}\n{"body": "Two dogs."}\n'))
+    with pytest.raises(UserError, match=r"hay\.jsonl\.gz, line 2: no field 'text'"):
+        load_filler([path])
+
+
 def test_many_files_are_read_with_few_handles(tmp_path: Path):
     for number in range(200):
         (tmp_path / f"{number:03d}.jsonl").write_text(GOOD)

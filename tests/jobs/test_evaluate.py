@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.recipe.judging.texts import EvalText
 from radlads.tasks.contracts.recipe.sections import Dataset, Evaluate, Student
 from radlads.tasks.contracts.specs import EvaluateSpec, TokenizeSpec, TransplantSpec
 from radlads.tasks.jobs import transplant
@@ -24,6 +26,7 @@ from radlads.tasks.jobs.data import tokens
 from radlads.tasks.jobs.data.loader import open_dataset
 from radlads.tasks.jobs.judge import evaluate
 from radlads.tasks.jobs.judge import heldout_scores as bits
+from radlads.tasks.jobs.judge.texts import check_text
 from radlads.tasks.jobs.sources import load_tokenizer, pin_teacher, tokenizer_fingerprint
 
 
@@ -120,6 +123,52 @@ def test_every_stage_given_is_scored_on_the_same_windows(judge: Any, data: Any, 
     assert metrics["kl"] == 0 < metrics["kl/align"]
     assert metrics["kl/transplant"] > 0
     assert "bits_per_byte_ratio/transplant" in metrics
+
+
+def test_a_text_is_scored_to_its_last_token(
+    judge: Any, student: Any, data: Any, teacher_folder: Path, tmp_path: Path, stories: list[str]
+):
+    """Against one pass a window by hand: documents in a row, every token of text once, the last window shorter."""
+    (tmp_path / "text.txt").write_text("\n---\n".join(stories[:3]), encoding="utf-8")
+    text = {"name": "mine", "paths": [str(tmp_path / "text.txt")], "separator": "\n---\n", "context": 48}
+    inputs = {"student": student(), "data": data}
+    sheet, metrics = judge(inputs, texts=[text])
+    found = sheet["texts"]["mine"]
+    tokenizer = load_tokenizer(str(teacher_folder))
+    eos = tokenizer.eos_token_id
+    flat = [eos]
+    for number, story in enumerate(stories[:3]):
+        flat += [eos] * bool(number) + tokenizer(story, add_special_tokens=False)["input_ids"]
+    assert found["tokens"] == len(flat) - 1
+    assert found["tokens"] % 48, "the last window is a shorter one"
+    assert found["bytes"] == sum(len(story.encode()) for story in stories[:3])
+    for name, model in (
+        ("teacher", AutoModelForCausalLM.from_pretrained(teacher_folder)),
+        ("student", load_student(Path(inputs["student"].uri) / "model")),
+    ):
+        nats = 0.0
+        for start in range(0, len(flat) - 1, 48):
+            ids = torch.tensor([flat[start : start + 49]])
+            with torch.no_grad():
+                log_p = model(ids[:, :-1]).logits.double().log_softmax(-1)
+            own = -log_p.gather(2, ids[:, 1:, None])[..., 0]
+            nats += own[ids[:, 1:] != eos].sum().item()
+        assert metrics[f"text/mine/{name}/bits_per_byte"] == pytest.approx(
+            nats / math.log(2) / found["bytes"], rel=1e-5
+        )
+    assert metrics["text/mine/kl"] > 0
+    assert metrics["text/mine/bits_per_byte_ratio_stderr"] > 0
+    whole = judge(inputs, texts=[text | {"context": 4096}])[0]["texts"]["mine"]
+    assert whole["tokens"] == found["tokens"], "a text shorter than a window is one window"
+
+
+def test_texts_that_cannot_be_scored_are_refused(tmp_path: Path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    text = {"name": "mine", "paths": [str(tmp_path / "empty.jsonl")]}
+    with pytest.raises(UserError, match="the file contains no document"):
+        check_text(EvalText.model_validate(text))
+    with pytest.raises(ValidationError, match="texts has a name twice"):
+        Evaluate.model_validate({"texts": [text, text]})
 
 
 def test_errors_shrink_as_windows_grow():

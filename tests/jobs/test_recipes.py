@@ -40,6 +40,7 @@ def qwen2(hidden: int, layers: int, heads: int, kv: int, intermediate: int, **mo
 
 QWEN3 = {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}
 REKA = {"model_type": "llama", "vocab_size": 100352, "rms_norm_eps": 1e-5, "rope_theta": 8e6}
+SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 # Architecture as published, and the number of parameters that follows.
 TEACHERS: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen/Qwen2.5-7B-Instruct": (qwen2(3584, 28, 28, 4, 18944), 7_615_616_512),
@@ -47,6 +48,7 @@ TEACHERS: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen/Qwen2.5-72B-Instruct": (qwen2(8192, 80, 64, 8, 29568), 72_706_203_648),
     "Qwen/Qwen3-8B": (qwen2(4096, 36, 32, 8, 12288, **QWEN3), 8_190_735_360),
     "Qwen/Qwen3-14B": (qwen2(5120, 40, 40, 8, 17408, **QWEN3), 14_768_307_200),
+    "SmolLM2-135M-Instruct.Q4_1.gguf": (qwen2(576, 30, 9, 3, 1536, **SMOLLM2), 134_515_008),
     "RekaAI/reka-flash-3": (qwen2(6144, 44, 64, 8, 19648, **REKA), 20_905_482_240),
     "RekaAI/reka-flash-3.1": (qwen2(6144, 44, 64, 8, 19648, **REKA, head_dim=96), 20_905_482_240),
 }

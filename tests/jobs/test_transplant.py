@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3Fo
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.sections import Student
-from radlads.tasks.contracts.recipe.transplant import TransplantScale
+from radlads.tasks.contracts.recipe.teacher import TransplantScale
 from radlads.tasks.contracts.specs import TransplantSpec
 from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.common import Job

@@ -17,6 +17,7 @@ from radlads.tasks.contracts.recipe.judging.generation import EvalGeneration, Ev
 from radlads.tasks.contracts.recipe.judging.needle import Needle
 from radlads.tasks.contracts.recipe.judging.ruler import Ruler, SyntheticTask
 from radlads.tasks.contracts.recipe.judging.suite import EvalSuite
+from radlads.tasks.contracts.recipe.judging.texts import EvalText
 from radlads.tasks.contracts.recipe.losses import (
     Align,
     Comprehensive,
@@ -29,8 +30,8 @@ from radlads.tasks.contracts.recipe.losses import (
 )
 from radlads.tasks.contracts.recipe.machines import Resources
 from radlads.tasks.contracts.recipe.memory import FrozenBits
+from radlads.tasks.contracts.recipe.teacher import Teacher, TransplantScale
 from radlads.tasks.contracts.recipe.training import Optimizer, Rate, Schedule, Training
-from radlads.tasks.contracts.recipe.transplant import TransplantScale
 from radlads.tasks.contracts.stages import DATA_SECTIONS, STUDENT_STAGES, TRAINING_STAGES
 
 __all__ = [
@@ -63,32 +64,6 @@ __all__ = [
     "Teacher",
     "Training",
 ]
-
-
-class Teacher(Section):
-    """The frozen softmax-attention model."""
-
-    path: Annotated[Place, Reads("teacher")]
-    """A hub id, a local Hugging Face folder, a GGUF file, or `demo` for the shipped teacher."""
-    gguf_file: Annotated[str | None, PLACE] = None
-    """Name of a GGUF file in the folder `path`; the same as that file as `path`."""
-    revision: Annotated[str | None, PLACE] = None
-    """Branch, tag or commit of the hub id. The plan resolves it to a commit and pins that."""
-    trust_remote_code: bool = False
-    """Run custom code of the tokenizer; for a hub id this needs a commit as `revision`. Custom model code never runs:
-    the model class is that of its family in transformers."""
-    bits: FrozenBits = 16
-    """8: layer matrices are int8 during training. Evaluation always uses the original teacher."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _file_of_the_folder(cls, raw: Any) -> Any:
-        if not isinstance(raw, Mapping) or not raw.get("gguf_file"):
-            return raw
-        path, name = raw.get("path"), raw["gguf_file"]
-        if not isinstance(name, str) or not name.lower().endswith(".gguf") or not isinstance(path, str):
-            raise ValueError("gguf_file names a file ending in .gguf in the folder `path`")
-        return {**raw, "path": f"{path.rstrip('/')}/{name}", "gguf_file": None}
 
 
 class Student(Section):
@@ -301,6 +276,8 @@ class Evaluate(Section):
     context: int = Field(default=512, gt=1)
     batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
     tasks: tuple[EvalTask, ...] = ()
+    texts: Annotated[tuple[EvalText, ...], AddedLater()] = ()
+    """Texts beside the held-out ones, scored as a whole."""
     suite: Annotated[EvalSuite | None, AddedLater()] = None
     generation: Annotated[EvalGeneration | None, AddedLater()] = None
     speed: Annotated[EvalSpeed | None, AddedLater()] = None
@@ -314,12 +291,16 @@ class Evaluate(Section):
         twice = {task.name for task in self.tasks} & set(self.suite.tasks if self.suite is not None else ())
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))}: in `tasks` and in `suite`; leave it out of one of them")
+        names = [text.name for text in self.texts]
+        if len(set(names)) < len(names):
+            raise ValueError("texts has a name twice")
         return self
 
     @property
     def longest(self) -> int:
         """The longest row, in tokens, without those of harness tasks."""
-        return max(self.context, 0 if self.generation is None else self.generation.longest_row)
+        texts = (-(-text.context // self.batch) for text in self.texts)  # fewer rows at once, see judge/texts.py
+        return max(self.context, 0 if self.generation is None else self.generation.longest_row, *texts)
 
     @property
     def all_tasks(self) -> tuple[EvalTask, ...]:

@@ -95,7 +95,7 @@ class Encoder:
                 end = [1 if one.mask is None else 0] * len(after)
                 masks.append(np.array([*([0] * len(before)), *inner, *end], np.uint8))
             if held:
-                sizes = _bytes_per_token(one.text, one.spans, len(one.ids))
+                sizes = bytes_per_token(one.text, one.spans, len(one.ids))
                 token_bytes.append(np.pad(sizes, (len(before), len(after))))
         counts["replaced_characters"] += sum(document.replaced for document in documents)
         return Part(
@@ -180,7 +180,7 @@ def _flat(pieces: list[Any], dtype: Any) -> np.ndarray:
     return np.concatenate([np.asarray(p, dtype) for p in pieces]) if pieces else np.zeros(0, dtype)
 
 
-def _bytes_per_token(text: str, spans: np.ndarray | None, num_tokens: int) -> np.ndarray:
+def bytes_per_token(text: str, spans: np.ndarray | None, num_tokens: int) -> np.ndarray:
     """UTF-8 bytes per token, [num_tokens]: differences between span ends, so that they sum to the whole text.
 
     Without spans (slow tokenizers) the bytes are distributed evenly over the tokens.

@@ -37,6 +37,7 @@ from radlads.tasks.jobs.judge.judged_models import (
     student_names,
 )
 from radlads.tasks.jobs.judge.suite.over_chance import relative_score
+from radlads.tasks.jobs.judge.texts import flatten_texts, judge_texts
 from radlads.tasks.jobs.judge.written.scores import flatten_writing, judge_writing
 from radlads.tasks.jobs.origin import check_data, check_judged
 from radlads.tasks.jobs.process_group import gather
@@ -73,7 +74,7 @@ def main(job: Job) -> dict[str, Any] | None:
                 samples = sample_texts(teacher, student, tokenizer, windows)
                 both = {TEACHER: teacher, STUDENT: student}
                 tasks = run_tasks(job, both, tokenizer, section)
-                written = judge_writing(job, both, tokenizer, section)
+                written = judge_texts(job, both, tokenizer, section) | judge_writing(job, both, tokenizer, section)
     if job.rank != 0:
         return None
     relative = relative_score(tasks)
@@ -94,7 +95,7 @@ def main(job: Job) -> dict[str, Any] | None:
         "processes": job.world_size,
     }
     write_json(job.output / "evaluate.json", result)
-    numbers = flatten(models, tasks, relative) | flatten_writing(written)
+    numbers = flatten(models, tasks, relative) | flatten_texts(written) | flatten_writing(written)
     job.record.log(0, numbers)
     return numbers | {"seconds": result["seconds"], "processes": job.world_size}
 

@@ -22,6 +22,7 @@ from radlads.tasks.contracts.specs import GgufFile, Pin, PlanReport, PlanSpec, T
 from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.judge.ruler.prompts import check_ruler
 from radlads.tasks.jobs.judge.speed import check_speed
+from radlads.tasks.jobs.judge.texts import check_text
 from radlads.tasks.jobs.judge.written.scores import check_generation
 from radlads.tasks.jobs.plan.checks import (
     Findings,
@@ -198,6 +199,9 @@ def _check_written(
     """What `evaluate` lets the models write, and their speed."""
     if section is None:
         return
+    for text in section.texts if tokenizer is not None else ():
+        with findings.at("evaluate.texts"):
+            check_text(text)
     if section.generation is not None and tokenizer is not None:
         with findings.at("evaluate.generation"):
             findings.warnings += check_generation(section.generation, tokenizer, section.add_bos, positions)

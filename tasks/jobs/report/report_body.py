@@ -67,6 +67,7 @@ def summary_table(products: Products) -> Table | None:
             ),
             ("KL(teacher‖student), nats per token", "0", measured(student["kl"]), "", judged.short),
             ("same most likely token", "100 %", percent(student["top1_agreement"]["value"]), "", judged.short),
+            *_text_rows(evaluation, judged.short),
             *suite_row(evaluation, judged.short),
             *writing_rows(evaluation, judged.short),
         ]
@@ -85,6 +86,19 @@ def summary_table(products: Products) -> Table | None:
         "± is one standard error. Source: digest of the product that contains the number.",
         words=(_SOURCE,),
     )
+
+
+def _text_rows(evaluation: dict[str, Any], source: str) -> list[tuple[str, str, str, str, str]]:
+    """Bits per byte of every text of `evaluate.texts`."""
+    return [
+        (
+            f"{name}: bits per byte (contexts of {count(found['context'])})",
+            *_pair(found["teacher"], found["student"], "bits_per_byte"),
+            f"× {measured(found['student']['bits_per_byte_ratio'])}",
+            source,
+        )
+        for name, found in evaluation.get("texts", {}).items()
+    ]
 
 
 def _trained(numbers: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.jobs.data.text.text_files import clean_documents
+from radlads.tasks.contracts.pins.places import COMPRESSED
+from radlads.tasks.jobs.data.text.text_files import JSON_SUFFIXES, clean, clean_documents, json_rows
 from radlads.tasks.jobs.data.text.token_encoder import BARE, Frame, text_ids
 
 _BUILT_IN_FILLER = (
@@ -86,21 +87,34 @@ class Quiz:
 
 
 def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> list[str]:
-    """Sentences of the given text files (plain or compressed), in order; the built-in filler if no file is given.
+    """Sentences of the given files (plain or compressed), in order; the built-in filler if no file is given. Of JSON
+    lines the field `text` is taken.
 
-    separator: the text between documents; never part of a sentence. Raises UserError for an unreadable file and for a
-    file without sentences.
+    separator: the text between documents of a text file; never part of a sentence. Raises UserError for an unreadable
+    file and for a file without sentences.
     """
     if not paths:
         return list(_BUILT_IN_FILLER)
     sentences: list[str] = []
     for path in map(Path, paths):
-        documents = [document for _, document, _ in clean_documents(path, separator)]
+        documents = list(_rows_texts(path) if _is_json(path) else (d for _, d, _ in clean_documents(path, separator)))
         parts = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
         if not parts:
             raise UserError(f"{path}: contains no sentences; give a text file in `haystack`")
         sentences += parts
     return sentences
+
+
+def _is_json(path: Path) -> bool:
+    return (Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix) in JSON_SUFFIXES
+
+
+def _rows_texts(path: Path) -> Iterator[str]:
+    for line, row in json_rows(path):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {line}: no field 'text' with text; a haystack of JSON lines needs it")
+        yield clean(text, lambda _, line=line: f"{path}, line {line}", replace=False)[0]
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
