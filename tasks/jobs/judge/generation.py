@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.judge.batching.budget import Rows
 from radlads.tasks.jobs.judge.divided import in_step, is_divided
 from radlads.tasks.jobs.judge.judged_models import continue_ids
 from radlads.tasks.jobs.judge.written.sampling import GumbelNoise, Sampling
@@ -37,7 +38,7 @@ def answer_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    batch: int,
+    rows: Rows,
     progress: Callable[[int], None],
 ) -> list[str | None]:
     """The model's greedy answers in the order of the prompts, on every rank; each rank generates its share. None: does
@@ -46,35 +47,39 @@ def answer_prompts(
     def run(chosen: Sequence[int]) -> list[str | None]:
         return generate(model, tokenizer, [prompts[i].ids for i in chosen], prompts[chosen[0]].new_tokens)
 
-    return run_batches(job, model, prompts, batch, run, progress)
+    return run_batches(job, model, prompts, rows, run, progress)
 
 
 def run_batches(
     job: Job,
     model: PreTrainedModel,
     prompts: Sequence[Prompt],
-    batch: int,
+    rows: Rows,
     run: Callable[[Sequence[int]], list[Result]],
     progress: Callable[[int], None],
 ) -> list[Result]:
     """One result for each prompt, in order, on every rank. run: indices of prompts that are alike → their results, by
-    passes of the model; batches are the same on any number of ranks. Collective."""
+    passes of the model. rows: of prompts of a length, answer included. Collective."""
     own: dict[int, Result] = {}
     with in_step(model):
-        for count, chosen in enumerate(_batches(prompts, batch)[job.rank :: job.world_size], start=1):
+        for chosen in _batches(prompts, rows, job.world_size)[job.rank :: job.world_size]:
             own |= dict(zip(chosen, run(chosen), strict=True))
-            progress(min(len(prompts), count * batch * job.world_size))
+            progress(min(len(prompts), len(own) * job.world_size))
     results: dict[int, Result] = {}
     for part in gather(own, job.world_size):
         results |= part
     return [results[index] for index in range(len(prompts))]
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Batches of indices of prompts that are alike, longest first, so that memory limits show early."""
+def _batches(prompts: Sequence[Prompt], rows: Rows, num_ranks: int) -> list[list[int]]:
+    """Batches of indices of prompts that are alike, longest first, so that memory limits show early; inside, rows of
+    nearly the same length are together. No more rows than give every rank some."""
     batches: list[list[int]] = []
     for kind in sorted({(prompt.length, prompt.new_tokens) for prompt in prompts}, reverse=True):
         chosen = [i for i, prompt in enumerate(prompts) if (prompt.length, prompt.new_tokens) == kind]
+        chosen.sort(key=lambda i: (-len(prompts[i].ids), i))
+        longest = max(kind[0], len(prompts[chosen[0]].ids)) + kind[1]
+        size = min(rows(longest), -(-len(chosen) // num_ranks))
         batches += [chosen[start : start + size] for start in range(0, len(chosen), size)]
     return batches
 

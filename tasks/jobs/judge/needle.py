@@ -23,6 +23,7 @@ from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.data.text.recall import Case, build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import BARE, TokenEncoder, prompt_frame
+from radlads.tasks.jobs.judge.batching.budget import row_budget
 from radlads.tasks.jobs.judge.generation import Prompt, answer_prompts
 from radlads.tasks.jobs.judge.heatmap import draw_heatmap
 from radlads.tasks.jobs.judge.judged_models import (
@@ -72,12 +73,11 @@ def main(job: Job) -> dict[str, Any] | None:
     replies: dict[str, list[str | None]] = {}
     seconds: dict[str, float] = {}
 
-    def run(name: str, model: PreTrainedModel) -> None:
+    def run(name: str, *models: PreTrainedModel) -> None:
+        model, rows = models[-1], row_budget(job, section, models).writes
         start, done = time.monotonic(), len(answers) * len(prompts)
         total = len(prompts) * (1 + len(names))
-        texts = answer_prompts(
-            job, model, tokenizer, prompts, section.batch, lambda n: job.progress(done + n, total, "prompts")
-        )
+        texts = answer_prompts(job, model, tokenizer, prompts, rows, lambda n: job.progress(done + n, total, "prompts"))
         answers[name] = [
             Answer(text, text is not None and is_hit(text, trial.case.answer))
             for text, trial in zip(texts, trials, strict=False)
@@ -87,10 +87,11 @@ def main(job: Job) -> dict[str, Any] | None:
         hits = sum(answer.hit for answer in answers[name])
         logger.info("%s: %d of %d needles found in %.1f s", name, hits, len(trials), seconds[name])
 
-    run(TEACHER, open_teacher(job, spec.teacher))
+    teacher = open_teacher(job, spec.teacher)
+    run(TEACHER, teacher)
     for name in names:
         with opened_student(job, name) as student:
-            run(name, student)
+            run(name, teacher, student)
     if job.rank != 0:
         return None
     hits = {name: [None if a.text is None else a.hit for a in found] for name, found in answers.items()}

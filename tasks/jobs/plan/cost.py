@@ -8,6 +8,7 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import Recipe
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, SampleSource, Training
 from radlads.tasks.contracts.stages import PUBLISH, TOKENIZE, TRANSPLANT
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.measured import CPU
 from radlads.tasks.jobs.plan.timing.overheads import (
@@ -71,12 +72,17 @@ def _part_cost(
 
 
 def judging_cost(
-    section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe, kind: str | None, resources: JobResources
+    section: Evaluate | Needle,
+    networks: NetworkSizes,
+    recipe: Recipe,
+    kind: str | None,
+    resources: JobResources,
+    budget: RowBudget,
 ) -> dict[str, Any]:
-    """{flops, seconds_by, and as _cost} of evaluate or needle."""
+    """{flops, seconds_by, and as _cost} of evaluate or needle. budget: as `judging_budget`."""
     device = Device(kind, resources.processes, resources.threads)
     return {"flops": judging_flops(section, networks, recipe)} | passes_cost(
-        judging_seconds(section, networks, recipe, device), networks, resources
+        judging_seconds(section, networks, recipe, device, budget), networks, resources
     )
 
 
