@@ -14,8 +14,8 @@ from radlads.tasks.contracts.recipe.sections import EvalTask
 from radlads.tasks.jobs.plan.cost import judging_cost, light_costs, training_cost
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.sizes import count_networks
-from radlads.tasks.jobs.plan.timing.judged_memory import judging_budget
 from radlads.tasks.jobs.plan.timing.harness import task_size
+from radlads.tasks.jobs.plan.timing.judged_memory import judging_budget
 from radlads.tasks.jobs.plan.timing.measured import CPU, TABLE, SpeedRow, measured_rows, read_rows, record_row
 from radlads.tasks.jobs.plan.timing.speed import distance, expected_speed
 from radlads.tasks.jobs.plan.timing.step_time import work_of
@@ -179,6 +179,8 @@ def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: Netwo
     plain, by_eight = (judged_seconds(recipe_of(evaluate=eight | one)) for one in ({}, asked[1]))
     assert by_eight - plain == pytest.approx(16 * 4 * 256 * 4 * 3.5e-3, rel=0.1)
     assert timed > bare + 4 * 2 * 64 * 4 * 3.5e-3
+    ruler = recipe_of(needle={"haystack": ["x"], "ruler": {}})
+    assert judged_seconds(ruler, cuda_graphs="on") < 0.5 * judged_seconds(ruler)
     before, after = light_costs(recipes[0], networks, {"train": 1e9}, "H100", gpus())
     assert list(before) == ["tokenize train", "transplant"]
     assert list(after) == ["publish"]

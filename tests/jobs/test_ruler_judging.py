@@ -67,7 +67,7 @@ def test_a_model_that_answers_right_scores_one_on_every_task(
     answers = {tuple(trial.prompt.ids): f" {' and '.join(trial.answers)}." for trial in trials}
     tokens = set()
 
-    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], new: int) -> list[str]:
+    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], new: int, _: Any) -> list[str]:
         tokens.add(new)
         return [answers.get(tuple(prompt), "") for prompt in prompts]
 
@@ -131,7 +131,7 @@ def test_ranks_share_the_prompts_and_each_gets_all_answers(monkeypatch: pytest.M
     prompts = [generation.Prompt([i], length, new) for i, (length, new) in enumerate(kinds)]
     parts: dict[int, Any] = {}
 
-    def generate(_model: Any, _tokenizer: Any, ids: Sequence[list[int]], new: int) -> list[str]:
+    def generate(_model: Any, _tokenizer: Any, ids: Sequence[list[int]], new: int, _: Any) -> list[str]:
         return [f"{one} of {new}" for (one,) in ids]
 
     def answers(rank: int, ranks: int) -> Any:

@@ -236,7 +236,7 @@ def test_a_model_that_obeys_scores_one(chats: Any, tokenizer: Any, monkeypatch: 
     section = chats([own, own | {"constraints": two}, own], new_tokens=9)
     script = {"teacher": ["a", '{"a": "ball"}', "b"], "student": ["a", '{"a": "doll"}', "two words"]}
 
-    def generate(model: str, _tokenizer: Any, prompts: Sequence[Any], new: int) -> list[str]:
+    def generate(model: str, _tokenizer: Any, prompts: Sequence[Any], new: int, _: Any) -> list[str]:
         assert (len(prompts), new) == (3, 9)
         return script[model]
 

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.judge.batching.budget import Rows
+from radlads.tasks.jobs.judge.batching.recorded_decoding import MakeRecorder, continue_recorded
 from radlads.tasks.jobs.judge.divided import in_step, is_divided
 from radlads.tasks.jobs.judge.judged_models import continue_ids
 from radlads.tasks.jobs.judge.written.sampling import GumbelNoise, Sampling
@@ -40,12 +41,14 @@ def answer_prompts(
     prompts: Sequence[Prompt],
     rows: Rows,
     progress: Callable[[int], None],
+    make_recorder: MakeRecorder | None = None,
 ) -> list[str | None]:
     """The model's greedy answers in the order of the prompts, on every rank; each rank generates its share. None: does
-    not fit in memory. Collective."""
+    not fit in memory. make_recorder: of steps, where they are to be recorded. Collective."""
 
     def run(chosen: Sequence[int]) -> list[str | None]:
-        return generate(model, tokenizer, [prompts[i].ids for i in chosen], prompts[chosen[0]].new_tokens)
+        ids, new_tokens = [prompts[i].ids for i in chosen], prompts[chosen[0]].new_tokens
+        return generate(model, tokenizer, ids, new_tokens, make_recorder)
 
     return run_batches(job, model, prompts, rows, run, progress)
 
@@ -85,10 +88,14 @@ def _batches(prompts: Sequence[Prompt], rows: Rows, num_ranks: int) -> list[list
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    make_recorder: MakeRecorder | None = None,
 ) -> list[str | None]:
     """Greedy continuations as text; None for a prompt that does not fit in memory."""
-    rows = continuations(model, tokenizer, prompts, max_new_tokens)
+    rows = continuations(model, tokenizer, prompts, max_new_tokens, make_recorder=make_recorder)
     texts = iter(tokenizer.batch_decode([row for row in rows if row is not None], skip_special_tokens=True))
     return [None if row is None else next(texts) for row in rows]
 
@@ -100,9 +107,10 @@ def continuations(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    make_recorder: MakeRecorder | None = None,
 ) -> list[list[int] | None]:
     """New tokens of each prompt up to EOS, which is the last one if it came, with cache, left-padded; None for a prompt
-    that does not fit in memory. sampling None: greedy.
+    that does not fit in memory. sampling None: greedy, whose steps make_recorder's recorder may replay.
 
     A divided model raises OutOfMemoryError instead: the other ranks wait in the middle of the pass that failed.
     """
@@ -117,7 +125,11 @@ def continuations(
     given = {} if sampling is None else {"logits_processor": LogitsProcessorList([GumbelNoise(sampling, model.device)])}
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
     try:
-        rows_BT = continue_ids(model, ids_BT, mask_BT, given=given, **options)
+        new_BN = None
+        if sampling is None and make_recorder is not None:
+            new_BN = continue_recorded(model, ids_BT, mask_BT, max_new_tokens, eos, make_recorder)
+        if new_BN is None:
+            new_BN = continue_ids(model, ids_BT, mask_BT, given=given, **options)[:, width:]
     except torch.OutOfMemoryError:
         if is_divided(model):
             raise
@@ -128,6 +140,10 @@ def continuations(
         half = len(prompts) // 2
         parts = (slice(half), slice(half, None))
         halves = [(prompts[part], None if sampling is None else sampling.of(part)) for part in parts]
-        return [row for some, how in halves for row in continuations(model, tokenizer, some, max_new_tokens, how)]
-    rows: list[list[int]] = rows_BT[:, width:].tolist()
+        return [
+            row
+            for some, how in halves
+            for row in continuations(model, tokenizer, some, max_new_tokens, how, make_recorder)
+        ]
+    rows: list[list[int]] = new_BN.tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
