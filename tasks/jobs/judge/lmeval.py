@@ -17,6 +17,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import env as templates
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
@@ -30,6 +31,9 @@ from radlads.tasks.jobs.process_group import gather
 from radlads.tasks.jobs.sources import first_line
 
 logger = logging.getLogger("radlads")
+
+# The harness compiles a task's templates again for every item, which takes longer than to tokenize it.
+templates.from_string = cache(templates.from_string)
 
 _ALL = 2**31  # rows that the harness hands over at once; passes are made of them here
 # Bootstrap samples for metrics without a closed-form standard error (perplexity).
@@ -56,6 +60,7 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         rank: int,
         num_ranks: int,
     ) -> None:
+        self._encoded: dict[tuple[str, bool | None, int | None], list[int]] = {}
         super().__init__(
             pretrained=model,
             backend="causal",
@@ -72,6 +77,15 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
     def begins_with_bos(self) -> bool:
         """Whether a prompt begins with BOS."""
         return self.tokenizer.bos_token_id is not None and self.tok_encode("a")[:1] == [self.tokenizer.bos_token_id]
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        key = string, add_special_tokens, left_truncate_len
+        ids = self._encoded.get(key)
+        if ids is None:
+            ids = self._encoded[key] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return list(ids)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._share(super().loglikelihood, requests)
@@ -90,7 +104,8 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         """Tokens of a prompt and its answer, at most."""
         text, options = request.args
         new_tokens = options.get("max_gen_toks", self.max_gen_toks)
-        return min(len(self.tok_encode(text)) + new_tokens, self.max_length)
+        longest: int = min(len(self.tok_encode(text)) + new_tokens, self.max_length)
+        return longest
 
     def _loglikelihood_tokens(
         self,
@@ -122,6 +137,7 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         responses: list[Any] = [None] * len(requests)
         with in_step(self.model):
             own = respond(mine, disable_tqdm=True) if mine else []
+        self._encoded.clear()  # the choices of an item have its context in common
         for rank, part in enumerate(gather(own, self._num_ranks)):
             responses[rank :: self._num_ranks] = part
         return responses

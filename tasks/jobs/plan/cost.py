@@ -86,7 +86,7 @@ def judging_cost(
         and networks.num_recurrent == networks.num_layers
         and records_steps(resources, networks.student_parameters)
     )
-    device = Device(kind, resources.processes, resources.threads, recorded)
+    device = Device(kind, resources.processes, resources.threads, recorded, networks.hidden)
     return {"flops": judging_flops(section, networks, recipe)} | passes_cost(
         judging_seconds(section, networks, recipe, device, budget), networks, resources
     )

@@ -24,7 +24,7 @@ def judging_memory(
     word, length = word_bytes("auto", resources), section.longest
     budget = budget or RowBudget(section.batch or 1)
     needle = isinstance(section, Needle)
-    writes = needle or section.generation is not None
+    writes = isinstance(section, Needle) or section.generation is not None
     read, written = (0 if needle else budget.reads(length) * length), budget.writes(length) * length * writes
     student, teacher = _judged_weights(networks, resources)
     memory = {

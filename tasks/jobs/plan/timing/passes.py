@@ -20,6 +20,7 @@ from radlads.tasks.jobs.plan.timing.step_time import CORE_FLOPS, HOST_SECONDS
 from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS
 
 _SHARE = 0.40  # assumed: of the peak, in forward passes through transformers' modules
+_WIDE = 1440  # model width below which it falls: 0.16 at 576, as in training (benchmarks/results/training_h100.md)
 _DECODE_SECONDS = 3.5e-3  # of a layer for one generated token: transformers, eager, 100 ms a step with 28 layers
 _REPLAY_SECONDS = 0.25e-3  # likewise where steps are replayed as CUDA graphs; assumed
 _REQUEST_SECONDS = 1.0e-3  # assumed: of a request on the host, its tokens and its score, for both networks
@@ -35,23 +36,29 @@ class Device:
     threads: int
     recorded: bool = False
     """Steps of generation are replayed as CUDA graphs."""
+    width: int = _WIDE
+    """Of the model."""
 
     def forward_seconds(self, flops: float, tokens: float, layers: int, at_once: int) -> float:
         """Of `tokens` tokens, over all processes. flops: of a token; at_once: tokens of one pass."""
+        computing = self._computing_seconds(flops, tokens)
+        launching = tokens / self.processes / at_once * layers * HOST_SECONDS
+        return computing if self.kind == CPU else max(computing, launching)
+
+    def decode_seconds(self, flops: float, steps: float, layers: int, sequences: int) -> float:
+        """Of `steps` generated tokens of as many sequences at once, on one process."""
+        computing = self._computing_seconds(flops, steps * sequences * self.processes)
+        if self.kind == CPU:
+            return computing
+        return max(computing, steps * layers * (_REPLAY_SECONDS if self.recorded else _DECODE_SECONDS))
+
+    def _computing_seconds(self, flops: float, tokens: float) -> float:
         own = tokens / self.processes
         if self.kind == CPU:
             return own * flops / (self.threads * CORE_FLOPS)
         gpu = GPU_KINDS.get(self.kind or "")
-        share = ASSUMED if gpu is None or not gpu.nvidia else _SHARE
-        computing = own * flops / (share * (UNKNOWN_PEAK if gpu is None else gpu.peak_flops))
-        return max(computing, own / at_once * layers * HOST_SECONDS)
-
-    def decode_seconds(self, flops: float, steps: float, layers: int, sequences: int) -> float:
-        """Of `steps` generated tokens of as many sequences at once, on one process."""
-        computing = self.forward_seconds(flops, steps * sequences * self.processes, layers, sequences)
-        if self.kind == CPU:
-            return computing
-        return max(computing, steps * layers * (_REPLAY_SECONDS if self.recorded else _DECODE_SECONDS))
+        share = ASSUMED if gpu is None or not gpu.nvidia else _SHARE * min(1.0, self.width / _WIDE)
+        return own * flops / (share * (UNKNOWN_PEAK if gpu is None else gpu.peak_flops))
 
 
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
