@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.sections import Evaluate
 from radlads.tasks.jobs.judge import evaluate
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.lmeval import SharedHFLM, max_length_of
 from radlads.tasks.launchers.local import job_environment
 
@@ -74,10 +75,13 @@ class Recorder:
         monkeypatch.setattr(lm, "_loglikelihood_tokens", scoring)
         monkeypatch.setattr(lm, "_model_generate", generating)
 
-    def answers(self) -> dict[str, Any]:
+    def answers(self, *, together: bool = True) -> dict[str, Any]:
+        requests = [_request("loglikelihood", pair) for pair in PAIRS]
         until = {"until": ["."], "max_gen_toks": 6, "do_sample": False}
         return {
-            "loglikelihood": self.lm.loglikelihood([_request("loglikelihood", pair) for pair in PAIRS]),
+            "loglikelihood": self.lm.loglikelihood(requests)
+            if together
+            else [self.lm.loglikelihood([one])[0] for one in requests],
             "rolling": self.lm.loglikelihood_rolling([_request("rolling", (text,)) for text in (STORY, "Tim")]),
             "generate": self.lm.generate_until(
                 [_request("generate_until", (text, until)) for text in (STORY, "Tim liked", "<bos>The ball")]
@@ -89,17 +93,21 @@ def _request(kind: str, arguments: tuple[Any, ...]) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
+@pytest.mark.parametrize("budget", [RowBudget(3), RowBudget(None, 150, 200), RowBudget(None, 9, 200)], ids=str)
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_requests_and_scores_are_the_harness_s(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, add_bos: bool | None, monkeypatch: pytest.MonkeyPatch
-):
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, add_bos: bool | None, budget: RowBudget,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
     theirs = Recorder(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, add_bos_token=add_bos), monkeypatch)
-    expected = theirs.answers()
+    # One by one: of two requests for the same row, of which one scores fewer tokens, the harness takes that one's
+    # logits from the wrong positions (Collator.get_cache).
+    expected = theirs.answers(together=False)
     ours = Recorder(
         SharedHFLM(
             model,
             tokenizer,
-            batch=3,
+            budget=budget,
             max_length=max_length_of(model, tokenizer),
             add_bos=add_bos,
             rank=0,
@@ -107,8 +115,13 @@ def test_requests_and_scores_are_the_harness_s(
         ),
         monkeypatch,
     )
-    assert ours.answers() == expected
-    assert ours.seen == theirs.seen
+    answers = ours.answers()
+    assert answers["generate"] == expected["generate"]
+    assert answers["rolling"] == pytest.approx(expected["rolling"], rel=1e-6)
+    for own, other in zip(answers["loglikelihood"], expected["loglikelihood"], strict=True):
+        assert own == (pytest.approx(other[0], rel=1e-6), other[1])
+    if budget.rows:
+        assert ours.seen == theirs.seen
     # The first two are one request: a space at a context's end goes to the continuation.
     assert len({score for score, _ in expected["loglikelihood"]}) == len(PAIRS) - 1
 
@@ -129,9 +142,9 @@ def test_the_tokenizers_habit_decides_and_the_numbers_say_so(
     habit = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     found = {}
     for add_bos in (None, True, False):
-        section = Evaluate(tasks=tasks, add_bos=add_bos, batch=2)
+        section = Evaluate(tasks=tasks, add_bos=add_bos)
         job.typed = SimpleNamespace(section=section, pins={})
-        sheet = evaluate.run_tasks(job, {"teacher": model, "student": model}, tokenizer, section)["one"]
+        sheet = evaluate.run_tasks(job, {"teacher": model, "student": model}, tokenizer, section, RowBudget(2))["one"]
         assert sheet["add_bos"] is add_bos
         assert sheet["begins_with_bos"] is (habit and add_bos is not False)
         found[add_bos] = sheet["teacher"]["perplexity"]["value"]

@@ -32,9 +32,10 @@ from radlads.tasks.contracts.recipe.recipe import (
 )
 from radlads.tasks.contracts.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
 from radlads.tasks.jobs.plan import remedies
-from radlads.tasks.jobs.plan.memory import NetworkSizes, judging_memory, training_memory
+from radlads.tasks.jobs.plan.memory import NetworkSizes, training_memory
 from radlads.tasks.jobs.plan.remedies import Setting, what_would_help, what_would_help_judging
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
+from radlads.tasks.jobs.plan.timing.judged_memory import judging_memory
 from radlads.tasks.jobs.train.frozen_weights import hold_student, hold_teacher
 
 CPU = JobResources(device="cpu", processes=1, threads=1)
@@ -112,8 +113,8 @@ def test_only_advice_that_changes_the_result_changes_the_digest() -> None:
 
 
 def test_the_batch_of_judging_is_no_part_of_a_digest() -> None:
-    evaluate = [EvaluateSpec(section=Evaluate(batch=batch), teacher=TEACHER) for batch in (1, 8)]
-    needle = [NeedleSpec(section=Needle(batch=batch), teacher=TEACHER, training_length=9) for batch in (1, 8)]
+    evaluate = [EvaluateSpec(section=Evaluate(batch=batch), teacher=TEACHER) for batch in (1, 8, None)]
+    needle = [NeedleSpec(section=Needle(batch=batch), teacher=TEACHER, training_length=9) for batch in (1, 8, None)]
     assert len({spec_digest("evaluate", spec, {}) for spec in evaluate}) == 1
     assert len({spec_digest("needle", spec, {}) for spec in needle}) == 1
 

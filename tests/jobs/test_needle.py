@@ -189,7 +189,7 @@ def test_a_model_that_finds_everything_is_all_green(judge: Any, teacher_folder: 
     trials = needle.make_trials(SECTION, load_tokenizer(str(teacher_folder)))
     answers = {tuple(trial.case.prompt_ids): f" {trial.case.answer}." for trial in trials}
 
-    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], _new: int) -> list[str]:
+    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], *_: Any) -> list[str]:
         return [answers[tuple(prompt)] for prompt in prompts]
 
     monkeypatch.setattr(generation, "generate", oracle)

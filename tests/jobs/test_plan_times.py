@@ -15,6 +15,7 @@ from radlads.tasks.jobs.plan.cost import judging_cost, light_costs, training_cos
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.sizes import count_networks
 from radlads.tasks.jobs.plan.timing.harness import task_size
+from radlads.tasks.jobs.plan.timing.judged_memory import judging_budget
 from radlads.tasks.jobs.plan.timing.measured import CPU, TABLE, SpeedRow, measured_rows, read_rows, record_row
 from radlads.tasks.jobs.plan.timing.speed import distance, expected_speed
 from radlads.tasks.jobs.plan.timing.step_time import work_of
@@ -148,11 +149,16 @@ def test_a_stage_counts_what_it_does_besides_training(networks: NetworkSizes) ->
 
 
 def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: NetworkSizes) -> None:
+    def judged_seconds(recipe: Recipe, **changes: Any) -> float:
+        section, resources = recipe.evaluate or recipe.needle, gpus(**changes)
+        assert section is not None
+        budget = judging_budget(section, networks, resources, 80 * 2**30)
+        told: float = judging_cost(section, networks, recipe, "H100", resources, budget)["seconds"]
+        return told
+
     tasks = {"tasks": [{"name": "mmlu", "num_fewshot": 5}], "context": 512}
     recipes = [recipe_of(evaluate={"context": 512}), recipe_of(evaluate=tasks), recipe_of(needle={})]
-    bare, tested, needle = (
-        judging_cost(one.evaluate or one.needle, networks, one, "H100", gpus())["seconds"] for one in recipes
-    )
+    bare, tested, needle = (judged_seconds(one) for one in recipes)
     assert tested > 2 * bare
     assert needle > 30
     assert task_size(EvalTask(name="piqa", limit=10)).items == 10
@@ -160,16 +166,25 @@ def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: Netwo
     assert task_size(EvalTask(name="gsm8k")) == task_size(EvalTask(name="gsm8k", num_fewshot=5))
     suite = recipe_of(evaluate={"context": 512, "suite": {"path": "x", "tasks": ["piqa", "gsm8k"]}})
     listed = recipe_of(evaluate={"context": 512, "tasks": [{"name": "piqa"}, {"name": "gsm8k"}]})
-    same = [judging_cost(one.evaluate, networks, one, "H100", gpus())["seconds"] for one in (suite, listed)]
+    same = [judged_seconds(one) for one in (suite, listed)]
     assert same[0] == same[1] > bare
     assert task_size(EvalTask(name="mmlu", num_fewshot=5)).tokens == 6 * task_size(EvalTask(name="mmlu")).tokens
     asked = {"generation": {"instructions": {"paths": ["x"]}}}, {"generation": {}}, {"speed": {"lengths": [65536]}}
     told = [recipe_of(evaluate={"context": 512} | one) for one in asked]
-    taught, written, timed = (judging_cost(one.evaluate, networks, one, "H100", gpus())["seconds"] for one in told)
-    # 128 samples, 8 at once, of two models at two temperatures: 16 × 4 × 256 steps of 4 layers.
-    assert written - bare == pytest.approx(16 * 4 * 256 * 4 * 3.5e-3, rel=0.1)
-    assert taught - written == pytest.approx(25 * 2 * 256 * 4 * 3.5e-3, rel=0.1)
+    taught, written, timed = (judged_seconds(one) for one in told)
+    # 128 samples at once, of two models at two temperatures: 4 × 256 steps of 4 layers; 200 questions likewise.
+    assert written - bare == pytest.approx(4 * 256 * 4 * 3.5e-3, rel=0.1)
+    assert taught - written == pytest.approx(2 * 256 * 4 * 3.5e-3, rel=0.1)
+    eight = {"batch": 8, "context": 512}
+    plain, by_eight = (judged_seconds(recipe_of(evaluate=eight | one)) for one in ({}, asked[1]))
+    assert by_eight - plain == pytest.approx(16 * 4 * 256 * 4 * 3.5e-3, rel=0.1)
     assert timed > bare + 4 * 2 * 64 * 4 * 3.5e-3
+    ruler = recipe_of(needle={"haystack": ["x"], "ruler": {}})
+    # Answers of 16, 30, 120 and 50 tokens at three lengths; of 128 to 160 prompts of 1,024 tokens at once, and to those
+    # of 2,048 and 4,096 in two and in three batches. Two models of 4 layers.
+    steps = 2 * (3 * (16 + 30 + 120 + 50) + 128 * (1 + 2 + 3))
+    saved = judged_seconds(ruler) - judged_seconds(ruler, cuda_graphs="on")
+    assert saved == pytest.approx(steps * 4 * (3.5e-3 - 0.25e-3), rel=0.1)
     before, after = light_costs(recipes[0], networks, {"train": 1e9}, "H100", gpus())
     assert list(before) == ["tokenize train", "transplant"]
     assert list(after) == ["publish"]

@@ -67,7 +67,7 @@ def test_a_model_that_answers_right_scores_one_on_every_task(
     answers = {tuple(trial.prompt.ids): f" {' and '.join(trial.answers)}." for trial in trials}
     tokens = set()
 
-    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], new: int) -> list[str]:
+    def oracle(_model: Any, _tokenizer: Any, prompts: Sequence[list[int]], new: int, _: Any) -> list[str]:
         tokens.add(new)
         return [answers.get(tuple(prompt), "") for prompt in prompts]
 
@@ -131,7 +131,7 @@ def test_ranks_share_the_prompts_and_each_gets_all_answers(monkeypatch: pytest.M
     prompts = [generation.Prompt([i], length, new) for i, (length, new) in enumerate(kinds)]
     parts: dict[int, Any] = {}
 
-    def generate(_model: Any, _tokenizer: Any, ids: Sequence[list[int]], new: int) -> list[str]:
+    def generate(_model: Any, _tokenizer: Any, ids: Sequence[list[int]], new: int, _: Any) -> list[str]:
         return [f"{one} of {new}" for (one,) in ids]
 
     def answers(rank: int, ranks: int) -> Any:
@@ -141,7 +141,7 @@ def test_ranks_share_the_prompts_and_each_gets_all_answers(monkeypatch: pytest.M
 
         monkeypatch.setattr(generation, "gather", gather)
         job: Any = SimpleNamespace(rank=rank, world_size=ranks)
-        return generation.answer_prompts(job, None, None, prompts, 3, lambda _: None)  # type: ignore[arg-type]
+        return generation.answer_prompts(job, None, None, prompts, lambda _: 3, lambda _: None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(generation, "generate", generate)
     monkeypatch.setattr(generation, "in_step", lambda _: nullcontext())
@@ -150,7 +150,7 @@ def test_ranks_share_the_prompts_and_each_gets_all_answers(monkeypatch: pytest.M
     with suppress(KeyError):  # the other rank has not answered yet
         answers(0, 2)
     assert answers(1, 2) == alone
-    assert sorted(map(len, parts.values())) == [3, 9]
+    assert sorted(map(len, parts.values())) == [6, 6]  # four prompts of a kind: two for each rank
 
 
 def test_chat_puts_the_answers_beginning_into_the_reply(teacher_folder: Path):

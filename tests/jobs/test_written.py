@@ -25,6 +25,7 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.judging.generation import EvalGeneration, EvalInstructions, EvalSpeed
 from radlads.tasks.contracts.recipe.sections import Evaluate
 from radlads.tasks.jobs.judge import generation
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.speed import check_speed
 from radlads.tasks.jobs.judge.written import samples
 from radlads.tasks.jobs.judge.written.constraints import CONSTRAINTS, Constraint, draw_constraints, read_constraint
@@ -110,16 +111,16 @@ def test_equal_models_write_the_same_and_nats_are_those_of_a_plain_computation(m
     assert prompts[5].ids == prompts[0].ids != prompts[1].ids
     teacher = models["teacher"]
     same = {"teacher": teacher, "student": teacher}
-    sheet = judge_samples(ALONE, same, tokenizer, section, prompts, 1.0, 3)
+    sheet = judge_samples(ALONE, same, tokenizer, section, prompts, 1.0, RowBudget(3))
     assert sheet["teacher"] == sheet["student"]
     assert sheet["nats_ratio"] == {"value": 1, "stderr": 0}
-    again = judge_samples(ALONE, same, tokenizer, section, prompts, 1.0, 3)
+    again = judge_samples(ALONE, same, tokenizer, section, prompts, 1.0, RowBudget(3))
     assert again == sheet
     other = section.model_copy(update={"seed": 7})
-    assert judge_samples(ALONE, same, tokenizer, other, prompts, 1.0, 3)["examples"] != sheet["examples"]
+    assert judge_samples(ALONE, same, tokenizer, other, prompts, 1.0, RowBudget(3))["examples"] != sheet["examples"]
 
     rows = [[5, 6, 7], [9], [8, 2]]
-    own = samples.teacher_nats(ALONE, teacher, prompts[:3], rows, 2, lambda _: None)
+    own = samples.teacher_nats(ALONE, teacher, prompts[:3], rows, lambda _: 2, lambda _: None)
     for prompt, row, nats in zip(prompts, rows, own, strict=False):
         with torch.no_grad():
             logs = teacher(torch.tensor([[*prompt.ids, *row]])).logits[0].double().log_softmax(-1)
@@ -131,7 +132,7 @@ def test_a_worse_student_is_told_and_errors_are_those_of_a_bootstrap(models: Any
     section = EvalGeneration(samples=32, new_tokens=24, temperatures=(0.7,))
     prompts = sample_prompts(section, tokenizer, None)
     assert [prompt.ids for prompt in prompts] == [[tokenizer.bos_token_id]] * 32
-    sheet = judge_samples(ALONE, models, tokenizer, section, prompts, 0.7, 16)
+    sheet = judge_samples(ALONE, models, tokenizer, section, prompts, 0.7, RowBudget(16))
     assert sheet["nats_ratio"]["value"] > 1 + 3 * sheet["nats_ratio"]["stderr"]
     ratio = sheet["student"]["nats"]["value"] / sheet["teacher"]["nats"]["value"]
     assert sheet["nats_ratio"]["value"] == pytest.approx(ratio)
@@ -149,7 +150,7 @@ def test_ranks_share_the_samples_and_each_gets_all(
 ):
     section = EvalGeneration(prompts=(texts,), prompt_tokens=4, samples=7, new_tokens=16)
     prompts = sample_prompts(section, tokenizer, None)
-    wanted = judge_samples(ALONE, models, tokenizer, section, prompts, 1.0, 2)
+    wanted = judge_samples(ALONE, models, tokenizer, section, prompts, 1.0, RowBudget(2))
     parts: dict[int, Any] = {}
 
     def gather(own: dict[int, Any], _: int) -> list[dict[int, Any]]:
@@ -164,7 +165,7 @@ def test_ranks_share_the_samples_and_each_gets_all(
             rank: Any = SimpleNamespace(rank=number, world_size=2)
             with suppress(KeyError):  # the other rank has not written yet
                 run = _writer(model, tokenizer, section, prompts)
-                rows = generation.run_batches(rank, model, prompts, 2, run, lambda _: None)
+                rows = generation.run_batches(rank, model, prompts, lambda _: 2, run, lambda _: None)
         assert len(rows) == 7
         texts_of = tokenizer.batch_decode(rows[:3], skip_special_tokens=True)
         assert texts_of == [example[name] for example in wanted["examples"]]
@@ -235,13 +236,13 @@ def test_a_model_that_obeys_scores_one(chats: Any, tokenizer: Any, monkeypatch: 
     section = chats([own, own | {"constraints": two}, own], new_tokens=9)
     script = {"teacher": ["a", '{"a": "ball"}', "b"], "student": ["a", '{"a": "doll"}', "two words"]}
 
-    def generate(model: str, _tokenizer: Any, prompts: Sequence[Any], new: int) -> list[str]:
+    def generate(model: str, _tokenizer: Any, prompts: Sequence[Any], new: int, _: Any) -> list[str]:
         assert (len(prompts), new) == (3, 9)
         return script[model]
 
     monkeypatch.setattr(generation, "generate", generate)
     monkeypatch.setattr(generation, "in_step", lambda _: nullcontext())
-    sheet = judge_instructions(ALONE, {"teacher": "teacher", "student": "student"}, tokenizer, section, 8)  # type: ignore[dict-item]
+    sheet = judge_instructions(ALONE, {"teacher": "teacher", "student": "student"}, tokenizer, section, lambda _: 8)  # type: ignore[dict-item]
     assert sheet["teacher"]["answers"]["mean"] == 1
     assert sheet["student"]["answers"]["mean"] == pytest.approx(1 / 3)
     assert {kind: cell["mean"] for kind, cell in sheet["student"]["kinds"].items()} == {
@@ -318,7 +319,7 @@ def test_writing_and_speed_of_both_models(models: Any, tokenizer: Any, chats: An
     asked = EvalGeneration(samples=2, new_tokens=16, temperatures=(0.7,))
     asked = asked.model_copy(update={"instructions": chats([said("Who?"), said("Why?")], new_tokens=4)})
     section = Evaluate(generation=asked, speed=EvalSpeed(lengths=(600, 32), new_tokens=3))
-    sheet = judge_writing(ALONE, models, tokenizer, section)
+    sheet = judge_writing(ALONE, models, tokenizer, section, RowBudget(8))
     json.dumps(sheet)
     short, long = sheet["speed"]["lengths"]
     assert (short["length"], short["not_run"]) == (32, {})

@@ -274,7 +274,8 @@ class Evaluate(Section):
     data: str = "train"
     heldout_tokens: int = Field(default=65536, gt=0)
     context: int = Field(default=512, gt=1)
-    batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
+    batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
+    """Rows at once; None: as many as fit, by their length."""
     tasks: tuple[EvalTask, ...] = ()
     texts: Annotated[tuple[EvalText, ...], AddedLater()] = ()
     """Texts beside the held-out ones, scored as a whole."""

@@ -18,6 +18,7 @@ from radlads.tasks.contracts.recipe.sections import EvalTask, Evaluate
 from radlads.tasks.contracts.specs import EvaluateSpec
 from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.judge.batching.budget import RowBudget, row_budget
 from radlads.tasks.jobs.judge.divided import in_step
 from radlads.tasks.jobs.judge.heldout_scores import (
     Estimate,
@@ -65,7 +66,8 @@ def main(job: Job) -> dict[str, Any] | None:
     written: dict[str, Any] = {}
     for number, name in enumerate(names):
         with opened_student(job, name) as student:
-            scores = _score(job, teacher, student, windows, section, done=number, total=len(names))
+            budget = row_budget(job, section, (teacher, student))
+            scores = _score(job, teacher, student, windows, budget, done=number, total=len(names))
             summary = summarize(scores, windows.num_bytes, windows.context)
             check_finite(name, summary["student"])
             models[TEACHER], models[name] = summary["teacher"], summary["student"]
@@ -73,8 +75,9 @@ def main(job: Job) -> dict[str, Any] | None:
             if name == STUDENT:
                 samples = sample_texts(teacher, student, tokenizer, windows)
                 both = {TEACHER: teacher, STUDENT: student}
-                tasks = run_tasks(job, both, tokenizer, section)
-                written = judge_texts(job, both, tokenizer, section) | judge_writing(job, both, tokenizer, section)
+                tasks = run_tasks(job, both, tokenizer, section, budget)
+                written = judge_texts(job, both, tokenizer, section, budget)
+                written |= judge_writing(job, both, tokenizer, section, budget)
     if job.rank != 0:
         return None
     relative = relative_score(tasks)
@@ -105,7 +108,7 @@ def _score(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     windows: Windows,
-    section: Evaluate,
+    budget: RowBudget,
     *,
     done: int,
     total: int,
@@ -118,7 +121,7 @@ def _score(
             teacher,
             student,
             windows,
-            batch=section.batch,
+            batch=budget.reads(windows.context),
             mine=mine,
             progress=lambda count: job.progress(done * len(mine) + count, total * len(mine), "windows"),
         )
@@ -132,6 +135,7 @@ def run_tasks(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
+    budget: RowBudget,
 ) -> dict[str, dict[str, Any]]:
     """Task → {num_fewshot, limit, add_bos, begins_with_bos, teacher: {metric: {value, stderr}}, student: {...}}, and
     `suite` (judge_suite) for tasks of the suite. Collective."""
@@ -150,7 +154,7 @@ def run_tasks(
         name: SharedHFLM(
             model,
             tokenizer,
-            batch=section.batch,
+            budget=budget,
             max_length=max_length,
             add_bos=section.add_bos,
             rank=job.rank,

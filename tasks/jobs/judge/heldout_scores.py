@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from radlads.model.training.hidden_states import plain_hidden
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.judge.batching.row_scores import head_logits
 
 logger = logging.getLogger("radlads")
-
-# Positions whose logits are converted to fp32 at a time.
-_ROWS = 512
 
 SUMS = ("teacher nll", "student nll", "KL", "top-1 agreement", "teacher nll of text", "student nll of text")
 """Sums over the tokens of a window; `of text`: without BOS and EOS labels."""
@@ -95,15 +94,15 @@ def score_windows(
     for start in range(0, len(mine), batch):
         rows = mine[start : start + batch]
         ids = windows.input_ids(rows).to(teacher.device)
-        theirs = teacher(ids[:, :-1], use_cache=False).logits
-        ours = student(ids[:, :-1], use_cache=False).logits
-        for row, labels, teacher_TV, student_TV in zip(rows, ids[:, 1:], theirs, ours, strict=True):
-            sums = torch.zeros(len(SUMS), dtype=torch.float64)
-            for at in range(0, len(labels), _ROWS):
-                part = slice(at, at + _ROWS)
-                text_T = ~torch.isin(labels[part], markers)
-                sums += _compare(labels[part], text_T, teacher_TV[part], student_TV[part]).double().cpu()
-            scores[row] = sums.tolist()
+        theirs, ours = (plain_hidden(model, ids[:, :-1]).flatten(0, 1) for model in (teacher, student))
+        labels_N = ids[:, 1:].flatten()
+        parts = zip(head_logits(teacher, theirs), head_logits(student, ours), strict=True)
+        columns = [
+            _compare(labels_N[part], ~torch.isin(labels_N[part], markers), teacher_nV, student_nV)
+            for (part, teacher_nV), (_, student_nV) in parts
+        ]
+        sums = torch.cat(columns, 1).view(len(SUMS), len(rows), -1).double().sum(-1).T
+        scores |= dict(zip(rows, sums.tolist(), strict=True))
         progress(min(start + batch, len(mine)))
     return scores
 
@@ -111,7 +110,7 @@ def score_windows(
 def _compare(
     labels_T: torch.Tensor, text_T: torch.Tensor, teacher_TV: torch.Tensor, student_TV: torch.Tensor
 ) -> torch.Tensor:
-    """SUMS over T, in fp32, [SUMS]."""
+    """What SUMS adds up, in fp32, [SUMS,T]."""
     p = teacher_TV.float().log_softmax(-1)
     q = student_TV.float().log_softmax(-1)
     teacher_nll, student_nll = (-x.gather(1, labels_T[:, None]).squeeze(1) for x in (p, q))
@@ -119,7 +118,7 @@ def _compare(
     kl = (p.exp() * (p - q)).sum(-1)
     agree = (p.argmax(-1) == q.argmax(-1)).float()
     columns = (teacher_nll, student_nll, kl, agree, teacher_nll * text_T, student_nll * text_T)
-    return torch.stack([column.sum() for column in columns])
+    return torch.stack(columns)
 
 
 def summarize(scores: np.ndarray, num_bytes: np.ndarray, context: int) -> dict[str, dict[str, Estimate]]:

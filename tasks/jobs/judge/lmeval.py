@@ -17,11 +17,14 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import env as templates
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.places import resolve_task_folder
 from radlads.tasks.contracts.recipe.sections import EvalTask
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
+from radlads.tasks.jobs.judge.batching.row_scores import ScoredRow, batches_of, run_halving, score_rows
 from radlads.tasks.jobs.judge.divided import in_step
 from radlads.tasks.jobs.judge.task_datasets import PinnedFactory, check_commits, named_datasets
 from radlads.tasks.jobs.process_group import gather
@@ -29,13 +32,17 @@ from radlads.tasks.jobs.sources import first_line
 
 logger = logging.getLogger("radlads")
 
+# The harness compiles a task's templates again for every item, which takes longer than to tokenize it.
+templates.from_string = cache(templates.from_string)
+
+_ALL = 2**31  # rows that the harness hands over at once; passes are made of them here
 # Bootstrap samples for metrics without a closed-form standard error (perplexity).
 _BOOTSTRAP = 1000
 
 
 class SharedHFLM(HFLM):  # type: ignore[misc]
     """The harness's Hugging Face adapter around a loaded model: the scores equal those of `lm_eval --model hf` for the
-    same model and tokenizer.
+    same model and tokenizer, up to rounding.
 
     add_bos: the harness's `add_bos_token`; None leaves BOS to the tokenizer, as in the harness. Every rank builds all
     requests and computes its share; the responses are gathered, so every rank computes the same scores for any number
@@ -47,20 +54,22 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch: int,
+        budget: RowBudget,
         max_length: int,
         add_bos: bool | None,
         rank: int,
         num_ranks: int,
     ) -> None:
+        self._encoded: dict[tuple[str, bool | None, int | None], list[int]] = {}
         super().__init__(
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
-            batch_size=batch,
+            batch_size=budget.rows or _ALL,
             max_length=max_length,
             add_bos_token=add_bos,
         )
+        self._budget = budget
         self._own_rank = rank
         self._num_ranks = num_ranks
 
@@ -69,6 +78,15 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         """Whether a prompt begins with BOS."""
         return self.tokenizer.bos_token_id is not None and self.tok_encode("a")[:1] == [self.tokenizer.bos_token_id]
 
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        key = string, add_special_tokens, left_truncate_len
+        ids = self._encoded.get(key)
+        if ids is None:
+            ids = self._encoded[key] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return list(ids)
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._share(super().loglikelihood, requests)
 
@@ -76,13 +94,50 @@ class SharedHFLM(HFLM):  # type: ignore[misc]
         return self._share(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return self._share(super().generate_until, requests)
+        if self._budget.rows is None and requests:
+            self.batch_size_per_gpu = self._budget.writes(max(map(self._written, requests)))
+        answers = self._share(super().generate_until, requests)
+        self.batch_size_per_gpu = self._budget.rows or _ALL
+        return answers
+
+    def _written(self, request: Instance) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        text, options = request.args
+        new_tokens = options.get("max_gen_toks", self.max_gen_toks)
+        longest: int = min(len(self.tok_encode(text)) + new_tokens, self.max_length)
+        return longest
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """As the harness's, but that logits are made of the continuations' positions alone, and passes take rows by
+        their tokens. Requests whose rows are the same (answers of one token to one question) are read once; each gets
+        the scores of its own positions, also where one has more tokens than another, in which the harness errs."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            given = (context + continuation)[-(self.max_length + 1) :]  # as the harness: from the left
+            rows.setdefault(tuple(given[:-1]), []).append(index)
+        scored = [ScoredRow(ids, tuple(tuple(requests[i][2]) for i in own)) for ids, own in rows.items()]
+        members = list(rows.values())
+        answers: dict[int, tuple[float, bool]] = {}
+        for chosen in batches_of([len(row.ids) for row in scored], self._budget.reads):
+            for number, found in zip(chosen, self._read([scored[i] for i in chosen]), strict=True):
+                for index, (scores, largest) in zip(members[number], found, strict=True):
+                    answers[index] = float(scores.sum()), largest
+        return [answers[index] for index in range(len(requests))]
+
+    def _read(self, rows: Sequence[ScoredRow]) -> list[list[tuple[torch.Tensor, bool]]]:
+        return run_halving(self.model, rows, lambda part: score_rows(self.model, part, self.softmax_dtype))
 
     def _share(self, respond: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
         mine = requests[self._own_rank :: self._num_ranks]
         responses: list[Any] = [None] * len(requests)
         with in_step(self.model):
             own = respond(mine, disable_tqdm=True) if mine else []
+        self._encoded.clear()  # the choices of an item have its context in common
         for rank, part in enumerate(gather(own, self._num_ranks)):
             responses[rank :: self._num_ranks] = part
         return responses

@@ -23,6 +23,8 @@ from radlads.tasks.jobs.common import Job, run_job, write_json
 from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.data.text.recall import Case, build_case, load_filler
 from radlads.tasks.jobs.data.text.token_encoder import BARE, TokenEncoder, prompt_frame
+from radlads.tasks.jobs.judge.batching.budget import row_budget
+from radlads.tasks.jobs.judge.batching.recorded_decoding import records_steps
 from radlads.tasks.jobs.judge.generation import Prompt, answer_prompts
 from radlads.tasks.jobs.judge.heatmap import draw_heatmap
 from radlads.tasks.jobs.judge.judged_models import (
@@ -37,6 +39,7 @@ from radlads.tasks.jobs.judge.ruler.prompts import make_ruler_trials
 from radlads.tasks.jobs.judge.ruler.sheet import flatten_ruler, ruler_sheet
 from radlads.tasks.jobs.origin import check_judged
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
+from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder, Recorder
 
 logger = logging.getLogger("radlads")
 
@@ -72,11 +75,21 @@ def main(job: Job) -> dict[str, Any] | None:
     replies: dict[str, list[str | None]] = {}
     seconds: dict[str, float] = {}
 
-    def run(name: str, model: PreTrainedModel) -> None:
+    def record() -> Recorder:
+        return CudaRecorder(job.device)
+
+    def run(name: str, *models: PreTrainedModel) -> None:
+        model, rows = models[-1], row_budget(job, section, models).writes
         start, done = time.monotonic(), len(answers) * len(prompts)
         total = len(prompts) * (1 + len(names))
         texts = answer_prompts(
-            job, model, tokenizer, prompts, section.batch, lambda n: job.progress(done + n, total, "prompts")
+            job,
+            model,
+            tokenizer,
+            prompts,
+            rows,
+            lambda n: job.progress(done + n, total, "prompts"),
+            record if records_steps(job.spec.resources, models[0].num_parameters()) else None,
         )
         answers[name] = [
             Answer(text, text is not None and is_hit(text, trial.case.answer))
@@ -87,10 +100,11 @@ def main(job: Job) -> dict[str, Any] | None:
         hits = sum(answer.hit for answer in answers[name])
         logger.info("%s: %d of %d needles found in %.1f s", name, hits, len(trials), seconds[name])
 
-    run(TEACHER, open_teacher(job, spec.teacher))
+    teacher = open_teacher(job, spec.teacher)
+    run(TEACHER, teacher)
     for name in names:
         with opened_student(job, name) as student:
-            run(name, student)
+            run(name, teacher, student)
     if job.rank != 0:
         return None
     hits = {name: [None if a.text is None else a.hit for a in found] for name, found in answers.items()}

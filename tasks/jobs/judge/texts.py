@@ -18,6 +18,7 @@ from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.data.encode import bytes_per_token
 from radlads.tasks.jobs.data.text.documents import RowReader, read_file
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.divided import in_step
 from radlads.tasks.jobs.judge.heldout_scores import SUMS, Windows, check_finite, ratio_of, score_windows
 from radlads.tasks.jobs.judge.judged_models import STUDENT, TEACHER
@@ -85,11 +86,15 @@ def check_text(text: EvalText) -> None:
 
 
 def judge_texts(
-    job: Job, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, section: Evaluate
+    job: Job,
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    section: Evaluate,
+    budget: RowBudget,
 ) -> dict[str, Any]:
     """{texts: {name: {context, tokens, bytes, teacher: {bits_per_byte}, student: {bits_per_byte, bits_per_byte_ratio,
     kl, top1_agreement}}}}, {value, stderr} each; {} without texts. models: teacher and student. Collective."""
-    found = {text.name: _judge_text(job, models, tokenizer, section, text) for text in section.texts}
+    found = {text.name: _judge_text(job, models, tokenizer, section, budget, text) for text in section.texts}
     return {"texts": found} if found else {}
 
 
@@ -98,12 +103,11 @@ def _judge_text(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
+    budget: RowBudget,
     text: EvalText,
 ) -> dict[str, Any]:
     stream = read_stream(text, tokenizer, section.add_bos)
     count, rest = divmod(stream.labels, text.context)
-    # As many tokens at once as in held-out windows.
-    batch = max(1, section.batch * section.context // text.context)
     scores: dict[int, list[float]] = {}
     sizes = [np.zeros(0, np.int64)]
     with in_step(models[TEACHER], models[STUDENT]):
@@ -115,7 +119,7 @@ def _judge_text(
                 models[TEACHER],
                 models[STUDENT],
                 windows,
-                batch=batch,
+                batch=budget.reads(text.context),
                 mine=mine,
                 progress=lambda done: job.progress(done, len(mine), f"windows of {text.name}"),
             )

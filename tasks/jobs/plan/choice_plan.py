@@ -23,7 +23,8 @@ from radlads.tasks.contracts.recipe.sections import Evaluate, Recipe, Student
 from radlads.tasks.jobs.choose.choice_probe import check_probe
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.cost import passes_cost
-from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
+from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes
+from radlads.tasks.jobs.plan.timing.judged_memory import judging_memory
 from radlads.tasks.jobs.plan.timing.passes import Device
 
 

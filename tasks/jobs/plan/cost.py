@@ -8,6 +8,8 @@ from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.recipe import Recipe
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, SampleSource, Training
 from radlads.tasks.contracts.stages import PUBLISH, TOKENIZE, TRANSPLANT
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
+from radlads.tasks.jobs.judge.batching.recorded_decoding import records_steps
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.measured import CPU
 from radlads.tasks.jobs.plan.timing.overheads import (
@@ -71,12 +73,22 @@ def _part_cost(
 
 
 def judging_cost(
-    section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe, kind: str | None, resources: JobResources
+    section: Evaluate | Needle,
+    networks: NetworkSizes,
+    recipe: Recipe,
+    kind: str | None,
+    resources: JobResources,
+    budget: RowBudget,
 ) -> dict[str, Any]:
-    """{flops, seconds_by, and as _cost} of evaluate or needle."""
-    device = Device(kind, resources.processes, resources.threads)
+    """{flops, seconds_by, and as _cost} of evaluate or needle. budget: as `judging_budget`."""
+    recorded = (
+        isinstance(section, Needle)
+        and networks.num_recurrent == networks.num_layers
+        and records_steps(resources, networks.student_parameters)
+    )
+    device = Device(kind, resources.processes, resources.threads, recorded, networks.hidden)
     return {"flops": judging_flops(section, networks, recipe)} | passes_cost(
-        judging_seconds(section, networks, recipe, device), networks, resources
+        judging_seconds(section, networks, recipe, device, budget), networks, resources
     )
 
 

@@ -36,9 +36,10 @@ from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Lora
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
-from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
+from radlads.tasks.contracts.recipe.sections import Training
 from radlads.tasks.contracts.recipe.training import runs_teacher
 from radlads.tasks.contracts.stages import stage_info
+from radlads.tasks.jobs.judge.batching.budget import OVERHEAD_BYTES
 from radlads.tasks.jobs.plan.activations import LayerBytes
 from radlads.tasks.jobs.train.engines.build import records_passes
 from radlads.tasks.jobs.train.engines.deepspeed_config import BUCKET_ELEMENTS
@@ -49,8 +50,6 @@ _OPTIMIZER_BYTES = 12
 _SHARD_BYTES = 4_000_000_000  # of an exported file, which is gathered in host memory under ZeRO-3 (student/export.py)
 # A margin for fragmentation and for the error of the estimate.
 USABLE = 0.95
-# GPU: context, NCCL buffers, fragmentation. CPU: the interpreter and its libraries.
-_OVERHEAD_BYTES = {"cuda": 2 * 1024**3, "cpu": 600 * 1024**2}
 
 Memory = dict[str, int]
 
@@ -183,41 +182,9 @@ def training_memory(
         "buffers": (gathered or (0 if replicated else min(BUCKET_ELEMENTS, trainable) * (word + 4)))
         + (networks.largest_matrix * (word + 1) if eight or (taught and teacher_bits == 8) else 0)
         + (0 if gathered else max(0, flattened - activations - logits)),
-        "overhead": _OVERHEAD_BYTES[resources.device],
+        "overhead": OVERHEAD_BYTES[resources.device],
     }
     return memory | {"total": sum(memory.values()), "host": host}
-
-
-def judging_memory(section: Evaluate | Needle, networks: NetworkSizes, resources: JobResources) -> Memory:
-    """Bytes on one device while the teacher and one student are scored together."""
-    word = word_bytes("auto", resources)
-    length = section.longest
-    tokens = section.batch * length
-    layer = (8 * networks.hidden + 6 * networks.width + 3 * networks.intermediate) * word
-    if isinstance(section, Evaluate):
-        logits = tokens * networks.vocab * 2 * word + 3 * length * networks.vocab * 4
-    else:
-        logits = section.batch * networks.vocab * 4
-    writes = isinstance(section, Needle) or section.generation is not None
-    cache = 0 if not writes else tokens * networks.num_softmax * 2 * networks.kv_width * word
-    memory = {
-        "weights": _judged_parameters(networks.student_parameters, networks, resources) * word,
-        "teacher": _judged_parameters(networks.teacher_parameters, networks, resources) * word,
-        "activations": tokens * layer + cache,
-        "logits": logits,
-        "overhead": _OVERHEAD_BYTES[resources.device],
-    }
-    return memory | {"total": sum(memory.values())}
-
-
-def _judged_parameters(parameters: int, networks: NetworkSizes, resources: JobResources) -> int:
-    """That one process holds of a network. ZeRO-3 divides its layers; the current one and the next are whole, and so
-    are embeddings and head (jobs/judge/divided.py)."""
-    if resources.zero_stage < 3 or resources.processes == 1:
-        return parameters
-    ends = sum(networks.groups.get(group, 0) for group in ("embeddings", "head"))
-    in_layers = parameters - ends
-    return ends + in_layers // resources.processes + 2 * in_layers // networks.num_layers
 
 
 def average_bytes(section: Training) -> int:

@@ -11,7 +11,8 @@ from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Training
 from radlads.tasks.contracts.recipe.training import PhasedTraining, runs_teacher
 from radlads.tasks.contracts.stages import stage_info
-from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, judging_memory, training_memory, word_bytes
+from radlads.tasks.jobs.plan.memory import USABLE, Memory, NetworkSizes, training_memory, word_bytes
+from radlads.tasks.jobs.plan.timing.judged_memory import judging_memory
 
 _GIB = 1024**3
 # A change that saves less than this share is not reported.
@@ -112,7 +113,7 @@ def what_would_help_judging(
 ) -> str:
     """The largest batch with which evaluate or needle stays under `limit` bytes, ZeRO-3 where that is not enough, or
     the GPU that it needs. divisible: as in Setting."""
-    batch = section.batch
+    batch = section.batch or 1
     while batch > 1:
         batch //= 2
         if judging_memory(section.model_copy(update={"batch": batch}), networks, resources)["total"] <= limit:

@@ -19,6 +19,7 @@ from radlads.model.training.recompute import recompute_cheap
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import AttentionChoice, late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe
+from radlads.tasks.jobs.judge.batching.budget import read_sizes
 from radlads.tasks.jobs.plan.activations import LayerBytes, count_layer_bytes, linear_attention_bytes
 from radlads.tasks.jobs.plan.choice_plan import planned_layers
 from radlads.tasks.jobs.plan.cost import device_kind, likely_gpu
@@ -53,8 +54,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | No
         groups[group] = groups.get(group, 0) + parameter.numel()
     theirs = {name: parameter.numel() for name, parameter in teacher.named_parameters()}
     matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
-    heads = values.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or values.hidden_size // heads
+    sizes = read_sizes(config)
     dtypes = (torch.float32, torch.bfloat16)
     layer_bytes = {dtype.itemsize: _layer_bytes(student, dtype, liger) for dtype in dtypes}
     recompute_cheap(student.train())
@@ -62,12 +62,12 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | No
         num_layers=values.num_hidden_layers,
         num_recurrent=len(mixers),
         num_linear=values.num_hidden_layers - len(softmax),
-        hidden=values.hidden_size,
-        intermediate=_active_width(config),
-        width=heads * head_dim,
-        head_dim=head_dim,
-        kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
-        vocab=values.vocab_size,
+        hidden=sizes.hidden,
+        intermediate=sizes.intermediate,
+        width=sizes.width,
+        head_dim=sizes.head_dim,
+        kv_width=sizes.kv_width,
+        vocab=sizes.vocab,
         teacher_parameters=0 if recipe.pretrain is not None else sum(theirs.values()),
         student_parameters=sum(groups.values()),
         groups=groups,
@@ -124,12 +124,6 @@ def _values(config: PreTrainedConfig) -> Any:
 
 def _in_layers(name: str, family: Any) -> bool:
     return parameter_group(name, family, set()) in ("attention", "mlp")
-
-
-def _active_width(config: PreTrainedConfig) -> int:
-    values = _values(config)
-    experts = getattr(config, "moe_intermediate_size", None)
-    return int(values.num_experts_per_tok * experts if experts else values.intermediate_size)
 
 
 def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:

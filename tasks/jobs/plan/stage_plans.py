@@ -13,7 +13,7 @@ from radlads.tasks.contracts.stages import ALIGN, CHOOSE, JUDGING_STAGES, TRAINI
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.choice_plan import choice_stage
 from radlads.tasks.jobs.plan.cost import LONGEST_ON_A_CPU, judging_cost, light_costs, training_cost
-from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes, judging_memory
+from radlads.tasks.jobs.plan.memory import USABLE, NetworkSizes
 from radlads.tasks.jobs.plan.remedies import (
     Setting,
     misfit,
@@ -21,6 +21,7 @@ from radlads.tasks.jobs.plan.remedies import (
     what_would_help,
     what_would_help_judging,
 )
+from radlads.tasks.jobs.plan.timing.judged_memory import judging_budget, judging_memory
 from radlads.tasks.jobs.plan.training_checks import plan_checkpoint
 
 Rows = dict[str, dict[str, Any]]
@@ -54,12 +55,13 @@ def plan_stages(
         section = getattr(recipe, stage)
         if section is None or recipe.pretrain is not None:
             continue
-        memory = judging_memory(section, networks, resources)
+        budget = judging_budget(section, networks, resources, device["memory_bytes"])
+        memory = judging_memory(section, networks, resources, budget)
         if memory["total"] > limit:
             divisible = recipe.student.calibrate is None
             helps = what_would_help_judging(stage, section, networks, resources, limit, divisible=divisible)
             findings.misfits.append(misfit(stage, memory, device, helps))
-        cost = judging_cost(section, networks, recipe, device["kind"], resources)
+        cost = judging_cost(section, networks, recipe, device["kind"], resources, budget)
         stages[stage] = {"memory_bytes_per_gpu": memory} | cost
     long = [stage for stage, row in stages.items() if row["seconds"] is None]
     if long:

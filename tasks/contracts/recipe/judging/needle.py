@@ -17,7 +17,8 @@ class Needle(Section):
     """Prompt lengths in tokens, including the question."""
     depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     trials: int = Field(default=5, ge=5)
-    batch: Annotated[int, OPERATIONAL] = Field(default=8, gt=0)
+    batch: Annotated[int | None, OPERATIONAL] = Field(default=None, gt=0)
+    """Rows at once; None: as many as fit, by their length."""
     max_new_tokens: int = Field(default=16, gt=0)
     training_length: int | None = Field(default=None, gt=0)
     """Training length in tokens, drawn as a dashed line; None: the longest context of the training stages."""

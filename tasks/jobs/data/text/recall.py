@@ -114,7 +114,11 @@ def _rows_texts(path: Path) -> Iterator[str]:
         text = row.get("text")
         if not isinstance(text, str):
             raise UserError(f"{path}, line {line}: no field 'text' with text; a haystack of JSON lines needs it")
-        yield clean(text, lambda _, line=line: f"{path}, line {line}", replace=False)[0]
+
+        def place(_at: int, line: int = line) -> str:
+            return f"{path}, line {line}"
+
+        yield clean(text, place, replace=False)[0]
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:

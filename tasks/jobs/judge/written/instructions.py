@@ -18,6 +18,7 @@ from radlads.tasks.jobs.data.text.chat import open_chat_template
 from radlads.tasks.jobs.data.text.documents import RowReader
 from radlads.tasks.jobs.data.text.text_files import json_rows, no_field
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder
+from radlads.tasks.jobs.judge.batching.budget import Rows
 from radlads.tasks.jobs.judge.generation import Prompt, answer_prompts
 from radlads.tasks.jobs.judge.heldout_scores import mean_of
 from radlads.tasks.jobs.judge.judged_models import STUDENT, TEACHER
@@ -96,7 +97,7 @@ def judge_instructions(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     section: EvalInstructions,
-    batch: int,
+    rows: Rows,
 ) -> dict[str, Any]:
     """{questions, new_tokens, teacher, student, gap, examples} of greedy answers. Collective.
 
@@ -112,7 +113,7 @@ def judge_instructions(
         def progress(count: int, done: int = len(answers) * len(prompts)) -> None:
             job.progress(done + count, 2 * len(prompts), "instructions")
 
-        texts = answer_prompts(job, model, tokenizer, prompts, batch, progress)
+        texts = answer_prompts(job, model, tokenizer, prompts, rows, progress)
         answers[name] = [text for text in texts if text is not None]
         if len(answers[name]) < len(texts):
             raise UserError("evaluate.generation.instructions: an answer does not fit in memory; lower max_characters")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
@@ -16,6 +15,8 @@ from radlads.tasks.contracts.recipe.judging.generation import EvalGeneration
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.data.text.documents import RowReader, read_file
 from radlads.tasks.jobs.data.text.token_encoder import prompt_frame, text_ids
+from radlads.tasks.jobs.judge.batching.budget import RowBudget, Rows
+from radlads.tasks.jobs.judge.batching.row_scores import ScoredRow, score_rows
 from radlads.tasks.jobs.judge.generation import Prompt, continuations, run_batches
 from radlads.tasks.jobs.judge.heldout_scores import Estimate, mean_of, ratio_of
 from radlads.tasks.jobs.judge.judged_models import STUDENT, TEACHER
@@ -59,7 +60,7 @@ def judge_samples(
     section: EvalGeneration,
     prompts: Sequence[Prompt],
     temperature: float,
-    batch: int,
+    budget: RowBudget,
 ) -> dict[str, Any]:
     """{temperature, teacher, student, nats_ratio, examples} of one temperature. Collective.
 
@@ -83,8 +84,8 @@ def judge_samples(
             sampling = Sampling(temperature, [seeds[i] for i in chosen])
             return continuations(model, tokenizer, [prompts[i].ids for i in chosen], section.new_tokens, sampling)
 
-        rows = _all_run(run_batches(job, model, prompts, batch, write, progress(done)))
-        nats = teacher_nats(job, models[TEACHER], prompts, rows, batch, progress(done + len(prompts)))
+        rows = _all_run(run_batches(job, model, prompts, budget.writes, write, progress(done)))
+        nats = teacher_nats(job, models[TEACHER], prompts, rows, budget.reads, progress(done + len(prompts)))
         sums[name] = np.array([nats, [len(row) for row in rows]], dtype=np.float64)
         sheet[name] = {"nats": ratio_of(*sums[name]), **_counted(rows, eos)}
         texts[name] = tokenizer.batch_decode(rows[:_SHOWN], skip_special_tokens=True)
@@ -108,27 +109,16 @@ def teacher_nats(
     teacher: PreTrainedModel,
     prompts: Sequence[Prompt],
     rows: Sequence[Sequence[int]],
-    batch: int,
+    reads: Rows,
     progress: Progress,
 ) -> list[float]:
     """−log p(row | prompt) of each continuation by the teacher, summed over its tokens, in nats. Collective."""
 
-    @torch.no_grad()
     def score(chosen: Sequence[int]) -> list[float]:
-        texts = [[*prompts[i].ids, *rows[i]] for i in chosen]
-        ids_BT = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
-        for row_T, text in zip(ids_BT, texts, strict=True):  # padded on the right: causal, so no mask is needed
-            row_T[: len(text)] = torch.tensor(text)
-        ids_BT = ids_BT.to(teacher.device)
-        logits_BTV = teacher(ids_BT[:, :-1], use_cache=False).logits
-        sums = []
-        for row, text in enumerate(texts):
-            new = slice(len(prompts[chosen[row]].ids) - 1, len(text) - 1)
-            losses = cross_entropy(logits_BTV[row, new].float(), ids_BT[row, 1:][new], reduction="none")
-            sums.append(float(losses.double().sum()))
-        return sums
+        texts = [ScoredRow((*prompts[i].ids, *rows[i][:-1]), (tuple(rows[i]),)) for i in chosen]
+        return [-float(own.double().sum()) for ((own, _),) in score_rows(teacher, texts, torch.float32)]
 
-    return run_batches(job, teacher, prompts, batch, score, progress)
+    return run_batches(job, teacher, prompts, reads, score, progress)
 
 
 def _counted(rows: Sequence[list[int]], eos: int) -> dict[str, Estimate]:

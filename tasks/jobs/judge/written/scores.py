@@ -11,6 +11,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.judging.generation import EvalGeneration
 from radlads.tasks.contracts.recipe.sections import Evaluate
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.heldout_scores import Estimate
 from radlads.tasks.jobs.judge.judged_models import STUDENT, TEACHER
 from radlads.tasks.jobs.judge.speed import judge_speed
@@ -46,7 +47,11 @@ def check_generation(
 
 
 def judge_writing(
-    job: Job, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, section: Evaluate
+    job: Job,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    section: Evaluate,
+    budget: RowBudget,
 ) -> dict[str, Any]:
     """{generation, speed}, as far as the section asks for them. models: teacher and student. Collective.
 
@@ -62,12 +67,12 @@ def judge_writing(
             "prompts": len({tuple(prompt.ids) for prompt in prompts}) if asked.prompts else 0,
             "prompt_tokens": asked.prompt_tokens if asked.prompts else 0,
             "temperatures": [
-                judge_samples(job, models, tokenizer, asked, prompts, temperature, section.batch)
+                judge_samples(job, models, tokenizer, asked, prompts, temperature, budget)
                 for temperature in asked.temperatures
             ],
             "instructions": None
             if asked.instructions is None
-            else judge_instructions(job, models, tokenizer, asked.instructions, section.batch),
+            else judge_instructions(job, models, tokenizer, asked.instructions, budget.writes),
         }
     if section.speed is not None:
         sheet["speed"] = judge_speed(job, models, section.speed)

@@ -10,6 +10,7 @@ from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Recipe, SampleSource
 from radlads.tasks.contracts.stages import logits_reference
 from radlads.tasks.jobs.data.ruler.tasks import TASKS
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.speed import REPEATS
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.timing.harness import task_size
@@ -19,7 +20,10 @@ from radlads.tasks.jobs.plan.timing.step_time import CORE_FLOPS, HOST_SECONDS
 from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS
 
 _SHARE = 0.40  # assumed: of the peak, in forward passes through transformers' modules
+_WIDE = 1440  # model width below which it falls: 0.16 at 576, as in training (benchmarks/results/training_h100.md)
 _DECODE_SECONDS = 3.5e-3  # of a layer for one generated token: transformers, eager, 100 ms a step with 28 layers
+_REPLAY_SECONDS = 0.25e-3  # likewise where steps are replayed as CUDA graphs; assumed
+_REQUEST_SECONDS = 1.0e-3  # assumed: of a request on the host, its tokens and its score, for both networks
 _SAMPLE_TOKENS = 48  # that evaluate generates from three prompts, of teacher and student
 
 
@@ -30,21 +34,31 @@ class Device:
     kind: str | None
     processes: int
     threads: int
+    recorded: bool = False
+    """Steps of generation are replayed as CUDA graphs."""
+    width: int = _WIDE
+    """Of the model."""
 
     def forward_seconds(self, flops: float, tokens: float, layers: int, at_once: int) -> float:
         """Of `tokens` tokens, over all processes. flops: of a token; at_once: tokens of one pass."""
+        computing = self._computing_seconds(flops, tokens)
+        launching = tokens / self.processes / at_once * layers * HOST_SECONDS
+        return computing if self.kind == CPU else max(computing, launching)
+
+    def decode_seconds(self, flops: float, steps: float, layers: int, sequences: int) -> float:
+        """Of `steps` generated tokens of as many sequences at once, on one process."""
+        computing = self._computing_seconds(flops, steps * sequences * self.processes)
+        if self.kind == CPU:
+            return computing
+        return max(computing, steps * layers * (_REPLAY_SECONDS if self.recorded else _DECODE_SECONDS))
+
+    def _computing_seconds(self, flops: float, tokens: float) -> float:
         own = tokens / self.processes
         if self.kind == CPU:
             return own * flops / (self.threads * CORE_FLOPS)
         gpu = GPU_KINDS.get(self.kind or "")
-        share = ASSUMED if gpu is None or not gpu.nvidia else _SHARE
-        computing = own * flops / (share * (UNKNOWN_PEAK if gpu is None else gpu.peak_flops))
-        return max(computing, own / at_once * layers * HOST_SECONDS)
-
-    def decode_seconds(self, flops: float, steps: float, layers: int, sequences: int) -> float:
-        """Of `steps` generated tokens of as many sequences at once, on one process."""
-        computing = self.forward_seconds(flops, steps * sequences * self.processes, layers, sequences)
-        return computing if self.kind == CPU else max(computing, steps * layers * _DECODE_SECONDS)
+        share = ASSUMED if gpu is None or not gpu.nvidia else _SHARE * min(1.0, self.width / _WIDE)
+        return own * flops / (share * (UNKNOWN_PEAK if gpu is None else gpu.peak_flops))
 
 
 def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe) -> float:
@@ -65,20 +79,24 @@ def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Re
     )
 
 
-def judging_seconds(section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe, device: Device) -> float:
+def judging_seconds(
+    section: Evaluate | Needle, networks: NetworkSizes, recipe: Recipe, device: Device, budget: RowBudget
+) -> float:
     """Of the passes and the generation of evaluate (harness tasks included) or needle."""
     if isinstance(section, Evaluate):
-        return _evaluate_seconds(section, networks, recipe, device)
-    of, layers, seconds = networks.multiplied, networks.num_layers, 0.0
-    models = 1 + _needle_students(recipe)
+        return _evaluate_seconds(section, networks, recipe, device, budget)
+    alike: dict[tuple[int, int], int] = {}  # RULER's tasks with answers as long are written together
     for prompts, length, new_tokens in _answered(section):
-        flops = max(of.teacher_flops(length), of.forward_flops(length))
-        at_once = min(section.batch, prompts)
-        batches = -(-prompts // at_once) / device.processes
-        reading = device.forward_seconds(flops, prompts * length, layers, at_once * length)
-        writing = device.decode_seconds(flops, new_tokens * max(1.0, batches), layers, at_once)
-        seconds += models * (reading + writing)
-    return seconds
+        alike[length, new_tokens] = alike.get((length, new_tokens), 0) + prompts
+    models = 1 + _needle_students(recipe)
+    return (
+        models
+        / 2
+        * sum(
+            _writing_seconds(networks, device, prompts, budget, length + new_tokens, new_tokens)
+            for (length, new_tokens), prompts in alike.items()
+        )
+    )
 
 
 def _answered(section: Needle) -> Iterator[tuple[int, int, int]]:
@@ -91,51 +109,60 @@ def _answered(section: Needle) -> Iterator[tuple[int, int, int]]:
             yield section.ruler.samples, length - new_tokens, new_tokens
 
 
-def _evaluate_seconds(section: Evaluate, networks: NetworkSizes, recipe: Recipe, device: Device) -> float:
-    of, layers, at_once = networks.multiplied, networks.num_layers, section.batch * section.context
-    both = of.teacher_flops(section.context) + of.forward_flops(section.context)
+def _evaluate_seconds(
+    section: Evaluate, networks: NetworkSizes, recipe: Recipe, device: Device, budget: RowBudget
+) -> float:
+    of, layers, context = networks.multiplied, networks.num_layers, section.context
+    both = of.teacher_flops(context) + of.forward_flops(context)
+    at_once = budget.reads(context) * context
     seconds = _students(recipe) * device.forward_seconds(both, section.heldout_tokens, 2 * layers, at_once)
     seconds += 2 * device.decode_seconds(both / 2, _SAMPLE_TOKENS, layers, 3)
     for size in map(task_size, section.all_tasks):
         requests, flops = size.items * size.requests, of.teacher_flops(size.tokens) + of.forward_flops(size.tokens)
-        read = requests * size.tokens
-        seconds += device.forward_seconds(flops, read, 2 * layers, section.batch * size.tokens)
-        steps = size.generated * size.items / section.batch / device.processes
-        seconds += 2 * device.decode_seconds(flops / 2, steps, layers, section.batch) if steps else 0.0
-    return seconds + written_seconds(section, networks, device)
+        if size.generated:
+            length = size.tokens + size.generated
+            seconds += _writing_seconds(networks, device, size.items, budget, length, size.generated)
+        else:
+            at_once = budget.reads(size.tokens) * size.tokens
+            seconds += device.forward_seconds(flops, requests * size.tokens, 2 * layers, at_once)
+            seconds += requests * _REQUEST_SECONDS / device.processes
+    return seconds + written_seconds(section, networks, device, budget)
 
 
-def written_seconds(section: Evaluate, networks: NetworkSizes, device: Device) -> float:
+def written_seconds(section: Evaluate, networks: NetworkSizes, device: Device, budget: RowBudget) -> float:
     """Of what both models write, of the teacher's reading of the samples, and of the measurement of speed."""
     asked, measured, seconds = section.generation, section.speed, 0.0
     if asked is not None:
         samples, times = asked.samples, len(asked.temperatures)
-        writing = _writing_seconds(networks, device, samples, section.batch, asked.longest, asked.new_tokens)
+        writing = _writing_seconds(networks, device, samples, budget, asked.longest, asked.new_tokens)
         flops = networks.multiplied.teacher_flops(asked.longest)
-        at_once = section.batch * asked.longest
+        at_once = budget.reads(asked.longest) * asked.longest
         reading = device.forward_seconds(flops, 2 * samples * asked.longest, networks.num_layers, at_once)
         seconds += times * (writing + reading)
         if asked.instructions is not None:
             given = asked.instructions
-            seconds += _writing_seconds(
-                networks, device, given.questions, section.batch, given.longest, given.new_tokens
-            )
+            seconds += _writing_seconds(networks, device, given.questions, budget, given.longest, given.new_tokens)
     if measured is not None:
-        rows, new_tokens, alone = measured.batch, measured.new_tokens, replace(device, processes=1)
-        runs = (_writing_seconds(networks, alone, rows, rows, n + new_tokens, new_tokens) for n in measured.lengths)
+        rows, new_tokens = RowBudget(measured.batch), measured.new_tokens
+        alone = replace(device, processes=1, recorded=False)
+        runs = (
+            _writing_seconds(networks, alone, measured.batch, rows, n + new_tokens, new_tokens)
+            for n in measured.lengths
+        )
         seconds += (1 + REPEATS) * sum(runs)
     return seconds
 
 
 def _writing_seconds(
-    networks: NetworkSizes, device: Device, rows: int, batch: int, length: int, new_tokens: int
+    networks: NetworkSizes, device: Device, prompts: int, budget: RowBudget, length: int, new_tokens: int
 ) -> float:
-    """Of both models writing to `rows` prompts. length: in tokens, of prompt and answer."""
-    of, layers, at_once = networks.multiplied, networks.num_layers, min(batch, rows)
-    batches = max(1.0, -(-rows // at_once) / device.processes)
+    """Of both models writing to `prompts` prompts. length: in tokens, of prompt and answer."""
+    of, layers = networks.multiplied, networks.num_layers
+    at_once = min(budget.writes(length), -(-prompts // device.processes))
+    batches = -(-prompts // (at_once * device.processes))  # of the process that has most
     seconds = 0.0
     for flops in (of.teacher_flops(length), of.forward_flops(length)):
-        seconds += device.forward_seconds(flops, rows * (length - new_tokens), layers, at_once * length)
+        seconds += device.forward_seconds(flops, prompts * (length - new_tokens), layers, at_once * length)
         seconds += device.decode_seconds(flops, new_tokens * batches, layers, at_once)
     return seconds
 

@@ -19,7 +19,7 @@ from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 
 logger = logging.getLogger("radlads")
 
-_SMALL = 10**9
+SMALL = 10**9
 """Parameters of a student up to which launches, not arithmetic, are assumed to take the time (`cuda_graphs: auto`)."""
 NO_OFFLOAD = (
     "zero_stage: 3 divides the optimizer over the GPUs, offload_optimizer moves it to host memory: set one of the two"
@@ -74,5 +74,5 @@ def why_not_recorded(section: Training, resources: JobResources) -> str | None:
 
 def records_passes(section: Training, resources: JobResources, parameters: int) -> bool:
     """Whether a stage's passes are recorded as CUDA graphs. parameters: of the student."""
-    wanted = resources.cuda_graphs == "on" or (resources.cuda_graphs == "auto" and parameters <= _SMALL)
+    wanted = resources.cuda_graphs == "on" or (resources.cuda_graphs == "auto" and parameters <= SMALL)
     return wanted and why_not_recorded(section, resources) is None
