@@ -100,6 +100,25 @@ def test_common_words_are_those_that_counting_finds(tokenizer: PreTrainedTokeniz
         assert counts[9][1] == ratio * counts[10][1]
 
 
+def test_common_words_repeat_less_where_a_tokenizer_needs_many_tokens():
+    """SmolLM2's needs 8.3 tokens for a numbered word: 30 times ten of them are as long as 4,096."""
+
+    def repeats(tokens: float) -> tuple[int, bool]:
+        found = make_puzzle(
+            "cwe",
+            length=4096,
+            cost=lambda one: int(tokens * len(one.text.split()) / 2),
+            seed="1",
+            half="judging",
+            material=Material(),
+        )
+        body = found.puzzle.prompt.rsplit("Below is a numbered list", 1)[1]
+        return Counter(re.findall(r"\d+\. (\w+)", body)).most_common()[0][1], found.is_full
+
+    assert repeats(4.0) == (30, True)
+    assert repeats(8.3) == (6, True)
+
+
 def test_frequent_words_are_those_that_counting_finds(tokenizer: PreTrainedTokenizerBase):
     for length in (1024, 2048, 8192):
         puzzle = make(tokenizer, "fwe", length)

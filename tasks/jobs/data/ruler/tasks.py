@@ -14,7 +14,7 @@ from radlads.tasks.jobs.data.ruler.niah import Niah, build_niah
 from radlads.tasks.jobs.data.ruler.puzzle import Fitted, Puzzle, fit
 from radlads.tasks.jobs.data.ruler.qa import Questions, build_qa
 from radlads.tasks.jobs.data.ruler.tracing import LEAST_NOISE, build_tracing
-from radlads.tasks.jobs.data.ruler.words import COMMON, LEAST_CODED, build_common, build_frequent
+from radlads.tasks.jobs.data.ruler.words import COMMON, LEAST_CODED, LONG, build_common, build_frequent
 
 Group = Literal["single", "multikey", "multi", "tracing", "aggregation", "qa"]
 GROUPS: dict[Group, str] = {
@@ -59,6 +59,9 @@ TASKS: dict[RulerTask, TaskKind] = {
 }
 
 
+_MOST_REPEATED = 0.9  # of a length, by the ten common words alone
+
+
 @dataclass(frozen=True)
 class Material:
     """Texts that prompts are made of."""
@@ -81,15 +84,17 @@ def make_puzzle(
     """A prompt of a task other than qa that costs at most `length` tokens, and not much less; a function of its
     arguments. cost: tokens of prompt and answer. guess: of its units. Raises UserError if the length is too short, or
     the haystack."""
-    niah = TASKS[task].niah
+    niah, form = TASKS[task].niah, length
 
     def build(units: int) -> Puzzle:
         draw = Draw(seed, half)
         if niah is not None:
             return build_niah(niah, draw, units, material.essays)
-        return _BUILDERS[task](draw, units, length)
+        return _BUILDERS[task](draw, units, form)
 
     least = niah.needles if niah is not None else _LEAST[task]
+    if task == "cwe" and length >= LONG and cost(build(least)) > _MOST_REPEATED * length:
+        form = LONG - 1  # a tokenizer with many tokens a word: the lists of shorter lengths
     most = len(material.essays) if TASKS[task].needs_essays else None
     if most is not None and most < least:
         raise UserError(f"{task} hides needles in essays; give text files in `haystack`, or leave the task out")

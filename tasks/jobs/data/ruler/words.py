@@ -9,6 +9,8 @@ from radlads.tasks.jobs.data.ruler.draw import Draw
 from radlads.tasks.jobs.data.ruler.puzzle import Puzzle
 
 COMMON = 10
+LONG = 4096
+"""Tokens from which on a list repeats its words as often as RULER's."""
 LEAST_CODED = 80
 """Words of a coded text at which the fourth most frequent is ahead of the fifth."""
 _LIST = (
@@ -26,9 +28,9 @@ _DOTS = "..."
 
 
 def build_common(draw: Draw, units: int, length: int) -> Puzzle:
-    """units: different words. Common ones appear 30 times and others 3 times; below 4,096 tokens 6 times and once. A
+    """units: different words. Common ones appear 30 times and others 3 times; below LONG tokens 6 times and once. A
     solved example comes first."""
-    long = length >= 4096
+    long = length >= LONG
     example = _count(draw, *((40, 10, 3) if long else (20, 3, 1)))
     puzzle = _count(draw, units, *((30, 3) if long else (6, 1)))
     prompt = f"{example.text}{example.reply}\n{puzzle.prompt}"
