@@ -171,6 +171,12 @@ def test_texts_that_cannot_be_scored_are_refused(tmp_path: Path):
         Evaluate.model_validate({"texts": [text, text]})
 
 
+def test_a_long_text_counts_among_the_longest_rows():
+    text = {"name": "mine", "paths": ["x.txt"], "context": 4096}
+    for batch in (None, 8):
+        assert Evaluate.model_validate({"texts": [text], "batch": batch, "context": 512}).longest == 4096
+
+
 def test_errors_shrink_as_windows_grow():
     rng = np.random.default_rng(0)
     scores = rng.normal(100, 10, (4000, 6))

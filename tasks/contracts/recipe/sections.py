@@ -300,7 +300,7 @@ class Evaluate(Section):
     @property
     def longest(self) -> int:
         """The longest row, in tokens, without those of harness tasks."""
-        texts = (-(-text.context // self.batch) for text in self.texts)  # fewer rows at once, see judge/texts.py
+        texts = (text.context for text in self.texts)
         return max(self.context, 0 if self.generation is None else self.generation.longest_row, *texts)
 
     @property
