@@ -41,7 +41,7 @@ def linear_kl(
     KL is KL(teacher ‖ student), or with `divergence="reverse"` KL(student ‖ teacher) (MiniLLM, 2306.08543), which is
     large where the student gives mass to what the teacher excludes, or with "jsd" the generalized Jensen-Shannon
     divergence (GKD, 2306.13649) β KL(teacher ‖ m) + (1 - β) KL(student ‖ m), m = β teacher + (1 - β) student, β
-    `jsd_beta` in (0, 1).
+    `jsd_beta` from 0.001 to 0.999.
 
     KL compares softmax(teacher logits / teacher_temperature) with softmax(student logits / student_temperature). Both
     temperatures default to `temperature`; τ is the student's, so the gradient scale is independent of it. CE has
@@ -67,8 +67,8 @@ def linear_kl(
         raise ValueError("linear_kl: ce_weight needs labels_N")
     if divergence not in get_args(Divergence):
         raise ValueError(f"linear_kl: divergence must be one of {', '.join(get_args(Divergence))}, got {divergence!r}")
-    if not 0 < jsd_beta < 1:
-        raise ValueError(f"linear_kl: jsd_beta must lie between 0 and 1, got {jsd_beta}")
+    if not 1e-3 <= jsd_beta <= 0.999:  # beyond, fp32 rounds the weight of one side away: its logarithm is infinite
+        raise ValueError(f"linear_kl: jsd_beta must lie between 0.001 and 0.999, got {jsd_beta}")
     student, head = under_autocast(student_hidden_ND, student_head_VD)
     teacher, teacher_head = under_autocast(teacher_hidden_NE.detach(), teacher_head_VE.detach())
     settings = RowSettings(tau, teacher_tau, kl_weight * tau, 0.0, l2wrap, ignore_index, divergence, jsd_beta)

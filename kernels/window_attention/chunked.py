@@ -53,13 +53,15 @@ def window_attention_chunked(
         back = order.argsort(dim=1)
         q_BTHK, kv = (_rows(x, order) for x in (q_BTHK, kv))
     memory, seen = empty_state(kv, sinks + window) if initial_state is None else initial_state
-    ring = _in_order(memory, seen, sinks, window).to(kv.dtype)  # [B,W,G,K+V]
+    # Without tokens from before, a window beyond the row would only add keys that do not exist to every block.
+    near = window if initial_state is not None else min(window, T)
+    ring = _in_order(memory, seen, sinks, near).to(kv.dtype)  # [B,W,G,K+V]
     C = min(window, T)
     if cu_seqlens is None:
-        blocks = _dense_blocks(B, T, C, window, seen)
+        blocks = _dense_blocks(B, T, C, near, seen)
         firsts = _first_tokens(kv, memory, seen, sinks)  # [B,S,G,K+V]
     else:
-        blocks = _packed_blocks(cu_seqlens, C, window)
+        blocks = _packed_blocks(cu_seqlens, C, near)
         places = cu_seqlens[:-1, None].long() + torch.arange(sinks, device=kv.device)
         firsts = kv[0, places.clamp(max=T - 1)]
     extended = torch.cat([ring, kv], 1).flatten(0, 1)
@@ -67,7 +69,7 @@ def window_attention_chunked(
     firsts = firsts.to(wide)[blocks.owner].to(kv.dtype)
     seen_keys = torch.cat([firsts, extended[blocks.keys]], 1).transpose(1, 2)  # [M,G,S+W+C,K+V]
     q = q_BTHK.flatten(0, 1)[blocks.queries].unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)  # [M,G,R,C,K]
-    mask = _mask(blocks.first, C, sinks, window)[:, None, None].expand(-1, 1, H // G, -1, -1).flatten(2, 3)
+    mask = _mask(blocks.first, C, sinks, near)[:, None, None].expand(-1, 1, H // G, -1, -1).flatten(2, 3)
     k, v = seen_keys.split([k_BTGK.shape[-1], v_BTGV.shape[-1]], -1)
     out = torch.nn.functional.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask, scale=scale)
     out = out.unflatten(2, (H // G, C)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)  # [M·C,H,V]

@@ -54,6 +54,7 @@ class Mixer(BaseMixer):
     CONSTANTS: ClassVar[dict[str, float | str]] = {"score_scale": "head_dim^-0.5"}
     CALIBRATED: ClassVar[dict[str, str]] = {}
     PARTS: ClassVar = {"decay_base": (), "decay": (), "token_shift": ()}
+    RECURRENT: ClassVar[bool] = False
     SHARES_ROWS_BY_HEADS: ClassVar[bool] = True
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:

@@ -72,7 +72,10 @@ class FadedPositions:
         kind = None if self.layer_types is None else self.layer_types[layer]
         if kind not in self._made:
             named, prefix = ({}, "") if kind is None else ({"layer_type": kind}, f"{kind}_")
-            cos, sin = self.rotary(like, self.positions, **named)
+            # Without what chooses frequencies by the length of a row (dynamic, longrope): faded positions are those of
+            # a shorter one. The pass has chosen already, for its own cosines.
+            with torch.no_grad():
+                cos, sin = inspect.unwrap(type(self.rotary).forward)(self.rotary, like, self.positions, **named)
             own = float(getattr(self.rotary, f"{prefix}attention_scaling", 1.0))
             if own != 1.0:
                 scale = (1 + self.factor * (own - 1)) / own

@@ -13,10 +13,12 @@ from radlads.model.student.load import load_student
 from radlads.model.teacher.load import load_teacher
 from radlads.model.training.calibration import alignment_loss
 from radlads.tasks.contracts.recipe.choice import Calibration
-from radlads.tasks.contracts.recipe.recipe import Rate
+from radlads.tasks.contracts.recipe.recipe import Rate, load_recipe
 from radlads.tasks.contracts.specs import TrainSpec, spec_digest
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data.loader import open_dataset
+from radlads.tasks.jobs.plan.checks import Findings
+from radlads.tasks.jobs.plan.training_checks import check_training
 from radlads.tasks.jobs.train import steps, train
 from radlads.tasks.jobs.train.calibrate import heldout_batches, training_batches
 
@@ -87,3 +89,12 @@ def test_batches_are_spread_over_the_text(training: Any):
     assert torch.equal(batches[-1][-1], last)
     few = training_batches(split, Calibration(batches=1000, sequences=8), 32)
     assert sum(len(ids) for ids in few) == split.rows(32)
+
+
+@pytest.mark.parametrize(("variant", "faults"), [("rad_rwkv7", 0), ("sliding_window", 1)])
+def test_the_plan_refuses_to_calibrate_what_has_no_parts_for_it(variant: str, faults: int) -> None:
+    findings = Findings()
+    recipe = load_recipe("smoke", {"student": {"variant": variant, "calibrate": {}}})
+    check_training(recipe, None, 1, findings)
+    assert len(findings.faults) == faults
+    assert all("student.calibrate: sliding_window has no parts" in fault for fault in findings.faults)

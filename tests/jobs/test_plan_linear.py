@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import Difficulty
-from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
+from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe, parse_recipe
 from radlads.tasks.contracts.specs import PlanReport
 from radlads.tasks.jobs.choose.choose import choose_by_difficulty
 from radlads.tasks.jobs.plan import plan
@@ -130,6 +130,16 @@ def test_a_card_tells_mixers_from_layers_that_stayed(tmp_path: Path, kept: list[
     text = card._introduction(products, linear_recipe(tmp_path, kept))
     assert f"{share}, a recurrent mixer with constant memory replaces softmax attention" in text
     assert "12 layers were linear attention before, and stayed as they were" in text
+
+
+def test_a_card_does_not_call_a_window_recurrent() -> None:
+    products: Any = SimpleNamespace(plan=None, attention_layers=lambda recipe: (), evaluation=None)
+    recipe = load_recipe("smoke", {"student": {"variant": "sliding_window"}})
+    text = card._introduction(products, recipe)
+    assert "attention to the first and the last tokens alone" in text
+    assert not any(word in text for word in ("recurrent", "linear"))
+    assert "linear-attention" not in card._metadata(recipe)["tags"]
+    assert "no softmax attention" not in str(card._limits(products, recipe))
 
 
 def test_linear_layers_are_counted_as_what_they_are(tmp_path: Path) -> None:

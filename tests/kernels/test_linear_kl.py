@@ -227,7 +227,8 @@ def test_the_incoming_scalar_is_not_rounded(dtype):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"ce_weight": 1.0}, "ce_weight needs labels_N"),
         ({"divergence": "backward"}, "divergence must be one of forward, reverse, jsd, got 'backward'"),
-        ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta must lie between 0 and 1"),
+        ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta must lie between 0.001 and 0.999"),
+        ({"divergence": "jsd", "jsd_beta": 1e-9}, "jsd_beta must lie between 0.001 and 0.999"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):
@@ -281,6 +282,21 @@ def test_the_mixture_has_beta_of_the_teacher(beta):
     ours = torch.autograd.grad(loss, (student, head))
     for grad, reference in zip(ours, torch.autograd.grad(plain, (student, head)), strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [0.001, 0.999])
+def test_the_ends_of_beta_are_finite_where_distributions_exclude_each_other(beta):
+    student, head, teacher, teacher_head, *_ = operands(torch.float32)
+    student, head, teacher = (10 * x for x in (student, head, teacher))
+    student, head = (x.detach().requires_grad_() for x in (student, head))
+    loss, _ = linear_kl(student, head, teacher, teacher_head, divergence="jsd", jsd_beta=beta)
+    grads = torch.autograd.grad(loss, (student, head))
+    assert 0 <= loss <= 0.04  # the entropy of β and 1 - β is the most
+    assert all(grad.isfinite().all() for grad in grads)
+    wide, _ = linear_kl(
+        *(x.double() for x in (student, head, teacher, teacher_head)), divergence="jsd", jsd_beta=beta
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(wide.item(), rel=1e-4)
 
 
 def test_a_product_that_lacks_the_teachers_logits_is_not_chosen_for_reverse_kl(monkeypatch):

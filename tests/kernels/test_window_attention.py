@@ -167,6 +167,23 @@ def test_rules_of_autograd():
     assert_autograd_rules(lambda *args: (packed(*args)[0], None), inputs(1, 40))
 
 
+@pytest.mark.parametrize("bounds", [None, [0, 7, 20]])
+def test_a_window_beyond_the_row_costs_what_the_row_costs(monkeypatch, bounds):
+    """Blocks have no keys that do not exist; the state is as long as the window all the same."""
+    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **given: (seen.append(k.shape[-2]), plain(q, k, v, **given))[1],
+    )
+    packed = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    wide, near = (operator(3, window, **packed)(*inputs(1, 20))[0] for window in (5000, 20))
+    assert seen == [3 + 20 + 20] * 2
+    assert torch.equal(wide, near)
+    if bounds is None:
+        assert operator(3, 5000, output_final_state=True)(*inputs(1, 20))[1][0].shape[2] == 5003
+
+
 def test_meta_tells_shapes_alone():
     args = [x.detach().to("meta") for x in inputs(2, 20)]
     out, (memory, seen) = operator(3, 8)(*args, output_final_state=True)

@@ -16,7 +16,7 @@ from radlads.model.convert.restore import restore_attention, restored
 from radlads.model.student.cache import RadladsCache
 from radlads.model.student.configuration import RadladsConfig
 from radlads.model.student.export import export_student
-from radlads.model.student.kept_attention import log_scale
+from radlads.model.student.kept_attention import FadedPositions, log_scale
 from radlads.model.student.load import load_student
 from radlads.model.teacher.load import find_family, list_families
 from radlads.model.training.lora import add_lora
@@ -199,6 +199,25 @@ def test_half_faded_is_attention_at_half_the_positions(make_teacher, make_studen
         found = student.hidden(tokens, rope_factor=torch.tensor(0.5))
         teacher.model.rotary_emb.inv_freq.mul_(0.5)
         torch.testing.assert_close(found, teacher.model(tokens).last_hidden_state, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_stay_those_of_the_row(make_teacher, make_student, tokens, kind) -> None:
+    """At a fifth of its positions a row of 21 tokens would be one of 5, which has other frequencies."""
+    more = {"dynamic": {}, "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0, 3.0] * 4}}[kind]
+    scaling = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, **more}
+    teacher = make_teacher("llama", rope_parameters=scaling, max_position_embeddings=16)
+    student = make_student(teacher, **KEPT)
+    rotary = student.model.rotary_emb
+    x = torch.zeros(1, 1)
+    rotary(x, torch.arange(tokens.shape[1])[None])  # as the pass does before its layers
+    frequencies, own = rotary.inv_freq.clone(), rotary.attention_scaling
+    faded = FadedPositions(rotary, None, torch.arange(tokens.shape[1])[None], torch.tensor(0.2))
+    cos, sin = faded.embeddings(0, x)
+    angles = 0.2 * torch.arange(tokens.shape[1])[:, None] * frequencies
+    for found, wanted in ((cos, angles.cos()), (sin, angles.sin())):
+        torch.testing.assert_close(found[0], (1 + 0.2 * (own - 1)) * torch.cat([wanted, wanted], -1))
+    assert torch.equal(rotary.inv_freq, frequencies)
 
 
 def test_positions_fade_within_documents(make_teacher, make_student, tokens) -> None:

@@ -225,7 +225,12 @@ def test_the_final_norm_can_stay_while_the_others_train(make_teacher, make_stude
         ({"phases": [{"tokens": 1}]}, "phases' tokens add up to 1"),
         ({"phases": [{"tokens": 400, "micro_batch": 3}]}, "phase 1: batch .2. must be a multiple"),
         ({"temperature": 2.0, "teacher_temperature": 2.0}, "not both"),
-        ({"divergence": "jsd", "jsd_beta": 1.0}, "less than 1"),
+        ({"divergence": "jsd", "jsd_beta": 1.0}, "less than or equal to 0.999"),
+        ({"divergence": "jsd", "jsd_beta": 1e-9}, "greater than or equal to 0.001"),
+        ({"jsd_beta": 0.3}, "jsd_beta is of the divergence jsd"),
+        ({"divergence": "reverse", "jsd_beta": 0.3}, "jsd_beta is of the divergence jsd"),
+        ({"jsd_beta": 0.3, "phases": [{"tokens": 400}]}, "jsd_beta is of the divergence jsd"),
+        ({"divergence": "jsd", "phases": [{"tokens": 400, "divergence": "forward", "jsd_beta": 0.3}]}, "phase 1: jsd"),
         ({"lora": {"targets": ["up_proj"]}, "freeze": ["mlp"]}, "freeze has mlp"),
         ({"mixer_rate": {"start": 1e-4, "final": 0.0}, "schedule": {"kind": "exponential"}}, "rate of 0"),
     ],
@@ -233,3 +238,16 @@ def test_the_final_norm_can_stay_while_the_others_train(make_teacher, make_stude
 def test_settings_that_contradict_are_told(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Distill(**{"tokens": 400, **SIZES, **change})
+
+
+def test_a_stages_beta_is_of_its_phases_with_jsd() -> None:
+    phases = [
+        {"tokens": 200},
+        {"tokens": 100, "divergence": "jsd"},
+        {"tokens": 100, "divergence": "jsd", "jsd_beta": 0.2},
+    ]
+    section = Distill(tokens=400, jsd_beta=0.9, phases=phases, **SIZES)
+    assert [part.jsd_beta for part in section.parts] == [0.5, 0.9, 0.2]
+    assert Distill.model_validate(section.model_dump()) == section
+    anew = Distill.model_validate(section.after_rollbacks(1).model_dump())
+    assert [part.jsd_beta for part in anew.parts] == [0.5, 0.9, 0.2]

@@ -86,6 +86,8 @@ class Mixer(nn.Module):
     PARTS: ClassVar = {"decay_base": ("w0",), "decay": ("w0", "w1", "w2"), "token_shift": ("x_?",)}
     """Parts that recipes name (train_only, decay_base_rate) → patterns of names, which mean the same in any variant."""
 
+    RECURRENT: ClassVar[bool] = True
+    """Whether a state sums up all tokens, so that the layer is linear attention."""
     SHARES_ROWS_BY_HEADS: ClassVar[bool] = False
     """Whether ranks that share rows exchange heads for tokens here, so that their number must divide the heads."""
 

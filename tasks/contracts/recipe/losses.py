@@ -114,13 +114,14 @@ class RopeFade(Section):
 
 
 Divergence = Literal["forward", "reverse", "jsd"]
+_BETA = 0.5
 
 
 class Phase(TrainingPhase):
     """One part of a distill stage."""
 
     divergence: Annotated[Divergence | None, AddedLater()] = None
-    jsd_beta: Annotated[float | None, AddedLater()] = Field(default=None, gt=0, lt=1)
+    jsd_beta: Annotated[float | None, AddedLater()] = Field(default=None, ge=1e-3, le=0.999)
     temperature: float | None = Field(default=None, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     kl_weight: float | None = Field(default=None, ge=0)
@@ -140,7 +141,8 @@ class Distill(PhasedTraining):
     capacity for all of the teacher's modes meets by dropping some. jsd: the generalized Jensen-Shannon divergence
     (2306.13649) β KL(teacher ‖ m) + (1 − β) KL(student ‖ m), m = β teacher + (1 − β) student. Held-out `kl` is the
     forward one in all cases."""
-    jsd_beta: Annotated[float, AddedLater()] = Field(default=0.5, gt=0, lt=1)
+    jsd_beta: Annotated[float, AddedLater()] = Field(default=_BETA, ge=1e-3, le=0.999)
+    """β of jsd, from 0.001 to 0.999: beyond, the mixture is one of the two, and float32 loses the other."""
     temperature: float = Field(default=1.0, gt=0)
     """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1."""
     teacher_temperature: float | None = Field(default=None, gt=0)
@@ -160,6 +162,15 @@ class Distill(PhasedTraining):
     """None: `student.attention_rope: false` takes the positions away before the first step."""
     phases: tuple[Phase, ...] = ()
     watch: Annotated[DistillWatch, NO_ROLLBACK] = DistillWatch()
+
+    @property
+    def parts(self) -> tuple[Training, ...]:
+        """The phases; one without jsd has not the stage's `jsd_beta`, which says nothing there."""
+        parts = super().parts
+        if not self.phases or self.jsd_beta == _BETA:
+            return parts
+        plain = {"jsd_beta": _BETA}
+        return tuple(part if _has_jsd(part) else part.model_copy(update=plain) for part in parts)
 
     def has_ce_spike(self, step: int) -> bool:
         index, own = self.place(step)
@@ -198,9 +209,23 @@ class Distill(PhasedTraining):
         return self
 
     @model_validator(mode="after")
+    def _beta_is_of_jsd(self) -> Self:
+        told = "jsd_beta is of the divergence jsd, which is not set; set divergence to jsd, or leave jsd_beta out"
+        if self.jsd_beta != _BETA and not any(map(_has_jsd, self.parts)):
+            raise ValueError(told)
+        for number, (phase, part) in enumerate(zip(self.phases, self.parts, strict=False), 1):
+            if phase.jsd_beta is not None and not _has_jsd(part):
+                raise ValueError(f"phase {number}: {told}")
+        return self
+
+    @model_validator(mode="after")
     def _lora_fits(self) -> Self:
         _check_lora(self, self.lora)
         return self
+
+
+def _has_jsd(part: Training) -> bool:
+    return isinstance(part, Distill) and part.divergence == "jsd"
 
 
 class NextTokenTraining(Training):

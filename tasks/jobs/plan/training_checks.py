@@ -27,6 +27,9 @@ from radlads.tasks.jobs.plan.memory import average_bytes
 
 def check_training(recipe: Recipe, positions: int | None, processes: int, findings: Findings) -> None:
     """Check batches and contexts; `positions`: the longest context that the teacher was trained on."""
+    variant = recipe.student.variant
+    if recipe.student.calibrate is not None and not mixer_class(variant).CALIBRATED:
+        findings.faults.append(f"student.calibrate: {variant} has no parts that can be calibrated; leave it out")
     for stage in TRAINING_STAGES:
         section: Training | None = getattr(recipe, stage)
         if section is None:

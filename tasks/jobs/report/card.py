@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.releases import TESTED
 from radlads.tasks.contracts.pins.places import is_gguf
 from radlads.tasks.contracts.recipe.recipe import dump_recipe
@@ -78,6 +79,11 @@ def teacher_name(recipe: Recipe) -> str:
     return Path(path).name if _is_local(path) else path
 
 
+def _is_linear(recipe: Recipe) -> bool:
+    """Whether the student is linear attention, where it is not the teacher's own softmax attention."""
+    return mixer_class(recipe.student.variant).RECURRENT
+
+
 def _is_local(path: str) -> bool:
     return is_gguf(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
 
@@ -86,7 +92,7 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["radlads", "linear-attention", recipe.student.variant],
+        "tags": ["radlads", *(["linear-attention"] if _is_linear(recipe) else []), recipe.student.variant],
     }
     if recipe.publish.license:
         values["license"] = recipe.publish.license
@@ -102,14 +108,18 @@ def _introduction(products: Products, recipe: Recipe) -> str:
     layers = products.plan.num_layers if products.plan is not None else None
     linear = products.plan.linear_layers if products.plan is not None else 0
     if not kept and not linear:
-        shape = "In every layer, a recurrent mixer with constant memory replaces softmax attention"
+        share = "every layer"
     else:
         share = f"{layers - kept - linear} of its {layers} layers" if layers else "most layers"
-        shape = f"In {share}, a recurrent mixer with constant memory replaces softmax attention"
+    own = "a recurrent mixer with constant memory"
+    if not _is_linear(recipe):
+        own = "attention to the first and the last tokens alone, with constant memory,"
+    shape = f"In {share}, {own} replaces softmax attention"
     if linear:
         shape += f"; {linear} layers were linear attention before, and stayed as they were"
     return (
-        f"{teacher_name(recipe)}, converted to linear attention by the RADLADS method (arXiv 2505.03005). {shape} "
+        f"{teacher_name(recipe)}, converted {'to linear attention ' if _is_linear(recipe) else ''}by the RADLADS "
+        f"method (arXiv 2505.03005). {shape} "
         f"(`{recipe.student.variant}`)."
     )
 
@@ -156,6 +166,9 @@ def _limits(products: Products, recipe: Recipe) -> list[Block]:
         limits.append(
             "It has no softmax attention: its memory is a state of fixed size, so it cannot retrieve arbitrary details "
             "of a long text. Such models lose most retrieval beyond their training length."
+            if _is_linear(recipe)
+            else "No layer sees all of a text: it cannot retrieve details that are neither in its window nor among the "
+            "first tokens."
         )
     contexts = [section.longest_context for stage in TRAINING_STAGES if (section := getattr(recipe, stage)) is not None]
     if contexts:
