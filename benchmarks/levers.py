@@ -34,6 +34,7 @@ from convert import convert_recipe, hardware
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.yaml_reader import parse_value, read_yaml
 from radlads.tasks.contracts.process_tree import end_with_me
+from radlads.tasks.contracts.stages import DISTILL
 from radlads.tasks.launchers.launcher import JobCrashed
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 
@@ -157,8 +158,9 @@ class Results:
             runs = {seed: self.numbers(table, lever, seed) for seed in table["seeds"]}
             errors = [run["error"] for run in runs.values() if "error" in run]
             cells = [self._cell(table, lever, runs, metric) for _, metric, _ in COLUMNS]
-            speeds = [run["stage speed"]["distill"] for run in runs.values() if "distill" in run.get("stage speed", {})]
-            cells.append(f"{max(speeds):,}" if speeds and max(speeds) else "–")
+            told = [run.get("stage speed", {}).get(DISTILL.name) for run in runs.values()]
+            speeds = [speed for speed in told if speed]
+            cells.append(f"{max(speeds):,}" if speeds else "–")
             said = f" (failed: {errors[0]})" if errors else ""
             lines.append(f"| {lever['name']}{said} | " + " | ".join(cells) + " |")
         first = table["levers"][0]["name"]
