@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from radlads.tasks.contracts.recipe.judging.suite import EvalSuite, SuiteTask
 from radlads.tasks.contracts.recipe.sections import Evaluate
 from radlads.tasks.jobs.judge import evaluate
+from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.suite.over_chance import over_chance, relative_score
 from radlads.tasks.jobs.judge.suite.scores import check_suite
 from radlads.tasks.jobs.judge.suite.tasks import BENCHMARKS, LocalTask, _yaml_folder, load_suite
@@ -289,7 +290,7 @@ def test_teacher_and_student_are_judged_and_reported(write: Any, teacher_folder:
     typed = SimpleNamespace(section=section, pins={"section.suite.path": pin})
     job: Any = SimpleNamespace(rank=0, world_size=1, typed=typed)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    sheet = evaluate.run_tasks(job, {"teacher": teacher, "student": teacher}, tokenizer, section)
+    sheet = evaluate.run_tasks(job, {"teacher": teacher, "student": teacher}, tokenizer, section, RowBudget(4))
     scored = sheet["copa"]["suite"]
     assert (
         sheet["copa"]["teacher"]
@@ -301,7 +302,7 @@ def test_teacher_and_student_are_judged_and_reported(write: Any, teacher_folder:
     assert scored["files"] == {"copa.jsonl": "sha-copa.jsonl"}
     assert sheet["lambada_openai"]["suite"]["chance"] == 0
     assert sheet["lambada_openai"]["suite"]["relative"] is None
-    sheet = evaluate.run_tasks(job, {"teacher": teacher, "student": other}, tokenizer, section)
+    sheet = evaluate.run_tasks(job, {"teacher": teacher, "student": other}, tokenizer, section, RowBudget(4))
     mean = relative_score(sheet)
     assert mean is not None
     assert (mean["tasks"], mean["left_out"]) == (["copa"], ["lambada_openai"])
