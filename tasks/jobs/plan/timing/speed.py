@@ -70,7 +70,7 @@ def distance(one: Work, other: Work) -> float:
         + 0.5 * (bool(one.recomputed) != bool(other.recomputed))
         + 0.5 * (bool(one.gathered) != bool(other.gathered))
         + 0.5 * (one.sharing != other.sharing)
-        + 0.4 * (one.wide_decay != other.wide_decay)
+        + 0.5 * (one.wide_decay != other.wide_decay)
         + 2.0 * (one.offload != other.offload)
         + 2.0 * (one.recorded != other.recorded)
     )
