@@ -39,8 +39,11 @@ def wait_for_port(port, process, log, seconds=60):
             time.sleep(0.05)
         else:
             return
-    logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in log.parent.glob("*"))
-    pytest.fail(f"the server on port {port} did not come up (exit code {process.poll()}):\n{logs}")
+    pytest.fail(f"the server on port {port} did not come up (exit code {process.poll()}):\n{log_tails(log.parent)}")
+
+
+def log_tails(folder):
+    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in folder.glob("*"))
 
 
 def make_bucket(endpoint, bucket="art"):
@@ -177,19 +180,13 @@ def osd_is_up(conf, process, seconds=60):
     return False
 
 
-@pytest.fixture(scope="session")
-def ceph_endpoint(s3_credentials, tmp_path_factory):
-    """Ceph's object gateway on a one-process cluster in memory: the server most like AWS that Debian ships."""
-    missing = [name for name in ("ceph-mon", "ceph-osd", "radosgw") if not shutil.which(name)]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd radosgw)")
-    home = Path(tmp_path_factory.mktemp("ceph"))
+def start_ceph(home, running):
+    """Start a monitor, an OSD and a gateway in `home`; the gateway's endpoint. Processes are added to `running`."""
     for name in ("run", "log", "mon", "osd", "rgw"):
         (home / name).mkdir()
     fsid, mon, rgw = str(uuid.uuid4()), free_port(), free_port()
     conf = home / "ceph.conf"
     conf.write_text(CEPH_CONF.format(fsid=fsid, home=home, mon=mon, rgw=rgw))
-    running = []
 
     def do(*command):
         return subprocess.run([*command], check=True, capture_output=True, timeout=120).stdout
@@ -198,28 +195,56 @@ def ceph_endpoint(s3_credentials, tmp_path_factory):
         with (home / "log" / f"{name}.out").open("wb") as stream:
             running.append(subprocess.Popen([*command, "-c", str(conf)], stdout=stream, stderr=stream))
 
+    do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon}]", str(home / "monmap"))
+    do("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(home / "monmap"), "-c", str(conf))
+    start("mon", "ceph-mon", "-f", "-i", "a")
+    osd = str(uuid.uuid4())
+    do("ceph", "-c", str(conf), "--connect-timeout", "60", "osd", "new", osd)
+    do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "-c", str(conf))
+    for _ in range(5):
+        # An OSD that speaks before it has seen the monitor map is told "wrong fsid" and gives up.
+        start("osd", "ceph-osd", "-f", "-i", "0")
+        if osd_is_up(conf, running[-1]):
+            break
+    start("rgw", "radosgw", "-f", "-n", "client.rgw.a")
+    wait_for_port(rgw, running[-1], home / "log" / "rgw.out", seconds=120)
+    do(
+        "radosgw-admin", "-c", str(conf), "-n", "client.rgw.a", "user", "create", "--uid=dev",
+        "--display-name=dev", f"--access-key={ACCESS}", f"--secret={SECRET}",
+    )  # fmt: skip
+    endpoint = f"http://127.0.0.1:{rgw}"
+    make_bucket(endpoint)
+    return endpoint
+
+
+def end_all(running):
+    while running:
+        process = running.pop()
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def ceph_endpoint(s3_credentials, tmp_path_factory):
+    """Ceph's object gateway on a one-process cluster in memory: the server most like AWS that Debian ships."""
+    missing = [name for name in ("ceph-mon", "ceph-osd", "radosgw") if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd radosgw)")
+    running, told = [], []
     try:
-        do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon}]", str(home / "monmap"))
-        do("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(home / "monmap"), "-c", str(conf))
-        start("mon", "ceph-mon", "-f", "-i", "a")
-        osd = str(uuid.uuid4())
-        do("ceph", "-c", str(conf), "--connect-timeout", "60", "osd", "new", osd)
-        do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "-c", str(conf))
-        for _ in range(5):
-            # An OSD that speaks before it has seen the monitor map is told "wrong fsid" and gives up.
-            start("osd", "ceph-osd", "-f", "-i", "0")
-            if osd_is_up(conf, running[-1]):
+        for _ in range(3):
+            # On a loaded machine a port may be taken before the daemon binds it, or a command's own time runs out.
+            home = Path(tmp_path_factory.mktemp("ceph"))
+            try:
+                endpoint = start_ceph(home, running)
+            except (subprocess.SubprocessError, pytest.fail.Exception) as error:
+                said = getattr(error, "stderr", None) or b""
+                told.append(f"{error}\n{said.decode(errors='replace')}{log_tails(home / 'log')}")
+                end_all(running)
+            else:
                 break
-        start("rgw", "radosgw", "-f", "-n", "client.rgw.a")
-        wait_for_port(rgw, running[-1], home / "log" / "rgw.out", seconds=120)
-        do(
-            "radosgw-admin", "-c", str(conf), "-n", "client.rgw.a", "user", "create", "--uid=dev",
-            "--display-name=dev", f"--access-key={ACCESS}", f"--secret={SECRET}",
-        )  # fmt: skip
-        endpoint = f"http://127.0.0.1:{rgw}"
-        make_bucket(endpoint)
+        else:
+            pytest.fail("Ceph did not start:\n" + "\n\n".join(told))
         yield endpoint
     finally:
-        for process in reversed(running):
-            process.kill()
-            process.wait()
+        end_all(running)
