@@ -10,11 +10,19 @@ from radlads.kernels.gated_delta.chunked import gated_delta_chunked
 from radlads.kernels.gated_delta.meta import gated_delta_meta
 from radlads.kernels.gated_delta.reference import gated_delta_reference
 from radlads.kernels.gated_delta.step import gated_delta_step_torch
-from radlads.kernels.shared.backends import Forms
+from radlads.kernels.shared.backends import Forms, GpuForm
 from radlads.kernels.shared.check import check_step
 
 Backend = Literal["reference", "chunked", "fla"]
-FORMS = Forms("gated_delta", gated_delta_reference, gated_delta_chunked, gated_delta_meta, gpu="fla")
+
+
+def _on_gpu() -> GpuForm:
+    from radlads.kernels.gated_delta.fla_op import gated_delta_fla, why_not_applicable
+
+    return GpuForm(gated_delta_fla, why_not_applicable)
+
+
+FORMS = Forms("gated_delta", gated_delta_reference, gated_delta_chunked, gated_delta_meta, _on_gpu, gpu="fla")
 
 
 def gated_delta(

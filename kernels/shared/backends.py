@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +18,24 @@ from radlads.kernels.shared.chosen import note_kernel
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
 
+class GpuForm(NamedTuple):
+    """The form of an operator for GPUs."""
+
+    operator: Operator
+    why_not_applicable: Callable[[Tensor, int, torch.dtype], str | None]
+    """v, K, dtype of products → one line on why these tensors cannot go through it; None if they can."""
+
+
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one operator; the form for GPUs is `<name>_<gpu>` of `kernels/<name>/<gpu>_op.py`, a module that
-    also has `why_not_applicable` and may import the package `gpu`."""
+    """The forms of one operator."""
 
     name: str
     reference: Operator
     chunked: Operator
     meta: Operator
+    on_gpu: Callable[[], GpuForm]
+    """Imports the form for GPUs, which needs the package `gpu`."""
     gpu: str = "triton"
 
     @property
@@ -48,9 +56,9 @@ class Forms:
         if backend == self.gpu and reason is not None:
             raise ValueError(f"{self.name}: backend '{self.gpu}' cannot run here: {reason}")
         if backend == self.gpu or (backend is None and v.is_cuda and reason is None):
-            operator: Operator = getattr(self._gpu_module(), f"{self.name}_{self.gpu}")
-            return operator  # records the kernel that it uses itself
-        note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "requested")
+            return self.on_gpu().operator  # records the kernel that it uses itself
+        slow = backend is None and v.is_cuda
+        note_kernel(self.name, f"{backend or 'chunked'} (plain torch)", lambda: reason or "requested", slow=slow)
         return self.reference if backend == "reference" else self.chunked
 
     def run(
@@ -81,11 +89,7 @@ class Forms:
         """One line on why these tensors cannot go through the GPU's kernels; None if they can."""
         if not installed(self.gpu):
             return f"{self.gpu} is not installed" if v.is_cuda else not_on_gpu(v)
-        reason: str | None = self._gpu_module().why_not_applicable(v, K, dtype)
-        return reason
-
-    def _gpu_module(self) -> Any:
-        return import_module(f"radlads.kernels.{self.name}.{self.gpu}_op")
+        return self.on_gpu().why_not_applicable(v, K, dtype)
 
 
 def not_on_gpu(x: Tensor) -> str:

@@ -12,13 +12,14 @@ _log = logging.getLogger("radlads")
 _chosen: dict[str, dict[str, str]] = {}
 
 
-def note_kernel(operator: str, form: str, why: Callable[[], str] | None = None) -> None:
+def note_kernel(operator: str, form: str, why: Callable[[], str] | None = None, *, slow: bool = False) -> None:
     """Record that `form` ran a call of `operator`; logged the first time. why: called then, returns why no faster form
-    ran."""
+    ran. slow: whether a GPU goes without its kernels, which is logged as a warning."""
     forms = _chosen.setdefault(operator, {})
     if form not in forms:
         reason = forms[form] = "" if why is None else why()
-        _log.info("kernel %s: %s%s", operator, form, f" ({reason})" if reason else "")
+        level = logging.WARNING if slow else logging.INFO
+        _log.log(level, "kernel %s: %s%s", operator, form, f" ({reason})" if reason else "")
 
 
 def chosen_kernels() -> dict[str, str]:

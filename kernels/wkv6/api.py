@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from radlads.kernels.shared.backends import Forms
+from radlads.kernels.shared.backends import Forms, GpuForm
 from radlads.kernels.shared.check import check_step
 from radlads.kernels.shared.meta import wkv6_meta
 from radlads.kernels.wkv6.chunked import wkv6_chunked
@@ -14,7 +14,15 @@ from radlads.kernels.wkv6.reference import wkv6_reference
 from radlads.kernels.wkv6.step import wkv6_step_torch
 
 Backend = Literal["reference", "chunked", "triton"]
-FORMS = Forms("wkv6", wkv6_reference, wkv6_chunked, wkv6_meta)
+
+
+def _on_gpu() -> GpuForm:
+    from radlads.kernels.wkv6.triton_op import why_not_applicable, wkv6_triton
+
+    return GpuForm(wkv6_triton, why_not_applicable)
+
+
+FORMS = Forms("wkv6", wkv6_reference, wkv6_chunked, wkv6_meta, _on_gpu)
 
 
 def wkv6(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from radlads.kernels.shared.backends import Forms, triton_installed
+from radlads.kernels.shared.backends import Forms, GpuForm, triton_installed
 from radlads.kernels.shared.check import check_step
 from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.shared.meta import wkv7_meta
@@ -16,7 +16,15 @@ from radlads.kernels.wkv7.reference import wkv7_reference
 from radlads.kernels.wkv7.step import wkv7_delta_step_torch, wkv7_step_torch
 
 Backend = Literal["reference", "chunked", "triton"]
-FORMS = Forms("wkv7", wkv7_reference, wkv7_chunked, wkv7_meta)
+
+
+def _on_gpu() -> GpuForm:
+    from radlads.kernels.wkv7.triton_op import why_not_applicable, wkv7_triton
+
+    return GpuForm(wkv7_triton, why_not_applicable)
+
+
+FORMS = Forms("wkv7", wkv7_reference, wkv7_chunked, wkv7_meta, _on_gpu)
 
 
 def wkv7(

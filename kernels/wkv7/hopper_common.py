@@ -11,10 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from radlads.kernels.shared import triton_tiles
+from radlads.kernels.shared.triton_tiles import locate_sequence as locate_in_triton
 
 # Positions of sequences are computed as in the Triton kernels.
-locate_sequence = gluon.jit(triton_tiles.locate_sequence.fn)
+locate_sequence = gluon.jit(locate_in_triton.fn)
 
 
 @gluon.jit

@@ -7,7 +7,6 @@ rounding, and a resumed training run would no longer be reproducible. `benchmark
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +88,7 @@ def hopper_here(device: torch.device | None = None) -> bool:
 @functools.cache
 def _gluon() -> bool:
     try:
-        importlib.import_module("radlads.kernels.wkv7.hopper_backward")
+        from radlads.kernels.wkv7.hopper_backward import hopper_backward_kernel  # noqa: F401
     except ImportError:  # its language is still called experimental
         return False
     return True

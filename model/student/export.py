@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Callable
@@ -40,18 +39,18 @@ _RENAMED = {
     "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7",
     "radlads.model.mixers.shared.registry": "variants",
 }
-# Modules that a folder may carry: pattern of a module → its name there. Operators in plain torch, no GPU kernels.
+# Modules that a folder may carry: pattern of a module → its name there. GPU kernels are imported where they are called
+# for the first time, so that the folder needs neither a GPU nor Triton.
 _CARRIED = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
         (r"radlads\.model\.(?:student|mixers\.shared)\.(\w+)", r"\1"),
         (r"radlads\.model\.mixers\.(?!shared\b)(\w+)", r"\1"),
-        (r"radlads\.kernels\.shared\.(slots|triangular)", r"\1"),
+        (r"radlads\.kernels\.shared\.(\w+)", r"kernels_\1"),
         (r"radlads\.kernels\.(?!shared\b)(\w+)", r"\1"),
-        (r"radlads\.kernels\.(?!shared\b)(\w+)\.(chunked|step|plain)", r"\1_\2"),
+        (r"radlads\.kernels\.(?!shared\b)(\w+)\.(\w+)", r"\1_\2"),
     )
 )
-_KERNEL = re.compile(r"radlads\.kernels\.(?!shared\b)\w+")
 _REGISTRY = "radlads.model.mixers.shared.registry"
 # Needed to choose a variant's options, not to run it.
 _BUILD_ONLY_IMPORTS = {"pydantic", "radlads.model.mixers.shared.options"}
@@ -123,7 +122,7 @@ def remote_code(variant: str) -> dict[str, str]:
         if module == _REGISTRY:
             text = _only_mixer(variant)
         else:
-            text = _plain_kernel(module) if _KERNEL.fullmatch(module) else _without_build_parts(_source(module))
+            text = _without_build_parts(_source(module))
         waiting += [match.group(2) for match in _IMPORT.finditer(text)]
         files[name] = _HEADER + _IMPORT.sub(lambda m: f"{m.group(1)}from .{_flat_name(m.group(2))} import", text)
     # One process may load several students whose folders are all called `model`. transformers finds a model's class by
@@ -154,32 +153,11 @@ def _only_mixer(variant: str) -> str:
     )
 
 
-def _plain_kernel(package: str) -> str:
-    """A package of operators in plain torch: of plain.py, else the chunked form of kernels/<name> as `name` and the
-    step of what ends in `_step`."""
-    name, public = package.rpartition(".")[2], importlib.import_module(package).__all__
-    if resources.files(package).joinpath("plain.py").is_file():
-        names = ", ".join(f"{one}_torch as {one}" if one.islower() else one for one in sorted(public))
-        return (
-            f'"""{name} in plain torch."""\n\nfrom {package}.plain import {names}\n\n'
-            f"__all__ = {json.dumps(sorted(public))}\n"
-        )
-    other = [function for function in public if function != name and not function.endswith("_step")]
-    if other:
-        raise ValueError(f"an exported model cannot carry {other[0]} of {package}: {name} and ..._step alone")
-    steps = "".join(
-        f"from {package}.step import {function}_torch as {function}\n" for function in public if function != name
-    )
-    return (
-        f'"""{name} in plain torch: the chunked form for sequences, one step for decoding."""\n\n'
-        f"from {package}.chunked import {name}_chunked as {name}\n{steps}\n"
-        f"__all__ = {json.dumps(sorted(public))}\n"
-    )
-
-
 def _source(module: str) -> str:
     package, _, name = module.rpartition(".")
-    return (resources.files(package) / f"{name}.py").read_text(encoding="utf-8")
+    place = resources.files(package)
+    file = place / name / "__init__.py" if (place / name).is_dir() else place / f"{name}.py"
+    return file.read_text(encoding="utf-8")
 
 
 def _without_build_parts(text: str) -> str:

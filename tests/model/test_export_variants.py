@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import radlads.kernels
 from radlads.model import list_variants
 from radlads.model.mixers import rad_rwkv6, rwkv7
 from radlads.model.student import export
@@ -24,6 +25,7 @@ class Guard:
         if name.split(".")[0] in ("radlads", "pydantic"):
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 sys.meta_path.insert(0, Guard())
+sys.modules["triton"] = None  # as where it is not installed
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
@@ -88,13 +90,19 @@ def test_a_bare_process_sees_the_same_models(make_teacher, make_student, tokens,
 
 
 @pytest.mark.parametrize("variant", list_variants())
-def test_a_folder_carries_the_kernel_that_it_runs(variant: str) -> None:
-    kernels = {
+def test_a_folder_carries_the_kernels_that_it_runs(variant: str) -> None:
+    """Every form of its own operators, those for GPUs too, and of no other."""
+    carried = {
         name for name in remote_code(variant) if re.match(r"(wkv\d|gated_delta|window_attention|mixer_ops)_", name)
     }
     own = KERNELS.get(variant, "wkv7")
-    around = {"mixer_ops_radlads.py", "mixer_ops_plain_radlads.py"}
-    assert kernels == {f"{own}_radlads.py", f"{own}_chunked_radlads.py", f"{own}_step_radlads.py"} | around
+    there = {
+        f"{package.name}_{file.stem}_radlads.py"
+        for package in (Path(radlads.kernels.__path__[0]) / name for name in (own, "mixer_ops"))
+        for file in package.glob("*.py")
+        if file.stem != "__init__"
+    }
+    assert carried == there - {"mixer_ops_reference_radlads.py"} | {f"{own}_radlads.py", "mixer_ops_radlads.py"}
 
 
 def test_names_in_the_folder_follow_from_places_in_the_package() -> None:
@@ -104,13 +112,13 @@ def test_names_in_the_folder_follow_from_places_in_the_package() -> None:
         "radlads.model.mixers.shared.rwkv7_design": "mixer_rwkv7_radlads",
         "radlads.model.mixers.shared.registry": "variants_radlads",
         "radlads.model.mixers.kda": "kda_radlads",
-        "radlads.kernels.shared.slots": "slots_radlads",
+        "radlads.kernels.shared.slots": "kernels_slots_radlads",
         "radlads.kernels.kda": "kda_radlads",
         "radlads.kernels.kda.chunked": "kda_chunked_radlads",
-        "radlads.kernels.kda.plain": "kda_plain_radlads",
+        "radlads.kernels.kda.triton_op": "kda_triton_op_radlads",
     }
     assert {module: _flat_name(module) for module in named} == named
-    for module in ("radlads.model.training.lora", "radlads.kernels.shared.check", "radlads.kernels.wkv7.triton_op"):
+    for module in ("radlads.model.training.lora", "radlads.kernels.shared", "radlads.tasks.jobs.common"):
         with pytest.raises(ValueError, match=f"cannot carry {module}"):
             _flat_name(module)
 
