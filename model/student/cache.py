@@ -5,13 +5,18 @@ Layers that are linear attention in the teacher already have the memory that the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
-from radlads.model.mixers.shared.mixer import MixerState
+from radlads.model.mixers.shared.mixer import MixerOutput, MixerState
+from radlads.model.student.decoding.kept_layer import KeptLayer
+from radlads.model.student.decoding.recent_tokens import Pass, mix_recorded, take_back
+from radlads.model.student.decoding.saved_state import copy_cache, join_caches, load_cache, save_cache
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -19,12 +24,18 @@ class RecurrentLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
         self.state: MixerState | None = None
         self.num_seen = 0
+        self.record_past = False
+        self.recent: list[Pass] = []
+
+    def run(self, mix: Callable[..., MixerOutput], x_BTD: Tensor, **given: Any) -> MixerOutput:
+        """Mix what is to be remembered: so that its last tokens can be taken back, where this was asked for."""
+        return mix_recorded(self.recent, mix, x_BTD, **given) if self.record_past else mix(x_BTD, **given)
 
     def remember(self, state: MixerState | None, num_tokens: int) -> None:
         """Replace the state by the one after `num_tokens` more tokens, padding included."""
@@ -50,6 +61,7 @@ class RecurrentLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.num_seen, self.is_initialized = None, 0, False
+        self.recent.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -66,13 +78,22 @@ class RecurrentLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """See `offload`."""
 
+    def activate_past_recording(self) -> None:
+        """From here on, the last tokens of a pass can be taken back by `crop`, until the next `crop`."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens. tokens_to_remove: their number, negative, as transformers gives it. Raises
+        ValueError where no more is known of the state before them."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: of the tokens to take back")
         if tokens_to_remove:
-            raise ValueError(
-                "a recurrent state cannot forget its last tokens; keep a copy of the cache instead of cropping"
-            )
+            self.state = take_back(self.recent, -tokens_to_remove)
+            self.num_seen += tokens_to_remove
+        self.recent.clear()
 
     def _map(self, change: Any) -> None:
+        self.recent.clear()
         if self.state is not None:
             self.state = MixerState(*(None if x is None else change(x) for x in self.state))
 
@@ -83,7 +104,9 @@ class RadladsCache(Cache):
     Layers that are linear in the teacher get what transformers gives them there.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, room: int = 0) -> None:
+        """room: tokens for which kept layers take memory at once; more are taken as they come."""
+        self.config = config
         softmax, converted, windowed = config.softmax_layers(), config.converted_layers(), config.windowed_layers()
         hybrid = len(softmax) < config.num_hidden_layers
         theirs = DynamicCache(config=config.teacher_config()).layers if hybrid else []
@@ -96,8 +119,29 @@ class RadladsCache(Cache):
             elif i in windowed:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=config.teacher["sliding_window"]))
             else:
-                layers.append(DynamicLayer())
+                layers.append(KeptLayer(room))
         super().__init__(layers=layers)
+
+    def save(self, path: str | Path) -> Path:
+        """Write what was read as a safetensors file; see `save_cache`."""
+        return save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, config: Any, device: torch.device | str | None = None) -> RadladsCache:
+        """The cache that `save` wrote, for a model with this config. Raises ValueError for a file of another model."""
+        cache: RadladsCache = load_cache(cls(config), path, device)
+        return cache
+
+    def copy(self) -> RadladsCache:
+        """A cache that goes its own way from here, for several continuations of one text."""
+        cache: RadladsCache = copy_cache(self)
+        return cache
+
+    @classmethod
+    def join(cls, caches: Sequence[RadladsCache]) -> RadladsCache:
+        """One cache with the rows of all; see `join_caches`."""
+        cache: RadladsCache = join_caches(caches)
+        return cache
 
     def num_bytes(self) -> int:
         """Bytes of all states, keys and values."""

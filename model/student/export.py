@@ -44,7 +44,7 @@ _RENAMED = {
 _CARRIED = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
-        (r"radlads\.model\.(?:student|mixers\.shared)\.(\w+)", r"\1"),
+        (r"radlads\.model\.(?:student|student\.decoding|mixers\.shared)\.(\w+)", r"\1"),
         (r"radlads\.model\.mixers\.(?!shared\b)(\w+)", r"\1"),
         (r"radlads\.kernels\.shared\.(\w+)", r"kernels_\1"),
         (r"radlads\.kernels\.(?!shared\b)(\w+)", r"\1"),

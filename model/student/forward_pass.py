@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 
 from radlads.model.mixers.shared.mixer import FirstValues, MixerContext
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
+from radlads.model.student.decoding.recorded_steps import DECODING_STEP
 from radlads.model.student.documents import check_bounds, document_bounds, document_positions, restart_bounds
 from radlads.model.student.kept_attention import CONTEXT, ROW_PART, FadedPositions, log_scale
 from radlads.model.student.releases import CACHE_NAMES, cache_keyword
@@ -29,6 +30,7 @@ ROPE_FACTOR = "rope_factor"
 # Keywords that family models accept besides their named parameters: options of attention and of the loss.
 _PASSED_ON = {*TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters, "return_dict"}
 _PASSED_ON |= {"debug_io", "debug_io_dir", "prune_layers"}
+_OWN = (ROW_PART, ROPE_FACTOR, DECODING_STEP)
 
 
 class ForwardPass:
@@ -50,6 +52,7 @@ class ForwardPass:
         self._refuse_unknown(given)
         cache, cu_seqlens = self._take_cache(given), given.pop("cu_seqlens", None)
         row_part, rope_factor = given.pop(ROW_PART, None), given.pop(ROPE_FACTOR, None)
+        is_step = given.pop(DECODING_STEP, False)
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if inputs is None:
             return (), given  # the family's code reports what is missing
@@ -86,8 +89,8 @@ class ForwardPass:
             if cache is None and given["use_cache"]:
                 cache = RadladsCache(self.config)
             self._check_cache(cache)
-            seen = 0 if cache is None else cache.get_seq_length()
-            _check_mask(mask, B, seen, T)
+            if not is_step:
+                _check_mask(mask, B, 0 if cache is None else cache.get_seq_length(), T)
             if positions is None and mask is not None:
                 # With decay a mixer's output depends on absolute positions, so padding must not count (in attention it
                 # does not matter).
@@ -97,7 +100,7 @@ class ForwardPass:
             if given.get(flag) is None and getattr(self.config, flag, False):
                 given[flag] = True
         given[CONTEXT] = MixerContext(
-            keep=None if mask is None or not converted else mask[:, -T:].bool(),
+            keep=None if mask is None or is_step or not converted else mask[:, -T:].bool(),
             cu_seqlens=bounds,
             attention_rope=self.config.attention_rope,
             cached=cache is not None,
@@ -125,7 +128,7 @@ class ForwardPass:
         return found
 
     def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
-        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens", ROW_PART, ROPE_FACTOR}
+        unknown = given.keys() - {*self.parameters, *_PASSED_ON, *CACHE_NAMES, "cu_seqlens", *_OWN}
         if unknown:
             raise TypeError(f"forward() got an unexpected keyword argument '{min(unknown)}'")
 

@@ -6,6 +6,7 @@ mixer with an attention's signature; shared data of mixers is passed in one keyw
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
+from radlads.model.student.decoding.generation_loop import forget_recordings, prompt_piece, sample_recorded
 from radlads.model.student.first_values import hand_on_first_values
 from radlads.model.student.forward_pass import ForwardPass
 from radlads.model.student.kept_attention import keep_attention, keep_linear_attention
@@ -84,7 +86,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = RadladsConfig
     base_model_prefix = "model"
-    _is_stateful = True  # no assisted generation: a recurrent state cannot be cropped
+    _is_stateful = False  # of transformers: whether nothing can be taken back, which a RadladsCache can
     _generic: type[PreTrainedModel] | None = None
     _family: type[PreTrainedModel] | None = None
 
@@ -125,6 +127,10 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         restore_buffers(kept)
         return self
 
+    def forget_recordings(self) -> None:
+        """Free the memory of recorded decoding steps, which generate() keeps for its next call."""
+        forget_recordings(self)
+
     def mixers(self) -> dict[int, Mixer]:
         """Layer → its mixer, for the converted layers."""
         modules = {i: getattr(layer, self.parts.attention, None) for i, layer in enumerate(self._layers())}
@@ -151,16 +157,32 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Use a RadladsCache: the cache that generate() would make has no length without attention layers."""
-        name = cache_keyword(self.model)
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation='{generation_config.cache_implementation}' does not fit a recurrent state"
-            )
+        """Use a RadladsCache: the cache that generate() would make has no length without attention layers. Kept layers
+        take memory for the longest text at once, as a static cache would."""
+        name, kind = cache_keyword(self.model), generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation='{kind}' does not fit a recurrent state; dynamic and static do")
         if model_kwargs.get(name) is None and generation_config.use_cache is not False:
-            model_kwargs[name] = RadladsCache(self.config)
+            model_kwargs[name] = RadladsCache(self.config, room=args[-1] if args else kwargs["max_cache_length"])
+            if generation_config.is_assistant:
+                model_kwargs[name].activate_past_recording()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a long prompt in pieces, so that what a pass keeps does not grow with it."""
+        cache = model_kwargs.get(cache_keyword(self.model))
+        if generation_config.prefill_chunk_size is None and isinstance(cache, RadladsCache):
+            piece = prompt_piece(self.config, *input_ids.shape)
+            if piece < input_ids.shape[1] - cache.get_seq_length() and model_kwargs.get("inputs_embeds") is None:
+                generation_config = copy.copy(generation_config)
+                generation_config.prefill_chunk_size = piece
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with steps that are recorded once as a CUDA graph where that can be done."""
+        made = sample_recorded(self, input_ids, *args, **kwargs)
+        return super()._sample(input_ids, *args, **kwargs) if made is None else made
 
 
 class _WithBackbone(PreTrainedModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -186,7 +187,7 @@ class Mixer(nn.Module):
             )
         memory = None if cache is None else cache.layers[self.layer]
         device, context = hidden_states.device, mixer_context
-        mixed = self.mix(
+        mixed = (self.mix if memory is None else partial(memory.run, self.mix))(
             hidden_states,
             rope=position_embeddings,
             first=None if context.first is None else FirstValues(*(_moved(part, device) for part in context.first)),

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from radlads.model.student.decoding.recorder import Recorder
 from radlads.tasks.contracts.recipe.sections import Needle
 from radlads.tasks.contracts.specs import NeedleSpec
 from radlads.tasks.jobs.common import Job, run_job, write_json
@@ -39,7 +40,7 @@ from radlads.tasks.jobs.judge.ruler.prompts import make_ruler_trials
 from radlads.tasks.jobs.judge.ruler.sheet import flatten_ruler, ruler_sheet
 from radlads.tasks.jobs.origin import check_judged
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
-from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder, Recorder
+from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder
 
 logger = logging.getLogger("radlads")
 

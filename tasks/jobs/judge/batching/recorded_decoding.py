@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
+from radlads.model.student.decoding.kept_layer import FixedLayer
+from radlads.model.student.decoding.recorder import NUM_EAGER, Recorder, WaitsForGpuError
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.jobs.train.engines.build import SMALL
-from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, Recorder, Values, WaitsForGpuError
+from radlads.tasks.jobs.train.engines.pass_graphs import Values
 
 logger = logging.getLogger("radlads")
 
@@ -36,40 +38,6 @@ def records_steps(resources: JobResources, parameters: int) -> bool:
     """Whether generation records its steps, where the networks allow it. parameters: of the student."""
     wanted = resources.cuda_graphs == "on" or (resources.cuda_graphs == "auto" and parameters <= SMALL)
     return wanted and resources.device == "cuda" and not (resources.zero_stage == 3 and resources.processes > 1)
-
-
-class FixedLayer(CacheLayerMixin):
-    """Keys and values of a softmax layer in tensors of the final length, [B,H,L,K]. place: [1], of the next token,
-    which all layers share."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self, layer: DynamicLayer, length: int, place: Tensor) -> None:
-        super().__init__()
-        assert layer.keys is not None
-        assert layer.values is not None
-        self.keys, self.values = (_lengthened(x, length) for x in (layer.keys, layer.values))
-        self.place, self.length, self.is_initialized = place, length, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(2, self.place, key_states)
-        self.values.index_copy_(2, self.place, value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
-
-    def get_max_length(self) -> int:
-        return self.length
 
 
 def can_record(model: PreTrainedModel) -> bool:
@@ -142,7 +110,7 @@ class _Steps:
             self.mask[:, 0, 0, :T] = mask_BT.bool()
             layers: list[Any] = cache.layers
             for index, layer in enumerate(layers):  # one after the other, so that no more than one is held twice
-                layers[index] = FixedLayer(layer, T + new_tokens, self.place)
+                layers[index] = FixedLayer(layer.keys, layer.values, T + new_tokens, self.place)
                 layer.keys = layer.values = None
             self.cache = Cache(layers=layers)
 
@@ -167,10 +135,3 @@ class _Steps:
         for counter in (self.number, self.place, self.position_B1):
             counter.add_(1)
         return {}
-
-
-def _lengthened(x_BHTK: Tensor, length: int) -> Tensor:
-    B, H, T, K = x_BHTK.shape
-    longer = x_BHTK.new_zeros(B, H, length, K)
-    longer[:, :, :T] = x_BHTK
-    return longer

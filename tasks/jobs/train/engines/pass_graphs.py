@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from radlads.kernels.wkv7.decay_range import WATCH
+from radlads.model.student.decoding import recorder as decoding
+from radlads.model.student.decoding.recorder import NUM_EAGER, NotRecordedError, Recorder, WaitsForGpuError
 from radlads.tasks.contracts.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,23 +33,6 @@ logger = logging.getLogger("radlads")
 
 Values = dict[str, Tensor]
 Run = Callable[[], Values]
-
-NUM_EAGER = 2
-"""Passes of a kind before it is recorded."""
-
-
-class WaitsForGpuError(Exception):
-    """A pass reads on the host what the GPU computes. The message says where."""
-
-
-class Recorder(Protocol):
-    """Records what a function launches."""
-
-    def rehearse(self, run: Run, *, strict: bool) -> Values:
-        """Run it as it will be recorded. strict: raises WaitsForGpuError where it cannot be."""
-
-    def record(self, run: Run) -> tuple[Values, Callable[[], None]]:
-        """(its results, whose addresses stay; what replays it). Runs nothing. Raises UserError."""
 
 
 class PassGraphs:
@@ -132,66 +115,19 @@ class _Kind:
         return lambda: run(self.inputs, self.weight)
 
 
-class CudaRecorder:
-    """Records on a stream of its own, and keeps the tensors of all graphs in one pool: no two run at once, and none
-    reads what another one left behind."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def rehearse(self, run: Run, *, strict: bool) -> Values:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), _without_waiting(strict):
-            results = run()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return results
+class CudaRecorder(decoding.CudaRecorder):
+    """As the student's own recorder, for passes of training."""
 
     def record(self, run: Run) -> tuple[Values, Callable[[], None]]:
+        """See `Recorder`. Raises UserError where a pass cannot be recorded."""
         WATCH.settle()  # while recording, it may not even ask whether a copy has arrived
-        graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: other threads (a checkpoint's upload, NCCL's watchdog) go on.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                results = run()
-        except RuntimeError as error:
-            first = _first(error)
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from error
+            results, replay = super().record(run)
+        except NotRecordedError as error:
             raise UserError(
-                f"resources.cuda_graphs: a training pass could not be recorded as a CUDA graph ({_line(first)}); set "
-                "it to off"
+                f"resources.cuda_graphs: a training pass could not be recorded as a CUDA graph ({error}); set it to off"
             ) from error
-        return results, graph.replay
-
-
-@contextmanager
-def _without_waiting(strict: bool) -> Iterator[None]:
-    """Raise WaitsForGpuError where the host waits for the GPU."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error" if strict else before)
-    try:
-        yield
-    except RuntimeError as error:
-        if strict and "synchronizing" in str(error):
-            raise WaitsForGpuError(_line(error)) from error
-        raise
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error that came first: to end a recording that failed raises another one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _line(error: BaseException) -> str:
-    """An error in one line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    file = "/".join(place.filename.split("/")[-3:])
-    return f"{' '.join(str(error).split())[:200]}; {file}:{place.lineno}: {place.line}"
+        return results, replay
 
 
 def _told(batch: Batch) -> str:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
+from radlads.model.student.decoding.recorder import Recorder
 from radlads.model.training.hidden_states import rows_are_whole
 from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.checkpoints.state_slices import MOMENTS, StateSlice
 from radlads.tasks.jobs.train.engines.engine import Engine, StepResult, adamw, to_device
 from radlads.tasks.jobs.train.engines.parameter_groups import optimizer_groups, select_trainable
-from radlads.tasks.jobs.train.engines.pass_graphs import PassGraphs, Recorder
+from radlads.tasks.jobs.train.engines.pass_graphs import PassGraphs
 
 if TYPE_CHECKING:
     from radlads.tasks.jobs.data.loader import Batch
