@@ -22,7 +22,16 @@ def _on_gpu() -> GpuForm:
     return GpuForm(gated_delta_fla, why_not_applicable)
 
 
-FORMS = Forms("gated_delta", gated_delta_reference, gated_delta_chunked, gated_delta_meta, _on_gpu, gpu="fla")
+FORMS = Forms(
+    "gated_delta",
+    gated_delta_reference,
+    gated_delta_chunked,
+    gated_delta_meta,
+    _on_gpu,
+    ("q", "k", "v", "log_decay", "beta"),
+    gpu="fla",
+    gates=("log_decay", "beta"),
+)
 
 
 def gated_delta(
@@ -55,7 +64,7 @@ def gated_delta(
     """
     inputs = {"q": q_BTHK, "k": k_BTHK, "v": v_BTHV, "log_decay": log_decay_BTH, "beta": beta_BTH}
     states = {"initial_state": initial_state, "output_final_state": output_final_state}
-    return FORMS.run(inputs, backend, cu_seqlens, gates=("log_decay", "beta"), **states)
+    return FORMS.run(inputs, backend, cu_seqlens, **states)
 
 
 def gated_delta_step(

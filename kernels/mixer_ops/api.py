@@ -155,6 +155,8 @@ def _choose(operator: str, backend: Form | None, tensors: tuple[Tensor, ...]) ->
         return "meta"
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"{operator}: unknown backend {backend!r}; choose from torch, triton")
+    if torch.compiler.is_compiling() and backend is None:
+        return "torch"  # whose operations it fuses itself
     reason = "requested" if backend == "torch" else why_not_fused(tensors)
     if backend == "triton" and reason is not None:
         raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")

@@ -3,8 +3,8 @@ run without them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from radlads.kernels.shared.check import check_bounds, check_inputs
 from radlads.kernels.shared.chosen import note_kernel
+from radlads.kernels.shared.opaque import opaque_operator
 
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -36,7 +37,16 @@ class Forms:
     meta: Operator
     on_gpu: Callable[[], GpuForm]
     """Imports the form for GPUs, which needs the package `gpu`."""
+    inputs: tuple[str, ...]
+    """Their names, in order."""
     gpu: str = "triton"
+    gates: tuple[str, ...] = ()
+    """Those of them that are numbers of a token and head, [B,T,H]."""
+    node: Any = field(init=False)
+    """The operator for torch.compile."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "node", opaque_operator(self.name, self._run_in_order, self.inputs.index("v")))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -66,18 +76,16 @@ class Forms:
         inputs: Mapping[str, Tensor],
         backend: str | None,
         cu_seqlens: Tensor | None,
-        *,
-        gates: Collection[str] = (),
         **states: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Check a call and run it. inputs: r, log_decay, k, v and the rest, in the operator's order.
-
-        gates: names of the inputs that are numbers of a token and head, [B,T,H]. states: initial_state and
+        """Check a call and run it. inputs: by name, in the operator's order. states: initial_state and
         output_final_state. Raises ValueError: see `choose`, `check_inputs`, `check_bounds`.
         """
+        if torch.compiler.is_compiling() and backend is None:
+            return self._traced(inputs, cu_seqlens, states)
         v = inputs["v"]
-        keys = {name: x for name, x in inputs.items() if name != "v" and name not in gates}
-        numbers = {name: inputs[name] for name in gates}
+        keys = {name: x for name, x in inputs.items() if name != "v" and name not in self.gates}
+        numbers = {name: inputs[name] for name in self.gates}
         check_inputs(self.name, keys, v, states["initial_state"], cu_seqlens, numbers)
         dtype = common_dtype(v, *(x for name, x in keys.items() if name != "log_decay"))
         operator = self.choose(backend, v, inputs["k"].shape[-1], dtype)
@@ -85,11 +93,30 @@ class Forms:
             check_bounds(self.name, cu_seqlens, v.shape[1])
         return operator(*inputs.values(), cu_seqlens=cu_seqlens, **states)
 
+    def _run_in_order(self, *inputs: Tensor, cu_seqlens: Tensor | None, **states: Any) -> tuple[Tensor, Tensor | None]:
+        return self.run(dict(zip(self.inputs, inputs, strict=True)), None, cu_seqlens, **states)
+
+    def _traced(
+        self, inputs: Mapping[str, Tensor], cu_seqlens: Tensor | None, states: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `run` while torch.compile traces: one node, or a break in the graph where there are gradients."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values()):
+            return _untraced(self, inputs, cu_seqlens, states)
+        wanted = states["output_final_state"]
+        out, state = self.node(list(inputs.values()), states["initial_state"], wanted, cu_seqlens)
+        return out, state if wanted else None
+
     def why_not_gpu(self, v: Tensor, K: int, dtype: torch.dtype) -> str | None:
         """One line on why these tensors cannot go through the GPU's kernels; None if they can."""
         if not installed(self.gpu):
             return f"{self.gpu} is not installed" if v.is_cuda else not_on_gpu(v)
         return self.on_gpu().why_not_applicable(v, K, dtype)
+
+
+@torch.compiler.disable
+def _untraced(forms: Forms, inputs: Mapping[str, Tensor], cu_seqlens: Tensor | None, states: Any) -> Any:
+    """With gradients: torch.compile leaves its graph here."""
+    return forms.run(inputs, None, cu_seqlens, **states)
 
 
 def not_on_gpu(x: Tensor) -> str:

@@ -1,6 +1,7 @@
 """The form of each operator that ran, and why no faster one did: logged once, and kept for the manifest.
 
-Standard library only, so that code that writes a manifest can read it without loading a kernel.
+Standard library only, and torch where a kernel runs, so that code that writes a manifest can read it without loading
+one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ _chosen: dict[str, dict[str, str]] = {}
 
 def note_kernel(operator: str, form: str, why: Callable[[], str] | None = None, *, slow: bool = False) -> None:
     """Record that `form` ran a call of `operator`; logged the first time. why: called then, returns why no faster form
-    ran. slow: whether a GPU goes without its kernels, which is logged as a warning."""
+    ran. slow: whether a GPU goes without its kernels, which is logged as a warning. Nothing is recorded while
+    torch.compile traces."""
+    from torch.compiler import is_compiling
+
+    if is_compiling():
+        return
     forms = _chosen.setdefault(operator, {})
     if form not in forms:
         reason = forms[form] = "" if why is None else why()

@@ -57,7 +57,7 @@ def power(size: int) -> int:
 
 def current_backend() -> str:
     """ "interpreter", "cuda" or "hip"."""
-    if triton.knobs.runtime.interpret:
+    if not torch.compiler.is_compiling() and triton.knobs.runtime.interpret:
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"
 

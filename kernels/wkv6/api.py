@@ -22,7 +22,7 @@ def _on_gpu() -> GpuForm:
     return GpuForm(wkv6_triton, why_not_applicable)
 
 
-FORMS = Forms("wkv6", wkv6_reference, wkv6_chunked, wkv6_meta, _on_gpu)
+FORMS = Forms("wkv6", wkv6_reference, wkv6_chunked, wkv6_meta, _on_gpu, ("r", "log_decay", "k", "v"))
 
 
 def wkv6(

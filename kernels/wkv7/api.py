@@ -24,7 +24,7 @@ def _on_gpu() -> GpuForm:
     return GpuForm(wkv7_triton, why_not_applicable)
 
 
-FORMS = Forms("wkv7", wkv7_reference, wkv7_chunked, wkv7_meta, _on_gpu)
+FORMS = Forms("wkv7", wkv7_reference, wkv7_chunked, wkv7_meta, _on_gpu, ("r", "log_decay", "k", "v", "a", "b"))
 
 
 def wkv7(
@@ -100,6 +100,8 @@ def wkv7_delta_step(
 
 
 def _steps_in_triton(v: Tensor, state: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     fits = state.is_cuda and state.dtype == torch.float32 and state.is_contiguous()
     fits = fits and v.dtype != torch.float64 and max(state.shape[2:]) <= 256 and triton_installed()
     note_kernel("wkv7_step", "triton" if fits else "plain torch")

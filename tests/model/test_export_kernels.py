@@ -26,7 +26,7 @@ import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 torch.manual_seed(0)
-B, T, H, K = 2, 37, 2, 16
+B, T, H, K = 1, 33, 1, 16
 
 def part(model, name):
     return importlib.import_module(type(model).__module__.rpartition(".")[0] + f".{name}_radlads")

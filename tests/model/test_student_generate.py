@@ -91,7 +91,7 @@ def test_memory_is_a_state_where_attention_was_replaced(student, tokens) -> None
         assert cache.layers[i].state.recurrent.dtype == torch.float32
     kept = 3 - len(recurrent)
     assert cache.num_bytes() == 4 * (len(recurrent) * 2 * 4 * 16 * 16 + kept * 2 * 2 * 2 * 21 * 16)
-    with pytest.raises(ValueError, match="cannot forget 1 tokens: call cache.activate_past_recording"):
+    with pytest.raises(ValueError, match=r"cannot forget 1 tokens: call cache\.activate_past_recording"):
         cache.layers[min(recurrent)].crop(-1)
     cache.reset()
     torch.testing.assert_close(
