@@ -28,7 +28,7 @@ def opaque_operator(name: str, run: Callable[..., Any], values: int) -> Callable
         out, state = run(
             *inputs, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
         )
-        return out, out.new_empty(0) if state is None else state
+        return out.contiguous(), out.new_empty(0) if state is None else state.contiguous()
 
     @operator.register_fake
     def _(
