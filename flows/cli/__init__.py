@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from radlads.flows.cli import (  # noqa: F401 - they register commands
+    chat,
     demo,
     evaluate,
     openmose,

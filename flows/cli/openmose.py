@@ -9,9 +9,9 @@ import typer
 
 from radlads.flows.cli.application import app
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.pins.places import is_gguf, resolve_teacher_path
+from radlads.tasks.contracts.requests.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.launchers.program import run_program
 
 _PROGRAM = "radlads.tasks.jobs.openmose"

@@ -18,8 +18,8 @@ from radlads.model.student.load import load_student
 from radlads.model.teacher.load import load_generation_config, load_teacher_config
 from radlads.model.weights.openmose_weights import export_openmose, load_openmose
 from radlads.tasks.contracts.job import ExitReason
-from radlads.tasks.contracts.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.contracts.parsing.credentials import HidingFormatter
+from radlads.tasks.contracts.requests.openmose import OpenMoseExport, OpenMoseImport
 from radlads.tasks.jobs.exit_reasons import EXIT_CODES, Preempted, explain, write_ending
 from radlads.tasks.jobs.origin import write_origin
 from radlads.tasks.jobs.process_group import follow_launcher, quiet_libraries

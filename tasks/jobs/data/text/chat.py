@@ -73,6 +73,19 @@ class ChatTemplate:
         messages = self._hide([{"role": "user", "content": content}])
         return self._reveal(self._text(messages, add_generation_prompt=True), ())
 
+    def conversation_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The ids of a conversation and the generation prompt. Raises UserError."""
+        rendered = self._reveal(self._text(self._hide(list(messages)), add_generation_prompt=True), ())
+        return self.encode(rendered)[0]
+
+    def ids_after(self, messages: Sequence[dict[str, Any]], answer: int) -> list[int] | None:
+        """The ids that follow the content of messages[answer], an assistant's, up to the next generation prompt; None
+        where the template rewrites what came before. Raises UserError."""
+        hidden = self._hide(list(messages))
+        before = self._text(hidden[:answer], add_generation_prompt=True) + hidden[answer]["content"]
+        whole = self._text(hidden, add_generation_prompt=True)
+        return self.encode(self._reveal(whole[len(before) :], ()))[0] if whole.startswith(before) else None
+
     def prompt_ids(self, content: str, *, add_bos: bool | None = None) -> tuple[str, list[int]]:
         """(text, ids) of one user message and the generation prompt, with BOS before it if add_bos is set and the
         template writes none. Raises UserError."""

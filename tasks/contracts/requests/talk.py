@@ -1,0 +1,51 @@
+"""Request of `radlads chat` to the program that talks with models at a terminal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from radlads.tasks.contracts.job import Sheet
+
+
+class Talker(Sheet):
+    """A model to talk to."""
+
+    name: str
+    """What its answers are headed with."""
+    path: str
+    """Folder, or hub id of a teacher."""
+    is_student: bool
+    revision: str | None = None
+
+
+class Sampling(Sheet):
+    """How answers are drawn; temperature 0 takes the likeliest token."""
+
+    temperature: float = Field(default=0.7, ge=0, le=10)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0: all tokens."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    max_new_tokens: int = Field(default=512, ge=1)
+    seed: int | None = Field(default=None, ge=0)
+    """None: every answer differs."""
+
+
+class TalkRequest(Sheet):
+    """Talk with models, all of which read the same messages."""
+
+    talkers: tuple[Talker, ...] = Field(min_length=1)
+    tokenizer: str
+    """Folder or hub id."""
+    revision: str | None = None
+    """Of the tokenizer."""
+    trust_remote_code: bool = False
+    """Of the tokenizer."""
+    chat_template: str | None = None
+    """A template file, or template:NAME; None: the tokenizer's own."""
+    system: str | None = None
+    sampling: Sampling = Sampling()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
