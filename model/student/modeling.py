@@ -127,6 +127,11 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
         restore_buffers(kept)
         return self
 
+    def new_cache(self, path: str | None = None, *, room: int = 0) -> RadladsCache:
+        """An empty cache, or what `cache.save(path)` wrote, on this model's device. room: tokens for which kept layers
+        take memory at once. Raises ValueError for a file of another model."""
+        return RadladsCache(self.config, room) if path is None else RadladsCache.load(path, self.config, self.device)
+
     def forget_recordings(self) -> None:
         """Free the memory of recorded decoding steps, which generate() keeps for its next call."""
         forget_recordings(self)
