@@ -8,16 +8,21 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from radlads.model.student.decoding.recorder import CudaRecorder
+from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.judging.generation import EvalSpeed
 from radlads.tasks.jobs.common import Job
+from radlads.tasks.jobs.judge.batching.recorded_decoding import continue_recorded
 from radlads.tasks.jobs.judge.judged_models import TEACHER, continue_ids
 
 logger = logging.getLogger("radlads")
@@ -80,6 +85,21 @@ def judge_speed(job: Job, models: Mapping[str, PreTrainedModel], asked: EvalSpee
     return settings | {"lengths": lengths}
 
 
+def _write(model: PreTrainedModel, ids_BT: torch.Tensor, new_tokens: int, clock: _Clock) -> None:
+    """Generate so many tokens, without an EOS, so that every model writes as much. Both models replay recorded steps on
+    a GPU: a student's generate() does so by itself, for the teacher it is done here."""
+    if model.device.type == "cuda" and not isinstance(model, RadladsForCausalLM):
+        clock.put(ids_BT)
+        mask_BT, device = torch.ones_like(ids_BT), model.device
+        if (
+            continue_recorded(model, ids_BT, mask_BT, new_tokens, None, partial(CudaRecorder, device), clock.put)
+            is not None
+        ):
+            return
+        clock.times.clear()
+    continue_ids(model, ids_BT, given={"streamer": clock}, do_sample=False, max_new_tokens=new_tokens)
+
+
 def _is_beyond(asked: EvalSpeed, length: int, positions: int | None) -> bool:
     return positions is not None and length + asked.new_tokens + 1 > positions
 
@@ -102,7 +122,8 @@ def _set_aside(models: list[PreTrainedModel], device: torch.device) -> Iterator[
 def measure(model: PreTrainedModel, asked: EvalSpeed, length: int) -> dict[str, float | None] | None:
     """{prompt_seconds, tokens_per_second, memory_bytes} of `generate`, medians after a warm-up; None: it does not fit.
 
-    prompt_seconds: until the first new token. tokens_per_second: of all sequences, from there on. memory_bytes: the
+    prompt_seconds: until the first new token. tokens_per_second: of all sequences, by the median step after it, so that
+    recording a step does not count. memory_bytes: the
     peak, weights included; None on a CPU.
     """
     on_gpu = model.device.type == "cuda"
@@ -116,17 +137,16 @@ def measure(model: PreTrainedModel, asked: EvalSpeed, length: int) -> dict[str, 
     try:
         for run in range(1 + REPEATS):
             clock = _Clock()
-            # Without an EOS, so that every model writes as much.
-            continue_ids(model, ids_BT, given={"streamer": clock}, do_sample=False, max_new_tokens=asked.new_tokens + 1)
-            start, first, *_, last = clock.times
+            _write(model, ids_BT, asked.new_tokens + 1, clock)
+            start, first, *_ = clock.times
             if run > 0:
                 reading.append(first - start)
-                writing.append(last - first)
+                writing.append(statistics.median(after - before for before, after in pairwise(clock.times[1:])))
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
     return {
         "prompt_seconds": statistics.median(reading),
-        "tokens_per_second": asked.batch * asked.new_tokens / statistics.median(writing),
+        "tokens_per_second": asked.batch / statistics.median(writing),
         "memory_bytes": float(torch.cuda.max_memory_allocated(model.device)) if on_gpu else None,
     }

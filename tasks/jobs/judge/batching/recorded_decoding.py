@@ -56,13 +56,17 @@ def continue_recorded(
     new_tokens: int,
     eos: int | None,
     make_recorder: MakeRecorder,
+    on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """Greedy continuations [B, up to N] of prompts padded on the left; what follows an EOS is no text. None: this
-    generation cannot be recorded, which is logged where the model lets one expect otherwise."""
+    generation cannot be recorded, which is logged where the model lets one expect otherwise. on_token: gets each
+    token [B] on the host."""
     if new_tokens < _FEWEST or not can_record(model):
         return None
     steps = _Steps(model, ids_BT.to(model.device), mask_BT.to(model.device), new_tokens, eos)
     recorder, replay = make_recorder(), None
+    if on_token is not None:
+        on_token(steps.token_B1[:, 0].cpu())
     try:
         for number in range(new_tokens - 1):
             if replay is None and number < NUM_EAGER:
@@ -71,6 +75,8 @@ def continue_recorded(
                 if replay is None:
                     _, replay = recorder.record(steps)
                 replay()
+            if on_token is not None:
+                on_token(steps.token_B1[:, 0].cpu())
             if number % _CHECK == _CHECK - 1 and bool(steps.ended_B.all()):
                 return steps.found_BN[:, : number + 2]
     except WaitsForGpuError as error:
