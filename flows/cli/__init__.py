@@ -11,11 +11,13 @@ from typing import NoReturn
 from radlads.flows.cli import (  # noqa: F401 - they register commands
     demo,
     evaluate,
+    logs,
     openmose,
     plan,
     recipes,
     run,
     services,
+    status,
     store,
     sweep,
     sync,

@@ -19,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+EXAMPLE = "Example: {}"
+"""The epilogue of a command's --help."""
 OUT = Console()
 ERR = Console(stderr=True)
 
@@ -30,6 +32,11 @@ Overrides = Annotated[
 StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
 TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db, or none.")]
 WorkPlace = Annotated[str | None, typer.Option(help="Folder in which jobs run.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run; `radlads runs` lists them.")]
+OptionalRun = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="Name of the run; the one at work, or the newest, by default.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 FetchTeacher = Annotated[
     bool, typer.Option("--fetch-teacher", help="Download the teacher's package first, where the recipe names one.")
 ]
