@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -108,10 +108,29 @@ def runs_table(runs: Sequence[RunState], width: int) -> Table:
     return table
 
 
+def side_by_side(title: str, headings: Sequence[str], rows: Mapping[str, Sequence[str]], width: int) -> Table:
+    """A row for each key, a column for each heading. Where the columns do not fit, a line for each cell."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for heading in (title, *headings):
+        table.add_column(escape(heading), overflow="fold")
+    for key, cells in rows.items():
+        table.add_row(escape(key), *map(escape, cells))
+    if Measurement.get(_PROBE, _PROBE.options.update(max_width=1000), table).maximum <= width:
+        return table
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for key, cells in rows.items():
+        table.add_row(f"[bold]{escape(key)}[/]", "")
+        for heading, cell in zip(headings, cells, strict=True):
+            table.add_row(f"  {escape(heading)}", escape(cell))
+    return table
+
+
 def summary(state: RunState) -> str:
     """What the run took so far and what it has to go, in one line."""
     parts = [f"{state.done} of {len(state.stages)} stages"]
-    seconds, hours, dollars = (state.total(name) for name in ("seconds", "gpu_hours", "dollars"))  # type: ignore[arg-type]
+    seconds, hours, dollars = (state.total(name) for name in ("seconds", "gpu_hours", "dollars"))
     if seconds:
         parts.append(f"{short_duration(seconds)} of jobs so far")
     if hours:

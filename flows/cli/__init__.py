@@ -9,15 +9,18 @@ import sys
 from typing import NoReturn
 
 from radlads.flows.cli import (  # noqa: F401 - they register commands
+    compare,
     demo,
     evaluate,
     logs,
     openmose,
     plan,
     recipes,
+    resume,
     run,
     services,
     status,
+    stop,
     store,
     sweep,
     sync,

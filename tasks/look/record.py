@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -104,10 +103,3 @@ def unknown_run(store: Store, run: str) -> UserError:
         return UserError(f"the run '{run}' in {store.uri} has no recipe.yaml: it was removed, or never begun")
     near = did_you_mean(run, known) or (": `radlads runs` lists its runs" if known else ": it has no runs yet")
     return UserError(f"there is no run '{run}' in {store.uri}{near}")
-
-
-def local_folder(places: PlacesSheet | None) -> Path | None:
-    """The recorded work folder, if it is one of this machine."""
-    if places is None or places.host != socket.gethostname():
-        return None
-    return Path(places.work) if Path(places.work).is_dir() else None

@@ -101,7 +101,7 @@ class RunState:
         for stage, one in zip(shown["stages"], self.stages, strict=True):
             stage["state"] = stage.pop("word")
             stage["share"] = one.share
-        shown |= {name: self.total(name) for name in ("seconds", "gpu_hours", "dollars")}  # type: ignore[arg-type]
+        shown |= {name: self.total(name) for name in ("seconds", "gpu_hours", "dollars")}
         shown |= {"seconds_left": self.seconds_left, "seconds_left_is_whole": self.left_is_whole}
         plain: dict[str, Any] = json.loads(json.dumps(shown, default=lambda value: value.isoformat()))
         return plain
@@ -119,7 +119,7 @@ def look(store: Store, run: str, *, layout_checked: bool = False) -> RunState:
         raise unknown_run(store, run)
     recipe = None if data is None else _recipe(data, run)
     judged = read_pointers(store, run, "judged")
-    planned = _planned(store, pointers)
+    planned = read_planned(store, pointers)
     alive = pulse is not None and pulse.is_alive
     labels = expected_stages(recipe, pointers, planned, judged)
 
@@ -208,7 +208,7 @@ def _recipe(data: bytes, run: str) -> Recipe | None:
         return None
 
 
-def _planned(store: Store, pointers: Mapping[str, Pointer]) -> dict[str, Mapping[str, Any]]:
+def read_planned(store: Store, pointers: Mapping[str, Pointer]) -> dict[str, Mapping[str, Any]]:
     """Label → the numbers of the plan, whatever its version; empty before there is one."""
     pointer = pointers.get(PLAN.name)
     if pointer is None or store.read_manifest(pointer.key) is None:
