@@ -11,11 +11,13 @@ from typing import NoReturn
 from radlads.flows.cli import (  # noqa: F401 - they register commands
     compare,
     demo,
+    doctor,
     evaluate,
     logs,
     openmose,
     plan,
     recipes,
+    report,
     resume,
     run,
     services,
