@@ -24,7 +24,7 @@ _STYLES = {
     "outdated": "yellow",
     "to do": "dim",
 }
-_SPARE = ("tok/s", "loss", "cost", "time", "left")
+_SPARE = ("tok/s", "cost", "time", "loss", "left")
 """Columns of a stage that a narrow terminal does without, the first one first."""
 _STALE_SECONDS = 30.0
 

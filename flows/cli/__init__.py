@@ -32,7 +32,7 @@ from radlads.flows.foreground import RunFailed
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.files import MENDABLE, explain_os_error
-from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.contracts.store.errors import StoreError
 from radlads.tasks.launchers.launcher import JobCrashed
 
 __all__ = ["app", "main", "parse_overrides"]
@@ -45,7 +45,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="radlads")  # also where it was started as a module, for help and completion
     except UserError as error:
         _fail(str(error).splitlines(), 2)
     except RunFailed as error:

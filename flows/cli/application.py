@@ -10,13 +10,11 @@ from rich.console import Console
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.document import one_line
-from radlads.tasks.contracts.parsing.yaml_reader import parse_value
 
 app = typer.Typer(
     name="radlads",
     help="Convert softmax-attention language models into linear-attention models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 EXAMPLE = "Example: {}"
@@ -24,7 +22,30 @@ EXAMPLE = "Example: {}"
 OUT = Console()
 ERR = Console(stderr=True)
 
-RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")]
+
+def _runs_like(context: typer.Context, incomplete: str) -> list[str]:
+    """For the shell's completion: names of runs of the store that was typed, or of the default one."""
+    from radlads.tasks.contracts.settings import resolve_settings
+    from radlads.tasks.contracts.store.layout import run_names
+    from radlads.tasks.contracts.store.open import StoreError, find_store
+
+    try:
+        names = run_names(find_store(resolve_settings(store=context.params.get("store")).store))
+    except (UserError, StoreError, OSError):  # a shell has no place to say why
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _recipes_like(incomplete: str) -> list[str]:
+    """For the shell's completion: names of shipped recipes; files are completed by the shell."""
+    from radlads.tasks.contracts.recipe.recipe import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", autocompletion=_recipes_like)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. --set distill.tokens=1e6."),
@@ -32,9 +53,21 @@ Overrides = Annotated[
 StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
 TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db, or none.")]
 WorkPlace = Annotated[str | None, typer.Option(help="Folder in which jobs run.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run; `radlads runs` lists them.")]
+RunName = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Name of the run; `radlads runs` lists them.", autocompletion=_runs_like),
+]
 OptionalRun = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="Name of the run; the one at work, or the newest, by default.")
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="Name of the run; the one at work, or the newest, by default.",
+        autocompletion=_runs_like,
+    ),
+]
+RunNames = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN RUN...", help="Names of two or more runs.", autocompletion=_runs_like),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 FetchTeacher = Annotated[
@@ -42,8 +75,27 @@ FetchTeacher = Annotated[
 ]
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        say(f"radlads {metadata.version('radlads')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """Convert softmax-attention language models into linear-attention models."""
+
+
 def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
     """["a.b=1"] → {"a.b": 1}; values are YAML, and 1e6 is a number. Raises UserError."""
+    from radlads.tasks.contracts.parsing.yaml_reader import parse_value
+
     changes: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, text = pair.partition("=")

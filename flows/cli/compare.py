@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from radlads.flows.cli.application import EXAMPLE, OUT, AsJson, StorePlace, app, say
+from radlads.flows.cli.application import EXAMPLE, OUT, AsJson, RunNames, StorePlace, app, say
 
 if TYPE_CHECKING:
     from radlads.tasks.look.compare import Comparison
@@ -19,7 +17,7 @@ _ERRORS = "± is one standard error; of a difference as if both were independent
 
 @app.command(epilog=EXAMPLE.format("radlads compare first second"))
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names of two or more runs.")],
+    runs: RunNames,
     as_json: AsJson = False,
     store: StorePlace = None,
 ) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from radlads.flows import services
 from radlads.flows.cli.application import (
     ERR,
+    EXAMPLE,
     Overrides,
     StorePlace,
     TrackingPlace,
@@ -18,13 +18,9 @@ from radlads.flows.cli.application import (
     parse_overrides,
     say,
 )
-from radlads.flows.foreground import command_line, run_in_foreground
-from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.open import find_store
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads evaluate my-run --set evaluate.heldout_tokens=1e6"))
 def evaluate(
     judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are evaluated.")],
     recipe: Annotated[str | None, typer.Option(help="Evaluate by this recipe instead of the run's own.")] = None,
@@ -40,6 +36,12 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a finished run again: other tasks, lengths or data (--set), the same teacher."""
+    from radlads.flows import services
+    from radlads.flows.foreground import command_line, run_in_foreground
+    from radlads.tasks.contracts.recipe.recipe import load_recipe
+    from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+    from radlads.tasks.contracts.store.open import find_store
+
     changes = parse_overrides(overrides)
     check_run_name(judged_run)
     from radlads.tasks.pipeline import finished_students, recipe_of_run
