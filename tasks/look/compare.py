@@ -10,7 +10,7 @@ from typing import Any
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import Manifest
 from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
-from radlads.tasks.contracts.stages import PLAN
+from radlads.tasks.contracts.stages import PLAN, STAGES
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.files import parallel
 from radlads.tasks.contracts.store.layout import check_layout
@@ -105,8 +105,10 @@ def compare(store: Store, runs: Sequence[str]) -> Comparison:
 
 
 def _made(store: Store, pointers: Mapping[str, Pointer]) -> dict[str, Manifest]:
-    """Label → what a run has finished."""
-    found = {label: store.read_manifest(pointer.key) for label, pointer in pointers.items()}
+    """Label → what a run has finished, in the order of the stages."""
+    order = list(STAGES)
+    labels = sorted(pointers, key=lambda label: (order.index(pointers[label].stage), label))
+    found = {label: store.read_manifest(pointers[label].key) for label in labels}
     return {label: manifest for label, manifest in found.items() if manifest is not None}
 
 
