@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,6 +13,10 @@ from rich.console import Console
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.document import one_line
+
+if TYPE_CHECKING:
+    from radlads.tasks.contracts.store.base import Store
+    from radlads.tasks.look.run_state import RunState
 
 app = typer.Typer(
     name="radlads",
@@ -106,6 +113,28 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
             raise UserError(f"--set {one_line(key, 60)} is given twice; leave one of them out")
         changes[key] = parse_value(text, where=f"--set {one_line(key, 60)}")
     return changes
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Ctrl-C is how a user ends what goes on for ever: without a word, exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def look_again(place: Store, before: RunState) -> RunState:
+    """The state of a run now; as it was while the store does not answer, which is said."""
+    from radlads.tasks.contracts.store.errors import StoreError
+    from radlads.tasks.look.run_state import look
+
+    try:
+        return look(place, before.run)
+    except StoreError as error:
+        text = f"trying again: {hide(str(error)).splitlines()[0]}"
+        ERR.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        return before
 
 
 def say(text: str) -> None:

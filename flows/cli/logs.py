@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from radlads.flows.cli.application import ERR, EXAMPLE, RunName, StorePlace, WorkPlace, app, say
+from radlads.flows.cli.application import (
+    ERR,
+    EXAMPLE,
+    RunName,
+    StorePlace,
+    WorkPlace,
+    app,
+    look_again,
+    say,
+    until_interrupted,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from radlads.tasks.contracts.store.base import Store
+    from radlads.tasks.look.logs import LogReader
     from radlads.tasks.look.run_state import RunState
     from radlads.tasks.look.stage_state import StageState
 
@@ -43,11 +55,12 @@ def logs(
     state = look(place, run)
     chosen = stage_to_show(state) if stage is None else stage_of(state, stage)
     if chosen is None or not chosen.product:
-        what = "no stage" if chosen is None else f"'{chosen.label}'"
         if not (follow and state.is_alive):
-            raise UserError(f"{what} of the run '{run}' has begun, so there is no log yet; it is {state.word}")
+            what = "no stage has begun" if chosen is None else f"'{chosen.label}' has not begun"
+            raise UserError(f"the run '{run}' is {state.word}; {what}, so there is no log yet")
     if follow:
-        _follow(place, state, stage, settings.work, lines)
+        with until_interrupted():
+            _follow(place, state, stage, settings.work, lines)
     elif chosen is not None:
         _show(place, chosen, settings.work, lines)
 
@@ -67,8 +80,7 @@ def _show(place: Store, stage: StageState, work: Path, lines: int) -> None:
 
 def _follow(place: Store, state: RunState, name: str | None, work: Path, lines: int) -> None:
     """Print what is added: to one stage until it has ended, or to whichever is at work until the run has."""
-    from radlads.tasks.look.logs import LogReader, open_log, stage_of, stage_to_show
-    from radlads.tasks.look.run_state import look
+    from radlads.tasks.look.logs import open_log, stage_of, stage_to_show
 
     readers: dict[str, LogReader] = {}
     while True:
@@ -83,14 +95,25 @@ def _follow(place: Store, state: RunState, name: str | None, work: Path, lines: 
             elif readers[stage.product].folder is None:  # the job may have begun to write here since
                 readers[stage.product].folder = open_log(place, stage, work).folder
         end = time.monotonic() + _STATE_SECONDS
+        for reader in readers.values():
+            if reader.folder is None:
+                _say_new(reader)
         while time.monotonic() < end:
             for reader in readers.values():
-                for line in reader.new().splitlines():
-                    say(line)
+                if reader.folder is not None:
+                    _say_new(reader)
             if not state.is_alive or (name is not None and stage is not None and stage.word == "done"):
                 return
             time.sleep(_LINE_SECONDS)
-        state = look(place, state.run)
+        state = look_again(place, state)
+
+
+def _say_new(reader: LogReader) -> None:
+    from radlads.tasks.contracts.store.errors import StoreError
+
+    with suppress(StoreError):  # it is read again
+        for line in reader.new().splitlines():
+            say(line)
 
 
 def _say_where(stage: StageState, where: str) -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from radlads.flows.cli.application import EXAMPLE, OUT, AsJson, OptionalRun, StorePlace, app, say
+from radlads.flows.cli.application import (
+    EXAMPLE,
+    OUT,
+    AsJson,
+    OptionalRun,
+    StorePlace,
+    app,
+    look_again,
+    say,
+    until_interrupted,
+)
 
 if TYPE_CHECKING:
     from radlads.tasks.contracts.store.base import Store
@@ -33,7 +43,8 @@ def status(
     place = find_store(resolve_settings(store=store).store)
     name = find_run(place, run)
     if watch:
-        sys.exit(_watch(place, name, as_json))
+        with until_interrupted():
+            sys.exit(_watch(place, name, as_json))
     state = look(place, name)
     if as_json:
         say(json.dumps(state.as_json(), indent=1))
@@ -82,5 +93,5 @@ def _watch(place: Store, name: str, as_json: bool) -> int:
             if not state.is_alive:
                 break
             time.sleep(_LOOK_SECONDS)
-            state = look(place, name)
+            state = look_again(place, state)
     return 0 if state.word == "finished" else 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from radlads.flows import cli
 from radlads.flows.run_view import ago
+from radlads.tasks.contracts.locks.holder import _started, this_process
 from radlads.tasks.contracts.locks.lease import held_by, product_lease, run_lease
 from radlads.tasks.contracts.settings import resolve_settings
 from radlads.tasks.contracts.store.layout import product_key, run_key
@@ -20,6 +22,7 @@ from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.contracts.store.pointers import point, read_pointers
 from radlads.tasks.graph import convert, judge
 from radlads.tasks.launchers.launcher import JobCrashed, JobPreempted
+from radlads.tasks.look import stop_run
 from radlads.tasks.look.doctor import machine
 from radlads.tasks.look.doctor.places import clock_finding
 from radlads.tasks.look.note import ProgressNote, note_key
@@ -255,6 +258,20 @@ def test_resume_runs_the_recorded_recipe(jobs, recipe, places, prefect_server):
     assert look(open_store(resolve_settings(store=places["store"]).store), "first").word == "finished"
 
 
+def test_a_command_of_this_machine_is_signalled_and_nothing_else():
+    program = "import time; print(flush=True); time.sleep(1000)"
+    for words, is_command in ((("radlads.flows.cli", "run"), True), (("prefect", "run"), False)):
+        process = subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        holder = this_process(Path()).model_copy(update={"pid": process.pid, "started": _started(process.pid)})
+        assert stop_run._signalled(holder) is is_command
+        if is_command:
+            assert process.wait(30) == -signal.SIGTERM
+        process.kill()
+        process.wait()
+        assert not stop_run._signalled(holder)
+
+
 # The machine
 
 
@@ -334,7 +351,7 @@ def test_runs_are_completed(jobs, recipe, places, tmp_path):
     make(recipe, places, "first")
     env = {"_RADLADS_COMPLETE": "complete_bash", "COMP_WORDS": "radlads status fi", "COMP_CWORD": "2"}
     assert in_a_process(home=tmp_path, RADLADS_STORE=places["store"], **env).stdout.split() == ["first"]
-    assert in_a_process(home=tmp_path, RADLADS_STORE=str(tmp_path / "none"), **env).stdout == ""
+    assert in_a_process(home=tmp_path, RADLADS_STORE=str(tmp_path / "none"), **env).stdout.strip() == ""
 
 
 @pytest.mark.parametrize("name", list(commands()))

@@ -42,7 +42,7 @@ def check_store(ref: StoreRef) -> Iterator[Finding]:
 
 
 def _try_store(store: Store) -> Iterator[Finding]:
-    key, data = f"doctor/{uuid.uuid4().hex}", b"radlads doctor\n"
+    key, data = f"doctor-{uuid.uuid4().hex}", b"radlads doctor\n"
     began = time.monotonic()
     store.put_bytes(key, data)
     try:
