@@ -54,10 +54,9 @@ def logs(
     place = find_store(settings.store)
     state = look(place, run)
     chosen = stage_to_show(state) if stage is None else stage_of(state, stage)
-    if chosen is None or not chosen.product:
-        if not (follow and state.is_alive):
-            what = "no stage has begun" if chosen is None else f"'{chosen.label}' has not begun"
-            raise UserError(f"the run '{run}' is {state.word}; {what}, so there is no log yet")
+    if (chosen is None or not chosen.product) and not (follow and state.is_alive):
+        what = "no stage has begun" if chosen is None else f"'{chosen.label}' has not begun"
+        raise UserError(f"the run '{run}' is {state.word}; {what}, so there is no log yet")
     if follow:
         with until_interrupted():
             _follow(place, state, stage, settings.work, lines)

@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the self-test of kernels share: inputs like RWKV-7's, the error measure, poisoned memory."""
+"""Shared by tests, benchmarks and the self-test of kernels: inputs like RWKV-7's, the error measure, poisoned memory."""
 
 from __future__ import annotations
 
