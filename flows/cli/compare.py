@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from radlads.flows.cli.application import EXAMPLE, OUT, AsJson, RunNames, StorePlace, app, say
 
@@ -11,6 +17,7 @@ if TYPE_CHECKING:
     from radlads.tasks.look.compare import Comparison
     from radlads.tasks.look.results import Score
 
+_PAGE = "radlads.tasks.jobs.report.compared.page"
 _UNALIKE = "The runs were judged by other data or settings: their results are not of the same thing."
 _ERRORS = "± is one standard error; of a difference as if both were independent, which is too much on the same texts."
 
@@ -19,6 +26,9 @@ _ERRORS = "± is one standard error; of a difference as if both were independent
 def compare(
     runs: RunNames,
     as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page in the style of a run's report.")
+    ] = None,
     store: StorePlace = None,
 ) -> None:
     """Show what differs between runs: in their recipes, then in their results, with errors, and what each took."""
@@ -27,10 +37,27 @@ def compare(
     from radlads.tasks.look import compare as comparing
 
     found = comparing.compare(find_store(resolve_settings(store=store).store), runs)
-    if as_json:
+    if html is not None:
+        _write_page(found, html)
+    elif as_json:
         say(json.dumps(found.as_json(), indent=1))
     else:
         _print(found)
+
+
+def _write_page(found: Comparison, target: Path) -> None:
+    from radlads.tasks.contracts.errors import UserError
+    from radlads.tasks.contracts.parsing.files import file_errors
+
+    with file_errors(str(target)), tempfile.TemporaryDirectory(prefix="radlads-compare-") as folder:
+        source = Path(folder, "comparison.json")
+        source.write_text(json.dumps(found.as_json()), encoding="utf-8")
+        command = [sys.executable, "-m", _PAGE, str(source), str(Path(folder, "page.html"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"the page was not made: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+        target.write_bytes(Path(folder, "page.html").read_bytes())
+    say(str(target))
 
 
 def _print(found: Comparison) -> None:

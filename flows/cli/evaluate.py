@@ -57,8 +57,9 @@ def evaluate(
     finished_students(find_store(settings.store), judged_run)  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
-    from radlads.flows.common import orchestrator
-    from radlads.flows.evaluate import radlads_evaluate
+    with ERR.status("starting Prefect"):
+        from radlads.flows.common import orchestrator
+        from radlads.flows.evaluate import radlads_evaluate
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]

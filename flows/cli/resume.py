@@ -35,18 +35,17 @@ def resume(run: RunName, store: StorePlace = None, tracking: TrackingPlace = Non
     write_private(file, how.recipe)
     places = [("--store", store), ("--tracking", tracking and (settings.tracking or "none")), ("--work", work)]
     again = command_line("resume", run, options=places)
-    from radlads.flows.common import orchestrator
-
     parameters: dict[str, Any] = {"recipe": str(file), "run": run, "store": store, "work": work}
     parameters["tracking"] = settings.tracking or "none"
+    with ERR.status("starting Prefect"):
+        from radlads.flows.common import orchestrator
+        from radlads.flows.convert import radlads
+        from radlads.flows.evaluate import radlads_evaluate
+        from radlads.flows.pretrain import radlads_pretrain
+    flow: Any = radlads_pretrain if how.pretrains else radlads
     if how.judged is not None:
-        from radlads.flows.evaluate import radlads_evaluate as flow
-
+        flow = radlads_evaluate
         parameters |= {"judged_run": how.judged, "other_teacher": how.other_teacher}
-    elif how.pretrains:
-        from radlads.flows.pretrain import radlads_pretrain as flow  # type: ignore[assignment]
-    else:
-        from radlads.flows.convert import radlads as flow  # type: ignore[assignment]
     with orchestrator():
         made = run_in_foreground(flow, parameters, again, err=ERR)
     for stage, uri in made.items():

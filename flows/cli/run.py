@@ -57,9 +57,10 @@ def run(
     check_layout(open_store(settings.store))  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
-    from radlads.flows.common import orchestrator
-    from radlads.flows.convert import radlads
-    from radlads.flows.pretrain import radlads_pretrain
+    with ERR.status("starting Prefect"):  # its import takes seconds
+        from radlads.flows.common import orchestrator
+        from radlads.flows.convert import radlads
+        from radlads.flows.pretrain import radlads_pretrain
 
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -79,9 +79,10 @@ def sweep(
     check_record(place, named, recipe, members)
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
-    from radlads.flows.common import orchestrator
-    from radlads.flows.sweep import SweepFailed, flow_of, radlads_sweep
-    from radlads.flows.sweep_deployments import check_deployment
+    with ERR.status("starting Prefect"):
+        from radlads.flows.common import orchestrator
+        from radlads.flows.sweep import SweepFailed, flow_of, radlads_sweep
+        from radlads.flows.sweep_deployments import check_deployment
 
     grids, sets = [("--grid", one) for one in grid or []], [("--set", pair) for pair in overrides or []]
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]

@@ -1,4 +1,4 @@
-"""Shared by tests, benchmarks and the self-test of kernels: inputs like RWKV-7's, the error measure, poisoned memory."""
+"""What tests, benchmarks and self-tests of kernels share: inputs like RWKV-7's, an error measure, poisoned memory."""
 
 from __future__ import annotations
 

@@ -130,6 +130,14 @@ def test_compare(jobs, recipe, places):
         assert "0.5 ± 0.03" in shown
         assert "-0.1 ± 0.05 (within error)" in " ".join(shown.split())
         assert max(map(len, shown.splitlines())) <= int(width)
+    page = Path(places["work"]) / "page.html"
+    assert typed("compare", "first", "second", "--html", page, "--store", places["store"]).exit_code == 0
+    assert "0.5000 ± 0.0300" in page.read_text()
+    assert "-0.1000 ± 0.0500, within error" in page.read_text()
+    nowhere = in_a_process("compare", "first", "second", "--html", "/no/where.html", "--store", places["store"],
+                           home=places["work"])  # fmt: skip
+    assert nowhere.returncode == 2
+    assert len(nowhere.stderr.splitlines()) == 1
     make(recipe, places, "third", **{"evaluate.heldout_tokens": 1000})
     assert "judged by other data or settings" in " ".join(
         typed("compare", "first", "third", "--store", places["store"]).stdout.split()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from radlads.flows.cli import app
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources, JobSpec
 from radlads.tasks.contracts.locks.lease import held_by, product_lease, run_lease
@@ -126,6 +128,9 @@ def test_a_run_at_work_then_killed(place, at_work, monkeypatch):
         elsewhere(patch)
         again = look(place, "r1")
         assert (again.word, again.current[0].done) == ("running", 120)
+    env = {"RADLADS_S3_ENDPOINT": place.ref.endpoint_url or "", "COLUMNS": "100"}
+    shown = CliRunner().invoke(app, ["status", "r1", "--store", place.uri], env=env).stdout
+    assert "120/500 steps 24%" in shown
     with pytest.raises(UserError, match=r"the run 'r1' is at work, by .*radlads stop r1"):
         how_to_resume(place, "r1")
     at_work.send_signal(signal.SIGKILL)

@@ -76,7 +76,7 @@ def check_hub() -> Iterator[Finding]:
         with urllib.request.urlopen(request, timeout=_HUB_SECONDS) as answer:
             date = answer.headers.get("Date")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = hide(error_text(getattr(error, "reason", None) or error, 120))  # type: ignore[arg-type]
+        reason = hide(error_text(getattr(error, "reason", None) or error, 120))
         cure = "set HTTPS_PROXY or HF_ENDPOINT, or work with local files (HF_HUB_OFFLINE=1)"
         yield Finding("hub", "warning", f"{address} does not answer: {reason}", cure)
         return
