@@ -16,6 +16,8 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.store.open import CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.launchers import local as launch
 
+PLAN_OFFLINE = plan_view.plan_offline
+
 GOOD = """\
 name: mine
 teacher: {path: demo}
@@ -244,7 +246,7 @@ def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
         log.write_text("Traceback: a bug\n")
         return 139
 
-    monkeypatch.setattr("radlads.flows.plan_view.plan_offline", plan_view.plan_offline)
+    monkeypatch.setattr(plan_view, "plan_offline", PLAN_OFFLINE)
     monkeypatch.setattr(launch, "run_process", crash)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == 1

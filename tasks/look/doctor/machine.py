@@ -22,7 +22,7 @@ _OLDEST_PYTHON = (3, 11)
 _GIB = 1 << 30
 _FEW_GIB, _TOO_FEW_GIB = 20.0, 1.0
 _SMI_SECONDS = 20
-_SELF_TEST = "radlads.tasks.jobs.self_test"
+_SELF_TEST = "radlads.tasks.jobs.doctor.self_test"
 _INSTALL = "install the project again: pip install -e ."
 
 
