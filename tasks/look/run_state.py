@@ -220,10 +220,12 @@ def read_planned(store: Store, pointers: Mapping[str, Pointer]) -> dict[str, Map
 
 
 def _mark_outdated(stages: list[StageState], pointers: Mapping[str, Pointer], judged: Mapping[str, Pointer]) -> None:
-    """A finished stage that read a product which the run has since replaced will be made again."""
+    """A finished stage will be made again if it read a product that the run has since replaced; the report, too, if it
+    was made of a run that was not finished."""
     current = {pointer.digest for pointer in (*pointers.values(), *judged.values())}
     for state in stages:
-        if state.word == "done" and not set(state.made_from) <= current:
+        is_early = state.stage == PUBLISH.name and any(other.word != "done" for other in stages if other is not state)
+        if state.word == "done" and (is_early or not set(state.made_from) <= current):
             state.word, state.seconds_left = "outdated", state.planned_seconds
 
 

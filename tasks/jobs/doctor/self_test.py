@@ -1,7 +1,7 @@
 """The program of `radlads doctor` that needs torch: the devices, and each kernel against its reference.
 
-`python -m radlads.tasks.jobs.doctor.self_test out.json`. An operator's fast form, with gradients, is compared with its loop in
-fp64; it may be off by twice what the loop is in the same dtype, and a little.
+`python -m radlads.tasks.jobs.doctor.self_test out.json`. An operator's fast form, with gradients, is compared with its
+loop in fp64; it may be off by twice what the loop is in the same dtype, and a little.
 """
 
 from __future__ import annotations
