@@ -36,7 +36,9 @@ def compare(
     from radlads.tasks.contracts.store.open import find_store
     from radlads.tasks.look import compare as comparing
 
-    found = comparing.compare(find_store(resolve_settings(store=store).store), runs)
+    place = find_store(resolve_settings(store=store).store)
+    with OUT.status(f"reading {place.uri}"):
+        found = comparing.compare(place, runs)
     if html is not None:
         _write_page(found, html)
     elif as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,7 @@ from radlads.flows.cli.application import (
 
 if TYPE_CHECKING:
     from radlads.tasks.contracts.store.base import Store
+    from radlads.tasks.look.run_state import RunState
 
 _LOOK_SECONDS = 5.0
 
@@ -41,11 +43,12 @@ def status(
     from radlads.tasks.look.run_state import find_run, look
 
     place = find_store(resolve_settings(store=store).store)
-    name = find_run(place, run)
+    with OUT.status(f"reading {place.uri}"):
+        name = find_run(place, run)
+        state = look(place, name)
     if watch:
         with until_interrupted():
-            sys.exit(_watch(place, name, as_json))
-    state = look(place, name)
+            sys.exit(_watch(place, state, as_json))
     if as_json:
         say(json.dumps(state.as_json(), indent=1))
     else:
@@ -71,22 +74,23 @@ def runs(as_json: AsJson = False, store: StorePlace = None) -> None:
         OUT.print(runs_table(found, OUT.width))
 
 
-def _watch(place: Store, name: str, as_json: bool) -> int:
+def _watch(place: Store, state: RunState, as_json: bool) -> int:
     """Show a run until it ends; the exit code: 0 if it has finished, else 1. On a terminal one table is renewed,
     elsewhere a line is printed for each change."""
     from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     from radlads.flows.run_view import headline, plain_line, stage_table, summary
-    from radlads.tasks.look.run_state import look
 
-    state, said = look(place, name), ""
-    with Live(console=OUT, auto_refresh=False) as live:
+    said = ""
+    with nullcontext() if as_json or not OUT.is_terminal else Live(console=OUT, auto_refresh=False) as live:
         while True:
-            if as_json:
+            if live is not None:
+                lines = map(Text.from_markup, headline(state))
+                live.update(Group(*lines, stage_table(state, OUT.width), summary(state)), refresh=True)
+            elif as_json:
                 say(json.dumps(state.as_json()))
-            elif OUT.is_terminal:
-                live.update(Group(*headline(state), stage_table(state, OUT.width), summary(state)), refresh=True)
             elif plain_line(state) != said:
                 said = plain_line(state)
                 say(said)

@@ -7,7 +7,8 @@ from radlads.tasks.contracts.store.files import parallel
 from radlads.tasks.contracts.store.layout import check_layout, run_names
 from radlads.tasks.look.run_state import RunState, look
 
-_PARALLEL = 8
+_PARALLEL = 4
+"""Each reads several objects at a time; a client of a bucket has 32 connections."""
 
 
 def look_at_all(store: Store) -> list[RunState]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from radlads.tasks.contracts.errors import UserError
@@ -40,7 +39,7 @@ _log = logging.getLogger(__name__)
 RunWord = Literal["running", "finished", "failed", "stopped", "died", "silent"]
 """died: its process, of this machine, is dead. silent: another machine's process has not renewed its lease for more
 than a minute: it died, or cannot reach the store."""
-_PARALLEL = 16
+_PARALLEL = 8
 
 
 @dataclass
@@ -192,12 +191,6 @@ def find_run(store: Store, run: str | None) -> str:
 
     found = parallel(newest, names, _PARALLEL)
     return max(zip(found, names, strict=True))[1]
-
-
-def scratch_of_stage(state: StageState, work: Path) -> Path | None:
-    """The folder of a stage's job on this machine, where it has its log; None if there is none."""
-    folder = work / state.product
-    return folder if state.product and folder.is_dir() else None
 
 
 def _recipe(data: bytes, run: str) -> Recipe | None:
