@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import socket
 from datetime import UTC, datetime
 from typing import Any
@@ -31,7 +30,6 @@ class PlacesSheet(Sheet):
 
     host: str
     user: str
-    folder: str
     work: str
     tracking: str
     time: datetime
@@ -67,7 +65,6 @@ def keep_places(store: Store, run: str, settings: Settings, **more: Any) -> None
     sheet = PlacesSheet(
         host=socket.gethostname(),
         user=user_name(),
-        folder=os.getcwd(),
         work=str(settings.work),
         tracking=settings.tracking or "none",
         time=datetime.now(UTC),
