@@ -10,6 +10,7 @@ from prefect import flow
 from radlads.flows.common import Address, explain_errors, run_identity
 from radlads.tasks.announce import run_announced
 from radlads.tasks.graph import judge
+from radlads.tasks.look.record import keep_places
 from radlads.tasks.pipeline import open_pipeline, recipe_of_run, students_to_judge
 from radlads.tasks.stage_tasks import PrefectRunner
 
@@ -37,6 +38,7 @@ def radlads_evaluate(
         asked, overrides=overrides, run=run, run_id=run_identity(), store=store, tracking=tracking, work=work
     ) as pipeline:
         students = students_to_judge(pipeline, judged_run)
+        keep_places(pipeline.store, pipeline.run, pipeline.settings, judged=judged_run, other_teacher=other_teacher)
         graph = partial(judge, pipeline.recipe, students=students, other_teacher=other_teacher)
         judged = run_announced(pipeline, PrefectRunner(pipeline), graph)
         return {"run": pipeline.run, **{stage: product.uri for stage, product in judged.items()}}

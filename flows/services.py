@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from radlads.flows.door import LOOPBACK, own_origins
@@ -127,9 +126,16 @@ def is_healthy(service: Service) -> bool:
     """Whether a server answers; a worker is as healthy as its process."""
     if service.url is None:
         return service.is_alive()
+    return answers(service.url + _HEALTH[service.name])
+
+
+def answers(address: str) -> bool:
+    """Whether a server answers a question after its health, without a proxy."""
+    import httpx
+
     try:
         with httpx.Client(trust_env=False, timeout=5) as client:
-            return client.get(service.url + _HEALTH[service.name]).status_code == 200
+            return client.get(address).status_code == 200
     except httpx.HTTPError:
         return False
 

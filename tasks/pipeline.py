@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -23,18 +22,20 @@ from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
 from radlads.tasks.contracts.pins.pins import at_pinned_commits, moved_content
-from radlads.tasks.contracts.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_of_data
+from radlads.tasks.contracts.recipe.recipe import Recipe, load_recipe, recipe_of_data
 from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
 from radlads.tasks.contracts.settings import Settings, check_run_name, refuse_credentials, resolve_settings
 from radlads.tasks.contracts.specs import Pin, PlanReport, PlanSpec, StageSpec
 from radlads.tasks.contracts.stages import PLAN, STUDENT_STAGES, TRAINING_STAGES, Stage
-from radlads.tasks.contracts.store.layout import check_layout, claim_layout, recipe_key, run_key
+from radlads.tasks.contracts.store.layout import check_layout, claim_layout, recipe_key
 from radlads.tasks.contracts.store.open import Store, StoreError, find_store, open_store, store_id
 from radlads.tasks.contracts.store.pointers import Target, point, read_pointer, read_pointers
 from radlads.tasks.contracts.tracking import Ending, RunIdentity, close_run, open_pipeline_run
 from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
+from radlads.tasks.look.record import keep_places, keep_recipe, unknown_run
+from radlads.tasks.look.stop_request import StopWatch
 from radlads.tasks.mirror import recipe_params, sync_run
 from radlads.tasks.stage import Product, StageRequest, product_held
 
@@ -161,9 +162,11 @@ def open_pipeline(
     with (
         run_lease(pipeline.store, name, folder) as lease,
         hold_folder(folder, "lock", what=f"the folder of run '{name}'"),
+        StopWatch(pipeline.store, name, lease),
     ):
         pipeline.lease = lease
-        _keep_recipe(pipeline, lease)
+        keep_recipe(pipeline.store, name, pipeline.recipe, lease)
+        keep_places(pipeline.store, name, settings)
         pipeline.tracked()
         try:
             yield pipeline
@@ -188,23 +191,6 @@ def _close(pipeline: Pipeline, ending: Ending) -> None:
         _log.warning("%s; `radlads sync %s` does that", error, pipeline.run)
 
 
-def _keep_recipe(pipeline: Pipeline, lease: Lease) -> None:
-    """Write the run's resolved recipe; an earlier one is kept under a name with its digest.
-
-    Raises LeaseLost, StoreError.
-    """
-    store, key, data = pipeline.store, recipe_key(pipeline.run), dump_recipe(pipeline.recipe).encode()
-    found = store.read(key)
-    if found is None:
-        store.put_if_absent(key, data)
-    elif found[0] != data:
-        digest = hashlib.sha256(found[0]).hexdigest()[:12]
-        store.put_if_absent(f"{run_key(pipeline.run)}/recipe-{digest}.yaml", found[0])
-        lease.confirm()
-        if not store.replace(key, data, found[1]):
-            raise StoreError(f"{store.join(key)} was written by another process at the same time; try again")
-
-
 def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store: str | None = None) -> Recipe:
     """The recipe of a run, with the hub commits of teacher and data that its plan pinned.
 
@@ -214,7 +200,7 @@ def recipe_of_run(run: str, overrides: Mapping[str, Any] | None = None, *, store
     check_layout(place)
     data = place.get_bytes(recipe_key(check_run_name(run)))
     if data is None:
-        raise UserError(f"there is no run '{run}' in {place.uri}")
+        raise unknown_run(place, run)
     where = f"the recipe of run '{run}'"
     requested = anchor_recipe(recipe_of_data(data, overrides, where=where), where, Path.cwd())
     plan = next(plans_of(place, run), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from radlads.tasks.contracts.specs import PlanReport
+if TYPE_CHECKING:
+    from radlads.tasks.contracts.specs import PlanReport
 
 _GIB = 1024**3
 _PARTS = {

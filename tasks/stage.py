@@ -30,6 +30,7 @@ from radlads.tasks.launchers.launcher import JobCrashed, Launcher
 from radlads.tasks.launchers.local import LocalLauncher
 from radlads.tasks.launchers.progress import Progress
 from radlads.tasks.launchers.stopping import REQUEST
+from radlads.tasks.look.note import Publisher
 
 _log = logging.getLogger(__name__)
 # Files that every job leaves for users, stored under `job/`, apart from the product's own files.
@@ -194,8 +195,8 @@ def _make(
     _leave_other_stores(request)
     restore_record(store, key, scratch)
     try:
-        with slot or nullcontext():
-            watched = _while_ours((lease, request.lease), on_progress)
+        with slot or nullcontext(), Publisher(store, key, spec, lease) as note:
+            watched = _while_ours((lease, request.lease), on_progress, note.see)
             request.launcher.run(spec, on_progress=watched, grace_seconds=request.grace_seconds)
     finally:
         if _is_ours(lease):
@@ -209,17 +210,18 @@ def _make(
 
 
 def _while_ours(
-    leases: tuple[Lease | None, ...], on_progress: Callable[[Progress], None] | None
+    leases: tuple[Lease | None, ...], *told: Callable[[Progress], None] | None
 ) -> Callable[[Progress], None]:
-    """Wraps on_progress; raises LeaseLost, which stops the job, once another process has taken over the product or the
-    run."""
+    """Calls all of `told`; raises LeaseLost, which stops the job, once another process has taken over the product or
+    the run."""
 
     def look(progress: Progress) -> None:
         for lease in leases:
             if lease is not None:
                 lease.check()
-        if on_progress is not None:
-            on_progress(progress)
+        for tell in told:
+            if tell is not None:
+                tell(progress)
 
     return look
 

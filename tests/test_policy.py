@@ -21,6 +21,9 @@ READS_ENVIRONMENT = {
     "tasks/contracts/settings.py",
     "tasks/launchers/supervise.py",
     "flows/services.py",
+    "flows/cli/report.py",  # whether there is a desktop
+    "tasks/look/doctor/machine.py",  # what is set wrongly
+    "tasks/look/doctor/places.py",
     "tasks/jobs/common.py",
     "tasks/jobs/process_group.py",
     "tasks/jobs/train/engines/ranks.py",
@@ -32,7 +35,6 @@ FOUND_BY_FILE_NAME = ("model/mixers",)
 FOR_TESTS = {
     "kernels/mixer_ops/reference.py": "the equations, which every form is compared with",
     "kernels/shared/offline.py": "compiles every kernel for GPUs that are not there",
-    "kernels/shared/testing.py": "inputs and measures of the kernels' tests and benchmarks",
     "deployments/twins.py": "writes the tiny recipes that tests run",
     "deployments/demo/make_corpus.py": "wrote the shipped corpus",
 }

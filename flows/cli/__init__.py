@@ -10,13 +10,20 @@ from typing import NoReturn
 
 from radlads.flows.cli import (  # noqa: F401 - they register commands
     chat,
+    compare,
     demo,
+    doctor,
     evaluate,
+    logs,
     openmose,
     plan,
     recipes,
+    report,
+    resume,
     run,
     services,
+    status,
+    stop,
     store,
     sweep,
     sync,
@@ -26,7 +33,7 @@ from radlads.flows.foreground import RunFailed
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import hide
 from radlads.tasks.contracts.parsing.files import MENDABLE, explain_os_error
-from radlads.tasks.contracts.store.open import StoreError
+from radlads.tasks.contracts.store.errors import StoreError
 from radlads.tasks.launchers.launcher import JobCrashed
 
 __all__ = ["app", "main", "parse_overrides"]
@@ -39,7 +46,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a narrow locale must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="radlads")  # also where it was started as a module, for help and completion
     except UserError as error:
         _fail(str(error).splitlines(), 2)
     except RunFailed as error:

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from radlads.flows.cli.application import StorePlace, WorkPlace, app
+from radlads.flows.cli.application import EXAMPLE, StorePlace, WorkPlace, app
 from radlads.tasks.contracts.errors import UserError
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads chat my-run --both --temperature 0"))
 def chat(
     model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A finished run, or an exported folder.")],
     both: Annotated[bool, typer.Option("--both", help="The teacher answers, too, then the student.")] = False,
@@ -36,10 +36,7 @@ def chat(
         bool, typer.Option("--trust-remote-code", help="Run the code of the tokenizer's folder.")
     ] = False,
 ) -> None:
-    """Talk to a converted model, to its teacher, or to both; /help lists what can be typed.
-
-    Example: radlads chat my-run --both --temperature 0
-    """
+    """Talk to a converted model, to its teacher, or to both; /help lists what can be typed."""
     from radlads.flows.talkers import find_talkers
     from radlads.tasks.contracts.requests.talk import Sampling, TalkRequest
     from radlads.tasks.launchers.terminal import run_at_terminal

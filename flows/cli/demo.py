@@ -9,20 +9,21 @@ from typing import Annotated
 
 import typer
 
-from radlads.flows import services
-from radlads.flows.cli.application import OUT, Overrides, app, parse_overrides
-from radlads.flows.foreground import command_line
-from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+from radlads.flows.cli.application import EXAMPLE, OUT, Overrides, app, parse_overrides
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads demo --run first"))
 def demo(
     recipe: Annotated[str, typer.Option(help="Recipe to run instead of the smoke recipe.")] = "smoke",
     name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Start the services, convert the shipped teacher through them, and print where the results are."""
+    from radlads.flows import services
+    from radlads.flows.foreground import command_line
+    from radlads.tasks.contracts.recipe.recipe import load_recipe
+    from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+
     changes = parse_overrides(overrides)
     asked = load_recipe(recipe, changes)
     if recipe.endswith((".yaml", ".yml")):

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from radlads.flows import services
 from radlads.flows.cli.application import (
     ERR,
+    EXAMPLE,
     Overrides,
     StorePlace,
     TrackingPlace,
@@ -18,13 +18,9 @@ from radlads.flows.cli.application import (
     parse_overrides,
     say,
 )
-from radlads.flows.foreground import command_line, run_in_foreground
-from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.open import find_store
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads evaluate my-run --set evaluate.heldout_tokens=1e6"))
 def evaluate(
     judged_run: Annotated[str, typer.Argument(help="Name of the finished run whose models are evaluated.")],
     recipe: Annotated[str | None, typer.Option(help="Evaluate by this recipe instead of the run's own.")] = None,
@@ -40,6 +36,12 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a finished run again: other tasks, lengths or data (--set), the same teacher."""
+    from radlads.flows import services
+    from radlads.flows.foreground import command_line, run_in_foreground
+    from radlads.tasks.contracts.recipe.recipe import load_recipe
+    from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+    from radlads.tasks.contracts.store.open import find_store
+
     changes = parse_overrides(overrides)
     check_run_name(judged_run)
     from radlads.tasks.pipeline import finished_students, recipe_of_run
@@ -55,8 +57,9 @@ def evaluate(
     finished_students(find_store(settings.store), judged_run)  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
-    from radlads.flows.common import orchestrator
-    from radlads.flows.evaluate import radlads_evaluate
+    with ERR.status("starting Prefect"):
+        from radlads.flows.common import orchestrator
+        from radlads.flows.evaluate import radlads_evaluate
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]

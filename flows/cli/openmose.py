@@ -7,19 +7,16 @@ from typing import Annotated
 
 import typer
 
-from radlads.flows.cli.application import app
+from radlads.flows.cli.application import EXAMPLE, app
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.files import file_errors
-from radlads.tasks.contracts.pins.places import is_gguf, resolve_teacher_path
-from radlads.tasks.contracts.requests.openmose import OpenMoseExport, OpenMoseImport
-from radlads.tasks.launchers.program import run_program
 
 _PROGRAM = "radlads.tasks.jobs.openmose"
 
 Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist yet.")]
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads import-openmose weights --teacher Qwen/Qwen3-8B --out student"))
 def import_openmose(
     weights: Annotated[Path, typer.Argument(help="Folder of safetensors under OpenMOSE's names.")],
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the model that they were converted from.")],
@@ -40,6 +37,10 @@ def import_openmose(
     ] = False,
 ) -> None:
     """Convert a checkpoint of RWKVInside or RWKV-Infer into an exported student."""
+    from radlads.tasks.contracts.requests.openmose import OpenMoseImport
+    from radlads.tasks.contracts.pins.places import is_gguf, resolve_teacher_path
+    from radlads.tasks.launchers.program import run_program
+
     _check_places(weights, out)
     place = resolve_teacher_path(teacher)
     if is_gguf(place):
@@ -59,7 +60,7 @@ def import_openmose(
     run_program("import-openmose", _PROGRAM, request)
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads export-openmose student --out weights"))
 def export_openmose(
     student: Annotated[Path, typer.Argument(help="Folder of an exported student.")],
     out: Out,
@@ -68,6 +69,9 @@ def export_openmose(
     ] = False,
 ) -> None:
     """Write a student's weights under OpenMOSE's names, as safetensors."""
+    from radlads.tasks.contracts.requests.openmose import OpenMoseExport
+    from radlads.tasks.launchers.program import run_program
+
     _check_places(student, out)
     request = OpenMoseExport(student=str(student.absolute()), out=str(out.absolute()), marker=marker)
     run_program("export-openmose", _PROGRAM, request)

@@ -7,17 +7,20 @@ from typing import Annotated
 
 import typer
 
-from radlads.flows.cli.application import OUT, FetchTeacher, Overrides, RecipeName, app, parse_overrides, say
-from radlads.flows.fetch_teacher import fetch_teacher
-from radlads.flows.plan_view import plan_offline, print_plan
+from radlads.flows.cli.application import (
+    EXAMPLE,
+    OUT,
+    FetchTeacher,
+    Overrides,
+    RecipeName,
+    app,
+    parse_overrides,
+    say,
+)
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
-from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
-from radlads.tasks.contracts.settings import resolve_settings
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads plan qwen3-8b-hybrid --gpus 8 --gpu-memory 80"))
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -29,13 +32,21 @@ def plan(
     fetch: FetchTeacher = False,
 ) -> None:
     """Check a recipe and print its sizes, memory and steps. Runs no other stage and stores nothing."""
+    from radlads.flows import plan_view
+    from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
+    from radlads.tasks.contracts.recipe.recipe import load_recipe
+    from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+    from radlads.tasks.contracts.settings import resolve_settings
+
     asked = anchor_recipe(load_recipe(recipe, parse_overrides(overrides)), recipe, Path.cwd())
     home = resolve_settings().home
     if fetch:
+        from radlads.flows.fetch_teacher import fetch_teacher
+
         fetch_teacher(asked, home, say)
     asked = at_fetched_teacher(asked, home)
     with OUT.status("planning"):
-        report = plan_offline(asked, gpus=gpus, gpu_memory_gib=gpu_memory, sizes_only=sizes_only)
-    print_plan(OUT, asked, report)
+        report = plan_view.plan_offline(asked, gpus=gpus, gpu_memory_gib=gpu_memory, sizes_only=sizes_only)
+    plan_view.print_plan(OUT, asked, report)
     if report.misfits:
         raise UserError("\n".join(report.misfits))

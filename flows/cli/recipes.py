@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-from rich.table import Table
-
-from radlads.flows.cli.application import OUT, app
-from radlads.tasks.contracts.recipe.recipe import list_recipes, load_recipe
+from radlads.flows.cli.application import EXAMPLE, OUT, app
 
 _TWIN = "tiny-"
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads recipes"))
 def recipes() -> None:
     """List the recipes that come with the package."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from radlads.tasks.contracts.recipe.recipe import list_recipes, load_recipe
+
     table = Table("recipe", "description", box=None, header_style="bold")
     names = list_recipes()
     twins = [name for name in names if name.startswith(_TWIN) and name.removeprefix(_TWIN) in names]

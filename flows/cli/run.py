@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from radlads.flows import services
 from radlads.flows.cli.application import (
     ERR,
+    EXAMPLE,
     FetchTeacher,
     Overrides,
     RecipeName,
@@ -21,17 +21,9 @@ from radlads.flows.cli.application import (
     parse_overrides,
     say,
 )
-from radlads.flows.fetch_teacher import fetch_teacher
-from radlads.flows.foreground import command_line, run_in_foreground
-from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
-from radlads.tasks.contracts.recipe.recipe import load_recipe
-from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
-from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.layout import check_layout
-from radlads.tasks.contracts.store.open import open_store
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads run smoke --run first --set distill.tokens=1e6"))
 def run(
     recipe: RecipeName,
     name: Annotated[str | None, typer.Option("--run", help="Name of the run; the same name continues it.")] = None,
@@ -42,6 +34,15 @@ def run(
     fetch: FetchTeacher = False,
 ) -> None:
     """Run the pipeline in this process, with the services if they are up. Run it again to continue after a failure."""
+    from radlads.flows import services
+    from radlads.flows.foreground import command_line, run_in_foreground
+    from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
+    from radlads.tasks.contracts.recipe.recipe import load_recipe
+    from radlads.tasks.contracts.recipe.relative_paths import anchor_recipe
+    from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+    from radlads.tasks.contracts.store.layout import check_layout
+    from radlads.tasks.contracts.store.open import open_store
+
     changes = parse_overrides(overrides)
     asked = load_recipe(recipe, changes)  # a faulty recipe is reported before Prefect is started
     if name is not None:
@@ -49,14 +50,17 @@ def run(
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     here = anchor_recipe(asked, recipe, Path.cwd())
     if fetch:
+        from radlads.flows.fetch_teacher import fetch_teacher
+
         fetch_teacher(here, settings.home, say)
     at_fetched_teacher(here, settings.home)  # a missing teacher is reported before Prefect is started, too
     check_layout(open_store(settings.store))  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
-    from radlads.flows.common import orchestrator
-    from radlads.flows.convert import radlads
-    from radlads.flows.pretrain import radlads_pretrain
+    with ERR.status("starting Prefect"):  # its import takes seconds
+        from radlads.flows.common import orchestrator
+        from radlads.flows.convert import radlads
+        from radlads.flows.pretrain import radlads_pretrain
 
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"

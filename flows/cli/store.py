@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from radlads.flows.cli.application import OUT, StorePlace, app, say
+from radlads.flows.cli.application import EXAMPLE, OUT, StorePlace, app, say
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.locks.lease import is_live
-from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.layout import check_layout
-from radlads.tasks.contracts.store.open import Store, find_store
-from radlads.tasks.contracts.store.pointers import read_pointers
-from radlads.tasks.upkeep.gc import Garbage, Wish, collect, find_garbage
-from radlads.tasks.upkeep.listing import StoredProduct, stored_products, stored_runs
-from radlads.tasks.upkeep.upgrade import upgrade_store
+
+if TYPE_CHECKING:
+    from radlads.tasks.contracts.store.base import Store
+    from radlads.tasks.upkeep.gc import Garbage
+    from radlads.tasks.upkeep.listing import StoredProduct
 
 store_app = typer.Typer(help="Runs and products: list, collect garbage, upgrade.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
 
-@store_app.command("list")
+@store_app.command("list", epilog=EXAMPLE.format("radlads store list"))
 def list_store(store: StorePlace = None) -> None:
     """List the runs, the product of each of their stages, and how much of the store is shared or belongs to no run."""
+    from rich.table import Table
+
+    from radlads.tasks.contracts.store.layout import check_layout
+    from radlads.tasks.upkeep.listing import stored_products, stored_runs
+
     place = _open(store)
     check_layout(place)
     products = {product.key: product for product in stored_products(place)}
@@ -52,13 +53,17 @@ def list_store(store: StorePlace = None) -> None:
     )
 
 
-@store_app.command()
+@store_app.command(epilog=EXAMPLE.format("radlads store where my-run distill"))
 def where(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     stage: Annotated[str, typer.Argument(help="Stage, e.g. publish, distill or tokenize-train.")] = "publish",
     store: StorePlace = None,
 ) -> None:
     """Print the address of a run's product."""
+    from radlads.tasks.contracts.settings import check_run_name
+    from radlads.tasks.contracts.store.layout import check_layout
+    from radlads.tasks.contracts.store.pointers import read_pointers
+
     place = _open(store)
     check_layout(place)
     pointers = read_pointers(place, check_run_name(run))
@@ -70,7 +75,7 @@ def where(
     say(place.join(pointers[stage].key))
 
 
-@store_app.command()
+@store_app.command(epilog=EXAMPLE.format("radlads store gc --older-than 7"))
 def gc(
     keep_runs: Annotated[str, typer.Option(help="Runs whose products stay, separated by commas; or all.")] = "all",
     older_than: Annotated[float, typer.Option(metavar="DAYS", help="Only what is older than that.", min=0)] = 0.0,
@@ -81,6 +86,9 @@ def gc(
     store: StorePlace = None,
 ) -> None:
     """List products that no run, or no kept run, points at. Nothing is deleted without --delete."""
+    from radlads.tasks.contracts.settings import check_run_name
+    from radlads.tasks.upkeep.gc import Wish, collect, find_garbage
+
     names = None if keep_runs == "all" else [check_run_name(name.strip()) for name in keep_runs.split(",")]
     wish = Wish(runs=names, history=not drop_history, older_than_days=older_than)
     place = _open(store)
@@ -95,7 +103,7 @@ def gc(
     say(f"deleted {len(freed)} products, {_size(sum(one.product.size for one in freed))}")
 
 
-@store_app.command()
+@store_app.command(epilog=EXAMPLE.format("radlads store upgrade --store s3://bucket/prefix"))
 def upgrade(
     store: StorePlace = None,
     tracking: Annotated[
@@ -105,6 +113,10 @@ def upgrade(
     keep_old: Annotated[bool, typer.Option("--keep-old", help="Keep the files at the old places as well.")] = False,
 ) -> None:
     """Convert a store of the layout before this one (products under runs/ and datasets/). Can be repeated."""
+    from radlads.tasks.contracts.settings import resolve_settings
+    from radlads.tasks.contracts.store.open import find_store
+    from radlads.tasks.upkeep.upgrade import upgrade_store
+
     settings = resolve_settings(store=store, tracking=tracking, work=work)
     done = upgrade_store(
         find_store(settings.store), settings.work, keep_old=keep_old, tracking=settings.tracking, tell=say
@@ -115,17 +127,24 @@ def upgrade(
 
 
 def _open(store: str | None) -> Store:
+    from radlads.tasks.contracts.settings import resolve_settings
+    from radlads.tasks.contracts.store.open import find_store
+
     return find_store(resolve_settings(store=store).store)
 
 
 def _state(store: Store, key: str, found: StoredProduct | None) -> str:
     """The size of what a run points at, and whether it is whole."""
+    from radlads.tasks.contracts.locks.lease import is_live
+
     if found is None:
         return "just begun" if is_live(store, key) else "gone"
     return _size(found.size) + ("" if found.committed else ", unfinished")
 
 
 def _show(found: list[Garbage]) -> None:
+    from rich.table import Table
+
     table = Table("product", "size", "age", "of runs not kept", "", box=None, header_style="bold")
     for one in found:
         name = f"{one.product.stage}/{one.product.digest[:12]}" + ("" if one.product.committed else " (unfinished)")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radlads.flows import services
 from radlads.flows.cli.application import (
     ERR,
+    EXAMPLE,
     Overrides,
     StorePlace,
     TrackingPlace,
@@ -19,16 +19,15 @@ from radlads.flows.cli.application import (
     parse_overrides,
     say,
 )
-from radlads.flows.foreground import command_line, end_in_foreground, failure_of
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.settings import check_run_name, resolve_settings
-from radlads.tasks.contracts.store.layout import check_layout
-from radlads.tasks.contracts.store.open import Store, find_store, open_store
+
+if TYPE_CHECKING:
+    from radlads.tasks.contracts.store.base import Store
 
 Yes = Annotated[bool, typer.Option("--yes", help="Start a sweep of more than 64 runs.")]
 
 
-@app.command()
+@app.command(epilog=EXAMPLE.format("radlads sweep smoke --run rates --grid distill.mixer_rate.start=1e-3,2e-3"))
 def sweep(
     recipe: Annotated[str | None, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = None,
     grid: Annotated[
@@ -50,6 +49,12 @@ def sweep(
     work: WorkPlace = None,
 ) -> None:
     """Run a recipe with every combination of some values. Stages that runs have in common run once."""
+    from radlads.flows import services
+    from radlads.flows.foreground import command_line, end_in_foreground, failure_of
+    from radlads.tasks.contracts.settings import check_run_name, resolve_settings
+    from radlads.tasks.contracts.store.layout import check_layout
+    from radlads.tasks.contracts.store.open import find_store, open_store
+
     if table is not None:
         if recipe is not None or grid or overrides:
             raise UserError("--table prints the table of an existing sweep: leave out the recipe, --grid and --set")
@@ -74,9 +79,10 @@ def sweep(
     check_record(place, named, recipe, members)
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
-    from radlads.flows.common import orchestrator
-    from radlads.flows.sweep import SweepFailed, flow_of, radlads_sweep
-    from radlads.flows.sweep_deployments import check_deployment
+    with ERR.status("starting Prefect"):
+        from radlads.flows.common import orchestrator
+        from radlads.flows.sweep import SweepFailed, flow_of, radlads_sweep
+        from radlads.flows.sweep_deployments import check_deployment
 
     grids, sets = [("--grid", one) for one in grid or []], [("--set", pair) for pair in overrides or []]
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]

@@ -1,4 +1,4 @@
-"""Common parts of kernel tests and benchmarks: inputs like RWKV-7's, the error measure, and poisoned scratch memory."""
+"""What tests, benchmarks and self-tests of kernels share: inputs like RWKV-7's, an error measure, poisoned memory."""
 
 from __future__ import annotations
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import JobResources, JobSpec
-from radlads.tasks.contracts.recipe.recipe import Resources
-from radlads.tasks.contracts.store.base import Store
-from radlads.tasks.launchers.progress import Progress
+
+if TYPE_CHECKING:  # the command line reads this module before it knows what is asked
+    from radlads.tasks.contracts.job import JobResources, JobSpec
+    from radlads.tasks.contracts.recipe.recipe import Resources
+    from radlads.tasks.contracts.store.base import Store
+    from radlads.tasks.launchers.progress import Progress
 
 
 class JobFailed(UserError):  # noqa: N818 - named after how the job ended, as its siblings

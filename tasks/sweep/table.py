@@ -10,33 +10,17 @@ from typing import Any
 
 from radlads.tasks.contracts.job import Manifest
 from radlads.tasks.contracts.parsing.document import one_line
-from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, PLAN, PUBLISH, STAGES, TRAINING_STAGES
+from radlads.tasks.contracts.stages import PLAN, PUBLISH, STAGES
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.layout import sweep_key
 from radlads.tasks.contracts.store.pointers import Pointer, read_pointers
+from radlads.tasks.look.results import gpu_hours_of, hours_of, last_loss, scores_of
 from radlads.tasks.pipeline import plans_of
 from radlads.tasks.sweep.grid import plain_value, short_keys
 from radlads.tasks.sweep.record import SweepRecord
 
 _LONGEST_REASON = 160
 _HOURS, _DOLLARS = "hours", "dollars"
-# Metric of a manifest → heading, and whether more of it is better.
-_SCORES = {
-    EVALUATE.name: {
-        "kl": ("KL", False),
-        "bits_per_byte_ratio": ("bits per byte ratio", False),
-        "top1_agreement": ("top-1 agreement", True),
-        "relative_score": ("benchmarks over chance", True),
-        "student/instructions": ("instructions obeyed", True),
-    },
-    NEEDLE.name: {"student/needle": ("needle", True), "student/ruler": ("RULER", True)},
-}
-_STUDENT = "student/"
-_NATS_RATIO = "nats_ratio/"  # and a temperature
-_MORE_IS_BETTER = ("acc", "exact_match", "f1", "bleu", "rouge", "mcc", "pass@")
-Score = tuple[str, float, bool | None]
-"""Heading, number, whether more of it is better (None: not known)."""
-_LESS_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "ter")
 
 
 @dataclass
@@ -126,12 +110,11 @@ def _row(store: Store, member: str, values: dict[str, Any], failure: str, better
         reason = failure or _why_it_ended(store, pointers, found)
         status = "failed" if reason else "unfinished" if set(found) - {PLAN.name} else "not started"
     row = MemberRow(member, values, status, one_line(reason, _LONGEST_REASON))
-    for heading, number, direction in _scores(found) or _last_loss(found if status == "done" else {}):
-        row.scores[heading] = number
-        better.setdefault(heading, direction)
+    for score in scores_of(found) or last_loss(found if status == "done" else {}):
+        row.scores[score.heading] = score.value
+        better.setdefault(score.heading, score.more_is_better)
     own = [manifest for manifest in found.values() if manifest.run == member]
-    seconds = [float(manifest.metrics["seconds"]) for manifest in own if "seconds" in manifest.metrics]
-    row.hours = sum(seconds) / 3600 if seconds else None
+    row.hours = hours_of(own)
     row.dollars = _dollars(store, member, own)
     return row
 
@@ -147,51 +130,14 @@ def _why_it_ended(store: Store, pointers: Mapping[str, Pointer], made: Mapping[s
     return ""
 
 
-def _scores(made: Mapping[str, Manifest]) -> list[Score]:
-    """What a member's judges found."""
-    found: list[Score] = []
-    for stage, known in _SCORES.items():
-        metrics = made[stage].metrics if stage in made else {}
-        for name, (heading, direction) in known.items():
-            if name in metrics:
-                found.append((heading, float(metrics[name]), direction))
-        ratios = [name for name in metrics if name.startswith(_NATS_RATIO) and not name.endswith("_stderr")]
-        found += [(f"nats ratio, {name.removeprefix(_NATS_RATIO)}", float(metrics[name]), False) for name in ratios]
-        tasks = [name for name in metrics if name.startswith(_STUDENT) and name.count("/") > 1]
-        for name in tasks if stage == EVALUATE.name else []:
-            if not name.endswith("_stderr"):
-                found.append((name.removeprefix(_STUDENT), float(metrics[name]), _direction(name)))
-    return found
-
-
-def _last_loss(made: Mapping[str, Manifest]) -> list[Score]:
-    """The loss of the last stage that trained: all there is to compare where nothing is judged."""
-    trained = [stage for stage in TRAINING_STAGES if stage in made and "loss" in made[stage].metrics]
-    return [(f"{stage} loss", float(made[stage].metrics["loss"]), False) for stage in trained[-1:]]
-
-
-def _direction(name: str) -> bool | None:
-    """Whether more of a task's metric is better, by its name; None for one that is not known."""
-    metric = name.rsplit("/", 1)[-1]
-    if any(word in metric for word in _LESS_IS_BETTER):
-        return False
-    return True if metric.startswith(_MORE_IS_BETTER) else None
-
-
 def _dollars(store: Store, member: str, own: Sequence[Manifest]) -> float | None:
     """What the member's own jobs on GPUs cost, as its report says it; None without a price or a GPU."""
     plan = next(plans_of(store, member), None)
     price = None if plan is None else plan[0].recipe.resources.dollars_per_gpu_hour
     if plan is None or price is None:
         return None
-    hours = []
-    for manifest in own:
-        metrics, planned = manifest.metrics, plan[1].stages.get(manifest.stage, {})
-        if metrics.get("gpu_hours"):
-            hours.append(float(metrics["gpu_hours"]))
-        elif planned.get("gpu_hours") is not None and "seconds" in metrics:
-            hours.append(float(metrics["seconds"]) * float(metrics.get("processes", 1)) / 3600)
-    return sum(hours) * price if hours else None
+    hours = gpu_hours_of(own, plan[1].stages)
+    return None if hours is None else hours * price
 
 
 def _status(row: MemberRow) -> str:

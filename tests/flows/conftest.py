@@ -215,7 +215,7 @@ def product_files(spec, fingerprint="f", contents=None):
     if spec.stage == "needle":
         return {"needle.json": b"{}", "needle.png": b"\x89PNG"}
     if spec.stage == "publish":
-        return {"report.md": b"# Report", "model/config.json": b"{}"}
+        return {"report.md": b"# Report", "report.html": b"<h1>Report</h1>", "model/config.json": b"{}"}
     if spec.stage == "tokenize":
         return {"index.json": b"{}"}
     return {"model/config.json": b"{}", f"{spec.stage}.json": b"{}"}

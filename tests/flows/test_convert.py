@@ -59,7 +59,9 @@ def test_a_whole_run(recipe, places, jobs, tmp_path):
     corpus = jobs.specs["tokenize"].spec["dataset"]["sources"][0]["paths"]
     assert corpus == [f"{tmp_path}/recipe/corpus.txt"]
     papers = store.list(f"{store.key(made['align'])}/job")
-    assert [key.rsplit("/", 1)[-1] for key in papers] == ["exit.json", "job.json", "log.txt", "metrics.jsonl"]
+    assert [key.rsplit("/", 1)[-1] for key in papers] == [
+        "exit.json", "job.json", "log.txt", "metrics.jsonl", "progress.json",
+    ]  # fmt: skip
     assert not (Path(jobs.specs["align"].scratch) / "output").exists()
 
 

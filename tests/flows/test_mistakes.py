@@ -16,6 +16,8 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.store.open import CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.launchers import local as launch
 
+PLAN_OFFLINE = plan_view.plan_offline
+
 GOOD = """\
 name: mine
 teacher: {path: demo}
@@ -101,7 +103,7 @@ def apart(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     # What comes after reading is for other tests: no job is launched, no orchestrator is started here.
     monkeypatch.setattr(
-        "radlads.flows.cli.plan.plan_offline", lambda *_, **__: (_ for _ in ()).throw(launch.JobFailed("it was read"))
+        "radlads.flows.plan_view.plan_offline", lambda *_, **__: (_ for _ in ()).throw(launch.JobFailed("it was read"))
     )
 
 
@@ -211,7 +213,7 @@ def test_what_the_system_refuses_is_said_in_one_line(capsys, monkeypatch, number
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number), "/data/plan.json")
 
-    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", refuse)
+    monkeypatch.setattr("radlads.flows.plan_view.plan_offline", refuse)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert (code, err) == (expected, f"error: /data/plan.json: {told}\n")
 
@@ -232,7 +234,7 @@ def test_a_failure_at_work_and_something_to_change_have_codes_of_their_own(
     def fail(*_, **__):
         raise failure_of(Failed(message=str(error), data=error), "radlads run x") if in_a_run else error
 
-    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", fail)
+    monkeypatch.setattr("radlads.flows.plan_view.plan_offline", fail)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == expected
     assert err.startswith("error: ")
@@ -244,7 +246,7 @@ def test_a_crash_of_the_plan_job_names_its_log(capsys, monkeypatch):
         log.write_text("Traceback: a bug\n")
         return 139
 
-    monkeypatch.setattr("radlads.flows.cli.plan.plan_offline", plan_view.plan_offline)
+    monkeypatch.setattr(plan_view, "plan_offline", PLAN_OFFLINE)
     monkeypatch.setattr(launch, "run_process", crash)
     code, err = typed(capsys, monkeypatch, "plan", "smoke")
     assert code == 1

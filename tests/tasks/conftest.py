@@ -16,7 +16,8 @@ import pytest
 from botocore.config import Config
 
 from radlads.tasks.contracts.job import StoreRef
-from radlads.tasks.contracts.store.open import LocalStore, S3Store
+from radlads.tasks.contracts.store.open import LocalStore
+from radlads.tasks.contracts.store.s3.store import S3Store
 
 _numbers = itertools.count()
 ACCESS, SECRET = "test", "testtest"

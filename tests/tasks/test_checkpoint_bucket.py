@@ -3,7 +3,7 @@
 import torch
 
 from radlads.tasks.contracts.job import StoreRef
-from radlads.tasks.contracts.store.open import S3Store
+from radlads.tasks.contracts.store.s3.store import S3Store
 
 from ..jobs.test_checkpoint_parts import KINDS, Table, one_attempt, pair, restore, save, whole_state  # noqa: F401
 

@@ -13,9 +13,10 @@ from botocore.config import Config
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store import base as store_base
 from radlads.tasks.contracts.store import proof as store_proof
-from radlads.tasks.contracts.store.open import CommitConflict, CorruptArtifact, S3Store, StoreError
+from radlads.tasks.contracts.store.open import CommitConflict, CorruptArtifact, StoreError
 from radlads.tasks.contracts.store.s3 import client as s3_client
 from radlads.tasks.contracts.store.s3.seal import seal_file
+from radlads.tasks.contracts.store.s3.store import S3Store
 
 from .test_store import sheet
 

@@ -8,10 +8,11 @@ import pytest
 from botocore.exceptions import ClientError
 
 from radlads.tasks.contracts.job import StoreRef
-from radlads.tasks.contracts.store.open import CorruptArtifact, S3Store, StoreError, StoreUnusable
+from radlads.tasks.contracts.store.open import CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.contracts.store.s3 import objects as s3_objects
 from radlads.tasks.contracts.store.s3 import store as s3_store
 from radlads.tasks.contracts.store.s3.seal import part_size, seal_file
+from radlads.tasks.contracts.store.s3.store import S3Store
 
 from .test_store import sheet
 

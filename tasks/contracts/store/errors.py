@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.job import SCHEMA_VERSION, Manifest
+
+if TYPE_CHECKING:  # imported where used: the command line reads this module before it knows what is asked
+    from radlads.tasks.contracts.job import Manifest
 
 
 class StoreError(Exception):
@@ -37,6 +41,8 @@ def misplaced(uri: str, found: str) -> CorruptArtifact:
 
 def older_schema(uri: str, manifest: Manifest) -> str:
     """Why a product of another schema version cannot be compared with the requested one."""
+    from radlads.tasks.contracts.job import SCHEMA_VERSION
+
     return (
         f"{uri} was made by another version of radlads (schema {manifest.schema_version}, this one has "
         f"{SCHEMA_VERSION}), so it cannot be compared with the requested product"

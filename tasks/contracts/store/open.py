@@ -9,13 +9,11 @@ from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.errors import CommitConflict, CorruptArtifact, StoreError, StoreUnusable
 from radlads.tasks.contracts.store.local import LocalStore
-from radlads.tasks.contracts.store.s3.store import S3Store
 
 __all__ = [
     "CommitConflict",
     "CorruptArtifact",
     "LocalStore",
-    "S3Store",
     "Store",
     "StoreError",
     "StoreUnusable",
@@ -28,6 +26,8 @@ __all__ = [
 def open_store(ref: StoreRef) -> Store:
     """Open a store by its uri: `s3://bucket/prefix`, or a folder. Raises StoreUnusable."""
     if ref.uri.startswith("s3://"):
+        from radlads.tasks.contracts.store.s3.store import S3Store  # boto3 takes a quarter of a second
+
         return S3Store(ref)
     if "://" in ref.uri and not ref.uri.startswith("file://"):
         raise StoreUnusable(f"the store {ref.uri} is neither s3://bucket/prefix nor a folder")
