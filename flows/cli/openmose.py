@@ -37,8 +37,8 @@ def import_openmose(
     ] = False,
 ) -> None:
     """Convert a checkpoint of RWKVInside or RWKV-Infer into an exported student."""
-    from radlads.tasks.contracts.requests.openmose import OpenMoseImport
     from radlads.tasks.contracts.pins.places import is_gguf, resolve_teacher_path
+    from radlads.tasks.contracts.requests.openmose import OpenMoseImport
     from radlads.tasks.launchers.program import run_program
 
     _check_places(weights, out)
