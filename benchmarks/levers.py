@@ -191,7 +191,7 @@ class Results:
 
 
 def run_units(todo: list[Unit], results: Results, gpus: list[str], command: list[str], work: Path, end: float) -> None:
-    """One run at each of `gpus` until all are done, or `end` (monotonic) comes: then all are stopped with a checkpoint."""
+    """One run at each of `gpus` until all are done, or `end` (monotonic) comes: then all stop with a checkpoint."""
     running: dict[int, tuple[Unit, subprocess.Popen[bytes], Path]] = {}
     asked = False
     try:

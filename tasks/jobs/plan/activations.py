@@ -50,8 +50,8 @@ class LayerBytes:
 def count_layer_bytes(
     student: RadladsForCausalLM, dtype: torch.dtype, *, context: int = _TOKENS, liger: bool | None = None
 ) -> LayerBytes:
-    """Count with a student on the meta device, in a dtype. Its parameters need gradients. context: tokens of the longest
-    row: what a mixer with a window keeps of a token depends on it. liger: as fuse_modules."""
+    """Count with a student on the meta device, in a dtype. Its parameters need gradients. context: tokens of the
+    longest row: what a mixer with a window keeps of a token depends on it. liger: as fuse_modules."""
     cast: Any = student
     student = cast.to(dtype)
     fuse_modules(student, torch.device("meta"), liger=liger)

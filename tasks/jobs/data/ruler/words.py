@@ -30,8 +30,8 @@ _DOTS = "..."
 
 
 def build_common(draw: Draw, units: int, length: int) -> Puzzle:
-    """units: different words. Common ones appear 30 times and others 3 times; below LONG tokens 6 times and once, SCARCE
-    4 times and once. A solved example comes first."""
+    """units: different words. Common ones appear 30 times and others 3 times; below LONG tokens 6 times and once, where
+    SCARCE 4 times and once. A solved example comes first."""
     if length >= LONG:
         of_example, of_puzzle = (40, 10, 3), (30, 3)
     else:

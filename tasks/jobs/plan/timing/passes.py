@@ -70,8 +70,8 @@ def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Re
     """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks and without what they write; RULER
     is part of needle.
 
-    evaluate scores every stage's student and, with each, the teacher, and the last one on texts; needle runs the teacher once, the last student
-    and, if that is finetuned, also the distilled one.
+    evaluate scores every stage's student and, with each, the teacher, and the last one on texts; needle runs
+    the teacher once, the last student and, if that is finetuned, also the distilled one.
     """
     of = networks.multiplied
     if isinstance(section, Evaluate):

@@ -26,7 +26,7 @@ _GRADIENT_BYTES = 36  # 27 ms a pass for 2.5 B parameters
 _OPTIMIZER_BYTES = 80  # 60 ms a step
 _WORD, _SUM = 2, 4  # bytes of a weight, and of a gradient as it is reduced
 # For each logit of a token, where a divergence leaves the products that do not keep logits: both networks' in fp32,
-# written and read, and the gradient (7.7 ps at 3 TB/s in benchmarks/results/kernels_h100.md); jsd reads them twice more.
+# written and read, and the gradient (7.7 ps at 3 TB/s in benchmarks/results/kernels_h100.md); jsd reads them again.
 _LOGIT_BYTES = {"forward": 0, "reverse": 23, "jsd": 39}
 _HOST_BANDWIDTH = 20e9  # assumed: bytes/s of an optimizer in host memory, for each process
 # On a CPU in fp32, from models of 0.3 to 2 M parameters (benchmarks/results/convert_cpu.md, demo_cpu.md).
