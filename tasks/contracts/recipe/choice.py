@@ -222,7 +222,7 @@ def listed_layers(student: Student) -> tuple[int, ...]:
 
 
 def check_layers(student: Student) -> None:
-    """Raises ValueError for listed layers that cannot be, and where a setting of kept layers has none."""
+    """Raises ValueError for listed layers that cannot be."""
     layers = listed_layers(student)
     if any(layer < 0 for layer in layers):
         raise ValueError(
@@ -230,8 +230,6 @@ def check_layers(student: Student) -> None:
         )
     if len(set(layers)) != len(layers):
         raise ValueError("attention_layers has a layer twice")
-    if student.attention_log_scale is not None and not student.attention_layers:
-        raise ValueError("attention_log_scale is for layers that stay attention, and attention_layers names none")
 
 
 def late_choice(recipe: Recipe) -> AttentionChoice | None:
@@ -251,6 +249,10 @@ def choice_data(recipe: Recipe) -> str | None:
 def check_choice(recipe: Recipe) -> None:
     """Raises ValueError if a choice after align or a calibration lacks its align stage or dataset, and where rotary
     positions are to fade that are not there, or stay."""
+    student = recipe.student
+    if student.attention_log_scale is not None and not student.attention_layers:
+        # Not asked of a Student alone: what is transplanted before a choice has no such layers yet.
+        raise ValueError("attention_log_scale is for layers that stay attention, and attention_layers names none")
     choice = late_choice(recipe)
     if choice is not None and recipe.align is None:
         raise ValueError(
