@@ -54,7 +54,7 @@ def test_scaled_scores_need_kept_layers_and_leave_other_digests():
 
     assert "attention_log_scale" not in str(told())
     assert "'attention_log_scale': 512" in str(told(attention_log_scale=512))
-    with pytest.raises(ValueError, match="attention_layers names none"):
+    with pytest.raises(RecipeError, match="attention_layers names none"):
         recipe([], student={"attention_log_scale": 512})
     assert recipe({"count": 1, "choose": "recall"}, student={"attention_log_scale": 512}).student.attention_log_scale
 
