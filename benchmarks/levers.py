@@ -3,9 +3,10 @@
     python benchmarks/levers.py benchmarks/smollm2_levers.yaml --set teacher.path=FILE --minutes 25
     python benchmarks/levers.py benchmarks/smollm2_levers.yaml --only hidden_weight,reverse --table pure
 
-One run a GPU at a time. All runs share one store, so stages that are equal (tokenize, transplant, align) are made once,
-and the same command continues where the last one stopped, in the middle of a stage too. A run that failed is recorded
-and tried again by the next call. Times are then of runs beside others, and of a stage only where it was not reused.
+One run a GPU at a time; two (`--gpus 0,0`) fill the time in which one plans, reads and starts. All runs share one
+store, so stages that are equal (tokenize, transplant, align) are made once, and the same command continues where the
+last one stopped, in the middle of a stage too. A run that failed is recorded and tried again by the next call. Times
+are then of runs beside others, and of a stage only where it was not reused.
 
 The YAML file: `tables`, each with `name`, `recipe` (beside the file), `set` (keys of all its runs), `seeds`, `seeded`
 (keys that get the seed) and `levers`: `name` and `set`, the first of which is the baseline; `same_as` in place of `set`
@@ -136,13 +137,20 @@ class Results:
     def add(self, unit: Unit, numbers: dict[str, Any]) -> None:
         """Record a run and write both files."""
         self.runs[unit.key] = {"changes": unit.changes, "numbers": numbers}
-        self.file.write_text(json.dumps(self.runs, indent=1), encoding="utf-8")
+        self._replace(self.file, json.dumps(self.runs, indent=1))
         self.write()
 
     def write(self) -> None:
         """Write the page."""
         sections = [f"## {table['name']}\n\n{self.table(table)}" for table in self.tables]
-        self.page.write_text("\n\n".join([self.head, *sections]) + "\n", encoding="utf-8")
+        self._replace(self.page, "\n\n".join([self.head, *sections]) + "\n")
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        """At once: a call that is killed leaves the results of before or those of now."""
+        beside = path.with_name(f".{path.name}.new")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
 
     def numbers(self, table: dict[str, Any], lever: dict[str, Any], seed: int) -> dict[str, Any]:
         """Of a run; {} if it has none yet."""
@@ -183,18 +191,18 @@ class Results:
 
 
 def run_units(todo: list[Unit], results: Results, gpus: list[str], command: list[str], work: Path, end: float) -> None:
-    """One run a GPU until all are done, or `end` (monotonic) comes: then all are stopped with a checkpoint."""
-    running: dict[str, tuple[Unit, subprocess.Popen[bytes], Path]] = {}
+    """One run at each of `gpus` until all are done, or `end` (monotonic) comes: then all stop with a checkpoint."""
+    running: dict[int, tuple[Unit, subprocess.Popen[bytes], Path]] = {}
     asked = False
     try:
         while running or (todo and not asked):
-            for gpu in [gpu for gpu in gpus if gpu not in running] if not asked else ():
-                if todo:
+            for place, gpu in enumerate(gpus if not asked else ()):
+                if todo and place not in running:
                     unit = todo.pop(0)
-                    running[gpu] = (unit, *_start(unit, gpu, command, work))
-            for gpu, (unit, process, out) in list(running.items()):
+                    running[place] = (unit, *_start(unit, gpu, command, work))
+            for place, (unit, process, out) in list(running.items()):
                 if process.poll() is not None:
-                    del running[gpu]
+                    del running[place]
                     _note(unit, process.returncode, out, results)
             if not asked and time.monotonic() > end - GRACE_SECONDS:
                 asked = True
@@ -213,7 +221,7 @@ def _start(unit: Unit, gpu: str, command: list[str], work: Path) -> tuple[subpro
     out, log = (work / "levers" / f"{unit.key}.{end}" for end in ("json", "log"))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if not gpu.startswith("cpu") else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu != "cpu" else {})
     logger.info("%s: started on %s, log %s", unit.key, gpu, log)
     with log.open("ab") as stream:
         one = [*command, "--one", unit.key, "--one-out", str(out)]
@@ -248,7 +256,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all runs")
     parser.add_argument("--table", help="names of tables, comma between; all by default")
     parser.add_argument("--only", help="names of levers, comma between; the baseline is always among them")
-    parser.add_argument("--gpus", help="as in CUDA_VISIBLE_DEVICES; all by default. cpu, or cpu,cpu2 for two at a time")
+    parser.add_argument("--gpus", help="as in CUDA_VISIBLE_DEVICES, or cpu; all by default. 0,0: two at a time on one")
     parser.add_argument("--minutes", type=float, default=600.0, help="after which all runs are stopped")
     parser.add_argument("--work", type=Path, default=Path(".radlads/levers"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/smollm2_levers.md"))

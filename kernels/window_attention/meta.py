@@ -18,7 +18,7 @@ def window_attention_meta(
     copy of each token's), queries, output, a number a query, and the mask as it is added to scores."""
     (B, T, H, _), G, V = q_BTHK.shape, k_BTGK.shape[2], v_BTGV.shape[-1]
     C = min(window, T)
-    blocks, seen = B * -(-T // C), sinks + window + C
+    blocks, seen = B * -(-T // C), sinks + 2 * C  # without tokens from before, a block sees as many as it has
     kept = [v_BTGV.new_empty(blocks * seen - B * T, G, k_BTGK.shape[-1] + V)]
     kept += [v_BTGV.new_empty(blocks, H // G * C, seen), q_BTHK.new_empty(B, T, H, dtype=torch.float32)]
     like = v_BTGV.new_empty(B, T, H, V)

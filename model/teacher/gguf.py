@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,12 +29,13 @@ from transformers.utils import is_gguf_available
 from radlads.model.teacher.load import parse_teacher_config
 from radlads.model.teacher.weights import DAMAGED, build_empty
 from radlads.model.weights.finite import check_finite
-from radlads.model.weights.gguf_header import GgufHeader, read_gguf_header
+from radlads.model.weights.gguf_header import GgufHeader, read_gguf_header, write_without_words
 from radlads.tasks.contracts.errors import UserError, error_text, first_line
 
 NO_PACKAGE = "reading a GGUF file needs the package gguf: pip install 'radlads[gguf]'"
 _MAX_SHARD_BYTES = 4_000_000_000
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WORDS = "tokenizer.ggml.tokens"
 # Settings of sizes that transformers leaves at its own default for some architectures.
 _SIZES = {
     "attention.key_length": "head_dim",
@@ -121,8 +123,12 @@ def load_gguf_config(teacher: GgufTeacher) -> PreTrainedConfig:
             "give the model's Hugging Face folder"
         )
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(str(header.path.parent), gguf_file=header.path.name)
+        with TemporaryDirectory() as folder:
+            write_without_words(header, Path(folder) / header.path.name)
+            raw, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=header.path.name)
         raw = {key: value for key, value in raw.items() if key != "_model_name_or_path"}
+        if "vocab_size" not in raw and _WORDS in header.settings:
+            raw["vocab_size"] = header.settings[_WORDS]
         for setting, name in _SIZES.items():
             if (value := header.settings.get(f"{architecture}.{setting}")) is not None:
                 raw[name] = value

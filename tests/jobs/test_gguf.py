@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -28,6 +29,7 @@ from transformers import (
 from radlads.model.student.load import load_student
 from radlads.model.teacher import gguf as gguf_teacher
 from radlads.model.teacher.load import load_teacher
+from radlads.model.weights.gguf_header import read_gguf_header
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import InputRef, JobResources
 from radlads.tasks.contracts.recipe.recipe import parse_recipe
@@ -225,6 +227,26 @@ def test_each_architecture_computes_what_it_did(architecture, tmp_path, tokenize
     made, ids = load_teacher(str(tmp_path / "model")), torch.arange(40)[None] * 7 % 400
     with torch.no_grad():
         assert torch.allclose(made(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_the_config_is_read_without_going_through_the_vocabulary(write, tmp_path, monkeypatch) -> None:
+    """transformers takes ten seconds over the lists of a real tokenizer, in every plan."""
+    file, seen = write(), []
+    whole, _ = PreTrainedConfig.get_config_dict(str(tmp_path), gguf_file=file.name)
+    given = PreTrainedConfig.get_config_dict
+
+    def watched(folder: str, *, gguf_file: str) -> Any:
+        seen.append(read_gguf_header(Path(folder) / gguf_file).settings)
+        return given(folder, gguf_file=gguf_file)
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", watched)
+    teacher = gguf_teacher.open_gguf(file)
+    config = gguf_teacher.load_gguf_config(teacher)
+    assert not [key for key in seen[0] if key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")]
+    assert seen[0].items() <= teacher.header.settings.items()
+    assert config.vocab_size == whole["vocab_size"] == teacher.header.settings["tokenizer.ggml.tokens"]
+    told = {key: value for key, value in whole.items() if key not in ("rope_theta", "_model_name_or_path")}
+    assert {key: getattr(config, key) for key in told} == told
 
 
 def test_from_the_plan_to_a_student(write, stories, tmp_path, tokenizer_folder, make_job, run_main, reference) -> None:

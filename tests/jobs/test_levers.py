@@ -133,7 +133,7 @@ def test_time_ends_all_runs(levers: ModuleType, tables: Any, tmp_path: Path, mon
     results = levers.Results(tmp_path / "out.md", tables, "# Head")
     units, began = levers.make_units(tables, {}), time.monotonic()
     command = [levers.sys.executable, str(program)]
-    levers.run_units(list(units), results, ["cpu", "cpu2"], command, tmp_path, began + 4)
+    levers.run_units(list(units), results, ["cpu", "cpu"], command, tmp_path, began + 4)
     done = {unit.key for unit in units if results.has(unit)}
     assert done == {"pure-baseline-seed1", "variants-theirs-seed1", "pure-baseline-seed2"}
     assert not any("error" in run["numbers"] for run in results.runs.values())

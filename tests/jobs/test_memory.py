@@ -243,6 +243,38 @@ def test_activations_are_near_what_autograd_keeps(
     assert told - transient == pytest.approx(actual, rel=0.15)
 
 
+@pytest.mark.parametrize("window", [100, 256, 512, 4096])
+def test_a_window_keeps_of_a_token_what_rows_as_long_as_the_recipes_do(monkeypatch, family_config, window: int):
+    """Rows of 512 tokens; a window of 4,096 holds at most the row."""
+    config = family_config("llama", **SIZES | {"max_position_embeddings": 8192})
+    options = {"window": window}
+    student = build_student(
+        config, variant="sliding_window", options=options, attention_layers=(), attention_rope=False
+    )
+    monkeypatch.setattr(Forms, "choose", lambda forms, *args: forms.meta)
+    monkeypatch.setitem(window_attention._FORMS, "chunked", window_attention.window_attention_meta)
+    monkeypatch.setattr(mixer_ops, "_choose", lambda *args: "meta")
+    mixer = student.mixers()[0]
+    x = torch.zeros(1, 512, config.hidden_size, requires_grad=True)
+    rope = student.model.rotary_emb(x, torch.arange(512)[None])
+    known = {p.untyped_storage().data_ptr() for p in (*student.parameters(), *rope)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = mixer.mix(x, rope=rope)
+    assert out.out.shape == x.shape
+    recipe = recipe_of(variant="sliding_window", options=options)
+    networks = count_networks(
+        recipe.model_copy(update={"align": recipe.align.model_copy(update={"context": 512})}), config
+    )
+    assert networks.layer_bytes[4].mixer_few == pytest.approx(sum(kept.values()) / 512, rel=0.03)
+
+
 @pytest.mark.parametrize("attention_layers", [(), (1, 2)])
 def test_hidden_states_of_the_teacher_are_counted(attention_layers):
     """What a pass of the objective keeps with `hidden_weight` beyond one without."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from radlads.tasks.jobs.plan.sizes import count_networks
 from radlads.tasks.jobs.plan.timing.harness import task_size
 from radlads.tasks.jobs.plan.timing.judged_memory import judging_budget
 from radlads.tasks.jobs.plan.timing.measured import CPU, TABLE, SpeedRow, measured_rows, read_rows, record_row
+from radlads.tasks.jobs.plan.timing.passes import Device, judging_flops, judging_seconds
 from radlads.tasks.jobs.plan.timing.speed import distance, expected_speed
-from radlads.tasks.jobs.plan.timing.step_time import work_of
+from radlads.tasks.jobs.plan.timing.step_time import gpu_step_seconds, work_of
+from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS
 
 ROWS = measured_rows()
 SIZES = {
@@ -146,6 +149,45 @@ def test_a_stage_counts_what_it_does_besides_training(networks: NetworkSizes) ->
     phases = Distill(**STEPS, phases=[{"tokens": 50 * 2048}, {"tokens": 50 * 2048}])
     both = training_cost("distill", phases, networks, "H100", gpus(2))
     assert sum(part["seconds"] for part in both["phases"]) == pytest.approx(both["seconds_by"]["train"])
+
+
+def test_a_divergence_with_logits_in_memory_takes_longer(networks: NetworkSizes) -> None:
+    """Reverse KL and JSD have no products that drop the logits; by what the traffic takes at SmolLM2's sizes."""
+    sizes = replace(networks, vocab=49_152)
+    times = {}
+    for divergence in ("forward", "reverse", "jsd"):
+        section = Distill(data="train", divergence=divergence, **STEPS | {"batch": 96, "micro_batch": 96})
+        work = work_of("distill", section, sizes, gpus(cuda_graphs="on"))
+        times[divergence] = gpu_step_seconds(work, GPU_KINDS["H100"])
+        phased = Distill(
+            data="train", **STEPS, phases=({"tokens": 50 * 4 * 512, "divergence": divergence}, {"tokens": 50 * 4 * 512})
+        )
+        assert work_of("distill", phased.parts[0], sizes, gpus()).logit_bytes == work.logit_bytes
+    traffic = 96 * 512 * 49_152 / GPU_KINDS["H100"].bandwidth
+    assert times["reverse"] - times["forward"] == pytest.approx(23 * traffic)
+    assert times["jsd"] - times["forward"] == pytest.approx(39 * traffic)
+    assert all(row.work.logit_bytes == 0 for row in ROWS)
+
+
+def test_texts_are_counted_by_their_files(networks: NetworkSizes, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 80_000)
+    (tmp_path / "long.txt.gz").write_bytes(b"x" * 100_000)
+
+    def cost(*names: str) -> tuple[float, float]:
+        texts = [{"name": "one", "paths": [str(tmp_path / name) for name in names], "context": 256}] if names else []
+        recipe = recipe_of(evaluate={"data": "train", "heldout_tokens": 1024, "context": 256, "texts": texts})
+        budget = judging_budget(recipe.evaluate, networks, gpus(), 80e9)
+        device = Device("H100", 1, 8)
+        return judging_seconds(recipe.evaluate, networks, recipe, device, budget), judging_flops(
+            recipe.evaluate, networks, recipe
+        )
+
+    none, text, both = cost(), cost("long.txt"), cost("long.txt", "long.txt.gz")
+    assert cost("gone.txt") == none
+    of = networks.multiplied
+    assert text[1] - none[1] == pytest.approx(100_000 * (of.teacher_flops(256) + of.forward_flops(256)))
+    for kind in (0, 1):
+        assert (both[kind] - none[kind]) / (text[kind] - none[kind]) == pytest.approx(1.75)
 
 
 def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: NetworkSizes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -101,3 +102,14 @@ def test_filler_files_are_split_at_the_separator(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" ", encoding="utf-8")
     with pytest.raises(UserError, match="no sentences"):
         load_filler([tmp_path / "empty.txt"])
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("One cat. Two dogs!", encoding="utf-8")
+    assert load_filler([path]) == load_filler([path]) == ["One cat.", "Two dogs!"]
+    path.write_text("Three birds. Four.", encoding="utf-8")
+    os.utime(path, ns=(0, 0))
+    assert load_filler([path]) == ["Three birds.", "Four."]
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read: No such file"):
+        load_filler([tmp_path / "gone.txt"])

@@ -101,12 +101,13 @@ def test_common_words_are_those_that_counting_finds(tokenizer: PreTrainedTokeniz
 
 
 def test_common_words_repeat_less_where_a_tokenizer_needs_many_tokens():
-    """SmolLM2's needs 8.3 tokens for a numbered word: 30 times ten of them are as long as 4,096."""
+    """SmolLM2's needs 8.3 tokens for a numbered word: 30 times ten of them are as long as 4,096, and the shortest list
+    of lengths below that, with its example, is longer than 1,024."""
 
-    def repeats(tokens: float) -> tuple[int, bool]:
+    def repeats(tokens: float, length: int) -> tuple[int, bool]:
         found = make_puzzle(
             "cwe",
-            length=4096,
+            length=length,
             cost=lambda one: int(tokens * len(one.text.split()) / 2),
             seed="1",
             half="judging",
@@ -115,8 +116,10 @@ def test_common_words_repeat_less_where_a_tokenizer_needs_many_tokens():
         body = found.puzzle.prompt.rsplit("Below is a numbered list", 1)[1]
         return Counter(re.findall(r"\d+\. (\w+)", body)).most_common()[0][1], found.is_full
 
-    assert repeats(4.0) == (30, True)
-    assert repeats(8.3) == (6, True)
+    assert repeats(4.0, 4096) == (30, True)
+    assert repeats(8.3, 4096) == (6, True)
+    assert repeats(5.0, 1024) == (6, True)
+    assert repeats(7.5, 1024) == (4, True)
 
 
 def test_frequent_words_are_those_that_counting_finds(tokenizer: PreTrainedTokenizerBase):

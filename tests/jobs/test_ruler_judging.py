@@ -20,6 +20,7 @@ from radlads.tasks.contracts.specs import NeedleSpec, TransplantSpec, spec_diges
 from radlads.tasks.jobs import transplant
 from radlads.tasks.jobs.data.ruler.tasks import TASKS
 from radlads.tasks.jobs.judge import generation, needle
+from radlads.tasks.jobs.judge.ruler import prompts
 from radlads.tasks.jobs.judge.ruler.prompts import check_ruler, make_ruler_trials
 from radlads.tasks.jobs.judge.ruler.sheet import flatten_ruler, ruler_sheet
 from radlads.tasks.jobs.report.retrieval.blocks import left_out, ruler_rows, ruler_table
@@ -53,6 +54,27 @@ def run(make_job: Any, run_main: Any, reference: Any, teacher_folder: Path) -> C
 
 def asked_for(**changes: Any) -> Needle:
     return SMALL.model_copy(update={"ruler": Ruler(**({"lengths": (4096,), "samples": 5} | changes))})
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_threads_and_ranks_make_the_prompts_of_one(
+    essays: str, chat: bool, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = asked_for(haystack=(essays,), lengths=(3600, 2900), chat=chat)
+    tokenizer = load_tokenizer(str(teacher_folder))
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    alone = make_ruler_trials(section, tokenizer)
+    assert [trial.length for trial in alone] == sorted(trial.length for trial in alone)
+    assert make_ruler_trials(section, tokenizer, threads=4) == alone
+    shares: list[Any] = []
+    monkeypatch.setattr(prompts, "gather", lambda own, ranks: shares.append(own) or [own] * ranks)
+    for rank in range(3):
+        with suppress(KeyError):  # the other ranks' share
+            make_ruler_trials(section, tokenizer, threads=2, rank=rank, ranks=3)
+    assert [len(share) for share in shares] == [8, 7, 7]
+    monkeypatch.setattr(prompts, "gather", lambda own, ranks: shares)
+    assert make_ruler_trials(section, tokenizer, threads=2, rank=2, ranks=3) == alone
 
 
 def test_a_model_that_answers_right_scores_one_on_every_task(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import resource
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.recipe.sections import Dataset, FilesSource, RecallSource
-from radlads.tasks.contracts.specs import TokenizeSpec
+from radlads.tasks.contracts.specs import FileRef, TokenizeSpec
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data import encoded_documents, tokens
 from radlads.tasks.jobs.data.encode import Encoder
@@ -133,6 +134,34 @@ def test_same_bytes_with_more_processes(tokenize: Any, corpus: Path, monkeypatch
     monkeypatch.setattr(tokens, "_POOL_FROM_BYTES", 0)
     two, _ = tokenize([text_source(corpus)], job={"scratch": "two", "threads": 2})
     assert hashes(two) == before
+
+
+@pytest.mark.parametrize(("max_tokens", "pool"), [(None, True), (100, False)])
+def test_what_text_is_read_decides_on_worker_processes(
+    make_job: MakeJob,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_tokens: int | None,
+    pool: bool,
+):
+    """Not how small a compressed file is, nor how much more there is than max_tokens."""
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress(b"One cat. " * 500))
+    monkeypatch.setattr(tokens, "_POOL_FROM_BYTES", 2 * path.stat().st_size)
+    opened: list[int] = []
+
+    def executor(count: int, *_: Any) -> Any:
+        opened.append(count)
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setattr(tokens, "ProcessPoolExecutor", executor)
+    spec = spec_of([{"kind": "files", "paths": [str(path)]}], tokenizer_folder, max_tokens=max_tokens)
+    file = FileRef(path=str(path), size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    job = make_job("tokenize", spec.model_copy(update={"files": (file,)}), threads=2)
+    with pytest.raises(RuntimeError, match="enough seen") if pool else nullcontext():
+        tokens.main(job)
+    assert opened == [2] * pool
 
 
 def test_a_restart_reuses_finished_parts(

@@ -1,5 +1,7 @@
 """A recipe that names a way to choose its attention layers: what it may say, and how large a probe it gets."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
@@ -13,6 +15,7 @@ from radlads.tasks.contracts.recipe.choice import (
 )
 from radlads.tasks.contracts.recipe.recipe import RecipeError, Student, dump_recipe, parse_recipe
 from radlads.tasks.contracts.specs import ChooseSpec, TeacherRef, TransplantSpec, spec_digest
+from radlads.tasks.stage_specs import transplant_spec
 
 TRAINING = {"tokens": 40960, "context": 64, "batch": 4}
 
@@ -51,9 +54,18 @@ def test_scaled_scores_need_kept_layers_and_leave_other_digests():
 
     assert "attention_log_scale" not in str(told())
     assert "'attention_log_scale': 512" in str(told(attention_log_scale=512))
-    with pytest.raises(ValueError, match="attention_layers names none"):
-        Student(attention_log_scale=512)
+    with pytest.raises(RecipeError, match="attention_layers names none"):
+        recipe([], student={"attention_log_scale": 512})
     assert recipe({"count": 1, "choose": "recall"}, student={"attention_log_scale": 512}).student.attention_log_scale
+
+
+@pytest.mark.parametrize("choose", ["recall", "difficulty"])
+def test_a_student_whose_layers_are_chosen_after_align_carries_their_scale(choose: str):
+    """It has no such layer until then."""
+    asked = recipe({"count": 1, "choose": choose}, student={"attention_log_scale": 512})
+    report = SimpleNamespace(attention_layers=(), teacher=TeacherRef(path="demo", fingerprint="f"))
+    made = TransplantSpec.model_validate(transplant_spec(asked, report).model_dump(mode="json"))
+    assert (made.student.attention_layers, made.student.attention_log_scale) == ((), 512)
 
 
 def test_positions_fade_where_there_are_some_to_lose():

@@ -222,7 +222,7 @@ def listed_layers(student: Student) -> tuple[int, ...]:
 
 
 def check_layers(student: Student) -> None:
-    """Raises ValueError for listed layers that cannot be, and where a setting of kept layers has none."""
+    """Raises ValueError for listed layers that cannot be."""
     layers = listed_layers(student)
     if any(layer < 0 for layer in layers):
         raise ValueError(
@@ -230,8 +230,6 @@ def check_layers(student: Student) -> None:
         )
     if len(set(layers)) != len(layers):
         raise ValueError("attention_layers has a layer twice")
-    if student.attention_log_scale is not None and not student.attention_layers:
-        raise ValueError("attention_log_scale is for layers that stay attention, and attention_layers names none")
 
 
 def late_choice(recipe: Recipe) -> AttentionChoice | None:
@@ -251,16 +249,19 @@ def choice_data(recipe: Recipe) -> str | None:
 def check_choice(recipe: Recipe) -> None:
     """Raises ValueError if a choice after align or a calibration lacks its align stage or dataset, and where rotary
     positions are to fade that are not there, or stay."""
+    student = recipe.student
+    if student.attention_log_scale is not None and not student.attention_layers:  # a transplant may have none yet
+        raise ValueError("attention_log_scale is for layers that stay attention, and attention_layers names none")
     choice = late_choice(recipe)
     if choice is not None and recipe.align is None:
         raise ValueError(
             f"student.attention_layers: choose: {choice.choose} needs an align stage, and the recipe has none; "
             "choose even or last, or list the layers"
         )
-    if recipe.student.calibrate is not None and recipe.align is None:
+    if student.calibrate is not None and recipe.align is None:
         raise ValueError("student.calibrate needs an align stage, and the recipe has none; remove it")
     if recipe.distill is not None and recipe.distill.rope_fade is not None:
-        _check_fade(recipe.student, recipe.distill)
+        _check_fade(student, recipe.distill)
     data = choice_data(recipe)
     if data is not None and data not in recipe.data:
         known = " and ".join(f"'{name}'" for name in recipe.data)
@@ -269,9 +270,7 @@ def check_choice(recipe: Recipe) -> None:
 
 def _check_fade(student: Student, distill: Distill) -> None:
     if student.attention_rope:
-        raise ValueError(
-            "distill.rope_fade takes rotary positions away, and student.attention_rope keeps them; drop one"
-        )
+        raise ValueError("distill.rope_fade takes rotary positions away, student.attention_rope keeps them; drop one")
     if not student.attention_layers:
         raise ValueError("distill.rope_fade is for layers that stay attention, and student.attention_layers names none")
     if distill.rope_fade is not None and distill.rope_fade.tokens > distill.tokens:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from radlads.tasks.jobs.data.reader import Reader
 from radlads.tasks.jobs.data.sampling import sample_sources
 from radlads.tasks.jobs.data.shards import Layout, write_dataset, write_documents
 from radlads.tasks.jobs.data.text.documents import Document
+from radlads.tasks.jobs.data.text.text_files import EXPANSION
 from radlads.tasks.jobs.sources import load_tokenizer, pinned_commit
 from radlads.tasks.jobs.teacher.place import TEACHER_INPUT
 
@@ -39,8 +41,9 @@ logger = logging.getLogger("radlads")
 Encode = Callable[[list[Document], dict[str, Any]], "Future[Part]"]
 
 _PART_BYTES = 4 << 20
-# Smaller corpora are encoded in-process: starting a worker, which imports all libraries, would take longer.
-_POOL_FROM_BYTES = 64 << 20
+# Less text is encoded in this process, at 0.7 MB/s: to start workers, which import all libraries, takes longer.
+_POOL_FROM_BYTES = 24 << 20
+_TOKEN_BYTES = 6  # of text, at most: what a dataset with max_tokens reads
 # Share of max_tokens that a mixture has at least: it ends where a document would exceed them.
 _LEAST_FILLED = 0.9
 
@@ -113,7 +116,9 @@ def _encode_all(job: Job, spec: TokenizeSpec, reader: Reader, folder: str, encod
     dataset, place = spec.dataset, job.scratch / "encoded"
     limit, digest = dataset.max_tokens or float("inf"), job.spec.digest[:16]
     total_bytes = max(1, sum(file.size for file in spec.files))
-    with _encoding(spec, folder, encoder, job.spec.resources.threads, total_bytes) as encode:
+    found = sum(file.size * EXPANSION.get(Path(file.path).suffix, 1.0) for file in spec.files)
+    text_bytes = min(found, limit * _TOKEN_BYTES)
+    with _encoding(spec, folder, encoder, job.spec.resources.threads, text_bytes) as encode:
         if dataset.shares is None:
             spools = [Spool(place / digest)]
             _encode(job, encode, reader, spools[0], limit, total_bytes)
@@ -208,10 +213,10 @@ def _in_order(encode: Encode, batches: Iterator[tuple[list[Document], dict[str, 
 
 
 @contextmanager
-def _encoding(spec: TokenizeSpec, folder: str, encoder: Encoder, threads: int, total_bytes: int) -> Iterator[Encode]:
+def _encoding(spec: TokenizeSpec, folder: str, encoder: Encoder, threads: int, text_bytes: float) -> Iterator[Encode]:
     """Yield a function that encodes a batch: in this process, or in worker processes for a large corpus."""
     hub = any(isinstance(source, HubSource) for source in spec.dataset.sources)
-    if threads == 1 or not (hub or total_bytes >= _POOL_FROM_BYTES):
+    if threads == 1 or not (hub or text_bytes >= _POOL_FROM_BYTES):
 
         def encode_here(documents: list[Document], state: dict[str, Any]) -> Future[Part]:
             future: Future[Part] = Future()

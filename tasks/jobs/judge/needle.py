@@ -70,7 +70,8 @@ def main(job: Job) -> dict[str, Any] | None:
     started = time.monotonic()
     tokenizer, names = open_tokenizer(job, spec.teacher), student_names(job)
     own = check_judged(job, names, spec.teacher, tokenizer, other_teacher=spec.other_teacher)
-    trials, asked = make_trials(section, tokenizer), make_ruler_trials(section, tokenizer)
+    trials, threads = make_trials(section, tokenizer), job.spec.resources.threads
+    asked = make_ruler_trials(section, tokenizer, threads=threads, rank=job.rank, ranks=job.world_size)
     prompts = [Prompt(t.case.prompt_ids, t.length, section.max_new_tokens) for t in trials] + [t.prompt for t in asked]
     answers: dict[str, list[Answer]] = {}
     replies: dict[str, list[str | None]] = {}

@@ -47,8 +47,11 @@ class LayerBytes:
     """Of a layer that is linear attention in the teacher already, as transformers computes it in plain torch."""
 
 
-def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype, *, liger: bool | None = None) -> LayerBytes:
-    """Count with a student on the meta device, in a dtype. Its parameters need gradients. liger: as fuse_modules."""
+def count_layer_bytes(
+    student: RadladsForCausalLM, dtype: torch.dtype, *, context: int = _TOKENS, liger: bool | None = None
+) -> LayerBytes:
+    """Count with a student on the meta device, in a dtype. Its parameters need gradients. context: tokens of the
+    longest row: what a mixer with a window keeps of a token depends on it. liger: as fuse_modules."""
     cast: Any = student
     student = cast.to(dtype)
     fuse_modules(student, torch.device("meta"), liger=liger)
@@ -58,6 +61,9 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype, *, liger:
     x = torch.empty(1, _TOKENS, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(_TOKENS, device="meta")[None]
     rope = _rotary_positions(getattr(inner, parts.rotary), x, positions, config)
+    windowed = any(hasattr(mixer, "window") for mixer in student.mixers().values())
+    row = context if windowed else _TOKENS
+    mixed = _rotary_positions(getattr(inner, parts.rotary), x, torch.arange(row, device="meta")[None], config)
     known = {_storage(tensor) for tensor in (*student.parameters(), *rope, x)}
     many = -(-FEWEST_HEADS // config.num_attention_heads)
     layer: Any = getattr(inner, parts.layers)[0]
@@ -65,8 +71,8 @@ def count_layer_bytes(student: RadladsForCausalLM, dtype: torch.dtype, *, liger:
     word = dtype.itemsize
     trained, frozen = _experts_bytes(config, word) if _has_experts(mlp) else _mlp_bytes(mlp, x, known)
     return LayerBytes(
-        mixer=_mixer_bytes(student, many, rope, x),
-        mixer_few=_mixer_bytes(student, 1, rope, x),
+        mixer=_mixer_bytes(student, many, mixed, x.new_empty(1, mixed[0].shape[1], x.shape[2])),
+        mixer_few=_mixer_bytes(student, 1, mixed, x.new_empty(1, mixed[0].shape[1], x.shape[2])),
         attention=_attention_bytes(config, word, gated=_has_output_gate(student)),
         mlp=trained,
         frozen_mlp=frozen,

@@ -36,6 +36,7 @@ from radlads.tasks.jobs.data.prompts import read_prompts
 from radlads.tasks.jobs.data.text.chat import open_chat_template
 from radlads.tasks.jobs.data.text.documents import Document, first_documents
 from radlads.tasks.jobs.data.text.recall import build_case, load_filler
+from radlads.tasks.jobs.data.text.text_files import EXPANSION
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
 from radlads.tasks.jobs.train.engines.build import NO_CALIBRATION, NO_OFFLOAD, why_not_recorded
@@ -43,8 +44,6 @@ from radlads.tasks.jobs.train.frozen_weights import trained_mlp
 
 # Documents of each source that are read to check the source and to measure bytes per token.
 _PROBED = 64
-# Ratio of text size to compressed file size; only used for the epochs that the plan shows.
-_EXPANSION = {".gz": 3.0, ".xz": 4.0, ".zst": 3.5, ".parquet": 2.5}
 
 
 @dataclass
@@ -176,7 +175,7 @@ def _size_of(source: FilesSource | HubSource, read: int, documents: int) -> floa
     if isinstance(source, HubSource):
         return None if source.max_documents is None else source.max_documents * per_document
     paths = [resolve_file(name) for name in expand_paths(source.paths)]
-    size = sum(path.stat().st_size * _EXPANSION.get(path.suffix, 1.0) for path in paths)
+    size = sum(path.stat().st_size * EXPANSION.get(path.suffix, 1.0) for path in paths)
     return size if source.max_documents is None else min(size, source.max_documents * per_document)
 
 

@@ -56,7 +56,10 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | No
     matrices = {n: theirs[n] for n in theirs if _in_layers(n, family) and is_matrix(teacher, n)}
     sizes = read_sizes(config)
     dtypes = (torch.float32, torch.bfloat16)
-    layer_bytes = {dtype.itemsize: _layer_bytes(student, dtype, liger) for dtype in dtypes}
+    longest = max(
+        (part.context for stage in recipe.training_stages for part in getattr(recipe, stage).parts), default=1
+    )
+    layer_bytes = {dtype.itemsize: _layer_bytes(student, dtype, longest, liger) for dtype in dtypes}
     recompute_cheap(student.train())
     return NetworkSizes(
         num_layers=values.num_hidden_layers,
@@ -78,7 +81,7 @@ def count_networks(recipe: Recipe, config: PreTrainedConfig, *, liger: bool | No
         idle=_idle(teacher, config),
         multiplied=_multiplied(None if recipe.pretrain is not None else teacher, student, late),
         layer_bytes=layer_bytes,
-        selective_bytes={dtype.itemsize: _layer_bytes(student, dtype, liger) for dtype in dtypes},
+        selective_bytes={dtype.itemsize: _layer_bytes(student, dtype, longest, liger) for dtype in dtypes},
         chosen_late=0 if late is None else late.count,
         linear_names=linear_names(student),
     )
@@ -137,9 +140,9 @@ def _idle(model: torch.nn.Module, config: PreTrainedConfig) -> int:
     return idle
 
 
-def _layer_bytes(student: Any, dtype: torch.dtype, liger: bool | None) -> LayerBytes:
+def _layer_bytes(student: Any, dtype: torch.dtype, context: int, liger: bool | None) -> LayerBytes:
     if isinstance(student, RadladsForCausalLM):
-        return count_layer_bytes(student, dtype, liger=liger)
+        return count_layer_bytes(student, dtype, context=context, liger=liger)
     values, word = _values(student.config), dtype.itemsize
     norms = len(norm_names(find_family(student.config)))
     mlp = (4 * values.intermediate_size + values.hidden_size) * word

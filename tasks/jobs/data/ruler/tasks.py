@@ -14,7 +14,7 @@ from radlads.tasks.jobs.data.ruler.niah import Niah, build_niah
 from radlads.tasks.jobs.data.ruler.puzzle import Fitted, Puzzle, fit
 from radlads.tasks.jobs.data.ruler.qa import Questions, build_qa
 from radlads.tasks.jobs.data.ruler.tracing import LEAST_NOISE, build_tracing
-from radlads.tasks.jobs.data.ruler.words import COMMON, LEAST_CODED, LONG, build_common, build_frequent
+from radlads.tasks.jobs.data.ruler.words import COMMON, LEAST_CODED, LONG, SCARCE, build_common, build_frequent
 
 Group = Literal["single", "multikey", "multi", "tracing", "aggregation", "qa"]
 GROUPS: dict[Group, str] = {
@@ -95,6 +95,8 @@ def make_puzzle(
     least = niah.needles if niah is not None else _LEAST[task]
     if task == "cwe" and length >= LONG and cost(build(least)) > _MOST_REPEATED * length:
         form = LONG - 1  # a tokenizer with many tokens a word: the lists of shorter lengths
+    if task == "cwe" and form < LONG and cost(build(least)) > length:
+        form = SCARCE
     most = len(material.essays) if TASKS[task].needs_essays else None
     if most is not None and most < least:
         raise UserError(f"{task} hides needles in essays; give text files in `haystack`, or leave the task out")

@@ -11,6 +11,8 @@ from radlads.tasks.jobs.data.ruler.puzzle import Puzzle
 COMMON = 10
 LONG = 4096
 """Tokens from which on a list repeats its words as often as RULER's."""
+SCARCE = 1
+"""In place of a length: words repeat as seldom as can be asked for."""
 LEAST_CODED = 80
 """Words of a coded text at which the fourth most frequent is ahead of the fifth."""
 _LIST = (
@@ -28,11 +30,13 @@ _DOTS = "..."
 
 
 def build_common(draw: Draw, units: int, length: int) -> Puzzle:
-    """units: different words. Common ones appear 30 times and others 3 times; below LONG tokens 6 times and once. A
-    solved example comes first."""
-    long = length >= LONG
-    example = _count(draw, *((40, 10, 3) if long else (20, 3, 1)))
-    puzzle = _count(draw, units, *((30, 3) if long else (6, 1)))
+    """units: different words. Common ones appear 30 times and others 3 times; below LONG tokens 6 times and once, where
+    SCARCE 4 times and once. A solved example comes first."""
+    if length >= LONG:
+        of_example, of_puzzle = (40, 10, 3), (30, 3)
+    else:
+        of_example, of_puzzle = ((14, 2, 1), (4, 1)) if length == SCARCE else ((20, 3, 1), (6, 1))
+    example, puzzle = _count(draw, *of_example), _count(draw, units, *of_puzzle)
     prompt = f"{example.text}{example.reply}\n{puzzle.prompt}"
     return Puzzle(prompt, puzzle.prefix, puzzle.answers, puzzle.reply)
 

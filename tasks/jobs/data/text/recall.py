@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -95,14 +96,25 @@ def load_filler(paths: Sequence[str | Path], separator: str | None = None) -> li
     """
     if not paths:
         return list(_BUILT_IN_FILLER)
-    sentences: list[str] = []
-    for path in map(Path, paths):
-        documents = list(_rows_texts(path) if _is_json(path) else (d for _, d, _ in clean_documents(path, separator)))
-        parts = [s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s]
-        if not parts:
-            raise UserError(f"{path}: contains no sentences; give a text file in `haystack`")
-        sentences += parts
-    return sentences
+    return [sentence for path in map(Path, paths) for sentence in _sentences(path, separator, _state(path))]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _sentences(path: Path, separator: str | None, _state: tuple[int, int]) -> tuple[str, ...]:
+    """Of one file, which is not split again while it stays the same: needles and RULER often share their haystack."""
+    documents = _rows_texts(path) if _is_json(path) else (text for _, text, _ in clean_documents(path, separator))
+    parts = tuple(s for document in documents for s in _SENTENCE_END.split(" ".join(document.split())) if s)
+    if not parts:
+        raise UserError(f"{path}: contains no sentences; give a text file in `haystack`")
+    return parts
 
 
 def _is_json(path: Path) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from radlads.tasks.jobs.data.text.chat import open_chat_template
 from radlads.tasks.jobs.data.text.recall import load_filler
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder, prompt_frame, text_ids
 from radlads.tasks.jobs.judge.generation import Prompt
+from radlads.tasks.jobs.process_group import gather
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
 
 Encode = Callable[[Puzzle], list[int]]
@@ -33,12 +35,26 @@ class RulerTrial:
     prompt: Prompt
 
 
-def make_ruler_trials(section: Needle, tokenizer: PreTrainedTokenizerBase) -> list[RulerTrial]:
+def make_ruler_trials(
+    section: Needle, tokenizer: PreTrainedTokenizerBase, *, threads: int = 1, rank: int = 0, ranks: int = 1
+) -> list[RulerTrial]:
     """All prompts that the section `ruler` asks for, shortest lengths first; none without it. Prompt and answer are at
-    most as long as the length. Raises UserError."""
-    if section.ruler is None:
+    most as long as the length. Each rank makes its share, by threads. Collective. Raises UserError."""
+    asked = section.ruler
+    if asked is None:
         return []
-    return list(_trials(section, section.ruler, tokenizer, sorted(set(section.ruler.lengths)), section.ruler.samples))
+    kinds = [(length, task) for length in sorted(set(asked.lengths)) for task in asked.judged]
+    material, encode = _material(section, asked), _encoder(section, asked, tokenizer)
+    make = partial(_trials, asked, material, encode, samples=asked.samples)
+    mine = range(rank, len(kinds), ranks)
+    tokenizer("", split_special_tokens=True)  # a tokenizer changes at its first call alone, which threads must not see
+    with ThreadPoolExecutor(threads if tokenizer.is_fast else 1) as pool:  # which lets other threads run as it encodes
+        longest_first = mine[::-1]
+        own = dict(zip(longest_first, pool.map(lambda index: make(*kinds[index]), longest_first), strict=True))
+    made: dict[int, list[RulerTrial]] = {}
+    for part in gather(own, ranks):
+        made |= part
+    return [trial for index in range(len(kinds)) for trial in made[index]]
 
 
 def check_ruler(section: Needle, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> list[str]:
@@ -47,8 +63,11 @@ def check_ruler(section: Needle, tokenizer: PreTrainedTokenizerBase, positions: 
     asked = section.ruler
     if asked is None:
         return []
+    material, encode = _material(section, asked), _encoder(section, asked, tokenizer)
     for length in {min(asked.lengths), max(asked.lengths)}:
-        list(_trials(section, asked, tokenizer, [length], 1, all_questions=True))
+        for task in asked.judged:
+            all_or_one = asked.samples if TASKS[task].group == "qa" else 1
+            _trials(asked, material, encode, length, task, samples=all_or_one)
     why = "; ".join(f"{task}: {reason}" for task, reason in asked.left_out.items())
     warnings = [f"needle.ruler judges {len(asked.judged)} of 13 tasks ({why})"] if why and not asked.tasks else []
     beyond = [length for length in asked.lengths if positions is not None and length > positions]
@@ -61,44 +80,26 @@ def check_ruler(section: Needle, tokenizer: PreTrainedTokenizerBase, positions: 
 
 
 def _trials(
-    section: Needle,
-    asked: Ruler,
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Sequence[int],
-    samples: int,
-    *,
-    all_questions: bool = False,
-) -> Iterator[RulerTrial]:
-    """all_questions: as many of qa as the section asks for, whatever `samples` is."""
-    material = _material(section, asked)
-    encode = lru_cache(maxsize=16)(_encoder(section, asked, tokenizer))  # what fits is asked for again
-    for length in lengths:
-        for task in asked.judged:
-            new_tokens = TASKS[task].new_tokens
+    asked: Ruler, material: Material, encode: Encode, length: int, task: RulerTask, *, samples: int
+) -> list[RulerTrial]:
+    """The prompts of a task at a length."""
+    encoded = lru_cache(maxsize=16)(encode)  # what fits is asked for again
+    new_tokens, seed = TASKS[task].new_tokens, f"ruler:{asked.seed}:{task}:{length}"
 
-            def cost(puzzle: Puzzle, new_tokens: int = new_tokens) -> int:
-                return len(encode(puzzle)) + new_tokens
+    def cost(puzzle: Puzzle) -> int:
+        return len(encoded(puzzle)) + new_tokens
 
-            seed = f"ruler:{asked.seed}:{task}:{length}"
-            if TASKS[task].group == "qa":
-                count = asked.samples if all_questions else samples
-                puzzles = make_qa_puzzles(task, count=count, length=length, cost=cost, seed=seed, material=material)
-            else:
-                puzzles, guess = [], None
-                for i in range(samples):
-                    found = make_puzzle(
-                        task,
-                        length=length,
-                        cost=cost,
-                        seed=f"{seed}:{i}",
-                        half="judging",
-                        material=material,
-                        guess=guess,
-                    )
-                    guess = guess or found.units  # prompts of a task and length are of nearly equal size
-                    puzzles.append(found.puzzle)
-            for puzzle in puzzles:
-                yield RulerTrial(task, length, puzzle.answers, Prompt(encode(puzzle), length, new_tokens))
+    if TASKS[task].group == "qa":
+        puzzles = make_qa_puzzles(task, count=samples, length=length, cost=cost, seed=seed, material=material)
+    else:
+        puzzles, guess = [], None
+        for i in range(samples):
+            found = make_puzzle(
+                task, length=length, cost=cost, seed=f"{seed}:{i}", half="judging", material=material, guess=guess
+            )
+            guess = guess or found.units  # prompts of a task and length are of nearly equal size
+            puzzles.append(found.puzzle)
+    return [RulerTrial(task, length, one.answers, Prompt(encoded(one), length, new_tokens)) for one in puzzles]
 
 
 def _encoder(section: Needle, asked: Ruler, tokenizer: PreTrainedTokenizerBase) -> Encode:

@@ -6,10 +6,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.places import expand_paths, resolve_file
 from radlads.tasks.contracts.recipe.choice import late_choice
+from radlads.tasks.contracts.recipe.judging.texts import EvalText
 from radlads.tasks.contracts.recipe.sections import Evaluate, Needle, Recipe, SampleSource
 from radlads.tasks.contracts.stages import logits_reference
 from radlads.tasks.jobs.data.ruler.tasks import TASKS
+from radlads.tasks.jobs.data.text.text_files import EXPANSION
 from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.speed import REPEATS
 from radlads.tasks.jobs.plan.memory import NetworkSizes
@@ -24,6 +28,7 @@ _WIDE = 1440  # model width below which it falls: 0.16 at 576, as in training (b
 _DECODE_SECONDS = 3.5e-3  # of a layer for one generated token: transformers, eager, 100 ms a step with 28 layers
 _REPLAY_SECONDS = 0.25e-3  # likewise where steps are replayed as CUDA graphs; assumed
 _REQUEST_SECONDS = 1.0e-3  # assumed: of a request on the host, its tokens and its score, for both networks
+_TEXT_BYTES = 4.0  # of a token of English
 _SAMPLE_TOKENS = 48  # that evaluate generates from three prompts, of teacher and student
 
 
@@ -65,13 +70,16 @@ def judging_flops(section: Evaluate | Needle, networks: NetworkSizes, recipe: Re
     """FLOP of scoring teacher and students, without the lm-evaluation-harness tasks and without what they write; RULER
     is part of needle.
 
-    evaluate scores every stage's student and, with each, the teacher; needle runs the teacher once, the last student
-    and, if that is finetuned, also the distilled one.
+    evaluate scores every stage's student and, with each, the teacher, and the last one on texts; needle runs
+    the teacher once, the last student and, if that is finetuned, also the distilled one.
     """
     of = networks.multiplied
     if isinstance(section, Evaluate):
         both = of.teacher_flops(section.context) + of.forward_flops(section.context)
-        return _students(recipe) * both * section.heldout_tokens
+        flops = _students(recipe) * both * section.heldout_tokens
+        for text in section.texts:
+            flops += (of.teacher_flops(text.context) + of.forward_flops(text.context)) * text_tokens(text)
+        return flops
     students = _needle_students(recipe)
     return sum(
         prompts * (length + new_tokens) * (of.teacher_flops(length) + students * of.forward_flops(length))
@@ -116,6 +124,10 @@ def _evaluate_seconds(
     both = of.teacher_flops(context) + of.forward_flops(context)
     at_once = budget.reads(context) * context
     seconds = _students(recipe) * device.forward_seconds(both, section.heldout_tokens, 2 * layers, at_once)
+    for text in section.texts:
+        at_once = budget.reads(text.context) * text.context
+        flops = of.teacher_flops(text.context) + of.forward_flops(text.context)
+        seconds += device.forward_seconds(flops, text_tokens(text), 2 * layers, at_once)
     seconds += 2 * device.decode_seconds(both / 2, _SAMPLE_TOKENS, layers, 3)
     for size in map(task_size, section.all_tasks):
         requests, flops = size.items * size.requests, of.teacher_flops(size.tokens) + of.forward_flops(size.tokens)
@@ -127,6 +139,15 @@ def _evaluate_seconds(
             seconds += device.forward_seconds(flops, requests * size.tokens, 2 * layers, at_once)
             seconds += requests * _REQUEST_SECONDS / device.processes
     return seconds + written_seconds(section, networks, device, budget)
+
+
+def text_tokens(text: EvalText) -> float:
+    """Of a text, roughly: by the sizes of its files; 0 where they are not on this machine."""
+    try:
+        paths = [resolve_file(name) for name in expand_paths(text.paths)]
+    except UserError:  # told by the plan's checks, or not asked about
+        return 0.0
+    return sum(path.stat().st_size * EXPANSION.get(path.suffix, 1.0) for path in paths) / _TEXT_BYTES
 
 
 def written_seconds(section: Evaluate, networks: NetworkSizes, device: Device, budget: RowBudget) -> float:

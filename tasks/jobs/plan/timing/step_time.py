@@ -25,6 +25,9 @@ HOST_SECONDS = 2.9e-3
 _GRADIENT_BYTES = 36  # 27 ms a pass for 2.5 B parameters
 _OPTIMIZER_BYTES = 80  # 60 ms a step
 _WORD, _SUM = 2, 4  # bytes of a weight, and of a gradient as it is reduced
+# For each logit of a token, where a divergence leaves the products that do not keep logits: both networks' in fp32,
+# written and read, and the gradient (7.7 ps at 3 TB/s in benchmarks/results/kernels_h100.md); jsd reads them again.
+_LOGIT_BYTES = {"forward": 0, "reverse": 23, "jsd": 39}
 _HOST_BANDWIDTH = 20e9  # assumed: bytes/s of an optimizer in host memory, for each process
 # On a CPU in fp32, from models of 0.3 to 2 M parameters (benchmarks/results/convert_cpu.md, demo_cpu.md).
 CORE_FLOPS = 80e9  # of one core in matrix products
@@ -59,6 +62,8 @@ class Work(Sheet):
     """A log decay of 32 bits in a stage of 16: other kernels run where heads are few."""
     sharing: int = 1
     """Devices that share rows; what they exchange is not in the computed time."""
+    logit_bytes: int = 0
+    """Of a token: memory traffic of logits, beyond that of a forward KL."""
 
     @property
     def step_tokens(self) -> int:
@@ -91,6 +96,7 @@ def work_of(stage: str, part: Training, networks: NetworkSizes, resources: JobRe
         recorded=records_passes(part, resources, networks.student_parameters),
         wide_decay=part.decay_dtype == "float32" and word_bytes(part.precision, resources) == 2,
         sharing=part.sequence_parallel,
+        logit_bytes=networks.vocab * _LOGIT_BYTES[getattr(part, "divergence", "forward")],
     )
 
 
@@ -100,7 +106,7 @@ def gpu_step_seconds(work: Work, gpu: GpuKind) -> float:
     computing = work.tokens * (work.flops + work.recomputed) / (gpu.peak_flops * EFFICIENCY)
     launching = 0.0 if work.recorded else work.layers * HOST_SECONDS * (3 + work.taught + bool(work.recomputed))
     gathering = 2 * _WORD * work.gathered * others / gpu.link  # for the forward and for the backward pass
-    one = max(computing, launching, gathering)
+    one = max(computing + work.tokens * work.logit_bytes / gpu.bandwidth, launching, gathering)
     one += work.trained * (_GRADIENT_BYTES / gpu.bandwidth + _SUM * others / gpu.link)
     shard = work.trained / work.devices
     bandwidth = _HOST_BANDWIDTH if work.offload else gpu.bandwidth
