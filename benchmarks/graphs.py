@@ -38,7 +38,7 @@ from radlads.model.training.recompute import recompute_cheap
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.contracts.stages import DISTILL
 from radlads.tasks.jobs.process_group import join_group
-from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, CudaRecorder
+from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, PassRecorder
 from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
 
 logger = logging.getLogger("graphs")
@@ -92,7 +92,7 @@ class Bench:
         section = self.case.section()
         spec = TrainSpec(objective=options.stage, section=section, teacher=TeacherRef(path="x", fingerprint="y"))
         objective = build_objective(spec, student, teacher)
-        recorder = partial(CudaRecorder, self.device) if graphs else None
+        recorder = partial(PassRecorder, self.device) if graphs else None
         return ReplicatedEngine(
             objective, section, device=self.device, dtype=self.dtype, micro_batch=self.micro_batch, num_micro=1,
             make_recorder=recorder, strict=True,

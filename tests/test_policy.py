@@ -13,6 +13,7 @@ FOLDERS = ("flows", "tasks", "model", "kernels", "deployments")
 READS_ENVIRONMENT = {
     "tasks/launchers/local.py",
     "tasks/launchers/program.py",
+    "tasks/launchers/terminal.py",
     "tasks/launchers/remote/agent.py",
     "tasks/launchers/remote/follow.py",
     "tasks/launchers/remote/hosts.py",

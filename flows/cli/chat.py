@@ -38,7 +38,7 @@ def chat(
 ) -> None:
     """Talk to a converted model, to its teacher, or to both; /help lists what can be typed."""
     from radlads.flows.talkers import find_talkers
-    from radlads.tasks.contracts.requests.talk import Sampling, TalkRequest
+    from radlads.tasks.contracts.requests.talk import Drawing, TalkRequest
     from radlads.tasks.launchers.terminal import run_at_terminal
 
     if both and teacher:
@@ -54,7 +54,7 @@ def chat(
         trust_remote_code=trust_remote_code,
         chat_template=chat_template if chat_template is None else _absolute(chat_template),
         system=system,
-        sampling=_checked(Sampling, drawn),
+        sampling=_checked(Drawing, drawn),
         device=device,  # type: ignore[arg-type] - checked above
     )
     raise typer.Exit(run_at_terminal("radlads.tasks.jobs.talk.chat", request))

@@ -19,7 +19,7 @@ from radlads.tasks.contracts.recipe.losses import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Phase, Training
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.process_group import join_group
-from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, CudaRecorder
+from radlads.tasks.jobs.train.engines.pass_graphs import NUM_EAGER, PassRecorder
 from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
 from radlads.tasks.jobs.train.schedule import learning_rates
 
@@ -62,7 +62,7 @@ def build(
     join_group(CUDA, 0, 1)
     return ReplicatedEngine(
         build_objective(spec, student, teacher), section, device=CUDA, dtype=torch.bfloat16, micro_batch=2, num_micro=2,
-        make_recorder=partial(CudaRecorder, CUDA) if graphs else None, strict=True,
+        make_recorder=partial(PassRecorder, CUDA) if graphs else None, strict=True,
     )  # fmt: skip
 
 

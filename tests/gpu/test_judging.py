@@ -15,7 +15,7 @@ from radlads.tasks.jobs.judge.batching.budget import LOGITS, read_sizes, token_b
 from radlads.tasks.jobs.judge.batching.recorded_decoding import continue_recorded
 from radlads.tasks.jobs.judge.batching.row_scores import ScoredRow, score_rows
 from radlads.tasks.jobs.judge.judged_models import as_judged, continue_ids
-from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder
+from radlads.tasks.jobs.train.engines.pass_graphs import PassRecorder
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {
@@ -59,7 +59,7 @@ def test_a_replayed_step_is_the_step_bit_for_bit(which: str, dtype: torch.dtype)
     model = pair(dtype)[which == "student"]
     ids_BT, mask_BT = prompts()
     eager = continue_recorded(model, ids_BT, mask_BT, 48, None, AsItIs)
-    replayed = continue_recorded(model, ids_BT, mask_BT, 48, None, lambda: CudaRecorder(CUDA))
+    replayed = continue_recorded(model, ids_BT, mask_BT, 48, None, lambda: PassRecorder(CUDA))
     assert eager is not None
     assert replayed is not None
     assert torch.equal(eager, replayed)

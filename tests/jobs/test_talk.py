@@ -24,11 +24,11 @@ from radlads.model.student.export import export_student
 from radlads.model.student.load import build_student
 from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.requests.talk import Sampling, Talker, TalkRequest
+from radlads.tasks.contracts.requests.talk import Drawing, Talker, TalkRequest
 from radlads.tasks.jobs.sources import load_tokenizer
 from radlads.tasks.jobs.talk.chat import Conversation, describe, open_conversation, run
 
-LIKELIEST = Sampling(temperature=0, max_new_tokens=6)
+LIKELIEST = Drawing(temperature=0, max_new_tokens=6)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def plain_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_ctrl_c_at_a_terminal_ends_the_answer_alone(request_of_both: TalkRequest, tmp_path: Path) -> None:
-    long = request_of_both.model_copy(update={"sampling": Sampling(temperature=0, max_new_tokens=100_000)})
+    long = request_of_both.model_copy(update={"sampling": Drawing(temperature=0, max_new_tokens=100_000)})
     (tmp_path / "request.json").write_text(long.model_dump_json())
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

@@ -20,7 +20,7 @@ class Talker(Sheet):
     revision: str | None = None
 
 
-class Sampling(Sheet):
+class Drawing(Sheet):
     """How answers are drawn; temperature 0 takes the likeliest token."""
 
     temperature: float = Field(default=0.7, ge=0, le=10)
@@ -46,6 +46,6 @@ class TalkRequest(Sheet):
     chat_template: str | None = None
     """A template file, or template:NAME; None: the tokenizer's own."""
     system: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Drawing = Drawing()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -40,7 +40,7 @@ from radlads.tasks.jobs.judge.ruler.prompts import make_ruler_trials
 from radlads.tasks.jobs.judge.ruler.sheet import flatten_ruler, ruler_sheet
 from radlads.tasks.jobs.origin import check_judged
 from radlads.tasks.jobs.sources import expand_paths, resolve_file
-from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder
+from radlads.tasks.jobs.train.engines.pass_graphs import PassRecorder
 
 logger = logging.getLogger("radlads")
 
@@ -78,7 +78,7 @@ def main(job: Job) -> dict[str, Any] | None:
     seconds: dict[str, float] = {}
 
     def record() -> Recorder:
-        return CudaRecorder(job.device)
+        return PassRecorder(job.device)
 
     def run(name: str, *models: PreTrainedModel) -> None:
         model, rows = models[-1], row_budget(job, section, models).writes

@@ -25,12 +25,12 @@ from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.parsing.files import file_errors
-from radlads.tasks.contracts.requests.talk import Sampling, Talker, TalkRequest
+from radlads.tasks.contracts.requests.talk import Drawing, Talker, TalkRequest
 from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template
 from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder
 from radlads.tasks.jobs.process_group import quiet_libraries
 from radlads.tasks.jobs.sources import load_tokenizer
-from radlads.tasks.jobs.talk.speaker import Answer, Speaker
+from radlads.tasks.jobs.talk.speaker import Reply, Speaker
 
 HELP = """\
 /reset            forget the conversation
@@ -59,7 +59,7 @@ class Conversation:
         for speaker in self.speakers.values():
             speaker.reset()
 
-    def ask(self, name: str, text: str, on_text: Callable[[str], None]) -> Answer:
+    def ask(self, name: str, text: str, on_text: Callable[[str], None]) -> Reply:
         """One model's answer to a message. Raises UserError where the template refuses the conversation."""
         said, speaker = self.messages[name], self.speakers[name]
         said.append({"role": "user", "content": text})
@@ -75,11 +75,11 @@ class Conversation:
 
     def set(self, name: str, value: str) -> None:
         """Change how answers are drawn. Raises UserError."""
-        if name not in Sampling.model_fields:
-            raise UserError(f"/set {one_line(name, 30)}: choose from {', '.join(Sampling.model_fields)}")
+        if name not in Drawing.model_fields:
+            raise UserError(f"/set {one_line(name, 30)}: choose from {', '.join(Drawing.model_fields)}")
         changed = self.sampling.model_dump() | {name: None if value in ("none", "") else value}
         try:
-            self.sampling = Sampling.model_validate(changed, strict=False)
+            self.sampling = Drawing.model_validate(changed, strict=False)
         except ValidationError as error:
             raise UserError(f"/set {name}: {error.errors()[0]['msg']}") from error
 
@@ -110,7 +110,7 @@ class Conversation:
 
 
 def run(conversation: Conversation, lines: Iterator[str], out: TextIO) -> None:
-    """Answer line after line, to the end of them or /exit."""
+    """Reply line after line, to the end of them or /exit."""
     several = len(conversation.speakers) > 1
     for line in lines:
         text = line.strip()
@@ -136,7 +136,7 @@ def run(conversation: Conversation, lines: Iterator[str], out: TextIO) -> None:
             _say(out, "\nthere is not enough memory for this conversation; /reset begins a new one")
 
 
-def describe(answer: Answer) -> str:
+def describe(answer: Reply) -> str:
     """The numbers of an answer in one line."""
     rate = "" if answer.rate is None else f", {answer.rate:,.1f} tokens/s"
     stopped = ", stopped" if answer.stopped else ""

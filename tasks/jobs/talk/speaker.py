@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from radlads.model.student.cache import RadladsCache
-from radlads.tasks.contracts.requests.talk import Sampling
+from radlads.tasks.contracts.requests.talk import Drawing
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a model said, and what it took."""
 
     text: str
@@ -58,8 +58,8 @@ class Speaker:
         self._cache: Any = RadladsCache(self.model.config) if student else DynamicCache(config=self.model.config)
 
     def answer(
-        self, ids: Sequence[int], sampling: Sampling, on_text: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> Answer:
+        self, ids: Sequence[int], sampling: Drawing, on_text: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> Reply:
         """Continue the conversation `ids`. on_text: gets the answer's text as it comes. stopped: asked after each
         token. After an error all is forgotten: what was read of it is not known."""
         try:
@@ -69,8 +69,8 @@ class Speaker:
             raise
 
     def _answer(
-        self, ids: Sequence[int], sampling: Sampling, on_text: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> Answer:
+        self, ids: Sequence[int], sampling: Drawing, on_text: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> Reply:
         known = self.heard[: self._read]
         if list(ids[: len(known)]) != known or len(ids) == len(known):
             self.reset()  # a template may rewrite earlier turns: a state cannot forget them
@@ -91,7 +91,7 @@ class Speaker:
         made = whole[0, len(ids) :].tolist()
         self.heard, self._read = whole[0].tolist(), self._cache.get_seq_length()
         spent = streamer.last - streamer.first
-        return Answer(
+        return Reply(
             text=self.tokenizer.decode(made, skip_special_tokens=True),
             tokens=len(made),
             first_seconds=streamer.first - began,
@@ -101,7 +101,7 @@ class Speaker:
             stopped=stopped(),
         )
 
-    def _settings(self, sampling: Sampling) -> GenerationConfig:
+    def _settings(self, sampling: Drawing) -> GenerationConfig:
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,

@@ -13,7 +13,7 @@ from radlads.tasks.contracts.recipe.recipe import Training
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.train.engines.deepspeed_config import usable_stage
 from radlads.tasks.jobs.train.engines.engine import Engine
-from radlads.tasks.jobs.train.engines.pass_graphs import CudaRecorder
+from radlads.tasks.jobs.train.engines.pass_graphs import PassRecorder
 from radlads.tasks.jobs.train.engines.replicated_engine import ReplicatedEngine
 from radlads.tasks.jobs.train.engines.sharded_engine import ShardedEngine
 
@@ -37,7 +37,7 @@ def build_engine(job: Job, objective: Any, section: Training, *, micro_batch: in
         raise UserError(f"resources.cuda_graphs: {reason}")
     if records_passes(section, resources, num_weights(objective.student)):
         logger.info("passes are recorded as CUDA graphs; every GPU holds the whole optimizer")
-        recorder = partial(CudaRecorder, job.device)
+        recorder = partial(PassRecorder, job.device)
         return ReplicatedEngine(
             objective, section, device=job.device, dtype=job.dtype, make_recorder=recorder, strict=strict, **sizes
         )

@@ -115,7 +115,7 @@ class _Kind:
         return lambda: run(self.inputs, self.weight)
 
 
-class CudaRecorder(decoding.CudaRecorder):
+class PassRecorder(decoding.CudaRecorder):
     """As the student's own recorder, for passes of training."""
 
     def record(self, run: Run) -> tuple[Values, Callable[[], None]]:
