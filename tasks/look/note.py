@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 PUBLISH_SECONDS = 15.0
 """Between two notes; a note that says something for the first time is not delayed."""
 _WINDOW_SECONDS = 600.0
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 3.0
 _LOG_STEP = 1 << 20
 _LOG_MOST = 16 << 20
 _NOTE_BYTES = 1 << 20
