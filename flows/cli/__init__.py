@@ -14,6 +14,7 @@ from radlads.flows.cli import (  # noqa: F401 - they register commands
     demo,
     doctor,
     evaluate,
+    export,
     logs,
     openmose,
     plan,

@@ -11,7 +11,7 @@ from radlads.flows.cli.application import EXAMPLE, app
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.files import file_errors
 
-_PROGRAM = "radlads.tasks.jobs.openmose"
+_PROGRAM = "radlads.tasks.jobs.exchange.openmose"
 
 Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist yet.")]
 

@@ -1,0 +1,59 @@
+"""`radlads export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from radlads.flows.cli.application import EXAMPLE, StorePlace, WorkPlace, app, say
+from radlads.tasks.contracts.errors import UserError
+
+
+@app.command(epilog=EXAMPLE.format("radlads export my-run --to hub:me/my-model --dtype bfloat16"))
+def export(
+    model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A finished run, or an exported folder.")],
+    to: Annotated[str, typer.Option("--to", help="A new folder, s3://bucket/prefix, or hub:OWNER/NAME.")],
+    stage: Annotated[str | None, typer.Option(help="The model of this stage instead of the published one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = None,
+    max_shard: Annotated[str | None, typer.Option("--max-shard", help="Largest file of weights, such as 2GB.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A hub repository that is made is public.")] = False,
+    store: StorePlace = None,
+    work: WorkPlace = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of the tokenizer's folder.")
+    ] = False,
+) -> None:
+    """Write a model where others can use it: weights, code, tokenizer and card."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from radlads.flows.exports import Destination, published_folder
+    from radlads.tasks.contracts.requests.folder import FolderExport
+    from radlads.tasks.launchers.program import run_program
+
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype {dtype}: choose bfloat16, float16 or float32")
+    size = None
+    if max_shard is not None:
+        try:
+            size = int(TypeAdapter(ByteSize).validate_python(max_shard))
+        except ValidationError as error:
+            raise UserError(f"--max-shard {max_shard}: write it as 2GB or 500MB") from error
+        if size < 1:
+            raise UserError("--max-shard must be more than nothing")
+    with Destination(to, public=public) as place:
+        source = published_folder(model, stage=stage, store=store, work=work)
+        place.check_card(source)
+        run_program(
+            "export",
+            "radlads.tasks.jobs.exchange.folder",
+            FolderExport(
+                student=str(source),
+                out=str(place.folder),
+                dtype=dtype,  # type: ignore[arg-type] - checked above
+                max_shard_bytes=size,
+                trust_remote_code=trust_remote_code,
+            ),
+        )
+        for line in place.send():
+            say(line)

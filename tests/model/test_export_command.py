@@ -1,0 +1,123 @@
+"""`radlads export`: a folder, an S3 prefix, a repository of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import boto3
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalTokenNotFoundError
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from radlads.flows.cli import app
+from radlads.model.student.load import load_student
+from radlads.tasks.contracts.errors import UserError
+
+CARD = "---\nlicense: apache-2.0\nbase_model: some/teacher\n---\n\n# A student\n"
+
+
+def typed(*words: str | Path) -> str:
+    """What the command says; raises what it raises."""
+    done = CliRunner().invoke(app, ["export", *map(str, words)])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+@pytest.fixture
+def carded(exported, tmp_path: Path) -> Path:
+    folder = tmp_path / "carded"
+    folder.mkdir()
+    for path in exported["hybrid"].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+@torch.no_grad()
+def test_a_folder_is_copied_or_written_anew(carded: Path, tokens, tmp_path: Path) -> None:
+    assert str(tmp_path / "same") in typed(carded, "--to", tmp_path / "same")
+    assert {p.name: p.read_bytes() for p in carded.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "same").iterdir()
+    }
+    typed(carded, "--to", tmp_path / "small", "--dtype", "bfloat16", "--max-shard", "20KB")
+    parts = sorted((tmp_path / "small").glob("*.safetensors"))
+    assert len(parts) > 1
+    assert not (tmp_path / "small/model.safetensors").exists()
+    with safe_open(parts[0], framework="pt") as file:
+        assert file.get_tensor(next(iter(file.keys()))).dtype == torch.bfloat16
+    assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "small/README.md").read_text() == CARD
+    whole = load_student(carded)(tokens).logits
+    torch.testing.assert_close(load_student(tmp_path / "small")(tokens).logits.float(), whole, atol=0.1, rtol=0.1)
+
+
+def test_an_s3_prefix(carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RADLADS_S3_ENDPOINT", endpoint)
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        client.create_bucket(Bucket="models")
+        assert "s3://models/mine" in typed(carded, "--to", "s3://models/mine")
+        keys = {one["Key"] for one in client.list_objects_v2(Bucket="models")["Contents"]}
+        assert keys == {f"mine/{path.name}" for path in carded.iterdir()}
+        with pytest.raises(UserError, match="there are files under s3://models/mine already"):
+            typed(carded, "--to", "s3://models/mine")
+    finally:
+        server.stop()
+
+
+def test_a_repository_of_the_hub(carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+
+    class Api:
+        def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+            calls.append((name, private))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str):
+            assert (folder_path / "config.json").is_file()
+            return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert "https://hub/me/mine/commit/1" in typed(carded, "--to", "hub:me/mine")
+    typed(carded, "--to", "hub:me/mine", "--public")
+    assert calls == [("me/mine", True), ("me/mine", False)]
+
+    def unknown(self: Api, name: str, *, private: bool, exist_ok: bool) -> None:
+        raise LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr(Api, "create_repo", unknown)
+    with pytest.raises(UserError, match="set HF_TOKEN"):
+        typed(carded, "--to", "hub:me/mine")
+    (carded / "README.md").write_text("# No license\n")
+    with pytest.raises(UserError, match="names no license"):
+        typed(carded, "--to", "hub:me/mine")
+    (carded / "README.md").unlink()
+    with pytest.raises(UserError, match="has no card"):
+        typed(carded, "--to", "hub:me/mine")
+
+
+def test_mistakes_are_one_line(carded: Path, exported, tmp_path: Path) -> None:
+    for words, said in (
+        ((carded, "--to", tmp_path), "exists already"),
+        ((carded, "--to", tmp_path / "a", "--dtype", "int8"), "choose bfloat16"),
+        ((carded, "--to", tmp_path / "a", "--max-shard", "big"), "write it as 2GB"),
+        ((carded, "--to", "hub:mine"), "hub:OWNER/NAME"),
+        ((carded, "--to", "s3://bucket"), "name a prefix"),
+        ((carded, "--to", tmp_path / "a", "--public"), "--public is for hub"),
+        ((exported["teacher"], "--to", tmp_path / "a"), "is no converted model"),
+        ((tmp_path / "nowhere", "--to", tmp_path / "a"), "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            typed(*words)
+    assert not (tmp_path / "a").exists()
