@@ -136,7 +136,7 @@ def test_same_bytes_with_more_processes(tokenize: Any, corpus: Path, monkeypatch
     assert hashes(two) == before
 
 
-@pytest.mark.parametrize(("max_tokens", "pool"), [(None, True), (100, False)])
+@pytest.mark.parametrize(("max_tokens", "pool"), [(None, True), (200, False)])
 def test_what_text_is_read_decides_on_worker_processes(
     make_job: MakeJob,
     tokenizer_folder: Path,
@@ -147,7 +147,7 @@ def test_what_text_is_read_decides_on_worker_processes(
 ):
     """Not how small a compressed file is, nor how much more there is than max_tokens."""
     path = tmp_path / "text.txt.gz"
-    path.write_bytes(gzip.compress(b"One cat. " * 500))
+    path.write_bytes(gzip.compress("\n".join(f"{i * 7919 % 9973} cats" for i in range(900)).encode()))
     monkeypatch.setattr(tokens, "_POOL_FROM_BYTES", 2 * path.stat().st_size)
     opened: list[int] = []
 
@@ -156,7 +156,8 @@ def test_what_text_is_read_decides_on_worker_processes(
         raise RuntimeError("enough seen")
 
     monkeypatch.setattr(tokens, "ProcessPoolExecutor", executor)
-    spec = spec_of([{"kind": "files", "paths": [str(path)]}], tokenizer_folder, max_tokens=max_tokens)
+    lines = [{"kind": "files", "paths": [str(path)], "separator": "\n"}]
+    spec = spec_of(lines, tokenizer_folder, max_tokens=max_tokens)
     file = FileRef(path=str(path), size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     job = make_job("tokenize", spec.model_copy(update={"files": (file,)}), threads=2)
     with pytest.raises(RuntimeError, match="enough seen") if pool else nullcontext():
