@@ -53,7 +53,8 @@ def test_a_folder_is_copied_or_written_anew(carded: Path, tokens, tmp_path: Path
     assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "bfloat16"
     assert (tmp_path / "small/README.md").read_text() == CARD
     whole = load_student(carded)(tokens).logits
-    torch.testing.assert_close(load_student(tmp_path / "small")(tokens).logits.float(), whole, atol=0.1, rtol=0.1)
+    rounded = load_student(tmp_path / "small")(tokens).logits.float()
+    assert ((rounded - whole).norm() / whole.norm()).item() < 0.05
 
 
 def test_an_s3_prefix(carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
