@@ -92,7 +92,7 @@ class Speaker:
         self.heard, self._read = whole[0].tolist(), self._cache.get_seq_length()
         spent = streamer.last - streamer.first
         return Reply(
-            text=self.tokenizer.decode(made, skip_special_tokens=True),
+            text=str(self.tokenizer.decode(made, skip_special_tokens=True)),
             tokens=len(made),
             first_seconds=streamer.first - began,
             rate=(len(made) - 1) / spent if len(made) > 1 and spent > 0 else None,
