@@ -55,7 +55,7 @@ def chat(
         chat_template=chat_template if chat_template is None else _absolute(chat_template),
         system=system,
         sampling=_checked(Drawing, drawn),
-        device=device,  # type: ignore[arg-type]
+        device=device,
     )
     raise typer.Exit(run_at_terminal("radlads.tasks.jobs.talk.chat", request))
 

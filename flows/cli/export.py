@@ -50,7 +50,7 @@ def export(
             FolderExport(
                 student=str(source),
                 out=str(place.folder),
-                dtype=dtype,  # type: ignore[arg-type]
+                dtype=dtype,
                 max_shard_bytes=size,
                 trust_remote_code=trust_remote_code,
             ),
