@@ -111,7 +111,8 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The family's class is made together with a model, so pickle cannot find it by name.
-        return _rebuild, (self._generic, self._family), self.__dict__
+        kept = {name: value for name, value in self.__dict__.items() if name != "_recorded_steps"}
+        return _rebuild, (self._generic, self._family), kept
 
     def build_mixer(self, layer: int, shape: AttentionShape) -> Mixer:
         """A fresh mixer for a layer, on torch's default device and in its default dtype."""

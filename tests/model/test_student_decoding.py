@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -190,6 +192,39 @@ def test_calls_that_are_not_recorded(hybrid, make_teacher, make_student, tokens,
     windowed = make_teacher("mistral", sliding_window=8)
     make_student(windowed, attention_layers=(1,)).generate(tokens, **GREEDY)
     assert not recorded
+
+
+def test_hooks_and_adapters_are_followed(hybrid, tokens, recorded) -> None:
+    """A replay calls no Python: a module that somebody watches is not recorded, and switches make a new recording."""
+    seen = []
+    hook = hybrid.model.layers[1].mlp.register_forward_hook(lambda *given: seen.append(1))
+    hybrid.generate(tokens, **GREEDY)
+    hook.remove()
+    hook = hybrid.model.layers[1].mlp.register_forward_pre_hook(lambda *given: seen.append(1))
+    hybrid.generate(tokens, **GREEDY)
+    hook.remove()
+    assert len(seen) == 40
+    assert not recorded
+    hybrid.generate(tokens, **GREEDY)
+    hybrid.model.layers[1].mlp.active_adapters, hybrid.model.layers[1].mlp.disable_adapters = ["a"], False
+    hybrid.generate(tokens, **GREEDY)
+    hybrid.model.layers[1].mlp.disable_adapters = True
+    hybrid.generate(tokens, **GREEDY)
+    assert len(recorded) == 3
+
+
+def test_models_with_recordings_are_copied_and_pickled(hybrid, tokens, recorded) -> None:
+    wanted = hybrid.generate(tokens, **GREEDY)
+    for other in (copy.deepcopy(hybrid), pickle.loads(pickle.dumps(hybrid))):
+        assert "_recorded_steps" not in other.__dict__
+        assert torch.equal(other.generate(tokens, **GREEDY), wanted)
+
+
+def test_another_padding_is_another_recording(hybrid, tokens, recorded) -> None:
+    settings = {**GREEDY, "eos_token_id": list(range(0, 64, 3))}
+    for pad in (1, 2):
+        made = hybrid.generate(tokens, **settings, pad_token_id=pad)
+        assert torch.equal(made, plain(hybrid, tokens, **settings, pad_token_id=pad))
 
 
 def test_weights_that_moved_are_recorded_anew(hybrid, tokens, recorded) -> None:

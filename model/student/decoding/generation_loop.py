@@ -23,6 +23,7 @@ _CHECK = 8
 """Steps between two questions whether all rows have ended, for which the host waits."""
 _ROOM = 1024  # kept layers' tensors are a multiple of it long, so that calls share a recording
 _SAVED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OWN_HOOKS = ("forward_pass", "kept_attention", "first_values")
 _PIECE = 2**24
 _MOST_MASKED = 2**28
 
@@ -80,7 +81,33 @@ def _can_record(model: Any, cache: Any, config: Any, given: dict[str, Any]) -> b
     kept = [layer for layer in cache.layers if not hasattr(layer, "remember")]
     if any(type(layer) is not KeptLayer for layer in kept):
         return False
-    return _on_one_gpu(model) and (not kept or model.config._attn_implementation == "sdpa")
+    if kept and model.config._attn_implementation != "sdpa":
+        return False
+    return _on_one_gpu(model) and not _is_watched(model)
+
+
+def _is_watched(model: Any) -> bool:
+    """Whether somebody hooked a module: a replay calls no Python."""
+    return any(
+        module._forward_hooks or any(_is_foreign(hook) for hook in module._forward_pre_hooks.values())
+        for module in model.modules()
+    )
+
+
+def _is_foreign(hook: Any) -> bool:
+    place = getattr(hook, "__module__", None) or type(hook).__module__
+    return place.rpartition(".")[2].removesuffix("_radlads") not in _OWN_HOOKS
+
+
+def what_computes(model: Any) -> Hashable:
+    """Equal as long as a recorded step computes what the model would: where weights lie, and which adapters are on."""
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    adapters = tuple(
+        (str(getattr(module, "active_adapters", "")), str(getattr(module, "disable_adapters", "")),
+         str(getattr(module, "merged_adapters", "")), str(getattr(module, "scaling", "")))
+        for module in model.modules() if hasattr(module, "active_adapters")
+    )  # fmt: skip
+    return hash((weights, adapters, model.config._attn_implementation))
 
 
 def _on_one_gpu(model: Any) -> bool:
@@ -113,7 +140,8 @@ class _Loop:
             if steps is None:
                 steps = self._steps(len(ids))
                 positions = next_positions(model_kwargs, self.cache)
-                steps.begin(self.cache, token_B, positions, unfinished, model_kwargs.get("attention_mask"))
+                mask_BT = model_kwargs.get("attention_mask")
+                steps.begin(self.cache, token_B, positions, unfinished, mask_BT, keep=self.exact)
             logits_BV = steps.advance()
             if self.in_step:
                 token_B, unfinished = steps.token_B1[:, 0].clone(), steps.unfinished_B.clone()
@@ -160,8 +188,9 @@ class _Loop:
         room = -(-self.stopping.max_length // _ROOM) * _ROOM if kept else 0
         chooses = what_chooses(self.processors, do_sample=self.config.do_sample) if self.in_step else None
         ends = tuple(self.eos[0].eos_token_id.tolist()) if self.eos else ()
-        weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
-        key = (rows, room, chooses, ends, weights, model.config._attn_implementation)
+        pad = self.config._pad_token_tensor
+        ends += () if pad is None else ("pad", *pad.flatten().tolist())
+        key = (rows, room, chooses, ends, what_computes(model))
         made: dict[Hashable, RecordedSteps] = model.__dict__.setdefault("_recorded_steps", {})
         steps = made.pop(key, None)
         if steps is None:

@@ -51,18 +51,30 @@ class RecordedSteps:
         self._eager = False
 
     def begin(
-        self, cache: Any, token_B: Tensor, position_B1: Tensor, unfinished_B: Tensor, mask_BT: Tensor | None
+        self,
+        cache: Any,
+        token_B: Tensor,
+        position_B1: Tensor,
+        unfinished_B: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        keep: bool = True,
     ) -> None:
-        """Continue from a cache, whose states are copied. mask_BT: an attention_mask of what it has read."""
-        seen, self.taken = cache.get_seq_length(), 0
-        if not self.layers:
-            self._make_layers(cache)
+        """Continue from a cache, whose states are copied. mask_BT: an attention_mask of what it has read. keep: whether
+        the cache is needed later; else its layers are emptied, one after the other."""
+        seen, self.taken, new = cache.get_seq_length(), 0, not self.layers
         for i, layer in enumerate(cache.layers):
-            if i in self.states:
+            if new:
+                self.layers.append(self._make_layer(i, layer))
+            elif i in self.states:
                 _copy_state(self.states[i], layer.state)
             else:
                 fixed = self.layers[i]
                 fixed.keys[:, :, :seen], fixed.values[:, :, :seen] = layer.keys, layer.values
+            if not keep:
+                layer.reset()
+        if new:
+            self._cache = Cache(layers=self.layers)
         self.token_B1.copy_(token_B[:, None])
         self.position_B1.copy_(position_B1)
         self.place.fill_(seen)
@@ -93,16 +105,11 @@ class RecordedSteps:
                 new = slice(before, before + self.taken)
                 layer.update(self.layers[i].keys[:, :, new], self.layers[i].values[:, :, new])
 
-    def _make_layers(self, cache: Any) -> None:
-        empty = cache.copy()
-        for i, layer in enumerate(empty.layers):
-            if hasattr(layer, "remember"):
-                layer.record_past = False
-                self.states[i] = layer.state
-            else:
-                layer = FixedLayer(layer.keys, layer.values, self.room, self.place)
-            self.layers.append(layer)
-        self._cache = Cache(layers=self.layers)
+    def _make_layer(self, index: int, layer: Any) -> Any:
+        if not hasattr(layer, "remember"):
+            return FixedLayer(layer.keys, layer.values, self.room, self.place)
+        self.states[index] = MixerState(*(None if x is None else x.clone() for x in layer.state))
+        return type(layer)()
 
     def _prepare(self) -> None:
         """One of the first steps, or the recording."""
