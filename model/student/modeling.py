@@ -21,7 +21,12 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
-from radlads.model.student.decoding.generation_loop import forget_recordings, prompt_piece, sample_recorded
+from radlads.model.student.decoding.generation_loop import (
+    RECORDINGS,
+    forget_recordings,
+    prompt_piece,
+    sample_recorded,
+)
 from radlads.model.student.first_values import hand_on_first_values
 from radlads.model.student.forward_pass import ForwardPass
 from radlads.model.student.kept_attention import keep_attention, keep_linear_attention
@@ -111,7 +116,8 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The family's class is made together with a model, so pickle cannot find it by name.
-        return _rebuild, (self._generic, self._family), self.__dict__
+        own = {name: value for name, value in self.__dict__.items() if name != RECORDINGS}  # of this process and model
+        return _rebuild, (self._generic, self._family), own
 
     def build_mixer(self, layer: int, shape: AttentionShape) -> Mixer:
         """A fresh mixer for a layer, on torch's default device and in its default dtype."""
