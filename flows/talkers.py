@@ -75,6 +75,8 @@ def _of_folder(folder: Path, wanted: Collection[str], stage: str | None, teacher
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no model: its config.json cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder} is no model: its config.json holds no object")
     if "teacher" in wanted and teacher_path is None:
         raise UserError("name the teacher of a folder by --teacher-path")
     talkers: list[Talker] = []

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from radlads.model.mixers.shared.mixer import MixerOutput, MixerState
 from radlads.model.student.decoding.kept_layer import KeptLayer
-from radlads.model.student.decoding.recent_tokens import Pass, mix_recorded, take_back
+from radlads.model.student.decoding.recent_tokens import Pass, check_take_back, mix_recorded, take_back
 from radlads.model.student.decoding.saved_state import copy_cache, join_caches, load_cache, save_cache
 
 
@@ -35,6 +35,8 @@ class RecurrentLayer(CacheLayerMixin):
 
     def run(self, mix: Callable[..., MixerOutput], x_BTD: Tensor, **given: Any) -> MixerOutput:
         """Mix what is to be remembered: so that its last tokens can be taken back, where this was asked for."""
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            given["state"] = writable(given["state"])
         return mix_recorded(self.recent, mix, x_BTD, **given) if self.record_past else mix(x_BTD, **given)
 
     def remember(self, state: MixerState | None, num_tokens: int) -> None:
@@ -85,17 +87,30 @@ class RecurrentLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens. tokens_to_remove: their number, negative, as transformers gives it. Raises
         ValueError where no more is known of the state before them."""
-        if tokens_to_remove > 0:
-            raise ValueError("crop takes a negative number: of the tokens to take back")
+        self.check_crop(tokens_to_remove)
         if tokens_to_remove:
             self.state = take_back(self.recent, -tokens_to_remove)
             self.num_seen += tokens_to_remove
         self.recent.clear()
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError where `crop` cannot be done."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: of the tokens to take back")
+        if tokens_to_remove:
+            check_take_back(self.recent, -tokens_to_remove)
+
     def _map(self, change: Any) -> None:
         self.recent.clear()
         if self.state is not None:
             self.state = MixerState(*(None if x is None else change(x) for x in self.state))
+
+
+def writable(state: MixerState | None) -> MixerState | None:
+    """A state that a step can change in place: not one that torch.inference_mode made, outside it."""
+    if state is None or not any(x is not None and x.is_inference() for x in state):
+        return state
+    return MixerState(*(None if x is None else x.clone() for x in state))
 
 
 class RadladsCache(Cache):
@@ -107,6 +122,7 @@ class RadladsCache(Cache):
     def __init__(self, config: Any, room: int = 0) -> None:
         """room: tokens for which kept layers take memory at once; more are taken as they come."""
         self.config = config
+        self.for_one_call = False  # whether generate() made it for itself, so that nobody needs it afterwards
         softmax, converted, windowed = config.softmax_layers(), config.converted_layers(), config.windowed_layers()
         hybrid = len(softmax) < config.num_hidden_layers
         theirs = DynamicCache(config=config.teacher_config()).layers if hybrid else []
@@ -121,6 +137,13 @@ class RadladsCache(Cache):
             else:
                 layers.append(KeptLayer(room))
         super().__init__(layers=layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, in all layers or, where one cannot, in none. See `RecurrentLayer.crop`."""
+        for layer in self.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def save(self, path: str | Path) -> Path:
         """Write what was read as a safetensors file; see `save_cache`."""

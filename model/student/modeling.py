@@ -21,7 +21,12 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
-from radlads.model.student.decoding.generation_loop import forget_recordings, prompt_piece, sample_recorded
+from radlads.model.student.decoding.generation_loop import (
+    RECORDINGS,
+    forget_recordings,
+    prompt_piece,
+    sample_recorded,
+)
 from radlads.model.student.first_values import hand_on_first_values
 from radlads.model.student.forward_pass import ForwardPass
 from radlads.model.student.kept_attention import keep_attention, keep_linear_attention
@@ -111,8 +116,8 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The family's class is made together with a model, so pickle cannot find it by name.
-        kept = {name: value for name, value in self.__dict__.items() if name != "_recorded_steps"}
-        return _rebuild, (self._generic, self._family), kept
+        own = {name: value for name, value in self.__dict__.items() if name != RECORDINGS}  # of this process and model
+        return _rebuild, (self._generic, self._family), own
 
     def build_mixer(self, layer: int, shape: AttentionShape) -> Mixer:
         """A fresh mixer for a layer, on torch's default device and in its default dtype."""
@@ -170,6 +175,7 @@ class RadladsForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation='{kind}' does not fit a recurrent state; dynamic and static do")
         if model_kwargs.get(name) is None and generation_config.use_cache is not False:
             model_kwargs[name] = RadladsCache(self.config, room=args[-1] if args else kwargs["max_cache_length"])
+            model_kwargs[name].for_one_call = True
             if generation_config.is_assistant:
                 model_kwargs[name].activate_past_recording()
         else:

@@ -26,9 +26,11 @@ from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.requests.talk import Drawing, Talker, TalkRequest
 from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.talk import chat
 from radlads.tasks.jobs.talk.chat import Conversation, describe, open_conversation, run
 
 LIKELIEST = Drawing(temperature=0, max_new_tokens=6)
+TALKER = Talker(name="student", path="x", is_student=True)
 
 
 @pytest.fixture
@@ -190,6 +192,49 @@ def plain_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "plain"
 
 
+def test_what_cannot_be_done_is_said_and_the_talk_goes_on(conversation: Conversation, tmp_path: Path) -> None:
+    del conversation.speakers["teacher"]
+    said = talk(
+        conversation, "bytes \udcff, no text", "/save ~nobody-of-this-name/x", f"/save {tmp_path}", "/save a\0b",
+        f"/set seed {2**64}", "/set temperature nan", "/set temperature 1e-30", "/set repetition_penalty 1e-30",
+        "/set temperature 0.001", "/set repetition_penalty 0.01", "Tim", "Tim", "/help",
+    )  # fmt: skip
+    assert "this line is no UTF-8 text" in said
+    assert "~nobody-of-this-name/x: not a usable path" in said
+    assert str(tmp_path) in said
+    assert "/set seed: Input should be less than" in said
+    assert "/set temperature: Input should be" in said
+    assert "/set temperature: Value error, must be 0, for the likeliest token, or at least 0.001" in said
+    assert "/set repetition_penalty: Input should be greater than or equal to 0.01" in said
+    assert said.count("tokens so far") == 2
+    assert said.endswith("leave (also Ctrl-D); Ctrl-C ends an answer\n")
+
+
+def test_a_template_that_writes_nothing(request_of_both: TalkRequest, tmp_path: Path) -> None:
+    (tmp_path / "empty.jinja").write_text("{{ '' }}")
+    conversation = open_conversation(
+        request_of_both.model_copy(update={"chat_template": str(tmp_path / "empty.jinja")})
+    )
+    assert "the chat template writes nothing" in talk(conversation, "Tim")
+
+
+def test_piped_bytes_are_refused_line_by_line(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "request.json").write_text(TalkRequest(talkers=(TALKER,), tokenizer="x").model_dump_json())
+    monkeypatch.setattr(chat, "open_conversation", lambda request: conversation)
+    monkeypatch.setattr(sys, "argv", ["chat", str(tmp_path / "request.json")])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00\n/set\n"), encoding="utf-8"))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert chat.main() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().out
+    assert "this line is no UTF-8 text" in said
+    assert "max_new_tokens 6" in said
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_a_terminal_ends_the_answer_alone(request_of_both: TalkRequest, tmp_path: Path) -> None:
     long = request_of_both.model_copy(update={"sampling": Drawing(temperature=0, max_new_tokens=100_000)})
@@ -226,10 +271,13 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_alone(request_of_both: TalkRequest
 def test_mistakes_of_the_command_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[1]")
     cases = {
         ("no-such-run",): "no finished model|no run|is empty|there is no store",
         ("./nowhere",): "there is no folder ./nowhere",
         ("empty",): "is no model",
+        ("list",): "its config.json holds no object",
         ("empty", "--both", "--teacher"): "exclude each other",
         ("empty", "--device", "tpu"): "choose auto, cpu or cuda",
         ("empty", "--stage", "align"): "--stage is for a run",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -405,3 +407,124 @@ def test_generation_configs_are_not_changed(hybrid, tokens, monkeypatch) -> None
     config = GenerationConfig(**GREEDY)
     hybrid.generate(tokens, generation_config=config)
     assert config.prefill_chunk_size is None
+
+
+def test_room_for_what_was_read_before(hybrid, recorded) -> None:
+    """Neither embeddings nor tokens in a given cache count in generate()'s own greatest length."""
+    ids = torch.randint(3, 64, (1, 1020), generator=torch.Generator().manual_seed(0))
+    embeddings = hybrid.get_input_embeddings()(ids)
+    made = hybrid.generate(inputs_embeds=embeddings, **GREEDY)
+    assert torch.equal(made, plain(hybrid, inputs_embeds=embeddings, **GREEDY))
+    with torch.no_grad():
+        cache = hybrid(ids, use_cache=True).past_key_values
+    new, mask = torch.tensor([[3, 4, 5]]), torch.ones(1, 1023, dtype=torch.long)
+    made = hybrid.generate(new, attention_mask=mask, past_key_values=cache.copy(), **GREEDY)
+    assert torch.equal(made, plain(hybrid, new, attention_mask=mask, past_key_values=cache.copy(), **GREEDY))
+    assert len(recorded) == 1
+
+
+def test_in_and_out_of_inference_mode(student, tokens, recorded) -> None:
+    """Its tensors cannot be written outside it: neither a recording's nor a cache's."""
+    wanted = plain(student, tokens, **GREEDY)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            assert torch.equal(student.generate(tokens, **GREEDY), wanted)
+    with torch.inference_mode():
+        cache = student(tokens[:, :9], use_cache=True).past_key_values
+        student(tokens[:, 9:10], past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        for t in range(10, 15):
+            got = student(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(got, student(tokens[:, :15]).logits[:, -1:], atol=2e-4, rtol=1e-4)
+
+
+def test_recordings_stay_with_their_model(hybrid, tokens, recorded) -> None:
+    """A copy, or a pickled model, makes its own; and they do not keep a model alive."""
+    wanted = hybrid.generate(tokens, **GREEDY)
+    for other in (copy.deepcopy(hybrid), pickle.loads(pickle.dumps(hybrid))):
+        assert not generation_loop._recordings(other)
+        assert torch.equal(other.generate(tokens, **GREEDY), wanted)
+    watched = weakref.ref(other)
+    gc.collect()
+    gc.disable()
+    try:
+        other.generate(tokens, **GREEDY)
+        del other
+        recorded.clear()
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_two_calls_at_once(hybrid, tokens, recorded) -> None:
+    """From inside a criterion, as from another thread: each has its own recording."""
+    inner: list[torch.Tensor] = []
+
+    class Nested(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == 30:
+                inner.append(hybrid.generate(tokens.flip(0), **GREEDY))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    made = hybrid.generate(tokens, **GREEDY, stopping_criteria=StoppingCriteriaList([Nested()]))
+    assert torch.equal(made, plain(hybrid, tokens, **GREEDY))
+    assert torch.equal(inner[0], plain(hybrid, tokens.flip(0), **GREEDY))
+    assert len(generation_loop._recordings(hybrid)) == 1
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base, self.disabled, self.active = base, False, ["a"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) if self.disabled or not self.active else -self.base(x)
+
+
+def test_what_changes_a_model_is_recorded_anew(hybrid, tokens, recorded) -> None:
+    """Adapters, replaced functions; new values in the same place are followed by the recording itself."""
+    hybrid.lm_head = Adapter(hybrid.lm_head)
+    changes = (
+        lambda: None,
+        lambda: setattr(hybrid.lm_head, "disabled", True),
+        lambda: hybrid.lm_head.__dict__.update(disabled=False, active=[]),
+        lambda: setattr(hybrid.lm_head, "forward", lambda x: 2 * hybrid.lm_head.base(x)),
+    )
+    for number, change in enumerate(changes, start=1):
+        change()
+        for _ in range(2):
+            hybrid.generate(tokens, **GREEDY)
+            assert len(recorded) == number
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter.mul_(1.3)
+    assert torch.equal(hybrid.generate(tokens, **GREEDY), plain(hybrid, tokens, **GREEDY))
+    assert len(recorded) == len(changes)
+
+
+@torch.no_grad()
+def test_a_crop_that_cannot_be_done_changes_nothing(hybrid, tokens) -> None:
+    cache = RadladsCache(hybrid.config)
+    cache.activate_past_recording()
+    hybrid(tokens[:, :18], past_key_values=cache, use_cache=True)
+    for reads, too_many in ((slice(18, 18), 19), (slice(18, 20), 3)):
+        if reads.stop > reads.start:
+            cache.crop(0)
+            hybrid(tokens[:, reads], past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match=f"cannot forget {too_many} tokens"):
+            cache.crop(-too_many)
+        assert {layer.get_seq_length() for layer in cache.layers} == {reads.stop}
+    cache.crop(-1)
+    got = hybrid(tokens[:, 19:], past_key_values=cache).logits
+    torch.testing.assert_close(got, hybrid(tokens).logits[:, 19:], atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_lies_before_the_end_of_a_long_pass_cannot_be_taken_back(hybrid) -> None:
+    ids = torch.randint(0, 64, (1, 160), generator=torch.Generator().manual_seed(0))
+    cache = RadladsCache(hybrid.config)
+    cache.activate_past_recording()
+    hybrid(ids[:, :10], past_key_values=cache, use_cache=True)
+    hybrid(ids[:, 10:], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="cannot forget 70 tokens"):
+        cache.crop(-70)

@@ -25,6 +25,9 @@ _ROOM = 1024  # kept layers' tensors are a multiple of it long, so that calls sh
 _SAVED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _OWN_HOOKS = ("forward_pass", "kept_attention", "first_values")
 _PIECE = 2**24
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
+RECORDINGS = "_recorded_steps"
+"""The attribute of a model that has its recordings."""
 _MOST_MASKED = 2**28
 
 
@@ -63,7 +66,7 @@ def sample_recorded(
 
 def forget_recordings(model: Any) -> None:
     """Free the memory of the recorded steps of a model."""
-    model.__dict__.pop("_recorded_steps", None)
+    model.__dict__.pop(RECORDINGS, None)
 
 
 def _can_record(model: Any, cache: Any, config: Any, given: dict[str, Any]) -> bool:
@@ -99,17 +102,6 @@ def _is_foreign(hook: Any) -> bool:
     return place.rpartition(".")[2].removesuffix("_radlads") not in _OWN_HOOKS
 
 
-def what_computes(model: Any) -> Hashable:
-    """Equal as long as a recorded step computes what the model would: where weights lie, and which adapters are on."""
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-    adapters = tuple(
-        (str(getattr(module, "active_adapters", "")), str(getattr(module, "disable_adapters", "")),
-         str(getattr(module, "merged_adapters", "")), str(getattr(module, "scaling", "")))
-        for module in model.modules() if hasattr(module, "active_adapters")
-    )  # fmt: skip
-    return hash((weights, adapters, model.config._attn_implementation))
-
-
 def _on_one_gpu(model: Any) -> bool:
     devices = {parameter.device for parameter in model.parameters()}
     return len(devices) == 1 and devices.pop().type == "cuda"
@@ -126,19 +118,19 @@ class _Loop:
         self.asks = any(type(one).__name__ not in known for one in stopping)
         self.in_step = can_be_recorded(processors)
         # A cache that outlives the call must not read tokens after the last one.
-        self.exact = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        self.exact = config.return_dict_in_generate or not cache.for_one_call
 
     def run(self, ids: Tensor, logits_BV: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """The text [B, up to the longest] of prompts, whose last logits are given."""
         device, count = ids.device, self.stopping.max_length - ids.shape[1]
         unfinished = torch.ones(len(ids), dtype=torch.bool, device=device)
         token_B, prompt = self._choose(logits_BV, ids, unfinished), ids.shape[1]
-        steps, number = None, 1
+        steps, key, number = None, None, 1
         ids = self._add(ids, token_B)
         unfinished = unfinished & ~self.stopping(ids, None)
         while number < count and not (self._looks(number) and not bool(unfinished.any())):
             if steps is None:
-                steps = self._steps(len(ids))
+                steps, key = self._steps(len(ids), count)
                 positions = next_positions(model_kwargs, self.cache)
                 mask_BT = model_kwargs.get("attention_mask")
                 steps.begin(self.cache, token_B, positions, unfinished, mask_BT, keep=self.exact)
@@ -155,8 +147,12 @@ class _Loop:
                 unfinished = unfinished & ~self.stopping(ids, None)
                 steps.unfinished_B.copy_(unfinished)
             number += 1
-        if steps is not None and self.exact:
-            steps.end(self.cache)
+        if steps is not None:
+            if self.exact:
+                steps.end(self.cache)
+            made = _recordings(self.model)
+            made.clear()
+            made[key] = steps
         if self.streamer is not None:
             self.streamer.end()
         return self._cut(ids, prompt)
@@ -182,24 +178,56 @@ class _Loop:
         first = torch.where(ended.any(-1), ended.argmax(-1) + 1, ended.shape[1])
         return ids[:, : prompt + int(first.max())]
 
-    def _steps(self, rows: int) -> RecordedSteps:
-        """The recording of an earlier call that does the same, or a new one."""
+    def _steps(self, rows: int, count: int) -> tuple[RecordedSteps, Hashable]:
+        """The recording of an earlier call that does the same, or a new one, and its key. Until the call ends it is
+        this call's alone: another one, of another thread or from inside a streamer, makes its own."""
         model, kept = self.model, [layer for layer in self.cache.layers if not hasattr(layer, "remember")]
-        room = -(-self.stopping.max_length // _ROOM) * _ROOM if kept else 0
+        # Not stopping.max_length: it counts neither embeddings nor what a given cache had read.
+        room = -(-(self.cache.get_seq_length() + count) // _ROOM) * _ROOM if kept else 0
         chooses = what_chooses(self.processors, do_sample=self.config.do_sample) if self.in_step else None
         ends = tuple(self.eos[0].eos_token_id.tolist()) if self.eos else ()
         pad = self.config._pad_token_tensor
         ends += () if pad is None else ("pad", *pad.flatten().tolist())
-        key = (rows, room, chooses, ends, what_computes(model))
-        made: dict[Hashable, RecordedSteps] = model.__dict__.setdefault("_recorded_steps", {})
+        # Tensors that inference mode made cannot be written outside it.
+        key = (rows, room, chooses, ends, what_runs(model), torch.is_inference_mode_enabled())
+        made = _recordings(model)
         steps = made.pop(key, None)
         if steps is None:
             made.clear()  # no two at once: each holds states, and keys and values
             eos = self.eos[0].eos_token_id if self.eos else None
             chooser = Chooser(self.processors, self.config, eos) if self.in_step else None
             steps = RecordedSteps(model, rows, room, chooser)
-        made[key] = steps
-        return steps
+        return steps, key
+
+
+def _recordings(model: Any) -> dict[Hashable, RecordedSteps]:
+    made: dict[Hashable, RecordedSteps] = model.__dict__.setdefault(RECORDINGS, {})
+    return made
+
+
+def what_runs(model: Any) -> Hashable:
+    """Changes with all that a recording holds of a model: where its weights are, and the settings of its modules, such
+    as the active adapter."""
+    weights = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    told = [(type(one), _settings(one)) for one in model.modules()]
+    return hash((weights, tuple(told), model.config._attn_implementation))
+
+
+def _settings(module: torch.nn.Module) -> Hashable:
+    """What is plain in a module's own attributes; of a function that replaces its forward, which one it is."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    return (
+        id(own.get("forward")),
+        *((name, repr(value)) for name, value in own.items() if _is_plain(value)),
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def next_positions(model_kwargs: dict[str, Any], cache: Any) -> Tensor:

@@ -48,7 +48,10 @@ class KeptLayer(DynamicLayer):
         return self.keys, self.values
 
     def _in_place(self, length: int) -> bool:
-        """Whether keys and values are the first tokens of what is held, and not tensors that somebody else made."""
+        """Whether keys and values are the first tokens of what is held, and not tensors that somebody else made, and
+        can be written: not those of torch.inference_mode outside it."""
+        if self._held and self._held[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False
         held = zip(self._held or (), (self.keys, self.values), strict=False)
         return not length or all(x.data_ptr() == buffer.data_ptr() and len(x) == len(buffer) for buffer, x in held)
 

@@ -54,6 +54,8 @@ def mix_recorded(
     early = part(0, begin, state) if begin else None
     before = early.state if early is not None else state
     late = part(begin, T, before)
+    if begin:
+        passes.clear()  # the tokens between them and these are not kept
     del passes[:-MOST]
     passes.append(Pass(T - begin, lambda n: part(begin, begin + n, before).state if n else before))
     if early is None:
@@ -65,17 +67,23 @@ def mix_recorded(
 def take_back(passes: list[Pass], tokens: int) -> MixerState | None:
     """The state before the last `tokens` tokens; `passes` is left empty. Raises ValueError where they reach further
     back than what is kept."""
-    rest = tokens
-    while passes:
+    check_take_back(passes, tokens)
+    last = passes.pop()
+    while last.tokens < tokens:
+        tokens -= last.tokens
         last = passes.pop()
-        if rest <= last.tokens:
-            passes.clear()
-            return last.after(last.tokens - rest)
-        rest -= last.tokens
-    raise ValueError(
-        f"a recurrent state cannot forget {tokens} tokens: call cache.activate_past_recording() before the pass that "
-        f"reads them (at most {MOST} tokens of a pass can be taken back), or keep cache.copy() and go back to it"
-    )
+    passes.clear()
+    return last.after(last.tokens - tokens)
+
+
+def check_take_back(passes: list[Pass], tokens: int) -> None:
+    """Raises ValueError where so many tokens cannot be taken back."""
+    if tokens > sum(one.tokens for one in passes):
+        raise ValueError(
+            f"a recurrent state cannot forget {tokens} tokens: call cache.activate_past_recording() before the pass "
+            f"that reads them (at most {MOST} tokens of a pass can be taken back), or keep cache.copy() and go back to "
+            "it"
+        )
 
 
 def _copied(state: MixerState | None) -> MixerState | None:

@@ -10,6 +10,7 @@ Dims: B rows, T tokens read before, L room of kept layers, V words. An exported 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,8 @@ class RecordedSteps:
         """room: tokens that kept layers hold; 0: there are none. chooser: chooses the next tokens in the step; None:
         the caller does, and writes them into `token_B1`."""
         device = next(model.parameters()).device
-        self.model, self.chooser, self.room, self.cache_name = model, chooser, room, cache_keyword(model.model)
+        self._model = weakref.ref(model)  # which holds this: its memory is to be free as soon as it is dropped
+        self.chooser, self.room, self.cache_name = chooser, room, cache_keyword(model.model)
         self.token_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.position_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
@@ -137,7 +139,9 @@ class RecordedSteps:
             self.mask.index_fill_(3, self.place, True)
         for i, state in self.states.items():
             self.layers[i].state = state
-        logits_BV = self.model(
+        model = self._model()
+        assert model is not None
+        logits_BV = model(
             input_ids=self.token_B1, attention_mask=self.mask, position_ids=self.position_B1, use_cache=True,
             **{self.cache_name: self._cache, DECODING_STEP: True},
         ).logits[:, -1]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from radlads.tasks.contracts.job import Sheet
 
@@ -27,10 +27,18 @@ class Drawing(Sheet):
     top_p: float = Field(default=0.95, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     """0: all tokens."""
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10)
     max_new_tokens: int = Field(default=512, ge=1)
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
     """None: every answer differs."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides_scores(cls, value: float) -> float:
+        """Scores over less overflow, and then have no probabilities."""
+        if 0 < value < 0.001:
+            raise ValueError("must be 0, for the likeliest token, or at least 0.001")
+        return value
 
 
 class TalkRequest(Sheet):

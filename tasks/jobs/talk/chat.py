@@ -7,6 +7,7 @@ slash are commands. Ctrl-C ends an answer, not the program.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -64,7 +65,10 @@ class Conversation:
         said, speaker = self.messages[name], self.speakers[name]
         said.append({"role": "user", "content": text})
         try:
-            answer = speaker.answer(self._ids(name), self.sampling, on_text, lambda: self.stop)
+            ids = self._ids(name)
+            if not ids:
+                raise UserError("the chat template writes nothing for this conversation: there is nothing to answer")
+            answer = speaker.answer(ids, self.sampling, on_text, lambda: self.stop)
         except BaseException:
             said.pop()
             raise
@@ -87,9 +91,9 @@ class Conversation:
         """Write what was said. Raises UserError where that cannot be done."""
         if not path:
             raise UserError("/save needs the name of a file")
-        target = Path(path).expanduser()
         told = {name: {"messages": self.messages[name], "answers": self.numbers[name]} for name in self.speakers}
-        with file_errors(str(target)):
+        with file_errors(path):
+            target = Path(path).expanduser()
             target.write_text(
                 json.dumps({"sampling": self.sampling.model_dump(), "models": told}, indent=1, ensure_ascii=False),
                 encoding="utf-8",
@@ -117,6 +121,8 @@ def run(conversation: Conversation, lines: Iterator[str], out: TextIO) -> None:
         if not text:
             continue
         try:
+            if not _is_text(text):
+                raise UserError("this line is no UTF-8 text; it was not read")
             if text.startswith("/"):
                 if text in ("/exit", "/quit"):
                     return
@@ -134,6 +140,11 @@ def run(conversation: Conversation, lines: Iterator[str], out: TextIO) -> None:
             _say(out, str(error))
         except torch.OutOfMemoryError:
             _say(out, "\nthere is not enough memory for this conversation; /reset begins a new one")
+
+
+def _is_text(line: str) -> bool:
+    """Whether a line was UTF-8: bytes that are not arrive as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in line)
 
 
 def describe(answer: Reply) -> str:
@@ -233,6 +244,8 @@ def main() -> int:
             raise KeyboardInterrupt
         conversation.stop = True
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next one read
     asked = _lines("> ")
 
     def lines() -> Iterator[str]:
