@@ -69,6 +69,8 @@ def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
         except KeyboardInterrupt:  # no part of the run was running
             REQUEST.ask()
             state = None
+        finally:
+            ENDINGS.by_caller = False
         if REQUEST.asked_at is not None and (state is None or not state.is_completed()):
             ending.stopped(begun=state is not None)
             raise SystemExit(ending.code)

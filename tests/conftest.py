@@ -14,6 +14,10 @@ import pytest
 # Before torch is imported: tensors of tests are small, and two processes of tests share the cores. What tests launch
 # gets its threads from its own settings.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest imports readline, which notes the terminal's size in the environment: the processes of `pytest -n` get it, and
+# then no test could set another width.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a process of `pytest -n` takes as a whole: these folders, whose tests share servers, and any other file.

@@ -10,7 +10,7 @@ from typing import Any
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import Manifest
 from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
-from radlads.tasks.contracts.stages import PLAN, STAGES
+from radlads.tasks.contracts.stages import JUDGING_STAGES, PLAN, STAGES
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.files import parallel
 from radlads.tasks.contracts.store.layout import check_layout
@@ -19,7 +19,7 @@ from radlads.tasks.look.record import read_recipe
 from radlads.tasks.look.results import Score, gpu_hours_of, heldout_losses, hours_of, scores_of
 from radlads.tasks.look.run_state import read_planned
 
-_JUDGES = ("evaluate", "needle", "data")
+_JUDGES = (*JUDGING_STAGES, "data")
 _NOTHING = object()
 SURE = 2.0
 """Standard errors from which a difference is called one."""
