@@ -164,6 +164,15 @@ def write_states(folder: Path, **changes: torch.Tensor) -> None:
     (folder / "checkpoint.json").write_text(json.dumps(CHECKPOINT))
 
 
+@pytest.mark.parametrize("key", ["version", "step", "parameters"])
+def test_what_is_very_long_is_told_in_a_line(checkpoint, key):
+    long = {**CHECKPOINT, key: {"layer.weight": [1] * 5000, "layer.bias": [1]} if key == "parameters" else 10**4000}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(long))
+    with pytest.raises(UserError) as said:
+        Checkpoint(checkpoint, 5, SHAPES)
+    check_line(said.value)
+
+
 @THOUSAND
 @given(data=altered(CHECKPOINT))
 def test_a_thousand_checkpoints(checkpoint, data):

@@ -29,7 +29,7 @@ _SHOWN = 120
 class CheckpointSheet(StrictSheet):
     """checkpoint.json. parameters: name → shape; in version 1 → file with the parameter and its moments."""
 
-    version: int
+    version: Count
     step: Count
     adam_steps: Count
     seed: int
@@ -159,7 +159,7 @@ def _read_sheet(folder: Path, step: int, shapes: Mapping[str, Sequence[int]]) ->
         if isinstance(noted, str) != (sheet.version == _WHOLE):
             raise _refused(step, f"checkpoint.json of version {sheet.version} does not describe {name} so")
         if not isinstance(noted, str) and noted != list(shapes[name]):
-            raise _refused(step, f"{name} is {noted}, expected {list(shapes[name])}")
+            raise _refused(step, f"{name} is {str(noted)[:_SHOWN]}, expected {list(shapes[name])}")
     return sheet
 
 
