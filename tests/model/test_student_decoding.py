@@ -396,7 +396,7 @@ def test_torch_compile_has_no_graph_break(make_teacher, make_student, tokens) ->
         student(tokens, use_cache=False).logits.sin().sum().backward()
         wanted = {name: x.grad.clone() for name, x in student.named_parameters() if x.grad is not None}
         student.zero_grad()
-        torch.compile(student, backend="aot_eager")(tokens, use_cache=False).logits.sin().sum().backward()
+        torch.compile(student, backend="eager")(tokens, use_cache=False).logits.sin().sum().backward()
     for name, x in student.named_parameters():
         if name in wanted:
             torch.testing.assert_close(x.grad, wanted[name], atol=1e-4, rtol=1e-4)
