@@ -6,8 +6,8 @@ Makes a random-weight teacher of a public shape, converts and exports it, and lo
 process: the student as an exported folder with its own code, the teacher with its best attention. Both decode by
 replaying a CUDA graph: the student's generate() does so by itself; the teacher's keys and values lie in tensors of the
 final length (a static cache), which transformers' own static cache does not record without a compiler. Each row is
-measured for both models, one after the other, before the next row. The needed words: prefill is the time of
-generate() to the first token; decode is the median step after it; a batch "fits" when it decodes without an error.
+measured for both models, one after the other, before the next row. Prefill is the time of generate() to its first
+token, decode the median step after it. Watts are the board's, read after the last step.
 Results: FILE.json, a table FILE.md and, with matplotlib, FILE.png.
 """
 
@@ -131,9 +131,9 @@ def decode(model: PreTrainedModel, batch: int, length: int) -> dict[str, float] 
 
     def run() -> dict[str, float]:
         times = generate(model, ids, NEW)
-        joules = read_energy(model.device)
+        watts = read_power(model.device)
         step = statistics.median(b - a for a, b in pairwise(times[1:]))
-        used = {} if joules is None else {"watts": joules}
+        used = {} if watts is None else {"watts": watts}
         return {"step_ms": step * 1e3, "tokens_per_second": batch / step, **used}
 
     result = measured(run)
@@ -153,7 +153,7 @@ def largest(model: PreTrainedModel, length: int, most: int) -> dict[str, float] 
     return best
 
 
-def read_energy(device: torch.device) -> float | None:
+def read_power(device: torch.device) -> float | None:
     """The board's power now, in watts; None where it cannot be read."""
     if device.type != "cuda":
         return None

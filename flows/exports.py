@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ _HUB = "hub:"
 def published_folder(model: str, *, stage: str | None, store: str | None, work: str | None) -> Path:
     """The folder that a run published, with its card, else that of its last model (or of `stage`). model: a run's name,
     or an exported folder. Raises UserError."""
-    from radlads.flows.talkers import find_talkers
+    from radlads.flows.talkers import fetch_model, find_talkers
     from radlads.tasks.contracts.settings import check_run_name, resolve_settings
     from radlads.tasks.contracts.stages import PUBLISH
     from radlads.tasks.contracts.store.open import find_store
@@ -33,8 +32,7 @@ def published_folder(model: str, *, stage: str | None, store: str | None, work: 
         place = find_store(settings.store)
         pointer = read_pointer(place, check_run_name(model), PUBLISH.name)
         if pointer is not None and place.read_manifest(place.key(pointer.uri)) is not None:
-            kept = Path(settings.work) / "chat" / pointer.digest[:16]
-            return place.fetch(place.key(pointer.uri), kept, subset="model") / "model"
+            return fetch_model(place, place.key(pointer.uri), pointer.digest, settings.work)
     found = find_talkers(model, ("student",), stage=stage, teacher_path=None, store=store, work=work)
     [talker] = found["talkers"]
     if not talker.is_student:
@@ -76,25 +74,23 @@ class Destination:
         if not self._to.startswith(_HUB):
             return
         from huggingface_hub import ModelCard
+        from yaml import YAMLError
 
         card = source / "README.md"
         if not card.is_file():
             raise UserError("this model has no card: publish the run first (its recipe's section publish)")
         try:
             data = ModelCard.load(card).data
-        except Exception as error:
+        except (ValueError, TypeError, OSError, YAMLError) as error:
             raise UserError(f"the model's card cannot be read: {one_line(str(error), 200)}") from error
         if data.license is None:
             raise UserError("the model's card names no license: set publish.license in the recipe and publish it anew")
 
-    def send(self) -> Iterator[str]:
-        """Take the folder there; what was done, in lines. Raises UserError."""
+    def send(self) -> str:
+        """Take the folder there; where it is now. Raises UserError."""
         if self._to.startswith(_HUB):
-            yield self._send_to_hub()
-        elif self._temporary is not None:
-            yield self._send_to_s3()
-        else:
-            yield str(self.folder)
+            return self._send_to_hub()
+        return str(self.folder) if self._temporary is None else self._send_to_s3()
 
     def _check_remote(self) -> None:
         if self._to.startswith(_HUB):
@@ -119,7 +115,8 @@ class Destination:
 
     def _send_to_s3(self) -> str:
         store = self._store()
-        for path in sorted(self.folder.iterdir()):
+        # The config last: a folder that was sent in part is no model.
+        for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
             store.put_file(f"{self._name}/{path.name}", path)
         return str(store.join(self._name))
 

@@ -36,7 +36,7 @@ def find_talkers(
     if teacher_path is not None:
         raise UserError("--teacher-path is for a folder; a run knows its teacher")
     settings = resolve_settings(store=store, work=work)
-    place, kept = find_store(settings.store), Path(settings.work) / "chat"
+    place, kept = find_store(settings.store), settings.work
     talkers: list[Talker] = []
     if "teacher" in wanted:
         talkers.append(_teacher_of_run(place, check_run_name(model), store, kept))
@@ -46,11 +46,16 @@ def find_talkers(
             raise UserError(f"the run '{model}' has no finished model of '{stage}'; it has {', '.join(students)}")
         name = stage or next(reversed(students))
         product = students[name]
-        key = place.key(product.uri)
-        folder = place.fetch(key, kept / product.manifest.digest[:16], subset="model") / "model"
+        folder = fetch_model(place, place.key(product.uri), product.manifest.digest, kept)
         talkers.append(Talker(name="student", path=str(folder), is_student=True))
     last = talkers[-1]
     return {"talkers": tuple(talkers), "tokenizer": last.path, "revision": last.revision}
+
+
+def fetch_model(place: Store, key: str, digest: str, work: Path) -> Path:
+    """The model of a product as a local folder, to be read alone: links to a store in a folder, else downloads, which
+    stay in the work folder for the next time. Raises StoreError."""
+    return place.fetch(key, work / "models" / digest[:16], subset="model") / "model"
 
 
 def _teacher_of_run(place: Store, run: str, store: str | None, kept: Path) -> Talker:
@@ -64,7 +69,7 @@ def _teacher_of_run(place: Store, run: str, store: str | None, kept: Path) -> Ta
     made = [p for p in read_pointers(place, run).values() if p.stage == DEQUANTIZE.name]
     if not made or place.read_manifest(made[0].key) is None:
         raise UserError(f"the folder that the run '{run}' made of its GGUF teacher is no longer in {place.uri}")
-    folder = place.fetch(made[0].key, kept / made[0].digest[:16], subset="model") / "model"
+    folder = fetch_model(place, made[0].key, made[0].digest, kept)
     return Talker(name="teacher", path=str(folder), is_student=False)
 
 

@@ -55,5 +55,4 @@ def export(
                 trust_remote_code=trust_remote_code,
             ),
         )
-        for line in place.send():
-            say(line)
+        say(place.send())

@@ -28,6 +28,28 @@ from transformers import AutoModelForCausalLM
 greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 seen = {"version": transformers.__version__, "from": transformers.__file__}
 given = json.loads(sys.argv[1])
+
+class Replays:
+    def __init__(self, device): pass
+    def rehearse(self, run, *, strict): run()
+    def record(self, run): return None, run
+
+def recorded(model):
+    # As on a GPU, with steps that run again in a graph's place: a cache that is returned, and one gone on from.
+    here = type(model).__module__.rpartition(".")[0]
+    loop, steps = (sys.modules[f"{here}.{name}_radlads"] for name in ("generation_loop", "recorded_steps"))
+    on_one_gpu, loop._on_one_gpu, steps.CudaRecorder = loop._on_one_gpu, lambda model: True, Replays
+    options = dict(do_sample=False, max_new_tokens=16, eos_token_id=None)
+    first = model.generate(tokens, **options, return_dict_in_generate=True)
+    name = "cache" if "cache" in first else "past_key_values"
+    more = torch.cat([first.sequences, tokens[:, :3]], 1)
+    second = model.generate(more, **options, **{name: first[name]})
+    assert model._recorded_steps, "nothing was recorded"
+    plain = model.generate(tokens, **options, disable_compile=True)
+    again = model.generate(more, **options, disable_compile=True)
+    loop._on_one_gpu = on_one_gpu
+    return [torch.equal(first.sequences, plain), torch.equal(second, again)]
+
 tokens = torch.tensor(given["tokens"])
 short = tokens[1:, :-5]
 rows = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1)])
@@ -38,6 +60,7 @@ for folder in given["folders"]:
     with torch.no_grad():
         logits = model(tokens).logits
     made = model.generate(tokens, **greedy)
+    replayed = recorded(model)
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         again = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True, dtype=torch.float32).eval()
@@ -58,6 +81,7 @@ for folder in given["folders"]:
         "padded": model.generate(rows, attention_mask=mask, **greedy)[1, -6:].tolist(),
         "alone": model.generate(short, **greedy)[0, -6:].tolist(),
         "reloaded": same,
+        "recorded": replayed,
         "checkpointed": max(float((g - gradients[0]).norm() / gradients[0].norm()) for g in gradients[1:]),
     }
 families = {}
@@ -121,6 +145,7 @@ def test_an_export_does_the_same_under_every_release(
         assert got["made"] == got["uncached"]
         assert got["padded"] == got["alone"]
         assert got["reloaded"]
+        assert got["recorded"] == [True, True]
         assert got["checkpointed"] < 1e-5
     for folder, expected in families.items():
         got = of_families[str(folder)]

@@ -51,7 +51,8 @@ def sample_recorded(
     **model_kwargs: Any,
 ) -> Any:
     """As GenerationMixin._sample; None where the steps of this call are not to be recorded."""
-    cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+    name = next((name for name in CACHE_NAMES if model_kwargs.get(name) is not None), CACHE_NAMES[0])
+    cache = model_kwargs.get(name)
     new_tokens = (stopping_criteria.max_length or 0) - input_ids.shape[1]
     if synced_gpus or new_tokens < _FEWEST or not _can_record(model, cache, generation_config, model_kwargs):
         return None
@@ -61,7 +62,7 @@ def sample_recorded(
     ids = loop.run(input_ids, outputs.logits[:, -1], model_kwargs)
     if not generation_config.return_dict_in_generate:
         return ids
-    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
+    return GenerateDecoderOnlyOutput(sequences=ids, **{name: cache})
 
 
 def forget_recordings(model: Any) -> None:

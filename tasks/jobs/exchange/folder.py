@@ -14,7 +14,6 @@ from pydantic import TypeAdapter
 
 from radlads.model.student.export import export_student
 from radlads.model.student.load import load_student
-from radlads.model.weights.checkpoint_files import find_weight_files
 from radlads.tasks.contracts.requests.folder import FolderExport
 from radlads.tasks.jobs.exchange.outside_run import made_whole, run_request
 from radlads.tasks.jobs.sources import load_tokenizer
@@ -28,21 +27,22 @@ def perform(request: FolderExport) -> None:
     """Make the folder `request.out` atomically; the whole model is held in memory. Raises UserError."""
     source = Path(request.student)
     with made_whole(Path(request.out)) as folder:
-        weights = {Path(name).name for name in find_weight_files(str(source))}
-        written: set[str] = set()
+        others = [path for path in sorted(source.iterdir()) if path.is_file()]
         if request.dtype is not None or request.max_shard_bytes is not None:
             student = load_student(source, dtype=None if request.dtype is None else _DTYPES[request.dtype])
             tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
             export_student(student, tokenizer, folder, max_shard_bytes=request.max_shard_bytes or _SHARD_BYTES)
-            written = {path.name for path in folder.iterdir()}
-            weights |= {"model.safetensors.index.json"}
-        else:
-            weights = set()
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name not in written | weights:
-                shutil.copyfile(path, folder / path.name)
+            others = [path for path in others if not (folder / path.name).exists() and not _is_written(path.name)]
+        for path in others:
+            shutil.copyfile(path, folder / path.name)
     size = sum(path.stat().st_size for path in Path(request.out).iterdir())
     logger.info("%d files, %.2f GB", len(list(Path(request.out).iterdir())), size / 1e9)
+
+
+def _is_written(name: str) -> bool:
+    """Whether it is weights or code, of which an export writes all: what an earlier version called otherwise is not
+    kept beside it."""
+    return name.endswith((".safetensors", ".safetensors.index.json", "_radlads.py"))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from radlads.model.student.cache import RadladsCache
+from radlads.model.student.releases import cache_keyword
 from radlads.tasks.contracts.requests.talk import Drawing
 
 
@@ -84,7 +85,7 @@ class Speaker:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=self._settings(sampling),
-                past_key_values=self._cache,
+                **{cache_keyword(self.model): self._cache},
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_Asks(stopped)]),
             )
