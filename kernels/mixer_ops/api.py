@@ -81,14 +81,21 @@ def wkv7_delta_operands(
     decay_offset: float = 0.5,
     log_log: bool = False,
     decay_dtype: torch.dtype = torch.float32,
+    backend: Form | None = None,
 ) -> DeltaOperands:
     """As `wkv7_operands`, with the unit removal key kk and its learning rate instead of a = -kk and b = kk ⊙ iclr: what
-    wkv7_delta_step takes. In torch everywhere."""
+    wkv7_delta_step takes. Not differentiable in its Triton form, which runs where gradients are off."""
     _check(k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, values, keys)
-    return wkv7_delta_operands_torch(
-        k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A,
-        values=values, keys=keys, stock=stock, decay_offset=decay_offset, log_log=log_log, decay_dtype=decay_dtype,
-    )  # fmt: skip
+    inputs = (k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A)
+    options = {
+        "values": values, "keys": keys, "stock": stock,
+        "decay_offset": decay_offset, "log_log": log_log, "decay_dtype": decay_dtype,
+    }  # fmt: skip
+    if not torch.is_grad_enabled() and _choose("wkv7_delta_operands", backend, inputs[:4]) == "triton":
+        from radlads.kernels.mixer_ops.triton_operands import wkv7_operands_triton
+
+        return DeltaOperands(*wkv7_operands_triton(*inputs, **options, delta=True))
+    return wkv7_delta_operands_torch(*inputs, **options)
 
 
 def wkv7_finish(
@@ -106,7 +113,7 @@ def wkv7_finish(
     flow to every tensor.
 
     gate_BTA: a factor, to which gate_base is added. out_gate_BTA: the teacher's own gate, before its sigmoid. backend:
-    None picks Triton on a GPU where it applies, for more than one token, else torch. Raises ValueError, in one line,
+    None picks Triton on a GPU where it applies, else torch. Raises ValueError, in one line,
     for shapes that do not fit together and for a backend that is unknown or cannot run.
     """
     others = (*(bonus[:3] if bonus else ()), gate_BTA, out_gate_BTA)
@@ -160,8 +167,6 @@ def _choose(operator: str, backend: Form | None, tensors: tuple[Tensor, ...]) ->
     reason = "requested" if backend == "torch" else why_not_fused(tensors)
     if backend == "triton" and reason is not None:
         raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")
-    if reason is None and backend is None and tensors[0].shape[1] == 1:
-        reason = "one token a sequence: launches cost more than they save"
     note_kernel(operator, "triton" if reason is None else "plain torch", lambda: reason or "")
     return "triton" if reason is None else "torch"
 

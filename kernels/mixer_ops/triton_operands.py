@@ -77,9 +77,9 @@ def operands_kernel(
     k, v, w_low, a_low, w0, a0, v_first, v_low, v0, k_first, k_low, k0, k_k, k_a,
     log_decay, k_out, v_out, a, b, N, SCALE, OFFSET, ADD,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, SCALING: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, SCALING: tl.constexpr, DELTA: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid: (blocks of BT tokens, G)."""
+    """Grid: (blocks of BT tokens, G). DELTA: a and b are the unit removal key and its learning rate."""
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     group, c = tl.program_id(1), tl.arange(0, BK)
     known = c < K
@@ -106,8 +106,12 @@ def operands_kernel(
         _store(log_decay, at, decay, inside)
         _store(k_out, at, key * scale, inside)
         _store(v_out, at, mixed, inside)
-        _store(a, at, -unit, inside)
-        _store(b, at, unit * iclr, inside)
+        if DELTA:
+            _store(a, at, unit, inside)
+            _store(b, at, iclr, inside)
+        else:
+            _store(a, at, -unit, inside)
+            _store(b, at, unit * iclr, inside)
 
 
 @triton.jit
@@ -197,21 +201,27 @@ def operands_backward_kernel(
     _store(dv, at_kv, dvalue, inside)
 
 
+def _run(options: dict[str, Any], inputs: tuple[Tensor | None, ...], **more: Any) -> list[Tensor]:
+    decay_dtype, scalars, meta = options["decay_dtype"], options["scalars"], options["meta"]
+    inputs = tuple(None if x is None else x.contiguous() for x in inputs)
+    k = inputs[0]
+    shape = (*k.shape[:2], meta["G"] * meta["R"], meta["K"])
+    outs = [k.new_empty(shape, dtype=decay_dtype if place == 0 else k.dtype) for place in range(5)]
+    tokens = k.shape[0] * k.shape[1]
+    if tokens:
+        operands_kernel[_grid(tokens, meta)](
+            *(k if x is None else x for x in inputs), *outs, tokens, *scalars, **meta, **more, num_warps=4
+        )
+    return outs
+
+
 class _Operands(torch.autograd.Function):
     """(options, fourteen inputs; those that are absent are None)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, options: dict[str, Any], *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        decay_dtype, scalars, meta = options["decay_dtype"], options["scalars"], options["meta"]
         inputs = tuple(None if x is None else x.contiguous() for x in inputs)
-        k = inputs[0]
-        shape = (*k.shape[:2], meta["G"] * meta["R"], meta["K"])
-        outs = [k.new_empty(shape, dtype=decay_dtype if place == 0 else k.dtype) for place in range(5)]
-        tokens = k.shape[0] * k.shape[1]
-        if tokens:
-            operands_kernel[_grid(tokens, meta)](
-                *(k if x is None else x for x in inputs), *outs, tokens, *scalars, **meta, num_warps=4
-            )
+        outs = _run(options, inputs)
         ctx.save_for_backward(*(x for x in inputs if x is not None))
         ctx.given, ctx.options = [x is not None for x in inputs], options
         return tuple(outs)
@@ -271,8 +281,10 @@ def wkv7_operands_triton(
     decay_offset: float = 0.5,
     log_log: bool = False,
     decay_dtype: torch.dtype = torch.float32,
+    delta: bool = False,
 ) -> Operands:
-    """As `wkv7_operands`, for checked shapes on a GPU (or in Triton's interpreter)."""
+    """As `wkv7_operands`, for checked shapes on a GPU (or in Triton's interpreter). delta: as `wkv7_delta_operands`, in
+    the places of a and b, without gradients."""
     G, K = k_BTGK.shape[2:]
     R = w_low_BTA.shape[-1] // (G * K)
     added, first, level = 0.0, (None,) * 3, 0
@@ -287,6 +299,9 @@ def wkv7_operands_triton(
     scalars = (math.exp(-decay_offset), decay_offset, added)
     options = {"meta": meta, "scalars": scalars, "decay_dtype": decay_dtype}
     optional = (*first, *(keys or (None,) * 3), *(stock or (None,) * 2))
+    inputs = (k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A, *optional)
     with on_device_of(k_BTGK):
-        outs = _Operands.apply(options, k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A, *optional)
+        if delta:
+            return Operands(*_run(options, inputs, DELTA=True))
+        outs = _Operands.apply(options, *inputs)
     return Operands(*outs)

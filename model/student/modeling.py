@@ -21,6 +21,7 @@ from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.student.cache import RadladsCache, RecurrentLayer
 from radlads.model.student.configuration import RadladsConfig
+from radlads.model.student.decoding.fast_modules import use_fast_modules
 from radlads.model.student.decoding.generation_loop import (
     RECORDINGS,
     forget_recordings,
@@ -70,6 +71,8 @@ def convert_backbone(backbone: PreTrainedModel, config: RadladsConfig) -> None:
         else:
             shape = read_attention_shape(attention, parts, getattr(backbone.config, "rms_norm_eps", 1e-6))
             setattr(layer, parts.attention, build_mixer(config, i, shape))
+    if config.converted_layers():
+        use_fast_modules(backbone)
     backbone.register_forward_pre_hook(ForwardPass(backbone, config, parts.layers), with_kwargs=True)
 
 

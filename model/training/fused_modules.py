@@ -10,10 +10,6 @@ and exports are not affected.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial, update_wrapper
@@ -23,12 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.models.llama import modeling_llama as llama
 
 from radlads.kernels.shared.backends import installed, not_on_gpu
 from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.shared.meta import KeptForBackward
+from radlads.model.mixers.shared.family_code import (
+    FAMILY_CLASS,
+    family_class,
+    is_llama_mlp,
+    is_llama_norm,
+    is_llama_rotary,
+)
 from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -48,7 +49,7 @@ def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None =
     ):
         found = [module for module in model.modules() if is_same(module)]
         for module in found if reason is None else ():
-            module.__class__ = _with_forward(type(module), forward)
+            module.__class__ = _with_forward(family_class(module), forward)
         if found and device.type != "meta":
             note_kernel(name, "transformers" if reason else fused(), partial(str, reason or ""))
     for module in model.modules() if on_gpu else ():
@@ -57,24 +58,6 @@ def fuse_modules(model: nn.Module, device: torch.device, *, liger: bool | None =
                 module.shape = replace(module.shape, rotary=rotate_halves)
         elif turns_as_llama(module):
             module.__class__ = _with_forward(type(module), _turned(type(module).forward))
-
-
-def is_llama_norm(module: nn.Module) -> bool:
-    """Whether a module is an RMSNorm that rounds before it multiplies by its weight, as Llama's does."""
-    return _same(getattr(type(module), "forward", None), llama.LlamaRMSNorm.forward)
-
-
-def is_llama_mlp(module: nn.Module) -> bool:
-    """Whether a module is down(silu(gate(x)) ⊙ up(x)), fused or not."""
-    forward = getattr(type(module), "forward", None)
-    same = forward is _mlp or _same(forward, llama.LlamaMLP.forward)
-    return same and type(module.act_fn) is type(ACT2FN["silu"])
-
-
-def is_llama_rotary(rotary: Callable[..., Any] | None) -> bool:
-    """Whether a family's `apply_rotary_pos_emb` turns whole heads, half against half, in the dtype of q and k."""
-    own = sys.modules[getattr(rotary, "__module__", None) or __name__]
-    return _same(rotary, llama.apply_rotary_pos_emb) and _same(getattr(own, "rotate_half", None), llama.rotate_half)
 
 
 def turns_as_llama(module: nn.Module) -> bool:
@@ -102,27 +85,10 @@ def rotate_rows(
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
-def _same(function: Any, other: Any) -> bool:
-    return function is not None and _body(function) is not None and _body(function) == _body(other)
-
-
-@cache
-def _body(function: Any) -> str | None:
-    """The syntax of a function's arguments and body, its docstring left out; None without a source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return None
-    if not isinstance(tree, ast.FunctionDef):
-        return None
-    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    names = [argument.arg for argument in tree.args.args]
-    return f"{names} {[ast.dump(line) for line in body]}"
-
-
 @cache
 def _with_forward(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    own = {"forward": forward, "__module__": kind.__module__, FAMILY_CLASS: kind}
+    return type(kind.__name__, (kind,), own)
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from radlads.model.mixers.shared.family_code import is_llama_mlp
 from radlads.model.mixers.shared.rwkv7_design import Rwkv7Mixer
-from radlads.model.training.fused_modules import finish_mlp, is_llama_mlp
+from radlads.model.training.fused_modules import finish_mlp
 
 
 def recompute_cheap(model: nn.Module) -> None:

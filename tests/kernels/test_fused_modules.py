@@ -14,14 +14,12 @@ from radlads.kernels.shared.backends import installed
 from radlads.kernels.shared.chosen import chosen_kernels, forget_kernels
 from radlads.kernels.shared.testing import relative_rms
 from radlads.model.mixers.shared import mixer
+from radlads.model.mixers.shared.family_code import is_llama_mlp, is_llama_norm, is_llama_rotary
 from radlads.model.mixers.shared.mixer import rotate_halves
 from radlads.model.student.load import build_student
 from radlads.model.training import fused_modules
 from radlads.model.training.fused_modules import (
     fuse_modules,
-    is_llama_mlp,
-    is_llama_norm,
-    is_llama_rotary,
     turns_as_llama,
 )
 

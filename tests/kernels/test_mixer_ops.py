@@ -21,7 +21,12 @@ from operands_cases import (
 )
 
 from radlads.kernels.mixer_ops import Residual, rotate_heads, wkv7_finish, wkv7_operands
-from radlads.kernels.mixer_ops.plain import rotate_heads_torch, wkv7_finish_torch, wkv7_operands_torch
+from radlads.kernels.mixer_ops.plain import (
+    rotate_heads_torch,
+    wkv7_delta_operands_torch,
+    wkv7_finish_torch,
+    wkv7_operands_torch,
+)
 from radlads.kernels.mixer_ops.reference import (
     rotate_heads_reference,
     wkv7_finish_reference,
@@ -61,19 +66,25 @@ def test_every_design_takes_the_fused_forms_on_a_gpu(variant, options, on_a_gpu)
     assert forms == {"wkv7_operands": "triton", "wkv7_finish": "triton", **turned}
 
 
-def test_a_decode_step_takes_the_torch_forms(on_a_gpu):
+def test_a_decode_step_takes_the_fused_forms(on_a_gpu, monkeypatch):
+    """Without gradients, in which its kernels have none."""
+    from radlads.kernels.mixer_ops import triton_operands
+
+    def run(*args, delta=False, **options):
+        return (wkv7_delta_operands_torch if delta else wkv7_operands_torch)(*args, **options)
+
+    monkeypatch.setattr(triton_operands, "wkv7_operands_triton", run)
     mixer, given = make_mixer("hxa079", {}, torch.bfloat16)
     mixer.eval()
-    state = mixer.mix(**given, output_state=True).state
-    forget_kernels()
+    state = mixer.mix(**given | {"output_state": True}).state
     one = {"x_BTD": given["x_BTD"][:, :1], "rope": tuple(x[:, :1] for x in given["rope"])}
-    mixer.mix(**one, first=type(given["first"])(*(x[:, :1] for x in given["first"])), state=state)
-    why = "plain torch (one token a sequence: launches cost more than they save)"
-    assert chosen_kernels() == {
-        "rotate_heads": why,
-        "wkv7_finish": why,
-        "wkv7_step": "plain torch",
-    }
+    one |= {"first": type(given["first"])(*(x[:, :1] for x in given["first"])), "state": state}
+    fused = {"rotate_heads": "triton", "wkv7_finish": "triton", "wkv7_step": "plain torch"}
+    for grad, more in ((True, {}), (False, {"wkv7_delta_operands": "triton"})):
+        forget_kernels()
+        with torch.set_grad_enabled(grad):
+            mixer.mix(**one)
+        assert chosen_kernels() == fused | more
 
 
 def test_the_log_says_why_the_torch_form_ran(on_a_gpu, monkeypatch):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from radlads.kernels.mixer_ops import rotate_heads
 from radlads.model.mixers.shared.attention_shape import AttentionShape
+from radlads.model.mixers.shared.products import project_together
 
 
 class FirstValues(NamedTuple):
@@ -137,8 +138,9 @@ class Mixer(nn.Module):
         makes them differ from those of r.
         """
         x_k, x_v = (x_BTD if x is None else x for x in (x_k_BTD, x_v_BTD))
-        r, gate = self.split_gate(self.q_proj(x_BTD))
-        return (*self.to_heads(r, self.k_proj(x_k), self.v_proj(x_v), rope), gate)
+        q, k, v = project_together((x_BTD, x_k, x_v), (self.q_proj, self.k_proj, self.v_proj))
+        r, gate = self.split_gate(q)
+        return (*self.to_heads(r, k, v, rope), gate)
 
     def split_gate(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """An output of q_proj as queries [B,T,A] and the output's gate [B,T,A], before its sigmoid; None without."""
@@ -149,7 +151,7 @@ class Mixer(nn.Module):
 
     def finish(self, y_BTA: Tensor, gate_BTA: Tensor | None) -> Tensor:
         """The output [B,T,D]: gated as the teacher's attention gates its own, and projected."""
-        return self.o_proj(y_BTA if gate_BTA is None else y_BTA * torch.sigmoid(gate_BTA))
+        return project_together([y_BTA if gate_BTA is None else y_BTA * torch.sigmoid(gate_BTA)], [self.o_proj])[0]
 
     def to_heads(self, r_BTA: Tensor, k_BTA: Tensor, v_BTA: Tensor, rope: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs of the projections as `project` returns them."""
@@ -312,9 +314,3 @@ def init_low_rank_out(weight_RA: Tensor, scale: float = 0.1) -> None:
     nn.init.orthogonal_(wide, gain=gain)
     with torch.no_grad():
         weight_RA.copy_(wide)
-
-
-def rising_decay(width: int, depth: float, device: torch.device | None = None) -> Tensor:
-    """w0 [A] as RWKV-7 starts it: -6.5 + 5·(n/(A-1))^(0.85 + √depth), slow channels first, fast ones last."""
-    channel = torch.arange(width, dtype=torch.float32, device=device) / max(1, width - 1)
-    return -6.5 + 5 * channel ** (0.85 + depth**0.5)

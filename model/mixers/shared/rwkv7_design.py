@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from radlads.kernels.few_rows import few_rows_apply
 from radlads.kernels.mixer_ops import (
     AddedValues,
     Bonus,
@@ -49,10 +50,18 @@ from radlads.model.mixers.shared.mixer import (
     init_low_rank_out,
     low_rank,
     repeat_kv,
-    rising_decay,
+)
+from radlads.model.mixers.shared.products import (
+    Terms,
+    first_factors,
+    low_rank_terms,
+    project_together,
+    reads_in_16_bits,
+    second_factors,
 )
 from radlads.model.mixers.shared.recurrence import is_step
 from radlads.model.mixers.shared.recurrence_wkv7 import run_wkv7
+from radlads.model.mixers.shared.starts import head_ramps, rising_decay, start_gate_at_one
 from radlads.model.mixers.shared.token_shift import previous_tokens
 
 
@@ -78,10 +87,6 @@ class Design:
     token_shift: bool = False
 
 
-_LOW = "wavkg"
-"""The low-rank maps that a design may have: w1 and w2, a1 and a2, …"""
-
-
 class Branches(NamedTuple):
     """The inputs [B,T,D] of the six branches; all the same without a token shift."""
 
@@ -99,7 +104,8 @@ class Rwkv7Mixer(Mixer):
     DRAW_ORDER: ClassVar[str] = "wavkg"
     """Low-rank maps in the order in which their initial values are drawn: the values for a seed depend on it."""
     decay_dtype: torch.dtype = torch.float32
-    """Of the log decay that the recurrence is given; training may round it to 16 bits."""
+    """Of the log decay that the recurrence is given; training may round it to 16 bits, as reading a prompt in 16 bits
+    on a GPU does."""
 
     def __init__(self, shape: AttentionShape, options: Any, *, layer: int, num_layers: int, first: bool) -> None:
         """See `Mixer`."""
@@ -199,12 +205,13 @@ class Rwkv7Mixer(Mixer):
         """See `radlads.model.mixers.shared.mixer.Mixer.mix`."""
         x, shift = self._branches(x_BTD, state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, row_part=row_part)
         r, k, v, gate = self.project(x.r, rope if self.options.rope else None, x_k_BTD=x.k, x_v_BTD=x.v)
-        firsts = (getattr(self, f"{name}1", None) for name in _LOW)
-        low = [None if one is None else getattr(x, name) @ one for name, one in zip(_LOW, firsts, strict=True)]
-        out, values, wkv = self.recur(
-            r, k, v, gate, *(first or FirstValues()), *low,
-            state=state, keep_BT=keep_BT, cu_seqlens=cu_seqlens, output_state=output_state, row_part=row_part,
-        )  # fmt: skip
+        call: dict[str, Any] = {"state": state, "keep_BT": keep_BT, "cu_seqlens": cu_seqlens}
+        call |= {"output_state": output_state, "row_part": row_part}
+        given = first or FirstValues()
+        if few_rows_apply(x_BTD):
+            out, values, wkv = self._recur(r, k, v, gate, given, low_rank_terms(self, x), **call)
+        else:
+            out, values, wkv = self.recur(r, k, v, gate, *given, *first_factors(self, x), **call)
         first = _first_values(self.design, k, v, values) if self.v0 is None else first
         return MixerOutput(out, first, None if wkv is None else MixerState(wkv, shift))
 
@@ -226,20 +233,33 @@ class Rwkv7Mixer(Mixer):
         None for those that the variant lacks. call: state, keep_BT, cu_seqlens, output_state, row_part, as of
         `mix`.
         """
-        design, (w, a, v, k, g) = self.design, low_BTR
-        operands = (wkv7_delta_operands if is_step(r_BTHK, call["state"], training=self.training) else wkv7_operands)(
+        first, low = FirstValues(first_v, first_k), second_factors(self, low_BTR)
+        return self._recur(r_BTHK, k_BTGK, v_BTGK, gate_BTA, first, low, **call)
+
+    def _recur(
+        self,
+        r_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        gate_BTA: Tensor | None,
+        first: FirstValues,
+        low: Terms,
+        **call: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        design, one_token = self.design, is_step(r_BTHK, call["state"], training=self.training)
+        operands = (wkv7_delta_operands if one_token else wkv7_operands)(
             k_BTGK,
             v_BTGK,
-            values=self._values(v, FirstValues(first_v, first_k)),
-            keys=None if self.k0 is None else Residual(first_k, k @ self.k2, self.k0),
-            a_low_BTA=a @ self.a2,
-            w_low_BTA=torch.tanh(w) @ self.w2,
+            values=self._values(low.v, first),
+            keys=None if self.k0 is None else Residual(first.k, low.k, self.k0),
+            a_low_BTA=low.a,
+            w_low_BTA=low.w,
             w0_A=self.w0,
             a0_A=self.a0,
             stock=StockKeys(self.k_k, self.k_a) if design.key_scaling == "k_a" else None,
             decay_offset=design.decay_offset,
             log_log=design.key_scaling == "log_log_decay",
-            decay_dtype=self.decay_dtype,
+            decay_dtype=k_BTGK.dtype if reads_in_16_bits(k_BTGK, one_token) else self.decay_dtype,
         )
         y, wkv = run_wkv7(r_BTHK, operands, training=self.training, **call)
         y = wkv7_finish(
@@ -247,21 +267,21 @@ class Rwkv7Mixer(Mixer):
             norm=None if self.ln_x is None else GroupNorm(self.ln_x.weight, self.ln_x.bias, self.ln_x.eps),
             scale=self.shape.head_dim**-0.5 if design.output_scale else 1.0,
             bonus=Bonus(r_BTHK, operands.k, operands.v, self.r_k) if design.bonus else None,
-            gate_BTA=None if design.gate == "none" else torch.sigmoid(g) @ self.g2,
+            gate_BTA=low.g,
             gate_base=1.0 if design.gate == "one_plus" else 0.0,
             out_gate_BTA=gate_BTA,
         )
-        return self.o_proj(y), operands.v, wkv
+        return project_together([y], [self.o_proj])[0], operands.v, wkv
 
-    def _values(self, low_BTR: Tensor | None, first: FirstValues) -> Residual | AddedValues | None:
+    def _values(self, low: Tensor | None, first: FirstValues) -> Residual | AddedValues | None:
         """What is mixed into a layer's values."""
         if self.design.value_lora_scale is not None:
-            return AddedValues(low_BTR @ self.v2, self.design.value_lora_scale)
+            return AddedValues(low, self.design.value_lora_scale)
         if self.v0 is None:
             return None
         if first.v is None or (self.design.first_keys and first.k is None):
             raise ValueError(f"layer {self.layer} needs the first recurrent layer's values")
-        return Residual(first.v, low_BTR @ self.v2, self.v0)
+        return Residual(first.v, low, self.v0)
 
     @classmethod
     def first_values_of(
@@ -281,30 +301,3 @@ def _first_values(design: Design, k_BTGK: Tensor, v_BTGK: Tensor, v_BTHK: Tensor
         return FirstValues()
     mine = FirstValues(v_BTHK if design.first_values == "heads" else v_BTGK, k_BTGK if design.first_keys else None)
     return mine if design.first_values_gradient else FirstValues(*(None if z is None else z.detach() for z in mine))
-
-
-class HeadRamps(NamedTuple):
-    """Channel ramps [A] of the starts of hxa079 and later."""
-
-    zigzag: Tensor
-    """u·|u|, with u from -1 to 1 inside each head."""
-    line: Tensor
-    """From -1/2 to 1/2 over all heads."""
-    slow: Tensor
-    """w0: -5.5 + 6·(n/(A-1))^(1 + depth^0.3) + 2.5·zigzag."""
-
-
-def head_ramps(num_heads: int, head_dim: int, depth: float, device: torch.device | None = None) -> HeadRamps:
-    """See `HeadRamps`. depth: 0 in the first layer, 1 in the last."""
-    n = torch.arange(num_heads * head_dim, dtype=torch.float32, device=device)
-    middle = max(1, head_dim - 1) / 2
-    u = (n % head_dim - middle) / middle
-    part = n / max(1, num_heads * head_dim - 1)
-    zigzag = u * u.abs()
-    return HeadRamps(zigzag, part - 0.5, -5.5 + 6 * part ** (1 + depth**0.3) + 2.5 * zigzag)
-
-
-def start_gate_at_one(g2_RA: Tensor) -> None:
-    """Shift every column so that it sums to two: with g1 = 0 the gate σ(x g1) g2 is half of those sums."""
-    with torch.no_grad():
-        g2_RA.add_((2 - g2_RA.float().sum(0)) / g2_RA.shape[0])

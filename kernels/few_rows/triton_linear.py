@@ -1,0 +1,162 @@
+"""Few rows by the weights of several linear layers in one launch; and silu(gate) ⊙ up.
+
+Bound by reading weights once. A program reads BO rows of one matrix over their whole width; one row of inputs is a
+product by elements and a sum, more rows are a product of tiles. Sums are fp32, in an order that shapes alone determine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from radlads.kernels.shared.triton_launch import on_device_of
+
+_TOGETHER = 5
+
+
+@triton.jit
+def _product(x, w, row, inside, D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):
+    """x [N,D] by the rows `row` [BO] of w: fp32 [BN,BO]."""
+    n = tl.arange(0, BN)
+    total = tl.zeros([BN, BO], dtype=tl.float32)
+    partial = tl.zeros([BO, BK], dtype=tl.float32)
+    for start in range(0, D, BK):
+        c = start + tl.arange(0, BK)
+        known = c < D
+        tile = tl.load(w + row[:, None] * D + c[None, :], mask=inside[:, None] & known[None, :], other=0.0)
+        if N == 1:
+            partial += tile.to(tl.float32) * tl.load(x + c, mask=known, other=0.0).to(tl.float32)[None, :]
+        else:
+            rows = tl.load(x + n[:, None] * D + c[None, :], mask=(n < N)[:, None] & known[None, :], other=0.0)
+            total = tl.dot(rows, tl.trans(tile), total)
+    if N == 1:
+        total += tl.sum(partial, 1)[None, :]
+    return total
+
+
+@triton.jit
+def _store_rows(out, value, row, inside, O, N: tl.constexpr, BN: tl.constexpr):  # noqa: E741 -- the width out
+    n = tl.arange(0, BN)
+    tl.store(out + n[:, None] * O + row[None, :], value.to(out.dtype.element_ty), mask=(n < N)[:, None] & inside[None])
+
+
+@triton.jit
+def pick(tile, T0, T1, T2, T3, a, b, c, d, e):
+    """Of five numbers that of the matrix to which a tile belongs."""
+    return tl.where(tile >= T3, e, tl.where(tile >= T2, d, tl.where(tile >= T1, c, tl.where(tile >= T0, b, a))))
+
+
+@triton.jit
+def linear_kernel(
+    x0, x1, x2, x3, x4, w0, w1, w2, w3, w4, b0, b1, b2, b3, b4, y0, y1, y2, y3, y4,
+    O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, O3: tl.constexpr, O4: tl.constexpr, BIAS: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of BO outputs, of one matrix after the other. BIAS: bit i says whether matrix i has one."""
+    tile = tl.program_id(0)
+    T0: tl.constexpr = (O0 + BO - 1) // BO
+    T1: tl.constexpr = T0 + (O1 + BO - 1) // BO
+    T2: tl.constexpr = T1 + (O2 + BO - 1) // BO
+    T3: tl.constexpr = T2 + (O3 + BO - 1) // BO
+    x, w, b, y = x0, w0, b0, y0
+    if tile >= T3:
+        x, w, b, y = x4, w4, b4, y4
+    elif tile >= T2:
+        x, w, b, y = x3, w3, b3, y3
+    elif tile >= T1:
+        x, w, b, y = x2, w2, b2, y2
+    elif tile >= T0:
+        x, w, b, y = x1, w1, b1, y1
+    O = pick(tile, T0, T1, T2, T3, O0, O1, O2, O3, O4)  # noqa: E741
+    first = pick(tile, T0, T1, T2, T3, 0, T0, T1, T2, T3)
+    bias = (BIAS >> pick(tile, T0, T1, T2, T3, 0, 1, 2, 3, 4)) & 1
+    row = (tile - first) * BO + tl.arange(0, BO)
+    inside = row < O
+    value = _product(x, w, row, inside, D, N, BN, BO, BK)
+    if BIAS > 0:
+        value += tl.load(b + row, mask=inside & (bias > 0), other=0.0).to(tl.float32)[None, :]
+    _store_rows(y, value, row, inside, O, N, BN)
+
+
+@triton.jit
+def gated_kernel(
+    x, gate, up, y, O: tl.constexpr,  # noqa: E741
+    D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of BO outputs. Both products are rounded, as they are where they are written to memory."""
+    row = tl.program_id(0) * BO + tl.arange(0, BO)
+    inside = row < O
+    g = _product(x, gate, row, inside, D, N, BN, BO, BK).to(y.dtype.element_ty).to(tl.float32)
+    u = _product(x, up, row, inside, D, N, BN, BO, BK).to(y.dtype.element_ty).to(tl.float32)
+    g = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
+    _store_rows(y, g * u, row, inside, O, N, BN)
+
+
+@triton.jit(do_not_specialize=("COUNT",))
+def silu_kernel(gate, up, out, COUNT, BLOCK: tl.constexpr):
+    """Grid: blocks of BLOCK elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < COUNT
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    g = (g * tl.sigmoid(g)).to(out.dtype.element_ty).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (g * u).to(out.dtype.element_ty), mask=inside)
+
+
+def tiles_of(N: int, D: int, outputs: int) -> dict[str, int]:
+    """Sizes of a launch for N rows of width D: outputs a program, columns a step, and rows in a tile of a product."""
+    if N == 1:
+        BK = min(1024, triton.next_power_of_2(D))
+        return {"N": 1, "BN": 1, "BO": 8 if outputs >= 4096 else 4, "BK": BK, "num_warps": 4, "num_stages": 3}
+    BK = min(256, max(16, triton.next_power_of_2(D)))
+    return {"N": N, "BN": 16, "BO": 16, "BK": BK, "num_warps": 4, "num_stages": 4}
+
+
+def linear_together_triton(
+    xs_BTD: Sequence[Tensor], weights_OD: Sequence[Tensor], biases_O: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """As `linear_together`, for checked shapes on a GPU (or in Triton's interpreter)."""
+    D, lead = xs_BTD[0].shape[-1], xs_BTD[0].shape[:-1]
+    xs = [x.contiguous() for x in xs_BTD]
+    outs = [x.new_empty(*lead, w.shape[0]) for x, w in zip(xs, weights_OD, strict=True)]
+    widths = [w.shape[0] for w in weights_OD]
+    meta = tiles_of(lead.numel(), D, sum(widths))
+    bits = sum((bias is not None) << place for place, bias in enumerate(biases_O))
+    biases = [x if bias is None else bias for x, bias in zip(xs, biases_O, strict=True)]
+    lists = (_full(xs), _full(weights_OD), _full(biases), _full(outs))
+    sizes = [*widths, *[0] * (_TOGETHER - len(widths))]
+    grid = (sum(triton.cdiv(width, meta["BO"]) for width in widths),)
+    with on_device_of(xs[0]):
+        linear_kernel[grid](*(x for one in lists for x in one), *sizes, bits, D, **meta)
+    return outs
+
+
+def gated_linear_triton(x_BTD: Tensor, gate_OD: Tensor, up_OD: Tensor) -> Tensor:
+    """As `gated_linear`, for checked shapes on a GPU (or in Triton's interpreter)."""
+    x = x_BTD.contiguous()
+    width, D = gate_OD.shape
+    out = x.new_empty(*x.shape[:-1], width)
+    meta = tiles_of(x.shape[:-1].numel(), D, 2 * width)
+    with on_device_of(x):
+        gated_kernel[(triton.cdiv(width, meta["BO"]),)](x, gate_OD, up_OD, out, width, D, **meta)
+    return out
+
+
+def silu_product_triton(gate: Tensor, up: Tensor) -> Tensor:
+    """As `silu_product`, on a GPU (or in Triton's interpreter)."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if out.numel():
+        block = 2048
+        with on_device_of(gate):
+            silu_kernel[(triton.cdiv(out.numel(), block),)](gate, up, out, out.numel(), BLOCK=block, num_warps=8)
+    return out
+
+
+def _full(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As many as the kernel has arguments; the last ones are not read."""
+    return [*tensors, *[tensors[-1]] * (_TOGETHER - len(tensors))]
