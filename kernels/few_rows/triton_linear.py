@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radlads.kernels.shared.triton_launch import on_device_of
+from radlads.kernels.shared.triton_launch import current_backend, on_device_of
 
 _TOGETHER = 5
 
@@ -107,13 +107,17 @@ def silu_kernel(gate, up, out, COUNT, BLOCK: tl.constexpr):
     tl.store(out + at, (g * u).to(out.dtype.element_ty), mask=inside)
 
 
-def tiles_of(N: int, D: int, outputs: int) -> dict[str, int]:
-    """Sizes of a launch for N rows of width D: outputs a program, columns a step, and rows in a tile of a product."""
+def tiles_of(N: int, D: int, *, gated: bool = False) -> dict[str, int]:
+    """Sizes of a launch for N rows of width D: outputs a program, columns a step, and rows in a tile of a product. The
+    fastest of some forty on an H200, at widths of 576 to 6,144 (benchmarks/few_rows.py)."""
+    power = max(16, triton.next_power_of_2(D))
     if N == 1:
-        BK = min(1024, triton.next_power_of_2(D))
-        return {"N": 1, "BN": 1, "BO": 8 if outputs >= 4096 else 4, "BK": BK, "num_warps": 4, "num_stages": 3}
-    BK = min(256, max(16, triton.next_power_of_2(D)))
-    return {"N": N, "BN": 16, "BO": 16, "BK": BK, "num_warps": 4, "num_stages": 4}
+        BO = 4 if D <= 1024 else 2 if gated or D > 4096 else 1
+        BK = min(power, 2048 if gated or D > 4096 else 1024)
+        return {"N": 1, "BN": 1, "BO": BO, "BK": BK, "num_warps": 4, "num_stages": 3}
+    if current_backend() == "hip":  # whose shared memory holds less
+        return {"N": N, "BN": 16, "BO": 16, "BK": min(128, power), "num_warps": 4, "num_stages": 2}
+    return {"N": N, "BN": 16, "BO": 16, "BK": min(256 if gated else 512, power), "num_warps": 2, "num_stages": 3}
 
 
 def linear_together_triton(
@@ -124,7 +128,7 @@ def linear_together_triton(
     xs = [x.contiguous() for x in xs_BTD]
     outs = [x.new_empty(*lead, w.shape[0]) for x, w in zip(xs, weights_OD, strict=True)]
     widths = [w.shape[0] for w in weights_OD]
-    meta = tiles_of(lead.numel(), D, sum(widths))
+    meta = tiles_of(lead.numel(), D)
     bits = sum((bias is not None) << place for place, bias in enumerate(biases_O))
     biases = [x if bias is None else bias for x, bias in zip(xs, biases_O, strict=True)]
     lists = (_full(xs), _full(weights_OD), _full(biases), _full(outs))
@@ -140,7 +144,7 @@ def gated_linear_triton(x_BTD: Tensor, gate_OD: Tensor, up_OD: Tensor) -> Tensor
     x = x_BTD.contiguous()
     width, D = gate_OD.shape
     out = x.new_empty(*x.shape[:-1], width)
-    meta = tiles_of(x.shape[:-1].numel(), D, 2 * width)
+    meta = tiles_of(x.shape[:-1].numel(), D, gated=True)
     with on_device_of(x):
         gated_kernel[(triton.cdiv(width, meta["BO"]),)](x, gate_OD, up_OD, out, width, D, **meta)
     return out

@@ -66,7 +66,7 @@ def second_kernel(
     low, w0, w1, w2, w3, w4, y0, y1, y2, y3, y4,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr, R4: tl.constexpr,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr, A4: tl.constexpr,
-    CODES: tl.constexpr, PARTS: tl.constexpr,
+    CODES: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr,
     N: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BA outputs, of one factor after the other. CODES: of the activations, two bits each."""
@@ -92,14 +92,13 @@ def second_kernel(
     ALL: tl.constexpr = R0 + R1 + R2 + R3 + R4
     row = (tile - first) * BA + tl.arange(0, BA)
     inside = row < A
-    n = tl.arange(0, BN)
+    n, part = tl.arange(0, BN), tl.arange(0, BP)
     total = tl.zeros([BN, BA], dtype=tl.float32)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)
-        known = (n < N)[:, None] & (r < R)[None, :]
-        sums = tl.zeros([BN, BR], dtype=tl.float32)
-        for part in range(PARTS):
-            sums += tl.load(low + (part * N + n[:, None]) * ALL + place + r[None, :], mask=known, other=0.0)
+        known = (part < PARTS)[:, None, None] & (n < N)[None, :, None] & (r < R)[None, None, :]
+        at = (part[:, None, None] * N + n[None, :, None]) * ALL + place + r[None, None, :]
+        sums = tl.sum(tl.load(low + at, mask=known, other=0.0), 0)
         sums = sums.to(y.dtype.element_ty).to(tl.float32)
         if code == 1:
             sums = 2 * tl.sigmoid(2 * sums) - 1
@@ -128,7 +127,7 @@ def low_rank_pairs_triton(
     outs = [x.new_empty(*lead, w.shape[1]) for x, w in zip(xs, seconds_RA, strict=True)]
     ranks, widths = [w.shape[1] for w in firsts_DR], [w.shape[1] for w in seconds_RA]
     low = torch.empty(parts, N, sum(ranks), dtype=torch.float32, device=xs[0].device)
-    BN, BR, BA = (1 if N == 1 else 16), 16, 128
+    BN, BR, BA = (1 if N == 1 else 16), 16, 32
     spare = [0] * (_TOGETHER - len(ranks))
     codes = sum(_CODES[activation] << 2 * place for place, activation in enumerate(activations))
     columns = sum(triton.cdiv(rank, BR) for rank in ranks)
@@ -138,7 +137,7 @@ def low_rank_pairs_triton(
             *_full(xs), *_full(firsts_DR), low, *ranks, *spare, D=D, N=N, BN=BN, BR=BR, BK=_PART, num_warps=4
         )
         second_kernel[(tiles,)](
-            low, *_full(seconds_RA), *_full(outs), *ranks, *spare, *widths, *spare, codes, parts,
-            N=N, BN=BN, BR=32, BA=BA, num_warps=4,
+            low, *_full(seconds_RA), *_full(outs), *ranks, *spare, *widths, *spare, codes,
+            PARTS=parts, BP=triton.next_power_of_2(parts), N=N, BN=BN, BR=64 if N == 1 else 32, BA=BA, num_warps=4,
         )  # fmt: skip
     return outs

@@ -253,13 +253,15 @@ def compile_few_rows(name: str, *, dtype: torch.dtype = torch.bfloat16) -> int:
     driver.set_active(_Driver(TARGETS[name]))
     x, f, made = torch.empty(64, dtype=dtype), torch.empty(64), 0
     for N in (1, 2, 16):
-        meta = few_rows_linear.tiles_of(N, 576, 4096) | {"grid": (1,)}
+        meta = few_rows_linear.tiles_of(N, 576) | {"grid": (1,)}
         few_rows_linear.linear_kernel.warmup(*[x] * 20, 576, 192, 192, 0, 0, 3, 576, **meta)
-        few_rows_linear.gated_kernel.warmup(*[x] * 4, 1536, 576, **meta)
+        few_rows_linear.gated_kernel.warmup(
+            *[x] * 4, 1536, 576, **few_rows_linear.tiles_of(N, 576, gated=True), grid=(1,)
+        )
         sizes = {"N": N, "BN": meta["BN"], "grid": (1,), "num_warps": 4}
         ranks, widths = (64, 64, 32, 0, 128), (576, 576, 576, 0, 576)
         few_rows_low_rank.first_kernel.warmup(*[x] * 10, f, *ranks, D=576, BR=16, BK=256, **sizes)
-        few_rows_low_rank.second_kernel.warmup(f, *[x] * 10, *ranks, *widths, 513, 3, BR=32, BA=128, **sizes)
+        few_rows_low_rank.second_kernel.warmup(f, *[x] * 10, *ranks, *widths, 513, 3, 4, BR=32, BA=32, **sizes)
         made += 4
     few_rows_linear.silu_kernel.warmup(x, x, x, 64, BLOCK=2048, grid=(1,), num_warps=8)
     return made + 1

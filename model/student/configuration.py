@@ -105,6 +105,8 @@ class RadladsConfig(transformers.PreTrainedConfig):
 
     def windowed_layers(self) -> set[int]:
         """Layers whose attention has a sliding window in the teacher; kept layers keep it."""
+        if self.teacher.get("sliding_window", "as its class says") is None:
+            return set()  # without making a config, which costs as much time as two layers
         return windowed_layers(self.teacher_config(), self.family.get("window", "none"))
 
     def softmax_layers(self) -> list[int]:
