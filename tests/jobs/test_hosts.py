@@ -255,8 +255,17 @@ def test_a_hostfile_of_another_editor(tmp_path):
     path.write_bytes("\ufeffone slots=2\r\n# half\r\ntwo slots=1\r\n".encode())
     assert read_hosts(str(path)) == (Host("one", 2), Host("two", 1))
     path.write_bytes(b"\x80\x05slots")
-    with pytest.raises(UserError, match=r"hostfile: not a text file \(UTF-8\); a line of a hostfile is `name slots=8`$"):
+    with pytest.raises(
+        UserError, match=r"hostfile: not a text file \(UTF-8\); a line of a hostfile is `name slots=8`$"
+    ):
         read_hosts(str(path))
+
+
+def test_a_machine_without_ssh_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    launcher = find_launcher(Resources(launcher="hosts", hosts=("a slots=1",), device="cpu"))
+    with pytest.raises(UserError, match=r"^there is no `ssh` on this machine: launcher `hosts` needs it"):
+        launcher.check(open_store(StoreRef(uri=str(tmp_path / "store"))), tmp_path)
 
 
 def test_a_recipe_names_its_hostfile_relative_to_itself(tmp_path):
