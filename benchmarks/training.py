@@ -4,7 +4,7 @@
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
-    python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
+    python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \\
         --grad-checkpointing                                                   # long rows, shared by GPUs
     python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine deepspeed   # its ZeRO-2
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing

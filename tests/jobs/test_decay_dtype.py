@@ -81,12 +81,11 @@ def test_parts_that_a_variant_lacks_are_refused_by_the_plan(variant, faults):
     raw["finetune"]["train_only"] = ["decay", "token_shift"]
     findings = Findings()
     check_training(parse_recipe(raw), None, 1, findings)
+    lacks = f"the variant {variant} has no decay"
     assert (
         findings.faults
         == [
-            "distill.optimizer.decay_base_rate: the variant sliding_window has no decay; leave the key out, or change "
-            "student.variant",
-            "finetune.train_only: the variant sliding_window has no decay and no token_shift; leave them out, or change "
-            "student.variant",
+            f"distill.optimizer.decay_base_rate: {lacks}; leave the key out, or change student.variant",
+            f"finetune.train_only: {lacks} and no token_shift; leave them out, or change student.variant",
         ][:faults]
     )
