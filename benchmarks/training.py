@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from training_bench.case import ENGINES, SECTIONS, Case, recipe_settings
 from training_bench.inputs import Inputs, case_flops
 from training_bench.launching import run_plain, run_product
@@ -95,6 +96,9 @@ def parse() -> argparse.ArgumentParser:
 
 def build_case(options: argparse.Namespace) -> Case:
     """The case that the options and the recipe, which they go before, describe. Raises UserError."""
+    for name in ("layers", "gpus", "context", "micro_batch", "batch", "sequence_parallel", "steps"):
+        if (count := getattr(options, name)) is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count}: give a number of at least 1")
     settings: dict[str, Any] = {"shape": options.shape or "smollm2-135m", "stage": options.stage}
     if options.recipe:
         settings |= recipe_settings(options.recipe, options.stage, options.layers, options.shape)
@@ -208,7 +212,10 @@ def main() -> int:
     try:
         sweep = read_sweep(parse(), arguments)
         cases = [build_case(options) for options in sweep]
-    except (UserError, ValueError) as error:
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors())
+        raise SystemExit(f"training.py: {'; '.join(found)}") from None
+    except (UserError, ValueError, OSError) as error:
         raise SystemExit(f"training.py: {error}") from None
     first = sweep[0]
     gpu = gpu_name() if first.device == "cuda" else "cpu"
