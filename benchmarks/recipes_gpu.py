@@ -322,6 +322,16 @@ def main() -> int:
     )
     parser.add_argument("--resources", type=json.loads, default={}, metavar="JSON", help="keys of `resources`")
     options = parser.parse_args()
+    known = [name for name, _ in large_recipes()]
+    unknown = [name for name in options.recipes or () if name not in known]
+    if unknown:
+        parser.error(f"no shipped recipe of a large teacher: {', '.join(unknown)}; there are {', '.join(known)}")
+    if options.twins and (options.training or options.resources):
+        parser.error("--training and --resources change the large recipes; leave out --twins")
+    if options.lanes > 1 and (options.twins or options.work):
+        parser.error("--lanes has folders of its own and large recipes alone; leave out --twins and --work")
+    if min(options.layers, options.steps, options.lanes) < 1:
+        parser.error("--layers, --steps and --lanes are numbers of at least 1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lanes share the GPU's memory
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # this check creates no context, unusable in forks
@@ -330,7 +340,7 @@ def main() -> int:
             import_module(module)
     if torch.cuda.is_initialized():
         raise SystemExit("an import has taken the GPU, so that no fork could use it")
-    names = options.recipes or [name for name, _ in large_recipes()]
+    names = options.recipes or known
     rows, failed = _lanes(names, options) if options.lanes > 1 else _sequence(names, options)
     text = f"{hardware()}\n\n`python benchmarks/recipes_gpu.py {shlex.join(sys.argv[1:])}`\n\n{table(rows)}\n"
     text += "".join(f"\n**{name} failed:** {why}\n" for name, why in failed.items())

@@ -4,7 +4,7 @@
     python benchmarks/training.py --recipe hrwkv7-reka-flash-3.1 --stage distill --layers 6 --profile
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --gpus 1 --profile --compare-plain
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --compare-unfused   # fused kernels, then torch
-    python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \
+    python benchmarks/training.py --shape qwen2.5-7b --context 32768 --gpus 4 --sequence-parallel 4 --zero 3 \\
         --grad-checkpointing                                                   # long rows, shared by GPUs
     python benchmarks/training.py --shape qwen2.5-7b --layers 8 --gpus 4 --engine deepspeed   # its ZeRO-2
     python benchmarks/training.py --shape smollm2-135m --micro-batch 96 --cuda-graphs on --selective-checkpointing
@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from training_bench.case import ENGINES, SECTIONS, Case, recipe_settings
 from training_bench.inputs import Inputs, case_flops
 from training_bench.launching import run_plain, run_product
@@ -95,6 +96,9 @@ def parse() -> argparse.ArgumentParser:
 
 def build_case(options: argparse.Namespace) -> Case:
     """The case that the options and the recipe, which they go before, describe. Raises UserError."""
+    for name in ("layers", "gpus", "context", "micro_batch", "batch", "sequence_parallel", "steps"):
+        if (count := getattr(options, name)) is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count}: give a number of at least 1")
     settings: dict[str, Any] = {"shape": options.shape or "smollm2-135m", "stage": options.stage}
     if options.recipe:
         settings |= recipe_settings(options.recipe, options.stage, options.layers, options.shape)
@@ -208,7 +212,10 @@ def main() -> int:
     try:
         sweep = read_sweep(parse(), arguments)
         cases = [build_case(options) for options in sweep]
-    except (UserError, ValueError) as error:
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors())
+        raise SystemExit(f"training.py: {'; '.join(found)}") from None
+    except (UserError, ValueError, OSError) as error:
         raise SystemExit(f"training.py: {error}") from None
     first = sweep[0]
     gpu = gpu_name() if first.device == "cuda" else "cpu"

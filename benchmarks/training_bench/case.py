@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from radlads.deployments.twins import large_recipes
+from radlads.model.mixers.shared.registry import find_variant
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.losses import Align, Distill, Finetune
@@ -120,7 +121,9 @@ class Case:
             )
         if any(layer >= self.depth for layer in self.attention_layers):
             raise UserError(f"--attention-layers names a layer that a model of {self.depth} layers does not have")
+        find_variant(self.variant)
         self.resources(threads=1)
+        self.section()
         if self.engine != "product" and (self.zero != 2 or self.offload):
             raise UserError(f"--engine {self.engine} is a form of ZeRO-2: give --zero 2, without --offload")
         if self.mlp_bits == 8 and not freezes_mlp(self.stage, self.section()):

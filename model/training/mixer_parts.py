@@ -30,6 +30,11 @@ def _patterns(part: str) -> tuple[str, ...]:
     return tuple(sorted({pattern for name in list_variants() for pattern in mixer_class(name).PARTS[part]}))
 
 
+def has_part(variant: str, part: str) -> bool:
+    """Whether mixers of a variant have `decay_base`, `decay` or `token_shift`."""
+    return bool(mixer_class(variant).PARTS[part])
+
+
 def has_log_decay(variant: str) -> bool:
     """Whether the log decay of a variant's recurrence may be rounded to 16 bits."""
     return hasattr(mixer_class(variant), "decay_dtype")

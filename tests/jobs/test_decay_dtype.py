@@ -8,7 +8,7 @@ import torch
 from radlads.kernels.wkv7 import wkv7
 from radlads.model.mixers.shared import recurrence_wkv7
 from radlads.tasks.contracts.identity import identity
-from radlads.tasks.contracts.recipe.recipe import parse_recipe
+from radlads.tasks.contracts.recipe.recipe import load_recipe, parse_recipe
 from radlads.tasks.jobs.common import execute
 from radlads.tasks.jobs.plan.checks import Findings
 from radlads.tasks.jobs.plan.training_checks import check_training
@@ -70,3 +70,22 @@ def test_a_variant_without_such_a_decay_is_refused_by_the_plan(variant, faults):
     check_training(parse_recipe(raw), None, 1, findings)
     said = f"align.decay_dtype: the variant {variant} has no log decay of RWKV-7"
     assert [fault.partition(";")[0] for fault in findings.faults] == [said] * faults
+
+
+@pytest.mark.parametrize(("variant", "faults"), [("sliding_window", 2), ("gated_deltanet", 0), ("rad_rwkv6", 0)])
+def test_parts_that_a_variant_lacks_are_refused_by_the_plan(variant, faults):
+    """A rate for them would change nothing, and a stage that trains them alone would fail when its turn comes."""
+    raw = load_recipe("smoke").model_dump(mode="json")
+    raw["student"] = {"variant": variant, "attention_layers": [3]}
+    raw["distill"]["optimizer"] = {"decay_base_rate": 2.0}
+    raw["finetune"]["train_only"] = ["decay", "token_shift"]
+    findings = Findings()
+    check_training(parse_recipe(raw), None, 1, findings)
+    lacks = f"the variant {variant} has no decay"
+    assert (
+        findings.faults
+        == [
+            f"distill.optimizer.decay_base_rate: {lacks}; leave the key out, or change student.variant",
+            f"finetune.train_only: {lacks} and no token_shift; leave them out, or change student.variant",
+        ][:faults]
+    )

@@ -27,6 +27,7 @@ from radlads.tasks.jobs.common import execute
 from radlads.tasks.jobs.train import train
 from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.remote.facts import expected, facts_of, fault_of
+from radlads.tasks.launchers.remote.hosts import read_hosts
 from radlads.tasks.launchers.remote.papers import Papers, apply
 from radlads.tasks.launchers.remote.part import PartEnding, job_ending
 from radlads.tasks.launchers.remote.ssh import ssh_command
@@ -246,6 +247,25 @@ def test_the_resources_are_the_hostfiles(tmp_path):
             Resources(**wrong)
     command = ssh_command(Host("me@worker-2", 4), asked.remote)
     assert command[-3:] == ["--", "me@worker-2", f"{sys.executable} -P -m radlads.tasks.launchers.remote.agent"]
+
+
+def test_a_hostfile_of_another_editor(tmp_path):
+    """Windows' byte-order mark and line ends are no part of a name; what is no text is refused as that."""
+    path = tmp_path / "hostfile"
+    path.write_bytes("\ufeffone slots=2\r\n# half\r\ntwo slots=1\r\n".encode())
+    assert read_hosts(str(path)) == (Host("one", 2), Host("two", 1))
+    path.write_bytes(b"\x80\x05slots")
+    with pytest.raises(
+        UserError, match=r"hostfile: not a text file \(UTF-8\); a line of a hostfile is `name slots=8`$"
+    ):
+        read_hosts(str(path))
+
+
+def test_a_machine_without_ssh_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    launcher = find_launcher(Resources(launcher="hosts", hosts=("a slots=1",), device="cpu"))
+    with pytest.raises(UserError, match=r"^there is no `ssh` on this machine: launcher `hosts` needs it"):
+        launcher.check(open_store(StoreRef(uri=str(tmp_path / "store"))), tmp_path)
 
 
 def test_a_recipe_names_its_hostfile_relative_to_itself(tmp_path):

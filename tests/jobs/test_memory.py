@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from radlads.tasks.contracts.recipe.recipe import (
     Training,
     parse_recipe,
 )
+from radlads.tasks.contracts.recipe.sections import Ruler
 from radlads.tasks.contracts.specs import EvaluateSpec, NeedleSpec, TeacherRef, TrainSpec, spec_digest
 from radlads.tasks.jobs.plan import remedies
 from radlads.tasks.jobs.plan.memory import NetworkSizes, training_memory
@@ -407,6 +409,24 @@ def test_remedies_do_what_they_say(published):
     assert {k: v for k, v in divided.items() if k not in ("weights", "teacher", "total")} == {
         k: v for k, v in whole.items() if k not in ("weights", "teacher", "total")
     }
+
+
+def test_a_needle_that_is_too_long_is_told_which_lengths_fit(published):
+    """RULER's lengths count as well; where not even the shortest fits, only another GPU helps."""
+    one = JobResources(device="cuda", processes=1, threads=1, gpu_memory_gib=80.0)
+    section = Needle(lengths=(4096, 65536, 131072), batch=1)
+    fits = judging_memory(section.model_copy(update={"lengths": (65536,)}), published["7B"], one)["total"]
+    helps = partial(what_would_help_judging, "needle", networks=published["7B"], resources=one)
+    assert helps(section, limit=fits) == "needle.lengths up to 65,536"
+    many = section.model_copy(update={"batch": 8})
+    assert helps(many, limit=fits) == "needle.lengths up to 65,536 and needle.batch: 1"
+    ruler = section.model_copy(update={"ruler": Ruler(lengths=(131072,), haystack=("a.txt",))})
+    assert helps(ruler, limit=fits) == "needle.lengths and needle.ruler.lengths up to 65,536"
+    assert helps(section, limit=20 * GIB).endswith("or no needle")
+    four = one.model_copy(update={"processes": 4})
+    least = judging_memory(section.model_copy(update={"lengths": (4096,)}), published["7B"], four)["total"]
+    found = what_would_help_judging("needle", section, published["7B"], four, least - 1)
+    assert found.startswith("resources.zero_stage: 3 and needle.lengths up to ")
 
 
 def test_a_gpu_that_is_not_here_is_taken_at_its_word():

@@ -46,7 +46,12 @@ def test_both_builds_run_and_lose_the_same(job_python: Any, tmp_path: Path) -> N
         (["--attention-layers", "3"], "a model of 3 layers does not have"),
         (["--mlp-bits", "8"], "needs --freeze mlp"),
         (["--recipe", "nothing"], "no shipped recipe 'nothing'"),
-        (["--zero", "7"], "zero_stage"),
+        (["--zero", "7"], "training.py: zero_stage: Input should be 0, 1, 2 or 3"),
+        (["--layers", "0"], "--layers 0: give a number of at least 1"),
+        (["--gpus", "0"], "--gpus 0: give a number of at least 1"),
+        (["--variant", "nothing"], "training.py: no mixer variant named 'nothing'"),
+        (["--context", "33", "--sequence-parallel", "2", "--gpus", "2", "--batch", "2"], "context (33) must be"),
+        (["--sweep-file", "/none/cases"], "No such file or directory: '/none/cases'"),
         (["--sequence-parallel", "2"], "--sequence-parallel 2 does not divide --gpus 1"),
         (["--sequence-parallel", "2", "--gpus", "2", "--compare-plain"], "the plain build has no rows that GPUs share"),
         (["--record"], "--record is for runs on a GPU of tasks/jobs/train/gpu_kinds.py, and this is 'cpu'"),
@@ -58,8 +63,9 @@ def test_bad_options_are_refused_before_anything_is_made(
     import training
 
     monkeypatch.setattr(sys, "argv", ["training.py", *TINY, "--work", str(tmp_path / "work"), *options])
-    with pytest.raises(SystemExit, match=re.escape(why)):
+    with pytest.raises(SystemExit, match=re.escape(why)) as caught:
         training.main()
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "work").exists()
 
 
@@ -143,3 +149,24 @@ def test_what_is_allocated_at_a_peak(bench: None) -> None:
         "backward pass of torch's own operators": (5, 1),
     }
     assert at_peak([], 7) == {"peak_bytes": 7, "held_bytes": 7, "places": []}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--recipes", "nothing"], "no shipped recipe of a large teacher: nothing"),
+        (["--layers", "0"], "--layers, --steps and --lanes are numbers of at least 1"),
+        (["--twins", "--resources", '{"zero_stage": 3}'], "--training and --resources change the large recipes"),
+        (["--twins", "--lanes", "2"], "--lanes has folders of its own and large recipes alone"),
+    ],
+)
+def test_bad_options_of_the_recipes_on_a_gpu(
+    bench: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], why: str
+) -> None:
+    import recipes_gpu
+
+    monkeypatch.setattr(sys, "argv", ["recipes_gpu.py", *options])
+    with pytest.raises(SystemExit) as caught:
+        recipes_gpu.main()
+    assert caught.value.code == 2
+    assert why in capsys.readouterr().err

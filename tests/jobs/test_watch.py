@@ -430,3 +430,26 @@ def test_a_plan_warns_of_rollbacks_that_can_only_begin_anew(every, warned):
     check_training(parse_recipe(raw), None, 1, findings)
     said = f"align: a rollback can only go back to the beginning, because watch.rollback.every ({every})"
     assert any(line.startswith(said) for line in findings.warnings) == warned
+
+
+@pytest.mark.parametrize(
+    ("detector", "asked", "steps"),
+    [
+        ("loss_spike", {"policy": "rollback", "window": 13, "patience": 3}, 16),
+        ("gradient_explosion", {"policy": "stop", "window": 15}, 16),
+        ("plateau", {"policy": "report", "window": 16}, 16),
+        ("throughput", {"policy": "stop", "window": 8}, 16),
+        ("loss_spike", {"policy": "rollback", "window": 12}, None),
+        ("throughput", {"policy": "report", "window": 32}, None),
+    ],
+)
+def test_a_plan_warns_of_detectors_that_cannot_find_anything(detector, asked, steps):
+    """Asked for, and blind until its stage is over; what a default reports is not warned of."""
+    raw = load_recipe("smoke").model_dump(mode="json")
+    raw["align"] |= {"tokens": 15 * 4 * 32, "context": 32, "batch": 4, "micro_batch": 4}
+    raw["align"]["watch"] = {detector: asked}
+    findings = Findings()
+    check_training(parse_recipe(raw), None, 1, findings)
+    said = f"align.watch.{detector} finds nothing: it needs {steps} steps of a phase, and the longest has 15; "
+    found = [line for line in findings.warnings if "finds nothing" in line]
+    assert [line.startswith(said) and line.endswith("a smaller window") for line in found] == [True] * bool(steps)

@@ -112,6 +112,18 @@ class Watch(Section):
         )
         return max((steps for detector, steps in lengths if detector.policy == "rollback"), default=0)
 
+    @property
+    def steps_needed(self) -> dict[str, int]:
+        """Detector → the steps of one phase before which it finds nothing; of those that somebody asked for."""
+        acts, plateau = ("stop", "rollback"), self.plateau
+        needed = {
+            name: detector.window + detector.patience
+            for name, detector in (("loss_spike", self.loss_spike), ("gradient_explosion", self.gradient_explosion))
+            if detector.policy in acts
+        }
+        needed |= {"plateau": plateau.window} if plateau.policy != "off" else {}
+        return needed | ({"throughput": 2 * self.throughput.window} if self.throughput.policy in acts else {})
+
     @model_validator(mode="after")
     def _rollback_fits(self) -> Self:
         if not self.rolls_back and self.rollback != type(self.rollback)():

@@ -111,8 +111,8 @@ def what_would_help_judging(
     *,
     divisible: bool = True,
 ) -> str:
-    """The largest batch with which evaluate or needle stays under `limit` bytes, ZeRO-3 where that is not enough, or
-    the GPU that it needs. divisible: as in Setting."""
+    """The largest batch with which evaluate or needle stays under `limit` bytes, ZeRO-3 where that is not enough, the
+    longest needles that fit, or the GPU that it needs. divisible: as in Setting."""
     batch = section.batch or 1
     while batch > 1:
         batch //= 2
@@ -123,8 +123,33 @@ def what_would_help_judging(
     divisible = divisible and not (resources.offload_optimizer or resources.cuda_graphs == "on")
     if divisible and judging_memory(smallest, networks, divided)["total"] <= limit and resources.zero_stage < 3:
         return f"resources.zero_stage: 3 and {stage}.batch: 1"
+    for prefix, machine in (("", resources), ("resources.zero_stage: 3 and ", divided))[: 1 + divisible]:
+        fits = (
+            words
+            for words, shorter in _shorter(smallest)
+            if judging_memory(shorter, networks, machine)["total"] <= limit
+        )
+        if words := next(fits, None):
+            return f"{prefix}{words}" + (f" and {stage}.batch: 1" if (section.batch or 1) > 1 else "")
     least = judging_memory(smallest, networks, resources)["total"]
     return f"GPUs of {-(-least // _GIB) / USABLE:.0f} GiB (teacher and student are judged side by side), or no {stage}"
+
+
+def _shorter(section: Evaluate | Needle) -> Iterator[tuple[str, Needle]]:
+    """(label, the needle without its longest prompts), the longest that are left first."""
+    if not isinstance(section, Needle):
+        return
+    ruler = section.ruler
+    asked = (*section.lengths, *(ruler.lengths if ruler is not None else ()))
+    for most in sorted({length for length in section.lengths if length < max(asked)}, reverse=True):
+        left = tuple(length for length in section.lengths if length <= most)
+        update: dict[str, Any] = {"lengths": left}
+        places = ["needle.lengths"] if left != section.lengths else []
+        if ruler is not None and max(ruler.lengths) > most:
+            short = tuple(length for length in ruler.lengths if length <= most)
+            update["ruler"] = ruler.model_copy(update={"lengths": short}) if short else None
+            places.append("needle.ruler.lengths")
+        yield f"{' and '.join(places)} up to {most:,}", section.model_copy(update=update)
 
 
 def misfit(stage: str, memory: Memory, device: dict[str, Any], helps: str) -> str:

@@ -12,7 +12,7 @@ from radlads.model.mixers.shared.registry import mixer_class
 from radlads.model.sequence_parallel.limits import sharing_fault
 from radlads.model.teacher.family import NO_RESTART
 from radlads.model.teacher.load import find_family
-from radlads.model.training.mixer_parts import has_log_decay
+from radlads.model.training.mixer_parts import has_log_decay, has_part
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.contracts.recipe.choice import late_choice
 from radlads.tasks.contracts.recipe.sections import Recipe, SampleSource, Training
@@ -37,16 +37,13 @@ def check_training(recipe: Recipe, positions: int | None, processes: int, findin
         parts = section.parts
         for number, part in enumerate(parts, 1):
             _check_part(stage if len(parts) == 1 else f"{stage}.phases.{number - 1}", part, processes, findings)
-        if section.watch.rolls_back and section.watch.rollback.every >= section.num_steps:
-            findings.warnings.append(
-                f"{stage}: a rollback can only go back to the beginning, because watch.rollback.every "
-                f"({section.watch.rollback.every}) is not below its {section.num_steps} steps"
-            )
+        _check_watch(stage, section, findings)
         if positions is not None:
             _check_context(recipe, stage, section, positions, findings)
         if section.mixer_rate.start == 0 and section.rest_rate.start == 0 and not stage_info(stage).layerwise:
             findings.faults.append(f"{stage}: both learning rates start at 0, so nothing would train")
         _check_decay(recipe, stage, section, findings)
+        _check_parts(recipe, stage, section, findings)
     if positions is not None and recipe.evaluate is not None and recipe.evaluate.context > positions:
         findings.warnings.append(
             f"evaluate.context ({recipe.evaluate.context}) is beyond the teacher's {positions} positions"
@@ -73,6 +70,37 @@ def _check_part(place: str, part: Training, processes: int, findings: Findings) 
         findings.faults.append(
             f"{place}.tokens ({part.tokens}) is less than one step (batch × context = {part.batch * part.context})"
         )
+
+
+def _check_watch(stage: str, section: Training, findings: Findings) -> None:
+    if section.watch.rolls_back and section.watch.rollback.every >= section.num_steps:
+        findings.warnings.append(
+            f"{stage}: a rollback can only go back to the beginning, because watch.rollback.every "
+            f"({section.watch.rollback.every}) is not below its {section.num_steps} steps"
+        )
+    longest = max(part.own_steps for part in section.parts)
+    findings.warnings += [
+        f"{stage}.watch.{detector} finds nothing: it needs {steps} steps of a phase, and the longest has {longest}; "
+        "give it a smaller window"
+        for detector, steps in section.watch.steps_needed.items()
+        if steps > longest
+    ]
+
+
+def _check_parts(recipe: Recipe, stage: str, section: Training, findings: Findings) -> None:
+    """Settings of parts that the mixers do not have."""
+    plain = stage_info(stage).makes == "teacher"
+    what = "a plain model" if plain else f"the variant {recipe.student.variant}"
+    end = "or change student.variant"
+
+    def lacks(part: str) -> bool:
+        return plain or not has_part(recipe.student.variant, part)
+
+    if section.optimizer.decay_base_rate != 1.0 and lacks("decay_base"):
+        findings.faults.append(f"{stage}.optimizer.decay_base_rate: {what} has no decay; leave the key out, {end}")
+    only = [part for part in getattr(section, "train_only", ()) if part != "mixer" and lacks(part)]
+    if only:
+        findings.faults.append(f"{stage}.train_only: {what} has no {' and no '.join(only)}; leave them out, {end}")
 
 
 def _check_decay(recipe: Recipe, stage: str, section: Training, findings: Findings) -> None:

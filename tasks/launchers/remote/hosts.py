@@ -108,8 +108,12 @@ def read_hosts(asked: str | tuple[str, ...]) -> tuple[Host, ...]:
     if isinstance(asked, tuple):
         return parse_hosts(asked)
     with file_errors(f"resources.hosts: {asked}"):
-        text = Path(asked).expanduser().read_text(encoding="utf-8")
+        data = Path(asked).expanduser().read_bytes()
     try:
-        return parse_hosts(text.splitlines())
+        return parse_hosts(data.decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError:
+        raise UserError(
+            f"resources.hosts: {asked}: not a text file (UTF-8); a line of a hostfile is `name slots=8`"
+        ) from None
     except ValueError as error:
         raise UserError(f"resources.hosts: {asked}: {error}") from None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.recipe.machines import Host, Remote
 from radlads.tasks.launchers.remote.wire import BEAT_SECONDS, SILENCE_SECONDS, Message, Sender, receive
@@ -42,13 +43,18 @@ class Session:
         self.heard_at = time.monotonic()
         self.silence_seconds = _STARTING_SECONDS
         self._errors: deque[str] = deque(maxlen=20)
-        self._process = subprocess.Popen(
-            ssh_command(host, remote),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches the job through the flow only
-        )
+        try:
+            self._process = subprocess.Popen(
+                ssh_command(host, remote),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C reaches the job through the flow only
+            )
+        except FileNotFoundError:
+            raise UserError(
+                "there is no `ssh` on this machine: launcher `hosts` needs it where the flow runs"
+            ) from None
         assert self._process.stdin is not None
         self._sender = Sender(self._process.stdin)
         self._error_reader = threading.Thread(target=self._read_errors, daemon=True)
