@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.mixer_ops.plain import Bonus, GroupNorm
 from radlads.kernels.mixer_ops.triton_operands import _load, _store, tile_of
-from radlads.kernels.shared.triton_launch import on_device_of
+from radlads.kernels.shared.triton_launch import cdiv, on_device_of
 
 _LENGTHS = ("N", "H")
 
@@ -107,15 +107,21 @@ def finish_backward_kernel(
     _store(dy, at, dvalue, inside)
 
 
+def _run(options: dict[str, Any], inputs: tuple[Tensor | None, ...]) -> Tensor:
+    inputs = tuple(None if x is None else x.contiguous() for x in inputs)
+    y = inputs[0]
+    out = y.new_empty(*y.shape[:2], y.shape[2] * y.shape[3])
+    _launch(finish_kernel, y, options, *(y if x is None else x for x in inputs), out)
+    return out
+
+
 class _Finish(torch.autograd.Function):
     """(options, nine inputs; those that are absent are None)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, options: dict[str, Any], *inputs: Tensor | None) -> Tensor:
         inputs = tuple(None if x is None else x.contiguous() for x in inputs)
-        y = inputs[0]
-        out = y.new_empty(*y.shape[:2], y.shape[2] * y.shape[3])
-        _launch(finish_kernel, y, options, *(y if x is None else x for x in inputs), out)
+        out = _run(options, inputs)
         ctx.save_for_backward(*(x for x in inputs if x is not None))
         ctx.given, ctx.options = [x is not None for x in inputs], options
         return out
@@ -126,7 +132,7 @@ class _Finish(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if given else None for given in ctx.given]
         y = inputs[0]
-        blocks = triton.cdiv(y.shape[0] * y.shape[1], ctx.options["meta"]["BT"])
+        blocks = cdiv(y.shape[0] * y.shape[1], ctx.options["meta"]["BT"])
         grads: list[Tensor | None] = [None if x is None else torch.empty_like(x) for x in inputs]
         for place in _VECTORS:
             if grads[place] is not None:
@@ -148,7 +154,7 @@ _VECTORS = (1, 2, 6)  # places of weight, bias and r_k among the inputs
 def _launch(kernel: Any, y: Tensor, options: dict[str, Any], *tensors: Tensor) -> None:
     B, T, H, _ = y.shape
     if B * T:
-        grid = triton.cdiv(B * T, options["meta"]["BT"]), H
+        grid = cdiv(B * T, options["meta"]["BT"]), H
         kernel[grid](*tensors, B * T, H, *options["scalars"], **options["meta"], num_warps=4)
 
 
@@ -167,5 +173,6 @@ def wkv7_finish_triton(
     meta |= {"GATE": gate_BTA is not None, "OUT": out_gate_BTA is not None}
     options = {"meta": meta, "scalars": (scale, gate_base, norm.eps if norm else 0.0)}
     vectors = (None, None) if norm is None else norm[:2]
+    inputs = (y_BTHK, *vectors, *(bonus or (None,) * 4), gate_BTA, out_gate_BTA)
     with on_device_of(y_BTHK):
-        return _Finish.apply(options, y_BTHK, *vectors, *(bonus or (None,) * 4), gate_BTA, out_gate_BTA)
+        return _Finish.apply(options, *inputs) if torch.is_grad_enabled() else _run(options, inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.mixer_ops.plain import AddedValues, Operands, Residual, StockKeys
-from radlads.kernels.shared.triton_launch import on_device_of
+from radlads.kernels.shared.triton_launch import cdiv, on_device_of, power_of_two
 
 EPS = tl.constexpr(1e-12)  # of torch's normalize
 NONE, KV, HEADS, ADDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # how values are mixed
@@ -259,12 +259,12 @@ _VECTORS = (4, 5, 8, 11, 12, 13)  # places of w0, a0, v0, k0, k_k, k_a among the
 
 def tile_of(K: int) -> dict[str, int]:
     """Sizes of a tile: BT tokens of a head."""
-    BK = triton.next_power_of_2(K)
+    BK = power_of_two(K)
     return {"K": K, "BK": BK, "BT": max(1, min(32, _ELEMENTS // BK))}
 
 
 def _grid(tokens: int, meta: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(tokens, meta["BT"]), meta["G"]
+    return cdiv(tokens, meta["BT"]), meta["G"]
 
 
 def wkv7_operands_triton(
@@ -301,7 +301,7 @@ def wkv7_operands_triton(
     optional = (*first, *(keys or (None,) * 3), *(stock or (None,) * 2))
     inputs = (k_BTGK, v_BTGK, w_low_BTA, a_low_BTA, w0_A, a0_A, *optional)
     with on_device_of(k_BTGK):
-        if delta:
-            return Operands(*_run(options, inputs, DELTA=True))
+        if delta or not torch.is_grad_enabled():
+            return Operands(*_run(options, inputs, DELTA=delta))
         outs = _Operands.apply(options, *inputs)
     return Operands(*outs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from radlads.kernels.mixer_ops.triton_operands import _load, _store
-from radlads.kernels.shared.triton_launch import on_device_of
+from radlads.kernels.shared.triton_launch import cdiv, on_device_of, power_of_two
 
 _ELEMENTS = 2048  # of a tile, both halves together
 _LENGTHS = ("N", "H", "T", "APART")
@@ -51,13 +51,13 @@ def _launch(x_BTHK: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     B, T, H, K = x_BTHK.shape
     P, rows = cos.shape[-1], B * T * H
     out = torch.empty_like(x_BTHK)
-    meta: dict[str, Any] = {"K": K, "P": P, "BP": triton.next_power_of_2(max(1, P // 2))}
+    meta: dict[str, Any] = {"K": K, "P": P, "BP": power_of_two(max(1, P // 2))}
     meta |= {"BN": max(1, min(64, _ELEMENTS // (2 * meta["BP"]))), "BACK": back}
-    meta["REST"] = triton.next_power_of_2(K - P) if K > P else 0
+    meta["REST"] = power_of_two(K - P) if K > P else 0
     if rows:
         apart = T * P if cos.shape[0] > 1 else 0
         with on_device_of(x_BTHK):
-            rotate_kernel[(triton.cdiv(rows, meta["BN"]),)](x_BTHK, cos, sin, out, rows, H, T, apart, **meta)
+            rotate_kernel[(cdiv(rows, meta["BN"]),)](x_BTHK, cos, sin, out, rows, H, T, apart, **meta)
     return out
 
 
@@ -76,4 +76,6 @@ class _Rotate(torch.autograd.Function):
 
 def rotate_heads_triton(x_BTHK: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
     """As `rotate_heads`, for checked shapes on a GPU (or in Triton's interpreter)."""
+    if not torch.is_grad_enabled():
+        return _launch(x_BTHK.contiguous(), cos_BTP.contiguous(), sin_BTP.contiguous(), back=False)
     return _Rotate.apply(x_BTHK, cos_BTP, sin_BTP)

@@ -15,8 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from radlads.kernels.few_rows import triton_linear as few_rows_linear
-from radlads.kernels.few_rows import triton_low_rank as few_rows_low_rank
+from radlads.kernels.inference import triton_linear as inference_linear
+from radlads.kernels.inference import triton_low_rank as inference_low_rank
+from radlads.kernels.inference import triton_rows as inference_rows
 from radlads.kernels.linear_kl import triton_outer, triton_rows
 from radlads.kernels.linear_kl import triton_product as product
 from radlads.kernels.linear_kl.rows import RowLosses
@@ -247,24 +248,26 @@ def compile_mixer_ops(name: str, K: int, R: int, *, dtype: torch.dtype = torch.b
     return made + 2
 
 
-def compile_few_rows(name: str, *, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Compile the kernels of few_rows for `name`, a key of TARGETS: how many were compiled. Raises what Triton
+def compile_inference(name: str, *, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Compile the kernels of inference for `name`, a key of TARGETS: how many were compiled. Raises what Triton
     raises."""
     driver.set_active(_Driver(TARGETS[name]))
     x, f, made = torch.empty(64, dtype=dtype), torch.empty(64), 0
     for N in (1, 2, 16):
-        meta = few_rows_linear.tiles_of(N, 576) | {"grid": (1,)}
-        few_rows_linear.linear_kernel.warmup(*[x] * 20, 576, 192, 192, 0, 0, 3, 576, **meta)
-        few_rows_linear.gated_kernel.warmup(
-            *[x] * 4, 1536, 576, **few_rows_linear.tiles_of(N, 576, gated=True), grid=(1,)
+        meta = inference_linear.tiles_of(N, 576) | {"grid": (1,)}
+        inference_linear.linear_kernel.warmup(*[x] * 20, 576, 192, 192, 0, 0, 3, 576, **meta)
+        inference_linear.gated_kernel.warmup(
+            *[x] * 4, 1536, 576, **inference_linear.tiles_of(N, 576, gated=True), grid=(1,)
         )
         sizes = {"N": N, "BN": meta["BN"], "grid": (1,), "num_warps": 4}
         ranks, widths = (64, 64, 32, 0, 128), (576, 576, 576, 0, 576)
-        few_rows_low_rank.first_kernel.warmup(*[x] * 10, f, *ranks, D=576, BR=16, BK=256, **sizes)
-        few_rows_low_rank.second_kernel.warmup(f, *[x] * 10, *ranks, *widths, 513, 3, 4, BR=32, BA=32, **sizes)
+        inference_low_rank.first_kernel.warmup(*[x] * 10, f, *ranks, D=576, BR=16, BK=256, **sizes)
+        inference_low_rank.second_kernel.warmup(f, *[x] * 10, *ranks, *widths, 513, 3, 4, BR=32, BA=32, **sizes)
         made += 4
-    few_rows_linear.silu_kernel.warmup(x, x, x, 64, BLOCK=2048, grid=(1,), num_warps=8)
-    return made + 1
+    inference_rows.silu_kernel.warmup(x, x, x, 64, BLOCK=2048, grid=(1,), num_warps=8)
+    for D in (64, 3584):
+        inference_rows.rms_norm_kernel.warmup(x, x, x, 64, 1e-6, D=D, BN=2, BD=triton.next_power_of_2(D), grid=(1,))
+    return made + 3
 
 
 def _fused_launches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class ChunkPlan:
         return self.packed or (None, None)
 
     def tiles(self, size: int, tile: int) -> tuple[int]:
-        return (self.num_slots * self.H * triton.cdiv(size, tile),)
+        return (self.num_slots * self.H * cdiv(size, tile),)
 
 
 def plan_chunks(k_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None, chunk: int) -> ChunkPlan:
@@ -41,7 +42,7 @@ def plan_chunks(k_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None, chunk
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
     if cu_seqlens is None:
-        count = triton.cdiv(T, chunk)
+        count = cdiv(T, chunk)
         return ChunkPlan(T, H, K, V, chunk, B, count, B * count, None, T % chunk != 0)
     bounds = cu_seqlens.to(device=v_BTHV.device, dtype=torch.int64)
     chunks = (bounds.diff() + (chunk - 1)) // chunk
@@ -50,16 +51,32 @@ def plan_chunks(k_BTHK: Tensor, v_BTHV: Tensor, cu_seqlens: Tensor | None, chunk
     return ChunkPlan(T, H, K, V, chunk, n, 0, (T + n * (chunk - 1)) // chunk, (bounds, offsets), True)
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover `size`. Triton's own costs the host ten times as long, some twenty times a layer."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that holds `size`."""
+    return 1 << (size - 1).bit_length() if size > 1 else 1
+
+
 def power(size: int) -> int:
     """The smallest power of two that holds `size`, at least 16: what a tile of a product must have."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def current_backend() -> str:
     """ "interpreter", "cuda" or "hip"."""
-    if not torch.compiler.is_compiling() and triton.knobs.runtime.interpret:
+    if not torch.compiler.is_compiling() and _interprets():
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"
+
+
+@cache
+def _interprets() -> bool:
+    # Decided when a kernel is defined, so once; the knob reads the environment at every look.
+    return bool(triton.knobs.runtime.interpret)
 
 
 def why_not_in_triton(v: Tensor, K: int, backend: str) -> str | None:

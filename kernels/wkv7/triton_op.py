@@ -13,6 +13,7 @@ from radlads.kernels.shared.backends import common_dtype
 from radlads.kernels.shared.chosen import note_kernel
 from radlads.kernels.shared.triton_launch import (
     ChunkPlan,
+    cdiv,
     current_backend,
     on_device_of,
     plan_chunks,
@@ -22,7 +23,7 @@ from radlads.kernels.shared.triton_launch import (
 from radlads.kernels.wkv7.decay_range import WATCH, widest_log_decay
 from radlads.kernels.wkv7.triton_backward import keys_kernel, scan_back_kernel, values_kernel
 from radlads.kernels.wkv7.triton_forward import scan_kernel, terms_kernel
-from radlads.kernels.wkv7.triton_fused import FusedWkv7
+from radlads.kernels.wkv7.triton_fused import FusedWkv7, run_fused
 from radlads.kernels.wkv7.triton_tuning import (
     Call,
     Fused,
@@ -70,13 +71,15 @@ def wkv7_triton(
     with on_device_of(v_BTHV):
         if isinstance(tuning, Fused):
             plan = plan_chunks(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
-            out, final_state = FusedWkv7.apply(plan, tuning, store, initial_state, *inputs)
+            run = FusedWkv7.apply if store else run_fused
+            out, final_state = run(plan, tuning, store, initial_state, *inputs)
         else:
             tuning = tuning or default_tuning(K, V, backend)
             numerics = numerics or choose_numerics(dtype, backend, wide=max(K, V) > 128)
             WATCH.look(log_decay_BTHK, widest_log_decay(tuning.chunk))
             plan = plan_chunks(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
-            out, final_state = _TritonWkv7.apply(plan, tuning, numerics, store, initial_state, *inputs)
+            run = _TritonWkv7.apply if store else _run
+            out, final_state = run(plan, tuning, numerics, store, initial_state, *inputs)
     return out, (final_state if output_final_state else None)
 
 
@@ -89,6 +92,19 @@ def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
         limit = "an AMD GPU" if backend == "hip" else f"a GPU in {str(dtype).removeprefix('torch.')}"
         return f"head sizes above 128 do not fit the shared memory of {limit}, got K={K}, V={v.shape[-1]}"
     return None
+
+
+def _run(
+    plan: ChunkPlan,
+    tuning: Wkv7Tuning,
+    numerics: Wkv7Numerics,
+    store: bool,
+    initial_state: Tensor | None,
+    *inputs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Without a node of autograd, which costs the host as much as a launch."""
+    h0 = None if initial_state is None else initial_state.contiguous()
+    return _forward(plan, tuning, numerics, store, h0, tuple(x.contiguous() for x in inputs))[:2]
 
 
 class _TritonWkv7(torch.autograd.Function):
@@ -142,7 +158,7 @@ def _forward(
         DT=kind.dot, TT=TRITON_TYPES[kind.triangle], IP=kind.precision, num_warps=tuning.terms_warps,
     )  # fmt: skip
     scan = tuning.scan
-    scan_kernel[(plan.num_sequences * H * triton.cdiv(V, scan.values),)](
+    scan_kernel[(plan.num_sequences * H * cdiv(V, scan.values),)](
         L, N, Q, partial, decay, enter, out, states, h0, final, *plan.where, plan.T, plan.num_chunks, H,
         K=K, V=V, BK=power(K), BV=scan.values, C=C, TAIL=plan.tail, PACKED=plan.packed is not None,
         INITIAL=h0 is not None, STORE=store, RT=kind.raw, IP=kind.precision, STAGES=scan.stages, num_warps=scan.warps,
@@ -166,7 +182,7 @@ def _backward(
     dinitial = torch.empty(plan.num_sequences, H, K, V, dtype=torch.float32, device=v.device)
     shared = {"K": K, "V": V, "C": tuning.chunk, "TAIL": plan.tail, "PACKED": plan.packed is not None}
     lengths = (plan.T, plan.num_chunks, H)
-    scan_back_kernel[(plan.num_sequences * H * triton.cdiv(V, tuning.back.values),)](
+    scan_back_kernel[(plan.num_sequences * H * cdiv(V, tuning.back.values),)](
         L, Q, decay, enter, dout, dstates, dfinal, dinitial, *plan.where, *lengths,
         **shared, BK=power(K), BV=tuning.back.values, RT=kind.raw, IP=kind.precision, STAGES=tuning.back.stages,
         num_warps=tuning.back.warps,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from radlads.kernels.shared.triton_launch import cdiv, power_of_two
 from radlads.kernels.shared.triton_tiles import load_tile, store_tile
 
 
@@ -64,20 +65,20 @@ def wkv7_step_triton(
     """As `wkv7_step`, or with `delta` as `wkv7_delta_step` (a is kk, b is iclr), for a contiguous fp32 state. `values`
     (columns per program) and `warps` tune the launch."""
     B, H, K, V = state_BHKV.shape
-    power = max(16, triton.next_power_of_2(V))
-    masked = triton.next_power_of_2(K) != K  # narrow tiles with one warp were the fastest there
+    power = max(16, power_of_two(V))
+    masked = power_of_two(K) != K  # narrow tiles with one warp were the fastest there
     # Whole heads reach the highest bandwidth; narrower tiles distribute few heads over the GPU.
     tile = min(power, values or (32 if masked else 128 if K <= 128 and B * H >= 512 else 64))
     warps = warps or (1 if masked else 4)
     out = torch.empty_like(v_BHV, memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (r_BHK, log_decay_BHK, k_BHK, v_BHV, a_BHK, b_BHK))
-    step_kernel[(B * H * triton.cdiv(V, tile),)](
+    step_kernel[(B * H * cdiv(V, tile),)](
         *inputs,
         state_BHKV,
         out,
         K=K,
         V=V,
-        BK=triton.next_power_of_2(K),
+        BK=power_of_two(K),
         BV=tile,
         DELTA=delta,
         num_warps=warps,

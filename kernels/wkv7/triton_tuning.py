@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from radlads.kernels.shared.backends import is_hopper
 from radlads.kernels.shared.meta import FEWEST_HEADS
-from radlads.kernels.shared.triton_launch import current_backend
+from radlads.kernels.shared.triton_launch import current_backend, power_of_two
 
 FEWEST_HEADS_HOPPER = 18  # between the values measured at 16 and at 32: README.md
 HOPPER_MULTIPROCESSORS = 132
@@ -96,7 +95,7 @@ def _gluon() -> bool:
 
 def hopper_takes(K: int, V: int, log_decay: torch.dtype) -> bool:
     """Whether the kernels for Hopper take these sizes: tiles of 64 or 128 rows, sixteen bytes a copy."""
-    same = triton.next_power_of_2(K) == triton.next_power_of_2(V)
+    same = power_of_two(K) == power_of_two(V)
     return same and 32 < K <= 128 and K % 8 == V % 8 == 0 and log_decay.itemsize == 2
 
 
@@ -181,7 +180,7 @@ def default_tuning(K: int, V: int, backend: str) -> Wkv7Tuning:
     """The settings in use for these head sizes."""
     wide = max(K, V)
     if wide < 64 or backend == "interpreter":
-        size = max(16, min(64, triton.next_power_of_2(wide)))
+        size = max(16, min(64, power_of_two(wide)))
         return Wkv7Tuning(32, 4, Scan(size, 4, 1), Scan(size, 4, 1), Tile(size, size, 4), Tile(size, size, 4))
     if wide > 128:
         return Wkv7Tuning(16, 8, Scan(16, 8, 1), Scan(16, 8, 1), Tile(32, 32, 4), Tile(32, 32, 4))

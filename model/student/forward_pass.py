@@ -107,6 +107,9 @@ class ForwardPass:
             row_part=row_part,
             **self._of_kept_layers(backbone, given, inputs, rope_factor),
         )
+        if converted and restarts and not len(self.config.attention_layers):
+            # No layer reads a mask, which the family would make of all pairs of tokens; one that is given it takes.
+            given["attention_mask"] = inputs.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         return (), given
 
     def _of_kept_layers(

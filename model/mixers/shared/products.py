@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from radlads.kernels.few_rows import few_rows_apply, is_inference, linear_together, low_rank_pairs
+from radlads.kernels.inference import few_rows_apply, is_inference, linear_together, low_rank_pairs
 
 LOW_RANK = "wavkg"
 """The low-rank maps that a design of RWKV-7 may have: w1 and w2, a1 and a2, …"""

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from radlads.kernels.few_rows import few_rows_apply
+from radlads.kernels.inference import few_rows_apply
 from radlads.kernels.mixer_ops import (
     AddedValues,
     Bonus,

@@ -13,9 +13,8 @@ from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
-from radlads.kernels.few_rows import few_rows_apply, gated_linear, is_inference, silu_product
+from radlads.kernels.inference import few_rows_apply, gated_linear, is_inference, rms_norm, silu_product
 from radlads.model.mixers.shared.family_code import FAMILY_CLASS, is_llama_mlp, is_llama_norm, is_llama_rotary
 from radlads.model.mixers.shared.mixer import Mixer, rotate_halves
 from radlads.model.mixers.shared.products import is_plain_linear, project_together
@@ -51,7 +50,7 @@ def _again(family: type[nn.Module], kind: str) -> nn.Module:
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     if is_inference(hidden_states):
-        return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
     out: Tensor = getattr(self, FAMILY_CLASS).forward(self, hidden_states)
     return out
 

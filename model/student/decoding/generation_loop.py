@@ -24,7 +24,8 @@ _CHECK = 8
 _ROOM = 1024  # kept layers' tensors are a multiple of it long, so that calls share a recording
 _SAVED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _OWN_HOOKS = ("forward_pass", "kept_attention", "first_values")
-_PIECE = 2**24
+_PIECE, _FEWEST_READ = 2**24, 2**15
+_NARROW = 1024
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
 RECORDINGS = "_recorded_steps"
 """The attribute of a model that has its recordings."""
@@ -33,8 +34,9 @@ _MOST_MASKED = 2**28
 
 def prompt_piece(config: Any, rows: int, tokens: int) -> int:
     """Tokens of a prompt that a pass reads at once, of every row: enough to fill a GPU, and no more memory than 32 MB
-    of a 16-bit tensor of the model's width, or 256 MB for the mask of kept layers."""
-    most = _PIECE // config.hidden_size
+    of a 16-bit tensor of the model's width (64 of a narrow one, which waits for launches), or 256 MB for the mask of
+    kept layers."""
+    most = max(_PIECE // config.hidden_size, _FEWEST_READ if config.hidden_size <= _NARROW else 0)
     if len(config.attention_layers):
         most = min(most, _MOST_MASKED // max(1, tokens))
     return max(256, most // max(1, rows) // 64 * 64)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from radlads.kernels.few_rows import gated_linear, linear_together, low_rank_pairs, silu_product
+from radlads.kernels.inference import gated_linear, linear_together, low_rank_pairs, rms_norm, silu_product
 from radlads.kernels.shared.testing import poisoned_memory, relative_rms
 
 WIDTHS, RANKS = (40, 17, 128, 5, 64), (7, 32, 48, 16, 65)
 ACTIVATIONS = ("tanh", None, "sigmoid", None, "tanh")
-OPERATORS = (linear_together, low_rank_pairs, gated_linear, silu_product)
+OPERATORS = (linear_together, low_rank_pairs, gated_linear, silu_product, rms_norm)
 
 
 def given(
@@ -38,6 +38,8 @@ def given(
         return xs, firsts, [normal(rank, out) for rank, out in zip(ranks, widths, strict=True)], ACTIVATIONS[:places]
     if operator is gated_linear:
         return xs[0], normal(scale * 70, width), normal(scale * 70, width)
+    if operator is rms_norm:
+        return normal(*rows, width), normal(width), 1e-6
     return normal(*rows, width), normal(*rows, width)
 
 

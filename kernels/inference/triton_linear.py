@@ -1,4 +1,4 @@
-"""Few rows by the weights of several linear layers in one launch; and silu(gate) ⊙ up.
+"""Few rows by the weights of several linear layers in one launch.
 
 Bound by reading weights once. A program reads BO rows of one matrix over their whole width; one row of inputs is a
 product by elements and a sum, more rows are a product of tiles. Sums are fp32, in an order that shapes alone determine.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from radlads.kernels.shared.triton_launch import current_backend, on_device_of
+from radlads.kernels.shared.triton_launch import cdiv, current_backend, on_device_of, power_of_two
 
 _TOGETHER = 5
 
@@ -96,21 +95,10 @@ def gated_kernel(
     _store_rows(y, g * u, row, inside, O, N, BN)
 
 
-@triton.jit(do_not_specialize=("COUNT",))
-def silu_kernel(gate, up, out, COUNT, BLOCK: tl.constexpr):
-    """Grid: blocks of BLOCK elements."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < COUNT
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    g = (g * tl.sigmoid(g)).to(out.dtype.element_ty).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (g * u).to(out.dtype.element_ty), mask=inside)
-
-
 def tiles_of(N: int, D: int, *, gated: bool = False) -> dict[str, int]:
     """Sizes of a launch for N rows of width D: outputs a program, columns a step, and rows in a tile of a product. The
-    fastest of some forty on an H200, at widths of 576 to 6,144 (benchmarks/few_rows.py)."""
-    power = max(16, triton.next_power_of_2(D))
+    fastest of some forty on an H200, at widths of 576 to 6,144 (benchmarks/inference_tiles.py)."""
+    power = max(16, power_of_two(D))
     if N == 1:
         BO = 4 if D <= 1024 else 2 if gated or D > 4096 else 1
         BK = min(power, 2048 if gated or D > 4096 else 1024)
@@ -133,7 +121,7 @@ def linear_together_triton(
     biases = [x if bias is None else bias for x, bias in zip(xs, biases_O, strict=True)]
     lists = (_full(xs), _full(weights_OD), _full(biases), _full(outs))
     sizes = [*widths, *[0] * (_TOGETHER - len(widths))]
-    grid = (sum(triton.cdiv(width, meta["BO"]) for width in widths),)
+    grid = (sum(cdiv(width, meta["BO"]) for width in widths),)
     with on_device_of(xs[0]):
         linear_kernel[grid](*(x for one in lists for x in one), *sizes, bits, D, **meta)
     return outs
@@ -146,18 +134,7 @@ def gated_linear_triton(x_BTD: Tensor, gate_OD: Tensor, up_OD: Tensor) -> Tensor
     out = x.new_empty(*x.shape[:-1], width)
     meta = tiles_of(x.shape[:-1].numel(), D, gated=True)
     with on_device_of(x):
-        gated_kernel[(triton.cdiv(width, meta["BO"]),)](x, gate_OD, up_OD, out, width, D, **meta)
-    return out
-
-
-def silu_product_triton(gate: Tensor, up: Tensor) -> Tensor:
-    """As `silu_product`, on a GPU (or in Triton's interpreter)."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if out.numel():
-        block = 2048
-        with on_device_of(gate):
-            silu_kernel[(triton.cdiv(out.numel(), block),)](gate, up, out, out.numel(), BLOCK=block, num_warps=8)
+        gated_kernel[(cdiv(width, meta["BO"]),)](x, gate_OD, up_OD, out, width, D, **meta)
     return out
 
 

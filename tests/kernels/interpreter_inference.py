@@ -1,12 +1,12 @@
-"""The Triton kernels of few_rows in Triton's interpreter, on the CPU. Run by test_few_rows.py in a process of its own:
-Triton decides when a kernel is defined whether it will be interpreted."""
+"""The Triton kernels of inference in Triton's interpreter, on the CPU. Run by test_inference.py in a process of its
+own: Triton decides when a kernel is defined whether it will be interpreted."""
 
 import pytest
 import torch
 import triton
-from few_rows_cases import OPERATORS, compare, given
+from inference_cases import OPERATORS, compare, given
 
-assert triton.knobs.runtime.interpret, "run through test_few_rows.py"
+assert triton.knobs.runtime.interpret, "run through test_inference.py"
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)

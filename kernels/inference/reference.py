@@ -1,5 +1,5 @@
-"""What the kernels of this package compute, in plain torch: the same products one after the other, each rounded to the
-dtype of its inputs. Dims: B rows, T tokens, D width in, O width out, R rank, A width of a mixer."""
+"""What the kernels of this package compute, in plain torch: one operation after the other, each rounded to the dtype of
+its inputs. Dims: B rows, T tokens, D width in, O width out, R rank, A width of a mixer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 Activation = Literal["tanh", "sigmoid"]
 
@@ -28,6 +28,11 @@ def gated_linear_torch(x_BTD: Tensor, gate_OD: Tensor, up_OD: Tensor) -> Tensor:
 def silu_product_torch(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ⊙ up."""
     return silu(gate) * up
+
+
+def rms_norm_torch(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) ⊙ weight over the last axis."""
+    return rms_norm(x, weight_D.shape, weight_D, eps)
 
 
 def low_rank_pairs_torch(

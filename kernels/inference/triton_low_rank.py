@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radlads.kernels.few_rows.reference import Activation
-from radlads.kernels.few_rows.triton_linear import _full, _store_rows, pick
-from radlads.kernels.shared.triton_launch import on_device_of
+from radlads.kernels.inference.reference import Activation
+from radlads.kernels.inference.triton_linear import _full, _store_rows, pick
+from radlads.kernels.shared.triton_launch import cdiv, on_device_of, power_of_two
 
 _TOGETHER = 5
 _CODES = {None: 0, "tanh": 1, "sigmoid": 2}
@@ -123,21 +123,21 @@ def low_rank_pairs_triton(
     """As `low_rank_pairs`, for checked shapes on a GPU (or in Triton's interpreter)."""
     xs = [x.contiguous() for x in xs_BTD]
     D, lead = xs[0].shape[-1], xs[0].shape[:-1]
-    N, parts = lead.numel(), triton.cdiv(D, _PART)
+    N, parts = lead.numel(), cdiv(D, _PART)
     outs = [x.new_empty(*lead, w.shape[1]) for x, w in zip(xs, seconds_RA, strict=True)]
     ranks, widths = [w.shape[1] for w in firsts_DR], [w.shape[1] for w in seconds_RA]
     low = torch.empty(parts, N, sum(ranks), dtype=torch.float32, device=xs[0].device)
     BN, BR, BA = (1 if N == 1 else 16), 16, 32
     spare = [0] * (_TOGETHER - len(ranks))
     codes = sum(_CODES[activation] << 2 * place for place, activation in enumerate(activations))
-    columns = sum(triton.cdiv(rank, BR) for rank in ranks)
-    tiles = sum(triton.cdiv(width, BA) for width in widths)
+    columns = sum(cdiv(rank, BR) for rank in ranks)
+    tiles = sum(cdiv(width, BA) for width in widths)
     with on_device_of(xs[0]):
         first_kernel[(columns, parts)](
             *_full(xs), *_full(firsts_DR), low, *ranks, *spare, D=D, N=N, BN=BN, BR=BR, BK=_PART, num_warps=4
         )
         second_kernel[(tiles,)](
             low, *_full(seconds_RA), *_full(outs), *ranks, *spare, *widths, *spare, codes,
-            PARTS=parts, BP=triton.next_power_of_2(parts), N=N, BN=BN, BR=64 if N == 1 else 32, BA=BA, num_warps=4,
+            PARTS=parts, BP=power_of_two(parts), N=N, BN=BN, BR=64 if N == 1 else 32, BA=BA, num_warps=4,
         )  # fmt: skip
     return outs

@@ -1,5 +1,6 @@
-"""`linear_together`, `gated_linear`, `low_rank_pairs`, `silu_product`: one launch for what a decoding step multiplies a
-few rows by, instead of one a matrix. Forward only. Dims: as in reference.py."""
+"""`linear_together`, `gated_linear`, `low_rank_pairs`: one launch for what a decoding step multiplies a few rows by,
+instead of one a matrix; `silu_product` and `rms_norm`, for any number of rows. Forward only. Dims: as in
+reference.py."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from radlads.kernels.few_rows.reference import (
+from radlads.kernels.inference.reference import (
     Activation,
     gated_linear_torch,
     linear_together_torch,
     low_rank_pairs_torch,
+    rms_norm_torch,
     silu_product_torch,
 )
 from radlads.kernels.shared.backends import triton_installed
@@ -21,6 +23,7 @@ from radlads.kernels.shared.chosen import note_kernel
 MOST_ROWS = 16
 """Tokens of all rows together up to which a step's products are bound by reading weights, not by arithmetic."""
 MOST_TOGETHER = 5
+WIDEST_NORM = 16384
 _SIZES = (torch.bfloat16, torch.float16)
 
 
@@ -48,7 +51,7 @@ def linear_together(
     """
     _check("linear_together", xs_BTD, weights_OD, biases_O)
     if _choose("linear_together", xs_BTD[0], weights_OD, triton=triton):
-        from radlads.kernels.few_rows.triton_linear import linear_together_triton
+        from radlads.kernels.inference.triton_linear import linear_together_triton
 
         return linear_together_triton(xs_BTD, weights_OD, biases_O)
     return linear_together_torch(xs_BTD, weights_OD, biases_O)
@@ -60,7 +63,7 @@ def gated_linear(x_BTD: Tensor, gate_OD: Tensor, up_OD: Tensor, *, triton: bool 
     if gate_OD.shape != up_OD.shape:
         raise ValueError(f"gated_linear: gate and up differ: {tuple(gate_OD.shape)}, {tuple(up_OD.shape)}")
     if _choose("gated_linear", x_BTD, (gate_OD, up_OD), triton=triton):
-        from radlads.kernels.few_rows.triton_linear import gated_linear_triton
+        from radlads.kernels.inference.triton_linear import gated_linear_triton
 
         return gated_linear_triton(x_BTD, gate_OD, up_OD)
     return gated_linear_torch(x_BTD, gate_OD, up_OD)
@@ -83,7 +86,7 @@ def low_rank_pairs(
         if first.shape[1] != second.shape[0]:
             raise ValueError(f"low_rank_pairs: {tuple(first.shape)} and {tuple(second.shape)} do not fit together")
     if _choose("low_rank_pairs", xs_BTD[0], (*firsts_DR, *seconds_RA), triton=triton):
-        from radlads.kernels.few_rows.triton_low_rank import low_rank_pairs_triton
+        from radlads.kernels.inference.triton_low_rank import low_rank_pairs_triton
 
         return low_rank_pairs_triton(xs_BTD, firsts_DR, seconds_RA, activations)
     return low_rank_pairs_torch(xs_BTD, firsts_DR, seconds_RA, activations)
@@ -97,10 +100,25 @@ def silu_product(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Ten
     fits = fits and gate.dtype == up.dtype != torch.float64
     note_kernel("silu_product", "triton" if fits else "plain torch")
     if fits:
-        from radlads.kernels.few_rows.triton_linear import silu_product_triton
+        from radlads.kernels.inference.triton_rows import silu_product_triton
 
         return silu_product_triton(gate, up)
     return silu_product_torch(gate, up)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, triton: bool | None = None) -> Tensor:
+    """x / √(mean x² + eps) ⊙ weight over the last axis, summed in fp32 and rounded once. Raises ValueError for a weight
+    of another width."""
+    if weight_D.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} and weight {tuple(weight_D.shape)} do not fit together")
+    fits = is_inference(x) if triton is None else triton
+    fits = fits and x.dtype != torch.float64 and x.shape[-1] <= WIDEST_NORM
+    note_kernel("rms_norm", "triton" if fits else "plain torch")
+    if fits:
+        from radlads.kernels.inference.triton_rows import rms_norm_triton
+
+        return rms_norm_triton(x, weight_D, eps)
+    return rms_norm_torch(x, weight_D, eps)
 
 
 def _choose(operator: str, x: Tensor, weights: Sequence[Tensor], *, triton: bool | None) -> bool:

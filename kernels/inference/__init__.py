@@ -1,12 +1,13 @@
-"""Products of a decoding step: a few rows with the weights of one layer (see README.md)."""
+"""Kernels without gradients: the products of a decoding step, norms, and the activation of MLPs."""
 
-from radlads.kernels.few_rows.api import (
+from radlads.kernels.inference.api import (
     MOST_ROWS,
     few_rows_apply,
     gated_linear,
     is_inference,
     linear_together,
     low_rank_pairs,
+    rms_norm,
     silu_product,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "is_inference",
     "linear_together",
     "low_rank_pairs",
+    "rms_norm",
     "silu_product",
 ]

@@ -1,14 +1,21 @@
 """Products of a decoding step: when they run, refusals, and the Triton forms (on a GPU here, interpreted in
-interpreter_few_rows.py)."""
+interpreter_inference.py)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from few_rows_cases import OPERATORS, compare, given
+from inference_cases import OPERATORS, compare, given
 from torch import nn
 
-from radlads.kernels.few_rows import few_rows_apply, gated_linear, linear_together, low_rank_pairs, silu_product
+from radlads.kernels.inference import (
+    few_rows_apply,
+    gated_linear,
+    linear_together,
+    low_rank_pairs,
+    rms_norm,
+    silu_product,
+)
 from radlads.model.mixers.shared.products import is_plain_linear, project_together
 
 
@@ -38,6 +45,7 @@ def test_a_layer_that_somebody_watches_or_replaces_is_called():
         (lambda x, w: linear_together([x[..., :3]], [w], [None]), r"\(1, 1, 3\) by \(5, 4\)"),
         (lambda x, w: gated_linear(x, w, w[:2]), r"gate and up differ: \(5, 4\), \(2, 4\)"),
         (lambda x, w: low_rank_pairs([x], [w.T], [w[:3]], [None]), r"\(4, 5\) and \(3, 4\) do not fit together"),
+        (lambda x, w: rms_norm(x, w[0, :3], 1e-6), r"x \(1, 1, 4\) and weight \(3,\) do not fit together"),
         (lambda x, w: silu_product(x, w), r"gate and up differ: \(1, 1, 4\), \(5, 4\)"),
     ],
 )
@@ -47,12 +55,14 @@ def test_what_does_not_fit_is_one_line(call, message):
 
 
 def test_interpreted(interpret):
-    interpret("interpreter_few_rows.py")
+    interpret("interpreter_inference.py")
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(compiler, target):
-    compiler(f"from radlads.kernels.shared.offline import compile_few_rows; assert compile_few_rows('{target}') == 13")
+    compiler(
+        f"from radlads.kernels.shared.offline import compile_inference; assert compile_inference('{target}') == 15"
+    )
 
 
 @pytest.mark.gpu
