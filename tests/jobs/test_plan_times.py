@@ -15,7 +15,7 @@ from radlads.tasks.contracts.recipe.sections import EvalTask
 from radlads.tasks.jobs.plan.cost import judging_cost, light_costs, training_cost
 from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.sizes import count_networks
-from radlads.tasks.jobs.plan.timing.harness import task_size
+from radlads.tasks.jobs.plan.timing.harness import task_size, task_sizes
 from radlads.tasks.jobs.plan.timing.judged_memory import judging_budget
 from radlads.tasks.jobs.plan.timing.measured import CPU, TABLE, SpeedRow, measured_rows, read_rows, record_row
 from radlads.tasks.jobs.plan.timing.passes import Device, judging_flops, judging_seconds
@@ -188,6 +188,17 @@ def test_texts_are_counted_by_their_files(networks: NetworkSizes, tmp_path: Path
     assert text[1] - none[1] == pytest.approx(100_000 * (of.teacher_flops(256) + of.forward_flops(256)))
     for kind in (0, 1):
         assert (both[kind] - none[kind]) / (text[kind] - none[kind]) == pytest.approx(1.75)
+
+
+def test_judging_counts_the_items_of_the_suites_files(networks: NetworkSizes, tmp_path: Path) -> None:
+    (tmp_path / "openbook_qa.jsonl").write_text('{"a": 1}\n' * 7)
+    suite = {"path": str(tmp_path), "tasks": ["openbookqa", "piqa"], "limit": 5}
+    section = recipe_of(evaluate={"context": 512, "suite": suite}).evaluate
+    assert section is not None
+    assert [size.items for size in task_sizes(section)] == [5, 5]
+    whole = recipe_of(evaluate={"context": 512, "suite": suite | {"limit": None}}).evaluate
+    assert whole is not None
+    assert [size.items for size in task_sizes(whole)] == [7, 1838]
 
 
 def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: NetworkSizes) -> None:

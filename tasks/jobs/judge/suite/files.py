@@ -20,6 +20,15 @@ _ITEMS = r"(?:_test|_validation|_\d+)?"
 _EXAMPLES = "_(?:train|dev)"
 
 
+OTHER_STEMS = {"openbookqa": ("openbook_qa",)}
+"""Task → other names of its files than its own."""
+
+
+def count_items(folder: Path, task: str) -> int:
+    """Items in a task's file. Raises UserError where there is none, or it cannot be read."""
+    return sum(1 for _ in _objects(items_file(folder, (task, *OTHER_STEMS.get(task, ())))))
+
+
 def items_file(folder: Path, stems: tuple[str, ...]) -> Path:
     """The file of a task's items: `STEM.jsonl`, `STEM_test.jsonl.gz`, ... Raises UserError unless there is one."""
     found = _files(folder, stems, _ITEMS)

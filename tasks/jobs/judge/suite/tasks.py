@@ -19,7 +19,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.places import resolve_task_folder
 from radlads.tasks.contracts.recipe.judging.suite import EvalSuite, SuiteTask
 from radlads.tasks.jobs.judge.suite import columns
-from radlads.tasks.jobs.judge.suite.files import examples_file, items_file, read_rows
+from radlads.tasks.jobs.judge.suite.files import OTHER_STEMS, examples_file, items_file, read_rows
 from radlads.tasks.jobs.sources import first_line
 
 _Rows = list[dict[str, Any]]
@@ -41,8 +41,6 @@ class Benchmark:
     """The harness's filter of answers for that metric."""
     guessing: bool = True
     """Whether one of several choices is right, so that guessing finds it."""
-    stems: tuple[str, ...] = ()
-    """Other names of its files than the task's."""
 
     @property
     def label(self) -> str:
@@ -58,9 +56,7 @@ BENCHMARKS: Mapping[SuiteTask, Benchmark] = {
     "hellaswag": Benchmark("hellaswag", (columns.HellaSwag, columns.HellaSwagCopy), "acc_norm"),
     "winogrande": Benchmark("winogrande", (columns.WinoGrande, columns.WinoGrandeCopy)),
     "boolq": Benchmark("super_glue/boolq", (columns.BoolQ, columns.BoolQCopy)),
-    "openbookqa": Benchmark(
-        "openbookqa", (columns.QuestionStem, columns.QuestionStemCopy), "acc_norm", stems=("openbook_qa",)
-    ),
+    "openbookqa": Benchmark("openbookqa", (columns.QuestionStem, columns.QuestionStemCopy), "acc_norm"),
     "commonsense_qa": Benchmark("commonsense_qa", (columns.ChoiceQuestion, columns.CommonsenseCopy)),
     "copa": Benchmark("super_glue/copa", (columns.Copa, columns.CopaCopy)),
     "mmlu": Benchmark("mmlu/default", (columns.Mmlu,)),
@@ -100,7 +96,7 @@ def load_suite(suite: EvalSuite) -> tuple[list[LocalTask], list[str]]:
 
 def _load(name: SuiteTask, folder: Path, shots: int | None) -> LocalTask:
     benchmark = BENCHMARKS[name]
-    stems = (name, *benchmark.stems)
+    stems = (name, *OTHER_STEMS.get(name, ()))
     path, more = items_file(folder, stems), examples_file(folder, stems)
     items, form = read_rows(path, benchmark.forms)
     # Only HellaSwag's two forms have different columns in the end.

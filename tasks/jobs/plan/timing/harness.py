@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
-from radlads.tasks.contracts.recipe.sections import EvalTask
+from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.places import resolve_task_folder
+from radlads.tasks.contracts.recipe.sections import EvalTask, Evaluate
+from radlads.tasks.jobs.judge.suite.files import count_items
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,21 @@ _SIZES = {
 _OTHER = TaskSize(2000, 4, 100)  # assumed of a task that is not listed
 
 
-def task_size(task: EvalTask) -> TaskSize:
-    """Of a task with its examples and its limit."""
+def task_sizes(section: Evaluate) -> list[TaskSize]:
+    """Of all tasks; those of a suite have the items of its files, where they are on this machine."""
+    found: dict[str, int] = {}
+    for name in section.suite.tasks if section.suite is not None else ():
+        with suppress(UserError, OSError):  # told by the plan's checks
+            found[name] = count_items(resolve_task_folder(section.suite.path), name)
+    own = len(section.tasks)
+    return [task_size(one, None if i < own else found.get(one.name)) for i, one in enumerate(section.all_tasks)]
+
+
+def task_size(task: EvalTask, items: int | None = None) -> TaskSize:
+    """Of a task with its examples and its limit. items: in its file; None: those of the public test set."""
     size = _SIZES.get(task.name, _OTHER)
+    if items is not None:
+        size = replace(size, items=items)
     items = size.items if task.limit is None else min(task.limit * size.parts, size.items)
     examples = size.examples if task.num_fewshot is None else task.num_fewshot
     return TaskSize(items, size.requests, size.tokens * (1 + examples), size.generated)

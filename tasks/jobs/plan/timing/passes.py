@@ -17,15 +17,19 @@ from radlads.tasks.jobs.data.text.text_files import EXPANSION
 from radlads.tasks.jobs.judge.batching.budget import RowBudget
 from radlads.tasks.jobs.judge.speed import REPEATS
 from radlads.tasks.jobs.plan.memory import NetworkSizes
-from radlads.tasks.jobs.plan.timing.harness import task_size
+from radlads.tasks.jobs.plan.timing.harness import task_sizes
 from radlads.tasks.jobs.plan.timing.measured import CPU
 from radlads.tasks.jobs.plan.timing.speed import ASSUMED, UNKNOWN_PEAK
-from radlads.tasks.jobs.plan.timing.step_time import CORE_FLOPS, HOST_SECONDS
+from radlads.tasks.jobs.plan.timing.step_time import CORE_FLOPS
 from radlads.tasks.jobs.train.gpu_kinds import GPU_KINDS
 
 _SHARE = 0.40  # assumed: of the peak, in forward passes through transformers' modules
 _WIDE = 1440  # model width below which it falls: 0.16 at 576, as in training (benchmarks/results/training_h100.md)
-_DECODE_SECONDS = 3.5e-3  # of a layer for one generated token: transformers, eager, 100 ms a step with 28 layers
+# Of the host, for a layer of a pass without gradients: 1.0 of a teacher and 2.4 of a student at once 1,024 tokens of
+# SmolLM2-135M (benchmarks/results/serving_h200.md), so a mean; a step of generation is such a pass, of which a student
+# records its own.
+_PASS_SECONDS = 1.7e-3
+_DECODE_SECONDS = 1.0e-3
 _REPLAY_SECONDS = 0.25e-3  # likewise where steps are replayed as CUDA graphs; assumed
 _REQUEST_SECONDS = 1.0e-3  # assumed: of a request on the host, its tokens and its score, for both networks
 _TEXT_BYTES = 4.0  # of a token of English
@@ -47,7 +51,7 @@ class Device:
     def forward_seconds(self, flops: float, tokens: float, layers: int, at_once: int) -> float:
         """Of `tokens` tokens, over all processes. flops: of a token; at_once: tokens of one pass."""
         computing = self._computing_seconds(flops, tokens)
-        launching = tokens / self.processes / at_once * layers * HOST_SECONDS
+        launching = tokens / self.processes / at_once * layers * _PASS_SECONDS
         return computing if self.kind == CPU else max(computing, launching)
 
     def decode_seconds(self, flops: float, steps: float, layers: int, sequences: int) -> float:
@@ -129,7 +133,7 @@ def _evaluate_seconds(
         flops = of.teacher_flops(text.context) + of.forward_flops(text.context)
         seconds += device.forward_seconds(flops, text_tokens(text), 2 * layers, at_once)
     seconds += 2 * device.decode_seconds(both / 2, _SAMPLE_TOKENS, layers, 3)
-    for size in map(task_size, section.all_tasks):
+    for size in task_sizes(section):
         requests, flops = size.items * size.requests, of.teacher_flops(size.tokens) + of.forward_flops(size.tokens)
         if size.generated:
             length = size.tokens + size.generated
