@@ -77,6 +77,8 @@ class Worker:
         self._states = RowStates(model)
         self._rows: list[_Row] = []  # as in the states
         self._reading: deque[_Row] = deque()
+        self._read: list[_Row] = []
+        """Rows whose prompts were read, and that join the batch before its next step."""
         self._waiting: deque[Ticket] = deque()
         self._change, self._stopping, self.failed = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -91,7 +93,7 @@ class Worker:
             if self._stopping:
                 raise ApiError(503, _FAILED if self.failed else _ENDS)
             self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
-            free = max(0, self._limits.max_batch - len(self._rows) - len(self._reading))
+            free = max(0, self._limits.max_batch - self._num_running())
             if len(self._waiting) >= self._limits.max_waiting + free:
                 said = f"{self._limits.max_waiting:,} requests wait already; try again later"
                 raise ApiError(429, said, code="rate_limit_exceeded")
@@ -115,7 +117,10 @@ class Worker:
 
     def numbers(self) -> dict[str, int]:
         """Requests in the batch or being read, and waiting ones."""
-        return {"running": len(self._rows) + len(self._reading), "waiting": len(self._waiting)}
+        return {"running": self._num_running(), "waiting": len(self._waiting)}
+
+    def _num_running(self) -> int:
+        return len(self._rows) + len(self._reading) + len(self._read)
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -129,7 +134,7 @@ class Worker:
         finally:
             with self._change:
                 self._stopping, self.failed = True, not completed
-            self._fail([*self._rows, *self._reading], ApiError(503, _ENDS if completed else _FAILED))
+            self._fail([*self._rows, *self._reading, *self._read], ApiError(503, _ENDS if completed else _FAILED))
             for ticket in self._waiting:
                 ticket.tell(ApiError(503, _ENDS if completed else _FAILED))
             if not completed:
@@ -158,28 +163,31 @@ class Worker:
         if self._reading:
             return True
         with self._change:
-            while self._waiting and len(self._rows) + len(self._reading) < self._limits.max_batch:
+            while self._waiting and self._num_running() < self._limits.max_batch:
                 ticket = self._waiting.popleft()
                 if not ticket.is_cancelled:
                     self._reading.append(_Row(ticket, self._model, self._tokenizer))
         return bool(self._reading)
 
     def _read_prompts(self) -> None:
-        left, read = _PIECE, list[_Row]()
+        left = _PIECE
         while left > 0 and self._admit():
             row = self._reading[0]
             piece = row.ticket.ids[row.read : row.read + self._piece(row, left)]
+            is_last = row.read + len(piece) == len(row.ticket.ids)
             try:
                 logits_1V = self._states.read(self._cache(row), piece)
-                left, row.read = left - len(piece), row.read + len(piece)
-                if row.read == len(row.ticket.ids):
-                    self._reading.popleft()
-                    row.give(choose_tokens(logits_1V, [row.draw])[0], self._ends)
-                    read += [] if row.ended else [row]
+                token = choose_tokens(logits_1V, [row.draw])[0] if is_last else None
             except torch.OutOfMemoryError:
-                self._reading.remove(row)
+                self._reading.popleft()
                 self._fail([row], ApiError(503, _NO_MEMORY))
-        self._join(read)
+                continue
+            left, row.read = left - len(piece), row.read + len(piece)
+            if token is not None:
+                self._reading.popleft()
+                row.give(token, self._ends)
+                self._read += [] if row.ended else [row]
+        self._join()
 
     def _piece(self, row: _Row, left: int) -> int:
         return min(left, prompt_piece(self._model.config, 1, len(row.ticket.ids)))
@@ -188,15 +196,16 @@ class Worker:
         assert row.cache is not None
         return row.cache
 
-    def _join(self, rows: list[_Row]) -> None:
-        """Into the batch; their own caches are not needed any more."""
+    def _join(self) -> None:
+        """What was read into the batch; its own caches are not needed any more."""
         try:
-            self._states.add([self._cache(row) for row in rows], [row.read for row in rows])
-            self._rows += rows
+            self._states.add([self._cache(row) for row in self._read], [row.read for row in self._read])
+            self._rows += self._read
         except torch.OutOfMemoryError:
-            self._fail(rows, ApiError(503, _NO_MEMORY))
-        for row in rows:
+            self._fail(self._read, ApiError(503, _NO_MEMORY))
+        for row in self._read:
             row.cache = None
+        self._read = []
 
     def _step(self) -> None:
         if not self._rows:
