@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -64,7 +65,7 @@ def opened(request_: ServeRequest) -> OpenedModels:
 def serving(request: ServeRequest, opened: OpenedModels, key: str | None = None) -> Iterator[tuple[ModelServer, int]]:
     """A server in a thread, and its port."""
     listener = bind(request.host, request.port)
-    server = build(request, opened, key)
+    server = build(request, opened, key, listener.getsockname()[1])
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -489,25 +490,25 @@ def test_the_command_serves_until_a_signal(folder: Path, tmp_path: Path, number:
     """Signals go to the terminal's whole group. The key is neither in its output nor in its command lines."""
     command = [sys.executable, "-m", "radlads.flows.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
     env = {**os.environ, "RADLADS_HOME": str(tmp_path), "RADLADS_API_KEY": KEY}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    log = (tmp_path / "log.txt").open("w+")
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.fullmatch(r"small at http://127\.0\.0\.1:(\d+)/v1; Ctrl-C stops it\n", line)
-        assert found is not None, line + process.stdout.read()
+        assert found is not None, (line, Path(log.name).read_text())
         client = client_of(int(found[1]), KEY)
-        wait_until(lambda: raw(int(found[1]), "GET", "/health")[0] == 200)
         stream = iter(asked(client, "Tim", stream=True, max_tokens=4000))
         next(stream)
         os.killpg(process.pid, number)
         with pytest.raises(openai.APIError):
             list(stream)
         assert process.wait(timeout=60) in (128 + number, -number)
-        said = process.stdout.read()
+        said = process.stdout.read() + Path(log.name).read_text()
         assert KEY not in said
         assert "Traceback" not in said
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        log.close()

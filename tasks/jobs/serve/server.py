@@ -33,7 +33,8 @@ _GRACE_SECONDS = 5
 class ModelServer(uvicorn.Server):
     """A server that ends the answers at work when it is asked to stop, and does not wait for them."""
 
-    def __init__(self, api: Api, worker: Worker) -> None:
+    def __init__(self, api: Api, worker: Worker, greeting: str) -> None:
+        """greeting: a line for stdout, once it listens."""
         settings = uvicorn.Config(
             api.application(),
             log_level="warning",
@@ -43,7 +44,13 @@ class ModelServer(uvicorn.Server):
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
         super().__init__(settings)
-        self.worker = worker
+        self.worker, self._greeting = worker, greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets)
+        sys.stdout.write(self._greeting + "\n")
+        sys.stdout.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn."""
@@ -63,8 +70,8 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build(request: ServeRequest, opened: OpenedModels, key: str | None) -> ModelServer:
-    """The server, and its worker, which begins at once. Raises UserError."""
+def build(request: ServeRequest, opened: OpenedModels, key: str | None, port: int) -> ModelServer:
+    """The server, and its worker, which begins at once. port: where it will listen. Raises UserError."""
     model = next(iter(opened.models.values()))
     if not isinstance(model, RadladsForCausalLM):
         raise UserError("only converted models are served; use `transformers serve` or vLLM for others")
@@ -77,7 +84,9 @@ def build(request: ServeRequest, opened: OpenedModels, key: str | None) -> Model
     worker = Worker(model, opened.tokenizer, request.limits, on_failure)
     prompts = PromptReader(opened.tokenizer, opened.template, model.config.vocab_size, request.limits.max_prompt_tokens)
     access = Access(key, loopback_only=is_loopback(request.host))
-    server = ModelServer(Api(request.name, worker, prompts, access, request.limits), worker)
+    host = f"[{request.host}]" if ":" in request.host else request.host
+    greeting = f"{request.name} at http://{host}:{port}/v1; Ctrl-C stops it"
+    server = ModelServer(Api(request.name, worker, prompts, access, request.limits), worker, greeting)
     worker.start()
     return server
 
@@ -88,11 +97,7 @@ def serve(request: ServeRequest) -> int:
     if request.has_key and key is None:
         raise UserError("the key that clients must send did not reach the server; set RADLADS_API_KEY")
     listener = bind(request.host, request.port)
-    server = build(request, open_models(request), key)
-    port = listener.getsockname()[1]
-    shown = f"[{request.host}]" if ":" in request.host else request.host
-    sys.stdout.write(f"{request.name} at http://{shown}:{port}/v1; Ctrl-C stops it\n")
-    sys.stdout.flush()
+    server = build(request, open_models(request), key, listener.getsockname()[1])
     try:
         server.run(sockets=[listener])
     finally:
