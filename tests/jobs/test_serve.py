@@ -222,7 +222,8 @@ def test_a_client_that_goes_frees_its_row(server: tuple[ModelServer, int], clien
     step = server[0].worker._step
     monkeypatch.setattr(server[0].worker, "_step", lambda: (slow.wait(0.2), step()))
     stream = asked(client, "Tim", stream=True, max_tokens=64)
-    next(iter(stream))
+    parts = iter(stream)
+    next(parts)
     assert numbers()["running"] == 1
     stream.close()
     wait_until(lambda: numbers()["running"] == 0, 8)

@@ -16,11 +16,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.requests.serve import ServingLimits
 from radlads.tasks.jobs.serve.access import Access
-from radlads.tasks.jobs.serve.parameters import read_json, read_wish
+from radlads.tasks.jobs.serve.parameters import read_json, read_request
 from radlads.tasks.jobs.serve.prompts import PromptReader
 from radlads.tasks.jobs.serve.refusal import ApiError
 from radlads.tasks.jobs.serve.replies import ReplyForm, event
-from radlads.tasks.jobs.serve.ticket import Part, Ticket
+from radlads.tasks.jobs.serve.ticket import AnswerPart, Ticket
 from radlads.tasks.jobs.serve.worker import Worker
 
 _BODY_SECONDS = 60
@@ -85,17 +85,17 @@ class Api:
         return await self._reply(request, is_chat=False)
 
     async def _reply(self, request: Request, *, is_chat: bool) -> Response:
-        wish = read_wish(read_json(await self._body(request)), self._limits, is_chat=is_chat)
-        self._check_name(wish.model)
-        ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._prompts.ids, wish)
-        ticket = Ticket(ids, wish.drawing, wish.stops)
-        form = ReplyForm(self._name, len(ids), is_chat=is_chat, tells_usage=wish.tells_usage)
+        asked = read_request(read_json(await self._body(request)), self._limits, is_chat=is_chat)
+        self._check_name(asked.model)
+        ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._prompts.ids, asked)
+        ticket = Ticket(ids, asked.drawing, asked.stops)
+        form = ReplyForm(self._name, len(ids), is_chat=is_chat, tells_usage=asked.tells_usage)
         self._worker.submit(ticket)
         parts = self._parts(ticket, request)
         first = await anext(parts, None)  # before the status is sent, so that a failure has its own
         if first is None:
             return Response(status_code=_CLIENT_GONE)
-        if not wish.streams:
+        if not asked.streams:
             whole = [first] + [part async for part in parts]
             gone = whole[-1].finish is None
             return Response(status_code=_CLIENT_GONE) if gone else JSONResponse(form.whole(whole))
@@ -106,7 +106,7 @@ class Api:
             background=BackgroundTask(self._cancel, ticket),
         )
 
-    async def _parts(self, ticket: Ticket, request: Request) -> AsyncIterator[Part]:
+    async def _parts(self, ticket: Ticket, request: Request) -> AsyncIterator[AnswerPart]:
         """The parts of an answer; it ends early, without the last one, where the client has gone. However it ends,
         nothing more is computed for it."""
         gone = asyncio.ensure_future(_is_gone(request))
@@ -160,7 +160,7 @@ async def _is_gone(request: Request) -> None:
         continue
 
 
-async def _events(form: ReplyForm, first: Part, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
+async def _events(form: ReplyForm, first: AnswerPart, parts: AsyncIterator[AnswerPart]) -> AsyncIterator[str]:
     """A stream of the parts; a failure is its last event."""
     yield form.begin() + form.part(first)
     try:

@@ -86,7 +86,7 @@ class _Completion(_Common):
 
 
 @dataclass(frozen=True)
-class Wish:
+class AnswerRequest:
     """A request that can be answered."""
 
     model: str
@@ -116,7 +116,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_wish(value: Any, limits: ServingLimits, *, is_chat: bool) -> Wish:
+def read_request(value: Any, limits: ServingLimits, *, is_chat: bool) -> AnswerRequest:
     """What a body asks for. Raises ApiError, of which parameter and how to mend it."""
     kind = _Chat if is_chat else _Completion
     if not isinstance(value, dict):
@@ -130,7 +130,7 @@ def read_wish(value: Any, limits: ServingLimits, *, is_chat: bool) -> Wish:
     streams = bool(asked.stream)
     if asked.stream_options is not None and not streams:
         raise ApiError(400, "stream_options is for stream=true; leave it out", param="stream_options")
-    return Wish(
+    return AnswerRequest(
         model=asked.model,
         prompt=asked.messages if is_chat else asked.prompt,
         is_chat=is_chat,

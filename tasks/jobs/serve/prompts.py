@@ -10,7 +10,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.jobs.data.text.chat import ChatTemplate
 from radlads.tasks.jobs.data.text.messages import read_messages
-from radlads.tasks.jobs.serve.parameters import Wish
+from radlads.tasks.jobs.serve.parameters import AnswerRequest
 from radlads.tasks.jobs.serve.refusal import ApiError
 
 _ROLES = ("system", "user", "assistant")
@@ -26,10 +26,10 @@ class PromptReader:
         """template: None refuses chats. words: of the model's vocabulary. longest: prompt, in tokens."""
         self._tokenizer, self._template, self._words, self._longest = tokenizer, template, words, longest
 
-    def ids(self, wish: Wish) -> list[int]:
+    def ids(self, asked: AnswerRequest) -> list[int]:
         """The prompt's tokens. Raises ApiError."""
-        ids = self._chat(wish.prompt) if wish.is_chat else self._text(wish.prompt)
-        param = "messages" if wish.is_chat else "prompt"
+        ids = self._chat(asked.prompt) if asked.is_chat else self._text(asked.prompt)
+        param = "messages" if asked.is_chat else "prompt"
         if not ids:
             raise ApiError(400, f"{param} is no text at all: there is nothing to answer", param=param)
         if len(ids) > self._longest:

@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Any
 
-from radlads.tasks.jobs.serve.ticket import Part
+from radlads.tasks.jobs.serve.ticket import AnswerPart
 
 DONE = "data: [DONE]\n\n"
 
@@ -30,7 +30,7 @@ class ReplyForm:
             "model": model,
         }
 
-    def whole(self, parts: list[Part]) -> dict[str, Any]:
+    def whole(self, parts: list[AnswerPart]) -> dict[str, Any]:
         """The answer in one piece."""
         text, last = "".join(part.text for part in parts), parts[-1]
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
@@ -41,7 +41,7 @@ class ReplyForm:
         """What a stream begins with."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self._is_chat else ""
 
-    def part(self, part: Part) -> str:
+    def part(self, part: AnswerPart) -> str:
         """A part of a stream, with the end of the stream after the last one."""
         text = {"delta": {"content": part.text}} if self._is_chat else {"text": part.text}
         if part.finish is None:
@@ -59,7 +59,7 @@ class ReplyForm:
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})
 
-    def _usage(self, last: Part) -> dict[str, int]:
+    def _usage(self, last: AnswerPart) -> dict[str, int]:
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": last.tokens,

@@ -15,7 +15,7 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Part:
+class AnswerPart:
     """A piece of an answer. tokens: of the answer so far. finish: why it ends with this piece, or None."""
 
     text: str
@@ -32,18 +32,18 @@ class Ticket:
         self.is_cancelled = False
         """Whether nobody waits for the answer any more."""
         self._loop = asyncio.get_running_loop()
-        self._parts: asyncio.Queue[Part | ApiError] = asyncio.Queue()
+        self._parts: asyncio.Queue[AnswerPart | ApiError] = asyncio.Queue()
 
     def cancel(self) -> None:
         """From any thread."""
         self.is_cancelled = True
 
-    def tell(self, part: Part | ApiError) -> None:
+    def tell(self, part: AnswerPart | ApiError) -> None:
         """From the model's thread."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is there to be told
             self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
-    async def next_part(self) -> Part:
+    async def next_part(self) -> AnswerPart:
         """The next part. Raises ApiError where the answer fails."""
         part = await self._parts.get()
         if isinstance(part, ApiError):

@@ -22,7 +22,7 @@ from radlads.tasks.contracts.requests.serve import ServingLimits
 from radlads.tasks.jobs.serve.drawing import TokenDraw, choose_tokens
 from radlads.tasks.jobs.serve.refusal import ApiError
 from radlads.tasks.jobs.serve.states import RowStates
-from radlads.tasks.jobs.serve.ticket import Finish, Part, Ticket
+from radlads.tasks.jobs.serve.ticket import Finish, AnswerPart, Ticket
 from radlads.tasks.jobs.serve.writer import Writer
 
 _PIECE = 1024
@@ -56,7 +56,7 @@ class _Row:
             text += self.writer.end()
             finish = "stop" if self.writer.stopped else finish
         if text or finish is not None:
-            self.ticket.tell(Part(text, self.made, finish))
+            self.ticket.tell(AnswerPart(text, self.made, finish))
         self.ended = finish is not None
 
 

@@ -53,7 +53,7 @@ class Writer:
         self._held = text[len(text) - begun :]
         return text[: len(text) - begun]
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
