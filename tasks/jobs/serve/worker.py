@@ -22,7 +22,7 @@ from radlads.tasks.contracts.requests.serve import ServingLimits
 from radlads.tasks.jobs.serve.drawing import TokenDraw, choose_tokens
 from radlads.tasks.jobs.serve.refusal import ApiError
 from radlads.tasks.jobs.serve.states import RowStates
-from radlads.tasks.jobs.serve.ticket import Finish, AnswerPart, Ticket
+from radlads.tasks.jobs.serve.ticket import AnswerPart, Finish, Ticket
 from radlads.tasks.jobs.serve.writer import Writer
 
 _PIECE = 1024
