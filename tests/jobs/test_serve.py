@@ -276,6 +276,18 @@ def test_too_little_memory_ends_the_answer_alone(
     assert asked(client, "Tim").usage.completion_tokens == 12
 
 
+def test_scores_that_are_no_numbers_end_the_answer_alone(
+    server: tuple[ModelServer, int], client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = server[0].worker._states
+    advance = states.advance
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "advance", lambda tokens: advance(tokens) * torch.nan)
+        with pytest.raises(openai.InternalServerError, match="the model's scores are not numbers here"):
+            asked(client, "Tim")
+    assert asked(client, "Tim").usage.completion_tokens == 12
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failure_ends_the_server(request_: ServeRequest, opened: OpenedModels, monkeypatch: Any) -> None:
     with serving(request_, opened) as (server, port):

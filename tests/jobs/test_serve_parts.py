@@ -102,7 +102,7 @@ class Rows:
             for begin in range(0, len(ids), 7):
                 logits = self.states.read(cache, ids[begin : begin + 7])
             self.draws[name] = TokenDraw(drawing, torch.device("cpu"))
-            self.made[name] = choose_tokens(logits, [self.draws[name]])
+            self.made[name] = [token for token in choose_tokens(logits, [self.draws[name]]) if token is not None]
             caches.append(cache)
         self.states.add(caches, [len(ids) for ids, _ in prompts.values()])
         self.names += prompts
@@ -115,6 +115,7 @@ class Rows:
         for _ in range(times):
             logits = self.states.advance([self.made[name][-1] for name in self.names])
             for name, token in zip(self.names, choose_tokens(logits, [self.draws[n] for n in self.names]), strict=True):
+                assert token is not None
                 self.made[name].append(token)
 
 
@@ -163,6 +164,15 @@ def test_draws_do_not_depend_on_who_shares_the_batch(student: Any) -> None:
     again.add(short=(PROMPTS["short"], drawn.model_copy(update={"seed": 12})))
     again.step(12)
     assert again.made["short"] != alone.made["short"]
+
+
+def test_rows_without_scores_have_no_token() -> None:
+    logits = torch.zeros(3, 8)
+    logits[1, 4], logits[0, 2], logits[2, 5] = float("nan"), 1, 1
+    sampled = TokenDraw(Drawing(temperature=1, seed=0), torch.device("cpu"))
+    greedy = TokenDraw(GREEDY, torch.device("cpu"))
+    assert choose_tokens(logits, [greedy] * 3) == [2, None, 5]
+    assert choose_tokens(logits, [greedy, sampled, greedy]) == [2, None, 5]
 
 
 def test_which_models_are_batched(lively_student: Any) -> None:

@@ -109,13 +109,12 @@ class Api:
     async def _parts(self, ticket: Ticket, request: Request) -> AsyncIterator[AnswerPart]:
         """The parts of an answer; it ends early, without the last one, where the client has gone. However it ends,
         nothing more is computed for it."""
-        gone = asyncio.ensure_future(_is_gone(request))
+        gone, coming = asyncio.ensure_future(_is_gone(request)), None
         try:
             while True:
                 coming = asyncio.ensure_future(ticket.next_part())
                 await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
-                    coming.cancel()
                     return
                 part = coming.result()
                 yield part
@@ -123,6 +122,8 @@ class Api:
                     return
         finally:
             gone.cancel()
+            if coming is not None:
+                coming.cancel()
             self._cancel(ticket)
 
     def _cancel(self, ticket: Ticket) -> None:

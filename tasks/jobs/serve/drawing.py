@@ -38,17 +38,19 @@ class TokenDraw:
         return self._generator is None
 
     def draw(self, logits_V: Tensor) -> Tensor:
-        """A token, []."""
-        scores = logits_V[None].float()
+        """A token, [], by scores in fp32."""
+        scores = logits_V[None]
         for warper in self._warpers:
             scores = warper(None, scores)
         return torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator)[0]
 
 
-def choose_tokens(logits_BV: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
-    """The next token of every row; waits for the device once."""
-    token_B = logits_BV.float().argmax(-1)
+def choose_tokens(logits_BV: Tensor, draws: Sequence[TokenDraw]) -> list[int | None]:
+    """The next token of every row; None for a row whose scores are not numbers. Waits for the device once."""
+    broken_B = logits_BV.isnan().any(-1)
+    scores_BV = logits_BV.float().masked_fill(broken_B[:, None], 0)  # a draw among NaN ends the whole process
+    token_B = scores_BV.argmax(-1)
     for row, draw in enumerate(draws):
         if not draw.is_greedy:
-            token_B[row] = draw.draw(logits_BV[row])
-    return [int(token) for token in token_B.tolist()]
+            token_B[row] = draw.draw(scores_BV[row])
+    return [None if token < 0 else int(token) for token in token_B.masked_fill(broken_B, -1).tolist()]

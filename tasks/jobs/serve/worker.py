@@ -28,6 +28,7 @@ from radlads.tasks.jobs.serve.writer import Writer
 _PIECE = 1024
 """Tokens of prompts that are read between two steps."""
 _NO_MEMORY = "there is not enough memory for this request; send a shorter one, or fewer at once"
+_NO_NUMBERS = "the model's scores are not numbers here, so there is no next token"
 _ENDS = "the server is shutting down"
 _FAILED = "the server failed at work; its log says why"
 
@@ -177,15 +178,15 @@ class Worker:
             is_last = row.read + len(piece) == len(row.ticket.ids)
             try:
                 logits_1V = self._states.read(self._cache(row), piece)
-                token = choose_tokens(logits_1V, [row.draw])[0] if is_last else None
+                tokens = choose_tokens(logits_1V, [row.draw]) if is_last else []
             except torch.OutOfMemoryError:
                 self._reading.popleft()
                 self._fail([row], ApiError(503, _NO_MEMORY))
                 continue
             left, row.read = left - len(piece), row.read + len(piece)
-            if token is not None:
+            if tokens:
                 self._reading.popleft()
-                row.give(token, self._ends)
+                self._give(row, tokens[0])
                 self._read += [] if row.ended else [row]
         self._join()
 
@@ -217,8 +218,14 @@ class Worker:
             self._fail(self._rows, ApiError(503, _NO_MEMORY))
         else:
             for row, token in zip(self._rows, tokens, strict=True):
-                row.give(token, self._ends)
+                self._give(row, token)
         self._keep_running()
+
+    def _give(self, row: _Row, token: int | None) -> None:
+        if token is None:
+            self._fail([row], ApiError(500, _NO_NUMBERS))
+        else:
+            row.give(token, self._ends)
 
     def _fail(self, rows: Any, error: ApiError) -> None:
         for row in rows:
