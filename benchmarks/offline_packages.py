@@ -31,9 +31,9 @@ from packaging.utils import canonicalize_name
 logger = logging.getLogger("offline_packages")
 
 ROOTS = (
-    "accelerate", "boto3", "datasets", "deepspeed", "fla-core", "gguf", "hypothesis", "liger-kernel", "lm-eval",
-    "matplotlib", "numpy", "psutil", "pydantic", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "rich",
-    "safetensors", "tokenizers", "torch", "torchao", "transformers", "typer",
+    "accelerate", "boto3", "datasets", "deepspeed", "fastapi", "fla-core", "gguf", "hypothesis", "liger-kernel",
+    "lm-eval", "matplotlib", "numpy", "psutil", "pydantic", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml",
+    "rich", "safetensors", "tokenizers", "torch", "torchao", "transformers", "typer", "uvicorn",
 )  # fmt: skip
 _LEFT_OUT = frozenset({"hf-xet"})  # downloads from the hub
 _GLIBC = range(39, 4, -1)

@@ -22,6 +22,7 @@ from radlads.flows.cli import (  # noqa: F401 - they register commands
     report,
     resume,
     run,
+    serve,
     services,
     status,
     stop,

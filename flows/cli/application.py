@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,6 +78,7 @@ RunNames = Annotated[
     typer.Argument(metavar="RUN RUN...", help="Names of two or more runs.", autocompletion=_runs_like),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 FetchTeacher = Annotated[
     bool, typer.Option("--fetch-teacher", help="Download the teacher's package first, where the recipe names one.")
 ]
@@ -113,6 +115,24 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
             raise UserError(f"--set {one_line(key, 60)} is given twice; leave one of them out")
         changes[key] = parse_value(text, where=f"--set {one_line(key, 60)}")
     return changes
+
+
+def absolute_template(name: str | None) -> str | None:
+    """A chat template's file for a program that runs elsewhere; template:NAME stays as it is."""
+    return name if name is None or name.startswith("template:") else str(Path(name).absolute())
+
+
+def checked_options(kind: Any, values: dict[str, Any]) -> Any:
+    """A sheet of options. Raises UserError, naming the option."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        said = str(fault["msg"]).removeprefix("Value error, ")
+        named = f"--{str(fault['loc'][0]).replace('_', '-')}: " if fault["loc"] else ""
+        raise UserError(named + said) from error
 
 
 @contextmanager

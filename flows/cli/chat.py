@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from radlads.flows.cli.application import EXAMPLE, StorePlace, WorkPlace, app
+from radlads.flows.cli.application import (
+    EXAMPLE,
+    Device,
+    StorePlace,
+    WorkPlace,
+    absolute_template,
+    app,
+    checked_options,
+)
 from radlads.tasks.contracts.errors import UserError
-
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 @app.command(epilog=EXAMPLE.format("radlads chat my-run --both --temperature 0"))
@@ -52,23 +57,9 @@ def chat(
     request = TalkRequest(
         **found,
         trust_remote_code=trust_remote_code,
-        chat_template=chat_template if chat_template is None else _absolute(chat_template),
+        chat_template=absolute_template(chat_template),
         system=system,
-        sampling=_checked(Drawing, drawn),
+        sampling=checked_options(Drawing, drawn),
         device=device,
     )
     raise typer.Exit(run_at_terminal("radlads.tasks.jobs.talk.chat", request))
-
-
-def _absolute(path: str) -> str:
-    return path if path.startswith("template:") else str(Path(path).absolute())
-
-
-def _checked(kind: Any, values: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise UserError(f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}") from error

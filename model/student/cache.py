@@ -16,7 +16,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from radlads.model.mixers.shared.mixer import MixerOutput, MixerState
 from radlads.model.student.decoding.kept_layer import KeptLayer
 from radlads.model.student.decoding.recent_tokens import Pass, check_take_back, mix_recorded, take_back
-from radlads.model.student.decoding.saved_state import copy_cache, join_caches, load_cache, save_cache
+from radlads.model.student.decoding.saved_state import (
+    copy_cache,
+    join_caches,
+    load_cache,
+    save_cache,
+    select_rows,
+)
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -164,6 +170,11 @@ class RadladsCache(Cache):
     def join(cls, caches: Sequence[RadladsCache]) -> RadladsCache:
         """One cache with the rows of all; see `join_caches`."""
         cache: RadladsCache = join_caches(caches)
+        return cache
+
+    def select(self, rows: Sequence[int], padding: int = 0) -> RadladsCache:
+        """A cache with some rows alone; see `select_rows`."""
+        cache: RadladsCache = select_rows(self, rows, padding)
         return cache
 
     def num_bytes(self) -> int:

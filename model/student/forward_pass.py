@@ -31,6 +31,8 @@ ROPE_FACTOR = "rope_factor"
 _PASSED_ON = {*TransformersKwargs.__annotations__, *inspect.signature(ForCausalLMLoss).parameters, "return_dict"}
 _PASSED_ON |= {"debug_io", "debug_io_dir", "prune_layers"}
 _OWN = (ROW_PART, ROPE_FACTOR, DECODING_STEP)
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments of generate() that it hands on to every pass, where they have no meaning."""
 
 
 class ForwardPass:
@@ -49,6 +51,8 @@ class ForwardPass:
 
     def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        for name in _OF_GENERATE:
+            given.pop(name, None)
         self._refuse_unknown(given)
         cache, cu_seqlens = self._take_cache(given), given.pop("cu_seqlens", None)
         row_part, rope_factor = given.pop(ROW_PART, None), given.pop(ROPE_FACTOR, None)

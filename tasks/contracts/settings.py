@@ -19,6 +19,10 @@ from radlads.tasks.contracts.parsing.files import file_errors
 
 HEARTBEAT_SECONDS = 60
 """Seconds between two heartbeats of a flow run; deployments/zombies.py waits for several."""
+API_KEY = "RADLADS_API_KEY"
+"""The key that clients of `radlads serve` must send."""
+_KEY = re.compile(r"[!-~]+")
+_SHORTEST_KEY = 8
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9]")
 _DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+[a-z0-9_]+)?://")
@@ -70,6 +74,21 @@ def resolve_settings(
         grace_seconds=_number(env, "RADLADS_GRACE_SECONDS", 60.0),
         retries=int(_number(env, "RADLADS_RETRIES", 1, whole=True)),
     )
+
+
+def serving_key(variable: str | None, environment: Mapping[str, str] | None = None) -> str | None:
+    """The key that clients of a server must send, from a variable by its name, or from RADLADS_API_KEY; None if that is
+    not set. Raises UserError, without the key."""
+    env = os.environ if environment is None else environment
+    key = env.get(variable or API_KEY) or None
+    learn({API_KEY: key or ""})
+    if key is None and variable is not None:
+        raise UserError("--api-key takes the name of a variable that has the key, and there is no such variable")
+    if key is not None and not (_SHORTEST_KEY <= len(key) <= _LONGEST_PLACE and _KEY.fullmatch(key)):
+        raise UserError(
+            f"{variable or API_KEY}: a key has {_SHORTEST_KEY} or more letters, digits and signs of ASCII, no spaces"
+        )
+    return key
 
 
 def check_run_name(name: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from radlads.tasks.contracts.job import Sheet
@@ -17,13 +18,15 @@ from radlads.tasks.contracts.recipe.recipe import Resources
 from radlads.tasks.launchers.local import LocalLauncher, job_environment
 
 
-def run_at_terminal(program: str, request: Sheet) -> int:
-    """Run `python -m program request.json` to its end; its exit code. Ctrl-C is the program's alone."""
+def run_at_terminal(program: str, request: Sheet, secrets: Mapping[str, str] | None = None) -> int:
+    """Run `python -m program request.json` to its end; its exit code. Ctrl-C is the program's alone. secrets: variables
+    of its environment that are written nowhere."""
     folder = Path(tempfile.mkdtemp(prefix="radlads-terminal-"))
     try:
         write_private(folder / "request.json", request.model_dump_json(indent=1))
         environment = job_environment(os.environ, LocalLauncher().resources(Resources(device="auto")))
         environment.pop("PYTHONUNBUFFERED", None)
+        environment |= secrets or {}
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             process = subprocess.Popen(

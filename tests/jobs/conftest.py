@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.export import export_student
 from radlads.model.student.load import build_student
+from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.identity import readings
 from radlads.tasks.contracts.job import InputRef, JobResources, JobSpec, Manifest, Stage, StoreRef
 from radlads.tasks.contracts.pins.content import ContentHashes
@@ -98,6 +99,27 @@ def teacher_folder(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lively_student(teacher_folder: Path) -> Callable[..., Any]:
+    """lively_student(variant, kept layers) → a student of the tiny teacher whose likeliest text is no single token
+    again and again, as that of small random weights is."""
+
+    def make(variant: str, kept: tuple[int, ...] = ()) -> Any:
+        teacher = load_teacher(str(teacher_folder))
+        torch.manual_seed(0)
+        student = build_student(
+            teacher.config, variant=variant, options={}, attention_layers=kept, attention_rope=bool(kept)
+        )
+        transplant(teacher, student)
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if parameter.ndim == 2 and "proj" in name:
+                    parameter.mul_(8)
+        return student.eval()
+
+    return make
 
 
 def pinned(spec: StageSpec) -> StageSpec:

@@ -326,6 +326,36 @@ def test_caches_are_joined_as_rows(student, tokens) -> None:
         RadladsCache.join([long, RadladsCache(student.config)])
 
 
+@torch.no_grad()
+def test_rows_are_picked_out(student, tokens) -> None:
+    """Each goes on as alone, without padding that is no longer needed; the joined cache stays as it was."""
+    long, short = (student(tokens[i : i + 1, :n], use_cache=True).past_key_values for i, n in ((0, 21), (1, 13)))
+    joined, following = RadladsCache.join([long, short]), torch.tensor([[3]])
+    before = joined.copy()
+    alone = joined.select([1], padding=8)
+    assert alone.get_seq_length() == 13
+    twice = joined.select([0, 0])
+    wanted = [student(following, past_key_values=cache).logits for cache in (long, short)]
+    found = student(following, past_key_values=alone).logits
+    torch.testing.assert_close(found, wanted[1], atol=2e-4, rtol=1e-4)
+    for row in student(following.expand(2, 1), past_key_values=twice).logits.split(1):
+        torch.testing.assert_close(row, wanted[0], atol=2e-4, rtol=1e-4)
+    mask = torch.ones(2, 22, dtype=torch.long)
+    mask[1, :8] = 0
+    as_before = [
+        student(following.expand(2, 1), past_key_values=x, attention_mask=mask).logits for x in (before, joined)
+    ]
+    assert torch.equal(*as_before)
+    with pytest.raises(ValueError, match=r"there are 2 rows, which are counted from 0; \[2\] are asked for"):
+        joined.select([2])
+    with pytest.raises(ValueError, match="cannot take 0 rows"):
+        joined.select([])
+    with pytest.raises(ValueError, match="without 22 of 22 tokens"):
+        long.copy().select([0], padding=22)
+    with pytest.raises(ValueError, match="has no rows"):
+        RadladsCache(student.config).select([0])
+
+
 def test_long_prompts_are_read_in_pieces(student, tokens, monkeypatch) -> None:
     wanted, sizes = student.generate(tokens, **GREEDY), []
     monkeypatch.setattr("radlads.model.student.modeling.prompt_piece", lambda config, rows, tokens: 8)

@@ -110,6 +110,11 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(student, tokens) -> None:
     torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-4)
 
 
+def test_generate_takes_a_tokenizer(student, tokens) -> None:
+    """As for stop_strings: it hands it on to every pass."""
+    assert torch.equal(student.generate(tokens, **GREEDY, tokenizer=object()), student.generate(tokens, **GREEDY))
+
+
 def test_what_cannot_work_is_refused(student, tokens) -> None:
     with pytest.raises(ValueError, match="RadladsCache"):
         student(tokens, past_key_values=DynamicCache())

@@ -4,7 +4,8 @@ import pytest
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.metrics_record import connect
-from radlads.tasks.contracts.settings import resolve_settings
+from radlads.tasks.contracts.parsing.credentials import hide
+from radlads.tasks.contracts.settings import resolve_settings, serving_key
 
 
 def test_settings_write_nothing(tmp_path):
@@ -47,3 +48,20 @@ def test_no_folder_of_runs(tracking):
 def test_numbers(text):
     with pytest.raises(UserError, match="RADLADS_RETRIES"):
         resolve_settings(environment={"RADLADS_RETRIES": text})
+
+
+def test_the_key_of_a_server_is_of_a_variable_and_is_never_told() -> None:
+    key = "sk-0123456789"
+    assert serving_key(None, {}) is None
+    assert serving_key(None, {"RADLADS_API_KEY": key}) == key
+    assert serving_key("MINE", {"MINE": key, "RADLADS_API_KEY": "another-one"}) == key
+    assert hide(f"Bearer {key}") == "Bearer ***"
+    for name, env in (
+        (key, {}),
+        ("MINE", {"MINE": "short"}),
+        ("MINE", {"MINE": "with a space"}),
+        ("MINE", {"MINE": ""}),
+    ):
+        with pytest.raises(UserError) as refused:
+            serving_key(name, env)
+        assert not {key, *env.values()} & set(str(refused.value).split())

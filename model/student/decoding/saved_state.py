@@ -1,4 +1,4 @@
-"""A cache on disk and in pieces: what a model remembers of a text, saved as safetensors, copied, and put into rows.
+"""A cache on disk and in pieces: what a model remembers of a text, saved as safetensors, copied, joined and divided.
 
 A file holds the tensors of every layer under `<layer>.<name>`, and in its metadata how many tokens were read and
 which model read them. An exported model carries this file.
@@ -106,6 +106,33 @@ def join_caches(caches: Sequence[Any]) -> Any:
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
     return joined
+
+
+def select_rows(cache: Any, rows: Sequence[int], padding: int = 0) -> Any:
+    """A cache with some rows, in this order, each of which goes on as it would have in the old one, which stays as it
+    is. padding: so many tokens at the left are padding in all of these rows, and are left out. Raises ValueError as
+    `join_caches`, and where there is no such row or not so much to leave out."""
+    seen, total = cache.get_seq_length(), None
+    if not rows or not 0 <= padding < max(1, seen):
+        raise ValueError(f"cannot take {len(rows)} rows without {padding} of {seen} tokens")
+    chosen = type(cache)(cache.config)
+    for i, (old, new) in enumerate(zip(cache.layers, chosen.layers, strict=True)):
+        parts = _parts(old, i)
+        if not parts:
+            raise ValueError("a cache that has read no tokens has no rows")
+        if total is None:
+            total = len(next(iter(parts.values())))
+            if not all(0 <= row < total for row in rows):
+                raise ValueError(f"there are {total} rows, which are counted from 0; {list(rows)} are asked for")
+        index = torch.tensor(list(rows), device=next(iter(parts.values())).device)
+        taken = {name: part.index_select(0, index) for name, part in parts.items()}
+        if hasattr(new, "remember"):
+            new.state, new.num_seen, new.is_initialized = MixerState(**taken), seen - padding, True
+        else:
+            keys, values = (taken[name][:, :, padding:] for name in _ATTENTION)
+            new.lazy_initialization(keys, values)
+            new.keys, new.values = keys, values
+    return chosen
 
 
 def fingerprint(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""Request of `radlads chat` to the program that talks with models at a terminal."""
+"""Request of `radlads chat` to the program that talks with models at a terminal, and what it shares with `serve`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Drawing(Sheet):
         return value
 
 
-class TalkRequest(Sheet):
-    """Talk with models, all of which read the same messages."""
+class ModelsRequest(Sheet):
+    """Models with one tokenizer, and how they are loaded."""
 
     talkers: tuple[Talker, ...] = Field(min_length=1)
     tokenizer: str
@@ -53,7 +53,12 @@ class TalkRequest(Sheet):
     """Of the tokenizer."""
     chat_template: str | None = None
     """A template file, or template:NAME; None: the tokenizer's own."""
-    system: str | None = None
-    sampling: Drawing = Drawing()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+
+class TalkRequest(ModelsRequest):
+    """Talk with models, all of which read the same messages."""
+
+    system: str | None = None
+    sampling: Drawing = Drawing()

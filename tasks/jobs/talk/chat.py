@@ -21,16 +21,13 @@ from typing import Any, TextIO
 import torch
 from pydantic import ValidationError
 
-from radlads.model.student.load import load_student
-from radlads.model.teacher.load import load_teacher
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.document import one_line
 from radlads.tasks.contracts.parsing.files import file_errors
-from radlads.tasks.contracts.requests.talk import Drawing, Talker, TalkRequest
-from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template
-from radlads.tasks.jobs.data.text.token_encoder import TokenEncoder
+from radlads.tasks.contracts.requests.talk import Drawing, TalkRequest
+from radlads.tasks.jobs.data.text.chat import ChatTemplate
 from radlads.tasks.jobs.process_group import quiet_libraries
-from radlads.tasks.jobs.sources import load_tokenizer
+from radlads.tasks.jobs.talk.opening import open_models
 from radlads.tasks.jobs.talk.speaker import Reply, Speaker
 
 HELP = """\
@@ -181,26 +178,11 @@ def _command(conversation: Conversation, text: str) -> str:
 
 def open_conversation(request: TalkRequest) -> Conversation:
     """Load the models. Raises UserError."""
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU here; leave it out, or choose cpu")
-    device = "cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu"
-    named = {"auto": torch.bfloat16 if device == "cuda" else None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    tokenizer = load_tokenizer(
-        request.tokenizer, revision=request.revision, trust_remote_code=request.trust_remote_code
-    )
-    template = None
-    if tokenizer.chat_template or request.chat_template:
-        template = open_chat_template(TokenEncoder(tokenizer), request.chat_template)
-    elif request.system is not None:
+    opened = open_models(request)
+    if opened.template is None and request.system is not None:
         raise UserError("--system needs a chat template, which this tokenizer does not have; give --chat-template")
-    speakers = {one.name: Speaker(_load(one, device, named[request.dtype]), tokenizer) for one in request.talkers}
-    return Conversation(speakers, template, request)
-
-
-def _load(talker: Talker, device: str, dtype: torch.dtype | None) -> Any:
-    if talker.is_student:
-        return load_student(talker.path, dtype=dtype, device=device)
-    return load_teacher(talker.path, dtype=dtype, device=device, revision=talker.revision)
+    speakers = {name: Speaker(model, opened.tokenizer) for name, model in opened.models.items()}
+    return Conversation(speakers, opened.template, request)
 
 
 def _lines(prompt: str) -> Iterator[str]:
