@@ -226,25 +226,25 @@ def test_judging_counts_harness_tasks_and_other_stages_count_too(networks: Netwo
     told = [recipe_of(evaluate={"context": 512} | one) for one in asked]
     taught, written, timed = (judged_seconds(one) for one in told)
     # 128 samples at once, of two models at two temperatures: 4 × 256 steps of 4 layers; 200 questions likewise.
-    assert written - bare == pytest.approx(4 * 256 * 4 * 3.5e-3, rel=0.1)
-    assert taught - written == pytest.approx(2 * 256 * 4 * 3.5e-3, rel=0.1)
+    assert written - bare == pytest.approx(4 * 256 * 4 * 1.0e-3, rel=0.1)
+    assert taught - written == pytest.approx(2 * 256 * 4 * 1.0e-3, rel=0.1)
     eight = {"batch": 8, "context": 512}
     plain, by_eight = (judged_seconds(recipe_of(evaluate=eight | one)) for one in ({}, asked[1]))
-    assert by_eight - plain == pytest.approx(16 * 4 * 256 * 4 * 3.5e-3, rel=0.1)
-    assert timed > bare + 4 * 2 * 64 * 4 * 3.5e-3
+    assert by_eight - plain == pytest.approx(16 * 4 * 256 * 4 * 1.0e-3, rel=0.1)
+    assert timed > bare + 4 * 2 * 64 * 4 * 1.0e-3
     ruler = recipe_of(needle={"haystack": ["x"], "ruler": {}})
     # Answers of 16, 30, 120 and 50 tokens at three lengths; of 128 to 160 prompts of 1,024 tokens at once, and to those
     # of 2,048 and 4,096 in two and in three batches. Two models of 4 layers.
     steps = 2 * (3 * (16 + 30 + 120 + 50) + 128 * (1 + 2 + 3))
     saved = judged_seconds(ruler) - judged_seconds(ruler, cuda_graphs="on")
-    assert saved == pytest.approx(steps * 4 * (3.5e-3 - 0.25e-3), rel=0.1)
+    assert saved == pytest.approx(steps * 4 * (1.0e-3 - 0.25e-3), rel=0.1)
     before, after = light_costs(recipes[0], networks, {"train": 1e9}, "H100", gpus())
     assert list(before) == ["tokenize train", "transplant"]
     assert list(after) == ["publish"]
     assert before["tokenize train"]["seconds"] > 1000
     sample = {"sources": [{"kind": "sample", "tokens": 1_000_000}]}
     sampled, _ = light_costs(recipe_of(data={"train": sample}), networks, {"train": 1e6}, "H100", gpus())
-    assert sampled["tokenize train"]["seconds"] > 1_000_000 / 64 * 4 * 3e-3
+    assert sampled["tokenize train"]["seconds"] > 1_000_000 / 64 * 4 * 1.0e-3
 
 
 def test_a_cpu_is_told_no_absurd_number(networks: NetworkSizes) -> None:
