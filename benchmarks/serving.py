@@ -96,16 +96,15 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, new: int) -> list[float]
     return [clock.times[0], *clock.times[2:]]
 
 
-def measured(run: Callable[[], dict[str, float]]) -> dict[str, float] | None:
-    """Medians of `run` after a warm-up, with peak memory; None: it does not fit."""
+def measured(run: Callable[[], dict[str, float]], *, once: bool = False) -> dict[str, float] | None:
+    """Medians of `run` after a warm-up, or what it gives once, with peak memory; None: it does not fit."""
     gc.collect()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        run()
-        found = [run() for _ in range(REPEATS)]
+        found = [run() for _ in range(1 if once else 1 + REPEATS)][0 if once else 1 :]
     except torch.OutOfMemoryError:
         gc.collect()
         torch.cuda.empty_cache()
@@ -126,7 +125,7 @@ def prefill(model: PreTrainedModel, batch: int, length: int) -> dict[str, float]
     return measured(run)
 
 
-def decode(model: PreTrainedModel, batch: int, length: int) -> dict[str, float] | None:
+def decode(model: PreTrainedModel, batch: int, length: int, *, once: bool = False) -> dict[str, float] | None:
     ids = torch.randint(0, 1000, (batch, length), device=model.device)
 
     def run() -> dict[str, float]:
@@ -136,21 +135,21 @@ def decode(model: PreTrainedModel, batch: int, length: int) -> dict[str, float] 
         used = {} if watts is None else {"watts": watts}
         return {"step_ms": step * 1e3, "tokens_per_second": batch / step, **used}
 
-    result = measured(run)
+    result = measured(run, once=once)
     forget(model)
     return result
 
 
 def largest(model: PreTrainedModel, length: int, most: int) -> dict[str, float] | None:
-    """Tokens a second of the largest batch, by doubling, that decodes after `length` tokens."""
-    best, batch = None, 1
-    while batch <= most:
-        found = decode(model, batch, length)
-        if found is None:
-            break
-        best = found | {"batch": float(batch)}
-        batch *= 2
-    return best
+    """Tokens a second of the largest batch, by halving, that decodes after `length` tokens: read once, since that takes
+    minutes; the median step needs no second time."""
+    batch = most
+    while batch:
+        found = decode(model, batch, length, once=True)
+        if found is not None:
+            return found | {"batch": float(batch)}
+        batch //= 2
+    return None
 
 
 def read_power(device: torch.device) -> float | None:

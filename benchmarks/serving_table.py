@@ -13,8 +13,9 @@ def write_table(told: dict[str, Any], path: Path) -> None:
         "",
         f"`{told['command']}`",
         "",
-        "| | batch × tokens | teacher tokens/s | student tokens/s | student / teacher | peak GiB, teacher | student |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| | batch × tokens | teacher tokens/s | student tokens/s | student / teacher | peak GiB, teacher | student | "
+        "joules a token, teacher | student |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in told["rows"]:
         teacher, student = row["teacher"], row["student"]
@@ -23,7 +24,7 @@ def write_table(told: dict[str, Any], path: Path) -> None:
             size += "".join(f", {name} {one['batch']:.0f}" for name, one in _both(row) if one)
         lines.append(
             f"| {row['kind']} | {size} | {_rate(teacher)} | {_rate(student)} | {_over(teacher, student)} | "
-            f"{_peak(teacher)} | {_peak(student)} |"
+            f"{_peak(teacher)} | {_peak(student)} | {_energy(teacher)} | {_energy(student)} |"
         )
     same = told["same"]
     lines += [
@@ -74,3 +75,7 @@ def _over(teacher: dict[str, float] | None, student: dict[str, float] | None) ->
 
 def _peak(found: dict[str, float] | None) -> str:
     return "" if found is None or "peak_gib" not in found else f"{found['peak_gib']:.1f}"
+
+
+def _energy(found: dict[str, float] | None) -> str:
+    return "" if found is None or "watts" not in found else f"{found['watts'] / found['tokens_per_second']:.3f}"

@@ -9,7 +9,10 @@ not finite at once, and the error with the reason follows, usually with the next
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import local
 from typing import Any
 
 import torch
@@ -41,6 +44,22 @@ class DecayWatch:
 
     def __init__(self) -> None:
         self._waiting: deque[_Waiting] = deque()
+        self._here = local()
+
+    @property
+    def looks(self) -> bool:
+        """Whether calls of this thread are checked now."""
+        return not getattr(self._here, "bounded", False)
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Calls inside, of this thread, are not checked: their log decays are in range by how they are computed. A
+        check is six launches, which a short prompt waits for."""
+        self._here.bounded = True
+        try:
+            yield
+        finally:
+            self._here.bounded = False
 
     def look(self, log_decay: Tensor, widest: float) -> None:
         """Record this call's log decay, of at most `widest` in magnitude, and raise for an earlier one out of range.
@@ -48,7 +67,7 @@ class DecayWatch:
         No host synchronisation. Nothing is recorded while a CUDA graph is captured: graphs repeat calls that were
         checked before. Raises LogDecayRangeError in one line.
         """
-        if not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.looks and not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.note(torch.stack(torch.aminmax(log_decay.detach())).float(), widest, tuple(log_decay.shape))
 
     def note(self, extremes: Tensor, widest: float, shape: tuple[int, ...]) -> None:

@@ -113,9 +113,10 @@ def _forward(
         r, w, a, b, inverse, taken, scales, reach, *plan.where, plan.num_sequences, plan.T, plan.num_chunks, H,
         **shared, **chunked, LEVELS=C.bit_length() - 1, LIMIT=MOST_BITS, num_warps=tuning.solve_warps,
     )  # fmt: skip
-    # The bits as a log decay per token, for the error message.
-    strongest = reach * (-math.log(2) / (C // 2))
-    WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
+    if WATCH.looks:
+        # The bits as a log decay per token, for the error message.
+        strongest = reach * (-math.log(2) / (C // 2))
+        WATCH.note(torch.cat((strongest, -reach * 0)), widest_fused_decay(C), tuple(w.shape))
     arguments = (*inputs, inverse, out, states, scales, U, h0, final, *plan.where, plan.T, plan.num_chunks, H)
     options = {"C": C, "TAIL": plan.tail, "STORE": store, "INITIAL": h0 is not None, "KEPT": kept}
     grid = (plan.num_sequences * H,)

@@ -89,3 +89,17 @@ def test_on_the_gpu_without_a_wait():
     watch.look(decay * 30, 5.1)
     with pytest.raises(LogDecayRangeError, match="log decay of -9"):
         watch.settle()
+
+
+def test_callers_that_know_the_range_are_not_checked() -> None:
+    watch, strong = DecayWatch(), torch.full((1, 4, 1, 2), -50.0)
+    with watch.bounded():
+        assert not watch.looks
+        watch.look(strong, widest_log_decay(32))
+    watch.settle()
+    with pytest.raises(ZeroDivisionError), watch.bounded():
+        1 / 0  # noqa: B018
+    assert watch.looks
+    watch.look(strong, widest_log_decay(32))
+    with pytest.raises(LogDecayRangeError):
+        watch.settle()

@@ -3,12 +3,15 @@ file."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from radlads.kernels.mixer_ops import DeltaOperands, Operands
 from radlads.kernels.wkv7 import wkv7, wkv7_delta_step
+from radlads.kernels.wkv7.decay_range import WATCH
 from radlads.model.mixers.shared.mixer import MixerState
 from radlads.model.mixers.shared.recurrence import run_recurrence
 
@@ -32,13 +35,15 @@ def run_wkv7(
     if keep_BT is not None:
         keep = keep_BT[..., None, None].to(k.dtype)
         log_decay, k, *removal = (x * keep for x in (log_decay, k, *removal))
-    return run_recurrence(
-        wkv7,
-        wkv7_delta_step,
-        (r_BTHK, log_decay, k, v, *removal),
-        state=state,
-        cu_seqlens=cu_seqlens,
-        output_state=output_state,
-        training=training,
-        row_part=row_part,
-    )
+    # A design's log decay is between -e^-offset and 0.
+    with nullcontext() if torch.compiler.is_compiling() else WATCH.bounded():
+        return run_recurrence(
+            wkv7,
+            wkv7_delta_step,
+            (r_BTHK, log_decay, k, v, *removal),
+            state=state,
+            cu_seqlens=cu_seqlens,
+            output_state=output_state,
+            training=training,
+            row_part=row_part,
+        )
