@@ -24,6 +24,9 @@ MOST_ROWS = 16
 """Tokens of all rows together up to which a step's products are bound by reading weights, not by arithmetic."""
 MOST_TOGETHER = 5
 WIDEST_NORM = 16384
+FEWEST_NUMBERS = 2**23
+"""Of a tensor from which a launch of Triton's, which costs the host three of torch's, is worth the memory traffic. A
+step is replayed, without launches."""
 _SIZES = (torch.bfloat16, torch.float16)
 
 
@@ -96,7 +99,7 @@ def silu_product(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Ten
     """silu(gate) ⊙ up in one pass over memory, for any number of rows. Raises ValueError for shapes that differ."""
     if gate.shape != up.shape:
         raise ValueError(f"silu_product: gate and up differ: {tuple(gate.shape)}, {tuple(up.shape)}")
-    fits = is_inference(gate) if triton is None else triton
+    fits = _pays(gate) if triton is None else triton
     fits = fits and gate.dtype == up.dtype != torch.float64
     note_kernel("silu_product", "triton" if fits else "plain torch")
     if fits:
@@ -111,7 +114,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, triton: bool | None = N
     of another width."""
     if weight_D.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: x {tuple(x.shape)} and weight {tuple(weight_D.shape)} do not fit together")
-    fits = is_inference(x) if triton is None else triton
+    fits = _pays(x) if triton is None else triton
     fits = fits and x.dtype != torch.float64 and x.shape[-1] <= WIDEST_NORM
     note_kernel("rms_norm", "triton" if fits else "plain torch")
     if fits:
@@ -119,6 +122,10 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, triton: bool | None = N
 
         return rms_norm_triton(x, weight_D, eps)
     return rms_norm_torch(x, weight_D, eps)
+
+
+def _pays(x: Tensor) -> bool:
+    return is_inference(x) and (x.numel() >= FEWEST_NUMBERS or x.shape[:2].numel() <= MOST_ROWS)
 
 
 def _choose(operator: str, x: Tensor, weights: Sequence[Tensor], *, triton: bool | None) -> bool:
