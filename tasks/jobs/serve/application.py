@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from radlads.tasks.contracts.parsing.document import one_line
@@ -60,6 +61,8 @@ class Api:
                 return await answer(request)
             except ApiError as error:
                 return _refused(error)
+            except ClientDisconnect:  # amid its request
+                return Response(status_code=_CLIENT_GONE)
 
         return route
 
