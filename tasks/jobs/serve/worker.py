@@ -39,7 +39,7 @@ class _Row:
     def __init__(self, ticket: Ticket, model: RadladsForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ticket = ticket
         self.draw = TokenDraw(ticket.drawing, model.device)
-        self.writer = Writer(tokenizer, ticket.stops)
+        self.writer = Writer(tokenizer, ticket.stops, ticket.ids if ticket.continues else ())
         self.cache: RadladsCache | None = RadladsCache(model.config)
         self.read = self.made = self.token = 0
         self.ended = False
