@@ -118,7 +118,7 @@ def linear_together_triton(
     widths = [w.shape[0] for w in weights_OD]
     meta = tiles_of(lead.numel(), D)
     bits = sum((bias is not None) << place for place, bias in enumerate(biases_O))
-    biases = [x if bias is None else bias for x, bias in zip(xs, biases_O, strict=True)]
+    biases = [x if bias is None else bias.contiguous() for x, bias in zip(xs, biases_O, strict=True)]
     lists = (_full(xs), _full(weights_OD), _full(biases), _full(outs))
     sizes = [*widths, *[0] * (_TOGETHER - len(widths))]
     grid = (sum(cdiv(width, meta["BO"]) for width in widths),)

@@ -49,7 +49,7 @@ def silu_product_triton(gate: Tensor, up: Tensor) -> Tensor:
 
 def rms_norm_triton(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As `rms_norm`, for checked shapes on a GPU (or in Triton's interpreter)."""
-    x, D = x.contiguous(), x.shape[-1]
+    x, weight_D, D = x.contiguous(), weight_D.contiguous(), x.shape[-1]
     out, BD = torch.empty_like(x), power_of_two(D)
     BN = max(1, _ELEMENTS // BD)
     rows = out.numel() // max(1, D)

@@ -235,6 +235,25 @@ def test_a_client_that_goes_frees_its_row(server: tuple[ModelServer, int], clien
     slow.set()
 
 
+def test_a_client_that_goes_amid_its_request_is_no_failure(
+    server: tuple[ModelServer, int], client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", server[1])) as connection:
+        connection.sendall(HEAD % 100 + b'{"model": ')
+    asked(client, "Tim", max_tokens=1)  # by now the loop has seen it
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_the_place_of_an_answer_that_ended_is_free(request_: ServeRequest, opened: OpenedModels) -> None:
+    """With no room to wait, a client that asks again at once is not refused."""
+    limits = request_.limits.model_copy(update={"max_batch": 1, "max_waiting": 0})
+    with serving(request_.model_copy(update={"limits": limits}), opened) as (server, port):
+        keep = server.worker._keep_running
+        server.worker._keep_running = lambda: (time.sleep(0.05), keep())  # type: ignore[method-assign]
+        for _ in range(4):
+            assert asked(client_of(port), "Tim", max_tokens=2).usage.completion_tokens == 2
+
+
 def test_too_many_at_once_are_refused(request_: ServeRequest, opened: OpenedModels, monkeypatch: Any) -> None:
     limits = request_.limits.model_copy(update={"max_batch": 1, "max_waiting": 1})
     with serving(request_.model_copy(update={"limits": limits}), opened) as (server, port):

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from radlads.model.student.cache import RadladsCache
 from radlads.tasks.contracts.requests.talk import Drawing
@@ -73,6 +75,26 @@ def test_what_may_begin_a_stop_text_is_held_back(tokenizer: Any) -> None:
     assert "".join(writer.add(token) for token in ids) == "xy"
     assert writer.stopped
     assert writer.end() == ""
+
+
+def test_a_text_goes_on_after_its_prompt_with_its_space() -> None:
+    """Tokenizers that mark spaces drop the first one of what they decode."""
+    core = Tokenizer(models.BPE({"▁Tim": 0, "▁ran": 1, "<0xF0>": 2, "<0x9F>": 3, "</s>": 4}, []))
+    core.decoder = decoders.Metaspace()
+    spaced = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    for prompt, text in (([0, 1], " Tim ran"), ([0] * 30, " Tim ran"), ([4], "Tim ran"), ([], "Tim ran")):
+        writer = Writer(spaced, prompt=prompt)
+        assert writer.end() == ""
+        assert "".join(map(writer.add, [0, 1])) + writer.end() == text
+    assert "".join(map(Writer(spaced, [" r"], prompt=[0]).add, [0, 1])) == " Tim"
+
+
+def test_a_prompt_that_ends_amid_a_character_is_no_part_of_the_answer(tokenizer: Any) -> None:
+    ids = tokenizer("😀").input_ids
+    assert len(ids) > 1
+    writer = Writer(tokenizer, prompt=ids[:-1])
+    text = "".join(map(writer.add, [*ids[-1:], *tokenizer("x").input_ids])) + writer.end()
+    assert text == "\ufffdx"
 
 
 # Rows

@@ -6,6 +6,8 @@ import torch
 import triton
 from inference_cases import OPERATORS, compare, given
 
+from radlads.kernels.inference import linear_together, rms_norm
+
 assert triton.knobs.runtime.interpret, "run through test_inference.py"
 
 
@@ -16,3 +18,10 @@ def test_is_torch(operator, rows, width, places):
     """fp16 and fp32: the interpreter truncates bf16."""
     for dtype in (torch.float16, torch.float32):
         compare(operator, given(operator, rows, width, scale=3, places=places), dtype, "cpu")
+
+
+def test_vectors_with_a_stride():
+    """A gain and a bias that are views of a wider tensor."""
+    x, wide, matrix = torch.randn(2, 1, 24), torch.randn(48), torch.randn(24, 24)
+    compare(rms_norm, (x, wide[::2], 1e-6), torch.float32, "cpu")
+    compare(linear_together, ([x], [matrix], [wide[::2]]), torch.float32, "cpu")

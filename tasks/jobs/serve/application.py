@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from radlads.tasks.contracts.parsing.document import one_line
@@ -60,6 +61,8 @@ class Api:
                 return await answer(request)
             except ApiError as error:
                 return _refused(error)
+            except ClientDisconnect:  # amid its request
+                return Response(status_code=_CLIENT_GONE)
 
         return route
 
@@ -88,7 +91,7 @@ class Api:
         asked = read_request(read_json(await self._body(request)), self._limits, is_chat=is_chat)
         self._check_name(asked.model)
         ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._prompts.ids, asked)
-        ticket = Ticket(ids, asked.drawing, asked.stops)
+        ticket = Ticket(ids, asked.drawing, asked.stops, continues=not is_chat)
         form = ReplyForm(self._name, len(ids), is_chat=is_chat, tells_usage=asked.tells_usage)
         self._worker.submit(ticket)
         parts = self._parts(ticket, request)

@@ -26,9 +26,9 @@ class AnswerPart:
 class Ticket:
     """One request: what is asked, and the parts of its answer as they come."""
 
-    def __init__(self, ids: Sequence[int], drawing: Drawing, stops: Sequence[str]) -> None:
-        """To be made on the event loop."""
-        self.ids, self.drawing, self.stops = tuple(ids), drawing, tuple(stops)
+    def __init__(self, ids: Sequence[int], drawing: Drawing, stops: Sequence[str], *, continues: bool) -> None:
+        """To be made on the event loop. continues: whether the answer goes on with the text of `ids`."""
+        self.ids, self.drawing, self.stops, self.continues = tuple(ids), drawing, tuple(stops), continues
         self.is_cancelled = False
         """Whether nobody waits for the answer any more."""
         self._loop = asyncio.get_running_loop()

@@ -39,7 +39,7 @@ class _Row:
     def __init__(self, ticket: Ticket, model: RadladsForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ticket = ticket
         self.draw = TokenDraw(ticket.drawing, model.device)
-        self.writer = Writer(tokenizer, ticket.stops)
+        self.writer = Writer(tokenizer, ticket.stops, ticket.ids if ticket.continues else ())
         self.cache: RadladsCache | None = RadladsCache(model.config)
         self.read = self.made = self.token = 0
         self.ended = False
@@ -56,9 +56,9 @@ class _Row:
         if finish is not None:
             text += self.writer.end()
             finish = "stop" if self.writer.stopped else finish
+        self.ended = finish is not None  # before the client knows, who may ask again at once
         if text or finish is not None:
             self.ticket.tell(AnswerPart(text, self.made, finish))
-        self.ended = finish is not None
 
 
 class Worker:
@@ -121,7 +121,7 @@ class Worker:
         return {"running": self._num_running(), "waiting": len(self._waiting)}
 
     def _num_running(self) -> int:
-        return len(self._rows) + len(self._reading) + len(self._read)
+        return sum(not row.ended for row in self._rows) + len(self._reading) + len(self._read)
 
     @torch.no_grad()
     def _run(self) -> None:

@@ -15,12 +15,17 @@ may begin the next one. More are no text."""
 class Writer:
     """The text of one answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
-        """stops: the first of these texts ends the answer, and is no part of it."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
+        """stops: the first of these texts ends the answer, and is no part of it. prompt: the tokens of a text that the
+        answer continues; without them a tokenizer may drop its first space."""
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
+        self._ids = list(prompt[-_MOST_PENDING:])
         """The last tokens that were handed on, then those that were not."""
-        self._read = 0
+        if self._decode(self._ids).endswith(_BROKEN):  # amid a character, of which no part can be told from the prompt
+            self._ids = []
+        self._read = len(self._ids)
         self._held = ""
         self.stopped = False
 
