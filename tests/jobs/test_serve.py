@@ -220,15 +220,15 @@ def test_models_and_health(server: tuple[ModelServer, int], client: Any) -> None
 def test_a_client_that_goes_frees_its_row(server: tuple[ModelServer, int], client: Any, monkeypatch: Any) -> None:
     numbers, slow = server[0].worker.numbers, threading.Event()
     step = server[0].worker._step
-    monkeypatch.setattr(server[0].worker, "_step", lambda: (slow.wait(0.2), step()))
-    stream = asked(client, "Tim", stream=True, max_tokens=512)
+    monkeypatch.setattr(server[0].worker, "_step", lambda: (slow.wait(1), step()))
+    stream = asked(client, "Tim", stream=True, max_tokens=64)
     parts = iter(stream)
     next(parts)
     wait_until(lambda: numbers()["running"] == 1)  # the first event may come before
     stream.close()
     wait_until(lambda: numbers()["running"] == 0)
     with socket.create_connection(("127.0.0.1", server[1])) as connection:  # one that waits for a whole answer
-        body = json.dumps({"model": "small", "prompt": "Tim", "max_tokens": 512}).encode()
+        body = json.dumps({"model": "small", "prompt": "Tim", "max_tokens": 64}).encode()
         connection.sendall(HEAD % len(body) + body)
         wait_until(lambda: numbers()["running"] == 1)
     wait_until(lambda: numbers()["running"] == 0)
