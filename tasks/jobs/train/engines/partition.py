@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from radlads.model.mixers.shared.family_code import family_class
 from radlads.model.mixers.shared.mixer import Mixer
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.family import backbone
@@ -115,7 +116,9 @@ def join_shared(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.M
         ours, theirs = _find(student, name), _find(teacher, name)
         if name.startswith(done) or theirs is None or ours is None or not (name.startswith(inside) or _is_leaf(ours)):
             continue
-        if ours is not theirs and type(ours) is type(theirs) and _same_tensors(ours, theirs) and not _hooked(ours):
+        if ours is theirs or type(theirs) not in (type(ours), family_class(ours)):
+            continue
+        if _same_tensors(ours, theirs) and not _hooked(ours):
             place, _, last = name.rpartition(".")
             setattr(student.get_submodule(place), last, theirs)
             done += (f"{name}.",)
