@@ -111,7 +111,8 @@ class ForwardPass:
             row_part=row_part,
             **self._of_kept_layers(backbone, given, inputs, rope_factor),
         )
-        if converted and restarts and not len(self.config.attention_layers):
+        pure = converted and restarts and not len(self.config.attention_layers)
+        if pure and (mask is not None or cache is not None):
             # No layer reads a mask, which the family would make of all pairs of tokens; one that is given it takes.
             given["attention_mask"] = inputs.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         return (), given
