@@ -54,10 +54,12 @@ def test_what_does_not_fit_is_one_line(call, message):
         call(torch.zeros(1, 1, 4), torch.zeros(5, 4))
 
 
+@pytest.mark.slow
 def test_interpreted(interpret):
     interpret("interpreter_inference.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles(compiler, target):
     compiler(

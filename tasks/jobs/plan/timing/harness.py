@@ -49,9 +49,10 @@ _OTHER = TaskSize(2000, 4, 100)  # assumed of a task that is not listed
 def task_sizes(section: Evaluate) -> list[TaskSize]:
     """Of all tasks; those of a suite have the items of its files, where they are on this machine."""
     found: dict[str, int] = {}
-    for name in section.suite.tasks if section.suite is not None else ():
-        with suppress(UserError, OSError):  # told by the plan's checks
-            found[name] = count_items(resolve_task_folder(section.suite.path), name)
+    if section.suite is not None:
+        for name in section.suite.tasks:
+            with suppress(UserError, OSError):  # told by the plan's checks
+                found[name] = count_items(resolve_task_folder(section.suite.path), name)
     own = len(section.tasks)
     return [task_size(one, None if i < own else found.get(one.name)) for i, one in enumerate(section.all_tasks)]
 
