@@ -348,6 +348,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p: input should be greater than 0"),
     ({"seed": -1}, "seed: input should be greater than or equal to 0"),
     ({"max_tokens": 0}, "max_tokens: input should be greater than or equal to 1"),
+    ({"max_tokens": 10**300}, "max_tokens is too large; this server writes at most 64 tokens"),
     ({"max_tokens": 65}, "max_tokens is 65; this server writes at most 64 tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "give max_completion_tokens or max_tokens, not both"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop: at most 4 texts"),
@@ -360,6 +361,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "a part of its content is 'image_url', but only text is supported",
     ),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text part of its content has no text"),
     ({"messages": [{"role": "user", "content": "a dog " * 200}]}, "tokens; this server reads at most 200"),
 ]
 

@@ -164,7 +164,8 @@ def _length(asked: Any, limits: ServingLimits, *, is_chat: bool) -> int:
     if wanted is None:
         return min(limits.max_new_tokens, limits.max_new_tokens if is_chat else _COMPLETION_TOKENS)
     if wanted > limits.max_new_tokens:
-        said = f"{name} is {wanted:,}; this server writes at most {limits.max_new_tokens:,} tokens (--max-new-tokens)"
+        number = f"{wanted:,}" if wanted < 10**15 else "too large"
+        said = f"{name} is {number}; this server writes at most {limits.max_new_tokens:,} tokens (--max-new-tokens)"
         raise ApiError(400, said, param=name)
     return int(wanted)
 

@@ -56,7 +56,9 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else _kind(part)
-    if kind != "text" or not isinstance(part.get("text"), str):
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise UserError(f"{where}: a text part of its content has no text; add the key 'text', a string")
+    if kind != "text":
         raise UserError(f"{where}: a part of its content is '{kind}', but only text is supported; remove it")
     text: str = part["text"]
     return text
