@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
+from triton.testing import do_bench_cudagraph
 
 from radlads.kernels.inference import triton_linear as kernels
 from radlads.kernels.inference.triton_low_rank import low_rank_pairs_triton
@@ -35,25 +36,13 @@ PRODUCTS = {
     "135M down": (1536, (576,)),
 }
 LOW_RANK = {"1.7B low rank": (2048, 2048, (96, 96, 64, 256)), "135M low rank": (576, 576, (64, 64, 32, 96))}
-_CALLS, _COPIED_BYTES, _MOST_COPIES = 40, 160e6, 40
+_MILLISECONDS, _COPIED_BYTES, _MOST_COPIES = 2, 160e6, 40
 
 
 def microseconds(call: Callable[[], Any]) -> float:
     """Of one call, of a graph of many."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
-            call()
-    graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / _CALLS
+    found: float = do_bench_cudagraph(call, rep=_MILLISECONDS)
+    return found * 1e3
 
 
 def choices(rows: int) -> list[dict[str, int]]:

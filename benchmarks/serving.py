@@ -104,7 +104,9 @@ def measured(run: Callable[[], dict[str, float]], *, once: bool = False) -> dict
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        found = [run() for _ in range(1 if once else 1 + REPEATS)][0 if once else 1 :]
+        found = [run()]
+        if not once:
+            found = [run() for _ in range(REPEATS)]
     except torch.OutOfMemoryError:
         gc.collect()
         torch.cuda.empty_cache()

@@ -122,6 +122,12 @@ def absolute_template(name: str | None) -> str | None:
     return name if name is None or name.startswith("template:") else str(Path(name).absolute())
 
 
+def check_device(device: str) -> None:
+    """Raises UserError unless a `Device` is one that there is."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: choose auto, cpu or cuda")
+
+
 def checked_options(kind: Any, values: dict[str, Any]) -> Any:
     """A sheet of options. Raises UserError, naming the option."""
     from pydantic import ValidationError

@@ -13,6 +13,7 @@ from radlads.flows.cli.application import (
     WorkPlace,
     absolute_template,
     app,
+    check_device,
     checked_options,
 )
 from radlads.tasks.contracts.errors import UserError
@@ -48,8 +49,7 @@ def chat(
 
     if both and teacher:
         raise UserError("--both and --teacher exclude each other")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: choose auto, cpu or cuda")
+    check_device(device)
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     drawn |= {"max_new_tokens": max_new_tokens, "seed": seed}
     wanted = ("teacher",) if teacher else ("teacher", "student") if both else ("student",)

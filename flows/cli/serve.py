@@ -14,6 +14,7 @@ from radlads.flows.cli.application import (
     WorkPlace,
     absolute_template,
     app,
+    check_device,
     checked_options,
 )
 from radlads.tasks.contracts.errors import UserError
@@ -50,8 +51,7 @@ def serve(
     from radlads.tasks.contracts.settings import API_KEY, serving_key
     from radlads.tasks.launchers.terminal import run_at_terminal
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: choose auto, cpu or cuda")
+    check_device(device)
     limits: dict[str, Any] = {"max_batch": max_batch, "max_waiting": max_waiting}
     limits |= {"max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens}
     key = serving_key(api_key)

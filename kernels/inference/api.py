@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from radlads.kernels.inference.reference import (
+    MOST_TOGETHER,
     Activation,
     gated_linear_torch,
     linear_together_torch,
@@ -22,7 +23,6 @@ from radlads.kernels.shared.chosen import note_kernel
 
 MOST_ROWS = 16
 """Tokens of all rows together up to which a step's products are bound by reading weights, not by arithmetic."""
-MOST_TOGETHER = 5
 WIDEST_NORM = 16384
 FEWEST_NUMBERS = 2**23
 """Of a tensor from which a launch of Triton's, which costs the host three of torch's, is worth the memory traffic. A

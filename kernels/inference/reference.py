@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 Activation = Literal["tanh", "sigmoid"]
+MOST_TOGETHER = 5
+"""Matrices of one launch: the low-rank maps that an RWKV-7 mixer may have."""
 
 
 def linear_together_torch(

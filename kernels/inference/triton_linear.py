@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from radlads.kernels.inference.reference import MOST_TOGETHER
 from radlads.kernels.shared.triton_launch import cdiv, current_backend, on_device_of, power_of_two
-
-_TOGETHER = 5
 
 
 @triton.jit
@@ -38,7 +37,7 @@ def _product(x, w, row, inside, D: tl.constexpr, N: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def _store_rows(out, value, row, inside, O, N: tl.constexpr, BN: tl.constexpr):  # noqa: E741 -- the width out
+def store_rows(out, value, row, inside, O, N: tl.constexpr, BN: tl.constexpr):  # noqa: E741 -- the width out
     n = tl.arange(0, BN)
     tl.store(out + n[:, None] * O + row[None, :], value.to(out.dtype.element_ty), mask=(n < N)[:, None] & inside[None])
 
@@ -47,6 +46,21 @@ def _store_rows(out, value, row, inside, O, N: tl.constexpr, BN: tl.constexpr): 
 def pick(tile, T0, T1, T2, T3, a, b, c, d, e):
     """Of five numbers that of the matrix to which a tile belongs."""
     return tl.where(tile >= T3, e, tl.where(tile >= T2, d, tl.where(tile >= T1, c, tl.where(tile >= T0, b, a))))
+
+
+@triton.jit
+def pick_pointer(tile, T0, T1, T2, T3, a, b, c, d, e):
+    """Likewise of pointers, for which there is no `where`."""
+    found = a
+    if tile >= T3:
+        found = e
+    elif tile >= T2:
+        found = d
+    elif tile >= T1:
+        found = c
+    elif tile >= T0:
+        found = b
+    return found
 
 
 @triton.jit
@@ -61,15 +75,14 @@ def linear_kernel(
     T1: tl.constexpr = T0 + (O1 + BO - 1) // BO
     T2: tl.constexpr = T1 + (O2 + BO - 1) // BO
     T3: tl.constexpr = T2 + (O3 + BO - 1) // BO
-    x, w, b, y = x0, w0, b0, y0
-    if tile >= T3:
-        x, w, b, y = x4, w4, b4, y4
-    elif tile >= T2:
-        x, w, b, y = x3, w3, b3, y3
-    elif tile >= T1:
-        x, w, b, y = x2, w2, b2, y2
-    elif tile >= T0:
-        x, w, b, y = x1, w1, b1, y1
+    x, w = (
+        pick_pointer(tile, T0, T1, T2, T3, x0, x1, x2, x3, x4),
+        pick_pointer(tile, T0, T1, T2, T3, w0, w1, w2, w3, w4),
+    )
+    b, y = (
+        pick_pointer(tile, T0, T1, T2, T3, b0, b1, b2, b3, b4),
+        pick_pointer(tile, T0, T1, T2, T3, y0, y1, y2, y3, y4),
+    )
     O = pick(tile, T0, T1, T2, T3, O0, O1, O2, O3, O4)  # noqa: E741
     first = pick(tile, T0, T1, T2, T3, 0, T0, T1, T2, T3)
     bias = (BIAS >> pick(tile, T0, T1, T2, T3, 0, 1, 2, 3, 4)) & 1
@@ -78,7 +91,7 @@ def linear_kernel(
     value = _product(x, w, row, inside, D, N, BN, BO, BK)
     if BIAS > 0:
         value += tl.load(b + row, mask=inside & (bias > 0), other=0.0).to(tl.float32)[None, :]
-    _store_rows(y, value, row, inside, O, N, BN)
+    store_rows(y, value, row, inside, O, N, BN)
 
 
 @triton.jit
@@ -92,7 +105,7 @@ def gated_kernel(
     g = _product(x, gate, row, inside, D, N, BN, BO, BK).to(y.dtype.element_ty).to(tl.float32)
     u = _product(x, up, row, inside, D, N, BN, BO, BK).to(y.dtype.element_ty).to(tl.float32)
     g = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
-    _store_rows(y, g * u, row, inside, O, N, BN)
+    store_rows(y, g * u, row, inside, O, N, BN)
 
 
 def tiles_of(N: int, D: int, *, gated: bool = False) -> dict[str, int]:
@@ -119,8 +132,8 @@ def linear_together_triton(
     meta = tiles_of(lead.numel(), D)
     bits = sum((bias is not None) << place for place, bias in enumerate(biases_O))
     biases = [x if bias is None else bias.contiguous() for x, bias in zip(xs, biases_O, strict=True)]
-    lists = (_full(xs), _full(weights_OD), _full(biases), _full(outs))
-    sizes = [*widths, *[0] * (_TOGETHER - len(widths))]
+    lists = (filled(xs), filled(weights_OD), filled(biases), filled(outs))
+    sizes = [*widths, *[0] * (MOST_TOGETHER - len(widths))]
     grid = (sum(cdiv(width, meta["BO"]) for width in widths),)
     with on_device_of(xs[0]):
         linear_kernel[grid](*(x for one in lists for x in one), *sizes, bits, D, **meta)
@@ -138,6 +151,6 @@ def gated_linear_triton(x_BTD: Tensor, gate_OD: Tensor, up_OD: Tensor) -> Tensor
     return out
 
 
-def _full(tensors: Sequence[Tensor]) -> list[Tensor]:
+def filled(tensors: Sequence[Tensor]) -> list[Tensor]:
     """As many as the kernel has arguments; the last ones are not read."""
-    return [*tensors, *[tensors[-1]] * (_TOGETHER - len(tensors))]
+    return [*tensors, *[tensors[-1]] * (MOST_TOGETHER - len(tensors))]

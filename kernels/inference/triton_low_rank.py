@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radlads.kernels.inference.reference import Activation
-from radlads.kernels.inference.triton_linear import _full, _store_rows, pick
+from radlads.kernels.inference.reference import MOST_TOGETHER, Activation
+from radlads.kernels.inference.triton_linear import filled, pick, pick_pointer, store_rows
 from radlads.kernels.shared.triton_launch import cdiv, on_device_of, power_of_two
 
-_TOGETHER = 5
 _CODES = {None: 0, "tanh": 1, "sigmoid": 2}
 _PART = 256  # of the width, a program
 
@@ -34,15 +33,10 @@ def first_kernel(
     T1: tl.constexpr = T0 + (R1 + BR - 1) // BR
     T2: tl.constexpr = T1 + (R2 + BR - 1) // BR
     T3: tl.constexpr = T2 + (R3 + BR - 1) // BR
-    x, w = x0, w0
-    if tile >= T3:
-        x, w = x4, w4
-    elif tile >= T2:
-        x, w = x3, w3
-    elif tile >= T1:
-        x, w = x2, w2
-    elif tile >= T0:
-        x, w = x1, w1
+    x, w = (
+        pick_pointer(tile, T0, T1, T2, T3, x0, x1, x2, x3, x4),
+        pick_pointer(tile, T0, T1, T2, T3, w0, w1, w2, w3, w4),
+    )
     R = pick(tile, T0, T1, T2, T3, R0, R1, R2, R3, R4)
     first = pick(tile, T0, T1, T2, T3, 0, T0, T1, T2, T3)
     place = pick(tile, T0, T1, T2, T3, 0, R0, R0 + R1, R0 + R1 + R2, R0 + R1 + R2 + R3)
@@ -75,15 +69,10 @@ def second_kernel(
     T1: tl.constexpr = T0 + (A1 + BA - 1) // BA
     T2: tl.constexpr = T1 + (A2 + BA - 1) // BA
     T3: tl.constexpr = T2 + (A3 + BA - 1) // BA
-    w, y = w0, y0
-    if tile >= T3:
-        w, y = w4, y4
-    elif tile >= T2:
-        w, y = w3, y3
-    elif tile >= T1:
-        w, y = w2, y2
-    elif tile >= T0:
-        w, y = w1, y1
+    w, y = (
+        pick_pointer(tile, T0, T1, T2, T3, w0, w1, w2, w3, w4),
+        pick_pointer(tile, T0, T1, T2, T3, y0, y1, y2, y3, y4),
+    )
     R = pick(tile, T0, T1, T2, T3, R0, R1, R2, R3, R4)
     A = pick(tile, T0, T1, T2, T3, A0, A1, A2, A3, A4)
     first = pick(tile, T0, T1, T2, T3, 0, T0, T1, T2, T3)
@@ -111,7 +100,7 @@ def second_kernel(
             total += tl.sum(factor.to(tl.float32) * one[:, None], 0)[None, :]
         else:
             total = tl.dot(rounded, factor, total)
-    _store_rows(y, total, row, inside, A, N, BN)
+    store_rows(y, total, row, inside, A, N, BN)
 
 
 def low_rank_pairs_triton(
@@ -128,16 +117,16 @@ def low_rank_pairs_triton(
     ranks, widths = [w.shape[1] for w in firsts_DR], [w.shape[1] for w in seconds_RA]
     low = torch.empty(parts, N, sum(ranks), dtype=torch.float32, device=xs[0].device)
     BN, BR, BA = (1 if N == 1 else 16), 16, 32
-    spare = [0] * (_TOGETHER - len(ranks))
+    spare = [0] * (MOST_TOGETHER - len(ranks))
     codes = sum(_CODES[activation] << 2 * place for place, activation in enumerate(activations))
     columns = sum(cdiv(rank, BR) for rank in ranks)
     tiles = sum(cdiv(width, BA) for width in widths)
     with on_device_of(xs[0]):
         first_kernel[(columns, parts)](
-            *_full(xs), *_full(firsts_DR), low, *ranks, *spare, D=D, N=N, BN=BN, BR=BR, BK=_PART, num_warps=4
+            *filled(xs), *filled(firsts_DR), low, *ranks, *spare, D=D, N=N, BN=BN, BR=BR, BK=_PART, num_warps=4
         )
         second_kernel[(tiles,)](
-            low, *_full(seconds_RA), *_full(outs), *ranks, *spare, *widths, *spare, codes,
+            low, *filled(seconds_RA), *filled(outs), *ranks, *spare, *widths, *spare, codes,
             PARTS=parts, BP=power_of_two(parts), N=N, BN=BN, BR=64 if N == 1 else 32, BA=BA, num_warps=4,
         )  # fmt: skip
     return outs

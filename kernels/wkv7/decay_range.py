@@ -55,11 +55,11 @@ class DecayWatch:
     def bounded(self) -> Iterator[None]:
         """Calls inside, of this thread, are not checked: their log decays are in range by how they are computed. A
         check is six launches, which a short prompt waits for."""
-        self._here.bounded = True
+        before, self._here.bounded = not self.looks, True
         try:
             yield
         finally:
-            self._here.bounded = False
+            self._here.bounded = before
 
     def look(self, log_decay: Tensor, widest: float) -> None:
         """Record this call's log decay, of at most `widest` in magnitude, and raise for an earlier one out of range.

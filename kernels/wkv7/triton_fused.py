@@ -26,18 +26,17 @@ def widest_fused_decay(chunk: int) -> float:
 
 
 class FusedWkv7(torch.autograd.Function):
-    """(plan, settings, whether to keep tensors for the backward pass, initial state or None, the six inputs)."""
+    """(plan, settings, initial state or None, the six inputs)."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, plan: ChunkPlan, tuning: Fused, store: bool, initial_state: Tensor | None, *inputs: Tensor
+        ctx: FunctionCtx, plan: ChunkPlan, tuning: Fused, initial_state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         inputs = tuple(_aligned(x) for x in inputs)
         h0 = None if initial_state is None else initial_state.contiguous()
-        out, final, saved = _forward(plan, tuning, store, h0, inputs)
-        if store:
-            ctx.save_for_backward(*inputs, *saved)
-            ctx.call, ctx.state_dtype = (plan, tuning), None if h0 is None else h0.dtype
+        out, final, saved = _forward(plan, tuning, True, h0, inputs)
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.call, ctx.state_dtype = (plan, tuning), None if h0 is None else h0.dtype
         return out, final
 
     @staticmethod
@@ -46,15 +45,13 @@ class FusedWkv7(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second read
         with on_device_of(dout):
             grads, dinitial = _backward(*ctx.call, saved[:6], saved[6:], _aligned(dout), dfinal.contiguous())
-        return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
+        return None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 
-def run_fused(
-    plan: ChunkPlan, tuning: Fused, store: bool, initial_state: Tensor | None, *inputs: Tensor
-) -> tuple[Tensor, Tensor]:
+def run_fused(plan: ChunkPlan, tuning: Fused, initial_state: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Without a node of autograd, which costs the host as much as a launch."""
     h0 = None if initial_state is None else initial_state.contiguous()
-    return _forward(plan, tuning, store, h0, tuple(_aligned(x) for x in inputs))[:2]
+    return _forward(plan, tuning, False, h0, tuple(_aligned(x) for x in inputs))[:2]
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -72,14 +72,14 @@ def wkv7_triton(
         if isinstance(tuning, Fused):
             plan = plan_chunks(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
             run = FusedWkv7.apply if store else run_fused
-            out, final_state = run(plan, tuning, store, initial_state, *inputs)
+            out, final_state = run(plan, tuning, initial_state, *inputs)
         else:
             tuning = tuning or default_tuning(K, V, backend)
             numerics = numerics or choose_numerics(dtype, backend, wide=max(K, V) > 128)
             WATCH.look(log_decay_BTHK, widest_log_decay(tuning.chunk))
             plan = plan_chunks(k_BTHK, v_BTHV, cu_seqlens, tuning.chunk)
             run = _TritonWkv7.apply if store else _run
-            out, final_state = run(plan, tuning, numerics, store, initial_state, *inputs)
+            out, final_state = run(plan, tuning, numerics, initial_state, *inputs)
     return out, (final_state if output_final_state else None)
 
 
@@ -95,16 +95,11 @@ def why_not_applicable(v: Tensor, K: int, dtype: torch.dtype) -> str | None:
 
 
 def _run(
-    plan: ChunkPlan,
-    tuning: Wkv7Tuning,
-    numerics: Wkv7Numerics,
-    store: bool,
-    initial_state: Tensor | None,
-    *inputs: Tensor,
+    plan: ChunkPlan, tuning: Wkv7Tuning, numerics: Wkv7Numerics, initial_state: Tensor | None, *inputs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Without a node of autograd, which costs the host as much as a launch."""
     h0 = None if initial_state is None else initial_state.contiguous()
-    return _forward(plan, tuning, numerics, store, h0, tuple(x.contiguous() for x in inputs))[:2]
+    return _forward(plan, tuning, numerics, False, h0, tuple(x.contiguous() for x in inputs))[:2]
 
 
 class _TritonWkv7(torch.autograd.Function):
@@ -114,16 +109,14 @@ class _TritonWkv7(torch.autograd.Function):
         plan: ChunkPlan,
         tuning: Wkv7Tuning,
         numerics: Wkv7Numerics,
-        store: bool,
         initial_state: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         inputs = tuple(x.contiguous() for x in inputs)
         h0 = None if initial_state is None else initial_state.contiguous()
-        out, final, saved = _forward(plan, tuning, numerics, store, h0, inputs)
-        if store:
-            ctx.save_for_backward(*inputs, *saved)
-            ctx.plan, ctx.state_dtype = (plan, tuning, numerics), None if h0 is None else h0.dtype
+        out, final, saved = _forward(plan, tuning, numerics, True, h0, inputs)
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.plan, ctx.state_dtype = (plan, tuning, numerics), None if h0 is None else h0.dtype
         return out, final
 
     @staticmethod
@@ -132,7 +125,7 @@ class _TritonWkv7(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses a second read
         with on_device_of(dout):
             grads, dinitial = _backward(*ctx.plan, saved[:6], saved[6:], dout.contiguous(), dfinal.contiguous())
-        return None, None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
+        return None, None, None, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), *grads
 
 
 def _forward(

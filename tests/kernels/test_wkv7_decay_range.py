@@ -94,6 +94,8 @@ def test_on_the_gpu_without_a_wait():
 def test_callers_that_know_the_range_are_not_checked() -> None:
     watch, strong = DecayWatch(), torch.full((1, 4, 1, 2), -50.0)
     with watch.bounded():
+        with watch.bounded():
+            pass
         assert not watch.looks
         watch.look(strong, widest_log_decay(32))
     watch.settle()
