@@ -535,15 +535,17 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("RADLADS_S3_ENDPOINT", endpoint)
     # Not the default session, which would keep these credentials for every later test.
-    boto3.session.Session().client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
-    yield "s3://models/radlads"
+    boto3.session.Session().client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(
+        Bucket="converted"
+    )
+    yield "s3://converted/radlads"
     server.stop()
 
 
 def test_products_in_s3(recipe, places, jobs, bucket):
     places = {**places, "store": bucket}
     made = radlads(recipe, run="r1", **places)
-    assert made["publish"].startswith("s3://models/radlads/products/publish/")
+    assert made["publish"].startswith("s3://converted/radlads/products/publish/")
     assert radlads(recipe, run="r1", **places) == made
     assert set(jobs.launched.values()) == {1}
     store = open_store(jobs.specs["align"].store)

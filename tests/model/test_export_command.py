@@ -68,12 +68,12 @@ def test_an_s3_prefix(carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("RADLADS_S3_ENDPOINT", endpoint)
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-        client.create_bucket(Bucket="models")
-        assert "s3://models/mine" in typed(carded, "--to", "s3://models/mine")
-        keys = {one["Key"] for one in client.list_objects_v2(Bucket="models")["Contents"]}
+        client.create_bucket(Bucket="exports")  # moto keeps one set of buckets a process: a name of its own
+        assert "s3://exports/mine" in typed(carded, "--to", "s3://exports/mine")
+        keys = {one["Key"] for one in client.list_objects_v2(Bucket="exports")["Contents"]}
         assert keys == {f"mine/{path.name}" for path in carded.iterdir()}
-        with pytest.raises(UserError, match="there are files under s3://models/mine already"):
-            typed(carded, "--to", "s3://models/mine")
+        with pytest.raises(UserError, match="there are files under s3://exports/mine already"):
+            typed(carded, "--to", "s3://exports/mine")
     finally:
         server.stop()
 
