@@ -87,6 +87,7 @@ for _name in ("prefect.flow_runs", "prefect.engine"):
     logging.getLogger(_name).addFilter(_NoTraceback())
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(ENDINGS)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it creates the tables of a new database
 
 
 def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -44,19 +44,32 @@ def command_line(command: str, *arguments: str, options: Sequence[tuple[str, str
     return shlex.join(words)
 
 
-def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> dict[str, str]:
-    """Run a flow to its end; stage → uri of its product. again: the command that continues this run.
+def run_in_foreground(
+    flow: Callable[..., Any],
+    parameters: dict[str, Any],
+    again: str,
+    err: Console,
+    shown: AbstractContextManager[object] | None = None,
+) -> dict[str, str]:
+    """Run a flow to its end; stage → uri of its product. again: the command that continues this run. shown: what is
+    shown while it runs.
     Raises UserError or RunFailed with the explanation and the remedy; ends the process with 130 after Ctrl-C, and with
     143 after SIGTERM.
     """
-    state = end_in_foreground(flow, parameters, again, err)
+    state = end_in_foreground(flow, parameters, again, err, shown)
     if not state.is_completed():
         raise failure_of(state, again)
     made: dict[str, str] = state.result()
     return made
 
 
-def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> Any:
+def end_in_foreground(
+    flow: Callable[..., Any],
+    parameters: dict[str, Any],
+    again: str,
+    err: Console,
+    shown: AbstractContextManager[object] | None = None,
+) -> Any:
     """As run_in_foreground; the flow's final state, whatever it is."""
     from radlads.flows.common import ENDINGS
 
@@ -65,7 +78,8 @@ def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
         try:
             _start_temporary_server()
             ENDINGS.by_caller = True
-            state = flow(**parameters, return_state=True)
+            with shown or nullcontext():
+                state = flow(**parameters, return_state=True)
         except KeyboardInterrupt:  # no part of the run was running
             REQUEST.ask()
             state = None
@@ -118,6 +132,10 @@ class _Ending:
     def say(self, text: str) -> None:
         """A line on stderr."""
         self._err.print(hide(text), markup=False, highlight=False, soft_wrap=True)
+
+    def leave_terminal(self) -> None:
+        """Give the terminal back as it was: what hides its cursor has no time left to show it again."""
+        self._err.show_cursor(True)
 
     def waiting(self) -> None:
         """Explain the delay to a user at a terminal."""
@@ -178,6 +196,7 @@ def _end_in_time(ending: _Ending) -> None:
             break
         time.sleep(_LOOK_SECONDS)
     ending.stopped(begun=True)
+    ending.leave_terminal()
     _kill_temporary_server()
     os._exit(ending.code)
 

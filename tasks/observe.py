@@ -28,6 +28,8 @@ from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.progress import Progress
 
 _log = logging.getLogger("prefect.radlads")
+IS_PROGRESS = "is_progress"
+"""Attribute of the log records that say how far a stage is, for whoever shows that in another way."""
 _UPDATE_SECONDS = 2.0
 
 
@@ -52,7 +54,7 @@ class ProgressView:
         text = describe(progress)
         if int(share * 10) != self._logged_tenth:
             self._logged_tenth = int(share * 10)
-            _log.info("%s: %s", self._label, text)
+            _log.info("%s: %s", self._label, text, extra={IS_PROGRESS: True})
         with _best_effort():
             if self._artifact is None:
                 made = create_progress_artifact(progress=100 * share, key=self._key, description=text)

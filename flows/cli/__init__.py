@@ -15,6 +15,7 @@ from radlads.flows.cli import (  # noqa: F401 - they register commands
     doctor,
     evaluate,
     export,
+    init,
     logs,
     openmose,
     plan,

@@ -10,6 +10,7 @@ import typer
 from radlads.flows.cli.application import (
     ERR,
     EXAMPLE,
+    OUT,
     Overrides,
     StorePlace,
     TrackingPlace,
@@ -54,12 +55,15 @@ def evaluate(
     if name is not None:
         check_run_name(name)
     settings = resolve_settings(store=store, tracking=tracking, work=work)
-    finished_students(find_store(settings.store), judged_run)  # checked before the slow start of Prefect, too
+    place = find_store(settings.store)
+    finished_students(place, judged_run)  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     with ERR.status("starting Prefect"):
+        from radlads.flows.closing import say_end
         from radlads.flows.common import orchestrator
         from radlads.flows.evaluate import radlads_evaluate
+        from radlads.flows.live_view import LiveTable
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
@@ -69,6 +73,5 @@ def evaluate(
     parameters = {"judged_run": judged_run, "recipe": recipe, "run": name, "overrides": changes or None, "store": store,
                   "tracking": tracking, "work": work, "other_teacher": other_teacher}  # fmt: skip
     with orchestrator():
-        made = run_in_foreground(radlads_evaluate, parameters, again, err=ERR)
-    for stage, uri in made.items():
-        say(f"{stage:12} {uri}")
+        made = run_in_foreground(radlads_evaluate, parameters, again, err=ERR, shown=LiveTable(ERR, place, name))
+    say_end(OUT, say, place, name, made)

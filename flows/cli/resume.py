@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from radlads.flows.cli.application import ERR, EXAMPLE, RunName, StorePlace, TrackingPlace, WorkPlace, app, say
+from radlads.flows.cli.application import ERR, EXAMPLE, OUT, RunName, StorePlace, TrackingPlace, WorkPlace, app, say
 
 
 @app.command(epilog=EXAMPLE.format("radlads resume my-run"))
@@ -38,15 +38,16 @@ def resume(run: RunName, store: StorePlace = None, tracking: TrackingPlace = Non
     parameters: dict[str, Any] = {"recipe": str(file), "run": run, "store": store, "work": work}
     parameters["tracking"] = settings.tracking or "none"
     with ERR.status("starting Prefect"):
+        from radlads.flows.closing import say_end
         from radlads.flows.common import orchestrator
         from radlads.flows.convert import radlads
         from radlads.flows.evaluate import radlads_evaluate
+        from radlads.flows.live_view import LiveTable
         from radlads.flows.pretrain import radlads_pretrain
     flow: Any = radlads_pretrain if how.pretrains else radlads
     if how.judged is not None:
         flow = radlads_evaluate
         parameters |= {"judged_run": how.judged, "other_teacher": how.other_teacher}
     with orchestrator():
-        made = run_in_foreground(flow, parameters, again, err=ERR)
-    for stage, uri in made.items():
-        say(f"{stage:12} {uri}")
+        made = run_in_foreground(flow, parameters, again, err=ERR, shown=LiveTable(ERR, place, run))
+    say_end(OUT, say, place, run, made)

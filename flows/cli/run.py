@@ -11,6 +11,7 @@ import typer
 from radlads.flows.cli.application import (
     ERR,
     EXAMPLE,
+    OUT,
     FetchTeacher,
     Overrides,
     RecipeName,
@@ -54,12 +55,15 @@ def run(
 
         fetch_teacher(here, settings.home, say)
     at_fetched_teacher(here, settings.home)  # a missing teacher is reported before Prefect is started, too
-    check_layout(open_store(settings.store))  # checked before the slow start of Prefect, too
+    place = open_store(settings.store)
+    check_layout(place)  # checked before the slow start of Prefect, too
     tracking = tracking and (settings.tracking or "none")  # without the password, which stays in this process
     services.use_services(settings.home)
     with ERR.status("starting Prefect"):  # its import takes seconds
+        from radlads.flows.closing import say_end
         from radlads.flows.common import orchestrator
         from radlads.flows.convert import radlads
+        from radlads.flows.live_view import LiveTable
         from radlads.flows.pretrain import radlads_pretrain
 
     flow = radlads_pretrain if asked.pretrain else radlads
@@ -69,6 +73,5 @@ def run(
     parameters: dict[str, Any] = {"recipe": recipe, "run": name, "overrides": changes or None}
     parameters |= {"store": store, "tracking": tracking, "work": work}
     with orchestrator():
-        made = run_in_foreground(flow, parameters, again, err=ERR)
-    for stage, uri in made.items():
-        say(f"{stage:12} {uri}")
+        made = run_in_foreground(flow, parameters, again, err=ERR, shown=LiveTable(ERR, place, name))
+    say_end(OUT, say, place, name, made)

@@ -19,7 +19,8 @@ from radlads.tasks.look.record import read_recipe
 from radlads.tasks.look.run_state import RunState
 from radlads.tasks.stage import StageRequest, run_stage
 
-_PAGE = "report.html"
+REPORT_PAGE = "report.html"
+"""Of the product of publish."""
 
 
 def find_report(state: RunState) -> str | None:
@@ -68,8 +69,8 @@ def page_of(store: Store, product: str, folder: Path) -> Path:
     """The report as a file of this machine: the store's own, or a copy in `folder`. Raises UserError for a product of
     another kind, StoreError."""
     entries = {entry.path for entry in store.open_manifest(product).files}
-    if _PAGE not in entries:
-        raise UserError(f"{store.join(product)} has no {_PAGE}: it was made by an earlier version, or by hand")
+    if REPORT_PAGE not in entries:
+        raise UserError(f"{store.join(product)} has no {REPORT_PAGE}: it was made by an earlier version, or by hand")
     if isinstance(store, LocalStore):
-        return store.root / product / _PAGE
-    return store.fetch(product, folder, subset=_PAGE) / _PAGE
+        return store.root / product / REPORT_PAGE
+    return store.fetch(product, folder, subset=REPORT_PAGE) / REPORT_PAGE

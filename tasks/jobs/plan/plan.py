@@ -37,6 +37,7 @@ from radlads.tasks.jobs.plan.checks import (
     check_tokenizer,
 )
 from radlads.tasks.jobs.plan.choice_plan import plan_choice, planned_layers
+from radlads.tasks.jobs.plan.memory import NetworkSizes
 from radlads.tasks.jobs.plan.plan_pins import pin_contents, pin_hub, pinned_tokenizer
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
 from radlads.tasks.jobs.plan.stage_plans import plan_stages
@@ -72,8 +73,10 @@ def make_plan(
     preview: bool = False,
     sizes_only: bool = False,
     hashes: ContentHashes | None = None,
+    networks: NetworkSizes | None = None,
 ) -> PlanReport:
-    """Check everything and sum the costs; see PlanSpec for preview and sizes_only. Raises UserError with all faults."""
+    """Check everything and sum the costs; see PlanSpec for preview and sizes_only. networks: as count_networks found
+    them for this student, teacher and longest context. Raises UserError with all faults."""
     findings = Findings()
     hashes = hashes or ContentHashes()
     subject = open_subject(recipe, findings, hashes, sizes_only=sizes_only)
@@ -88,10 +91,10 @@ def make_plan(
     data = {} if subject.tokenizer is None else _check_texts(recipe, subject.tokenizer, subject.config, hub, findings)
     _check_written(recipe.evaluate, subject.tokenizer, positions, resources, findings)
     check_masks(recipe, data, findings)
-    networks = choice = None
+    choice = None
     with findings.at("student"):
         choice = _choice(recipe, subject, findings)
-        networks = count_networks(recipe, subject.config)
+        networks = networks or count_networks(recipe, subject.config)
     if networks is None:
         raise UserError("\n".join(findings.faults))
     layers, softmax = tuple[int, ...](), find_family(subject.config).softmax_layers(subject.config)

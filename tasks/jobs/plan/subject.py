@@ -10,11 +10,17 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from radlads.model.teacher.gguf import check_gguf_tensors, load_gguf_config, open_gguf
-from radlads.model.teacher.load import find_family, load_generation_config, load_teacher_config
+from radlads.model.teacher.load import (
+    find_family,
+    load_generation_config,
+    load_teacher_config,
+    parse_teacher_config,
+)
 from radlads.model.teacher.refusals import size_fault
 from radlads.model.teacher.weights import open_teacher_weights
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.content import ContentHashes
+from radlads.tasks.contracts.pins.known_teachers import known_config
 from radlads.tasks.contracts.pins.pins import pinned_commit, teacher_revision, tokenizer_fingerprint
 from radlads.tasks.contracts.pins.places import is_gguf
 from radlads.tasks.contracts.recipe.sections import Recipe
@@ -23,7 +29,8 @@ from radlads.tasks.jobs.plan.checks import Findings, check_special_tokens
 from radlads.tasks.jobs.sources import load_tokenizer, resolve_teacher_path
 from radlads.tasks.jobs.teacher.gguf_file import describe_gguf
 
-_SIZES_ONLY = "only sizes are planned: no weights, tokenizer and text were looked at"
+SIZES_ONLY = "only sizes are planned: no weights, tokenizer and text were looked at"
+"""The warning of such a plan."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,9 @@ def open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, s
         return None
     if sizes_only:
         with findings.at("teacher"):
-            config = load_teacher_config(resolve_teacher_path(path), revision=recipe.teacher.revision)
+            config = _config_for_sizes(path, recipe.teacher.revision, findings)
             check_special_tokens(config, None)
-            findings.warnings.append(_SIZES_ONLY)
+            findings.warnings.append(SIZES_ONLY)
             return Subject(config, None, path, TeacherRef(path=path, revision=recipe.teacher.revision, fingerprint=""))
         return None
     with findings.at("teacher"):
@@ -75,12 +82,33 @@ def open_subject(recipe: Recipe, findings: Findings, hashes: ContentHashes, *, s
     return None
 
 
+def known_teacher_config(path: str) -> PreTrainedConfig | None:
+    """Of a well-known teacher of the hub, from the table that comes with the package; None for any other."""
+    known = known_config(path)
+    return None if known is None else parse_teacher_config(known)
+
+
+def _config_for_sizes(path: str, revision: str | None, findings: Findings) -> PreTrainedConfig:
+    """The teacher's own config; where its hub cannot be reached, that of a well-known teacher. Raises UserError."""
+    place = resolve_teacher_path(path)
+    try:
+        return load_teacher_config(place, revision=revision)
+    except UserError:
+        known = None if Path(place).exists() else known_teacher_config(path)
+        if known is None:
+            raise
+        findings.warnings.append(
+            f"{path} was not found on the hub or in its cache: its sizes are those that radlads knows"
+        )
+        return known
+
+
 def _open_gguf(path: str, findings: Findings, *, sizes_only: bool) -> Subject:
     """From the file's header alone. Raises UserError."""
     teacher = open_gguf(Path(resolve_teacher_path(path)))
     config = load_gguf_config(teacher)
     check_special_tokens(config, None)
-    findings.warnings += [_SIZES_ONLY] if sizes_only else check_gguf_tensors(teacher, config)
+    findings.warnings += [SIZES_ONLY] if sizes_only else check_gguf_tensors(teacher, config)
     tokenizer = None if sizes_only else load_tokenizer(path)
     return Subject(config, tokenizer, path, TeacherRef(path=path, fingerprint=""), describe_gguf(teacher, ""))
 

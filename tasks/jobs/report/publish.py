@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -29,7 +30,8 @@ logger = logging.getLogger("radlads")
 
 
 def main(job: Job) -> dict[str, Any]:
-    """Write model/ with README.md, report.md, report.html, recipe.yaml and pictures; returns the main metrics."""
+    """Write model/ with README.md, report.md, report.html, verdicts.json, recipe.yaml and
+    pictures; returns the main metrics."""
     spec: PublishSpec = job.typed
     recipe = spec.recipe
     products = Products(job)
@@ -55,6 +57,8 @@ def main(job: Job) -> dict[str, Any]:
     (job.output / "model" / "README.md").write_text(write_card(products, recipe, verdicts, title=title), "utf-8")
     for name in ("report.html", *pictures):
         job.record.artifact(job.output / name)
+    told = [{"level": verdict.level, "text": verdict.text} for verdict in verdicts]
+    (job.output / "verdicts.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for verdict in verdicts:
         logger.log(logging.WARNING if verdict.level == "warning" else logging.INFO, "%s", verdict.text)
     return _metrics(products) | {"warnings": sum(verdict.level == "warning" for verdict in verdicts)}
