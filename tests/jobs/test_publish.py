@@ -86,6 +86,7 @@ def train_like(job: Job) -> dict[str, Any]:
     shutil.copytree(job.input("student") / "model", job.output / "model")
     losses = [[step, 2.0 / step] for step in range(1, 9)]
     sheet = {"losses": losses, "heldout_losses": [[8, 0.3]], "objective": job.typed.objective, "events": EVENTS}
+    sheet |= {"device": "cpu", "processes": 1}
     (job.output / "train.json").write_text(json.dumps(sheet))
     rows = [{"step": s, "loss": value, "layer_00": value, "layer_01": value / 2} for s, value in losses]
     (job.output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,6 +164,15 @@ def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe,
     assert "| all constraints of an answer | " in markdown
     assert "| 16 tokens: reading the prompt, ms | " in markdown
     assert "Memory is measured on GPUs alone." in page
+    ratio = judged["models"]["student"]["bits_per_byte_ratio"]["value"]
+    assert f"| quality | bits per byte × {ratio:.4f} ± " in markdown
+    assert markdown.index("| quality | ") < markdown.index("| bits per byte | ")
+    assert "at 16 tokens on CPU | " in markdown
+    assert "| conversion took | " in markdown
+    assert "; on 1 × CPU | " in markdown
+    said = json.loads((folder / "verdicts.json").read_text())
+    assert said
+    assert all(verdict["text"] in markdown for verdict in said)
     assert "student obeys all constraints in " in page
     assert {"losses.png", "layers.png", "needle.png", "recipe.yaml"} <= {p.name for p in folder.iterdir()}
     assert manifest.metrics["kl"] == judged["models"]["student"]["kl"]["value"]
@@ -323,3 +333,35 @@ def test_the_gate_compares_at_lengths_that_both_ran():
     teacher["by_length"] |= {"4096": None}
     student["by_length"] |= {"4096": {"mean": 0.0, "stderr": 0.1}}
     assert not any("gate" in text for text in say(None, {"models": {"teacher": teacher, "student": student}}))
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: chromium)")
+@pytest.mark.parametrize(("width", "media"), [(360, "screen"), (700, "print")])
+def test_no_table_is_cut_off_on_a_phone_or_on_paper(tmp_path: Path, width: int, media: str):
+    from playwright.sync_api import sync_playwright
+
+    header = ("stage", "digest", "committed", "MLflow run", "planned / actual", "source")
+    row = (
+        "distill",
+        f"`{'0123456789abcdef' * 4}`",
+        "2026-11-28 12:00 UTC",
+        f"`{'f' * 32}`",
+        "12.5 min / 13.1 min",
+        "a" * 12,
+    )
+    blocks = [Heading("Provenance"), Table(header, [row] * 3, "A caption.", words=header), Text("`" + "x" * 90 + "`")]
+    page_file = tmp_path / "report.html"
+    page_file.write_text(render_html("A report", blocks, tmp_path), encoding="utf-8")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.emulate_media(media=media)
+        page.goto(page_file.as_uri())
+        wide = "[...document.querySelectorAll('.wide, body')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        assert page.evaluate(wide) == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.get_by_text("0123456789abcdef" * 4).first.is_visible()
+        browser.close()

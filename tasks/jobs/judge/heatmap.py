@@ -12,12 +12,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 
-# These colours differ in lightness, for readers with red-green colour blindness. Grey: not run.
+# Made for every kind of colour vision: lightness and blue to yellow tell, red and green do not. Grey: not run.
 _NOT_RUN = "#d9d9d9"
-_STOPS = ["#b2182b", "#f4a582", "#fee08b", "#a6d96a", "#1a9850"]
-_COLOURS = LinearSegmentedColormap.from_list("needle", _STOPS).with_extremes(bad=_NOT_RUN)
+_COLOURS = plt.get_cmap("cividis").with_extremes(bad=_NOT_RUN)
+_DARK = 45.0
+"""Percent below which a cell is so dark that its number is white."""
 
 
 def draw_heatmap(sheet: dict[str, Any], path: Path) -> None:
@@ -62,7 +62,8 @@ def _label_cells(axis: Axes, grid: np.ndarray, lengths: list[int], edges: np.nda
         value = grid[row, column]
         text = "–" if np.isnan(value) else f"{value:.0f}"
         middle = (edges[column] + edges[column + 1]) / 2
-        axis.text(middle, row + 0.5, text, ha="center", va="center", fontsize=7, color="#202020")
+        ink = "white" if value < _DARK else "#202020"  # that of a cell without a number is dark
+        axis.text(middle, row + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
 
 
 def _label_axes(

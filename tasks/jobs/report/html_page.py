@@ -46,7 +46,14 @@ figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid 
   padding: .5rem; }
 figcaption { color: var(--dim); font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--note); }
-@media print { body { max-width: none; padding: 0; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
+@media (max-width: 40rem) { thead { display: none; }
+  table, caption, tbody, tr, tbody th, td { display: block; min-width: 0; }
+  tr { border-bottom: 1px solid var(--line); padding: .5rem 0; } tbody th { font-weight: 600; white-space: normal; }
+  th, td, td.words { border: 0; padding: .1rem 0; text-align: left; white-space: normal; overflow-wrap: anywhere; }
+  td[data-of]::before { content: attr(data-of) ": "; color: var(--dim); } td:empty { display: none; } }
+@media print { body { max-width: none; padding: 0; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
+  .wide { overflow: visible; } table { font-size: .72rem; min-width: 0; } th, td { white-space: normal;
+  padding-right: .5rem; overflow-wrap: anywhere; } details { display: none; } nav { display: none; } }
 """
 
 
@@ -90,12 +97,18 @@ def _table(table: Table) -> str:
     rows = []
     for row in table.rows:
         first = f'<th scope="row">{_inline(row[0])}</th>'
-        rest = "".join(f"<td{_class(k)}>{_inline(c)}</td>" for c, k in zip(row[1:], classes[1:], strict=True))
+        cells = zip(row[1:], classes[1:], table.header[1:], strict=True)
+        rest = "".join(f"<td{_class(kind)}{_of(name)}>{_inline(cell)}</td>" for cell, kind, name in cells)
         rows.append(f"<tr>{first}{rest}</tr>")
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
     return (
         f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _of(heading: str) -> str:
+    """The column's heading, shown beside the cell where a narrow page has no room for columns."""
+    return f' data-of="{html.escape(heading, quote=True)}"' if heading else ""
 
 
 def _class(kind: str) -> str:

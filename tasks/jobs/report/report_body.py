@@ -9,6 +9,7 @@ from radlads.tasks.contracts.recipe.recipe import dump_recipe
 from radlads.tasks.contracts.recipe.sections import Recipe, Student
 from radlads.tasks.contracts.stages import EVALUATE, NEEDLE, TRAINING_STAGES, TRANSPLANT
 from radlads.tasks.jobs.report.choice_report import choice_blocks
+from radlads.tasks.jobs.report.judged.reason import reason_table
 from radlads.tasks.jobs.report.judged.speed_report import speed_blocks
 from radlads.tasks.jobs.report.judged.suite_report import suite_row, suite_table
 from radlads.tasks.jobs.report.judged.writing_report import writing_blocks, writing_rows
@@ -40,7 +41,8 @@ def build_report(
     blocks: list[Block] = []
     if recipe.description:
         blocks.append(Text(recipe.description))
-    blocks += verdicts
+    reason = reason_table(products, recipe)
+    blocks += [*([] if reason is None else [reason]), *verdicts]
     blocks += [*_summary(products), *_stages(products), *retrieval_blocks(products, pictures)]
     blocks += [*_tasks(products), *writing_blocks(products), *speed_blocks(products)]
     blocks += [*_curves(products, pictures), *watch_blocks(products)]
