@@ -36,7 +36,8 @@ from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.look.record import keep_places, keep_recipe, unknown_run
 from radlads.tasks.look.stop_request import StopWatch
-from radlads.tasks.mirror import recipe_params, sync_run
+from radlads.tasks.mirror import sync_run
+from radlads.tasks.mirrored.params import run_params
 from radlads.tasks.stage import Product, StageRequest, product_held
 
 _log = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ class Pipeline:
                 self.settings.tracking,
                 self.recipe.name,
                 RunIdentity(store=store_id(self.store), run=self.run),
-                params=recipe_params(self.recipe),
-                tags={"radlads.store": self.store.uri},
+                params=run_params(self.recipe),
+                tags={"radlads.store": self.store.uri, "mlflow.note.content": self.recipe.description},
             )
             self.behind = self.behind or self.parent is None
         return self.parent

@@ -14,6 +14,7 @@ from radlads.tasks.contracts.tracking import (
     open_pipeline_run,
     open_sweep_run,
 )
+from radlads.tasks.mirrored.params import flat_params
 from radlads.tasks.sweep.grid import Member, plain_value
 from radlads.tasks.sweep.record import SweepRecord
 
@@ -59,7 +60,7 @@ class TrackedSweep:
             self._uri,
             self._experiment,
             RunIdentity(store=self._identity.store, run=member.name),
-            params=member.values,
+            params=dict(flat_params(member.values)),
             tags={"radlads.store": self._store.uri, "mlflow.parentRunId": parent.run_id},
             running=False,
         )
