@@ -58,10 +58,11 @@ def run_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], agai
 
 def end_in_foreground(flow: Callable[..., Any], parameters: dict[str, Any], again: str, err: Console) -> Any:
     """As run_in_foreground; the flow's final state, whatever it is."""
+    from radlads.flows.approval import asked_at_terminal
     from radlads.flows.common import ENDINGS
 
     ending = _Ending(again, err)
-    with _interruptible(ending):
+    with _interruptible(ending), asked_at_terminal(err):
         try:
             _start_temporary_server()
             ENDINGS.by_caller = True

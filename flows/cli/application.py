@@ -79,6 +79,10 @@ RunNames = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ApproveOver = Annotated[
+    float | None,
+    typer.Option("--approve-over", metavar="DOLLARS", min=0, help="Ask before a stage that is estimated to cost more."),
+]
 FetchTeacher = Annotated[
     bool, typer.Option("--fetch-teacher", help="Download the teacher's package first, where the recipe names one.")
 ]

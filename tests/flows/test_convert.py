@@ -343,7 +343,11 @@ def curves(uri, name):
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     parents = {run.info.run_id: run.info.status for run in runs if run.data.tags.get("radlads.run") == name}
     found = [
-        (run.info.run_name.removeprefix(f"{name} / "), [m.value for m in client.get_metric_history(run.info.run_id, "loss")], run.info.status)
+        (
+            run.info.run_name.removeprefix(f"{name} / "),
+            [m.value for m in client.get_metric_history(run.info.run_id, "loss")],
+            run.info.status,
+        )
         for run in runs
         if run.data.tags.get("mlflow.parentRunId") in parents
     ]
