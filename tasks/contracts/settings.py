@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -89,6 +89,30 @@ def serving_key(variable: str | None, environment: Mapping[str, str] | None = No
             f"{variable or API_KEY}: a key has {_SHORTEST_KEY} or more letters, digits and signs of ASCII, no spaces"
         )
     return key
+
+
+@dataclass(frozen=True)
+class Notices:
+    """Who is told of a run that failed or waits. url: a webhook, which is a secret. block: kind and name of one of
+    Prefect's notification blocks, e.g. `sendgrid-email` and `me`."""
+
+    url: str | None = field(default=None, repr=False)
+    block: tuple[str, str] | None = None
+
+
+def resolve_notices(environment: Mapping[str, str] | None = None) -> Notices:
+    """RADLADS_NOTIFY_URL and RADLADS_NOTIFY_BLOCK. Raises UserError, without the address."""
+    env = os.environ if environment is None else environment
+    learn(env)
+    url, block = env.get("RADLADS_NOTIFY_URL") or None, env.get("RADLADS_NOTIFY_BLOCK") or None
+    if url is not None and not re.fullmatch(r"https?://[^\s/]+\S*", url):
+        raise UserError("RADLADS_NOTIFY_URL is not an address; write it as https://host/path")
+    kind, slash, name = (block or "").partition("/")
+    if block is not None and not (kind and slash and name):
+        raise UserError(
+            f"RADLADS_NOTIFY_BLOCK is '{one_line(block, 60)}'; write it as kind/name, e.g. slack-webhook/team"
+        )
+    return Notices(url, (kind, name) if block is not None else None)
 
 
 def check_run_name(name: str) -> str:
