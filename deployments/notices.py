@@ -25,7 +25,7 @@ MESSAGE = "radlads-message-notice"
 _EVENTS = ("Failed", "Crashed", "TimedOut", "Paused", "Suspended")
 _FLOWS = "radlads*"
 _SUBJECT = "radlads: {{ flow_run.name }} is {{ flow_run.state.name }}"
-_BODY = "{{ flow_run.state.message }}\n{{ (flow_run|ui_url) or  }}"
+_BODY = "{{ flow_run.state.message }}\n{{ (flow_run|ui_url) or '' }}"
 _PAYLOAD = (
     '{"text": {{ ("radlads: " ~ flow_run.name ~ " is " ~ flow_run.state.name ~ ": " ~ (flow_run.state.message or "") ~ '
     '" " ~ ((flow_run|ui_url) or "")) | tojson }}}'

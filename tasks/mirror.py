@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import InputRef, JobSpec, Manifest, TrackingRef
 from radlads.tasks.contracts.metrics_record import catch_up
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb
 from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
 from radlads.tasks.contracts.specs import PlanReport
@@ -38,6 +39,7 @@ from radlads.tasks.contracts.tracking import (
 from radlads.tasks.mirrored.inputs import show_inputs, show_model
 from radlads.tasks.mirrored.params import planned_params, run_params, stage_params
 from radlads.tasks.mirrored.products import link_product, mirror_product
+from radlads.tasks.mirrored.weights_biases import show_product
 from radlads.tasks.stage import restore_record
 
 _log = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ def sync_run(store: Store, uri: str, run: str) -> list[str]:
 
     uri: MLflow's. Raises UserError if the store has no such run or MLflow cannot be updated.
     """
+    if is_wandb(uri):
+        raise UserError("W&B keeps what it could not send in .radlads/wandb: wandb sync --sync-all sends it")
     check_layout(store)
     kept = list(kept_stages(store, run))
     if not kept:
@@ -96,8 +100,14 @@ def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str, r
     """Send MLflow everything that it lacks of one stage of a run; returns whether it is complete now. For a product of
     another run a link to that run's numbers is shown. recipe: the run's, as far as this version can read it."""
     if kept.run != run:
-        return kept.manifest is None or link_product(parent, kept.label, store.join(kept.key), kept.manifest)
+        return (
+            kept.manifest is None
+            or is_wandb(parent.uri)
+            or link_product(parent, kept.label, store.join(kept.key), kept.manifest)
+        )
     params = stage_params(recipe, kept.stage, kept.spec)
+    if is_wandb(parent.uri):
+        return _to_wandb(store, parent, kept, run, recipe, params)
     ref = open_stage_run(parent, run, kept.label, kept.digest, params=params, running=False)
     if ref is None:
         return False
@@ -114,6 +124,16 @@ def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str, r
     if kept.ending is not None:
         whole &= settle_run(ref, kept.ending, kept.manifest.created_at if kept.manifest else None)
     return whole
+
+
+def _to_wandb(
+    store: Store, parent: TrackingRef, kept: KeptStage, run: str, recipe: Recipe | None, params: Mapping[str, Any]
+) -> bool:
+    ref = open_stage_run(parent, run, kept.label, kept.digest)
+    if kept.manifest is None or ref is None:
+        return True
+    config = {} if recipe is None else run_params(recipe)
+    return show_product(parent, ref, kept.label, store.join(kept.key), kept.manifest, config, params)
 
 
 def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:

@@ -18,6 +18,7 @@ from radlads.tasks.contracts.identity import identity, readings
 from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef, first_fault
 from radlads.tasks.contracts.locks.lease import Lease, held_by, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb, wandb_ref
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
@@ -70,10 +71,14 @@ class Pipeline:
     def tracked(self) -> TrackingRef | None:
         """The MLflow run of the whole pipeline, opened at first use; None without MLflow. After an outage it is retried
         at intervals."""
-        if self.parent is None and self.settings.tracking and time.monotonic() - self._tried_at >= _TRY_AGAIN_SECONDS:
+        uri = self.settings.tracking
+        if is_wandb(uri) and self.parent is None:
+            folder, identity = str(self.settings.home / "wandb"), (store_id(self.store), self.run)
+            self.parent = wandb_ref(uri, folder, self.recipe.name, self.run, *identity)
+        if self.parent is None and uri and time.monotonic() - self._tried_at >= _TRY_AGAIN_SECONDS:
             self._tried_at = time.monotonic()
             self.parent = open_pipeline_run(
-                self.settings.tracking,
+                uri,
                 self.recipe.name,
                 RunIdentity(store=store_id(self.store), run=self.run),
                 params=run_params(self.recipe),

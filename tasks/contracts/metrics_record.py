@@ -32,6 +32,7 @@ from radlads.tasks.contracts.mirrors.record_file import (
     read_notes,
     replace_file,
 )
+from radlads.tasks.contracts.mirrors.weights_biases import WandbMirror, is_wandb
 from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class MetricsRecord:
         self._stream: TextIO | None = None
         self._last_step: dict[str, int] = {}
         self._rewrite(lambda rows: rows)
-        self._mirror = _Mirror(path, ref, self._lock) if ref is not None else None
+        self._mirror = _mirror_of(path, ref, self._lock) if ref is not None else None
         if self._mirror is not None:
             self._mirror.start()
 
@@ -158,10 +159,15 @@ class MetricsRecord:
 
 
 def catch_up(path: Path, ref: TrackingRef) -> bool:
-    """Send MLflow the missing rows of a record that is complete; returns whether that succeeded."""
-    if not path.exists() and not notes_path(path).exists():
+    """Send MLflow the missing rows of a record that is complete; returns whether that succeeded. W&B keeps them
+    itself."""
+    if is_wandb(ref.uri) or (not path.exists() and not notes_path(path).exists()):
         return True
     return _Mirror(path, ref, threading.Lock()).try_once()
+
+
+def _mirror_of(path: Path, ref: TrackingRef, lock: threading.Lock) -> _Mirror | WandbMirror:
+    return WandbMirror(path, ref, lock) if is_wandb(ref.uri) else _Mirror(path, ref, lock)
 
 
 class _Mirror(threading.Thread):

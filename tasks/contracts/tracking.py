@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from radlads.tasks.contracts.job import TrackingRef
 from radlads.tasks.contracts.metrics_record import MetricsRecord, connect
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb, wandb_ref
 from radlads.tasks.contracts.parsing.credentials import hide
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def open_stage_run(
     run: the pipeline run's name. stage: its name within the run, e.g. "align" or "tokenize train". digest: of its
     product; another digest gets a run, and so a curve, of its own.
     """
+    if is_wandb(parent.uri):
+        return wandb_ref(parent.uri, parent.folder, parent.experiment, f"{run} / {stage}", parent.run_id, digest)
     identity = {"mlflow.parentRunId": parent.run_id, "radlads.digest": digest}
     marks = {**identity, "radlads.stage": stage, "radlads.kind": "stage", **(tags or {})}
     return _open(parent.uri, parent.experiment, f"{run} / {stage}", identity, marks, params, running)
@@ -119,7 +122,7 @@ def nest_run(parent: TrackingRef, child: TrackingRef) -> bool:
 
 def close_run(ref: TrackingRef | None, status: Ending) -> bool:
     """End a run; returns whether MLflow was updated. An outage is no error."""
-    if ref is None:
+    if ref is None or is_wandb(ref.uri):
         return True
     with outage_is_no_error(ref.uri):
         connect(ref.uri).set_terminated(ref.run_id, status)
@@ -148,7 +151,7 @@ def retag_run(uri: str, run_id: str, digest: str) -> bool:
 
 def log_file(ref: TrackingRef | None, name: str, data: bytes) -> None:
     """Add a small file (a picture, a report) to a run. An outage is no error."""
-    if ref is not None:
+    if ref is not None and not is_wandb(ref.uri):
         with outage_is_no_error(ref.uri), tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             path.write_bytes(data)

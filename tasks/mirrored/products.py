@@ -32,13 +32,8 @@ def mirror_product(
 
         client = connect(parent.uri)
         at = int(manifest.created_at.timestamp() * 1000)
-        numbers = {
-            f"{metric_name(label)}/{metric_name(key)}": float(value)
-            for key, value in flatten(manifest.metrics).items()
-            if _is_number(value)
-        }
         known = latest_metrics(client, parent.run_id)
-        numbers |= _final(manifest) | _totals({name: value for name, (_, value) in known.items()} | numbers)
+        numbers = numbers_of(label, manifest, {name: value for name, (_, value) in known.items()})
         metrics = [
             Metric(key, value, at, known[key][0] + 1 if key in known else 0)  # a product made again has other values
             for key, value in numbers.items()
@@ -70,6 +65,17 @@ def link_product(parent: TrackingRef, label: str, uri: str, manifest: Manifest) 
                 client.set_tag(parent.run_id, key, value)
         return True
     return False
+
+
+def numbers_of(label: str, manifest: Manifest, known: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of a product for the run above its stage: `<label>/<name>`, `final/<name>`, `total/<name>`. known:
+    those that the run has already."""
+    numbers = {
+        f"{metric_name(label)}/{metric_name(key)}": float(value)
+        for key, value in flatten(manifest.metrics).items()
+        if _is_number(value)
+    }
+    return numbers | _final(manifest) | _totals({**known, **numbers})
 
 
 def _final(manifest: Manifest) -> dict[str, float]:
