@@ -19,7 +19,7 @@ def test_losses_have_a_curve_over_tokens():
     rows = [
         {"step": 0, "heldout/loss": 3.0},
         {"step": 1, "loss": 2.0, "tokens": 512, "grad_norm": 1.0},
-        {"step": 1, "heldout/loss": 2.5},
+        {"step": 1, "heldout/loss": 2.5, "heldout/layer_00": 0.5},
     ]
     points = [point for row in rows for point in named(row, "", axis.at(row))]
     assert [point for point in points if point[0].startswith("by_tokens/")] == [

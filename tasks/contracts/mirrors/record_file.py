@@ -35,7 +35,7 @@ def named(row: Mapping[str, Any], prefix: str, tokens: int | None) -> Iterator[t
     for name, value in row.items():
         if name not in NOT_METRICS:
             yield f"{prefix}{name}", value, row["step"]
-            if tokens is not None and (name == "loss" or name.startswith("heldout/")):
+            if tokens is not None and (name == "loss" or name.startswith("heldout/")) and "/layer_" not in name:
                 yield f"{prefix}{BY_TOKENS}{name}", value, tokens
 
 
