@@ -1,9 +1,10 @@
 """Creates the Prefect objects that the deployments need: `python -m radlads.deployments.bootstrap`. Safe to repeat.
 
 They are the process work pool `radlads`, which runs only flow runs; the global concurrency limit `radlads-gpu`, which a
-job on a GPU holds so that two pipeline runs do not share it; and an automation that marks runs whose process has died
-(zombies.py). Existing objects, such as a limit that was raised, are not changed, except that the pool's template is
-restored.
+job on a GPU holds so that two pipeline runs do not share it; an automation that marks runs whose process has died
+(zombies.py); and, if RADLADS_NOTIFY_URL or RADLADS_NOTIFY_BLOCK is set, automations that tell of runs that failed or
+wait (notices.py). Existing objects, such as a limit that was raised, are not changed, except that the pool's template
+is restored, and that notices go where the variables say now.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from radlads.deployments.notices import make_notices
 from radlads.deployments.zombies import ask_after_runs, make_automation
-from radlads.tasks.contracts.settings import HEARTBEAT_SECONDS
+from radlads.tasks.contracts.settings import HEARTBEAT_SECONDS, Notices, resolve_notices
 
 _log = logging.getLogger(__name__)
 WORK_POOL = "radlads"
@@ -50,10 +52,13 @@ JOB_TEMPLATE: dict[str, Any] = {
 }
 
 
-def bootstrap(gpu_slots: int = 1) -> list[str]:
-    """Create missing objects; returns their names. gpu_slots: jobs that may use this machine's GPUs at once."""
+def bootstrap(gpu_slots: int = 1, notices: Notices | None = None) -> list[str]:
+    """Create missing objects; returns their names. gpu_slots: jobs that may use this machine's GPUs at once. notices:
+    None for those of the environment. Raises UserError."""
+    told = resolve_notices() if notices is None else notices
     with get_client(sync_client=True) as client:
         made = [*_make_work_pool(client), *_make_gpu_limit(client, gpu_slots), *make_automation(client)]
+        made += make_notices(client, told)
         ask_after_runs(client)
         return made
 

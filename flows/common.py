@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import secrets
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import httpx
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
+from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -23,7 +26,6 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.states import Cancelled, Failed
-from pydantic import WithJsonSchema
 
 from radlads.tasks.contracts.disk import explain_disk
 from radlads.tasks.contracts.errors import UserError
@@ -36,12 +38,6 @@ from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _EXPLAINED = (UserError, StoreError, JobCrashed)
-
-
-# Prefect's server rejects an address that contains a password before it stores the parameters in its database.
-Address = Annotated[
-    str, WithJsonSchema({"type": "string", "not": {"pattern": "://[^/?#]*@"}, "description": "without a password"})
-]
 
 
 class _NoTraceback(logging.Filter):
@@ -90,6 +86,22 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it creates the tables of a new database
 
 
+class _RunsLog(APILogHandler):
+    """Sends what the pipeline logs to the log of the run in Prefect's pages; what other threads log has no run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As Handler.emit."""
+        if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+            super().emit(record)
+
+
+def _log_to_page() -> None:
+    """Prefect's engine removes handlers when it sets up logging, so a flow adds this one as it begins."""
+    logger = logging.getLogger("prefect.radlads")
+    if not any(isinstance(handler, _RunsLog) for handler in logger.handlers):
+        logger.addHandler(_RunsLog())
+
+
 def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a flow's function: an error with a known explanation becomes the message of the run's state, without a
     traceback in the log."""
@@ -97,6 +109,7 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(flow_function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> Any:
         try:
+            _log_to_page()
             with REQUEST.flow():
                 REQUEST.check()
                 return flow_function(*args, **kwargs)
@@ -113,6 +126,8 @@ def explain_errors(flow_function: Callable[_P, _R]) -> Callable[_P, _R]:
                 raise
             raise RuntimeError(f"{type(error).__name__}: {explanation}") from None  # Prefect keeps what is raised here
 
+    # Prefect would look up the names of types in this module.
+    explained.__signature__ = inspect.signature(flow_function, eval_str=True)  # type: ignore[attr-defined]
     return explained
 
 

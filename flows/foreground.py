@@ -71,10 +71,11 @@ def end_in_foreground(
     shown: AbstractContextManager[object] | None = None,
 ) -> Any:
     """As run_in_foreground; the flow's final state, whatever it is."""
+    from radlads.flows.approval import asked_at_terminal
     from radlads.flows.common import ENDINGS
 
     ending = _Ending(again, err)
-    with _interruptible(ending):
+    with _interruptible(ending), asked_at_terminal(err):
         try:
             _start_temporary_server()
             ENDINGS.by_caller = True

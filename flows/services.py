@@ -192,6 +192,7 @@ def _start_server(home: Path, name: str) -> Service:
             "PREFECT_SERVER_API_PORT": str(port),
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
             "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # the page would call port 4200 otherwise
+            "PREFECT_UI_URL": url,  # in notices
         }
     else:
         private_folder(home / "mlflow-artifacts")

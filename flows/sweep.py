@@ -13,8 +13,9 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from radlads.flows.common import Address, explain_errors
+from radlads.flows.common import explain_errors
 from radlads.flows.convert import radlads
+from radlads.flows.form import Address, Folder
 from radlads.flows.pretrain import radlads_pretrain
 from radlads.flows.sweep_deployments import run_deployed
 from radlads.tasks.announce import Outlook, outlook
@@ -97,17 +98,27 @@ def radlads_sweep(
     sweep: str,
     grid: dict[str, list[Any]],
     overrides: dict[str, Any] | None = None,
-    store: Address | None = None,
-    tracking: Address | None = None,
-    work: str | None = None,
+    store: Address = None,
+    tracking: Address = None,
+    work: Folder = None,
     deployments: bool = False,
     stop_on_failure: bool = False,
 ) -> Any:
-    """Run every member of a grid, one after the other here, or all at once as runs of the deployment `full`.
+    """Run every member of a grid, one after the other here, or all at once as runs of a deployment.
 
-    sweep: its name; each run's name starts with it, and the same name continues the sweep. grid: dotted key → values.
-    overrides: for all members. stop_on_failure: start no more members once one has failed. The others as of the flow
-    `radlads`. Returns member → how it ended ("done"); a failed state with SweepFailed where some failed.
+    Args:
+        recipe: As of the flow `radlads`.
+        sweep: Its name; each run's name starts with it, and the same name continues the sweep.
+        grid: Dotted key → values.
+        overrides: For all members.
+        store: As of the flow `radlads`.
+        tracking: As of the flow `radlads`.
+        work: As of the flow `radlads`.
+        deployments: Submit all members at once as runs of `radlads/full` (of a teacher `radlads-pretrain/pretrain`).
+        stop_on_failure: Start no more members once one has failed.
+
+    Returns:
+        Member → how it ended ("done"); a failed state with SweepFailed where some failed.
     """
     refuse_credentials(store=store, tracking=tracking)
     members = make_members(recipe, grid, overrides or {}, check_run_name(sweep), most=None)

@@ -18,7 +18,8 @@ from prefect.states import Cancelled, Cancelling
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 
-DEPLOYMENT = "full"
+_DEPLOYMENTS = {"radlads": "full", "radlads-pretrain": "pretrain"}
+"""Flow → its deployment that takes any recipe."""
 _LOOK_SECONDS = 1.0
 _CANCEL_SECONDS = 10.0
 _PAGE = 200
@@ -65,17 +66,18 @@ def run_deployed(
 
 
 def _deployment_id(client: SyncPrefectClient, flow: str) -> UUID:
+    name = f"{flow}/{_DEPLOYMENTS[flow]}"
     try:
-        return client.read_deployment_by_name(f"{flow}/{DEPLOYMENT}").id
+        return client.read_deployment_by_name(name).id
     except ObjectNotFound:
         raise UserError(
-            f"Prefect at {PREFECT_API_URL.value()} has no deployment {flow}/{DEPLOYMENT}; in the project's folder: "
+            f"Prefect at {PREFECT_API_URL.value()} has no deployment {name}; in the project's folder: "
             "prefect --no-prompt deploy --all"
         ) from None
 
 
 def _at_work(client: SyncPrefectClient, deployment: UUID, tag: str) -> dict[str, UUID]:
-    """Name → flow run that an earlier call submitted and that has not ended."""
+    """Name of a member → flow run that an earlier call submitted and that has not ended."""
     run_filter = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment]), tags=FlowRunFilterTags(all_=[tag])
     )
@@ -83,7 +85,10 @@ def _at_work(client: SyncPrefectClient, deployment: UUID, tag: str) -> dict[str,
     seen = 0
     while page := client.read_flow_runs(flow_run_filter=run_filter, limit=_PAGE, offset=seen):
         seen += len(page)
-        at_work |= {run.name: run.id for run in page if run.state is None or not run.state.is_final()}
+        # By the parameter: a run's title becomes another one as it begins.
+        at_work |= {
+            str(run.parameters.get("run")): run.id for run in page if run.state is None or not run.state.is_final()
+        }
     return at_work
 
 

@@ -50,13 +50,25 @@ class Outlook:
             by = f" by run {self.made.run}" if self.made.run else ""
             return f"{self.label}: reused, made{by} on {self.made.created_at:%Y-%m-%d %H:%M}"
         at = f" from step {self.step:,} of {self.steps:,}" if self.what == "continued" else ""
-        cost = _cost(self.seconds, self.gpu_hours, self.dollars)
-        return f"{self.label}: {self.what}{at}{f', about {cost}' if cost else ''}"
+        return f"{self.label}: {self.what}{at}{f', about {self.cost}' if self.cost else ''}"
+
+    @property
+    def cost(self) -> str:
+        """ "10.0 GPU hours, 25.00 dollars", as far as the plan has estimates."""
+        return _cost(self.seconds, self.gpu_hours, self.dollars)
 
 
-def run_announced(pipeline: Pipeline, runner: Runner, graph: Callable[[Runner], _Made]) -> _Made:
-    """Run a graph; after its plan is made, and before any other stage is launched, log the announcement."""
-    return graph(_Announcing(pipeline, runner, graph))
+Approval = Callable[[list[Outlook]], Callable[[str], None]]
+
+
+def run_announced(
+    pipeline: Pipeline, runner: Runner, graph: Callable[[Runner], _Made], approve: Approval | None = None
+) -> _Made:
+    """Run a graph; after its plan is made, and before any other stage is launched, log the announcement.
+
+    approve: given the announcement, makes what is called with each stage's label before that stage, and may wait.
+    """
+    return graph(_Announcing(pipeline, runner, graph, approve))
 
 
 def outlook(pipeline: Pipeline, plan: Plan, graph: Callable[[Runner], object]) -> list[Outlook]:
@@ -87,22 +99,30 @@ def cost_of(found: Sequence[Outlook]) -> str:
 class _Announcing:
     """A `Runner` that logs the announcement, then passes each stage to another runner."""
 
-    def __init__(self, pipeline: Pipeline, runner: Runner, graph: Callable[[Runner], object]) -> None:
-        self._pipeline, self._runner, self._graph = pipeline, runner, graph
+    def __init__(
+        self, pipeline: Pipeline, runner: Runner, graph: Callable[[Runner], object], approval: Approval | None
+    ) -> None:
+        self._pipeline, self._runner, self._graph, self._approval = pipeline, runner, graph, approval
+        self._approve: Callable[[str], None] = lambda _: None
 
     def plan(self, recipe: Recipe) -> Plan:
         """As Runner.plan."""
         plan = self._runner.plan(recipe)
-        for line in describe(outlook(self._pipeline, plan, self._graph)):
+        found = outlook(self._pipeline, plan, self._graph)
+        for line in describe(found):
             _log.info("%s", line)
+        if self._approval is not None:
+            self._approve = self._approval(found)
         return plan
 
     def run(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product], *, label: str | None = None) -> Product:
         """As Runner.run."""
+        self._approve(label or stage)
         return self._runner.run(stage, spec, inputs, label=label)
 
     def submit(self, stage: str, spec: StageSpec, inputs: Mapping[str, Product]) -> Pending:
         """As Runner.submit."""
+        self._approve(stage)
         return self._runner.submit(stage, spec, inputs)
 
 

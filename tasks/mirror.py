@@ -20,21 +20,26 @@ from pydantic import ValidationError
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import InputRef, JobSpec, Manifest, TrackingRef
 from radlads.tasks.contracts.metrics_record import catch_up
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb
 from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
 from radlads.tasks.contracts.recipe.recipe import Recipe, parse_recipe
-from radlads.tasks.contracts.stages import JUDGING_STAGES, MODEL_STAGES, PUBLISH, STAGES, TOKENIZE
+from radlads.tasks.contracts.specs import PlanReport
+from radlads.tasks.contracts.stages import JUDGING_STAGES, MODEL_STAGES, PLAN, PUBLISH, STAGES, TOKENIZE
 from radlads.tasks.contracts.store.layout import check_layout, recipe_key
 from radlads.tasks.contracts.store.open import Store, store_id
 from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.contracts.tracking import (
     Ending,
     RunIdentity,
-    link_product,
-    mirror_product,
+    add_params,
     open_pipeline_run,
     open_stage_run,
     settle_run,
 )
+from radlads.tasks.mirrored.inputs import show_inputs, show_model
+from radlads.tasks.mirrored.params import planned_params, run_params, stage_params
+from radlads.tasks.mirrored.products import link_product, mirror_product
+from radlads.tasks.mirrored.weights_biases import show_product
 from radlads.tasks.stage import restore_record
 
 _log = logging.getLogger(__name__)
@@ -73,14 +78,17 @@ def sync_run(store: Store, uri: str, run: str) -> list[str]:
 
     uri: MLflow's. Raises UserError if the store has no such run or MLflow cannot be updated.
     """
+    if is_wandb(uri):
+        raise UserError("W&B keeps what it could not send in .radlads/wandb: wandb sync --sync-all sends it")
     check_layout(store)
     kept = list(kept_stages(store, run))
     if not kept:
         raise UserError(f"there is no run '{run}' in {store.uri}")
-    experiment, params = _recipe(store, run)
+    experiment, recipe = _recipe(store, run)
     identity = RunIdentity(store=store_id(store), run=run)
+    params = {} if recipe is None else run_params(recipe)
     parent = open_pipeline_run(uri, experiment, identity, params=params, running=False)
-    if parent is None or not all(mirror_stage(store, parent, one, run) for one in kept):
+    if parent is None or not all(mirror_stage(store, parent, one, run, recipe) for one in kept):
         raise UserError(f"MLflow at {uri} could not be brought up to date with '{run}'; try again when it answers")
     ended = _ending(kept)
     if ended is not None:
@@ -88,22 +96,44 @@ def sync_run(store: Store, uri: str, run: str) -> list[str]:
     return [one.label for one in kept]
 
 
-def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str) -> bool:
+def mirror_stage(store: Store, parent: TrackingRef, kept: KeptStage, run: str, recipe: Recipe | None) -> bool:
     """Send MLflow everything that it lacks of one stage of a run; returns whether it is complete now. For a product of
-    another run a link to that run's numbers is shown."""
+    another run a link to that run's numbers is shown. recipe: the run's, as far as this version can read it."""
     if kept.run != run:
-        return kept.manifest is None or link_product(parent, kept.label, store.join(kept.key), kept.manifest)
-    ref = open_stage_run(parent, kept.label, kept.digest, params=stage_params(kept.spec), running=False)
+        return (
+            kept.manifest is None
+            or is_wandb(parent.uri)
+            or link_product(parent, kept.label, store.join(kept.key), kept.manifest)
+        )
+    params = stage_params(recipe, kept.stage, kept.spec)
+    if is_wandb(parent.uri):
+        return _to_wandb(store, parent, kept, run, recipe, params)
+    ref = open_stage_run(parent, run, kept.label, kept.digest, params=params, running=False)
     if ref is None:
         return False
     with tempfile.TemporaryDirectory(prefix="radlads-record-") as folder:
         restore_record(store, kept.key, Path(folder))
         whole = catch_up(Path(folder, "metrics.jsonl"), ref)
+    whole &= show_inputs(ref, kept.inputs, kept.spec)
     if kept.manifest is not None:
-        whole &= mirror_product(parent, ref, kept.label, store.join(kept.key), kept.manifest)
+        uri = store.join(kept.key)
+        whole &= mirror_product(parent, ref, kept.label, uri, kept.manifest)
+        whole &= show_model(ref, run, uri, kept.manifest)
+        if kept.stage == PLAN.name:
+            whole &= add_params(parent, _planned(store, kept.key))
     if kept.ending is not None:
         whole &= settle_run(ref, kept.ending, kept.manifest.created_at if kept.manifest else None)
     return whole
+
+
+def _to_wandb(
+    store: Store, parent: TrackingRef, kept: KeptStage, run: str, recipe: Recipe | None, params: Mapping[str, Any]
+) -> bool:
+    ref = open_stage_run(parent, run, kept.label, kept.digest)
+    if kept.manifest is None or ref is None:
+        return True
+    config = {} if recipe is None else run_params(recipe)
+    return show_product(parent, ref, kept.label, store.join(kept.key), kept.manifest, config, params)
 
 
 def kept_stages(store: Store, run: str) -> Iterator[KeptStage]:
@@ -149,21 +179,15 @@ def _ending(kept: list[KeptStage]) -> Ending | None:
     return next((one.ending for one in kept if one.ending in ("FAILED", "KILLED")), None)
 
 
-def recipe_params(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe that differ from the defaults."""
-    return recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+def _planned(store: Store, key: str) -> dict[str, Any]:
+    try:
+        return planned_params(PlanReport.model_validate_json(store.read_file(key, "plan.json")))
+    except ValidationError:  # of another version
+        return {}
 
 
-def stage_params(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's spec, as shown in MLflow. The files of a pin are listed in the manifest only."""
-    pins = {
-        name: {key: value for key, value in pin.items() if key != "files"} for name, pin in spec.get("pins", {}).items()
-    }
-    return {**spec, "pins": pins} if pins else dict(spec)
-
-
-def _recipe(store: Store, run: str) -> tuple[str, dict[str, Any]]:
-    """The name of a run's recipe, which is its experiment in MLflow, and its parameters."""
+def _recipe(store: Store, run: str) -> tuple[str, Recipe | None]:
+    """The name of a run's recipe, which is its experiment in MLflow, and the recipe if this version can read it."""
     data = store.get_bytes(recipe_key(run))
     if data is None:
         raise UserError(f"the run '{run}' in {store.uri} has no recipe.yaml")
@@ -172,8 +196,8 @@ def _recipe(store: Store, run: str) -> tuple[str, dict[str, Any]]:
         recipe = parse_recipe(raw, where=f"recipe.yaml of '{run}'")
     except UserError as error:  # of another version of the project; only its name is needed
         _log.warning("the parameters of '%s' are not sent to MLflow: %s", run, error)
-        return str(raw.get("name") if isinstance(raw, dict) else run), {}
-    return recipe.name, recipe_params(recipe)
+        return str(raw.get("name") if isinstance(raw, dict) else run), None
+    return recipe.name, recipe
 
 
 def _reason(store: Store, key: str) -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -26,34 +27,40 @@ from prefect.exceptions import PrefectException
 from radlads.tasks.contracts.job import JobResources
 from radlads.tasks.launchers.launcher import Launcher
 from radlads.tasks.launchers.progress import Progress
+from radlads.tasks.plan_table import short_duration
 
 _log = logging.getLogger("prefect.radlads")
 IS_PROGRESS = "is_progress"
 """Attribute of the log records that say how far a stage is, for whoever shows that in another way."""
 _UPDATE_SECONDS = 2.0
+_LOG_SECONDS = 60.0
 
 
 class ProgressView:
-    """A progress bar in Prefect's page, and a log line at intervals; a log line and a table of every event."""
+    """A progress bar in Prefect's page, and a line in the run's log: at most one a minute, and at the end; a line and a
+    table of every event. clock: seconds."""
 
-    def __init__(self, run: str, label: str) -> None:
+    def __init__(self, run: str, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._key, self._run, self._label = artifact_key(run, label, "progress"), run, label
         self._artifact: UUID | None = None
-        self._shown_at = 0.0
-        self._logged_tenth = -1
+        self._shown_at = self._logged_at = -math.inf
+        self._began: tuple[float, float] | None = None
         self._events: tuple[str, ...] = ()
 
     def show(self, progress: Progress) -> None:
         """Called about once a second by the launcher."""
         self._show_events(progress.events)
         share = min(1.0, progress.done / progress.total) if progress.total else 0.0
-        now = time.monotonic()
+        now = self._clock()
+        if self._began is None:
+            self._began = (now, progress.done)
         if now - self._shown_at < _UPDATE_SECONDS and share < 1.0:
             return
         self._shown_at = now
-        text = describe(progress)
-        if int(share * 10) != self._logged_tenth:
-            self._logged_tenth = int(share * 10)
+        text = describe(progress, self._left(progress, now))
+        if now - self._logged_at >= _LOG_SECONDS or share >= 1.0:
+            self._logged_at = now
             _log.info("%s: %s", self._label, text, extra={IS_PROGRESS: True})
         with _best_effort():
             if self._artifact is None:
@@ -61,6 +68,12 @@ class ProgressView:
                 self._artifact = UUID(str(made))
             else:
                 update_progress_artifact(artifact_id=self._artifact, progress=100 * share, description=text)
+
+    def _left(self, progress: Progress, now: float) -> float | None:
+        """Seconds to go, at the pace since this process began to look; None before there is one."""
+        began, done = self._began or (now, progress.done)
+        pace = (progress.done - done) / (now - began) if now > began else 0.0
+        return (progress.total - progress.done) / pace if pace > 0 and progress.done < progress.total else None
 
     def _show_events(self, events: tuple[str, ...]) -> None:
         if events == self._events:
@@ -72,11 +85,14 @@ class ProgressView:
         show_table(self._run, f"{self._label}-events", rows, f"What the watch of {self._label} noticed: {self._run}")
 
 
-def describe(progress: Progress) -> str:
-    """ "120 of 500 steps · loss 1.234" """
-    text = f"{progress.done:,.0f} of {progress.total:,.0f} {progress.unit}"
-    loss = progress.metrics.get("loss")
-    return text if loss is None else f"{text} · loss {loss:.4g}"
+def describe(progress: Progress, left_seconds: float | None = None) -> str:
+    """ "120 of 500 steps · loss 1.234 · 9,000 tokens/s · 12 min to go" """
+    parts = [f"{progress.done:,.0f} of {progress.total:,.0f} {progress.unit}"]
+    loss, pace = progress.metrics.get("loss"), progress.metrics.get("tokens_per_second")
+    parts += [] if loss is None else [f"loss {loss:.4g}"]
+    parts += [] if pace is None else [f"{pace:,.0f} tokens/s"]
+    parts += [] if left_seconds is None else [f"{short_duration(left_seconds)} to go"]
+    return " · ".join(parts)
 
 
 def show_table(run: str, label: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:

@@ -11,7 +11,8 @@ from radlads.tasks.contracts.stages import Stage, stage_info
 from radlads.tasks.contracts.store.open import StoreError
 from radlads.tasks.contracts.tracking import close_run, open_stage_run, run_url
 from radlads.tasks.launchers.stopping import REQUEST
-from radlads.tasks.mirror import kept_stage, mirror_stage, stage_params
+from radlads.tasks.mirror import kept_stage, mirror_stage
+from radlads.tasks.mirrored.params import stage_params
 from radlads.tasks.observe import ProgressView, gpu_slot, show_link
 from radlads.tasks.pipeline import Pipeline
 from radlads.tasks.stage import Product, StageRequest, run_stage
@@ -30,9 +31,9 @@ def perform(
     opened: list[TrackingRef] = []
 
     def open_tracking(digest: str) -> TrackingRef | None:
-        params = stage_params(request.spec.model_dump(mode="json"))
+        params = stage_params(pipeline.recipe, stage, request.spec.model_dump(mode="json"))
         parent = pipeline.tracked()
-        ref = open_stage_run(parent, label, digest, params=params) if parent is not None else None
+        ref = open_stage_run(parent, pipeline.run, label, digest, params=params) if parent is not None else None
         if ref is None:
             pipeline.behind = pipeline.behind or bool(pipeline.settings.tracking)
             return None
@@ -69,7 +70,8 @@ def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | Non
     kept = None
     with suppress(StoreError, OSError):  # a fault of the store is reported by the job itself
         kept = kept_stage(pipeline.store, request.key)
-    if parent is not None and kept is not None and mirror_stage(pipeline.store, parent, kept, pipeline.run):
+    sent = parent is not None and kept is not None
+    if sent and mirror_stage(pipeline.store, parent, kept, pipeline.run, pipeline.recipe):
         if kept.ending is not None:
             return
     else:

@@ -18,6 +18,7 @@ from radlads.tasks.contracts.identity import identity, readings
 from radlads.tasks.contracts.job import SCHEMA_VERSION, InputRef, TrackingRef, first_fault
 from radlads.tasks.contracts.locks.lease import Lease, held_by, run_lease
 from radlads.tasks.contracts.locks.scratch_lock import hold_folder
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb, wandb_ref
 from radlads.tasks.contracts.parsing.files import file_errors
 from radlads.tasks.contracts.pins.content import ContentHashes
 from radlads.tasks.contracts.pins.packaged import at_fetched_teacher
@@ -36,7 +37,8 @@ from radlads.tasks.launchers.registry import find_launcher
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 from radlads.tasks.look.record import keep_places, keep_recipe, unknown_run
 from radlads.tasks.look.stop_request import StopWatch
-from radlads.tasks.mirror import recipe_params, sync_run
+from radlads.tasks.mirror import sync_run
+from radlads.tasks.mirrored.params import run_params
 from radlads.tasks.stage import Product, StageRequest, product_held
 
 _log = logging.getLogger(__name__)
@@ -69,14 +71,18 @@ class Pipeline:
     def tracked(self) -> TrackingRef | None:
         """The MLflow run of the whole pipeline, opened at first use; None without MLflow. After an outage it is retried
         at intervals."""
-        if self.parent is None and self.settings.tracking and time.monotonic() - self._tried_at >= _TRY_AGAIN_SECONDS:
+        uri = self.settings.tracking
+        if is_wandb(uri) and self.parent is None:
+            folder, identity = str(self.settings.home / "wandb"), (store_id(self.store), self.run)
+            self.parent = wandb_ref(uri, folder, self.recipe.name, self.run, *identity)
+        if self.parent is None and uri and time.monotonic() - self._tried_at >= _TRY_AGAIN_SECONDS:
             self._tried_at = time.monotonic()
             self.parent = open_pipeline_run(
-                self.settings.tracking,
+                uri,
                 self.recipe.name,
                 RunIdentity(store=store_id(self.store), run=self.run),
-                params=recipe_params(self.recipe),
-                tags={"radlads.store": self.store.uri},
+                params=run_params(self.recipe),
+                tags={"radlads.store": self.store.uri, "mlflow.note.content": self.recipe.description},
             )
             self.behind = self.behind or self.parent is None
         return self.parent

@@ -59,7 +59,9 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. --set distill.tokens=1e6."),
 ]
 StorePlace = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder; .radlads/store by default.")]
-TrackingPlace = Annotated[str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db, or none.")]
+TrackingPlace = Annotated[
+    str | None, typer.Option(help="MLflow: http://..., sqlite:///file.db; wandb:PROJECT; or none.")
+]
 WorkPlace = Annotated[str | None, typer.Option(help="Folder in which jobs run.")]
 RunName = Annotated[
     str,
@@ -79,6 +81,10 @@ RunNames = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ApproveOver = Annotated[
+    float | None,
+    typer.Option("--approve-over", metavar="DOLLARS", min=0, help="Ask before a stage that is estimated to cost more."),
+]
 FetchTeacher = Annotated[
     bool, typer.Option("--fetch-teacher", help="Download the teacher's package first, where the recipe names one.")
 ]

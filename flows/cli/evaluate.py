@@ -11,6 +11,7 @@ from radlads.flows.cli.application import (
     ERR,
     EXAMPLE,
     OUT,
+    ApproveOver,
     Overrides,
     StorePlace,
     TrackingPlace,
@@ -35,6 +36,7 @@ def evaluate(
     other_teacher: Annotated[
         bool, typer.Option("--other-teacher", help="Allow a teacher other than the one the models were made from.")
     ] = False,
+    approve_over: ApproveOver = None,
 ) -> None:
     """Evaluate a finished run again: other tasks, lengths or data (--set), the same teacher."""
     from radlads.flows import services
@@ -67,11 +69,13 @@ def evaluate(
 
     name = name or f"{judged_run}-judged-{datetime.now():%Y%m%d-%H%M%S}"
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    places.append(("--approve-over", None if approve_over is None else f"{approve_over:g}"))
     options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or []), *places]
     flags = ["--other-teacher"] if other_teacher else []
     again = command_line("evaluate", judged_run, *flags, options=options)
     parameters = {"judged_run": judged_run, "recipe": recipe, "run": name, "overrides": changes or None, "store": store,
-                  "tracking": tracking, "work": work, "other_teacher": other_teacher}  # fmt: skip
+                  "tracking": tracking, "work": work, "other_teacher": other_teacher,
+                  "approve_over": approve_over}  # fmt: skip
     with orchestrator():
         made = run_in_foreground(radlads_evaluate, parameters, again, err=ERR, shown=LiveTable(ERR, place, name))
     say_end(OUT, say, place, name, made)

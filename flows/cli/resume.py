@@ -5,11 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from radlads.flows.cli.application import ERR, EXAMPLE, OUT, RunName, StorePlace, TrackingPlace, WorkPlace, app, say
+from radlads.flows.cli.application import (
+    ERR,
+    EXAMPLE,
+    OUT,
+    ApproveOver,
+    RunName,
+    StorePlace,
+    TrackingPlace,
+    WorkPlace,
+    app,
+    say,
+)
 
 
 @app.command(epilog=EXAMPLE.format("radlads resume my-run"))
-def resume(run: RunName, store: StorePlace = None, tracking: TrackingPlace = None, work: WorkPlace = None) -> None:
+def resume(
+    run: RunName,
+    store: StorePlace = None,
+    tracking: TrackingPlace = None,
+    work: WorkPlace = None,
+    approve_over: ApproveOver = None,
+) -> None:
     """Continue a run that stopped, failed or died, by its recipe, its changes and its places."""
     from radlads.flows import services
     from radlads.flows.foreground import command_line, run_in_foreground
@@ -34,9 +51,10 @@ def resume(run: RunName, store: StorePlace = None, tracking: TrackingPlace = Non
     file = Path(private_folder(asked.home / "resumed"), f"{run}.yaml")
     write_private(file, how.recipe)
     places = [("--store", store), ("--tracking", tracking and (settings.tracking or "none")), ("--work", work)]
+    places.append(("--approve-over", None if approve_over is None else f"{approve_over:g}"))
     again = command_line("resume", run, options=places)
     parameters: dict[str, Any] = {"recipe": str(file), "run": run, "store": store, "work": work}
-    parameters["tracking"] = settings.tracking or "none"
+    parameters |= {"tracking": settings.tracking or "none", "approve_over": approve_over}
     with ERR.status("starting Prefect"):
         from radlads.flows.closing import say_end
         from radlads.flows.common import orchestrator

@@ -12,6 +12,7 @@ from radlads.flows.cli.application import (
     ERR,
     EXAMPLE,
     OUT,
+    ApproveOver,
     FetchTeacher,
     Overrides,
     RecipeName,
@@ -33,6 +34,7 @@ def run(
     tracking: TrackingPlace = None,
     work: WorkPlace = None,
     fetch: FetchTeacher = False,
+    approve_over: ApproveOver = None,
 ) -> None:
     """Run the pipeline in this process, with the services if they are up. Run it again to continue after a failure."""
     from radlads.flows import services
@@ -69,9 +71,10 @@ def run(
     flow = radlads_pretrain if asked.pretrain else radlads
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     places: list[tuple[str, str | None]] = [("--store", store), ("--tracking", tracking), ("--work", work)]
+    places.append(("--approve-over", None if approve_over is None else f"{approve_over:g}"))
     again = command_line("run", recipe, options=[("--run", name), *(("--set", p) for p in overrides or []), *places])
     parameters: dict[str, Any] = {"recipe": recipe, "run": name, "overrides": changes or None}
-    parameters |= {"store": store, "tracking": tracking, "work": work}
+    parameters |= {"store": store, "tracking": tracking, "work": work, "approve_over": approve_over}
     with orchestrator():
         made = run_in_foreground(flow, parameters, again, err=ERR, shown=LiveTable(ERR, place, name))
     say_end(OUT, say, place, name, made)

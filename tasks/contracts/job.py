@@ -53,11 +53,15 @@ class LeaseRef(Sheet):
 
 
 class TrackingRef(Sheet):
-    """The MLflow run that a job continues."""
+    """The run of MLflow, or of Weights & Biases, that a job continues."""
 
     uri: str
     experiment: str
     run_id: str
+    name: str = ""
+    """Of a run of W&B: `RUN / stage`."""
+    folder: str = ""
+    """Where W&B keeps its files."""
 
 
 class JobResources(Sheet):

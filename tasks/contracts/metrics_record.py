@@ -2,24 +2,37 @@
 
 A row is written and flushed at once. A separate thread reads the file and sends rows that MLflow does not have yet.
 MLflow itself is queried for the last step of each metric, so any later process can continue from there, and no step of
-a metric is sent twice. The steps that a rollback repeats are sent under names of their own (`rollback-1/loss`).
+a metric is sent twice. The steps that a rollback repeats are sent under names of their own (`rollback-1/loss`). Losses
+are sent twice, under their names by the optimizer step, which logs and checkpoints count, and as `by_tokens/<name>` by
+the tokens seen, which alone compares runs whose batches or contexts differ.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from radlads.tasks.contracts.events import Event, Repeats, events_of, kept_rows
 from radlads.tasks.contracts.job import TrackingRef
+from radlads.tasks.contracts.mirrors.record_file import (
+    NOT_METRICS,
+    TokenAxis,
+    finite,
+    named,
+    notes_path,
+    parse_rows,
+    read_from,
+    read_notes,
+    replace_file,
+)
+from radlads.tasks.contracts.mirrors.weights_biases import WandbMirror, is_wandb
 from radlads.tasks.contracts.parsing.credentials import hide, with_credentials
 
 if TYPE_CHECKING:
@@ -28,10 +41,8 @@ if TYPE_CHECKING:
 _SQLITE = "sqlite:///"
 _log = logging.getLogger(__name__)
 _METRICS_PER_BATCH = 1000
-_READ_BYTES = 1 << 18
 _FLUSH_SECONDS = 2.0
 _LONGEST_WAIT_SECONDS = 60.0
-_NOT_METRICS = {"step", "time", "event"}
 
 
 def connect(uri: str) -> MlflowClient:
@@ -74,14 +85,14 @@ class MetricsRecord:
         self._stream: TextIO | None = None
         self._last_step: dict[str, int] = {}
         self._rewrite(lambda rows: rows)
-        self._mirror = _Mirror(path, ref, self._lock) if ref is not None else None
+        self._mirror = _mirror_of(path, ref, self._lock) if ref is not None else None
         if self._mirror is not None:
             self._mirror.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row. step: the optimizer step, never smaller than an earlier one of the same metric; a metric
         already recorded for this step is not changed. Values that are not finite are written as null."""
-        fresh = {key: _number(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
+        fresh = {key: finite(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
         if not fresh:
             return
         self._write(step, fresh)
@@ -99,7 +110,7 @@ class MetricsRecord:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row so far."""
-        return _parse(self.path.read_bytes())[0]
+        return parse_rows(self.path.read_bytes())[0]
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Add params to the MLflow run; existing ones are not changed."""
@@ -130,28 +141,33 @@ class MetricsRecord:
 
     def _note(self, kind: str, values: dict[str, Any]) -> None:
         with self._lock:
-            notes = _read_notes(self.path)
+            notes = read_notes(self.path)
             notes.setdefault(kind, {}).update(values)
-            _replace(_notes_path(self.path), json.dumps(notes).encode())
+            replace_file(notes_path(self.path), json.dumps(notes).encode())
 
     def _rewrite(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
         with self._lock:
             if self._stream is not None:
                 self._stream.close()
             if self.path.exists():
-                rows = keep(_parse(self.path.read_bytes())[0])
-                _replace(self.path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+                rows = keep(parse_rows(self.path.read_bytes())[0])
+                replace_file(self.path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
             else:
                 rows = []
-            self._last_step = {key: row["step"] for row in rows for key in row if key not in _NOT_METRICS}
+            self._last_step = {key: row["step"] for row in rows for key in row if key not in NOT_METRICS}
             self._stream = self.path.open("a", encoding="utf-8")
 
 
 def catch_up(path: Path, ref: TrackingRef) -> bool:
-    """Send MLflow the missing rows of a record that is complete; returns whether that succeeded."""
-    if not path.exists() and not _notes_path(path).exists():
+    """Send MLflow the missing rows of a record that is complete; returns whether that succeeded. W&B keeps them
+    itself."""
+    if is_wandb(ref.uri) or (not path.exists() and not notes_path(path).exists()):
         return True
     return _Mirror(path, ref, threading.Lock()).try_once()
+
+
+def _mirror_of(path: Path, ref: TrackingRef, lock: threading.Lock) -> _Mirror | WandbMirror:
+    return WandbMirror(path, ref, lock) if is_wandb(ref.uri) else _Mirror(path, ref, lock)
 
 
 class _Mirror(threading.Thread):
@@ -164,6 +180,7 @@ class _Mirror(threading.Thread):
         self._generation = 0
         self._sent: dict[str, int] | None = None
         self._repeats = Repeats()
+        self._tokens = TokenAxis()
         self._events: list[Event] = []
         self._events_sent: list[Event] = []
         self._notes_sent: dict[str, Any] = {}
@@ -183,7 +200,7 @@ class _Mirror(threading.Thread):
     def reread(self) -> None:
         """The file was rewritten: read it from the start, skipping rows that were sent."""
         with self._lock:
-            self._offset, self._repeats, self._events = 0, Repeats(), []
+            self._offset, self._repeats, self._tokens, self._events = 0, Repeats(), TokenAxis(), []
             self._generation += 1
 
     def stop(self, timeout_seconds: float) -> None:
@@ -216,15 +233,16 @@ class _Mirror(threading.Thread):
         while True:
             with self._lock:
                 generation, repeats, events = self._generation, copy(self._repeats), self._events
-                data = _read_from(self._path, self._offset)
-            rows, used = _parse(data)
+                tokens = copy(self._tokens)
+                data = read_from(self._path, self._offset)
+            rows, used = parse_rows(data)
             if not used:
                 break
             metrics = [
-                Metric(key, value, row["time"], row["step"])
+                Metric(key, value, row["time"], step)
                 for row in rows
-                for key, value in _named(row, repeats.prefix(row))
-                if value is not None and row["step"] > self._sent.get(key, -1)
+                for key, value, step in named(row, repeats.prefix(row), tokens.at(row))
+                if value is not None and step > self._sent.get(key, -1)
             ]
             sent = dict(self._sent)
             for metric in metrics:
@@ -235,7 +253,7 @@ class _Mirror(threading.Thread):
             with self._lock:
                 if self._generation == generation:
                     self._offset += used
-                    self._repeats, self._events = repeats, events + events_of(rows)
+                    self._repeats, self._tokens, self._events = repeats, tokens, events + events_of(rows)
         self._send_events(client)
         self._send_notes(client)
 
@@ -253,7 +271,7 @@ class _Mirror(threading.Thread):
         from mlflow.entities import Param
 
         with self._lock:
-            notes = _read_notes(self._path)
+            notes = read_notes(self._path)
         if notes == self._notes_sent:
             return
         known = client.get_run(self._ref.run_id).data.params
@@ -264,57 +282,3 @@ class _Mirror(threading.Thread):
             if path not in self._notes_sent.get("artifacts", {}) and os.path.exists(path):
                 client.log_artifact(self._ref.run_id, path)
         self._notes_sent = notes
-
-
-def _named(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float | None]]:
-    """The metrics of a row, under the names that they have in MLflow."""
-    yield from ((f"{prefix}{name}", value) for name, value in row.items() if name not in _NOT_METRICS)
-
-
-def _number(value: float) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _parse(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Rows of complete lines, and their size in bytes; an incomplete last line is left out."""
-    rows: list[dict[str, Any]] = []
-    used = 0
-    while (end := data.find(b"\n", used)) >= 0:
-        row = _row(data[used:end])
-        if row is not None:
-            rows.append(row)
-        used = end + 1
-    return rows, used
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("time"), int)
-    return row if whole else None
-
-
-def _read_from(path: Path, offset: int) -> bytes:
-    if not path.exists():
-        return b""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        return stream.read(_READ_BYTES)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _notes_path(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-notes.json")
-
-
-def _read_notes(path: Path) -> dict[str, Any]:
-    notes = _notes_path(path)
-    return dict(json.loads(notes.read_bytes())) if notes.exists() else {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ _SHORTEST_KEY = 8
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,253}[a-zA-Z0-9]")
 _DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+[a-z0-9_]+)?://")
+_WANDB = re.compile(r"wandb:(?:[A-Za-z0-9_.-]{1,64}/)?[A-Za-z0-9_.-]{1,128}")
 _LONGEST_PLACE = 1024
 _LARGEST_NUMBER = 1e6
 
@@ -60,8 +62,8 @@ def resolve_settings(
     """Arguments take precedence over RADLADS_* variables, these over `.radlads` in the working directory.
 
     store: `s3://bucket/prefix` or a folder (RADLADS_STORE; the endpoint of S3 is RADLADS_S3_ENDPOINT). tracking:
-    `http://server`, `sqlite:///file`, or `none` (RADLADS_TRACKING). work: RADLADS_WORK. User and password are removed
-    from addresses and kept in memory (credentials.py): settings contain none. Raises UserError.
+    `http://server`, `sqlite:///file`, `wandb:PROJECT`, or `none` (RADLADS_TRACKING). work: RADLADS_WORK. User and
+    password are removed from addresses and kept in memory (credentials.py): settings contain none. Raises UserError.
     """
     env = os.environ if environment is None else environment
     learn(env)
@@ -89,6 +91,30 @@ def serving_key(variable: str | None, environment: Mapping[str, str] | None = No
             f"{variable or API_KEY}: a key has {_SHORTEST_KEY} or more letters, digits and signs of ASCII, no spaces"
         )
     return key
+
+
+@dataclass(frozen=True)
+class Notices:
+    """Who is told of a run that failed or waits. url: a webhook, which is a secret. block: kind and name of one of
+    Prefect's notification blocks, e.g. `sendgrid-email` and `me`."""
+
+    url: str | None = field(default=None, repr=False)
+    block: tuple[str, str] | None = None
+
+
+def resolve_notices(environment: Mapping[str, str] | None = None) -> Notices:
+    """RADLADS_NOTIFY_URL and RADLADS_NOTIFY_BLOCK. Raises UserError, without the address."""
+    env = os.environ if environment is None else environment
+    learn(env)
+    url, block = env.get("RADLADS_NOTIFY_URL") or None, env.get("RADLADS_NOTIFY_BLOCK") or None
+    if url is not None and not re.fullmatch(r"https?://[^\s/]+\S*", url):
+        raise UserError("RADLADS_NOTIFY_URL is not an address; write it as https://host/path")
+    kind, slash, name = (block or "").partition("/")
+    if block is not None and not (kind and slash and name):
+        raise UserError(
+            f"RADLADS_NOTIFY_BLOCK is '{one_line(block, 60)}'; write it as kind/name, e.g. slack-webhook/team"
+        )
+    return Notices(url, (kind, name) if block is not None else None)
 
 
 def check_run_name(name: str) -> str:
@@ -175,6 +201,13 @@ def _tracking_uri(uri: str) -> str:
                 number = errno.EACCES if folder.is_dir() else errno.EEXIST
                 raise OSError(number, os.strerror(number))
         return f"sqlite:///{path}"
+    if uri.startswith("wandb:"):
+        if not _WANDB.fullmatch(uri):
+            raise UserError(f"tracking '{one_line(uri, 80)}': write W&B as wandb:PROJECT or wandb:ENTITY/PROJECT")
+        found = importlib.util.find_spec("wandb")
+        if found is None or found.origin is None:  # W&B's own folder of files is no package
+            raise UserError(f"tracking '{uri}' needs a package that is not installed: pip install 'radlads[wandb]'")
+        return uri
     if uri.startswith(("http://", "https://")):
         return _web_address("tracking", uri)
     if _DATABASE.match(uri):
@@ -183,8 +216,8 @@ def _tracking_uri(uri: str) -> str:
             raise UserError("tracking: write a database as postgresql://user:password@host/name, without ?password=")
         return clean
     raise UserError(
-        f"tracking '{one_line(hide(uri), 80)}' is not an MLflow server (http://...), a database (sqlite:///file.db) or "
-        "'none'; MLflow no longer keeps runs in a plain folder"
+        f"tracking '{one_line(hide(uri), 80)}' is not an MLflow server (http://...), a database (sqlite:///file.db), "
+        "wandb:PROJECT or 'none'; MLflow no longer keeps runs in a plain folder"
     )
 
 

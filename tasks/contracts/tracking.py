@@ -17,8 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from radlads.tasks.contracts.job import Manifest, TrackingRef
-from radlads.tasks.contracts.metrics_record import MetricsRecord, connect, latest_metrics
+from radlads.tasks.contracts.job import TrackingRef
+from radlads.tasks.contracts.metrics_record import MetricsRecord, connect
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb, wandb_ref
 from radlads.tasks.contracts.parsing.credentials import hide
 
 if TYPE_CHECKING:
@@ -28,15 +29,16 @@ __all__ = [
     "Ending",
     "MetricsRecord",
     "RunIdentity",
+    "add_params",
     "close_run",
     "flatten",
-    "link_product",
     "log_file",
-    "mirror_product",
+    "metric_name",
     "nest_run",
     "open_pipeline_run",
     "open_stage_run",
     "open_sweep_run",
+    "outage_is_no_error",
     "retag_run",
     "run_url",
     "settle_run",
@@ -79,6 +81,7 @@ def open_pipeline_run(
 
 def open_stage_run(
     parent: TrackingRef,
+    run: str,
     stage: str,
     digest: str,
     *,
@@ -86,14 +89,16 @@ def open_stage_run(
     tags: Mapping[str, str] | None = None,
     running: bool = True,
 ) -> TrackingRef | None:
-    """The child run of a stage, continued if there is one. None when MLflow cannot be reached.
+    """The child run of a stage, `RUN / stage`, continued if there is one. None when MLflow cannot be reached.
 
-    stage: its name within the run, e.g. "align" or "tokenize train". digest: of its product; another digest gets a run,
-    and so a curve, of its own.
+    run: the pipeline run's name. stage: its name within the run, e.g. "align" or "tokenize train". digest: of its
+    product; another digest gets a run, and so a curve, of its own.
     """
+    if is_wandb(parent.uri):
+        return wandb_ref(parent.uri, parent.folder, parent.experiment, f"{run} / {stage}", parent.run_id, digest)
     identity = {"mlflow.parentRunId": parent.run_id, "radlads.digest": digest}
     marks = {**identity, "radlads.stage": stage, "radlads.kind": "stage", **(tags or {})}
-    return _open(parent.uri, parent.experiment, stage, identity, marks, params, running)
+    return _open(parent.uri, parent.experiment, f"{run} / {stage}", identity, marks, params, running)
 
 
 def open_sweep_run(
@@ -107,7 +112,7 @@ def open_sweep_run(
 
 def nest_run(parent: TrackingRef, child: TrackingRef) -> bool:
     """Make one MLflow run the parent of another; returns whether it is. An outage is no error."""
-    with _outage_is_no_error(parent.uri):
+    with outage_is_no_error(parent.uri):
         client = connect(parent.uri)
         if client.get_run(child.run_id).data.tags.get("mlflow.parentRunId") != parent.run_id:
             client.set_tag(child.run_id, "mlflow.parentRunId", parent.run_id)
@@ -117,9 +122,9 @@ def nest_run(parent: TrackingRef, child: TrackingRef) -> bool:
 
 def close_run(ref: TrackingRef | None, status: Ending) -> bool:
     """End a run; returns whether MLflow was updated. An outage is no error."""
-    if ref is None:
+    if ref is None or is_wandb(ref.uri):
         return True
-    with _outage_is_no_error(ref.uri):
+    with outage_is_no_error(ref.uri):
         connect(ref.uri).set_terminated(ref.run_id, status)
         return True
     return False
@@ -127,7 +132,7 @@ def close_run(ref: TrackingRef | None, status: Ending) -> bool:
 
 def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) -> bool:
     """Set a run's final status in MLflow if it has none; returns whether it has one. An outage is no error."""
-    with _outage_is_no_error(ref.uri):
+    with outage_is_no_error(ref.uri):
         client = connect(ref.uri)
         if client.get_run(ref.run_id).info.status != status:
             at = None if ended is None else int(ended.timestamp() * 1000)
@@ -136,60 +141,9 @@ def settle_run(ref: TrackingRef, status: Ending, ended: datetime | None = None) 
     return False
 
 
-def mirror_product(
-    parent: TrackingRef | None, stage: TrackingRef | None, label: str, uri: str, manifest: Manifest
-) -> bool:
-    """Show a product in MLflow: its numbers in the pipeline's run, the uri of its files in its own; weights are not
-    uploaded. Repeating it changes nothing; an outage is no error. Returns whether MLflow has it."""
-    if parent is None:
-        return False
-    with _outage_is_no_error(parent.uri):
-        from mlflow.entities import Metric
-
-        client = connect(parent.uri)
-        at = int(manifest.created_at.timestamp() * 1000)
-        numbers = {
-            f"{_metric_name(label)}/{_metric_name(key)}": float(value)
-            for key, value in flatten(manifest.metrics).items()
-            if _is_number(value)
-        }
-        known = latest_metrics(client, parent.run_id)
-        metrics = [
-            Metric(key, value, at, known[key][0] + 1 if key in known else 0)  # a product made again has other values
-            for key, value in numbers.items()
-            if key not in known or known[key][1] != value
-        ]
-        for start in range(0, len(metrics), 1000):
-            client.log_batch(parent.run_id, metrics=metrics[start : start + 1000])
-        if stage is None:
-            return False
-        client.set_tag(stage.run_id, "radlads.output_uri", uri)
-        files = [entry.model_dump(mode="json", exclude_none=True) for entry in manifest.files]
-        client.log_dict(stage.run_id, {"uri": uri, "digest": manifest.digest, "files": files}, "product.json")
-        return True
-    return False
-
-
-def link_product(parent: TrackingRef, label: str, uri: str, manifest: Manifest) -> bool:
-    """Show in a pipeline's run a product of another run: its uri, its run, and a link to the MLflow run with its
-    numbers, which are not copied. Repeating it changes nothing; an outage is no error. Returns whether MLflow has it.
-    """
-    with _outage_is_no_error(parent.uri):
-        client, name = connect(parent.uri), f"radlads.reused.{_metric_name(label).replace(' ', '-')}"
-        tags = {name: uri, f"{name}.digest": manifest.digest, f"{name}.run": manifest.run}
-        if manifest.mlflow_run_id is not None:
-            tags[f"{name}.mlflow_run_id"] = manifest.mlflow_run_id
-        known = client.get_run(parent.run_id).data.tags
-        for key, value in tags.items():
-            if known.get(key) != value:
-                client.set_tag(parent.run_id, key, value)
-        return True
-    return False
-
-
 def retag_run(uri: str, run_id: str, digest: str) -> bool:
     """Change the digest in the tags of a stage's MLflow run; returns whether it is changed. An outage is no error."""
-    with _outage_is_no_error(uri):
+    with outage_is_no_error(uri):
         connect(uri).set_tag(run_id, "radlads.digest", digest)
         return True
     return False
@@ -197,8 +151,8 @@ def retag_run(uri: str, run_id: str, digest: str) -> bool:
 
 def log_file(ref: TrackingRef | None, name: str, data: bytes) -> None:
     """Add a small file (a picture, a report) to a run. An outage is no error."""
-    if ref is not None:
-        with _outage_is_no_error(ref.uri), tempfile.TemporaryDirectory() as folder:
+    if ref is not None and not is_wandb(ref.uri):
+        with outage_is_no_error(ref.uri), tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             path.write_bytes(data)
             connect(ref.uri).log_artifact(ref.run_id, str(path))
@@ -209,6 +163,14 @@ def run_url(ref: TrackingRef | None) -> str | None:
     if ref is None or not ref.uri.startswith("http"):
         return None
     return f"{ref.uri.rstrip('/')}/#/experiments/{_experiment_id(connect(ref.uri), ref)}/runs/{ref.run_id}"
+
+
+def add_params(ref: TrackingRef, params: Mapping[str, Any]) -> bool:
+    """Add params to a run; existing ones are not changed. Returns whether it has them. An outage is no error."""
+    with outage_is_no_error(ref.uri):
+        _add_params(connect(ref.uri), ref.run_id, params)
+        return True
+    return False
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -231,7 +193,7 @@ def _open(
     params: Mapping[str, Any] | None,
     running: bool,
 ) -> TrackingRef | None:
-    with _outage_is_no_error(uri):
+    with outage_is_no_error(uri):
         client = connect(uri)
         experiment_id = _find_experiment(client, uri, experiment)
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
@@ -240,8 +202,9 @@ def _open(
         )
         if found:
             run_id = str(found[0].info.run_id)
-            if running:
-                client.update_run(run_id, status="RUNNING")
+            renamed = name if found[0].info.run_name != name else None  # an earlier version named stages otherwise
+            if running or renamed:
+                client.update_run(run_id, status="RUNNING" if running else None, name=renamed)
         else:
             run_id = str(client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id)
         _add_params(client, run_id, params or {})
@@ -270,7 +233,7 @@ def _find_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def _experiment_id(client: MlflowClient, ref: TrackingRef) -> str:
-    with _outage_is_no_error(ref.uri):
+    with outage_is_no_error(ref.uri):
         return str(client.get_run(ref.run_id).info.experiment_id)
     return "0"
 
@@ -291,16 +254,13 @@ def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
         client.log_batch(run_id, params=fresh[start : start + _PARAMS_PER_BATCH])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _metric_name(text: str) -> str:
+def metric_name(text: str) -> str:
+    """A name that MLflow accepts."""
     return re.sub(r"[^\w./ -]", "_", text)
 
 
 @contextmanager
-def _outage_is_no_error(uri: str) -> Iterator[None]:
+def outage_is_no_error(uri: str) -> Iterator[None]:
     """Catches the errors of MLflow, requests and SQLAlchemy; none of them may stop a training run."""
     try:
         yield

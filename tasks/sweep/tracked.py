@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from radlads.tasks.contracts.job import TrackingRef
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb
 from radlads.tasks.contracts.store.base import Store
 from radlads.tasks.contracts.store.open import store_id
 from radlads.tasks.contracts.tracking import (
@@ -14,6 +15,7 @@ from radlads.tasks.contracts.tracking import (
     open_pipeline_run,
     open_sweep_run,
 )
+from radlads.tasks.mirrored.params import flat_params
 from radlads.tasks.sweep.grid import Member, plain_value
 from radlads.tasks.sweep.record import SweepRecord
 
@@ -21,11 +23,11 @@ from radlads.tasks.sweep.record import SweepRecord
 class TrackedSweep:
     """MLflow may be away at any time: what it lacks of the sweep then, it gets as the sweep ends.
 
-    uri: MLflow's, "" without one. experiment: the recipe's name, as of the members' runs.
+    uri: MLflow's, "" without one; W&B shows members alone. experiment: the recipe's name, as of the members' runs.
     """
 
     def __init__(self, store: Store, uri: str, sweep: str, experiment: str, record: SweepRecord) -> None:
-        self._store, self._uri, self._experiment = store, uri, experiment
+        self._store, self._uri, self._experiment = store, "" if is_wandb(uri) else uri, experiment
         self._identity = RunIdentity(store=store_id(store), run=sweep)
         self._grid = {f"grid.{key}": ", ".join(map(plain_value, values)) for key, values in record.grid.items()}
         self._begun: list[Member] = []
@@ -59,7 +61,7 @@ class TrackedSweep:
             self._uri,
             self._experiment,
             RunIdentity(store=self._identity.store, run=member.name),
-            params=member.values,
+            params=dict(flat_params(member.values)),
             tags={"radlads.store": self._store.uri, "mlflow.parentRunId": parent.run_id},
             running=False,
         )

@@ -150,6 +150,8 @@ class FakeJobs:
     """Location in the recipe → what the next plan finds there."""
     teacher: str = "f"
     """Fingerprint of the teacher that the next plan sees."""
+    dollars: dict[str, float] = field(default_factory=dict)
+    """Stage → its cost by the next plan."""
     metrics: dict[str, Callable[[JobSpec], dict]] = field(default_factory=dict)
     """Stage → the numbers of its product."""
 
@@ -169,7 +171,7 @@ class FakeJobs:
             (scratch / "exit.json").write_text(json.dumps({"reason": reason, "message": f"no luck with {spec.stage}"}))
             return 1
         output = scratch / "output"
-        for name, data in product_files(spec, self.teacher, self.contents).items():
+        for name, data in product_files(spec, self.teacher, self.contents, self.dollars).items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (output / name).write_bytes(data)
         store = open_store(spec.store)
@@ -184,7 +186,7 @@ class FakeJobs:
         return 0
 
 
-def product_files(spec, fingerprint="f", contents=None):
+def product_files(spec, fingerprint="f", contents=None, dollars=None):
     if spec.stage == "plan":
         teacher = TeacherRef(path="demo", fingerprint=fingerprint, tokenizer_fingerprint="t")
         student = parse_recipe(spec.spec["recipe"]).student
@@ -207,7 +209,7 @@ def product_files(spec, fingerprint="f", contents=None):
             attention_layers=() if late else (1,), choice=student.attention_layers if late else None,
             stages={"align": {
                 "tokens": 4096, "steps": 16, "context": 64, "batch": 4, "seconds": None, "memory_bytes_per_gpu": {},
-            }},
+            }} | {stage: {"dollars": cost, "gpu_hours": cost / 2} for stage, cost in (dollars or {}).items()},
         )  # fmt: skip
         return {"plan.json": report.model_dump_json().encode()}
     if spec.stage == "choose":

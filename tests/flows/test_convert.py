@@ -24,6 +24,7 @@ from radlads.tasks.contracts.store.pointers import read_pointers
 from radlads.tasks.launchers import gpu_lock
 from radlads.tasks.launchers import local as launch
 from radlads.tasks.mirror import sync_run
+from radlads.tasks.mirrored import inputs, products
 from radlads.tasks.pipeline import finished_students
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -242,10 +243,29 @@ def test_mlflow_has_a_parent_and_a_child_for_every_stage(recipe, places, jobs, t
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     children = {run.info.run_name: run for run in runs if run is not parent}
+    children = {name.removeprefix("r1 / "): run for name, run in children.items()}
     assert sorted(children) == sorted(stage if stage != "tokenize" else "tokenize train" for stage in STAGES)
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert parent.data.params["align.tokens"] == "4096"
+    for run in (parent, children["align"]):
+        assert run.data.params["variant"] == "rad_rwkv7"
+        assert run.data.params["teacher"] == "demo"
+        assert run.data.params["layers"] == "1"
+        assert run.data.params["align.optimizer.beta2"] == "0.95", "a default"
+    assert children["tokenize train"].data.params["data.train.sources.0.kind"] == "files"
+    assert parent.data.params["planned.student_parameters"] == "12"
+    read = {one.dataset.name: one.tags[0].value for one in children["distill"].inputs.dataset_inputs}
+    assert read == {"data": "tokens", "teacher: demo": "teacher"}
+    made = client.search_logged_models([parent.info.experiment_id])
+    models = {model.model_id: model.name for model in made}
+    assert sorted(models.values()) == ["r1-align", "r1-distill", "r1-finetune", "r1-publish", "r1-transplant"]
+    distill = client.get_run(children["distill"].info.run_id)
+    assert [models[one.model_id] for one in distill.inputs.model_inputs] == ["r1-align"]
+    (version,) = client.search_model_versions("name = 'tiny'")
+    place = f"{tmp_path}/store/products/publish/{jobs.specs['publish'].digest}"
+    assert (version.tags["radlads.uri"], version.tags["radlads.run"]) == (place, "r1")
+    assert len(version.tags["radlads.sha256"]) == 64
     assert parent.data.metrics["distill/loss"] == 0.25
     assert children["align"].data.metrics["loss"] == 0.5
     place = f"{tmp_path}/store/products/align/{jobs.specs['align'].digest}"
@@ -261,7 +281,7 @@ def test_mlflow_links_what_another_run_made(recipe, places, jobs, tmp_path):
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     parents = {run.data.tags["radlads.run"]: run for run in runs if "mlflow.parentRunId" not in run.data.tags}
-    align = [run for run in runs if run.info.run_name == "align"]
+    align = [run for run in runs if run.info.run_name == "r1 / align"]
     assert [run.data.tags["mlflow.parentRunId"] for run in align] == [parents["r1"].info.run_id]
     tags = parents["r2"].data.tags
     assert tags["radlads.reused.align"] == made["align"]
@@ -273,7 +293,7 @@ def test_mlflow_links_what_another_run_made(recipe, places, jobs, tmp_path):
     assert "align/loss" not in parents["r2"].data.metrics
     assert parents["r2"].data.metrics["distill/loss"] == 0.25
     sync_run(open_store(StoreRef(uri=places["store"])), uri, "r2")
-    assert len([r for r in client.search_runs([align[0].info.experiment_id]) if r.info.run_name == "align"]) == 1
+    assert len([r for r in client.search_runs([align[0].info.experiment_id]) if r.info.run_name == "r1 / align"]) == 1
 
 
 def test_a_dead_tracking_server_does_not_matter(recipe, places, jobs):
@@ -289,7 +309,7 @@ def test_mlflow_is_caught_up_by_the_next_attempt(recipe, places, jobs, tmp_path)
     assert set(jobs.launched.values()) == {1}
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    align = [run for run in runs if run.info.run_name == "align"]
+    align = [run for run in runs if run.info.run_name == "r1 / align"]
     assert len(align) == 1
     assert [metric.value for metric in client.get_metric_history(align[0].info.run_id, "loss")] == [0.5]
     assert "product.json" in {item.path for item in client.list_artifacts(align[0].info.run_id)}
@@ -312,7 +332,8 @@ def mlflow(database, monkeypatch):
         return real(uri)
 
     monkeypatch.setattr(metrics_record, "connect", connect)
-    monkeypatch.setattr(tracking, "connect", connect)
+    for module in (tracking, inputs, products):
+        monkeypatch.setattr(module, "connect", connect)
     return database, away
 
 
@@ -322,7 +343,11 @@ def curves(uri, name):
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     parents = {run.info.run_id: run.info.status for run in runs if run.data.tags.get("radlads.run") == name}
     found = [
-        (run.info.run_name, [m.value for m in client.get_metric_history(run.info.run_id, "loss")], run.info.status)
+        (
+            run.info.run_name.removeprefix(f"{name} / "),
+            [m.value for m in client.get_metric_history(run.info.run_id, "loss")],
+            run.info.status,
+        )
         for run in runs
         if run.data.tags.get("mlflow.parentRunId") in parents
     ]

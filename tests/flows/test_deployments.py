@@ -31,7 +31,7 @@ def test_names():
         assert set(deployment.get("parameters", {})) <= set(flow.parameters.properties)
         assert deployment["work_pool"]["name"] == WORK_POOL
         names.add(f"{flow.name}/{deployment['name']}")
-    assert names == {"radlads/full", "radlads/smoke", "radlads-evaluate/full", "radlads-pretrain/full"}
+    assert names == {"radlads/full", "radlads/smoke", "radlads-evaluate/evaluate", "radlads-pretrain/pretrain"}
 
 
 def test_nothing_is_pulled():

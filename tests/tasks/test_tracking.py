@@ -20,10 +20,10 @@ from radlads.tasks.contracts.tracking import (
     RunIdentity,
     close_run,
     log_file,
-    mirror_product,
     open_pipeline_run,
     open_stage_run,
 )
+from radlads.tasks.mirrored.products import mirror_product
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -46,21 +46,21 @@ def history(ref, key):
 def test_a_retry_finds_its_runs_again(uri):
     one = RunIdentity(store="s", run="run-1")
     parent = open_pipeline_run(uri, "recipe", one, params={"recipe": {"align": {"tokens": 5}}})
-    child = open_stage_run(parent, "align", "d1", params={"tokens": 5, "none": None})
+    child = open_stage_run(parent, "run-1", "align", "d1", params={"tokens": 5, "none": None})
     close_run(child, "FAILED")
     close_run(parent, "FAILED")
     again = open_pipeline_run(uri, "recipe", one, params={"recipe": {"align": {"tokens": 6}}})
     assert again == parent
-    assert open_stage_run(again, "align", "d1", params={"tokens": 6}) == child
-    assert open_stage_run(again, "align", "d2") != child
+    assert open_stage_run(again, "run-1", "align", "d1", params={"tokens": 6}) == child
+    assert open_stage_run(again, "run-1", "align", "d2") != child
     assert open_pipeline_run(uri, "recipe", RunIdentity(store="s", run="run-2")) != parent
     client = MlflowClient(uri)
     run = client.get_run(child.run_id)
-    assert run.info.status == "RUNNING"
+    assert (run.info.run_name, run.info.status) == ("run-1 / align", "RUNNING")
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert run.data.params == {"tokens": "5"}
     assert client.get_run(parent.run_id).data.params == {"recipe.align.tokens": "5"}
-    assert open_stage_run(again, "align", "d1", params={"tokens": 7, "other": 1}) == child
+    assert open_stage_run(again, "run-1", "align", "d1", params={"tokens": 7, "other": 1}) == child
     assert client.get_run(child.run_id).data.params == {"tokens": "5", "other": "1"}
 
 
@@ -83,7 +83,7 @@ def test_numbers_of_a_product_are_shown_once(uri, ref):
             code=CodeVersion(sha=None, versions={}), created_at=datetime.fromtimestamp(at, UTC),
         )  # fmt: skip
 
-    stage = open_stage_run(ref, "align", "d")
+    stage = open_stage_run(ref, "run", "align", "d")
     for loss, at in ((0.5, 100), (0.5, 100), (0.5, 200), (0.25, 300)):
         assert mirror_product(ref, stage, "align", "/store/align", product(loss, at))
     assert history(ref, "align/loss") == [(0, 0.5), (1, 0.25)]

@@ -57,6 +57,10 @@ class Schedule(Section):
         return self
 
 
+_HELDOUT_SHARE = 20
+"""Training tokens to a held-out one along the way."""
+
+
 class MixedRows(Section):
     """Rows of a second dataset among a stage's own, spread evenly."""
 
@@ -100,8 +104,9 @@ class Training(Section):
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
-    heldout_every: Annotated[int, OPERATIONAL] = Field(default=0, ge=0)
-    """Optimizer steps between held-out evaluations; 0: only at the end."""
+    heldout_every: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=0)
+    """Optimizer steps between held-out evaluations; 0: only at the end. None: ten along the way, or fewer, so that they
+    read at most a twentieth of the tokens that train."""
     heldout_tokens: int = Field(default=16384, gt=0)
     reset_at_documents: bool = False
     """Reset the recurrent state and mask attention at document boundaries. Off in the published runs."""
@@ -131,6 +136,14 @@ class Training(Section):
     def num_steps(self) -> int:
         """Optimizer steps, over all parts."""
         return sum(part.own_steps for part in self.parts)
+
+    @property
+    def heldout_interval(self) -> int:
+        """Optimizer steps between held-out evaluations; 0: only at the end."""
+        if self.heldout_every is not None:
+            return self.heldout_every
+        times = min(10, self.seen_tokens // (_HELDOUT_SHARE * self.heldout_tokens))
+        return -(-self.num_steps // times) if times else 0
 
     @property
     def own_steps(self) -> int:

@@ -99,7 +99,9 @@ def main(job: Job) -> dict[str, Any] | None:
     }
     write_json(job.output / "evaluate.json", result)
     numbers = flatten(models, tasks, relative) | flatten_texts(written) | flatten_writing(written)
-    job.record.log(0, numbers)
+    # Under the names that these have in training too, so that one chart shows all stages.
+    same = {"heldout/kl": numbers.get("kl"), "heldout/ce": numbers.get("student/loss")}
+    job.record.log(0, numbers | {name: value for name, value in same.items() if value is not None})
     return numbers | {"seconds": result["seconds"], "processes": job.world_size}
 
 

@@ -84,7 +84,7 @@ def main(job: Job) -> dict[str, Any]:
         job.record.rewind(start)
         if section.num_steps // section.checkpoint_every > start // section.checkpoint_every:
             checkpoints.prepare()
-        if start == 0 and section.heldout_every:
+        if start == 0 and section.heldout_interval:
             job.record.log(0, heldout())
         if start == 0 and every:
             checkpoints.save(0)
@@ -177,7 +177,7 @@ def _run_steps(
             )
         if event is not None:
             return event
-        if section.heldout_every and done % section.heldout_every == 0 and done < num_steps:
+        if section.heldout_interval and done % section.heldout_interval == 0 and done < num_steps:
             job.record.log(done, heldout())
         stopping = step.seen.stop
         due = done % section.checkpoint_every == 0 or (checkpoints.every and done % checkpoints.every == 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import JobResources, JobSpec
+from radlads.tasks.contracts.mirrors.weights_biases import is_wandb
 from radlads.tasks.contracts.parsing.credentials import child_environment
 from radlads.tasks.contracts.recipe.recipe import Resources
 from radlads.tasks.contracts.stages import PLAN, stage_info
@@ -60,6 +61,8 @@ def on_machine(spec: JobSpec, name: str, work: str | None) -> JobSpec:
     scratch = Path(work, f"{spec.stage}-{spec.digest[:16]}") if work else Path(spec.scratch)
     cache = Path(work, "content.json") if work else spec.content_cache and Path(spec.content_cache)
     tracking = spec.tracking if spec.tracking and "://" in spec.tracking.uri.replace("sqlite://", "") else None
+    if spec.tracking is not None and is_wandb(spec.tracking.uri):
+        tracking = spec.tracking.model_copy(update={"folder": str(scratch / "wandb")})
     return spec.model_copy(
         update={
             "scratch": str(scratch / own),

@@ -67,7 +67,7 @@ def training_overheads(
 
 
 def _heldout_seconds(stage: str, section: Training, networks: NetworkSizes, device: Device) -> float:
-    last, steps, every = section.parts[-1], section.num_steps, section.heldout_every
+    last, steps, every = section.parts[-1], section.num_steps, section.heldout_interval
     passes = 1 + (1 + (steps - 1) // every if every else 0)  # at the end; before the first step and along the way
     flops = networks.flops(stage, last)
     forward = flops.teacher + flops.forward
