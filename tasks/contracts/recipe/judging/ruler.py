@@ -36,6 +36,7 @@ class Ruler(Section):
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Text files with the essays that hide needles; empty: the haystack of the section `needle`."""
     haystack_separator: str | None = None
+    """As `separator` of `files`, for the haystack."""
     squad: Annotated[Place | None, Reads("files")] = None
     """File with the questions of qa_1, as jsonl: {context, question, answers}, SQuAD's rows, or SQuAD's own file."""
     hotpotqa: Annotated[Place | None, Reads("files")] = None
@@ -43,6 +44,7 @@ class Ruler(Section):
     chat: bool = False
     """Put the prompt into a user message with the tokenizer's chat template; the answer prefix begins the reply."""
     seed: Seed = 1234
+    """Of the prompts."""
 
     @model_validator(mode="after")
     def _tasks_have_questions(self) -> Self:
