@@ -15,7 +15,7 @@ class EvalInstructions(Section):
     """Questions with constraints that a program can check exactly; greedy answers in the tokenizer's chat template."""
 
     paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
-    """jsonl files (also compressed). A row has a `prompt` and its `constraints` (docs/data.md), or `messages`: a chat,
+    """jsonl files (also compressed). A row has a `prompt` and its `constraints` (docs/evaluation.md), or `messages`: a chat,
     to whose first user message one or two constraints are added. No training stage should read these chats."""
     messages_field: str = "messages"
     """The field with the messages of a chat."""

@@ -26,7 +26,7 @@ SuiteTask = Literal[
 
 
 class EvalSuite(Section):
-    """Benchmarks of the lm-evaluation-harness whose data are local files (docs/data.md), scored over chance."""
+    """Benchmarks of the lm-evaluation-harness whose data are local files (docs/evaluation.md), scored over chance."""
 
     path: Annotated[Place, Reads("task")]
     """Folder with one file a task."""
