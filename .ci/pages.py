@@ -1,6 +1,6 @@
 """What mkdocs needs besides docs/: the pages of results, which lie where benchmarks write them.
 
-Links of docs/ go to ../benchmarks/results/NAME.md, as a git host wants them; in the site those pages lie under results/.
+Links of docs/ go to ../benchmarks/results/NAME.md, as a git host wants them; in the site those pages lie in results/.
 Links to other files of the project, which the site does not have, lose their target.
 """
 
