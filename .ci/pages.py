@@ -27,7 +27,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to results go to where they lie in the site."""
+    """Links to results go to where they lie in the site. Who searches for a key wants the page of keys first."""
+    if page.file.src_uri == "keys.md":
+        page.meta["search"] = {"boost": 4}
     source = Path(page.file.abs_src_path).parent
 
     def moved(link: re.Match[str]) -> str:
