@@ -17,7 +17,7 @@ RESULTS, PICTURE = ROOT / "benchmarks/results/serving_h200.md", ROOT / "docs/ima
 COLOURS = {"SmolLM2-135M": "#1a9c87", "Qwen3-1.7B's shape": "#8f6bd6"}
 GREY = "#7b8490"
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 470, 40, 214
+LEFT, RIGHT, TOP, BOTTOM = 56, 440, 40, 214
 MOST = 32
 
 

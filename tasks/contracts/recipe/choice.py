@@ -136,7 +136,8 @@ class AttentionChoice(Section):
     recall: RecallProbe = RecallProbe()
     """Settings of `choose: recall`."""
     probe: Annotated[NeedleProbe | None, AddedLater()] = None
-    """Of recall: what the quiz documents are; None: facts, as in the text of `recall` sources, whoever fails them."""
+    """Of recall: what the quiz documents are; None: facts, as in the text of `recall` sources, whoever fails them.
+    Source: its needles are of RULER (2404.06654)."""
     search: Annotated[Search, AddedLater()] = "greedy"
     """Of recall. one_at_a_time: the layers that gain most alone. greedy: round by round, former choices restored.
     pairs: by what all pairs of the best layers gain (`model/convert/layer_search.py` has the rule)."""

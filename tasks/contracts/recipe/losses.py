@@ -23,7 +23,7 @@ class Align(Training):
     """Nothing else trains in this stage."""
     loss: Literal["l2", "mse", "comprehensive", "scaled_mse"] = "l2"
     """Equations: model/training/align_losses.py. l2: RADLADS; mse: HALO, hxa079; comprehensive: cxa073; scaled_mse:
-    hxa07c."""
+    hxa07c. Source: RADLADS (2505.03005)."""
     comprehensive: Comprehensive = Comprehensive()
     """Weights of `loss: comprehensive`."""
 
@@ -78,7 +78,7 @@ class Distill(PhasedTraining):
     """Stage 2: a KL between teacher and student of the logits."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
-    """Learning rate of the mixers; far too low below 7B, where 1e-4 (1.7B), 5e-5 (4B) and 3e-5 (8B) are published.
+    """Learning rate of the mixers. Higher ones are published since: 1e-4 at 1.7B, 5e-5 at 4B, 3e-5 at 8B (2601.22156).
     Source: RADLADS (2505.03005), table 2."""
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
     """Learning rate of everything else that trains. Source: RADLADS (2505.03005), table 2."""
@@ -88,29 +88,30 @@ class Distill(PhasedTraining):
     """forward: KL(teacher ‖ student). reverse: KL(student ‖ teacher) (2306.08543), which a student with too little
     capacity for all of the teacher's modes meets by dropping some. jsd: the generalized Jensen-Shannon divergence
     (2306.13649) β KL(teacher ‖ m) + (1 − β) KL(student ‖ m), m = β teacher + (1 − β) student. Held-out `kl` is the
-    forward one in all cases."""
+    forward one in all cases. Source: MiniLLM (2306.08543), GKD (2306.13649)."""
     jsd_beta: Annotated[float, AddedLater()] = Field(default=_BETA, ge=1e-3, le=0.999)
     """β of jsd, from 0.001 to 0.999: beyond, the mixture is one of the two, and float32 loses the other."""
     temperature: float = Field(default=1.0, gt=0)
-    """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1."""
+    """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1. Source: cxa073 has it."""
     teacher_temperature: float | None = Field(default=None, gt=0)
-    """τ of the teacher alone, with student τ = 1 and no factor τ²; this changes the target, unlike classical KD."""
+    """τ of the teacher alone, with student τ = 1 and no factor τ²; this changes the target, unlike classical KD.
+    Source: RWKVInside from May 2025 on."""
     kl_weight: float = Field(default=1.0, ge=0)
     """Weight of the KL."""
     ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross entropy beside it. Source: 0.05 in RWKVInside's Mistral and Phi configs."""
     ce_spikes: CeSpikes | None = None
-    """Steps whose cross entropy has a weight of its own; null: none."""
+    """Steps whose cross entropy has a weight of its own; null: none. Source: cxa073 has them."""
     l2wrap: float = Field(default=0.0, ge=0)
     """RWKV's L2Wrap: adds l2wrap·z to the gradient of the largest logit z of each position; not included in the
-    reported loss. Published: 1e-4."""
+    reported loss. Source: cxa073 has 1e-4."""
     average: Annotated[Average | None, AddedLater()] = None
     """Export an average of the weights; null: the last ones."""
     hidden_weight: Annotated[float, AddedLater()] = Field(default=0.0, ge=0)
     """Weight of the mean over layers and tokens of ‖h − t‖² / ‖t‖², h and t the residual streams of student and teacher
     after a decoder layer. Holds all of the teacher's t from its pass to the student's backward pass."""
     lora: Lora | None = None
-    """Train low-rank updates instead of the projections; null: the projections."""
+    """Train low-rank updates instead of the projections; null: the projections. Source: cxa073, stage 3, has it."""
     rope_fade: Annotated[RopeFade | None, AddedLater()] = None
     """None: `student.attention_rope: false` takes the positions away before the first step."""
     phases: tuple[Phase, ...] = ()
@@ -185,14 +186,14 @@ class NextTokenTraining(Training):
     """Next-token cross entropy of the student, from text alone."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a label's probability that is spread over the whole vocabulary."""
+    """Share of a label's probability that is spread over the whole vocabulary. Source: cxa073, stage 3, has it."""
     assistant_only: bool = False
     """Chat data: only assistant tokens are labels. A step without any is an error."""
     train_only: tuple[Literal["mixer", "decay", "token_shift"], ...] = ()
     """Train only these parts of the mixers; empty: everything except `freeze`. `[decay, token_shift]` is step 3a of
-    2505.03005, which reduces memory at long contexts."""
+    2505.03005, which reduces memory at long contexts. Source: RADLADS (2505.03005), step 3a."""
     lora: Lora | None = None
-    """Train low-rank updates instead of the projections; null: the projections."""
+    """Train low-rank updates instead of the projections; null: the projections. Source: cxa073, stage 3, has it."""
 
     @model_validator(mode="after")
     def _lora_fits(self) -> Self:

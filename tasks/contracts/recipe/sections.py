@@ -85,7 +85,8 @@ class Student(Section):
     first token, slowly more beyond a tokens. null: not at all. Layers with a window do not. Source: HALO (2601.22156)
     has it."""
     mlp_bits: FrozenBits = 16
-    """8: stages that freeze the MLPs (experts included) hold them as int8. The export has the teacher's weights."""
+    """8: stages that freeze the MLPs (experts included) hold them as int8. The export has the teacher's weights.
+    Source: 8 in the hxa079 run."""
     untie_embeddings: bool = False
     """Give the student a separate head if the teacher ties it to the embeddings; worse results are reported. Source:
     RADLADS (2505.03005)."""

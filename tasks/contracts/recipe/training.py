@@ -107,7 +107,7 @@ class Training(Section):
     """Consecutive processes that share rows, each with as many consecutive tokens of every row: contexts that are too
     long for the memory of one. Not in the digest: the result is the same up to rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
+    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU. Source: RADLADS."""
     decay_dtype: Annotated[Literal["auto", "float32", "bfloat16"], AddedLater(made_with="float32")] = "auto"
     """Of the log decay that RWKV-7's recurrence is given in training; auto: the stage's precision, as in RWKV's own
     kernels and fla's. The kernels for Hopper GPUs take 16 bits; an exported model computes it in float32."""
@@ -122,7 +122,8 @@ class Training(Section):
     heldout_tokens: int = Field(default=16384, gt=0)
     """Of the held-out text that is scored on the way and at the end."""
     reset_at_documents: bool = False
-    """Reset the recurrent state and mask attention at document boundaries. Off in the published runs."""
+    """Reset the recurrent state and mask attention at document boundaries. Off in the published runs. Source:
+    RADLADS."""
     watch: Annotated[Watch, NO_ROLLBACK] = Watch()
     """What is done when training goes wrong."""
 
@@ -240,8 +241,8 @@ class PhasedTraining(Training):
     """A stage that may have parts with settings of their own: one curve, and one place to resume from."""
 
     phases: tuple[TrainingPhase, ...] = ()
-    """One after the other; their tokens add up to `tokens`. Held-out losses are in the last one's context
-    throughout."""
+    """One after the other; their tokens add up to `tokens`. Held-out losses are in the last one's context throughout.
+    Source: the published Reka runs have phases."""
 
     @property
     def parts(self) -> tuple[Training, ...]:

@@ -145,7 +145,7 @@ class RecallSource(MixedSource):
     """Of facts, prompts and their order."""
     ruler: Annotated[tuple[SyntheticTask, ...], AddedLater()] = ()
     """Tasks of RULER: a document is a prompt with its answer, of each task in turn. It shares no key, value, variable
-    or word with what `needle.ruler` asks. Empty: facts."""
+    or word with what `needle.ruler` asks. Empty: facts. Source: 2404.06654."""
     chat: Annotated[bool, AddedLater()] = False
     """Prompts of `ruler` are the user's message and answers the assistant's, in the tokenizer's chat template, so that
     `assistant_only` trains the answers alone."""

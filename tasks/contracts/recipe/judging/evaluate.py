@@ -41,14 +41,14 @@ class Evaluate(Section):
     texts: Annotated[tuple[EvalText, ...], AddedLater()] = ()
     """Texts beside the held-out ones, scored as a whole."""
     suite: Annotated[EvalSuite | None, AddedLater()] = None
-    """Benchmarks from local files."""
+    """Benchmarks from local files. Source: the tasks are those of lm-evaluation-harness."""
     generation: Annotated[EvalGeneration | None, AddedLater()] = None
     """What both models write."""
     speed: Annotated[EvalSpeed | None, AddedLater()] = None
     """Time and memory of both models."""
     add_bos: bool | None = None
     """Prepend BOS to task prompts, as `add_bos_token` of the harness's `hf` model. None: the tokenizer's default, which
-    published scores use."""
+    published scores use. Source: lm-evaluation-harness."""
     seed: Seed = 1234
     """Of the harness."""
 

@@ -15,8 +15,8 @@ class EvalInstructions(Section):
     """Questions with constraints that a program can check exactly; greedy answers in the tokenizer's chat template."""
 
     paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
-    """jsonl files (also compressed). A row has a `prompt` and its `constraints` (docs/evaluation.md), or `messages`: a chat,
-    to whose first user message one or two constraints are added. No training stage should read these chats."""
+    """jsonl files (also compressed). A row has a `prompt` and its `constraints` (docs/evaluation.md), or `messages`: a
+    chat, to whose first user message one or two constraints are added. No training stage should read these chats."""
     messages_field: str = "messages"
     """The field with the messages of a chat."""
     questions: int = Field(default=200, ge=2)
@@ -54,7 +54,7 @@ class EvalGeneration(Section):
     seed: Seed = 1234
     """Of the noise that sampling adds; both models get the same."""
     instructions: EvalInstructions | None = None
-    """Questions whose answers a program checks."""
+    """Questions whose answers a program checks. Source: after IFEval (2311.07911)."""
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:

@@ -32,7 +32,7 @@ class Ruler(Section):
     lengths: tuple[Length, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """In tokens: of prompt and answer together."""
     samples: int = Field(default=20, ge=5, le=10_000)
-    """Prompts of each task and length; the publication has 500."""
+    """Prompts of each task and length; the publication has 500. Source: 500 in the publication (2404.06654)."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Text files with the essays that hide needles; empty: the haystack of the section `needle`."""
     haystack_separator: str | None = None
