@@ -12,6 +12,7 @@ from radlads.flows.keys.meanings import split, texts_below
 from radlads.flows.keys.words import yaml_words
 
 _BASE, _OPTIONS = "MixerOptions", "Options"
+_PLAIN = {"int": "integer", "float": "number", "bool": "`true` or `false`", "None": "null", "str": "text"}
 _RANK = "Rank of a low-rank map; null: the published formula of the model's width."
 
 
@@ -75,8 +76,7 @@ def _type(annotation: ast.expr) -> str:
         return f"{', '.join(words[:-1])} or {words[-1]}"
     if isinstance(annotation, ast.BinOp):
         return f"{_type(annotation.left)} or {_type(annotation.right)}"
-    words = {"int": "integer", "float": "number", "bool": "`true` or `false`", "None": "null", "str": "text"}
-    return words[ast.unparse(annotation)]
+    return _PLAIN[ast.unparse(annotation)]
 
 
 def _default(value: ast.expr | None) -> str:

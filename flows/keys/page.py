@@ -96,9 +96,9 @@ class _Tables:
         """The section's table, then those of the sections in it."""
         if section in self._headings:
             return
-        for shared, kinds in _SHARED.items():
+        for shared, those in _SHARED.items():
             if issubclass(section, shared) and shared not in self._headings:
-                self.add(f"`{path.partition(' ')[0]}`, {kinds}", depth, shared)
+                self.add(f"`{path}`, {those}", depth, shared)
         fields = self.add(heading, depth, section)
         for name in sorted(fields, key=lambda name: name == "phases"):  # whose sections are mostly the stage's
             for inner in sections_in(fields[name].annotation):

@@ -237,6 +237,18 @@ def test_commands_within_sentences_exist(page: Path) -> None:
         check_command(["make", said])
 
 
+def test_commands_before_their_output_exist() -> None:
+    """Plain blocks: a command after `$ ` with what it printed; a block of commands alone says that it is bash."""
+    found = 0
+    for page in PAGES:
+        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+            assert not block.startswith(("radlads ", "make ", "python ")), f"{page.name}: begin this block with ```bash"
+            for typed in re.findall(r"^\$ radlads (.*)$", block, re.M):
+                check_radlads(shlex.split(typed))
+                found += 1
+    assert found >= 5
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
