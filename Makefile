@@ -56,7 +56,7 @@ types: $(DEV_STAMP)
 	MYPYPATH=.typecheck $(BIN)/mypy -p radlads.tasks -p radlads.flows
 
 docs: $(DEV_STAMP)  ## docs/ as a site with search, in site/; a broken link or anchor is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 
 services-down: $(STAMP)  ## Stop the Prefect server, its worker and the MLflow server
 	$(BIN)/radlads services down
