@@ -11,7 +11,7 @@ PROCESSES ?= 3
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test drill lint style types services-down clean
+.PHONY: help demo install test drill lint style types docs services-down clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,7 +45,7 @@ test: install  ## All tests that need no GPU, in three processes (PROCESSES=n fo
 drill: $(DEV_STAMP)  ## Test recovery: random kill -9, network faults, server outages, two hosts, Slurm; about 25 minutes
 	$(BIN)/python benchmarks/drill.py --kills 25 --seed 0 --out benchmarks/results/drill.md
 
-lint: style types  ## Style, and types of the control plane
+lint: style types docs  ## Style, types of the control plane, and the pages of docs/
 
 style: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -55,8 +55,11 @@ types: $(DEV_STAMP)
 	@mkdir -p .typecheck && ln -sfn .. .typecheck/radlads
 	MYPYPATH=.typecheck $(BIN)/mypy -p radlads.tasks -p radlads.flows
 
+docs: $(DEV_STAMP)  ## docs/ as a site with search, in site/; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
 services-down: $(STAMP)  ## Stop the Prefect server, its worker and the MLflow server
 	$(BIN)/radlads services down
 
 clean:  ## Remove caches; keeps .venv and .radlads (your runs)
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typecheck build *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .typecheck build site *.egg-info

@@ -22,8 +22,8 @@ from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.teacher.load import load_teacher
 from radlads.model.training.calibration import alignment_loss, calibrate
 from radlads.model.training.objectives import build_objective
-from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.recipe.recipe import Recipe, Training
+from radlads.tasks.contracts.recipe.teacher import Calibration
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.choose.choice_probe import make_quizzes, quiz_batches, text_batches
 from radlads.tasks.jobs.data.batch_plan import plan_batches

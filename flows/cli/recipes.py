@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated
+
+import typer
+
 from radlads.flows.cli.application import EXAMPLE, OUT, app
 
 _TWIN = "tiny-"
 
 
 @app.command(epilog=EXAMPLE.format("radlads recipes"))
-def recipes() -> None:
+def recipes(
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Describe every key that a recipe may have, as Markdown, instead.")
+    ] = False,
+) -> None:
     """List the recipes that come with the package."""
+    if keys:
+        from radlads.flows.keys.page import keys_page
+
+        sys.stdout.write(keys_page())
+        return
     from rich.markup import escape
     from rich.table import Table
 

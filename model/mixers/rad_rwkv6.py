@@ -58,8 +58,11 @@ class Options(MixerOptions):
     }
 
     form: Literal["balanced", "groupnorm"] = "balanced"
+    """balanced: keys scaled so that the state stays bounded. groupnorm: a GroupNorm instead."""
     gate: Literal["full", "low_rank", "none"] = "full"
+    """Of the output: one matrix, two of low rank, or none."""
     token_shift: bool = True
+    """Mix each token with the one before it."""
     rope: bool = False
     """Published: no rotary positions. True: on r and k, before the repeat; the teacher's own frequencies."""
     decay_shift: Annotated[float, INITIAL] = 0.0

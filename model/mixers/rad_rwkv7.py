@@ -40,6 +40,7 @@ class Options(Rwkv7Options):
     RANKS: ClassVar[dict[str, Rank]] = STOCK_RANKS
 
     form: Literal["balanced", "groupnorm"] = "balanced"
+    """balanced: keys scaled so that the state stays bounded. groupnorm: a GroupNorm, unstable from 14B on."""
     rope: bool = True
     """Rotary positions on r and k, before the repeat; the teacher's own frequencies."""
     value_rank: int | None = Field(default=None, ge=1)

@@ -38,6 +38,7 @@ class Options(StockOptions):
     RANKS: ClassVar[dict[str, Rank]] = STOCK_RANKS
 
     token_shift: bool = True
+    """Mix each token with the one before it."""
     gate: bool = True
     """False: ARWKV's form without gate."""
     group_norm: bool = True

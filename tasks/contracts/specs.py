@@ -11,7 +11,7 @@ from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.identity import identity
 from radlads.tasks.contracts.job import InputRef, Sheet, first_fault, stage_digest
 from radlads.tasks.contracts.recipe.base import OPERATIONAL, PLACE, ReadsKind
-from radlads.tasks.contracts.recipe.choice import AttentionChoice, Calibration
+from radlads.tasks.contracts.recipe.choice import AttentionChoice
 from radlads.tasks.contracts.recipe.memory import FrozenBits
 from radlads.tasks.contracts.recipe.sections import (
     Dataset,
@@ -22,6 +22,7 @@ from radlads.tasks.contracts.recipe.sections import (
     Student,
     Training,
 )
+from radlads.tasks.contracts.recipe.teacher import Calibration
 from radlads.tasks.contracts.stages import Stage, TrainingStage, stage_info
 
 

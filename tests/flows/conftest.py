@@ -123,7 +123,7 @@ def running(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def deployed(running):
-    """What the shell block of the README says, after which a person can start runs in the page."""
+    """What the shell block of docs/convert.md says, after which a person can start runs in the page."""
     script = f"""
         set -e
         eval "$({sys.executable} -m radlads.flows.cli services env)"

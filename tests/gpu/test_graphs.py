@@ -15,7 +15,7 @@ from radlads.model.student.load import build_student
 from radlads.model.training.fused_modules import fuse_modules
 from radlads.model.training.objectives import build_objective
 from radlads.model.training.recompute import recompute_cheap
-from radlads.tasks.contracts.recipe.losses import RopeFade
+from radlads.tasks.contracts.recipe.loss_terms import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Align, Distill, Finetune, Phase, Training
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 from radlads.tasks.jobs.process_group import join_group

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from radlads.model.convert.transplant import transplant
 from radlads.model.student.load import build_student
 from radlads.model.training.objectives import OBJECTIVES, Objective
-from radlads.tasks.contracts.recipe.losses import RopeFade
+from radlads.tasks.contracts.recipe.loss_terms import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Distill, Pretrain
 from radlads.tasks.jobs.data.batch_plan import part_of
 from radlads.tasks.jobs.process_group import join_group, row_group

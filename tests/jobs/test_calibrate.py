@@ -12,8 +12,8 @@ import torch
 from radlads.model.student.load import load_student
 from radlads.model.teacher.load import load_teacher
 from radlads.model.training.calibration import alignment_loss
-from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.recipe.recipe import Rate, load_recipe
+from radlads.tasks.contracts.recipe.teacher import Calibration
 from radlads.tasks.contracts.specs import TrainSpec, spec_digest
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.data.loader import open_dataset

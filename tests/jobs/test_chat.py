@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.chat_templates import shipped_chat_templates
+from radlads.tasks.contracts.recipe.data.chat_templates import shipped_chat_templates
 from radlads.tasks.contracts.recipe.sections import FilesSource
 from radlads.tasks.jobs.data.encode import Encoder
 from radlads.tasks.jobs.data.text.chat import ChatTemplate, open_chat_template

@@ -222,3 +222,28 @@ def test_a_recipe_fits_where_it_was_run(
     if offload:
         with pytest.raises(UserError, match="needs about"):
             planned(name, processes=processes, gpu_memory_gib=gibibytes)
+
+
+def costs() -> list[tuple[str, ...]]:
+    """Rows of the table of docs/costs.md."""
+    page = Path(__file__).resolve().parent.parent.parent / "docs" / "costs.md"
+    rows = re.findall(r"^\| \d+M? ?\w* \| `.*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in rows]
+
+
+@pytest.mark.parametrize("row", costs(), ids=lambda row: row[1])
+def test_the_page_of_costs_is_what_the_plan_says(planned: Callable[..., PlanReport], row: tuple[str, ...]) -> None:
+    _, recipe, _, tokens, machine, hours, gpu_hours, dollars = row
+    found, fit = re.match(r"`([\w.-]+)`", recipe), re.fullmatch(r"(\d+) × (\d+) GB", machine)
+    assert found is not None
+    assert fit is not None
+    name, gpus, stage = found[1], int(fit[1]), 3 if "zero_stage: 3" in recipe else 1
+    resources = {"processes": gpus, "gpu_memory_gib": float(fit[2]), "zero_stage": stage, "dollars_per_gpu_hour": 2.5}
+    report = planned(name, {"teacher.pypi": None}, **resources)
+    assert report.gpu_hours is not None
+    close = pytest.approx(report.gpu_hours, rel=0.06)
+    assert float(gpu_hours) == close, report.gpu_hours
+    assert float(hours) * gpus == pytest.approx(report.gpu_hours, rel=0.1)
+    assert float(dollars.strip("$")) / 2.5 == pytest.approx(report.gpu_hours, rel=0.3 if gpus == 1 else 0.06)
+    trained = sum(getattr(load_recipe(name), one).seen_tokens for one in load_recipe(name).training_stages)
+    assert float(tokens.strip("B")) == pytest.approx(trained / 1e9, abs=0.05)

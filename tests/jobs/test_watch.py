@@ -12,7 +12,7 @@ import torch
 
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.events import Event, events_of
-from radlads.tasks.contracts.recipe.losses import CeSpikes
+from radlads.tasks.contracts.recipe.loss_terms import CeSpikes
 from radlads.tasks.contracts.recipe.recipe import Phase, Rate, Schedule, load_recipe, parse_recipe
 from radlads.tasks.jobs.common import Job, execute
 from radlads.tasks.jobs.plan.checks import Findings

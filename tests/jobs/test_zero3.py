@@ -18,8 +18,8 @@ from radlads.model.training import mlp_pieces
 from radlads.model.training.objectives import build_objective
 from radlads.model.weights.weight_files import open_weight_files
 from radlads.tasks.contracts.job import Manifest
-from radlads.tasks.contracts.recipe.choice import Calibration
 from radlads.tasks.contracts.recipe.recipe import Lora, Rate
+from radlads.tasks.contracts.recipe.teacher import Calibration
 from radlads.tasks.contracts.specs import spec_digest
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.jobs.code_version import code_version

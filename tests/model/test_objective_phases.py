@@ -14,7 +14,7 @@ from radlads.model.training.lora import add_lora
 from radlads.model.training.mixer_parts import is_decay_base, mixer_parts
 from radlads.model.training.objectives import build_objective
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.losses import RopeFade
+from radlads.tasks.contracts.recipe.loss_terms import RopeFade
 from radlads.tasks.contracts.recipe.recipe import Distill, Finetune, Lora, Phase
 from radlads.tasks.contracts.specs import TeacherRef, TrainSpec
 

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.chat_templates import SHIPPED, shipped_chat_template
+from radlads.tasks.contracts.recipe.data.chat_templates import SHIPPED, shipped_chat_template
 
 DEMO = "demo"
 _DEMO_FILE = "demo:"

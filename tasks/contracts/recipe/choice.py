@@ -40,10 +40,14 @@ class Difficulty(Section):
     instability: float = Field(default=0.10, ge=0)
     """Weight of the variance of the loss differences between steps."""
     min_gap: int = Field(default=1, ge=1)
+    """Smallest gap that costs no penalty."""
     max_gap: int = Field(default=8, ge=1)
-    """A gap is the difference between the indices of consecutive attention layers."""
+    """Largest gap that costs no penalty. A gap is the difference between the indices of consecutive attention
+    layers."""
     gap_penalty: float = Field(default=0.75, ge=0)
+    """Of each gap outside min_gap to max_gap."""
     spread: float = Field(default=0.1, ge=0)
+    """Penalty for uneven gaps."""
     max_consecutive: int = Field(default=2, ge=1)
     """Maximum number of adjacent attention layers."""
 
@@ -67,7 +71,9 @@ class RecallProbe(Section):
     documents: int = Field(default=128, ge=_LEAST_DOCUMENTS, le=1_000_000)
     """Maximum number of quiz documents."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
+    """Files (as in `files`) with the text that hides facts or needles; empty: the built-in filler."""
     haystack_separator: str | None = None
+    """As `separator` of `files`, for the haystack."""
     data: str | None = None
     """Dataset whose held-out text is used to measure KL; None: the dataset of align."""
     heldout_tokens: int = Field(default=32768, gt=0)
@@ -79,6 +85,7 @@ class RecallProbe(Section):
     budget: float = Field(default=0.05, gt=0, le=0.05)
     """Maximum tokens of the forward passes of the choice, as a fraction of the run's training tokens."""
     seed: Seed = 1234
+    """Of the quiz documents."""
 
     @property
     def quiz_tokens(self) -> int:
@@ -120,11 +127,17 @@ class AttentionChoice(Section):
     """
 
     count: int = Field(gt=0, le=10_000)
+    """Layers that stay attention. Source: HALO (2601.22156) keeps a quarter."""
     choose: Literal["even", "last", "difficulty", "recall"]
+    """How they are found: `even`, `last`, both by the plan; `difficulty`, `recall`, both after an align of all
+    layers."""
     difficulty: Difficulty = Difficulty()
+    """Settings of `choose: difficulty`."""
     recall: RecallProbe = RecallProbe()
+    """Settings of `choose: recall`."""
     probe: Annotated[NeedleProbe | None, AddedLater()] = None
-    """Of recall: what the quiz documents are; None: facts, as in the text of `recall` sources, whoever fails them."""
+    """Of recall: what the quiz documents are; None: facts, as in the text of `recall` sources, whoever fails them.
+    Source: its needles are of RULER (2404.06654)."""
     search: Annotated[Search, AddedLater()] = "greedy"
     """Of recall. one_at_a_time: the layers that gain most alone. greedy: round by round, former choices restored.
     pairs: by what all pairs of the best layers gain (`model/convert/layer_search.py` has the rule)."""
@@ -184,20 +197,6 @@ class AttentionChoice(Section):
     def after_align(self) -> bool:
         """Whether the layers are chosen after align."""
         return self.choose in ("difficulty", "recall")
-
-
-class Calibration(Section):
-    """Initialise mixers close to the attention that they replace, from a few batches of teacher activations.
-
-    Runs before the first step of align, on its data. `decay` selects, per head, the best of a few shifts of the decay.
-    `gate` sets the least-squares gain of each output channel. `iclr` and `value` select shifts of the in-context
-    learning rate and of the first-value mix, as `decay` does. Parts that a variant does not have are skipped.
-    """
-
-    batches: int = Field(default=4, gt=0)
-    sequences: int = Field(default=8, gt=0)
-    """Sequences per batch, with the context length of align."""
-    parts: tuple[Literal["value", "iclr", "decay", "gate"], ...] = Field(default=("decay", "gate"), min_length=1)
 
 
 def _shape(value: Any) -> str | None:

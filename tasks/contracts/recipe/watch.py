@@ -16,6 +16,7 @@ class NonFinite(Section):
     """A loss or gradient norm that is not finite. The optimizer never moves with it, so it cannot be ignored."""
 
     policy: Literal["stop", "rollback"] = "stop"
+    """What is done about it."""
 
 
 class Outlier(Section):
@@ -27,8 +28,11 @@ class Outlier(Section):
     """
 
     policy: Policy = "report"
+    """What is done about it."""
     z: float = Field(default=8.0, gt=0, le=1e6)
+    """Spreads above the median."""
     ratio: float = Field(default=1.5, ge=1, le=1e6)
+    """And so many times the median."""
     patience: int = Field(default=3, ge=1, le=1000)
     """Optimizer steps."""
     window: int = Field(default=64, ge=4, le=10_000)
@@ -47,6 +51,7 @@ class Plateau(Section):
     that of the first. Off by default, because every rate that decays ends in one."""
 
     policy: Policy = "off"
+    """What is done about it."""
     window: int = Field(default=1000, ge=8, le=1_000_000)
     """Optimizer steps."""
     improvement: float = Field(default=0.002, ge=0, lt=1)
@@ -58,9 +63,11 @@ class Throughput(Section):
     windows, at least one). No rollback: speed has no effect on the result."""
 
     policy: Literal["off", "report", "stop"] = "report"
+    """What is done about it."""
     window: int = Field(default=32, ge=4, le=10_000)
     """Optimizer steps."""
     share: float = Field(default=0.5, gt=0, lt=1)
+    """Of the median before."""
 
 
 class Rollback(Section):
@@ -89,11 +96,17 @@ class Watch(Section):
     """Detectors, each with its own policy. Only what a rollback depends on enters the digest."""
 
     nonfinite: Annotated[NonFinite, _REPORTS] = NonFinite()
+    """A loss or gradient norm that is not finite."""
     loss_spike: Annotated[Outlier, _REPORTS] = Outlier()
+    """A loss far above those before it."""
     gradient_explosion: Annotated[GradientExplosion, _REPORTS] = GradientExplosion()
+    """A gradient norm far above those before it."""
     plateau: Annotated[Plateau, _REPORTS] = Plateau()
+    """A loss that no longer falls."""
     throughput: Annotated[Throughput, OPERATIONAL] = Throughput()
+    """Steps that became slow."""
     rollback: Rollback = Rollback()
+    """What `policy: rollback` does."""
 
     @property
     def rolls_back(self) -> bool:

@@ -34,7 +34,7 @@ from radlads.kernels.shared.meta import FEWEST_HEADS
 from radlads.model.training.mlp_pieces import PIECE
 from radlads.model.training.quantized import GROUP
 from radlads.tasks.contracts.job import JobResources
-from radlads.tasks.contracts.recipe.losses import Lora
+from radlads.tasks.contracts.recipe.loss_terms import Lora
 from radlads.tasks.contracts.recipe.memory import FrozenBits, freezes_mlp, held_once
 from radlads.tasks.contracts.recipe.sections import Training
 from radlads.tasks.contracts.recipe.training import runs_teacher

@@ -15,7 +15,7 @@ import torch
 from radlads.model.student.modeling import RadladsForCausalLM
 from radlads.model.training.calibration import alignment_loss, calibrate
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.choice import Calibration
+from radlads.tasks.contracts.recipe.teacher import Calibration
 from radlads.tasks.contracts.specs import TrainSpec
 from radlads.tasks.jobs.common import Job
 from radlads.tasks.jobs.data.loader import TokenDataset, TokenSplit

@@ -15,9 +15,10 @@ class EvalInstructions(Section):
     """Questions with constraints that a program can check exactly; greedy answers in the tokenizer's chat template."""
 
     paths: Annotated[tuple[Place, ...], Reads("files")] = Field(min_length=1)
-    """jsonl files (also compressed). A row has a `prompt` and its `constraints` (docs/data.md), or `messages`: a chat,
-    to whose first user message one or two constraints are added. No training stage should read these chats."""
+    """jsonl files (also compressed). A row has a `prompt` and its `constraints` (docs/evaluation.md), or `messages`: a
+    chat, to whose first user message one or two constraints are added. No training stage should read these chats."""
     messages_field: str = "messages"
+    """The field with the messages of a chat."""
     questions: int = Field(default=200, ge=2)
     """At most, from the beginning of the files."""
     max_characters: int = Field(default=1000, gt=0)
@@ -41,6 +42,7 @@ class EvalGeneration(Section):
     prompts_separator: str | None = Field(default=None, min_length=1)
     """Text files only: the separator between documents."""
     text_field: str = "text"
+    """The field with a document's text."""
     prompt_tokens: int = Field(default=32, gt=0)
     """Tokens of a document's beginning that are given to the models."""
     samples: int = Field(default=128, ge=2, le=100_000)
@@ -48,8 +50,11 @@ class EvalGeneration(Section):
     new_tokens: int = Field(default=256, ge=16)
     """Of a sample, at most."""
     temperatures: tuple[Temperature, ...] = Field(default=(0.7, 1.0), min_length=1)
+    """Each is sampled by itself."""
     seed: Seed = 1234
+    """Of the noise that sampling adds; both models get the same."""
     instructions: EvalInstructions | None = None
+    """Questions whose answers a program checks. Source: after IFEval (2311.07911)."""
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:

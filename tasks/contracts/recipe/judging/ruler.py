@@ -32,10 +32,11 @@ class Ruler(Section):
     lengths: tuple[Length, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """In tokens: of prompt and answer together."""
     samples: int = Field(default=20, ge=5, le=10_000)
-    """Prompts of each task and length; the publication has 500."""
+    """Prompts of each task and length; the publication has 500. Source: 500 in the publication (2404.06654)."""
     haystack: Annotated[tuple[Place, ...], Reads("files")] = ()
     """Text files with the essays that hide needles; empty: the haystack of the section `needle`."""
     haystack_separator: str | None = None
+    """As `separator` of `files`, for the haystack."""
     squad: Annotated[Place | None, Reads("files")] = None
     """File with the questions of qa_1, as jsonl: {context, question, answers}, SQuAD's rows, or SQuAD's own file."""
     hotpotqa: Annotated[Place | None, Reads("files")] = None
@@ -43,6 +44,7 @@ class Ruler(Section):
     chat: bool = False
     """Put the prompt into a user message with the tokenizer's chat template; the answer prefix begins the reply."""
     seed: Seed = 1234
+    """Of the prompts."""
 
     @model_validator(mode="after")
     def _tasks_have_questions(self) -> Self:

@@ -26,11 +26,12 @@ SuiteTask = Literal[
 
 
 class EvalSuite(Section):
-    """Benchmarks of the lm-evaluation-harness whose data are local files (docs/data.md), scored over chance."""
+    """Benchmarks of the lm-evaluation-harness whose data are local files (docs/evaluation.md), scored over chance."""
 
     path: Annotated[Place, Reads("task")]
     """Folder with one file a task."""
     tasks: tuple[SuiteTask, ...] = Field(default=get_args(SuiteTask), min_length=1)
+    """Names of the harness's tasks."""
     limit: int | None = Field(default=None, gt=0)
     """Items of each task (MMLU: of each subject), for trials; None: all."""
     num_fewshot: dict[SuiteTask, int] = Field(default_factory=dict)

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.recipe.chat_templates import SHIPPED, shipped_chat_templates
+from radlads.tasks.contracts.recipe.data.chat_templates import SHIPPED, shipped_chat_templates
 from radlads.tasks.jobs.data.text.token_encoder import BARE, Control, TokenEncoder, prompt_frame
 from radlads.tasks.jobs.sources import first_line, resolve_file
 
