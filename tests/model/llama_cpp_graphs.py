@@ -15,9 +15,11 @@ from torch import Tensor
 class File:
     """A GGUF file's settings and its tensors in fp64, in torch's order of axes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, decay_scale: float = 0.606531) -> None:
+        """decay_scale: e^(-1/2), as the graph has it."""
         import gguf
 
+        self.decay_scale = decay_scale
         reader = gguf.GGUFReader(path)
         self.settings = {name: field.contents() for name, field in reader.fields.items()}
         self.arch = self.settings["general.architecture"]
@@ -37,9 +39,9 @@ class File:
         return self.tensors.get(name)
 
 
-def run_file(path: Path, tokens: Tensor) -> Tensor:
+def run_file(path: Path, tokens: Tensor, **constants: float) -> Tensor:
     """Logits [T, vocabulary] of tokens [T]."""
-    file = File(path)
+    file = File(path, **constants)
     mix = {"arwkv7": arwkv7_mix, "rwkv6qwen2": rwkv6_mix}[file.arch]
     eps = file.setting("attention.layer_norm_rms_epsilon")
     assert file.setting("token_shift_count") == 1
@@ -76,7 +78,7 @@ def arwkv7_mix(file: File, layer: int, x: Tensor, shared: dict[str, Tensor]) -> 
     assert lerp.shape == (6 if gated else 5, 1, 1, x.shape[1])
     xr, xw, xk, xv, xa, *xg = (x + (before(x) - x) * one.flatten() for one in lerp)
     r, k, v = xr @ w("receptance").T, xk @ w("key").T, xv @ w("value").T
-    decay = torch.exp(-0.606531 * torch.sigmoid(w("w0") + torch.tanh(xw @ w("w1").T) @ w("w2").T))
+    decay = torch.exp(-file.decay_scale * torch.sigmoid(w("w0") + torch.tanh(xw @ w("w1").T) @ w("w2").T))
     if layer:
         v = v + (shared["v"] - v) * torch.sigmoid(w("v0") + low("v", xv))
     else:
