@@ -17,9 +17,7 @@ _DTYPES |= {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 @app.command(epilog=EXAMPLE.format("radlads export my-run --to hub:me/my-model --dtype bfloat16"))
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A finished run, or an exported folder.")],
-    to: Annotated[
-        str, typer.Option("--to", help="A new folder or FILE.gguf, s3://bucket/prefix, or hub:OWNER/NAME.")
-    ],
+    to: Annotated[str, typer.Option("--to", help="A new folder or FILE.gguf, s3://bucket/prefix, or hub:OWNER/NAME.")],
     stage: Annotated[str | None, typer.Option(help="The model of this stage instead of the published one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights: bfloat16 (bf16), float16, float32.")] = None,
     max_shard: Annotated[str | None, typer.Option("--max-shard", help="Largest file of weights, such as 2GB.")] = None,

@@ -24,8 +24,8 @@ from radlads.model.student.load import RadladsConfig, RadladsForCausalLM, read_s
 from radlads.model.weights.weight_files import WeightFiles, open_weight_files
 from radlads.tasks.contracts.errors import UserError
 
-# Their code is Llama's but for attention, whose norms, biases and scales are read from the mixers, and for one projection
-# with the rows of gate and up (phi3).
+# Their code is Llama's but for attention, whose norms, biases and scales are read from the mixers, and for one
+# projection with the rows of gate and up (phi3).
 _LLAMA_BLOCKS = ("llama", "mistral", "ministral3", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3")
 _OTHER_BLOCKS = {
     "gemma3_text": "its scaled embeddings, further norms and GELU",

@@ -38,10 +38,10 @@ _NAMES = {
 
 
 def pretokenizer_name(state: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how a byte-level BPE splits text. state: `tokenizer.json`. Raises UserError if it has none."""
-    normalizer = state.get("normalizer")
-    if normalizer is not None and normalizer.get("type") != "NFC":
-        raise UserError(f"no GGUF file of this tokenizer: llama.cpp does not normalise text by {normalizer.get('type')}")
+    """llama.cpp's name of how a byte-level BPE splits text; state: `tokenizer.json`. Raises UserError without one."""
+    kind = (state.get("normalizer") or {"type": "NFC"}).get("type")
+    if kind != "NFC":
+        raise UserError(f"no GGUF file of this tokenizer: llama.cpp does not normalise text by {kind}")
     steps = tuple(_steps(state.get("pre_tokenizer")))
     key = (steps, bool(state["model"].get("ignore_merges", False)))
     if key not in _NAMES:

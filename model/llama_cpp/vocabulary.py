@@ -104,7 +104,7 @@ def _tokens(state: Mapping[str, Any], num_words: int) -> tuple[list[str], list[K
             kinds[i] = Kind.UNKNOWN
         elif model.get("byte_fallback") and i not in added and _is_byte(text):
             kinds[i] = Kind.BYTE
-    strips = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    strips = [one["content"] for one in added.values() if one["lstrip"] or one["rstrip"] or one["single_word"]]
     if strips:
         logger.warning("llama.cpp takes the spaces beside %s for text, which this tokenizer drops", strips[0])
     return tokens, kinds

@@ -1,4 +1,4 @@
-"""Write a student as one GGUF file: header, settings and tokenizer by the package gguf, tensors streamed behind them."""
+"""Write a student as one GGUF file: header and settings by the package gguf, tensors streamed behind them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from radlads.model.llama_cpp.graphs import GraphStudent
 from radlads.model.llama_cpp.pieces import Piece

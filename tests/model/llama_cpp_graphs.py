@@ -1,4 +1,4 @@
-"""llama.cpp's graphs `arwkv7` and `rwkv6qwen2` in fp64, token by token, on the tensors and settings of a GGUF file alone.
+"""llama.cpp's graphs `arwkv7` and `rwkv6qwen2` in fp64, token by token, on a GGUF file's tensors and settings alone.
 
 Written from the graphs' equations (src/models of llama.cpp); nothing here knows radlads.
 """

@@ -85,7 +85,7 @@ EQUAL = {
 
 
 @pytest.mark.parametrize("case", EQUAL)
-def test_the_graph_of_the_file_gives_the_students_logits(case: str, make_folder: Any, words: Any, tmp_path: Path) -> None:
+def test_the_graph_gives_the_students_logits(case: str, make_folder: Any, words: Any, tmp_path: Path) -> None:
     variant, options, family, changes = EQUAL[case]
     folder = make_folder(variant, options, family, **changes)
     tokens = torch.randint(3, 55, (1, 19), generator=torch.Generator().manual_seed(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from radlads.model.llama_cpp.vocabulary import Kind, Vocabulary, read_vocabulary
 from radlads.tasks.contracts.errors import UserError
 
 LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 GPT_4O = TEKKEN.replace("]+|[^\\r\\n\\p{L}", "]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r\\n\\p{L}").replace(
     "]*|\\p{N}|", "]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}|"
@@ -137,6 +140,7 @@ def sentencepiece(merges: list[tuple[str, str]], *extra: str, **changes: Any) ->
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+METASPACE = pre_tokenizers.Metaspace()
 PAIRS = [("a", "b"), ("▁", "a"), ("▁a", "b"), ("▁", "ab"), ("b", "c")]
 
 
@@ -146,7 +150,8 @@ def spm(vocabulary: Vocabulary, text: str) -> list[int]:
     ids = {t: i for i, t in enumerate(vocabulary.tokens)}
     parts = list((" " * vocabulary.add_space_prefix + text).replace(" ", "▁"))
     while True:
-        joined = [(vocabulary.scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ids]
+        unions = [a + b for a, b in pairwise(parts)]
+        joined = [(vocabulary.scores[ids[union]], -i) for i, union in enumerate(unions) if union in ids]
         if not joined:
             break
         at = -max(joined)[1]
@@ -176,17 +181,18 @@ def test_newer_sentencepiece_says_where_it_puts_spaces(
 ) -> None:
     split = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     with caplog.at_level(logging.WARNING, "radlads"):
-        assert read_vocabulary(sentencepiece(PAIRS, normalizer=None, pre_tokenizer=split), 270).add_space_prefix == prefix
+        found = read_vocabulary(sentencepiece(PAIRS, normalizer=None, pre_tokenizer=split), 270)
+    assert found.add_space_prefix == prefix
     assert bool(caplog.text) == warned
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "said"),
     [
-        (sentencepiece([("a", "b"), ("b", "c"), ("a", "bc"), ("▁", "a"), ("ab", "c")]), "pairs of 'abc' are not merged"),
+        (sentencepiece([("a", "b"), ("b", "c"), ("a", "bc"), ("▁", "a"), ("ab", "c")]), "pairs of 'abc' are not"),
         (sentencepiece(PAIRS, "cab"), "its token 'cab' is made by no pair"),
         (sentencepiece(PAIRS, normalizer=normalizers.NFKC()), "does not normalise text by NFKC"),
-        (sentencepiece(PAIRS, normalizer=None, pre_tokenizer=pre_tokenizers.Metaspace()), "splits no text by Metaspace"),
+        (sentencepiece(PAIRS, normalizer=None, pre_tokenizer=METASPACE), "splits no text by Metaspace"),
         (sentencepiece(PAIRS, normalizer=None), "splits no text by nothing"),
     ],
 )
