@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def _header(student: GraphStudent, vocabulary: Vocabulary, card: Card, dtype: to
         import gguf
     except ImportError as error:
         raise UserError(_NO_PACKAGE) from error
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every file
     writer = gguf.GGUFWriter(None, student.name)
     _add_card(writer, card)
     writer.add_file_type(gguf.LlamaFileType[_TYPES[dtype][1]])
