@@ -44,12 +44,12 @@ SIDE = Path(__file__).with_name("llama_cpp_side.py")
 DEMO = ROOT / "deployments" / "demo" / "tokenizer"
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 64,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
     "initializer_range": 0.05,
 }
 TINY = {**SIZES, "hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="A student's folder instead of students of random weights.")
     parser.add_argument("--tokenizer", nargs="*", default=[], help="Folders of further tokenizers.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--context", type=int, default=700, help="Tokens of the longer row; 512 are read at once.")
+    parser.add_argument("--context", type=int, default=600, help="Tokens of the longer row; 512 are read at once.")
     parser.add_argument("--new", type=int, default=64, help="Tokens that are continued greedily.")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

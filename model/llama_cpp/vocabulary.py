@@ -87,7 +87,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, num_words: int) -> Vocab
 
 
 def _tokens(state: Mapping[str, Any], num_words: int) -> tuple[list[str], list[Kind]]:
-    model = state["model"]
+    model, sentencepiece = state["model"], bool(state["model"].get("byte_fallback"))
     tokens = [f"[PAD{i}]" for i in range(num_words)]
     kinds = [Kind.UNUSED] * num_words
     added = {token["id"]: token for token in state["added_tokens"]}
@@ -99,10 +99,10 @@ def _tokens(state: Mapping[str, Any], num_words: int) -> tuple[list[str], list[K
         if i in added and added[i]["special"]:
             kinds[i] = Kind.CONTROL
         elif i in added:
-            tokens[i], kinds[i] = text.replace(_SPACE, " ") if model.get("byte_fallback") else text, Kind.USER_DEFINED
-        if text == model.get("unk_token"):
+            tokens[i], kinds[i] = text.replace(_SPACE, " ") if sentencepiece else text, Kind.USER_DEFINED
+        if sentencepiece and text == model.get("unk_token"):
             kinds[i] = Kind.UNKNOWN
-        elif model.get("byte_fallback") and i not in added and _is_byte(text):
+        elif sentencepiece and i not in added and _is_byte(text):
             kinds[i] = Kind.BYTE
     strips = [one["content"] for one in added.values() if one["lstrip"] or one["rstrip"] or one["single_word"]]
     if strips:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,16 @@ def test_an_unfinished_file_leaves_nothing(
         to_file(folder, words, target)
     assert target.read_bytes() == content
     assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
+
+
+def test_without_the_package_there_is_one_line(
+    make_folder: Any, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder("rwkv7")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"needs the package gguf: pip install 'radlads\[gguf\]'$"):
+        to_file(folder, words, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 def test_values_that_half_precision_cannot_hold_are_refused(make_folder: Any, words: Any, tmp_path: Path) -> None:
