@@ -44,12 +44,12 @@ SIDE = Path(__file__).with_name("llama_cpp_side.py")
 DEMO = ROOT / "deployments" / "demo" / "tokenizer"
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {
-    "hidden_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 64,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
     "initializer_range": 0.05,
 }
 TINY = {**SIZES, "hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -139,16 +139,13 @@ def rounded_logits(folder: Path, rows: list[list[int]], dtype: torch.dtype) -> l
 
 
 def generated(student: Any, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
-    """(the likeliest tokens, tokens/s after the prompt: the best of three)."""
-    speeds = []
-    for _ in range(3):
-        times = []
-        for new in (1, count):
-            began = time.perf_counter()
-            made = student.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
-            times.append(time.perf_counter() - began)
-        speeds.append((count - 1) / max(1e-9, times[1] - times[0]))
-    return made[0, prompt.shape[1] :], max(speeds)
+    """(the likeliest tokens, tokens/s after the prompt)."""
+    times = []
+    for new in (1, count):
+        began = time.perf_counter()
+        made = student.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
+        times.append(time.perf_counter() - began)
+    return made[0, prompt.shape[1] :], (count - 1) / max(1e-9, times[1] - times[0])
 
 
 @torch.no_grad()
@@ -164,7 +161,8 @@ def compare(name: str, folder: Path, python: str, options: argparse.Namespace) -
     opened, answers = open_for_llama_cpp(folder), []
     vocabulary = read_vocabulary(tokenizer, opened.num_words)
     request = {"rows": rows, "prompt": prompt[0].tolist(), "new": options.new, "threads": options.threads, "texts": []}
-    for kind, dtype in TYPES.items():
+    for kind in options.types:
+        dtype = TYPES[kind]
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "model.gguf"
             write_gguf(opened, vocabulary, Card(name), path, dtype=dtype)
@@ -218,6 +216,8 @@ def compare_words(folder: Path, tokenizer: Any, python: str) -> str:
 
 def table(answers: list[Answer]) -> list[str]:
     """Markdown."""
+    if not answers:
+        return []
     threads = [int(speed[0]) for speed in answers[0].speeds]
     named = " / ".join(map(str, threads))
     lines = [
@@ -248,8 +248,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama", required=True, help="Python of the venv with llama-cpp-python.")
     parser.add_argument("--folder", type=Path, help="A student's folder instead of students of random weights.")
+    parser.add_argument("--students", nargs="*", choices=STUDENTS, default=list(STUDENTS), help="Kinds to make.")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="Types of the matrices.")
     parser.add_argument("--tokenizer", nargs="*", default=[], help="Folders of further tokenizers.")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--context", type=int, default=600, help="Tokens of the longer row; 512 are read at once.")
     parser.add_argument("--new", type=int, default=64, help="Tokens that are continued greedily.")
     parser.add_argument("--out", type=Path)
@@ -262,8 +264,8 @@ def main() -> None:
         if options.folder:
             answers = compare(options.folder.name, options.folder, options.llama, options)
             rows.append(compare_words(options.folder, load_tokenizer(str(options.folder)), options.llama))
-        for i, (name, made_of) in enumerate(STUDENTS.items() if not options.folder else ()):
-            folder = make_student(Path(place) / str(i), words_of(str(DEMO)), *made_of, SIZES)
+        for i, name in enumerate(options.students if not options.folder else ()):
+            folder = make_student(Path(place) / str(i), words_of(str(DEMO)), *STUDENTS[name], SIZES)
             answers += compare(name, folder, options.llama, options)
         for i, path in enumerate([*([] if options.folder else [str(DEMO)]), *options.tokenizer]):
             tokenizer = words_of(path)
