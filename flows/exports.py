@@ -1,4 +1,4 @@
-"""Where `radlads export` takes a model from, and where it puts it: a folder, an S3 prefix, a repository of the hub."""
+"""Where `radlads export` takes a model from, and where it puts it: a folder or file, an S3 prefix, a hub repository."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def published_folder(model: str, *, stage: str | None, store: str | None, work: 
     if not talker.is_student:
         raise UserError(f"{model} is no converted model")
     return Path(talker.path)
+
+
+def gguf_target(to: str) -> Path:
+    """The GGUF file that `--to` names. Raises UserError where none can be put."""
+    if to.startswith(("s3://", _HUB)):
+        raise UserError(f"--to {one_line(to, 80)}: a GGUF file is written on this machine; name a path")
+    target = Path(to).expanduser().absolute()
+    with file_errors(str(target)):
+        if target.exists():
+            raise UserError(f"{target} exists already; name a new file")
+    return target
 
 
 class Destination:

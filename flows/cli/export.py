@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,13 +10,16 @@ import typer
 from radlads.flows.cli.application import EXAMPLE, StorePlace, WorkPlace, app, say
 from radlads.tasks.contracts.errors import UserError
 
+_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+_DTYPES |= {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
 
 @app.command(epilog=EXAMPLE.format("radlads export my-run --to hub:me/my-model --dtype bfloat16"))
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A finished run, or an exported folder.")],
-    to: Annotated[str, typer.Option("--to", help="A new folder, s3://bucket/prefix, or hub:OWNER/NAME.")],
+    to: Annotated[str, typer.Option("--to", help="A new folder or FILE.gguf, s3://bucket/prefix, or hub:OWNER/NAME.")],
     stage: Annotated[str | None, typer.Option(help="The model of this stage instead of the published one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: bfloat16 (bf16), float16, float32.")] = None,
     max_shard: Annotated[str | None, typer.Option("--max-shard", help="Largest file of weights, such as 2GB.")] = None,
     public: Annotated[bool, typer.Option("--public", help="A hub repository that is made is public.")] = False,
     store: StorePlace = None,
@@ -24,15 +28,28 @@ def export(
         bool, typer.Option("--trust-remote-code", help="Run the code of the tokenizer's folder.")
     ] = False,
 ) -> None:
-    """Write a model where others can use it: weights, code, tokenizer and card."""
+    """Write a model where others can use it: weights, code, tokenizer and card, or one GGUF file for llama.cpp."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    from radlads.flows.exports import Destination, published_folder
-    from radlads.tasks.contracts.requests.folder import FolderExport
+    from radlads.flows.exports import Destination, gguf_target, published_folder
+    from radlads.tasks.contracts.requests.folder import FolderExport, GgufExport
     from radlads.tasks.launchers.program import run_program
 
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise UserError(f"--dtype {dtype}: choose bfloat16, float16 or float32")
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype}: choose bfloat16, float16 or float32 (bf16, f16, f32)")
+    dtype = _DTYPES.get(dtype or "")
+    if to.endswith(".gguf"):
+        if max_shard is not None or public:
+            raise UserError("--max-shard and --public are not for a GGUF file")
+        target = gguf_target(to)
+        folder = published_folder(model, stage=stage, store=store, work=work)
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        request = GgufExport(
+            student=str(folder), out=str(target), name=name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        run_program("export", "radlads.tasks.jobs.exchange.gguf", request)
+        say(str(target))
+        return
     size = None
     if max_shard is not None:
         try:

@@ -21,7 +21,14 @@ from radlads.model.weights.checkpoint_files import read_headers
 from radlads.model.weights.finite import check_finite
 from radlads.tasks.contracts.errors import UserError
 
-__all__ = ["RadladsConfig", "RadladsForCausalLM", "build_student", "load_student", "student_config"]
+__all__ = [
+    "RadladsConfig",
+    "RadladsForCausalLM",
+    "build_student",
+    "load_student",
+    "read_student_config",
+    "student_config",
+]
 
 
 def student_config(
@@ -107,7 +114,7 @@ def load_student(
     dtype: None keeps the saved one. Raises UserError when it is no exported student, its files are incomplete or not
     one set, a tensor is missing, unexpected or misshapen, or values are not finite.
     """
-    config = _read_config(Path(folder))
+    config = read_student_config(Path(folder))
     for name, entry in read_headers(str(folder)).items():
         if reason := stored_refusal(entry.dtype):
             raise UserError(f"the student in {folder} cannot be loaded: its tensor {name} {reason}")
@@ -130,7 +137,8 @@ def load_student(
     return student.to(device).eval()
 
 
-def _read_config(folder: Path) -> RadladsConfig:
+def read_student_config(folder: Path) -> RadladsConfig:
+    """The config of an exported folder. Raises UserError if it has none that this code can load."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no exported student in {folder}: config.json is missing")

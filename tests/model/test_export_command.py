@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import boto3
@@ -11,11 +12,15 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from radlads.flows.cli import app
+from radlads.model.student.export import export_student
 from radlads.model.student.load import load_student
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.launchers.launcher import JobFailed
 
 CARD = "---\nlicense: apache-2.0\nbase_model: some/teacher\n---\n\n# A student\n"
 
@@ -55,6 +60,39 @@ def test_a_folder_is_copied_or_written_anew(carded: Path, tokens, tmp_path: Path
     whole = load_student(carded)(tokens).logits
     rounded = load_student(tmp_path / "small")(tokens).logits.float()
     assert ((rounded - whole).norm() / whole.norm()).item() < 0.05
+
+
+def test_a_gguf_file(make_teacher, make_student, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", "</s>", *string.ascii_letters])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    teacher = make_teacher("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    folder = export_student(make_student(teacher, variant="rwkv7"), tokenizer, tmp_path / "student")
+    (folder / "README.md").write_text(CARD)
+    target = tmp_path / "new" / "model.gguf"
+    assert str(target) in typed(folder, "--to", target, "--dtype", "f16")
+    said = {name: field.contents() for name, field in gguf.GGUFReader(target).fields.items()}
+    assert (said["general.architecture"], said["general.name"]) == ("arwkv7", "A student")
+    assert (said["general.license"], said["general.base_model.0.name"]) == ("apache-2.0", "teacher")
+    assert said["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+    (folder / "README.md").unlink()
+    typed(folder, "--to", tmp_path / "other.gguf")
+    assert gguf.GGUFReader(tmp_path / "other.gguf").fields["general.name"].contents() == "student"
+    for words, said in (
+        ((folder, "--to", target), "exists already; name a new file"),
+        ((folder, "--to", "s3://bucket/model.gguf"), "is written on this machine"),
+        ((folder, "--to", tmp_path / "a.gguf", "--max-shard", "1GB"), "not for a GGUF file"),
+        ((folder, "--to", tmp_path / "a.gguf", "--dtype", "q8_0"), "choose bfloat16"),
+    ):
+        with pytest.raises(UserError, match=said):
+            typed(*words)
+
+
+def test_what_llama_cpp_lacks_is_one_line(carded: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match=r"llama.cpp's graph arwkv7 lacks softmax attention, .* keeps in layers 1$"):
+        typed(carded, "--to", tmp_path / "a.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 def test_an_s3_prefix(carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

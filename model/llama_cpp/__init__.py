@@ -1,0 +1,1 @@
+"""Students as one GGUF file, for the variants whose mathematics llama.cpp's graphs have."""
