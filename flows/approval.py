@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Paused
 from rich.console import Console
 
+from radlads.flows.live_view import LiveTable
 from radlads.tasks.announce import Outlook
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
@@ -68,10 +69,11 @@ def asked_at_terminal(err: Console) -> Iterator[None]:
     """Meanwhile a run without a server's page asks here, if somebody is at the terminal."""
 
     def ask(question: str) -> bool:
-        err.print(f"{question} \\[y/N]", end=" ", markup=True, highlight=False, soft_wrap=True)
-        while not select.select([sys.stdin], [], [], _STOP_LOOK_SECONDS)[0]:
-            REQUEST.check()
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+        with LiveTable.hidden():
+            err.print(f"{question} \\[y/N]", end=" ", markup=True, highlight=False, soft_wrap=True)
+            while not select.select([sys.stdin], [], [], _STOP_LOOK_SECONDS)[0]:
+                REQUEST.check()
+            return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     Terminal.ask = ask if sys.stdin.isatty() and err.is_terminal else None
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -38,6 +38,9 @@ class LiveTable:
     and the scratch folders say. Elsewhere it does nothing: there the log's lines tell. A fault of the store leaves the
     table as it was."""
 
+    _shown: ClassVar[LiveTable | None] = None
+    """The one on the terminal; a process shows one at a time."""
+
     def __init__(self, console: Console, store: Store, run: str) -> None:
         self._console, self._store, self._run = console, store, run
         self._state: RunState | None = None
@@ -59,16 +62,31 @@ class LiveTable:
             self._live.start()
             self._logs.enter_context(_log_above())
             self._thread.start()
+            LiveTable._shown = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._live is None:
             return
+        LiveTable._shown = None
         self._closing.set()
         self._thread.join(_CLOSE_SECONDS)
         self._look_once()
         self._logs.close()
         self._live.stop()
+
+    @classmethod
+    @contextmanager
+    def hidden(cls) -> Iterator[None]:
+        """Meanwhile the terminal is free for a question and its answer."""
+        live = None if cls._shown is None else cls._shown._live
+        if live is not None:
+            live.stop()
+        try:
+            yield
+        finally:
+            if live is not None:
+                live.start()
 
     def _look(self) -> None:
         seconds = _LOOK_SECONDS if isinstance(self._store, LocalStore) else _LOOK_REMOTE_SECONDS

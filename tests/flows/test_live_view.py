@@ -150,3 +150,17 @@ def test_the_end_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     said.clear()
     say_end(out, said.append, Kept(None), "mine", {"evaluate": "x://e"})
     assert said == ["evaluate     x://e"]
+
+
+def test_a_question_finds_the_terminal_free(looks) -> None:
+    looks(state("running"))
+    shown = console(terminal=True)
+    with LiveTable(shown, object(), "mine") as table:
+        with LiveTable.hidden():
+            assert not table._live.is_started
+            written = shown.file.getvalue()
+            time.sleep(0.7)  # longer than between two frames
+            assert shown.file.getvalue() == written
+        assert table._live.is_started
+    with LiveTable.hidden():  # none is shown
+        pass
