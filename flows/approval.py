@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.exceptions import Pause
 from prefect.flow_runs import suspend_flow_run
@@ -105,7 +107,7 @@ def _wait_for_approval(stage: Outlook, dollars: float) -> None:
 def _pause(stage: Outlook, what: str) -> None:
     """Pause the run in this process until it is resumed."""
     with get_client(sync_client=True) as client:
-        paused = Paused(
+        paused: State[Any] = Paused(
             message=what, timeout_seconds=_LONGEST_SECONDS, reschedule=False, pause_key=f"approve-{stage.product}"
         )
         client.set_flow_run_state(flow_run.id, paused)
@@ -115,7 +117,7 @@ def _pause(stage: Outlook, what: str) -> None:
             if state is not None and state.is_running():
                 return
             if state is not None and not state.is_paused():
-                raise RunStopped(f"{stage.label} was not approved: the run was {state.name.lower()}")
+                raise RunStopped(f"{stage.label} was not approved: the run was {(state.name or 'ended').lower()}")
             look = time.monotonic() + _LOOK_SECONDS
             while time.monotonic() < look:
                 REQUEST.check()

@@ -70,8 +70,11 @@ def _mirror(pipeline: Pipeline, request: StageRequest, failed: TrackingRef | Non
     kept = None
     with suppress(StoreError, OSError):  # a fault of the store is reported by the job itself
         kept = kept_stage(pipeline.store, request.key)
-    sent = parent is not None and kept is not None
-    if sent and mirror_stage(pipeline.store, parent, kept, pipeline.run, pipeline.recipe):
+    if (
+        parent is not None
+        and kept is not None
+        and mirror_stage(pipeline.store, parent, kept, pipeline.run, pipeline.recipe)
+    ):
         if kept.ending is not None:
             return
     else:

@@ -43,7 +43,8 @@ def test_package_data_exists() -> None:
 def test_recipes_and_chat_templates_are_package_data() -> None:
     patterns = SETUP["tool"]["setuptools"]["package-data"]["radlads.deployments"]
     listed = {path for pattern in patterns for path in (ROOT / "deployments").glob(pattern)}
-    assert listed == {path for end in ("yaml", "jinja") for path in (ROOT / "deployments").rglob(f"*.{end}")}
+    ends = ("*.yaml", "*.jinja", "pools/*.json")
+    assert listed == {path for end in ends for path in (ROOT / "deployments").rglob(end)}
 
 
 def test_every_direct_dependency_is_pinned() -> None:

@@ -29,10 +29,10 @@ def show_inputs(ref: TrackingRef, inputs: Mapping[str, InputRef], spec: Mapping[
 
         client = connect(ref.uri)
         shown = client.get_run(ref.run_id).inputs
-        known = {(one.dataset.name, one.dataset.digest) for one in shown.dataset_inputs}
+        known = {(one.dataset.name, one.dataset.digest) for one in (shown.dataset_inputs if shown else ())}
         datasets = [*_pinned(spec), *_products(inputs)]
         fresh = [one for one in datasets if (one.dataset.name, one.dataset.digest) not in known]
-        read = {one.model_id for one in shown.model_inputs}
+        read = {one.model_id for one in (shown.model_inputs if shown else ())}
         experiment = client.get_run(ref.run_id).info.experiment_id
         digests = [given.digest for given in inputs.values() if _stage_of(given) in MODEL_STAGES]
         models = [found for digest in digests if (found := _find_model(client, experiment, digest)) is not None]

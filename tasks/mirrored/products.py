@@ -82,7 +82,7 @@ def _final(manifest: Manifest) -> dict[str, float]:
     numbers = flatten(manifest.metrics)
     wanted = {key: numbers.get(key) for key in _JUDGED.get(manifest.stage, ())}
     named = {f"final/{key.removeprefix('student/')}": value for key, value in wanted.items()}
-    return {key: float(value) for key, value in named.items() if _is_number(value)}
+    return {key: float(value) for key, value in named.items() if value is not None and _is_number(value)}
 
 
 def _totals(numbers: Mapping[str, float]) -> dict[str, float]:
