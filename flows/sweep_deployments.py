@@ -16,9 +16,10 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling
 
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.stages import PRETRAIN
 from radlads.tasks.launchers.stopping import REQUEST, RunStopped
 
-_DEPLOYMENTS = {"radlads": "full", "radlads-pretrain": "pretrain"}
+_DEPLOYMENTS = {"radlads": "full", f"radlads-{PRETRAIN.name}": PRETRAIN.name}
 """Flow → its deployment that takes any recipe."""
 _LOOK_SECONDS = 1.0
 _CANCEL_SECONDS = 10.0

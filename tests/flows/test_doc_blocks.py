@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md"))]
 RUNS = ("first", "second", "my-run")
 # What a shell or the system has; nothing of them is ours to check.
-OTHERS = {"curl", "export", "git", "test", "prefect", "pip", "eval", ".", "python3", "python"}
+OTHERS = {"curl", "export", "git", "test", "prefect", "pip", "eval", ".", "python3", "python", "llama-cli", "wandb"}
 FENCE = re.compile(
     r"^(?P<indent> *)(?:<!-- not run: (?P<why>[^>]+) -->\n *)?```(?P<kind>\w+)\n(?P<text>.*?)^ *```$", re.M | re.S
 )

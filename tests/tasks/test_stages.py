@@ -36,7 +36,6 @@ LITERALS = {
     "tasks/jobs/choose/choose.py": {"choose"},  # the key of choose.json, the recipe's own
     "tasks/jobs/choose/choice_chart.py": {"choose"},
     "tasks/jobs/report/choice_report.py": {"choose"},
-    "tasks/jobs/judge/heatmap.py": {"needle"},  # a colour map
     "tasks/look/results.py": {"needle"},  # the title of a column
     "benchmarks/recipes_gpu.py": {"distill", "evaluate", "needle"},  # sections of the recipes that it cuts
     "benchmarks/drill_case.py": {"distill"},  # the stage that is killed

@@ -51,7 +51,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Training:
+class Stages:
     """What the three stages are written from. processes: of the machine."""
 
     hybrid: bool
@@ -91,11 +91,11 @@ def sizes_of(teacher: Candidate, effort: Effort, processes: int) -> Sizes:
     )
 
 
-def align_text(training: Training) -> str:
+def align_text(stages: Stages) -> str:
     """Stage 1."""
-    effort, sizes, hybrid = training.effort, training.sizes, training.hybrid
-    micro, checkpointing = training.passes("align", sizes.align_batch)
-    kind = "cosine" if hybrid and not training.toy else "quarter_cosine"
+    effort, sizes, hybrid = stages.effort, stages.sizes, stages.hybrid
+    micro, checkpointing = stages.passes("align", sizes.align_batch)
+    kind = "cosine" if hybrid and not stages.toy else "quarter_cosine"
     return "\n".join(
         [
             "align:                  # each mixer learns its layer's attention; cheap, and most of the way",
@@ -105,17 +105,17 @@ def align_text(training: Training) -> str:
             f"  context: {sizes.align}",
             f"  batch: {sizes.align_batch}",
             f"  micro_batch: {micro}",
-            f"  mixer_rate: {_rate(training.rates.align)}",
-            f"  schedule: {{kind: {kind}, warmup_steps: {5 if training.toy else 50}}}",
+            f"  mixer_rate: {_rate(stages.rates.align)}",
+            f"  schedule: {{kind: {kind}, warmup_steps: {5 if stages.toy else 50}}}",
             f"  gradient_checkpointing: {checkpointing}",
         ]
     )
 
 
-def distill_text(training: Training) -> str:
+def distill_text(stages: Stages) -> str:
     """Stage 2."""
-    effort, sizes, mixers, rest = training.effort, training.sizes, training.rates.mixers, training.rates.rest
-    micro, checkpointing = training.passes("distill", sizes.distill_batch)
+    effort, sizes, mixers, rest = stages.effort, stages.sizes, stages.rates.mixers, stages.rates.rest
+    micro, checkpointing = stages.passes("distill", sizes.distill_batch)
     lines = [
         "distill:                # the whole student learns the teacher's next-token probabilities (KL)",
         "  data: text",
@@ -125,13 +125,13 @@ def distill_text(training: Training) -> str:
         f"  micro_batch: {micro}",
         f"  mixer_rate: {_rate(mixers)}",
         f"  rest_rate: {_rate(rest)}",
-        f"  schedule: {{kind: {training.rates.schedule}, warmup_steps: {10 if training.toy else 50}}}",
+        f"  schedule: {{kind: {stages.rates.schedule}, warmup_steps: {10 if stages.toy else 50}}}",
         f"  gradient_checkpointing: {checkpointing}",
-        *training.fit.freeze_line,
+        *stages.fit.freeze_line,
     ]
     if effort.distill_long:
         middle, middle_rest = (start**0.5 * end**0.5 for start, end in (mixers, rest))
-        micro, _ = training.passes("distill.long", sizes.long_batch)
+        micro, _ = stages.passes("distill.long", sizes.long_batch)
         lines += [
             "  phases:",
             f"    - {{tokens: {effort.distill - effort.distill_long:_}, mixer_rate: {_rate((mixers[0], middle))},",
@@ -143,13 +143,13 @@ def distill_text(training: Training) -> str:
     return "\n".join(lines)
 
 
-def finetune_text(training: Training) -> str:
+def finetune_text(stages: Stages) -> str:
     """Stage 3; "" without it."""
-    effort, sizes = training.effort, training.sizes
+    effort, sizes = stages.effort, stages.sizes
     if not effort.finetune:
         return ""
-    micro, checkpointing = training.passes("finetune", sizes.finetune_batch)
-    rate = (1e-4, 1e-5) if training.toy else (1e-5, 1e-5)
+    micro, checkpointing = stages.passes("finetune", sizes.finetune_batch)
+    rate = (1e-4, 1e-5) if stages.toy else (1e-5, 1e-5)
     return "\n".join(
         [
             "finetune:               # longer contexts, on the text itself",
@@ -158,11 +158,11 @@ def finetune_text(training: Training) -> str:
             f"  context: {sizes.finetune}",
             f"  batch: {sizes.finetune_batch}",
             f"  micro_batch: {micro}",
-            f"  mixer_rate: {_rate(rate)}      # {'ours' if training.toy else 'RADLADS, table 2'}",
+            f"  mixer_rate: {_rate(rate)}      # {'ours' if stages.toy else 'RADLADS, table 2'}",
             f"  rest_rate: {_rate((1e-5, 1e-5))}",
-            f"  schedule: {{kind: constant, warmup_steps: {2 if training.toy else 50}}}",
+            f"  schedule: {{kind: constant, warmup_steps: {2 if stages.toy else 50}}}",
             f"  gradient_checkpointing: {checkpointing}",
-            *training.fit.freeze_line,
+            *stages.fit.freeze_line,
         ]
     )
 

@@ -11,7 +11,7 @@ from radlads.tasks.jobs.draft.protocols import Effort, is_toy, rates
 from radlads.tasks.jobs.draft.stages_text import (
     Fit,
     Sizes,
-    Training,
+    Stages,
     align_text,
     distill_text,
     finetune_text,
@@ -30,15 +30,15 @@ def write_recipe(request: DraftRequest, teacher: Candidate, machine: Machine, ef
     """The recipe as YAML. fit: as found for it; an empty one takes passes of the whole part of a process."""
     processes, speed = machine.resources.processes, rates(teacher.parameters, hybrid=request.hybrid)
     sizes = sizes_of(teacher, effort, processes)
-    training = Training(request.hybrid, is_toy(teacher.parameters), effort, sizes, speed, fit, processes)
+    stages = Stages(request.hybrid, is_toy(teacher.parameters), effort, sizes, speed, fit, processes)
     parts = [
         _head(request, teacher, effort, speed.source),
         _teacher(teacher, fit),
         _student(request, teacher),
         _data(request, teacher, effort),
-        align_text(training),
-        distill_text(training),
-        finetune_text(training),
+        align_text(stages),
+        distill_text(stages),
+        finetune_text(stages),
         _judging(teacher, sizes, effort),
         _resources(machine, fit),
     ]
