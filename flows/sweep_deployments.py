@@ -88,7 +88,9 @@ def _at_work(client: SyncPrefectClient, deployment: UUID, tag: str) -> dict[str,
         seen += len(page)
         # By the parameter: a run's title becomes another one as it begins.
         at_work |= {
-            str(run.parameters.get("run")): run.id for run in page if run.state is None or not run.state.is_final()
+            str(run.parameters.get("run") or run.name): run.id
+            for run in page
+            if run.state is None or not run.state.is_final()
         }
     return at_work
 

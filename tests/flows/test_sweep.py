@@ -278,7 +278,7 @@ def test_deployment_runs_at_once_share_through_the_products_lease(recipe, places
         assert (jobs.launched["align"], jobs.launched["distill"], jobs.launched["tokenize"]) == (1, 4, 1)
         assert jobs.order[:4] == ["plan"] * 4
         assert jobs.launched["plan"] == 4
-        assert sorted(run.name for run in worker.found.values()) == MEMBERS
+        assert sorted(run.parameters["run"] for run in worker.found.values()) == MEMBERS
         assert {tag for run in worker.found.values() for tag in run.tags} >= {"sweep:s1"}
         assert radlads_sweep(recipe, "s1", GRID, FINAL, **places, deployments=True) == dict.fromkeys(MEMBERS, "done")
     assert jobs.launched["distill"] == 4
