@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from radlads.tasks.contracts.stages import ALIGN, DISTILL, FINETUNE
 from radlads.tasks.jobs.draft.protocols import Effort, Rates, is_small, is_toy
 from radlads.tasks.jobs.draft.subject import Candidate
 
@@ -94,7 +95,7 @@ def sizes_of(teacher: Candidate, effort: Effort, processes: int) -> Sizes:
 def align_text(stages: Stages) -> str:
     """Stage 1."""
     effort, sizes, hybrid = stages.effort, stages.sizes, stages.hybrid
-    micro, checkpointing = stages.passes("align", sizes.align_batch)
+    micro, checkpointing = stages.passes(ALIGN.name, sizes.align_batch)
     kind = "cosine" if hybrid and not stages.toy else "quarter_cosine"
     return "\n".join(
         [
@@ -115,7 +116,7 @@ def align_text(stages: Stages) -> str:
 def distill_text(stages: Stages) -> str:
     """Stage 2."""
     effort, sizes, mixers, rest = stages.effort, stages.sizes, stages.rates.mixers, stages.rates.rest
-    micro, checkpointing = stages.passes("distill", sizes.distill_batch)
+    micro, checkpointing = stages.passes(DISTILL.name, sizes.distill_batch)
     lines = [
         "distill:                # the whole student learns the teacher's next-token probabilities (KL)",
         "  data: text",
@@ -131,7 +132,7 @@ def distill_text(stages: Stages) -> str:
     ]
     if effort.distill_long:
         middle, middle_rest = (start**0.5 * end**0.5 for start, end in (mixers, rest))
-        micro, _ = stages.passes("distill.long", sizes.long_batch)
+        micro, _ = stages.passes(f"{DISTILL.name}.long", sizes.long_batch)
         lines += [
             "  phases:",
             f"    - {{tokens: {effort.distill - effort.distill_long:_}, mixer_rate: {_rate((mixers[0], middle))},",
@@ -148,7 +149,7 @@ def finetune_text(stages: Stages) -> str:
     effort, sizes = stages.effort, stages.sizes
     if not effort.finetune:
         return ""
-    micro, checkpointing = stages.passes("finetune", sizes.finetune_batch)
+    micro, checkpointing = stages.passes(FINETUNE.name, sizes.finetune_batch)
     rate = (1e-4, 1e-5) if stages.toy else (1e-5, 1e-5)
     return "\n".join(
         [
