@@ -6,6 +6,7 @@ import json
 
 from radlads.tasks.contracts.pins.places import COMPRESSED, is_gguf
 from radlads.tasks.contracts.requests.draft import DraftRequest
+from radlads.tasks.contracts.stages import ALIGN, DISTILL, FINETUNE
 from radlads.tasks.jobs.draft.machine import Machine
 from radlads.tasks.jobs.draft.protocols import Effort, is_toy, rates
 from radlads.tasks.jobs.draft.stages_text import (
@@ -47,7 +48,7 @@ def write_recipe(request: DraftRequest, teacher: Candidate, machine: Machine, ef
 
 def _head(request: DraftRequest, teacher: Candidate, effort: Effort, rate_source: str) -> str:
     kind = "a hybrid of RWKV-7 and softmax layers" if request.hybrid else "a pure RWKV-7 student"
-    stages = ["align", "distill"] + ["finetune"] * bool(effort.finetune)
+    stages = [ALIGN.name, DISTILL.name] + [FINETUNE.name] * bool(effort.finetune)
     lines = [
         f"# Written by `{request.command}`.",
         "# `radlads plan FILE` checks it and says what it costs, `radlads run FILE` runs it. Every key: docs/keys.md.",
