@@ -37,15 +37,20 @@ def _say_more(out: Console, say: Callable[[str], None], store: Store, run: str, 
     product = made.get(PUBLISH.name)
     if product is not None:
         key = store.key(product)
-        for verdict in _read_verdicts(store, key)[:_MOST_VERDICTS]:
-            mark = _MARKS.get(verdict.get("level", ""), _MARKS["note"])
-            out.print(f"{mark} {escape(verdict.get('text', ''))}", highlight=False)
+        print_verdicts(out, store, key)
     say(summary(look(store, run, layout_checked=True)))
     if product is not None:
         page = f"   {store.root / key / REPORT_PAGE}" if isinstance(store, LocalStore) else ""
         say(f"report   radlads report {run}{page}")
     if product is not None and any(stage in made for stage in STUDENT_STAGES):
         say(f"use      radlads chat {run}   radlads serve {run}   radlads export {run} --to FOLDER")
+
+
+def print_verdicts(out: Console, store: Store, key: str) -> None:
+    """The most serious verdicts of a report, a line each. key: of its product. Raises StoreError."""
+    for verdict in _read_verdicts(store, key)[:_MOST_VERDICTS]:
+        mark = _MARKS.get(verdict.get("level", ""), _MARKS["note"])
+        out.print(f"{mark} {escape(verdict.get('text', ''))}", highlight=False)
 
 
 def _read_verdicts(store: Store, key: str) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import radlads.flows.convert
+from radlads.flows.closing import print_verdicts
 from radlads.flows.foreground import EXIT_INTERRUPTED
 from radlads.flows.service_password import password_file
 from radlads.flows.services import Service
@@ -37,6 +38,7 @@ from radlads.tasks.stage import scratch_folder
 
 _DEPLOYMENT = "radlads/smoke"
 _LOOK_SECONDS = 1.0
+_SAY_SECONDS = 30.0
 _CANCEL_SECONDS = 15.0
 
 
@@ -77,13 +79,15 @@ def run_demo(
         raise UserError(f"the run '{name}' completed but has no report in {settings.store.uri}")
     product = f"{settings.store.uri}/{published.key}"
     out.print(f"[green]done[/] in {minutes}:{seconds:02}")
+    print_verdicts(out, open_store(settings.store), published.key)
     for what, place in (
-        ("report", f"{product}/report.md"),
+        ("report", f"{product}/report.html"),
         ("student", f"{product}/model"),
         ("Prefect", page),
         ("MLflow", mlflow_page(str(running["mlflow"].url), load_recipe(recipe).name)),
+        ("talk to it", f"radlads chat {name} --both"),
     ):
-        out.print(f"{what:9} {place}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{what:10} {place}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"Both pages ask for user and password: {password_file(settings.home)}", soft_wrap=True)
     out.print("The services keep running; `radlads services down` stops them.")
     return 0
@@ -160,7 +164,7 @@ def _watch(
 
 
 class _View:
-    """One line per stage: a bar on a terminal, a line of text for every change elsewhere."""
+    """One line per stage: a bar on a terminal; elsewhere a line of text for every change, and every half minute."""
 
     def __init__(self, out: Console) -> None:
         self._out = out
@@ -173,6 +177,7 @@ class _View:
         )
         self._rows: dict[str, TaskID] = {}
         self._states: dict[str, str] = {}
+        self._said_at: dict[str, float] = {}
 
     def shown(self) -> Live:
         """Context in which the bars are drawn on the terminal."""
@@ -189,8 +194,12 @@ class _View:
         else:
             share = done / total if total else 0.0
             self._bars.update(self._rows[stage], completed=share, detail=detail or state.lower())
-        if not self._out.is_terminal and self._states.get(stage) != state:
+        changed, now = self._states.get(stage) != state, time.monotonic()
+        late = state == "Running" and now - self._said_at.get(stage, now) >= _SAY_SECONDS
+        if not self._out.is_terminal and (changed or late):
             self._out.print(f"{stage}: {state.lower()}{f' ({detail})' if detail else ''}", highlight=False)
+        if changed or late:
+            self._said_at[stage] = now
         self._states[stage] = state
 
 

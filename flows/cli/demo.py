@@ -5,16 +5,31 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from radlads.flows.cli.application import EXAMPLE, OUT, Overrides, app, parse_overrides
+from radlads.tasks.contracts.errors import UserError
+
+_QUICK: dict[str, Any] = {
+    "align.data": "stories",
+    "align.tokens": 65_536,
+    "distill.data": "stories",
+    "distill.tokens": 98_304,
+    "finetune": None,
+    "evaluate.heldout_tokens": 8_192,
+    "needle": None,
+}
+"""What `--quick` makes of the smoke recipe: a tenth of its tokens, one dataset, no needles."""
 
 
-@app.command(epilog=EXAMPLE.format("radlads demo --run first"))
+@app.command(epilog=EXAMPLE.format("radlads demo --quick"))
 def demo(
     recipe: Annotated[str, typer.Option(help="Recipe to run instead of the smoke recipe.")] = "smoke",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the training: to see every page, not a good student.")
+    ] = False,
     name: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -25,6 +40,9 @@ def demo(
     from radlads.tasks.contracts.settings import check_run_name, resolve_settings
 
     changes = parse_overrides(overrides)
+    if quick and recipe != "smoke":
+        raise UserError("--quick shortens the smoke recipe; a recipe of your own is shortened with --set")
+    changes = {**(_QUICK if quick else {}), **changes}
     asked = load_recipe(recipe, changes)
     if recipe.endswith((".yaml", ".yml")):
         recipe = str(Path(recipe).absolute())  # the worker has another working directory
@@ -38,7 +56,7 @@ def demo(
 
     name = name or f"{asked.name}-{datetime.now():%Y%m%d-%H%M%S}"
     options = [("--recipe", recipe), ("--run", name), *(("--set", pair) for pair in overrides or [])]
-    again = command_line("demo", options=options)
+    again = command_line("demo", *(["--quick"] if quick else []), options=options)
     with orchestrator():
         code = run_demo(OUT, running, resolve_settings(), recipe, name, changes, again)
     sys.exit(code)

@@ -16,11 +16,13 @@ import pytest
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Running
 from rich.console import Console
+from typer.testing import CliRunner
 
-from radlads.flows import demo, services
+from radlads.flows import cli, demo, services
 from radlads.flows.foreground import command_line
 from radlads.tasks.contracts.job import StoreRef
 from radlads.tasks.contracts.locks.lease import run_lease
+from radlads.tasks.contracts.recipe.recipe import load_recipe
 from radlads.tasks.contracts.settings import resolve_settings
 from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.contracts.store.pointers import point
@@ -238,3 +240,31 @@ def test_the_command_is_quoted():
     options = [("--run", "r1"), ("--set", "a=[1, 2]"), ("--store", None), ("--tracking", "http://x/?a&b")]
     line = command_line("run", "my recipe.yaml", options=options)
     assert line == "radlads run 'my recipe.yaml' --run r1 --set 'a=[1, 2]' --tracking 'http://x/?a&b'"
+
+
+def test_the_demo_tells_of_progress_away_from_a_terminal(tmp_path, monkeypatch):
+    (tmp_path / "progress.json").write_text('{"done": 12, "total": 50, "unit": "steps"}')
+    now = [100.0]
+    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
+    out = StringIO()
+    view = demo._View(Console(file=out))
+    for seconds in (0, 1, demo._SAY_SECONDS - 2, 1, 1):
+        now[0] += seconds
+        view.show("align", "Running", tmp_path)
+    assert out.getvalue().splitlines() == ["align: running (12/50 steps)"] * 2
+    view.show("align", "Completed", tmp_path)
+    assert out.getvalue().splitlines()[2:] == ["align: completed (12/50 steps)"]
+
+
+def test_the_quick_demo_is_the_smoke_recipe_with_less():
+    from radlads.flows.cli.demo import _QUICK
+
+    recipe, quick = load_recipe("smoke"), load_recipe("smoke", _QUICK)
+    assert quick.training_stages == ("align", "distill")
+    assert quick.datasets_used == ("stories",)
+    assert quick.needle is None
+    assert sum(getattr(quick, s).tokens for s in quick.training_stages) * 6 < sum(
+        getattr(recipe, s).tokens for s in recipe.training_stages
+    )
+    done = CliRunner().invoke(cli.app, ["demo", "--quick", "--recipe", "tiny-qwen3-8b-hybrid"])
+    assert "--quick shortens the smoke recipe" in str(done.exception)
