@@ -33,6 +33,7 @@ from radlads.tasks.jobs.judge import evaluate, needle
 from radlads.tasks.jobs.plan import plan
 from radlads.tasks.jobs.report import publish
 from radlads.tasks.jobs.report.html_page import render_html
+from radlads.tasks.jobs.report.judged.speed_picture import draw_speed
 from radlads.tasks.jobs.report.report_blocks import Code, Heading, Table, Text, Verdict, render_markdown
 from radlads.tasks.jobs.report.verdicts import judge
 from radlads.tasks.stage_specs import tokenize_spec
@@ -64,7 +65,7 @@ def recipe(teacher_folder: Path, tmp_path: Path, stories: list[str]) -> Recipe:
                 "context": 32,
                 "heldout_tokens": 512,
                 "generation": writing,
-                "speed": {"lengths": [16], "new_tokens": 2},
+                "speed": {"lengths": [16, 32], "new_tokens": 2},
             },
             "needle": {"lengths": [160], "depths": [0.0, 1.0], "max_new_tokens": 4},
             "publish": {"license": "mit"},
@@ -146,7 +147,7 @@ def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe,
         assert reference.digest in markdown
         assert reference.digest in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count("<img") == 3
+    assert page.count("<img") == 4
     assert page.count("<h2") == len(re.findall(r'<a href="#', page)) >= 7
     judged = json.loads((Path(inputs["evaluate"].uri) / "evaluate.json").read_text())
     for text in (markdown, page):
@@ -167,14 +168,14 @@ def test_the_report_can_be_traced_and_stands_alone(run_all: Any, recipe: Recipe,
     ratio = judged["models"]["student"]["bits_per_byte_ratio"]["value"]
     assert f"| quality | bits per byte × {ratio:.4f} ± " in markdown
     assert markdown.index("| quality | ") < markdown.index("| bits per byte | ")
-    assert "at 16 tokens on CPU | " in markdown
+    assert "at 32 tokens on CPU | " in markdown
     assert "| conversion took | " in markdown
     assert "; on 1 × CPU | " in markdown
     said = json.loads((folder / "verdicts.json").read_text())
     assert said
     assert all(verdict["text"] in markdown for verdict in said)
     assert "student obeys all constraints in " in page
-    assert {"losses.png", "layers.png", "needle.png", "recipe.yaml"} <= {p.name for p in folder.iterdir()}
+    assert {"losses.png", "layers.png", "speed.png", "needle.png", "recipe.yaml"} <= {p.name for p in folder.iterdir()}
     assert manifest.metrics["kl"] == judged["models"]["student"]["kl"]["value"]
     assert load_recipe(str(folder / "recipe.yaml")) == recipe
 
@@ -365,3 +366,16 @@ def test_no_table_is_cut_off_on_a_phone_or_on_paper(tmp_path: Path, width: int, 
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.get_by_text("0123456789abcdef" * 4).first.is_visible()
         browser.close()
+
+
+def test_the_picture_of_speed(tmp_path: Path):
+    row = {"tokens_per_second": 20.0, "prompt_seconds": 0.5, "memory_bytes": None}
+    lengths = [
+        {"length": 16, "teacher": row, "student": row | {"memory_bytes": 2**30}, "not_run": {}},
+        {"length": 64, "teacher": None, "student": row, "not_run": {"teacher": "it does not fit"}},
+    ]
+    assert draw_speed({"lengths": lengths}, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+    for few in (lengths[:1], [], [one | {"teacher": None, "student": None} for one in lengths]):
+        assert not draw_speed({"lengths": few}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

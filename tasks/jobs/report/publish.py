@@ -19,6 +19,8 @@ from radlads.tasks.jobs.common import Job, run_job
 from radlads.tasks.jobs.report.card import teacher_name, write_card
 from radlads.tasks.jobs.report.curves import draw_layers, draw_losses
 from radlads.tasks.jobs.report.html_page import render_html
+from radlads.tasks.jobs.report.judged.speed_picture import draw_speed
+from radlads.tasks.jobs.report.judged.speed_report import SPEED_PICTURE
 from radlads.tasks.jobs.report.products import Products
 from radlads.tasks.jobs.report.report_blocks import Verdict, render_markdown
 from radlads.tasks.jobs.report.report_body import build_report
@@ -81,7 +83,7 @@ def copy_model(
 
 
 def draw_pictures(products: Products, folder: Path) -> list[str]:
-    """Draw or copy the available pictures (losses, layers, needle, choose); returns their file names."""
+    """Draw or copy the available pictures (losses, layers, speed, needle, choose); returns their file names."""
     pictures = []
     sheets = {stage: sheet for stage in TRAINING_STAGES if (sheet := products.sheet(stage, "train.json")) is not None}
     sheets = {stage: sheet for stage, sheet in sheets.items() if sheet["losses"]}
@@ -90,6 +92,9 @@ def draw_pictures(products: Products, folder: Path) -> list[str]:
         pictures.append("losses.png")
     if draw_layers(products.rows(ALIGN.name), folder / "layers.png"):
         pictures.append("layers.png")
+    evaluation = products.evaluation
+    if evaluation is not None and "speed" in evaluation and draw_speed(evaluation["speed"], folder / SPEED_PICTURE):
+        pictures.append(SPEED_PICTURE)
     for stage, name in ((NEEDLE.name, "needle.png"), (CHOOSE.name, "choose.png")):
         picture = products.picture(stage, name)
         if picture is not None:

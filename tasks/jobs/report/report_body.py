@@ -44,7 +44,7 @@ def build_report(
     reason = reason_table(products, recipe)
     blocks += [*([] if reason is None else [reason]), *verdicts]
     blocks += [*_summary(products), *_stages(products), *retrieval_blocks(products, pictures)]
-    blocks += [*_tasks(products), *writing_blocks(products), *speed_blocks(products)]
+    blocks += [*_tasks(products), *writing_blocks(products), *speed_blocks(products, pictures)]
     blocks += [*_curves(products, pictures), *watch_blocks(products)]
     blocks += [*_samples(products), *_student(products, recipe)]
     blocks += choice_blocks(products, list(pictures))

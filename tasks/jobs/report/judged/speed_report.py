@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from radlads.tasks.contracts.stages import EVALUATE
 from radlads.tasks.jobs.report.number_format import NONE, count, gibibytes, plain
 from radlads.tasks.jobs.report.products import Products
-from radlads.tasks.jobs.report.report_blocks import Block, Heading, Table
+from radlads.tasks.jobs.report.report_blocks import Block, Heading, Picture, Table
 
+SPEED_PICTURE = "speed.png"
 _SOURCE = "source"
 _MODELS = ("teacher", "student")
 _MEASURES = {
@@ -45,10 +47,14 @@ def speed_table(products: Products) -> Table | None:
     return Table(header, rows, caption + "".join(missing), words=(_SOURCE,))
 
 
-def speed_blocks(products: Products) -> list[Block]:
-    """The section of the report; empty where speed was not measured."""
+def speed_blocks(products: Products, pictures: Sequence[str]) -> list[Block]:
+    """The section of the report; empty where speed was not measured. pictures: as build_report's."""
     table = speed_table(products)
-    return [] if table is None else [Heading("Memory and speed"), table]
+    if table is None:
+        return []
+    alt = "Speed and memory of teacher and student over the length"
+    drawn = [Picture(SPEED_PICTURE, alt, "The same numbers over the length.")] if SPEED_PICTURE in pictures else []
+    return [Heading("Memory and speed"), *drawn, table]
 
 
 def _cells(row: dict[str, Any], key: str, shown: Any) -> tuple[str, str, str]:
