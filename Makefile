@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 RELEASES_STAMP := .venv-transformers/.installed
 PROCESSES ?= 3
+# Without a GPU: the index of CPU wheels that PyTorch's installation page names, which spares gigabytes of GPU libraries.
+TORCH_INDEX ?=
+TORCH_FIRST = $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
 # Into its own .venv Python may write bytecode: without it, each of the processes that tests start compiles torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -22,10 +25,12 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(TORCH_FIRST)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(TORCH_FIRST)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(STAMP)
 
