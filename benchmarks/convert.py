@@ -10,7 +10,6 @@ runs on a machine that has neither. A second run with the same --work continues 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import platform
 import shlex
@@ -21,9 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.job import Manifest
+from radlads.tasks.contracts.parsing.yaml_reader import parse_value
 from radlads.tasks.contracts.stages import CHOOSE, STUDENT_STAGES, stage_info
+from radlads.tasks.contracts.store.errors import StoreError
 from radlads.tasks.graph import convert
+from radlads.tasks.launchers.launcher import JobCrashed
 from radlads.tasks.pipeline import Pipeline, open_pipeline
 from radlads.tasks.plain_runner import PlainRunner, StageRun
 
@@ -97,6 +100,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def changes_of(pairs: list[str]) -> dict[str, Any]:
+    """["a.b=1"] → {"a.b": 1}, values as YAML. Raises UserError."""
+    changes = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise UserError(f"--set {pair[:60]}: write it as KEY=VALUE, e.g. --set distill.tokens=1000000")
+        changes[key] = parse_value(text, where=f"--set {key}")
+    return changes
+
+
 def hardware() -> str:
     """Hardware, versions and commit of the run."""
     import torch
@@ -112,19 +126,24 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="override, for every recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, for every recipe")
     parser.add_argument("--name", help="name of the run, where there is one recipe")
     parser.add_argument("--work", type=Path, default=Path(".radlads/benchmark"))
     parser.add_argument("--out", type=Path, help="markdown file to write")
     parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; timings are then less reliable")
     parsed = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in parsed.set)}
+    if parsed.name and len(parsed.recipes) > 1:
+        parser.error("--name is for one recipe")
     names = [parsed.name or Path(recipe).stem for recipe in parsed.recipes]
-    with ThreadPoolExecutor(parsed.parallel) as pool:
-        work = parsed.work.absolute()
-        done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), parsed.recipes, names)
-        results = dict(zip(names, done, strict=True))
+    try:
+        overrides = changes_of(parsed.set)
+        with ThreadPoolExecutor(parsed.parallel) as pool:
+            work = parsed.work.absolute()
+            done = pool.map(lambda r, n: convert_recipe(r, n, overrides, work), parsed.recipes, names)
+            results = dict(zip(names, done, strict=True))
+    except (UserError, StoreError, JobCrashed) as error:  # the same command goes on where it stopped
+        parser.exit(2 if isinstance(error, UserError) else 1, f"{parser.prog}: error: {error}\n")
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     text = f"# Conversions\n\n{datetime.now(UTC):%Y-%m-%d}, {hardware()}\n\n    {command}\n\n{table(results)}\n"
     logger.info("%s", text)

@@ -16,6 +16,7 @@ takes the results of another table's lever. A lever of the value null removes an
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import math
@@ -30,10 +31,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from convert import convert_recipe, hardware
+from convert import changes_of, convert_recipe, hardware
 
 from radlads.tasks.contracts.errors import UserError
-from radlads.tasks.contracts.parsing.yaml_reader import parse_value, read_yaml
+from radlads.tasks.contracts.parsing.yaml_reader import read_yaml
 from radlads.tasks.contracts.process_tree import end_with_me
 from radlads.tasks.contracts.stages import DISTILL
 from radlads.tasks.launchers.launcher import JobCrashed
@@ -122,12 +123,22 @@ def run_one(unit: Unit, work: Path, out: Path) -> int:
 
 
 class Results:
-    """The JSON file of all runs, and the tables made of it, written anew after every run."""
+    """The JSON file of all runs, and the tables made of it, written anew after every run. Raises UserError while
+    another process writes them."""
 
     def __init__(self, page: Path, tables: list[dict[str, Any]], head: str) -> None:
         self.page, self.file, self.tables, self.head = page, page.with_suffix(".json"), tables, head
         page.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self.file.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another levers.py writes {self.file}; give this one another --out") from error
         self.runs: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def close(self) -> None:
+        """Let another process write them."""
+        self._lock.close()
 
     def has(self, unit: Unit) -> bool:
         """Whether this run is done with these changes; a failure does not count."""
@@ -270,8 +281,7 @@ def main() -> None:
         tables = [table for table in tables if table["name"] in parsed.table.split(",")]
     if not tables:
         parser.error(f"--table {parsed.table}: no such table")
-    changes = {key: parse_value(text, where=key) for key, text in (pair.split("=", 1) for pair in parsed.set)}
-    units = make_units(tables, changes)
+    units = make_units(tables, changes_of(parsed.set))
     if parsed.one:
         sys.exit(run_one(next(unit for unit in units if unit.key == parsed.one), work, parsed.one_out))
     if parsed.only:
@@ -292,4 +302,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"levers.py: error: {error}")

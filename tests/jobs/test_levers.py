@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +76,9 @@ def test_the_table_has_differences_seed_by_seed(levers: ModuleType, tables: Any,
     assert "| mse (failed: no memory) | 0.4000 (-0.1000) |" in page
     assert "The teacher: needle 512 1.000." in page
     assert "| ours | 0.5000 |" in page
+    with pytest.raises(UserError, match=r"another levers\.py writes .*out\.json"):
+        levers.Results(tmp_path / "out.md", tables, "# Head")
+    results.close()
     again = levers.Results(tmp_path / "out.md", tables, "# Head")
     assert [key for key, unit in units.items() if not again.has(unit)] == ["variants-theirs-seed1", "pure-mse-seed2"]
     changed = levers.make_units(tables, {"distill.tokens": 7})
@@ -138,3 +143,17 @@ def test_time_ends_all_runs(levers: ModuleType, tables: Any, tmp_path: Path, mon
     assert done == {"pure-baseline-seed1", "variants-theirs-seed1", "pure-baseline-seed2"}
     assert not any("error" in run["numbers"] for run in results.runs.values())
     assert time.monotonic() - began < 30
+
+
+def test_mistakes_of_convert_are_one_line(levers: ModuleType, project_root: Path, tmp_path: Path):
+    script = str(project_root / "benchmarks" / "convert.py")
+    for words, code, said in (
+        (["smoke", "--set", "align"], 2, "write it as KEY=VALUE"),
+        (["smokee"], 2, "smokee"),
+        (["smoke", "smoke-pure", "--name", "x"], 2, "--name is for one recipe"),
+    ):
+        command = [sys.executable, script, *words, "--work", str(tmp_path / "work")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
