@@ -239,7 +239,7 @@ def test_a_job_that_somebody_runs_is_left_alone(tree, tmp_path, monkeypatch):
     parent.kill()
     parent.wait()
     wait_until(lambda: parent_of(supervisor) != parent.pid)
-    assert end_leftovers(job, seconds=20) >= len(pids)
+    assert end_leftovers(job, seconds=20) >= 1  # those that have not ended by themselves yet
     assert gone(pids)
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
