@@ -70,8 +70,7 @@ class LiveTable:
             return
         LiveTable._shown = None
         self._closing.set()
-        self._thread.join(_CLOSE_SECONDS)
-        self._look_once()
+        self._thread.join(_CLOSE_SECONDS)  # its last look, which a store that is away does not prolong
         self._logs.close()
         self._live.stop()
 
@@ -90,7 +89,9 @@ class LiveTable:
 
     def _look(self) -> None:
         seconds = _LOOK_SECONDS if isinstance(self._store, LocalStore) else _LOOK_REMOTE_SECONDS
-        while not self._closing.is_set():
+        is_last = False
+        while not is_last:
+            is_last = self._closing.is_set()
             self._look_once()
             self._closing.wait(seconds)
 

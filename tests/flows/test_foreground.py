@@ -161,7 +161,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_job(terminal):
     time.sleep(0.5)
     run.interrupt()
     code, out, err = run.end(30)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 14  # 8 for the job, then this process; after one Ctrl-C it is 18
     assert code == 130
     (line,) = said(out + err)
     assert line.startswith("stopped in plan at 120 of 500 steps, killed before it could save that; to continue: ")
