@@ -65,7 +65,7 @@ class Door:
         """Status and text of the response to a request that is refused; None for one that is passed on."""
         hosts = _header(scope, b"host")
         if len(hosts) != 1 or _name(hosts[0]) not in self._names:
-            return 403, "this server answers to the names of loopback only\n"
+            return 403, "this server answers to its own names only\n"
         for origin in _header(scope, b"origin"):
             if origin not in self._origins and origin != f"http://{hosts[0]}":
                 return 403, "this server answers its own pages only\n"
