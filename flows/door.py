@@ -28,11 +28,20 @@ class Door:
     page of the same server, and carry the password if there is one (HTTP basic authentication).
 
     port: of the server; a tunnel may end at another one. password: `user:password`, or None if the application checks
-    it itself. open_paths: paths that need no password.
+    it itself. open_paths: paths that need no password. names: further names of the host, in a network of containers.
     """
 
-    def __init__(self, app: ASGIApp, *, port: int, password: str | None = None, open_paths: Collection[str] = ()):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        port: int,
+        password: str | None = None,
+        open_paths: Collection[str] = (),
+        names: Collection[str] = (),
+    ):
         self._app = app
+        self._names = frozenset((*LOOPBACK, *names))
         self._origins = set(own_origins(port))
         self._password = password
         self._open_paths = frozenset(open_paths)
@@ -55,8 +64,8 @@ class Door:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and text of the response to a request that is refused; None for one that is passed on."""
         hosts = _header(scope, b"host")
-        if len(hosts) != 1 or _name(hosts[0]) not in LOOPBACK:
-            return 403, "this server answers to the names of loopback only\n"
+        if len(hosts) != 1 or _name(hosts[0]) not in self._names:
+            return 403, "this server answers to its own names only\n"
         for origin in _header(scope, b"origin"):
             if origin not in self._origins and origin != f"http://{hosts[0]}":
                 return 403, "this server answers its own pages only\n"

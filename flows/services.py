@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from radlads.flows.door import LOOPBACK, own_origins
+from radlads.flows.server_settings import QUIET, server_settings
 from radlads.flows.service_password import make_password, read_password
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.parsing.credentials import learn, take_credentials
@@ -34,13 +34,6 @@ _PORTS = {"prefect": 4200, "mlflow": 5000}
 _HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
 _START_SECONDS = 240.0
 _STOP_SECONDS = 15.0
-_QUIET = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Otherwise it starts eleven processes that take 2 GB, for a feature that is not used here.
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ def answers(address: str) -> bool:
 
 def service_settings(running: Mapping[str, Service], password: str | None) -> dict[str, str]:
     """Variables that point Prefect and the pipelines at the services, the password in them."""
-    settings = {**_QUIET, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
+    settings = {**QUIET, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
     if "prefect" in running:
         settings["PREFECT_API_URL"] = f"{running['prefect'].url}/api"
         if password:
@@ -182,29 +175,7 @@ def shell_settings(home: Path) -> list[str]:
 def _start_server(home: Path, name: str) -> Service:
     port = _free_port(_PORTS[name])
     url = f"http://{HOST}:{port}"
-    env = _environment(home)
-    origins = ",".join(own_origins(port))
-    if name == "prefect":
-        private_folder(home / "prefect")
-        env |= {
-            "PREFECT_SERVER_API_AUTH_STRING": make_password(home),
-            "PREFECT_SERVER_API_HOST": HOST,
-            "PREFECT_SERVER_API_PORT": str(port),
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
-            "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # the page would call port 4200 otherwise
-            "PREFECT_UI_URL": url,  # in notices
-        }
-    else:
-        private_folder(home / "mlflow-artifacts")
-        env |= {
-            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{home}/mlflow.db",
-            "_MLFLOW_SERVER_REGISTRY_STORE": f"sqlite:///{home}/mlflow.db",
-            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "mlflow-artifacts"),
-            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name},{name}:*" for name in LOOPBACK[:2]),
-            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": origins,
-        }
+    env = _environment(home) | server_settings(name, home, port, password=make_password(home))
     command = [sys.executable, "-m", "radlads.flows.serve", name, str(port), str(home)]
     return _start(home, name, command, url, env)
 
@@ -214,7 +185,7 @@ def _environment(home: Path) -> dict[str, str]:
     other_servers = ("PREFECT_API_", "PREFECT_SERVER_", "MLFLOW_SERVER_", "MLFLOW_TRACKING_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(other_servers)}
     # Safe path: files in the working directory must not shadow a module.
-    env |= {**_QUIET, "PREFECT_HOME": str(home / "prefect"), "RADLADS_HOME": str(home), "PYTHONSAFEPATH": "1"}
+    env |= {**QUIET, "PREFECT_HOME": str(home / "prefect"), "RADLADS_HOME": str(home), "PYTHONSAFEPATH": "1"}
     _bypass_proxies(env)
     return env
 

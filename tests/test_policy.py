@@ -21,6 +21,7 @@ READS_ENVIRONMENT = {
     "tasks/launchers/remote/slurm.py",
     "tasks/contracts/settings.py",
     "tasks/launchers/supervise.py",
+    "flows/serve.py",  # sets what Prefect and MLflow read on import
     "flows/services.py",
     "flows/cli/report.py",  # whether there is a desktop
     "tasks/look/doctor/machine.py",  # what is set wrongly

@@ -22,6 +22,9 @@ HEARTBEAT_SECONDS = 60
 """Seconds between two heartbeats of a flow run; deployments/zombies.py waits for several."""
 API_KEY = "RADLADS_API_KEY"
 """The key that clients of `radlads serve` must send."""
+SERVICES_PASSWORD = "RADLADS_SERVICES_PASSWORD"
+"""`user:password` of the servers of Prefect and MLflow where they serve a network of containers."""
+_SERVICES_PASSWORD = re.compile(r"[A-Za-z0-9_-]+:[A-Za-z0-9_-]{16,}")
 _KEY = re.compile(r"[!-~]+")
 _SHORTEST_KEY = 8
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -91,6 +94,18 @@ def serving_key(variable: str | None, environment: Mapping[str, str] | None = No
             f"{variable or API_KEY}: a key has {_SHORTEST_KEY} or more letters, digits and signs of ASCII, no spaces"
         )
     return key
+
+
+def services_password(environment: Mapping[str, str] | None = None) -> str:
+    """`user:password` from RADLADS_SERVICES_PASSWORD. Raises UserError, without the password."""
+    env = os.environ if environment is None else environment
+    learn(env)
+    if not _SERVICES_PASSWORD.fullmatch(env.get(SERVICES_PASSWORD, "")):
+        raise UserError(
+            f"{SERVICES_PASSWORD} is needed: write it as user:password, the password of 16 or more letters, digits, "
+            "'_' and '-', which an address takes as they are"
+        )
+    return env[SERVICES_PASSWORD]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from radlads.tasks.contracts.store.open import open_store
 from radlads.tasks.launchers import local as launch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(Path(__file__).parent))  # for composed
 TRAINING = {"tokens": 4096, "context": 64, "batch": 4, "micro_batch": 2}
 RECIPE = {
     "name": "tiny",

@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import pytest
+from composed import project, stages
 from pydantic import TypeAdapter, ValidationError
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -34,9 +35,27 @@ from radlads.tasks.plain_runner import PlainRunner
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md"))]
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 RUNS = ("first", "second", "my-run")
 # What a shell or the system has; nothing of them is ours to check.
-OTHERS = {"curl", "export", "git", "test", "prefect", "pip", "eval", ".", "python3", "python", "llama-cli", "wandb"}
+OTHERS = {
+    "curl",
+    "export",
+    "git",
+    "test",
+    "prefect",
+    "pip",
+    "eval",
+    ".",
+    "python3",
+    "python",
+    "cd",
+    "umask",
+    "sed",
+    "sky",
+    "llama-cli",
+    "wandb",
+}
 FENCE = re.compile(
     r"^(?P<indent> *)(?:<!-- not run: (?P<why>[^>]+) -->\n *)?```(?P<kind>\w+)\n(?P<text>.*?)^ *```$", re.M | re.S
 )
@@ -137,6 +156,8 @@ def check_command(words: list[str]) -> None:
             assert all((ROOT / word).exists() for word in rest if word.startswith("tests")), words
     elif program == "python" and rest and rest[0].endswith(".py"):
         check_script(rest)
+    elif program == "docker":
+        check_docker(rest)
     elif program == "eval":
         check_command(shlex.split(rest[0].removeprefix("$(").removesuffix(")")))
     else:
@@ -145,8 +166,26 @@ def check_command(words: list[str]) -> None:
             check_packages(rest)
 
 
+def check_docker(words: list[str]) -> None:
+    """Targets, services, profiles and tags are those of deployments/containers; what they run is checked too."""
+    services, version = project()["services"], f"radlads:{SETUP['project']['version']}-"
+    text = " ".join(words)
+    assert set(re.findall(r"--target (\S+)", text)) <= stages().keys(), words
+    profiles = {profile for service in services.values() for profile in service.get("profiles", [])}
+    assert set(re.findall(r"--profile (\S+)", text)) <= profiles, words
+    for tag in re.findall(r"radlads:\d\S+", text):
+        assert tag.startswith(version), words
+        assert tag.removeprefix(version) in stages(), words
+    if "exec" in words:
+        rest = words[words.index("exec") + 1 :]
+        assert rest[0] in services, words
+        check_command(rest[1:])
+    if words[0] == "run":
+        check_radlads(words[[word.startswith(version) for word in words].index(True) + 1 :])
+
+
 def check_packages(words: list[str]) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = SETUP["project"]["optional-dependencies"]
     for found in re.findall(r"radlads\[([\w,]+)\]", " ".join(words)):
         assert set(found.split(",")) <= set(extras), words
 

@@ -68,6 +68,7 @@ def test_the_pod_is_what_kubernetes_takes():
     for version in ("1.28", checker.latest_version()):
         checker.validate(manifest, version, strict=True)
     pod = manifest["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"] == ["/usr/bin/env"], "the image's own entrypoint is radlads"
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert pod["securityContext"]["runAsNonRoot"]
     wrong = json.loads(json.dumps(manifest))
@@ -109,4 +110,5 @@ def test_the_worker_of_docker_takes_the_template():
     assert host["SecurityOpt"] == ["no-new-privileges"]
     assert host["Binds"] == ["radlads:/radlads"]
     assert sent["user"] == "1000:1000"
+    assert sent["entrypoint"] == ["/usr/bin/env"], "the image's own is radlads"
     assert sent["environment"]["RADLADS_STORE"] == "/radlads/store"

@@ -147,6 +147,16 @@ def test_who_comes_in(headers, status):
     assert closed["type"] == ("inside" if status is None else "websocket.close")
 
 
+def test_names_of_a_network_are_added_to_those_of_loopback():
+    door = Door(inside, port=9, password="a:b", names=["mlflow"])
+    for host in ("mlflow:5000", "MLflow", "127.0.0.1:9"):
+        assert knock(door, headers=[("host", host), basic("a:b")])["type"] == "inside"
+    assert knock(door, headers=[("host", "mlflow:5000")])["status"] == 401
+    assert knock(door, headers=[("host", "mlflow.elsewhere.example"), basic("a:b")])["status"] == 403
+    page = [("host", "mlflow:5000"), ("origin", "http://elsewhere.example"), basic("a:b")]
+    assert knock(door, headers=page)["status"] == 403
+
+
 def test_what_needs_no_password():
     door = Door(inside, port=9, password="a:b", open_paths={"/health"})
     assert knock(door, path="/health", headers=[("host", "127.0.0.1:9")])["type"] == "inside"
