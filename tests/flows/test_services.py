@@ -61,9 +61,10 @@ def test_a_flow_run_brings_no_command(running, deployed):
         assert deployment["job_variables"] == {"working_dir": str(ROOT)}
         run = f"/deployments/{deployment['id']}/create_flow_run"
         for variables in ({"command": "touch /tmp/x"}, {"env": {"PYTHONPATH": "/tmp"}}, {"working_dir": "x"}):
-            answer = api.post(run, json={"job_variables": variables, "state": {"type": "PENDING"}})
+            asked = {"parameters": {"recipe": "smoke"}, "job_variables": variables, "state": {"type": "PENDING"}}
+            answer = api.post(run, json=asked)
             assert answer.status_code == 422, variables
-        parameters = {"tracking": "http://somebody:opensesame@mlflow:5000"}
+        parameters = {"recipe": "smoke", "tracking": "http://somebody:opensesame@mlflow:5000"}
         answer = api.post(run, json={"parameters": parameters, "state": {"type": "PENDING"}})
         assert answer.status_code == 409, "the password of an address would be kept in Prefect's database"
         assert api.post("/flow_runs/count", json={}).json() == before

@@ -167,7 +167,8 @@ def test_the_tested_range_is_the_projects(project_root: Path) -> None:
     text = (project_root / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"transformers>={TESTED[0].removesuffix(".0")},<6"' in text
     assert Version(TESTED[0]) <= Version(transformers.__version__) <= Version(TESTED[1])
-    assert " to ".join(TESTED) in (project_root / "README.md").read_text(encoding="utf-8")
+    for page in ("serving.md", "troubleshooting.md"):
+        assert " to ".join(TESTED) in (project_root / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_the_config_names_the_tested_range(exported) -> None:
