@@ -27,8 +27,8 @@ app = typer.Typer(
 )
 EXAMPLE = "Example: {}"
 """The epilogue of a command's --help."""
-OUT = Console()
-ERR = Console(stderr=True)
+OUT = Console(emoji=False)  # `demo:llama:` is no llama
+ERR = Console(stderr=True, emoji=False)
 
 
 def _runs_like(context: typer.Context, incomplete: str) -> list[str]:

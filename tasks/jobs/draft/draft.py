@@ -20,6 +20,7 @@ from radlads.tasks.jobs.draft.machine import Machine, machine_of
 from radlads.tasks.jobs.draft.protocols import Effort, efforts
 from radlads.tasks.jobs.draft.stages_text import Fit
 from radlads.tasks.jobs.draft.subject import Candidate, find_candidate
+from radlads.tasks.jobs.draft.texts import source_text
 from radlads.tasks.jobs.draft.write import write_recipe
 from radlads.tasks.jobs.exchange.outside_run import run_request
 from radlads.tasks.jobs.plan.memory import NetworkSizes
@@ -33,6 +34,8 @@ _USUAL = "usual"
 def draft(request: DraftRequest) -> Draft:
     """Draft the recipe. Raises UserError if the teacher cannot be converted, nothing fits, the budget is too small."""
     machine = machine_of(request)
+    for place in request.data:
+        source_text(place)  # its faults are reported before the teacher is looked at
     teacher = find_candidate(request.teacher)
     known = efforts(teacher.parameters)
     counted: dict[int, NetworkSizes] = {}
