@@ -52,14 +52,7 @@ class LiveTable:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._render,
-                refresh_per_second=2,
-                redirect_stdout=sys.stdout.isatty(),
-                vertical_overflow="crop",
-            )
-            self._live.start()
+            self._live = self._started()
             self._logs.enter_context(_log_above())
             self._thread.start()
             LiveTable._shown = self
@@ -75,18 +68,30 @@ class LiveTable:
         self._logs.close()
         self._live.stop()
 
+    def _started(self) -> Live:
+        live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=2,
+            redirect_stdout=sys.stdout.isatty(),
+            vertical_overflow="crop",
+        )
+        live.start()
+        return live
+
     @classmethod
     @contextmanager
     def hidden(cls) -> Iterator[None]:
-        """Meanwhile the terminal is free for a question and its answer."""
-        live = None if cls._shown is None else cls._shown._live
-        if live is not None:
-            live.stop()
+        """Meanwhile the terminal is free for a question and its answer, which stay above the table."""
+        shown = cls._shown
+        if shown is None or shown._live is None:
+            yield
+            return
+        shown._live.stop()
         try:
             yield
         finally:
-            if live is not None:
-                live.start()
+            shown._live = shown._started()  # the same one would be drawn over what was written meanwhile
 
     def _look(self) -> None:
         seconds = _LOOK_SECONDS if isinstance(self._store, LocalStore) else _LOOK_REMOTE_SECONDS

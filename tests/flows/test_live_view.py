@@ -161,6 +161,11 @@ def test_a_question_finds_the_terminal_free(looks) -> None:
             written = shown.file.getvalue()
             time.sleep(0.7)  # longer than between two frames
             assert shown.file.getvalue() == written
+            shown.print("Run it? [y/N]")
+            written = shown.file.getvalue()
         assert table._live.is_started
+    before, _, after = shown.file.getvalue()[len(written) :].partition("mine")
+    assert after
+    assert "\x1b[1A" not in before  # the question is not drawn over
     with LiveTable.hidden():  # none is shown
         pass

@@ -42,9 +42,7 @@ def _check_kind(name: str) -> None:
 
 def _is_text(name: str) -> bool:
     path = Path(name)
-    return path.suffix == ".parquet" or (
-        Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    ) in _PLAIN
+    return path.suffix == ".parquet" or (Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix) in _PLAIN
 
 
 def _has_wildcard(place: str) -> bool:
