@@ -35,8 +35,8 @@ _OTHER_LINES = 5
 
 class LiveTable:
     """A context manager around a run: at a terminal it shows where the run stands, twice a second, by what the store
-    and the scratch folders say. Elsewhere it does nothing: there the log's lines tell. A fault of the store leaves the
-    table as it was."""
+    and the scratch folders say. Elsewhere, and where a terminal cannot move its cursor, it does nothing: there the
+    log's lines tell. A fault of the store leaves the table as it was."""
 
     _shown: ClassVar[LiveTable | None] = None
     """The one on the terminal; a process shows one at a time."""
@@ -51,7 +51,7 @@ class LiveTable:
         self._logs = ExitStack()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = self._started()
             self._logs.enter_context(_log_above())
             self._thread.start()

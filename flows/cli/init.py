@@ -129,7 +129,7 @@ def _own_gpus() -> tuple[int, str, float | None] | None:
 def _absolute(name: str) -> str:
     """A local path whole, since the program works elsewhere; any other name as it is."""
     path = Path(name).expanduser()
-    if name and path.exists() or name.startswith((".", "~")):
+    if (name and path.exists()) or name.startswith((".", "~")):
         return str(path.resolve())
     return str(path.absolute()) if "*" in name else name
 

@@ -236,6 +236,12 @@ def test_a_misfit_names_only_what_was_tried() -> None:
         draft(asked("Qwen/Qwen2.5-72B-Instruct", gpus=0, gpu=""))
 
 
+def test_batches_that_outgrow_their_source_are_said() -> None:
+    small, large = (draft(asked("HuggingFaceTB/SmolLM2-135M-Instruct", gpus=gpus)) for gpus in (5, 512))
+    assert not any("batches are" in note for note in small.notes)
+    assert any("batches are 512 for 64 in align, 512 for 96 in distill:" in note for note in large.notes)
+
+
 def test_a_toys_sources_are_true(teacher_folder: Path) -> None:
     recipe, _ = planned(draft(asked(str(teacher_folder))), machine_of(asked("x")).resources)
     assert recipe.student.attention_layers.choose == "last"

@@ -56,8 +56,9 @@ def _misfit(stage: str, needs: float, resources: JobResources, has: float) -> st
     several = resources.processes > 1
     where = f"each of {resources.processes} GPUs, which have" if several else "the GPU, which has"
     return (
-        f"{stage} would need {needs:,.1f} GiB on {where} {has:,.1f}; with one row a pass, {'ZeRO-3, ' * several}an 8-bit "
-        "teacher, the optimizer in host memory and frozen MLPs it does not fit; plan for more or larger GPUs (--gpus)"
+        f"{stage} would need {needs:,.1f} GiB on {where} {has:,.1f}; with one row a pass, {'ZeRO-3, ' * several}an "
+        "8-bit teacher, the optimizer in host memory and frozen MLPs it does not fit; plan for more or larger GPUs "
+        "(--gpus)"
     )
 
 

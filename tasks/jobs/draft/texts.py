@@ -25,7 +25,7 @@ def source_text(place: str) -> str:
         for name in expand_paths([place]):
             _check_kind(name)
         return f"{{kind: files, paths: [{quoted}]{f', separator: {SEPARATOR}' * place.startswith(_DEMO)}}}"
-    if not place or not Path(place).is_dir() and (_is_text(place) or _HUB_ID.fullmatch(place) is None):
+    if not place or (not Path(place).is_dir() and (_is_text(place) or _HUB_ID.fullmatch(place) is None)):
         raise UserError(
             f"--data '{place}': there is no such file; give a file, a folder, or a data set of the hub as OWNER/NAME"
         )
