@@ -166,6 +166,7 @@ COMMANDS = {
     "an infinite price": (["init", "demo", "--price", "inf"], "--price: dollars an hour for one GPU, 0 or more"),
     "too many GPUs": (["init", "demo", "--gpus", "5000xH100"], "--gpus '5000xH100': 1 to 4096 GPUs can be planned for"),
     "a recipe that is there": (["init", "demo", "--gpus", "cpu", "--out", "folder.yaml"], "folder.yaml exists already; give another file with --out"),
+    "a GGUF file in a bucket": (["export", "mine", "--to", "s3://b/x.GGUF"], "--to s3://b/x.GGUF: a GGUF file is written on this machine"),
     "an approval of nothing": (["run", "smoke", "--approve-over", "nan"], "--approve-over: give dollars, 0 or more"),
     "a negative approval": (["resume", "mine", "--approve-over", "-1"], "--approve-over: give dollars, 0 or more"),
 }  # fmt: skip
