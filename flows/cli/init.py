@@ -84,9 +84,20 @@ def init(
         with OUT.status("looking at the teacher, and planning"):
             run_program("init", _PROGRAM, request)
         draft = Draft.model_validate_json(answer.read_bytes())
-    with file_errors(str(place)), place.open("x", encoding="utf-8") as stream:
-        stream.write(draft.text)
+    _write(place, draft.text)
     _show(draft, place, "a CPU" if count == 0 else f"{count} × {kind or f'{memory:g} GiB'}")
+
+
+def _write(place: Path, text: str) -> None:
+    from radlads.tasks.contracts.parsing.files import file_errors
+
+    with file_errors(str(place)):
+        try:
+            stream = place.open("x", encoding="utf-8")
+        except FileExistsError as error:
+            raise UserError(f"{place} was written meanwhile; give another file with --out") from error
+        with stream:
+            stream.write(text)
 
 
 def parse_gpus(text: str) -> tuple[int, str, float | None]:

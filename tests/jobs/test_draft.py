@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from radlads.flows.cli.init import parse_gpus, recipe_name
+from radlads.flows.cli.init import _write, parse_gpus, recipe_name
 from radlads.model.teacher.load import parse_teacher_config
 from radlads.model.teacher.weights import build_empty
 from radlads.tasks.contracts.errors import UserError
@@ -288,6 +288,14 @@ def test_machines() -> None:
         machine_of(asked("x", gpu="H10"))
     with pytest.raises(UserError, match="memory of the GPUs is not known"):
         machine_of(asked("x", gpu=""))
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    place = tmp_path / "mine.yaml"
+    _write(place, "first")
+    with pytest.raises(UserError, match=r"mine\.yaml was written meanwhile; give another file with --out"):
+        _write(place, "second")
+    assert place.read_text() == "first"
 
 
 def test_names() -> None:
