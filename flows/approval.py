@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import select
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -72,6 +73,7 @@ def asked_at_terminal(err: Console) -> Iterator[None]:
 
     def ask(question: str) -> bool:
         with LiveTable.hidden():
+            _forget_typed()
             err.print(f"{question} \\[y/N]", end=" ", markup=True, highlight=False, soft_wrap=True)
             while not select.select([sys.stdin], [], [], _STOP_LOOK_SECONDS)[0]:
                 REQUEST.check()
@@ -82,6 +84,12 @@ def asked_at_terminal(err: Console) -> Iterator[None]:
         yield
     finally:
         Terminal.ask = None
+
+
+def _forget_typed() -> None:
+    """What was typed hours ago answers no question."""
+    with suppress(termios.error, OSError, ValueError):
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
 
 def _wait_for_approval(stage: Outlook, dollars: float) -> None:

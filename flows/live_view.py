@@ -35,8 +35,8 @@ _OTHER_LINES = 5
 
 class LiveTable:
     """A context manager around a run: at a terminal it shows where the run stands, twice a second, by what the store
-    and the scratch folders say. Elsewhere it does nothing: there the log's lines tell. A fault of the store leaves the
-    table as it was."""
+    and the scratch folders say. Elsewhere, and where a terminal cannot move its cursor, it does nothing: there the
+    log's lines tell. A fault of the store leaves the table as it was."""
 
     _shown: ClassVar[LiveTable | None] = None
     """The one on the terminal; a process shows one at a time."""
@@ -51,15 +51,8 @@ class LiveTable:
         self._logs = ExitStack()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._render,
-                refresh_per_second=2,
-                redirect_stdout=sys.stdout.isatty(),
-                vertical_overflow="crop",
-            )
-            self._live.start()
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = self._started()
             self._logs.enter_context(_log_above())
             self._thread.start()
             LiveTable._shown = self
@@ -74,18 +67,30 @@ class LiveTable:
         self._logs.close()
         self._live.stop()
 
+    def _started(self) -> Live:
+        live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=2,
+            redirect_stdout=sys.stdout.isatty(),
+            vertical_overflow="crop",
+        )
+        live.start()
+        return live
+
     @classmethod
     @contextmanager
     def hidden(cls) -> Iterator[None]:
-        """Meanwhile the terminal is free for a question and its answer."""
-        live = None if cls._shown is None else cls._shown._live
-        if live is not None:
-            live.stop()
+        """Meanwhile the terminal is free for a question and its answer, which stay above the table."""
+        shown = cls._shown
+        if shown is None or shown._live is None:
+            yield
+            return
+        shown._live.stop()
         try:
             yield
         finally:
-            if live is not None:
-                live.start()
+            shown._live = shown._started()  # the same one would be drawn over what was written meanwhile
 
     def _look(self) -> None:
         seconds = _LOOK_SECONDS if isinstance(self._store, LocalStore) else _LOOK_REMOTE_SECONDS

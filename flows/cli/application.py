@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +28,8 @@ app = typer.Typer(
 )
 EXAMPLE = "Example: {}"
 """The epilogue of a command's --help."""
-OUT = Console()
-ERR = Console(stderr=True)
+OUT = Console(emoji=False)  # `demo:llama:` is no llama
+ERR = Console(stderr=True, emoji=False)
 
 
 def _runs_like(context: typer.Context, incomplete: str) -> list[str]:
@@ -81,9 +82,17 @@ RunNames = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def _dollars(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < inf:  # nothing costs more than nan
+        raise UserError("--approve-over: give dollars, 0 or more, e.g. --approve-over 50")
+    return value
+
+
 ApproveOver = Annotated[
     float | None,
-    typer.Option("--approve-over", metavar="DOLLARS", min=0, help="Ask before a stage that is estimated to cost more."),
+    typer.Option(metavar="DOLLARS", callback=_dollars, help="Ask before a stage that is estimated to cost more."),
 ]
 FetchTeacher = Annotated[
     bool, typer.Option("--fetch-teacher", help="Download the teacher's package first, where the recipe names one.")

@@ -9,6 +9,7 @@ import typer
 
 from radlads.flows.cli.application import EXAMPLE, StorePlace, WorkPlace, app, say
 from radlads.tasks.contracts.errors import UserError
+from radlads.tasks.contracts.pins.places import is_gguf
 
 _DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
 _DTYPES |= {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -38,7 +39,7 @@ def export(
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"--dtype {dtype}: choose bfloat16, float16 or float32 (bf16, f16, f32)")
     dtype = _DTYPES.get(dtype or "")
-    if to.endswith(".gguf"):
+    if is_gguf(to):
         if max_shard is not None or public:
             raise UserError("--max-shard and --public are not for a GGUF file")
         target = gguf_target(to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,13 +48,13 @@ def init(
     from radlads.tasks.launchers.program import run_program
 
     count, kind, memory = parse_gpus(gpus) if gpus is not None else _own_gpus() or _EIGHT
-    if budget is not None and budget <= 0:
+    if budget is not None and not 0 < budget < inf:
         raise UserError("--budget: give the dollars that there are, e.g. --budget 150")
     if budget is not None and effort is not None:
         raise UserError("--budget and --effort exclude each other: the budget chooses the effort")
     if budget is not None and count == 0:
         raise UserError("--budget is for rented GPUs; a CPU has no price here")
-    if price is not None and price < 0:
+    if price is not None and not 0 <= price < inf:
         raise UserError("--price: dollars an hour for one GPU, 0 or more")
     name = recipe_name(model, hybrid)
     place = out or Path(f"{name}.yaml")
@@ -83,9 +84,20 @@ def init(
         with OUT.status("looking at the teacher, and planning"):
             run_program("init", _PROGRAM, request)
         draft = Draft.model_validate_json(answer.read_bytes())
-    with file_errors(str(place)), place.open("x", encoding="utf-8") as stream:
-        stream.write(draft.text)
+    _write(place, draft.text)
     _show(draft, place, "a CPU" if count == 0 else f"{count} × {kind or f'{memory:g} GiB'}")
+
+
+def _write(place: Path, text: str) -> None:
+    from radlads.tasks.contracts.parsing.files import file_errors
+
+    with file_errors(str(place)):
+        try:
+            stream = place.open("x", encoding="utf-8")
+        except FileExistsError as error:
+            raise UserError(f"{place} was written meanwhile; give another file with --out") from error
+        with stream:
+            stream.write(text)
 
 
 def parse_gpus(text: str) -> tuple[int, str, float | None]:
@@ -95,8 +107,10 @@ def parse_gpus(text: str) -> tuple[int, str, float | None]:
         return 0, "", None
     match = _GPUS.fullmatch(word)
     number, kind = (match["count"], (match["kind"] or "").strip()) if match else (None, "")
-    if match is None or (number is not None and not 1 <= int(number[:9]) <= 4096):
-        raise UserError(f"--gpus {text[:40]}: write it as 8xH100, as 2x48GB, or as cpu")
+    if match is None:
+        raise UserError(f"--gpus '{text[:40]}': write it as 8xH100, as 2x48GB, or as cpu")
+    if number is not None and not 1 <= int(number[:9]) <= 4096:
+        raise UserError(f"--gpus '{text[:40]}': 1 to 4096 GPUs can be planned for")
     size = _MEMORY.fullmatch(kind)
     if size is not None and not 1 <= float(size["size"]) <= 4096:
         raise UserError(f"--gpus {text[:40]}: a GPU of {size['size']} GiB cannot be planned for")
@@ -126,7 +140,9 @@ def _own_gpus() -> tuple[int, str, float | None] | None:
 def _absolute(name: str) -> str:
     """A local path whole, since the program works elsewhere; any other name as it is."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() or name.startswith((".", "~")) else name
+    if (name and path.exists()) or name.startswith((".", "~")):
+        return str(path.resolve())
+    return str(path.absolute()) if "*" in name else name
 
 
 def _show(draft: Draft, place: Path, machine: str) -> None:
@@ -160,5 +176,6 @@ def _show(draft: Draft, place: Path, machine: str) -> None:
     OUT.print(table)
     for note in draft.notes:
         ERR.print(f"[yellow]note[/]   {escape(note)}", highlight=False, soft_wrap=True)
+    typed = shlex.quote(str(place))
     say(f"\nwrote {place} ({draft.chosen})")
-    say(f"next   radlads plan {place}   (reads weights and text too)   then   radlads run {place} --run NAME")
+    say(f"next   radlads plan {typed}   (reads weights and text too)   then   radlads run {typed} --run NAME")

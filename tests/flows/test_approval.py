@@ -1,5 +1,9 @@
 """A run that waits for a person before what is expensive: in Prefect's page, at the terminal, or not at all."""
 
+import io
+import os
+import pty
+import sys
 import threading
 import time
 from contextvars import copy_context
@@ -12,6 +16,7 @@ from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled
+from rich.console import Console
 
 from radlads.flows import approval
 from radlads.flows.convert import radlads
@@ -133,3 +138,22 @@ def test_without_a_page_the_terminal_is_asked(monkeypatch, answer, told):
 
 def test_nothing_is_asked_unless_it_is_wanted():
     assert approval.approval_over(None) is None
+
+
+def test_what_was_typed_before_the_question_is_no_answer(monkeypatch):
+    user, terminal = pty.openpty()
+    screen = io.StringIO()
+    with os.fdopen(terminal, "r") as stdin, temporary_settings({PREFECT_API_URL: None}):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        os.write(user, b"y\n")
+        with approval.asked_at_terminal(Console(file=screen, force_terminal=True, width=80)):
+            answers = []
+            asking = threading.Thread(target=lambda: answers.append(approval.Terminal.ask("Run it?")))
+            asking.start()
+            end = time.monotonic() + 30
+            while "[y/N]" not in screen.getvalue() and time.monotonic() < end:
+                time.sleep(0.02)
+            os.write(user, b"n\n")
+            asking.join(30)
+    os.close(user)
+    assert answers == [False]

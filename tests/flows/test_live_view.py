@@ -105,10 +105,11 @@ def test_log_lines_are_printed_above_the_table_and_progress_is_left_out(looks) -
 
 def test_away_from_a_terminal_nothing_is_drawn(looks) -> None:
     looks(state("running"))
-    shown = console(terminal=False)
-    with LiveTable(shown, object(), "mine"):
-        time.sleep(0.05)
-    assert shown.file.getvalue() == ""
+    dumb = Console(file=io.StringIO(), force_terminal=True, width=100, height=40, _environ={"TERM": "dumb"})
+    for shown in (console(terminal=False), dumb):
+        with LiveTable(shown, object(), "mine"):
+            time.sleep(0.05)
+        assert shown.file.getvalue() == ""
 
 
 class Kept:
@@ -161,6 +162,11 @@ def test_a_question_finds_the_terminal_free(looks) -> None:
             written = shown.file.getvalue()
             time.sleep(0.7)  # longer than between two frames
             assert shown.file.getvalue() == written
+            shown.print("Run it? [y/N]")
+            written = shown.file.getvalue()
         assert table._live.is_started
+    before, _, after = shown.file.getvalue()[len(written) :].partition("mine")
+    assert after
+    assert "\x1b[1A" not in before  # the question is not drawn over
     with LiveTable.hidden():  # none is shown
         pass

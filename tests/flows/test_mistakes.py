@@ -162,6 +162,13 @@ COMMANDS = {
     "octal in a grid": (["sweep", "smoke", "--grid", "align.seed=1,007"], "error: --grid align.seed=1,007: 007 is octal"),
     "a letter in a grid": (["sweep", "smoke", "--grid", "align.seed=1,\x01"], ": the character U+0001 is not allowed"),
     "no GPU memory": (["plan", "smoke", "--gpus", "2"], "it was read"),
+    "a budget that is none": (["init", "demo", "--gpus", "H100", "--budget", "nan"], "--budget: give the dollars that there are"),
+    "an infinite price": (["init", "demo", "--price", "inf"], "--price: dollars an hour for one GPU, 0 or more"),
+    "too many GPUs": (["init", "demo", "--gpus", "5000xH100"], "--gpus '5000xH100': 1 to 4096 GPUs can be planned for"),
+    "a recipe that is there": (["init", "demo", "--gpus", "cpu", "--out", "folder.yaml"], "folder.yaml exists already; give another file with --out"),
+    "a GGUF file in a bucket": (["export", "mine", "--to", "s3://b/x.GGUF"], "--to s3://b/x.GGUF: a GGUF file is written on this machine"),
+    "an approval of nothing": (["run", "smoke", "--approve-over", "nan"], "--approve-over: give dollars, 0 or more"),
+    "a negative approval": (["resume", "mine", "--approve-over", "-1"], "--approve-over: give dollars, 0 or more"),
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from radlads.flows.cli.init import parse_gpus, recipe_name
+from radlads.flows.cli.init import _write, parse_gpus, recipe_name
 from radlads.model.teacher.load import parse_teacher_config
 from radlads.model.teacher.weights import build_empty
 from radlads.tasks.contracts.errors import UserError
@@ -22,6 +23,7 @@ from radlads.tasks.jobs.draft.machine import machine_of
 from radlads.tasks.jobs.draft.protocols import efforts, rates
 from radlads.tasks.jobs.draft.stages_text import Fit
 from radlads.tasks.jobs.draft.subject import find_candidate
+from radlads.tasks.jobs.draft.texts import source_text
 from radlads.tasks.jobs.draft.write import write_recipe
 from radlads.tasks.jobs.plan.plan import make_plan
 from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
@@ -190,6 +192,67 @@ def test_a_local_teacher_with_its_own_text(tmp_path: Path, teacher_folder: Path)
     assert "without a chat template" in made.facts[1] or "with a chat template" in made.facts[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.txt", "files"), ("a.md", "files"), ("a.ndjson.gz", "files"), ("a: b #1 'c\"d.parquet", "files"), ("a", "hub")],
+)
+def test_own_text_is_a_source_of_its_kind(tmp_path: Path, name: str, kind: str) -> None:
+    place = tmp_path / name
+    place.mkdir() if kind == "hub" else place.write_bytes(b"")
+    (source,) = yaml.safe_load(f"[{source_text(str(place))}]")
+    assert source == {"kind": kind} | ({"path": str(place)} if kind == "hub" else {"paths": [str(place)]})
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        ("", "'': there is no such file"),
+        ("missing.txt", "'missing.txt': there is no such file; give a file, a folder, or a data set of the hub"),
+        ("my data", "no such file"),
+        ("a/b/c", "no such file"),
+        ("/nowhere", "no such file"),
+        ("s3://bucket/x.jsonl", "no such file"),
+        ("nothing*.txt", r"no file matches 'nothing\*\.txt'"),
+        ("demo:nothing.txt", "no file matches"),
+    ],
+)
+def test_text_that_is_not_there_is_refused(place: str, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        draft(asked("demo", data=(place,)))
+
+
+def test_a_file_of_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "NOTES.TXT").write_text("x")
+    for place in (tmp_path / "NOTES.TXT", tmp_path / "N*"):
+        with pytest.raises(UserError, match=r"NOTES\.TXT: unknown kind of file; known endings are \.parquet"):
+            source_text(str(place))
+
+
+def test_a_misfit_names_only_what_was_tried() -> None:
+    with pytest.raises(UserError, match=r"GiB on the GPU, which has 1\.0; with one row a pass, an 8-bit") as fault:
+        draft(asked("demo:llama", gpus=1, gpu="", gpu_memory_gib=1.0))
+    assert "ZeRO" not in str(fault.value)
+    with pytest.raises(UserError, match=r"of memory with one row a pass, and this machine has .*--gpus 8xH100"):
+        draft(asked("Qwen/Qwen2.5-72B-Instruct", gpus=0, gpu=""))
+
+
+def test_batches_that_outgrow_their_source_are_said() -> None:
+    small, large = (draft(asked("HuggingFaceTB/SmolLM2-135M-Instruct", gpus=gpus)) for gpus in (5, 512))
+    assert not any("batches are" in note for note in small.notes)
+    assert any("batches are 512 for 64 in align, 512 for 96 in distill:" in note for note in large.notes)
+
+
+def test_a_toys_sources_are_true(teacher_folder: Path) -> None:
+    recipe, _ = planned(draft(asked(str(teacher_folder))), machine_of(asked("x")).resources)
+    assert recipe.student.attention_layers.choose == "last"
+    assert not any("by recall" in source for source in recipe.sources)
+
+
+def test_the_command_stays_in_its_comment() -> None:
+    made = draft(asked("demo:llama", command="radlads init x --out 'a\nname: other\x1b.yaml'"))
+    assert recipe_of_data(made.text.encode(), None, where="x").name == "mine"
+
+
 def test_wrong_names_are_answered_with_what_is_near(tmp_path: Path) -> None:
     (tmp_path / "llama-mini").mkdir()
     (tmp_path / "llama-mini/config.json").write_text("{}")
@@ -225,6 +288,14 @@ def test_machines() -> None:
         machine_of(asked("x", gpu="H10"))
     with pytest.raises(UserError, match="memory of the GPUs is not known"):
         machine_of(asked("x", gpu=""))
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    place = tmp_path / "mine.yaml"
+    _write(place, "first")
+    with pytest.raises(UserError, match=r"mine\.yaml was written meanwhile; give another file with --out"):
+        _write(place, "second")
+    assert place.read_text() == "first"
 
 
 def test_names() -> None:

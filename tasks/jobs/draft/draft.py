@@ -15,11 +15,13 @@ from radlads.tasks.contracts.errors import UserError, first_line
 from radlads.tasks.contracts.recipe.recipe import Recipe, recipe_of_data
 from radlads.tasks.contracts.requests.draft import Draft, DraftRequest, Offer
 from radlads.tasks.contracts.specs import PlanReport
+from radlads.tasks.contracts.stages import ALIGN, DISTILL, FINETUNE
 from radlads.tasks.jobs.draft.fit import fit_to_machine
 from radlads.tasks.jobs.draft.machine import Machine, machine_of
 from radlads.tasks.jobs.draft.protocols import Effort, efforts
-from radlads.tasks.jobs.draft.stages_text import Fit
+from radlads.tasks.jobs.draft.stages_text import Fit, sizes_of
 from radlads.tasks.jobs.draft.subject import Candidate, find_candidate
+from radlads.tasks.jobs.draft.texts import source_text
 from radlads.tasks.jobs.draft.write import write_recipe
 from radlads.tasks.jobs.exchange.outside_run import run_request
 from radlads.tasks.jobs.plan.memory import NetworkSizes
@@ -28,18 +30,23 @@ from radlads.tasks.jobs.plan.sizes import count_networks, describe_device
 from radlads.tasks.jobs.plan.subject import SIZES_ONLY
 
 _USUAL = "usual"
+_MOST_GROWTH = 1.5
+"""Of a batch over its source's, without a note."""
 
 
 def draft(request: DraftRequest) -> Draft:
     """Draft the recipe. Raises UserError if the teacher cannot be converted, nothing fits, the budget is too small."""
     machine = machine_of(request)
+    for place in request.data:
+        source_text(place)  # its faults are reported before the teacher is looked at
     teacher = find_candidate(request.teacher)
     known = efforts(teacher.parameters)
     counted: dict[int, NetworkSizes] = {}
     made = {effort.name: _offer(request, teacher, effort, machine, counted) for effort in known}
     chosen = choose(request, [offer for offer, _, _ in made.values()])
     _, text, report = made[chosen]
-    notes = list(machine.notes)
+    effort = next(effort for effort in known if effort.name == chosen)
+    notes = [*machine.notes, *_larger_batches(teacher, effort, machine.resources.processes)]
     if report is not None:
         notes += [line for line in (*report.warnings, *report.advice) if line != SIZES_ONLY]
     return Draft(
@@ -81,6 +88,24 @@ def _offer(
     }
     times = {name: None if value is None else value * machine.slower for name, value in found.items()}
     return offer.model_copy(update=times), text, report
+
+
+def _larger_batches(teacher: Candidate, effort: Effort, processes: int) -> list[str]:
+    """A note where a row for every GPU makes batches that the rates are not of."""
+    usual, here = sizes_of(teacher, effort, 1), sizes_of(teacher, effort, processes)
+    batches = [
+        (ALIGN.name, usual.align_batch, here.align_batch),
+        (DISTILL.name, usual.distill_batch, here.distill_batch),
+    ]
+    if effort.finetune:
+        batches.append((FINETUNE.name, usual.finetune_batch, here.finetune_batch))
+    grown = [f"{here} for {usual} in {stage}" for stage, usual, here in batches if here > _MOST_GROWTH * usual]
+    if not grown:
+        return []
+    return [
+        f"every step has a row for each of {processes} GPUs, so batches are {', '.join(grown)}: fewer steps, at rates "
+        "that are of the smaller batches; fewer GPUs keep to the source"
+    ]
 
 
 def choose(request: DraftRequest, offers: Sequence[Offer]) -> str:

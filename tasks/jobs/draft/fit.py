@@ -43,10 +43,22 @@ def fit_to_machine(recipe: Recipe, networks: NetworkSizes, resources: JobResourc
         else:
             return replace(fit, passes=passes)
     size, stage = min(nearest)
-    raise UserError(
-        f"{stage} would need {size / _GIB / USABLE:.0f} GiB on each of {resources.processes} GPUs, which have "
-        f"{device['memory_bytes'] / _GIB:.0f}; with one row a pass, ZeRO-3, an 8-bit teacher, the optimizer in host "
-        "memory and frozen MLPs it does not fit; plan for more or larger GPUs (--gpus)"
+    raise UserError(_misfit(stage, size / _GIB / USABLE, resources, device["memory_bytes"] / _GIB))
+
+
+def _misfit(stage: str, needs: float, resources: JobResources, has: float) -> str:
+    """needs, has: GiB."""
+    if resources.device == "cpu":
+        return (
+            f"{stage} would need {needs:,.1f} GiB of memory with one row a pass, and this machine has {has:,.1f}; plan "
+            "for GPUs, e.g. --gpus 8xH100"
+        )
+    several = resources.processes > 1
+    where = f"each of {resources.processes} GPUs, which have" if several else "the GPU, which has"
+    return (
+        f"{stage} would need {needs:,.1f} GiB on {where} {has:,.1f}; with one row a pass, {'ZeRO-3, ' * several}an "
+        "8-bit teacher, the optimizer in host memory and frozen MLPs it does not fit; plan for more or larger GPUs "
+        "(--gpus)"
     )
 
 

@@ -56,8 +56,8 @@ def machine_of(request: DraftRequest) -> Machine:
     if kind is not None and planned_as is not None and planned_as != kind:
         slower = GPU_KINDS[planned_as].peak_flops / GPU_KINDS[kind].peak_flops
         notes.append(
-            f"plans take a GPU of {memory:g} GiB for one {planned_as}; an {kind} has {1 / slower:.2f} times its peak, "
-            f"so times and costs here are {slower:.2g} times what `radlads plan` will print"
+            f"plans take a GPU of {memory:g} GiB for one {planned_as}; the {kind} has {1 / slower:.2f} times its "
+            f"peak, so times and costs here are {slower:.2g} times what `radlads plan` will print"
         )
     resources = JobResources(
         device="cuda",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from radlads.tasks.contracts.pins.places import COMPRESSED, is_gguf
+from radlads.tasks.contracts.parsing.document import one_line
+from radlads.tasks.contracts.pins.places import is_gguf
 from radlads.tasks.contracts.requests.draft import DraftRequest
 from radlads.tasks.contracts.stages import ALIGN, DISTILL, FINETUNE
 from radlads.tasks.jobs.draft.machine import Machine
@@ -19,10 +20,11 @@ from radlads.tasks.jobs.draft.stages_text import (
     sizes_of,
 )
 from radlads.tasks.jobs.draft.subject import Candidate
+from radlads.tasks.jobs.draft.texts import SEPARATOR, source_text
 
 _PUBLIC = "mlfoundations/dclm-baseline-1.0-parquet"
 _DEMO_TEXT = "demo:stories.txt.gz"
-_SEPARATOR = '"<|endoftext|>"'
+_LONGEST_COMMAND = 1000
 _SPARE = 1.1
 """Of the text that training reads, for the held-out part and the documents' ends."""
 
@@ -50,7 +52,7 @@ def _head(request: DraftRequest, teacher: Candidate, effort: Effort, rate_source
     kind = "a hybrid of RWKV-7 and softmax layers" if request.hybrid else "a pure RWKV-7 student"
     stages = [ALIGN.name, DISTILL.name] + [FINETUNE.name] * bool(effort.finetune)
     lines = [
-        f"# Written by `{request.command}`.",
+        f"# Written by `{one_line(request.command, _LONGEST_COMMAND)}`.",
         "# `radlads plan FILE` checks it and says what it costs, `radlads run FILE` runs it. Every key: docs/keys.md.",
         f"name: {request.name}",
         "description: >",
@@ -62,9 +64,9 @@ def _head(request: DraftRequest, teacher: Candidate, effort: Effort, rate_source
         "    start of the first layer's share is ours.\"",
     ]
     if request.hybrid:
-        lines.append(
-            '  - "A quarter of the layers kept, without positions, chosen by recall (HALO, arXiv 2601.22156)."'
-        )
+        chosen = "the last ones (ours)" if is_toy(teacher.parameters) else "chosen by recall"
+        kept = f"A quarter of the layers kept, without positions (HALO, arXiv 2601.22156): {chosen}."
+        lines.append(f"  - {_string(kept)}")
     return "\n".join(lines)
 
 
@@ -105,10 +107,10 @@ def _data(request: DraftRequest, teacher: Candidate, effort: Effort) -> str:
         lines.append(f"    max_tokens: {round(_SPARE * max(effort.align, effort.distill, effort.finetune)):_}")
     lines.append("    sources:")
     if request.data:
-        lines += [f"      - {_source(place)}" for place in request.data]
+        lines += [f"      - {source_text(place)}" for place in request.data]
     elif is_toy(teacher.parameters):
         lines.append(
-            f'      - {{kind: files, paths: ["{_DEMO_TEXT}"], separator: {_SEPARATOR}}}  # put your own text here'
+            f'      - {{kind: files, paths: ["{_DEMO_TEXT}"], separator: {SEPARATOR}}}  # put your own text here'
         )
     else:
         lines.append(f"      - {{kind: hub, path: {_PUBLIC}}}   # RADLADS; the nearer to the teacher's own, the better")
@@ -118,13 +120,6 @@ def _data(request: DraftRequest, teacher: Candidate, effort: Effort) -> str:
                 "      # - {kind: hub, path: HuggingFaceTB/smol-smoltalk, messages_field: messages, weight: 1}",
             ]
     return "\n".join(lines)
-
-
-def _source(place: str) -> str:
-    endings = (".txt", *(f".txt{end}" for end in COMPRESSED), ".jsonl", *(f".jsonl{end}" for end in COMPRESSED))
-    if place.lower().endswith(endings) or "*" in place or place.startswith("demo:"):
-        return f"{{kind: files, paths: [{_string(place)}]{f', separator: {_SEPARATOR}' * place.startswith('demo:')}}}"
-    return f"{{kind: hub, path: {_string(place)}}}"
 
 
 def _judging(teacher: Candidate, sizes: Sizes, effort: Effort) -> str:
@@ -144,7 +139,7 @@ def _judging(teacher: Candidate, sizes: Sizes, effort: Effort) -> str:
     lines += ["needle:                 # recall: a fact in a long text, up to twice what was trained"]
     lines.append(f"  lengths: {json.dumps(lengths)}")
     if is_toy(teacher.parameters):
-        lines += [f'  haystack: ["{_DEMO_TEXT}"]', f"  haystack_separator: {_SEPARATOR}"]
+        lines += [f'  haystack: ["{_DEMO_TEXT}"]', f"  haystack_separator: {SEPARATOR}"]
     return "\n".join(lines)
 
 
