@@ -257,9 +257,9 @@ def test_the_demo_tells_of_progress_away_from_a_terminal(tmp_path, monkeypatch):
 
 
 def test_the_quick_demo_is_the_smoke_recipe_with_less():
-    from radlads.flows.cli.demo import _QUICK
+    from radlads.flows.cli.demo import quick_changes
 
-    recipe, quick = load_recipe("smoke"), load_recipe("smoke", _QUICK)
+    recipe, quick = load_recipe("smoke"), load_recipe("smoke", quick_changes())
     assert quick.training_stages == ("align", "distill")
     assert quick.datasets_used == ("stories",)
     assert quick.needle is None

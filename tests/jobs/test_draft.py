@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_found_a_way_in_order() -> None:
     assert frozen.distill.freeze == ("mlp",)
     assert frozen.resources.zero_stage == 3
     assert frozen.align.freeze == ()
-    with pytest.raises(UserError, match=r"would need \d+ GiB on each of 1 GPUs, which have 24"):
+    with pytest.raises(UserError, match=r"would need [\d.]+ GiB on the GPU, which has 24\.0"):
         settings(1, "RTX 4090")
 
 
