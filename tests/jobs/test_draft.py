@@ -258,6 +258,8 @@ def test_wrong_names_are_answered_with_what_is_near(tmp_path: Path) -> None:
     (tmp_path / "llama-mini/config.json").write_text("{}")
     with pytest.raises(UserError, match=r"no teacher folder.*near it: \S*llama-mini"):
         draft(asked(str(tmp_path / "lama-mini")))
+    with pytest.raises(UserError, match="no shipped teacher 'demo:lama'; shipped are demo:llama, demo:qwen2, demo"):
+        draft(asked("demo:lama"))
     with pytest.raises(UserError, match="near it: Qwen/Qwen3-8B"):
         draft(asked("Qwen3-8B"))
     with pytest.raises(UserError, match=r"near it: .*Qwen/Qwen2\.5-7B-Instruct"):

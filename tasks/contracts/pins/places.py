@@ -38,7 +38,10 @@ def resolve_teacher_path(path: str) -> str:
     if path == DEMO or path.startswith(_DEMO_FILE):
         folder = demo_folder() / ("teacher" if path == DEMO else path.removeprefix(_DEMO_FILE))
         if not (folder / "config.json").is_file():
-            raise UserError(f"there is no shipped teacher at {folder}; reinstall the package, or give your own teacher")
+            shipped = sorted(one.parent.name for one in demo_folder().glob("*/config.json"))
+            names = [DEMO if name == "teacher" else f"{_DEMO_FILE}{name}" for name in shipped]
+            known = ", ".join(names) or "none: reinstall the package"
+            raise UserError(f"there is no shipped teacher '{path}'; shipped are {known}")
         return str(folder)
     found = _folder_or_hub_id(path, "teacher folder", ", a GGUF file, or `demo`")
     held = sorted(Path(found).glob(f"*{_GGUF}")) if Path(found).is_dir() else []
