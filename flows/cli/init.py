@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -89,15 +90,18 @@ def init(
 
 
 def _write(place: Path, text: str) -> None:
+    """Make the file, whole or not at all. Raises UserError if there is one meanwhile."""
     from radlads.tasks.contracts.parsing.files import file_errors
 
+    partial = place.with_name(f".{place.name}.{os.getpid()}")
     with file_errors(str(place)):
         try:
-            stream = place.open("x", encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
+            os.link(partial, place)
         except FileExistsError as error:
             raise UserError(f"{place} was written meanwhile; give another file with --out") from error
-        with stream:
-            stream.write(text)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def parse_gpus(text: str) -> tuple[int, str, float | None]:
@@ -166,11 +170,7 @@ def _show(draft: Draft, place: Path, machine: str) -> None:
             short_count(offer.tokens),
             short_duration(offer.seconds),
             "" if offer.gpu_hours is None else f"{offer.gpu_hours:,.1f}",
-            ""
-            if offer.dollars is None
-            else f"${offer.dollars:,.0f}"
-            if offer.dollars >= 10
-            else f"${offer.dollars:.2f}",
+            _price(offer.dollars),
             escape(words),
         )
     OUT.print(table)
@@ -179,3 +179,9 @@ def _show(draft: Draft, place: Path, machine: str) -> None:
     typed = shlex.quote(str(place))
     say(f"\nwrote {place} ({draft.chosen})")
     say(f"next   radlads plan {typed}   (reads weights and text too)   then   radlads run {typed} --run NAME")
+
+
+def _price(dollars: float | None) -> str:
+    if dollars is None:
+        return ""
+    return f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"

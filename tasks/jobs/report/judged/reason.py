@@ -18,7 +18,7 @@ def reason_table(products: Products, recipe: Recipe) -> Table | None:
     if recipe.teacher is None or (products.evaluation is None and products.needle is None):
         return None
     rows = [_quality(products), _recall(products), *_gains(products), _cost(products, recipe)]
-    header = ("", "student, by its teacher", _SOURCE)
+    header = ("", "student beside its teacher", _SOURCE)
     return Table(header, [row for row in rows if row is not None], words=header)
 
 
