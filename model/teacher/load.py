@@ -21,6 +21,10 @@ from radlads.model.teacher.weights import load_causal_model
 from radlads.tasks.contracts.errors import UserError, error_text
 
 
+class NoTeacherError(UserError):
+    """Nothing is at the place that was named, or the hub does not answer."""
+
+
 def list_families() -> list[str]:
     """The model types that can be converted: the rows of model/teacher/families.py."""
     return sorted(FAMILIES)
@@ -150,11 +154,12 @@ def rotary_settings(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def read_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
-    """The unmodified config.json, so that models unknown to transformers can be refused by name. Raises UserError."""
+    """The unmodified config.json, so that models unknown to transformers can be refused by name. Raises UserError;
+    NoTeacherError where there is none."""
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
-        raise UserError(f"no teacher at '{path}': {error_text(error)}") from error
+        raise NoTeacherError(f"no teacher at '{path}': {error_text(error)}") from error
     if not raw or not isinstance(raw, dict):
         raise UserError(
             f"no teacher at '{path}': its config.json is not there or holds no settings; a teacher is a Hugging Face "

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from transformers import PreTrainedConfig
 
 from radlads.model.teacher.gguf import load_gguf_config, open_gguf
-from radlads.model.teacher.load import find_family, load_teacher_config
+from radlads.model.teacher.load import NoTeacherError, find_family, load_teacher_config
 from radlads.model.teacher.weights import build_empty
 from radlads.tasks.contracts.errors import UserError
 from radlads.tasks.contracts.pins.known_teachers import known_names
@@ -70,12 +70,12 @@ def find_candidate(path: str) -> Candidate:
         try:
             config = load_teacher_config(place)
             chat = _has_template(place)
-        except UserError as error:
-            if Path(place).exists() or not str(error).startswith("no teacher at"):
+        except NoTeacherError as error:
+            if Path(place).exists():
                 raise
             known = known_teacher_config(path)
             if known is None:
-                raise UserError(f"{error}{_near(path)}") from error
+                raise NoTeacherError(f"{error}{_near(path)}") from error
             config = known
     family = find_family(config)
     softmax = family.softmax_layers(config)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from radlads.model.teacher.gguf import check_gguf_tensors, load_gguf_config, open_gguf
 from radlads.model.teacher.load import (
+    NoTeacherError,
     find_family,
     load_generation_config,
     load_teacher_config,
@@ -93,7 +94,7 @@ def _config_for_sizes(path: str, revision: str | None, findings: Findings) -> Pr
     place = resolve_teacher_path(path)
     try:
         return load_teacher_config(place, revision=revision)
-    except UserError:
+    except NoTeacherError:
         known = None if Path(place).exists() else known_teacher_config(path)
         if known is None:
             raise
